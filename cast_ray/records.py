@@ -1,0 +1,157 @@
+"""What moves between stages: Arrow schemas on disk and on the wire, tensor batches inside a worker.
+
+Shape legend: B images of a step, N instances, C classes (without no-object), Q queries, H W crop
+pixels, h w feature-map pixels, D channels. Masks cross processes as COCO RLE (records) or bit-packed
+at crop size (one training batch); dense masks exist only inside a worker.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+if TYPE_CHECKING:
+    import torch
+
+INSTANCE_TYPE = pa.struct(
+    [
+        ("category_id", pa.int64()),  # the dataset's own id, gaps and all
+        ("rle", pa.binary()),  # COCO compressed RLE counts at the image's own height x width
+        ("score", pa.float32()),  # 1 for ground truth, the teacher's score for pseudo-labels
+        ("is_crowd", pa.bool_()),  # an ignore region, never an instance
+    ]
+)
+
+RECORD_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),  # JSON of the dataset's own id: `17` or `"a17"`; see image_id_of
+        ("uri", pa.string()),  # where the image bytes are: local path or any pyarrow.fs URI
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("instances", pa.list_(INSTANCE_TYPE)),
+    ]
+)
+
+
+def encode_image_id(original: int | str) -> str:
+    """The record form of a dataset's own image id (ids may be integers or strings)."""
+    return json.dumps(original)
+
+
+def decode_image_id(encoded: str) -> int | str:
+    """The dataset's own image id, inverse of `encode_image_id`."""
+    return json.loads(encoded)
+
+
+@dataclass(frozen=True)
+class Category:
+    """One class: the dataset's own id and its name."""
+
+    id: int
+    name: str
+
+
+class ClassMap:
+    """Maps a dataset's category ids to contiguous labels 0..C-1 and back (the only owner of that mapping)."""
+
+    def __init__(self, categories: Sequence[Category]):
+        self.categories = tuple(categories)
+        self.ids = np.array([c.id for c in self.categories], dtype=np.int64)
+        self._label = {c.id: i for i, c in enumerate(self.categories)}
+
+    def __len__(self) -> int:
+        return len(self.categories)
+
+    def label(self, category_id: int) -> int:
+        """Label in 0..C-1 of a category id. Raises KeyError for an id outside the class list."""
+        return self._label[category_id]
+
+    def names(self) -> list[str]:
+        return [c.name for c in self.categories]
+
+
+@dataclass(frozen=True)
+class DatasetSplits:
+    """A dataset as read from disk, before any label is hidden.
+
+    `train` and `val` follow RECORD_SCHEMA; `source` is the other style a teacher is pre-trained on, when the
+    dataset has one. `content_hash` identifies images and annotations (it enters every stage fingerprint).
+    """
+
+    train: pa.Table
+    val: pa.Table
+    source: pa.Table | None
+    categories: tuple[Category, ...]
+    content_hash: str
+    skipped: tuple[dict[str, str], ...] = ()
+
+
+@dataclass
+class Targets:
+    """Targets of one image at crop size.
+
+    masks: bool [N, H, W]; labels: int64 [N] in 0..C-1; weights: float32 [N], 1 for ground truth, the teacher's
+    score for pseudo-labels; ignore: bool [H, W] pixels excluded from the mask losses, or None.
+    """
+
+    masks: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+    ignore: torch.Tensor | None = None
+
+
+@dataclass
+class Batch:
+    """One optimiser step of one worker: first `num_labelled` images from D_l, the rest from D_u.
+
+    weak, strong: uint8 [B, 3, H, W], equal geometry; valid: bool [B, H, W], False on padding.
+    truth_instance: int16 [B, H, W]: 0 background, 1.. instance of that image, -1 unknown (D_u unless the recipe
+    asks for an oracle). truth_class: int16 [B, H, W] label in 0..C-1, C for background, -1 unknown.
+    """
+
+    weak: torch.Tensor
+    strong: torch.Tensor
+    valid: torch.Tensor
+    targets: list[Targets]
+    num_labelled: int
+    truth_instance: torch.Tensor
+    truth_class: torch.Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        move = lambda t: None if t is None else t.to(device, non_blocking=True)  # noqa: E731
+        return Batch(
+            weak=move(self.weak),
+            strong=move(self.strong),
+            valid=move(self.valid),
+            targets=[
+                Targets(move(t.masks), move(t.labels), move(t.weights), move(t.ignore)) for t in self.targets
+            ],
+            num_labelled=self.num_labelled,
+            truth_instance=move(self.truth_instance),
+            truth_class=move(self.truth_class),
+        )
+
+
+@dataclass
+class Predictions:
+    """What a segmenter returns for a batch of images.
+
+    class_logits: L tensors [B, Q, C+1] (last class: no-object); mask_logits: L tensors [B, Q, H/4, W/4];
+    one per decoder layer, the final one last. features: stride -> [B, D, h, w] of the encoder, for the projector.
+    auxiliary: extra outputs a model's own auxiliary loss needs (dense proposals).
+    """
+
+    class_logits: list[torch.Tensor]
+    mask_logits: list[torch.Tensor]
+    features: dict[int, torch.Tensor]
+    auxiliary: dict[str, torch.Tensor]
+
+
+def instances_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The non-crowd instances of one record row."""
+    return [i for i in row["instances"] if not i["is_crowd"]]
