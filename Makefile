@@ -1,0 +1,60 @@
+# Everything a person types. Needs python3 (3.11 or newer) with venv, and make; the rest is installed into .venv.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint types format clean
+
+PY := .venv/bin/python
+STAMP := .venv/.installed
+CODE := $(foreach folder,cast_ray sweeps tests benchmarks,$(if $(shell find $(folder) -name '*.py' 2>/dev/null | head -1),$(folder)))
+PYTHONS := python3 python3.13 python3.12 python3.11
+FITS := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+# Two threads a process on two busy cores is slower than one, and Ray starts several processes.
+export OMP_NUM_THREADS ?= 1
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## set up, then measure what each loss term is worth on drawn scenes (ARGS="..." is passed on)
+	@$(PY) sweeps/ablate.py losses --preset shapes $(ARGS)
+
+test: $(STAMP) ## set up, then run the tests (ARGS="-k name" is passed on)
+	@$(PY) -m pytest $(ARGS)
+
+test-all: $(STAMP) ## the tests and the slow ones (minutes long)
+	@$(PY) -m pytest -m '' $(ARGS)
+
+lint: $(STAMP) ## ruff: rules and format
+	@$(PY) -m ruff check $(CODE)
+	@$(PY) -m ruff format --check $(CODE)
+
+types: $(STAMP) ## mypy
+	@$(PY) -m mypy $(CODE)
+
+format: $(STAMP) ## rewrite the code as `lint` wants it
+	@$(PY) -m ruff check --fix $(CODE)
+	@$(PY) -m ruff format $(CODE)
+
+clean: ## remove caches (keeps .venv, and storage/ and runs/ with your results)
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	@find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# One stamp for all targets: written last, so that an interrupted install is done again.
+$(STAMP): pyproject.toml constraints.txt
+	@if ! $(PY) -c '$(FITS)' >/dev/null 2>&1; then \
+	  python=; for name in $(PYTHONS); do if "$$name" -c '$(FITS)' >/dev/null 2>&1; then python=$$name; break; fi; done; \
+	  if [ -z "$$python" ]; then \
+	    echo "error: no usable Python: expected python3 3.11 or newer with the venv and ensurepip modules (tried: $(PYTHONS));" >&2; \
+	    echo "       python3 here is: $$(python3 --version 2>&1 || true). On Debian or Ubuntu: apt install python3 python3-venv" >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "Creating .venv with $$("$$python" --version)"; \
+	  "$$python" -m venv --clear .venv; \
+	fi
+	@echo "Installing pinned dependencies into .venv (several GB with PyTorch's CUDA libraries; log: .venv/install.log)"
+	@$(PY) -m pip install --disable-pip-version-check --no-input -c constraints.txt -e '.[dev]' 2> >(tee .venv/install.err >&2) | tee .venv/install.log \
+	  | awk '/^ *(Downloading|Using cached|Processing) .*\.whl/ {n++; name = $$0; sub(/^ *(Downloading|Using cached|Processing) */, "", name); sub(/^.*\//, "", name); \
+	         size = match(name, /\([^)]*\)/) ? substr(name, RSTART, RLENGTH) : ""; sub(/-(cp|py)[0-9].*/, "", name); printf "  %3d %s %s\n", n, name, size; fflush()} \
+	         /^Installing collected/ {print "  unpacking ..."; fflush()}'
+	@touch $@
+	@echo "Installed."
