@@ -9,6 +9,12 @@ STAMP := .venv/.installed
 CODE := $(foreach folder,cast_ray sweeps tests benchmarks,$(if $(shell find $(folder) -name '*.py' 2>/dev/null | head -1),$(folder)))
 PYTHONS := python3 python3.13 python3.12 python3.11
 FITS := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+# One line per fetched package: pip's own output is either nothing for minutes or several lines a package.
+PROGRESS := /^ *(Downloading|Using cached|Processing) .*[.]whl/ { \
+  size = match($$0, /[(][0-9.]+ [kMG]?B[)]/) ? substr($$0, RSTART, RLENGTH) : ""; \
+  sub(/^ *[A-Z][a-z]+ (cached )?/, ""); sub(/ .*/, ""); sub(/.*[/]/, ""); sub(/-(cp|py)[0-9].*/, ""); \
+  printf "  %3d  %s %s\n", ++n, $$0, size; fflush() } \
+  /^Installing collected/ { print "  unpacking (a minute or two)"; fflush() }
 # Two threads a process on two busy cores is slower than one, and Ray starts several processes.
 export OMP_NUM_THREADS ?= 1
 
@@ -52,9 +58,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  "$$python" -m venv --clear .venv; \
 	fi
 	@echo "Installing pinned dependencies into .venv (several GB with PyTorch's CUDA libraries; log: .venv/install.log)"
-	@$(PY) -m pip install --disable-pip-version-check --no-input -c constraints.txt -e '.[dev]' 2> >(tee .venv/install.err >&2) | tee .venv/install.log \
-	  | awk '/^ *(Downloading|Using cached|Processing) .*\.whl/ {n++; name = $$0; sub(/^ *(Downloading|Using cached|Processing) */, "", name); sub(/^.*\//, "", name); \
-	         size = match(name, /\([^)]*\)/) ? substr(name, RSTART, RLENGTH) : ""; sub(/-(cp|py)[0-9].*/, "", name); printf "  %3d %s %s\n", n, name, size; fflush()} \
-	         /^Installing collected/ {print "  unpacking ..."; fflush()}'
+	@$(PY) -m pip install --disable-pip-version-check --no-input -c constraints.txt -e '.[dev]' 2>.venv/install.err \
+	  | tee .venv/install.log | awk '$(PROGRESS)' || { tail -20 .venv/install.err >&2; exit 1; }
 	@touch $@
 	@echo "Installed."
