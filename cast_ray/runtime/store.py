@@ -1,0 +1,133 @@
+"""Artifacts of stages on any pyarrow filesystem: a directory per fingerprint, its manifest written last.
+
+    <storage>/artifacts/<stage>-<fingerprint>/...files..., manifest.json
+    <storage>/checkpoints/<fingerprint>.json      where an unfinished train stage can continue
+
+An artifact without a manifest does not exist: readers look for the manifest only, and a writer that died leaves files
+that the next writer overwrites.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet
+
+from cast_ray.stages.graph import Stage
+
+MANIFEST = "manifest.json"
+
+
+def open_uri(uri: str) -> tuple[pa.fs.FileSystem, str]:
+    """Filesystem and path of a local path or URI (s3://, gs://, file://, hdfs://)."""
+    if "://" not in uri:
+        return pa.fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+    return pa.fs.FileSystem.from_uri(uri)
+
+
+class ArtifactStore:
+    """Reads and commits artifacts below one storage path. Cheap to build; safe to pickle."""
+
+    def __init__(self, storage: str):
+        self.storage = storage if "://" in storage else str(Path(storage).expanduser().resolve())
+
+    def __reduce__(self):
+        return ArtifactStore, (self.storage,)
+
+    @property
+    def _fs(self) -> tuple[pa.fs.FileSystem, str]:
+        return open_uri(self.storage)
+
+    def check_writable(self) -> None:
+        """Raises ValueError when the storage path cannot be written."""
+        try:
+            self.write_json("writable.json", {"checked": time.time()})
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(f"storage path {self.storage!r} cannot be written: {error}") from None
+
+    def uri(self, *parts: str) -> str:
+        return "/".join([self.storage.rstrip("/"), *parts])
+
+    def artifact(self, key: str) -> str:
+        """URI of an artifact's directory."""
+        return self.uri("artifacts", key)
+
+    def has(self, key: str) -> bool:
+        fs, root = self._fs
+        return fs.get_file_info(f"{root}/artifacts/{key}/{MANIFEST}").type == pa.fs.FileType.File
+
+    def stored_fingerprints(self) -> set[str]:
+        """Fingerprints of every committed artifact (one listing)."""
+        fs, root = self._fs
+        selector = pa.fs.FileSelector(f"{root}/artifacts", recursive=True, allow_not_found=True)
+        return {
+            info.path.split("/")[-2].rsplit("-", 1)[-1]
+            for info in fs.get_file_info(selector)
+            if info.base_name == MANIFEST
+        }
+
+    def read_bytes(self, key: str, name: str) -> bytes:
+        fs, root = self._fs
+        with fs.open_input_file(f"{root}/artifacts/{key}/{name}") as file:
+            return file.read()
+
+    def read_json(self, key: str, name: str) -> Any:
+        return json.loads(self.read_bytes(key, name))
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """Writes one file below the storage path. Local files appear whole or not at all."""
+        fs, root = self._fs
+        target = f"{root}/{path}"
+        fs.create_dir(target.rsplit("/", 1)[0], recursive=True)
+        partial = f"{target}.{os.getpid()}.partial" if isinstance(fs, pa.fs.LocalFileSystem) else target
+        with fs.open_output_stream(partial) as file:
+            file.write(data)
+        if partial != target:
+            fs.move(partial, target)
+
+    def write_json(self, path: str, value: Any) -> None:
+        self.write_bytes(path, json.dumps(value, indent=1).encode())
+
+    def add(self, stage: Stage, name: str, data: bytes) -> None:
+        """Writes one file of an artifact that is not yet committed."""
+        self.write_bytes(f"artifacts/{stage.key}/{name}", data)
+
+    def commit(self, stage: Stage, facts: dict[str, Any]) -> None:
+        """Makes an artifact exist: writes its manifest (stage, parents, config, `facts`) as the last file."""
+        manifest = {
+            "stage": stage.name,
+            "kind": stage.kind,
+            "fingerprint": stage.fingerprint,
+            "parents": stage.parents,
+            "config": stage.config,
+            "steps": stage.steps,
+            "committed": time.time(),
+            **facts,
+        }
+        self.add(stage, MANIFEST, json.dumps(manifest, indent=1).encode())
+
+    def manifest(self, key: str) -> dict[str, Any]:
+        return self.read_json(key, MANIFEST)
+
+    def read_table(self, key: str, name: str) -> pa.Table:
+        """A Parquet file, or a folder of them, inside an artifact."""
+        fs, root = self._fs
+        return pa.parquet.read_table(f"{root}/artifacts/{key}/{name}", filesystem=fs)
+
+    def note_checkpoint(self, fingerprint: str, uri: str, step: int) -> None:
+        """Remembers where an unfinished train stage can continue, whichever row or run continues it."""
+        self.write_json(f"checkpoints/{fingerprint}.json", {"uri": uri, "step": step})
+
+    def find_checkpoint(self, fingerprint: str) -> dict[str, Any] | None:
+        fs, root = self._fs
+        path = f"{root}/checkpoints/{fingerprint}.json"
+        if fs.get_file_info(path).type != pa.fs.FileType.File:
+            return None
+        with fs.open_input_file(path) as file:
+            return json.loads(file.read())

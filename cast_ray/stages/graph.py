@@ -1,0 +1,223 @@
+"""A recipe cut into stages, each with a fingerprint of everything that can change its result.
+
+    pretrain --+--> adapt (1a) --> label (1b) --+--> teacher --> label (2a) --+--> distill (2b) --> refine (3)
+               +------------------ selftrain (1c)
+
+A stage's fingerprint is sha256 over its kind and version, its own part of the recipe, its parents' fingerprints and the
+dataset's content hash. Equal fingerprints are one artifact, whatever rows, seeds or sweeps ask for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cast_ray.recipe import Recipe, TrainConfig
+
+Kind = Literal["train", "label", "evaluate"]
+
+STAGE_VERSION: dict[str, int] = {"train": 1, "label": 1, "evaluate": 1}
+"""Raise a kind's number when its code changes a result: its old artifacts are then no longer found."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One node of the graph.
+
+    name: unique within a row (`adapt`, `label-unlabelled`, ...); kind: which code runs it; config: its part of the
+    recipe, as plain data; parents: role -> fingerprint of the artifact it reads; steps: optimiser steps (0 unless
+    train); images: images processed, for time estimates.
+    """
+
+    name: str
+    kind: Kind
+    config: dict[str, Any]
+    parents: dict[str, str]
+    fingerprint: str
+    steps: int = 0
+
+    @property
+    def key(self) -> str:
+        """Directory name of the artifact."""
+        return f"{self.name}-{self.fingerprint}"
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """The stages of one row and seed, parents before children; roles name the artifacts the result is read from."""
+
+    row: str
+    seed: int
+    recipe: Recipe
+    stages: tuple[Stage, ...]
+    roles: dict[str, Stage] = field(default_factory=dict)
+
+
+def plan(recipe: Recipe, content_hash: str, *, row: str = "", has_source: bool = True) -> RowPlan:
+    """The stages of one recipe.
+
+    Args:
+        recipe: the row's resolved recipe.
+        content_hash: identity of images and annotations (`DatasetSplits.content_hash`).
+        row: name of the row, for display.
+        has_source: whether the dataset has a source style to pre-train the teacher on.
+    """
+    return _Planner(recipe, content_hash, row, has_source).build()
+
+
+class _Planner:
+    def __init__(self, recipe: Recipe, content_hash: str, row: str, has_source: bool):
+        self.recipe, self.content_hash, self.row, self.has_source = recipe, content_hash, row, has_source
+        self.stages: list[Stage] = []
+        self.roles: dict[str, Stage] = {}
+
+    def build(self) -> RowPlan:
+        recipe, stages = self.recipe, self.recipe.stages
+        semi, pxl = recipe.loss.lambda_semi, recipe.loss.lambda_pxl
+
+        foundation = None
+        if self.has_source and stages.pretrain.steps > 0:
+            # theta_T0 stands for a published foundation model: one for all seeds, as a downloaded checkpoint would be.
+            foundation = self.train("pretrain", "teacher", stages.pretrain, data="source", seed=0)
+            self.evaluate("zero_shot", foundation)
+
+        teacher = foundation
+        if stages.use_adapt:
+            teacher = self.train("adapt", "teacher", stages.adapt, init=foundation, pxl=pxl)
+            if semi > 0:
+                labels = self.label("label-adapted", teacher)
+                teacher = self.train(
+                    "selftrain", "teacher", stages.selftrain, init=foundation, labels=labels, semi=1.0, pxl=pxl
+                )
+        if teacher is not None:
+            self.evaluate("teacher", teacher)
+
+        use_labels = stages.use_distill and semi > 0
+        if use_labels and teacher is None:
+            raise ValueError(
+                "stages.use_adapt is false and there is no pre-trained teacher (stages.pretrain.steps is 0 or the "
+                "dataset has no source images): nothing can label the unlabelled images"
+            )
+        labels = self.label("label-teacher", teacher) if use_labels and teacher is not None else None
+        student = self.train(
+            "distill",
+            "student",
+            stages.distill,
+            labels=labels,
+            semi=semi if use_labels else 0.0,
+            pxl=pxl if stages.use_distill else 0.0,
+        )
+        self.evaluate("student", student)
+        if stages.use_refine and stages.refine.steps > 0:
+            self.evaluate("refined", self.train("refine", "student", stages.refine, init=student))
+        return RowPlan(self.row, recipe.seed, recipe, tuple(self.stages), self.roles)
+
+    def train(
+        self,
+        name: str,
+        model: Literal["teacher", "student"],
+        train: TrainConfig,
+        *,
+        data: Literal["source", "target"] = "target",
+        seed: int | None = None,
+        init: Stage | None = None,
+        labels: Stage | None = None,
+        semi: float = 0.0,
+        pxl: float = 0.0,
+    ) -> Stage:
+        recipe = self.recipe
+        pxl = 0.0 if recipe.contrastive.kind == "none" else pxl
+        # D_u enters a step only where a term reads it; 1a and 3 are on D_l alone by definition.
+        unlabelled = labels is not None or (pxl > 0 and name == "distill")
+        train_part = train.model_dump(exclude={"checkpoint_every_steps"})
+        if not unlabelled:
+            train_part.pop("batch_unlabelled")
+        data_part = recipe.data.model_dump(include={"image_px", "scale_jitter", "flip", "color_jitter"})
+        if data == "target":
+            data_part["label_fraction"] = recipe.data.label_fraction
+            if unlabelled:
+                data_part["num_unlabelled"] = recipe.data.num_unlabelled
+        config = {
+            "model": getattr(recipe, model).model_dump(),
+            "train": train_part,
+            "data": data_part,
+            "source": data == "source",
+            "unlabelled": unlabelled,
+            "loss": recipe.loss.model_dump(exclude={"lambda_semi", "lambda_pxl"})
+            | {"lambda_semi": semi if labels else 0.0, "lambda_pxl": pxl},
+            "contrastive": recipe.contrastive.model_dump() if pxl > 0 else None,
+            "seed": recipe.seed if seed is None else seed,
+        }
+        return self._add(name, "train", config, {"init": init, "labels": labels}, train.steps)
+
+    def label(self, name: str, teacher: Stage) -> Stage:
+        config = {
+            "pseudo": self.recipe.pseudo.model_dump(),
+            "data": self.recipe.data.model_dump(include={"image_px", "label_fraction", "num_unlabelled"}),
+            "seed": self.recipe.seed,
+        }
+        return self._add(name, "label", config, {"teacher": teacher})
+
+    def evaluate(self, role: str, model: Stage) -> Stage:
+        config = {
+            "evaluation": self.recipe.evaluation.model_dump(exclude={"batch"}),
+            "data": self.recipe.data.model_dump(include={"image_px"}),
+        }
+        stage = self._add("evaluate", "evaluate", config, {"model": model})
+        self.roles[role] = stage
+        return stage
+
+    def _add(
+        self, name: str, kind: Kind, config: dict[str, Any], parents: dict[str, Stage | None], steps: int = 0
+    ) -> Stage:
+        parent_prints = {role: parent.fingerprint for role, parent in parents.items() if parent is not None}
+        stage = Stage(name, kind, config, parent_prints, self._fingerprint(kind, config, parent_prints), steps)
+        self.stages.append(stage)
+        if kind != "evaluate":
+            self.roles[name] = stage
+        return stage
+
+    def _fingerprint(self, kind: Kind, config: dict[str, Any], parents: dict[str, str]) -> str:
+        identity = {
+            "kind": kind,
+            "version": STAGE_VERSION[kind],
+            "config": config,
+            "parents": parents,
+            "data": self.content_hash,
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """All rows of a sweep, with what is shared and what the store already holds."""
+
+    rows: tuple[RowPlan, ...]
+    stored: frozenset[str]
+
+    @property
+    def unique(self) -> dict[str, Stage]:
+        return {stage.fingerprint: stage for row in self.rows for stage in row.stages}
+
+    @property
+    def steps_from_scratch(self) -> int:
+        """Optimiser steps if every row ran all of its stages by itself."""
+        return sum(stage.steps for row in self.rows for stage in row.stages)
+
+    @property
+    def steps_unique(self) -> int:
+        return sum(stage.steps for stage in self.unique.values())
+
+    @property
+    def steps_to_run(self) -> int:
+        return sum(s.steps for s in self.unique.values() if s.fingerprint not in self.stored)
+
+
+def plan_sweep(rows: Iterable[RowPlan], stored: Iterable[str]) -> SweepPlan:
+    """Joins the plans of all rows; `stored`: fingerprints that the artifact store holds."""
+    rows = tuple(rows)
+    known = {stage.fingerprint for row in rows for stage in row.stages}
+    return SweepPlan(rows, frozenset(known & set(stored)))
