@@ -12,7 +12,7 @@ FITS := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 # One line per fetched package: pip's own output is either nothing for minutes or several lines a package.
 PROGRESS := /^ *(Downloading|Using cached|Processing) .*[.]whl/ { \
   size = match($$0, /[(][0-9.]+ [kMG]?B[)]/) ? substr($$0, RSTART, RLENGTH) : ""; \
-  sub(/^ *[A-Z][a-z]+ (cached )?/, ""); sub(/ .*/, ""); sub(/.*[/]/, ""); sub(/-(cp|py)[0-9].*/, ""); \
+  sub(/^ *[A-Z][a-z]+ (cached )?/, ""); sub(/ .*/, ""); sub(".*/", ""); sub(/-(cp|py)[0-9].*/, ""); \
   printf "  %3d  %s %s\n", ++n, $$0, size; fflush() } \
   /^Installing collected/ { print "  unpacking (a minute or two)"; fflush() }
 # Two threads a process on two busy cores is slower than one, and Ray starts several processes.
