@@ -1,0 +1,47 @@
+"""What a recipe can name: explicit rows `name -> "module:attribute"`, imported only when looked up."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from typing import Any
+
+ROWS: dict[str, dict[str, str]] = {
+    "datasets": {
+        "shapes": "cast_ray.datasets.shapes:load",
+        "coco": "cast_ray.datasets.coco:load",
+    },
+    "encoders": {
+        "convnext": "cast_ray.models.encoders:convnext",
+        "conv": "cast_ray.models.encoders:conv",
+    },
+    "decoders": {
+        "dpt": "cast_ray.models.decoders:DPTDecoder",
+    },
+    "teachers": {
+        "expert": "cast_ray.teachers.expert:ExpertTeacher",
+    },
+}
+
+
+def lookup(kind: str, name: str) -> Any:
+    """The object that a recipe names.
+
+    Args:
+        kind: datasets, encoders, decoders or teachers.
+        name: a name of that kind.
+
+    Raises:
+        ValueError: unknown kind or name; the message names the nearest known one.
+    """
+    if kind not in ROWS:
+        raise ValueError(f"unknown kind {kind!r}{_nearest(kind, list(ROWS))}")
+    if name not in ROWS[kind]:
+        raise ValueError(f"unknown name {name!r} in {kind}{_nearest(name, list(ROWS[kind]))}")
+    module, _, attribute = ROWS[kind][name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    return f": did you mean {close[0]!r}?" if close else f": expected one of {', '.join(known)}"
