@@ -69,6 +69,8 @@ class EncoderConfig(_Part):
     name: str = "convnext"
     widths: tuple[int, ...] = (16, 32, 64, 128)
     depths: tuple[int, ...] = (1, 1, 1, 1)
+    stem_stride: int = Field(4, ge=1)
+    """Stride of the first stage; each further one halves. 2 suits images of 64 px, 4 is the usual."""
     checkpoint: str = ""
     """Folder or hub name for `from_pretrained`; empty: random weights."""
 

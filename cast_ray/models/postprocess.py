@@ -1,0 +1,102 @@
+"""From query logits to instances at the image's own size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pycocotools import mask as coco_mask
+
+from cast_ray.records import Predictions
+
+CHUNK_PIXELS = 1 << 24
+"""Float pixels held at once while masks are brought to an image's size (64 MiB)."""
+
+
+@torch.no_grad()
+def to_instances(
+    predictions: Predictions | tuple[torch.Tensor, torch.Tensor],
+    image_hw: Sequence[tuple[int, int]],
+    resized_hw: Sequence[tuple[int, int]],
+    image_px: tuple[int, int],
+    max_detections: int,
+) -> list[list[dict[str, Any]]]:
+    """Mask2Former's instance inference: the best `max_detections` of query x class, masks as RLE.
+
+    score = P(class) * mean mask probability inside the mask. Masks may overlap, and one query may appear with several
+    classes. Empty masks are left out.
+
+    Args:
+        predictions: of B images, or their final (class_logits [B, Q, C+1], mask_logits [B, Q, h, w]).
+        image_hw: B original sizes, pixels.
+        resized_hw: B sizes after the resize into the crop; the rest of the crop, below and right, is padding.
+        image_px: height and width of the crop, pixels.
+        max_detections: at most so many instances per image.
+
+    Returns:
+        Per image, in falling score order: label (0..C-1), score (0..1), rle (COCO compressed counts, bytes), size
+        ([height, width] of the RLE), mask_quality (mean mask probability inside the mask, 0..1).
+
+    Source: Cheng et al. 2022, `instance_inference`. Deviations: sizes of any image are handled one image and one chunk
+    of queries at a time.
+    """
+    if isinstance(predictions, Predictions):
+        class_logits, mask_logits = predictions.class_logits[-1], predictions.mask_logits[-1]
+    else:
+        class_logits, mask_logits = predictions
+    probabilities_BQC = class_logits.float().softmax(-1)[..., :-1]
+    return [
+        _instances_of_image(probabilities_BQC[b], mask_logits[b], image_hw[b], resized_hw[b], image_px, max_detections)
+        for b in range(len(probabilities_BQC))
+    ]
+
+
+def _instances_of_image(
+    probabilities_QC: torch.Tensor,
+    mask_logits_QHW: torch.Tensor,
+    image_hw: tuple[int, int],
+    resized_hw: tuple[int, int],
+    image_px: tuple[int, int],
+    max_detections: int,
+) -> list[dict[str, Any]]:
+    num_classes = probabilities_QC.shape[1]
+    top, index = probabilities_QC.flatten().topk(min(max_detections, probabilities_QC.numel()))
+    query, label = index // num_classes, index % num_classes
+    used_K = query.unique()
+    encoded, quality = [], []
+    chunk = max(1, CHUNK_PIXELS // max(image_px[0] * image_px[1], image_hw[0] * image_hw[1]))
+    for queries in used_K.split(chunk):
+        logits_KHW = _to_image_size(mask_logits_QHW[queries].float(), image_hw, resized_hw, image_px)
+        inside_KHW = logits_KHW > 0
+        area_K = inside_KHW.sum((1, 2))
+        quality += ((logits_KHW.sigmoid() * inside_KHW).sum((1, 2)) / area_K.clamp(min=1)).tolist()
+        encoded += coco_mask.encode(np.asfortranarray(inside_KHW.permute(1, 2, 0).to(torch.uint8).cpu().numpy()))
+    place = {q: k for k, q in enumerate(used_K.tolist())}
+    instances = []
+    for probability, q, c in zip(top.tolist(), query.tolist(), label.tolist()):
+        k = place[q]
+        if quality[k] > 0:
+            instances.append(
+                {
+                    "label": c,
+                    "score": probability * quality[k],
+                    "rle": encoded[k]["counts"],
+                    "size": list(encoded[k]["size"]),
+                    "mask_quality": quality[k],
+                }
+            )
+    return sorted(instances, key=lambda instance: -instance["score"])
+
+
+def _to_image_size(
+    logits_KHW: torch.Tensor, image_hw: tuple[int, int], resized_hw: tuple[int, int], image_px: tuple[int, int]
+) -> torch.Tensor:
+    """Logits at the image's size: to the crop's size, padding cut off, then to the image."""
+    logits = F.interpolate(logits_KHW[None], size=tuple(image_px), mode="bilinear", align_corners=False)
+    logits = logits[..., : resized_hw[0], : resized_hw[1]]
+    if tuple(resized_hw) != tuple(image_hw):
+        logits = F.interpolate(logits, size=tuple(image_hw), mode="bilinear", align_corners=False)
+    return logits[0]

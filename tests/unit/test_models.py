@@ -1,0 +1,197 @@
+"""Segmenter, proposals and postprocessing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+
+from cast_ray.losses.proposals import BACKGROUND, UNASSIGNED, assign_tokens, proposal_loss
+from cast_ray.models.postprocess import to_instances
+from cast_ray.models.student import build_segmenter, pick_proposals
+from cast_ray.recipe import EncoderConfig, LossConfig, ModelConfig
+from cast_ray.records import Predictions, Targets
+
+ENCODERS = {
+    "convnext": EncoderConfig(name="convnext", widths=(8, 16, 24, 32), depths=(1, 1, 1, 1), stem_stride=2),
+    "convnext-4": EncoderConfig(name="convnext", widths=(8, 16, 24), depths=(1, 1, 1), stem_stride=4),
+    "conv": EncoderConfig(name="conv", widths=(8, 16, 24, 32), depths=(1, 1, 2, 1), stem_stride=2),
+}
+
+
+def tiny(encoder: str = "convnext", proposals: bool = True) -> ModelConfig:
+    return ModelConfig(
+        encoder=ENCODERS[encoder], hidden_dim=16, num_queries=5, num_layers=2, feedforward_dim=16, proposals=proposals
+    )
+
+
+def images(batch: int = 2, height: int = 32, width: int = 48) -> torch.Tensor:
+    return torch.randint(0, 256, (batch, 3, height, width), generator=torch.Generator().manual_seed(0)).byte()
+
+
+def square(height: int, width: int, top: int, left: int, side: int) -> torch.Tensor:
+    mask = torch.zeros(height, width, dtype=torch.bool)
+    mask[top : top + side, left : left + side] = True
+    return mask
+
+
+def targets(masks: list[torch.Tensor], labels: list[int], ignore: torch.Tensor | None = None) -> Targets:
+    size = masks[0].shape if masks else (32, 48)
+    stacked = torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.bool)
+    return Targets(stacked, torch.tensor(labels, dtype=torch.int64), torch.ones(len(labels)), ignore)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("proposals", [True, False])
+def test_forward_shapes_and_every_parameter_gets_a_gradient(encoder: str, proposals: bool):
+    model = build_segmenter(tiny(encoder, proposals), num_classes=3, seed=0)
+    out = model(images())
+    assert isinstance(out, Predictions)
+    assert len(out.class_logits) == len(out.mask_logits) == 3
+    assert {tuple(x.shape) for x in out.class_logits} == {(2, 5, 4)}
+    assert {tuple(x.shape) for x in out.mask_logits} == {(2, 5, 8, 12)}
+    for stride, dim in model.feature_dims.items():
+        assert tuple(out.features[stride].shape) == (2, dim, 32 // stride, 48 // stride)
+    assert all(len(x) == 2 for x in out.auxiliary.values())
+    assert bool(out.auxiliary) == proposals
+    terms = [x.square().mean() for x in (*out.class_logits, *out.mask_logits)]
+    terms += [x.sum() * 1e-3 for x in out.features.values()]
+    sum(terms).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_an_image_is_predicted_alike_alone_and_in_a_batch(encoder: str):
+    model = build_segmenter(tiny(encoder), 3, 0)
+    both, alone = model(images()), model(images()[1:])
+    torch.testing.assert_close(both.mask_logits[-1][1:], alone.mask_logits[-1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(both.class_logits[-1][1:], alone.class_logits[-1], atol=1e-4, rtol=1e-4)
+
+
+def test_weights_depend_on_the_seed_only_and_the_global_state_is_kept():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = build_segmenter(tiny(), 3, seed=1).state_dict()
+    assert torch.equal(before, torch.get_rng_state())
+    torch.rand(7)
+    again, other = build_segmenter(tiny(), 3, seed=1).state_dict(), build_segmenter(tiny(), 3, seed=2).state_dict()
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert not torch.equal(first["class_head.weight"], other["class_head.weight"])
+
+
+def test_encoder_parameters_are_the_encoders_alone():
+    model = build_segmenter(tiny(), 3, 0)
+    own = {id(p) for p in model.encoder_parameters()}
+    assert own == {id(p) for n, p in model.named_parameters() if n.startswith("encoder.")}
+
+
+def test_an_image_size_off_the_stride_is_refused():
+    with pytest.raises(ValueError, match=r"40x48 px: expected multiples .* 16"):
+        build_segmenter(tiny(), 3, 0)(images(1, 40, 48))
+
+
+def test_bad_parts_are_refused():
+    with pytest.raises(ValueError, match="unknown"):
+        build_segmenter(ModelConfig(encoder=EncoderConfig(name="nonet")), 3, 0)
+    with pytest.raises(ValueError, match="stride 4"):
+        build_segmenter(ModelConfig(encoder=EncoderConfig(stem_stride=8)), 3, 0)
+    with pytest.raises(ValueError, match="hidden_dim is 18"):
+        build_segmenter(ModelConfig(hidden_dim=18), 3, 0)
+
+
+def test_local_maxima_come_before_their_neighbours():
+    objectness = torch.zeros(4, 4)
+    objectness[0, 0], objectness[0, 1], objectness[3, 3] = 5.0, 4.0, 1.0
+    logits = torch.stack([objectness.flatten(), torch.zeros(16)], -1)[None]
+    logits[0, :, 1] = torch.where(objectness.flatten() == 0, 6.0, 0.0)
+    assert pick_proposals(logits, (4, 4), 3)[0, :2].tolist() == [0, 15]
+    assert pick_proposals(logits, (4, 4), 99).shape == (1, 16)
+
+
+def test_tokens_are_assigned_by_location():
+    target = targets([square(32, 48, 0, 0, 16), square(32, 48, 24, 40, 8)], [0, 1])
+    assigned = assign_tokens(target, (4, 6)).unflatten(0, (4, 6))
+    assert assigned[:2, :2].tolist() == [[0, 0], [0, 0]]
+    assert assigned[3, 5] == 1
+    assert (assigned == BACKGROUND).sum() == 19
+
+
+def test_cells_of_a_large_instance_off_its_centre_have_no_class_target():
+    assigned = assign_tokens(targets([square(64, 64, 0, 0, 64)], [0]), (8, 8)).unflatten(0, (8, 8))
+    assert assigned[0, 0] == UNASSIGNED
+    assert 0 < (assigned == 0).sum() <= 12
+    assert assigned[3:5, 3:5].eq(0).all()
+
+
+def test_an_instance_smaller_than_a_cell_still_gets_one():
+    assigned = assign_tokens(targets([square(32, 48, 10, 10, 2)], [0]), (4, 6))
+    assert assigned.eq(0).sum() == 1
+
+
+def test_ignored_background_has_no_class_target():
+    ignore = square(32, 48, 16, 16, 16)
+    assigned = assign_tokens(targets([square(32, 48, 0, 0, 8)], [0], ignore), (4, 6)).unflatten(0, (4, 6))
+    assert assigned[2:4, 2:4].eq(UNASSIGNED).all()
+    assert assigned[0, 0] == 0
+
+
+def test_proposal_loss_falls_to_zero_for_the_right_answer_and_counts_add_up():
+    target = targets([square(32, 48, 0, 0, 16)], [2])
+    assigned = assign_tokens(target, (4, 6))
+    logits = torch.full((1, 4, 24), -20.0)
+    logits[0, 3, assigned == BACKGROUND] = 20.0
+    logits[0, 2, assigned == 0] = 20.0
+    mask_features = torch.where(target.masks[:, ::4, ::4], 20.0, -20.0)[None]
+    auxiliary = {
+        "proposal_class_logits": logits.unflatten(2, (4, 6)),
+        "proposal_mask_embeddings": torch.ones(1, 1, 4, 6),
+        "mask_features": mask_features,
+    }
+    config = LossConfig(no_object_weight=0.1)
+    terms = proposal_loss(auxiliary, [target], config)
+    assert all(total < 1e-4 for total, _ in terms.values())
+    positives = int((assigned == 0).sum())
+    assert terms["proposal_mask"][1] == positives
+    assert terms["proposal_class"][1].item() == pytest.approx(positives + 0.1 * (24 - positives))
+    wrong = proposal_loss({**auxiliary, "mask_features": -mask_features}, [target], config)
+    assert wrong["proposal_mask"][0] > 10 and wrong["proposal_dice"][0] > 0.5
+
+
+def test_proposal_loss_is_additive_over_images_and_differentiable_without_objects():
+    model = build_segmenter(tiny(), 3, 0)
+    out = model(images())
+    target = [targets([square(32, 48, 4, 4, 12)], [1]), targets([], [])]
+    both = proposal_loss(out.auxiliary, target, LossConfig())
+    parts = [
+        proposal_loss({k: v[b : b + 1] for k, v in out.auxiliary.items()}, target[b : b + 1], LossConfig())
+        for b in (0, 1)
+    ]
+    for term, (total, count) in both.items():
+        torch.testing.assert_close(total, parts[0][term][0] + parts[1][term][0])
+        torch.testing.assert_close(count, parts[0][term][1] + parts[1][term][1])
+    assert parts[1]["proposal_mask"][1] == 0
+    sum(total for total, _ in parts[1].values()).backward()
+    assert model.class_head.weight.grad is not None
+
+
+def test_instances_come_back_at_image_size_by_score():
+    logits = torch.full((1, 2, 8, 8), -9.0)
+    logits[0, 0, :4, :4] = 9.0
+    logits[0, 1, 2:, 2:] = 0.5
+    classes = torch.tensor([[[0.0, 3.0, 0.0], [4.0, 0.0, 0.0]]])
+    # 64x48 shown at 32x24 inside a 32x32 crop: the right quarter is padding.
+    (found,) = to_instances((classes, logits), [(64, 48)], [(32, 24)], (32, 32), 3)
+    assert [i["score"] for i in found] == sorted((i["score"] for i in found), reverse=True)
+    assert len(found) == 3
+    best = next(i for i in found if i["label"] == 1 and i["mask_quality"] > 0.9)
+    mask = coco_mask.decode({"size": best["size"], "counts": best["rle"]})
+    assert mask.shape == (64, 48)
+    assert mask[:30, :30].all() and not mask[36:].any() and not mask[:, 36:].any()
+    assert best["score"] == pytest.approx(best["mask_quality"] * np.exp(3) / (np.exp(3) + 2), rel=1e-3)
+
+
+def test_empty_masks_are_left_out():
+    assert to_instances(
+        (torch.zeros(1, 2, 3), torch.full((1, 2, 8, 8), -1.0)), [(32, 32)], [(32, 32)], (32, 32), 9
+    ) == [[]]

@@ -1,0 +1,81 @@
+"""From teacher predictions to pseudo-labels."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+
+from cast_ray.models.student import build_segmenter
+from cast_ray.recipe import EncoderConfig, ModelConfig, PseudoConfig
+from cast_ray.teachers.expert import ExpertTeacher
+from cast_ray.teachers.pseudo import pseudo_labels
+
+
+def instance(label: int, score: float, left: int, right: int) -> dict:
+    mask = np.zeros((10, 20), np.uint8)
+    mask[:, left:right] = 1
+    return {
+        "label": label,
+        "score": score,
+        "rle": coco_mask.encode(np.asfortranarray(mask))["counts"],
+        "size": [10, 20],
+        "mask_quality": 0.9,
+    }
+
+
+def columns(found: dict) -> list[int]:
+    mask = coco_mask.decode({"size": found["size"], "counts": found["rle"]})
+    return np.flatnonzero(mask.all(0)).tolist()
+
+
+def test_masks_are_painted_in_falling_score_order_across_classes():
+    labels = pseudo_labels([instance(1, 0.5, 0, 10), instance(0, 0.9, 6, 14)], PseudoConfig())
+    assert [i["label"] for i in labels] == [0, 1]
+    assert columns(labels[0]) == list(range(6, 14))
+    assert columns(labels[1]) == list(range(6))
+
+
+def test_two_instances_of_one_class_stay_two():
+    labels = pseudo_labels([instance(1, 0.5, 0, 5), instance(1, 0.6, 5, 9)], PseudoConfig())
+    assert sorted(len(columns(i)) for i in labels) == [4, 5]
+
+
+def test_low_scores_are_dropped_and_the_limit_keeps_the_best():
+    found = [instance(0, 0.3, 0, 4), instance(0, 0.31, 4, 8), instance(1, 0.8, 8, 12), instance(2, 0.6, 12, 16)]
+    config = PseudoConfig(score_threshold=0.3, max_per_image=2)
+    assert [i["score"] for i in pseudo_labels(found, config)] == [0.8, 0.6]
+    assert len(pseudo_labels(found, PseudoConfig(score_threshold=0.3))) == 3
+
+
+def test_a_sliver_is_dropped_and_leaves_its_pixels_free():
+    found = [instance(0, 0.9, 0, 10), instance(1, 0.8, 0, 11), instance(2, 0.7, 10, 14)]
+    labels = pseudo_labels(found, PseudoConfig(min_area_px=12))
+    assert [i["label"] for i in labels] == [0, 2]
+    assert columns(labels[1]) == [10, 11, 12, 13]
+
+
+def test_a_mask_with_two_classes_keeps_the_better_with_and_without_painting():
+    found = [instance(0, 0.5, 0, 10), instance(1, 0.8, 0, 10), instance(2, 0.4, 5, 12)]
+    for painting in (True, False):
+        labels = pseudo_labels(found, PseudoConfig(non_overlapping=painting))
+        assert [i["label"] for i in labels] == [1, 2]
+        assert columns(labels[1]) == list(range(10 if painting else 5, 12))
+
+
+def test_the_expert_teacher_predicts_at_image_size_without_training_state():
+    config = ModelConfig(
+        encoder=EncoderConfig(name="conv", widths=(8, 8, 8, 8), stem_stride=2),
+        hidden_dim=16,
+        num_queries=4,
+        num_layers=1,
+    )
+    teacher = ExpertTeacher(build_segmenter(config, 3, 0).train(), (32, 32), max_detections=6)
+    images = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
+    found = teacher.predict(images, [(64, 48), (32, 32)], [(32, 24), (32, 32)])
+    assert not teacher.segmenter.training
+    assert len(found) == 2 and all(0 < len(f) <= 6 for f in found)
+    assert {tuple(i["size"]) for i in found[0]} == {(64, 48)}
+    alone = teacher.predict(images[1:])[0]
+    assert [i["rle"] for i in found[1]] == [i["rle"] for i in alone]
+    assert isinstance(pseudo_labels(found[0], PseudoConfig(score_threshold=0.0)), list)
