@@ -148,6 +148,8 @@ class LossConfig(_Part):
     num_points: int = Field(12544, ge=1)
     oversample_ratio: float = Field(3.0, ge=1)
     importance_ratio: float = Field(0.75, ge=0, le=1)
+    exact: bool = True
+    """Mask2Former's point sampling; False: faster, coarser matching points and uniform loss points."""
     proposal_weight: float = Field(1.0, ge=0)
     """Weight of the dense proposals' auxiliary loss (models with `proposals` only)."""
     pseudo_weighting: Literal["hard", "score"] = "hard"

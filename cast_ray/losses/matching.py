@@ -1,0 +1,206 @@
+"""Hungarian matching of every decoder layer at once, with one device-to-host copy per step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from cast_ray.recipe import LossConfig
+from cast_ray.records import Targets
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Matched pairs of L layers; K = sum over images of min(Q, N_b) pairs in each.
+
+    query: int64 [L, K], index into the flattened [B * Q] queries; rows run image by image, queries rising.
+    target: int64 [L, K], index into all targets of the batch, concatenated in image order.
+    image: int64 [K], image of each pair (the same for every layer).
+    """
+
+    query: Tensor
+    target: Tensor
+    image: Tensor
+
+
+def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
+    """Bilinear values of maps at normalised points.
+
+    Args:
+        maps: float or bool [K, h, w]; read as float32 (half-precision coordinates would miss pixels).
+        points: float32 [K, P, 2], (x, y) in [0, 1].
+
+    Returns:
+        float32 [K, P]; zero outside the map, as in `align_corners=False` sampling of Mask2Former.
+
+    Source: PointRend's `point_sample`.
+    """
+    grid = (2.0 * points - 1.0).unsqueeze(2)
+    return F.grid_sample(maps.float().unsqueeze(1), grid, align_corners=False)[:, 0, :, 0]
+
+
+def sample_kept(keep: Tensor, image: Tensor, points: Tensor) -> Tensor:
+    """Whether the pixel under each point takes part in the mask losses.
+
+    Args:
+        keep: bool [B, H, W].
+        image: int64 [K], row of `keep` for each point set.
+        points: float32 [K, P, 2], (x, y) in [0, 1].
+
+    Returns:
+        bool [K, P].
+    """
+    height, width = keep.shape[-2:]
+    column = (points[..., 0] * width).long().clamp_(0, width - 1)
+    row = (points[..., 1] * height).long().clamp_(0, height - 1)
+    return keep.flatten()[(image[:, None] * height + row) * width + column]
+
+
+def kept_pixels(targets: Sequence[Targets], valid: Tensor | None) -> Tensor | None:
+    """Pixels inside the image and outside ignore regions, bool [B, H, W]; None when that is known to be all."""
+    if valid is None and all(t.ignore is None for t in targets):
+        return None
+    keep = []
+    for i, target in enumerate(targets):
+        inside = torch.ones_like(target.ignore) if valid is None and target.ignore is not None else None
+        inside = valid[i] if valid is not None else inside
+        if inside is None:
+            shape = next(t.ignore.shape for t in targets if t.ignore is not None)
+            inside = torch.ones(shape, dtype=torch.bool, device=target.labels.device)
+        keep.append(inside if target.ignore is None else inside & ~target.ignore)
+    return torch.stack(keep)
+
+
+@torch.no_grad()
+def match_layers(
+    class_logits: Sequence[Tensor],
+    mask_logits: Sequence[Tensor],
+    targets: Sequence[Targets],
+    config: LossConfig,
+    points: Tensor,
+    keep: Tensor | None = None,
+) -> Matches:
+    """Assigns queries to targets in every decoder layer, minimising the matching cost.
+
+    cost[k, n] = -cost_class * P_c[k, label_n] + cost_mask * BCE(m_k, g_n) + cost_dice * dice(m_k, g_n), the mask
+    terms at P sampled points. With BCE(x, t) = softplus(x) - x t, both mask terms are one matrix product each per layer
+    and image. All costs, the labels and the emptiness of the masks reach the host in a single copy.
+
+    Args:
+        class_logits: L tensors [B, Q, C+1].
+        mask_logits: L tensors [B, Q, h, w].
+        targets: B targets; an image without instances takes no query.
+        config: the costs' weights.
+        points: float32 [L or 1, B, P, 2], (x, y) in [0, 1]; one row serves every layer.
+        keep: bool [B, H, W], False where masks are not compared; None: everywhere.
+
+    Raises:
+        ValueError: a label outside 0..C-1, a mask without a pixel, or a cost that is not finite (with layer and image).
+
+    Source: Mask2Former (arXiv 2112.01527), `HungarianMatcher`; transformers `Mask2FormerHungarianMatcher`.
+    Deviations: transformers replaces costs that are not finite by the largest float and trains on; here they are an
+    error.
+    """
+    num_layers, (num_queries, num_outputs) = len(class_logits), class_logits[0].shape[1:]
+    blocks: list[tuple[int, int, int]] = []  # (image, layer, N_b)
+    pieces: list[Tensor] = []
+    for image, target in enumerate(targets):
+        count = target.labels.shape[0]
+        if count == 0:
+            continue
+        masks = target.masks.float()
+        labels = target.labels.clamp(0, num_outputs - 1)
+        kept = None
+        for layer in range(num_layers):
+            where = points[layer if points.shape[0] > 1 else 0, image][None]
+            if layer == 0 or points.shape[0] > 1:
+                truth = sample_maps(masks, where.expand(count, -1, -1))
+                if keep is not None:
+                    kept = sample_kept(keep, torch.full((1,), image, device=where.device), where)[0].float()
+            logits = sample_maps(mask_logits[layer][image], where.expand(num_queries, -1, -1))
+            cost = _pairwise_mask_cost(logits, truth, kept, config)
+            cost -= config.cost_class * class_logits[layer][image].float().softmax(-1)[:, labels]
+            blocks.append((image, layer, count))
+            pieces.append(cost.flatten())
+    device = class_logits[0].device
+    if not blocks:
+        none = torch.zeros((num_layers, 0), dtype=torch.int64, device=device)
+        return Matches(none, none, none[0])
+
+    sizes = [piece.numel() for piece in pieces]
+    for target in targets:
+        pieces += [target.labels.float(), target.masks.flatten(1).any(1).float()]
+    host = torch.cat(pieces).cpu().numpy()  # the step's only device-to-host copy
+    _refuse_bad_targets(host[sum(sizes) :], targets, num_outputs - 1)
+    return _assign(
+        np.split(host[: sum(sizes)], np.cumsum(sizes)[:-1]), blocks, targets, num_layers, num_queries, device
+    )
+
+
+def _pairwise_mask_cost(logits: Tensor, truth: Tensor, kept: Tensor | None, config: LossConfig) -> Tensor:
+    """cost_mask * BCE + cost_dice * dice of [Q, P] logits against [N, P] masks over the kept points: [Q, N]."""
+    probs = logits.sigmoid()
+    softplus = F.softplus(logits)
+    num_points: float | Tensor = logits.shape[1]
+    if kept is None:
+        positive, negative = probs.sum(1), softplus.sum(1)
+    else:
+        truth = truth * kept
+        positive, negative, num_points = probs @ kept, softplus @ kept, kept.sum().clamp(min=1)
+    dice = 1 - (2 * (probs @ truth.T) + 1) / (positive[:, None] + truth.sum(1)[None] + 1)
+    cross_entropy = (negative[:, None] - logits @ truth.T) / num_points
+    return config.cost_mask * cross_entropy + config.cost_dice * dice
+
+
+def _refuse_bad_targets(flat: np.ndarray, targets: Sequence[Targets], num_classes: int) -> None:
+    start = 0
+    for image, target in enumerate(targets):
+        count = target.labels.shape[0]
+        labels, filled = flat[start : start + count], flat[start + count : start + 2 * count]
+        start += 2 * count
+        if bad := [int(v) for v in labels if not 0 <= v < num_classes]:
+            raise ValueError(
+                f"targets of image {image}: expected labels in 0..{num_classes - 1} "
+                f"({num_classes} is no-object), got {bad[0]}"
+            )
+        if not filled.all():
+            raise ValueError(
+                f"targets of image {image}: expected masks with at least one pixel, got an empty mask at instance "
+                f"{int(np.flatnonzero(filled == 0)[0])} (drop instances that a crop removes)"
+            )
+
+
+def _assign(
+    costs: list[np.ndarray],
+    blocks: list[tuple[int, int, int]],
+    targets: Sequence[Targets],
+    num_layers: int,
+    num_queries: int,
+    device: torch.device,
+) -> Matches:
+    first_target = np.cumsum([0] + [t.labels.shape[0] for t in targets])
+    query: list[list[np.ndarray]] = [[] for _ in range(num_layers)]
+    target: list[list[np.ndarray]] = [[] for _ in range(num_layers)]
+    image_of: list[np.ndarray] = []
+    for cost, (image, layer, count) in zip(costs, blocks):
+        if not np.isfinite(cost).all():
+            raise ValueError(
+                f"predictions of decoder layer {layer}, image {image}: expected finite logits, got a matching "
+                "cost that is NaN or infinite (training has diverged: lower the learning rate or check the input)"
+            )
+        rows, columns = linear_sum_assignment(cost.reshape(num_queries, count))
+        query[layer].append(image * num_queries + rows)
+        target[layer].append(first_target[image] + columns)
+        if layer == 0:
+            image_of.append(np.full(len(rows), image))
+    stacked = np.stack(
+        [*(np.concatenate(q) for q in query), *(np.concatenate(t) for t in target), np.concatenate(image_of)]
+    ).astype(np.int64)
+    moved = torch.from_numpy(stacked).to(device, non_blocking=True)
+    return Matches(moved[:num_layers], moved[num_layers:-1], moved[-1])

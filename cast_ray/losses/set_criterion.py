@@ -1,0 +1,198 @@
+"""Mask2Former's set loss over all decoder layers, on ground truth and on pseudo-labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cast_ray.losses.matching import Matches, kept_pixels, match_layers, sample_kept, sample_maps
+from cast_ray.recipe import LossConfig
+from cast_ray.records import Predictions, Targets
+
+_MASKS_AT_A_TIME = 32  # bounds the float copy of the bool masks that are sampled
+
+
+@dataclass(frozen=True)
+class LossPoints:
+    """Where masks are compared, (x, y) in [0, 1]; K as in `Matches`, in its order.
+
+    match: float32 [L or 1, B, P, 2], the matcher's points.
+    candidates: float32 [L, K, S, 2], S = int(P * oversample_ratio), of which the int(importance_ratio * P) most
+    uncertain are taken.
+    uniform: float32 [L, K, P - int(importance_ratio * P), 2], taken as they are.
+    """
+
+    match: Tensor
+    candidates: Tensor
+    uniform: Tensor
+
+
+def set_loss(
+    predictions: Predictions,
+    targets: Sequence[Targets],
+    config: LossConfig,
+    *,
+    generator: torch.Generator | None = None,
+    valid: Tensor | None = None,
+    points: LossPoints | None = None,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """L_sup or L_semi: class, mask and dice terms of the matched queries, summed over all decoder layers.
+
+    With m matched to g, w_n the target's weight and u_k that weight, or no_object_weight for unmatched queries:
+    class = sum_l [ sum_k u_k CE_k ] / [ sum_k u_k ],  mask = sum_l [ sum_n w_n mean_p BCE ] / [ sum_n w_n ],
+    dice = sum_l [ sum_n w_n (1 - (2 sum_p m g + 1) / (sum_p m + sum_p g + 1)) ] / [ sum_n w_n ].
+    Each is returned as numerator and denominator so that the caller can sum the denominators over workers; dividing the
+    mask terms by `count.clamp(min=1)` gives Mask2Former's normalisation.
+
+    Args:
+        predictions: L layers; class_logits [B, Q, C+1], mask_logits [B, Q, h, w], any float dtype (float32 inside).
+        targets: B targets, bool masks [N, H, W]; weights count if `config.pseudo_weighting` is "score", else all are 1.
+        config: weights of the matching costs and how points are drawn.
+        generator: source of the random points, on the predictions' device.
+        valid: bool [B, H, W], False on padding; None: no padding. Padding and `Targets.ignore` enter no mask term.
+        points: fixed points instead of drawn ones (tests, benchmarks).
+
+    Returns:
+        {"class", "mask", "dice"} -> (sum, count), 0-d float32 tensors, unweighted; sum has gradients, count none. count
+        is that of one layer. Without any instance mask and dice are (0, 0), still attached to the graph.
+
+    Raises:
+        ValueError: another number of targets than images, a label outside 0..C-1, an empty mask, non-finite logits.
+
+    Source: Mask2Former (arXiv 2112.01527), `SetCriterion`; equal in value and gradient to transformers'
+    `Mask2FormerLoss` for the same points and weights 1. Its known fault: older releases hard-code the matcher's class
+    cost to 1.0, newer ones (5.23) tie it to the loss weight; here it is a field, `LossConfig.cost_class`, 2 by default.
+    It also trains silently on empty masks and on label C (no-object); both are refused here.
+    Deviations: with `config.exact` False the matcher uses one quarter of the points, shared by the layers, and the mask
+    terms use uniform points only.
+    """
+    class_logits, mask_logits = predictions.class_logits, predictions.mask_logits
+    num_images = class_logits[0].shape[0]
+    if len(targets) != num_images:
+        raise ValueError(f"set_loss: expected one Targets per image ({num_images}), got {len(targets)}")
+    keep = kept_pixels(targets, valid)
+    if points is None:
+        points = draw_points(predictions, targets, config, generator)
+    matches = match_layers(class_logits, mask_logits, targets, config, points.match, keep)
+
+    weights = torch.cat([t.weights for t in targets]).float()
+    if config.pseudo_weighting == "hard":
+        weights = torch.ones_like(weights)
+    class_sum, class_count = _class_term(class_logits, targets, matches, weights, config)
+    mask_sum = dice_sum = class_sum.new_zeros(())
+    if matches.query.shape[1] == 0:
+        # Zero, but attached: every mask head gets a gradient on every worker, which DDP needs.
+        mask_sum = dice_sum = sum((logits.flatten()[:1].float().sum() * 0 for logits in mask_logits), mask_sum)
+    else:
+        masks = torch.cat([t.masks for t in targets])
+        for layer, logits in enumerate(mask_logits):
+            mask, dice = _mask_terms(logits, masks, weights, matches, layer, points, keep, config)
+            mask_sum, dice_sum = mask_sum + mask, dice_sum + dice
+    count = weights.sum()
+    return {"class": (class_sum, class_count), "mask": (mask_sum, count), "dice": (dice_sum, count)}
+
+
+def slice_predictions(predictions: Predictions, start: int, stop: int) -> Predictions:
+    """The images start..stop-1 of a batch, as views (labelled and pseudo-labelled parts take the loss apart)."""
+    return Predictions(
+        class_logits=[t[start:stop] for t in predictions.class_logits],
+        mask_logits=[t[start:stop] for t in predictions.mask_logits],
+        features={stride: t[start:stop] for stride, t in predictions.features.items()},
+        auxiliary={name: t[start:stop] for name, t in predictions.auxiliary.items()},
+    )
+
+
+def draw_points(
+    predictions: Predictions, targets: Sequence[Targets], config: LossConfig, generator: torch.Generator | None
+) -> LossPoints:
+    """Random points for `set_loss`, fresh for each layer and image (matcher) and each layer and pair (mask terms)."""
+    num_layers, (num_images, num_queries) = len(predictions.class_logits), predictions.class_logits[0].shape[:2]
+    num_pairs = sum(min(num_queries, t.labels.shape[0]) for t in targets)
+    num_candidates, num_uncertain = _point_counts(config)
+    device = predictions.class_logits[0].device
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(*shape, 2, device=device, generator=generator)
+
+    if config.exact:
+        match = draw(num_layers, num_images, config.num_points)
+    else:
+        match = draw(1, num_images, max(1, config.num_points // 4))
+    return LossPoints(
+        match=match,
+        candidates=draw(num_layers, num_pairs, num_candidates),
+        uniform=draw(num_layers, num_pairs, config.num_points - num_uncertain),
+    )
+
+
+def _point_counts(config: LossConfig) -> tuple[int, int]:
+    """(candidates, uncertain points taken from them)."""
+    if not config.exact:
+        return 0, 0
+    return int(config.num_points * config.oversample_ratio), int(config.num_points * config.importance_ratio)
+
+
+def _class_term(
+    class_logits: Sequence[Tensor], targets: Sequence[Targets], matches: Matches, weights: Tensor, config: LossConfig
+) -> tuple[Tensor, Tensor]:
+    logits = torch.stack([layer.float() for layer in class_logits]).flatten(1, 2)  # [L, B * Q, C+1]
+    num_classes = logits.shape[-1] - 1
+    wanted = torch.full(logits.shape[:2], num_classes, dtype=torch.int64, device=logits.device)
+    importance = torch.full(logits.shape[:2], config.no_object_weight, device=logits.device)
+    if matches.query.shape[1]:
+        labels = torch.cat([t.labels for t in targets])
+        wanted.scatter_(1, matches.query, labels[matches.target])
+        importance.scatter_(1, matches.query, weights[matches.target])
+    losses = F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none")
+    # Every layer matches every target once, so layers share one count (their mean, if N > Q leaves some out).
+    return (losses * importance).sum(), importance.sum(1).mean()
+
+
+def _mask_terms(
+    logits: Tensor,
+    masks: Tensor,
+    weights: Tensor,
+    matches: Matches,
+    layer: int,
+    points: LossPoints,
+    keep: Tensor | None,
+    config: LossConfig,
+) -> tuple[Tensor, Tensor]:
+    """Weighted sums over the pairs of one layer of the point-sampled BCE and dice."""
+    target = matches.target[layer]
+    chosen = logits.flatten(0, 1).index_select(0, matches.query[layer])
+    where = _uncertain_points(chosen, matches.image, points.candidates[layer], keep, config)
+    where = torch.cat([where, points.uniform[layer]], dim=1)
+    with torch.no_grad():
+        truth = torch.cat(
+            [sample_maps(masks[t], p) for t, p in zip(target.split(_MASKS_AT_A_TIME), where.split(_MASKS_AT_A_TIME))]
+        )
+    values = sample_maps(chosen, where)
+    cross_entropy, probs = F.softplus(values) - values * truth, values.sigmoid()
+    if keep is None:
+        mask = cross_entropy.mean(1)
+    else:
+        kept = sample_kept(keep, matches.image, where).float()
+        mask = (cross_entropy * kept).sum(1) / kept.sum(1).clamp(min=1)
+        probs, truth = probs * kept, truth * kept
+    dice = 1 - (2 * (probs * truth).sum(1) + 1) / (probs.sum(1) + truth.sum(1) + 1)
+    return (mask * weights[target]).sum(), (dice * weights[target]).sum()
+
+
+@torch.no_grad()
+def _uncertain_points(
+    logits: Tensor, image: Tensor, candidates: Tensor, keep: Tensor | None, config: LossConfig
+) -> Tensor:
+    """The candidates whose logits are nearest 0, [K, int(importance_ratio * P), 2]; excluded pixels come last."""
+    num_uncertain = _point_counts(config)[1]
+    if num_uncertain == 0:
+        return candidates[:, :0]
+    certainty = sample_maps(logits, candidates).abs()
+    if keep is not None:
+        certainty.masked_fill_(~sample_kept(keep, image, candidates), torch.inf)
+    nearest = certainty.topk(num_uncertain, dim=1, largest=False, sorted=False).indices
+    return candidates.gather(1, nearest[..., None].expand(-1, -1, 2))
