@@ -127,7 +127,7 @@ def _run(tasks: list[tuple], num_processes: int, total: int) -> Iterator[tuple[b
 
 
 def _draw_chunk(task: tuple[str, int, str, int, int]) -> tuple[bytes, list[dict[str, Any]]]:
-    """Draws and writes scenes start..stop of a split: the sha256 of their files, and what the annotations say of them."""
+    """Draws and writes scenes start..stop of a split: the sha256 of their files, and what the annotations say."""
     root, seed, split, start, stop = task
     style = STYLES["source" if split == "source" else "target"]
     split_index = _SPLITS.index(split)
