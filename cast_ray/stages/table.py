@@ -81,6 +81,10 @@ class Table(BaseModel):
             }
         return values
 
+    def paper_dataset(self) -> str:
+        """What the published values were measured on, or an empty string."""
+        return str(_paper_tables()[self.paper].get("dataset", "")) if self.paper else ""
+
     def row_recipe(
         self, row: str, preset: str, scale: str = "demo", seed: int = 0, overrides: Mapping[str, Any] | None = None
     ) -> Recipe:
@@ -131,9 +135,13 @@ def load_table(name_or_path: str | Path) -> Table:
         raise ValueError(f"{path}: {_explain(error)}") from None
 
 
+def _paper_tables() -> dict[str, Any]:
+    return json.loads((resources.files("cast_ray") / "paper" / "tables.json").read_text())
+
+
 def _paper_rows(key: str) -> dict[str, dict[str, float]]:
     """Row name -> column -> value of one of the paper's tables; its first column names the rows."""
-    tables = json.loads((resources.files("cast_ray") / "paper" / "tables.json").read_text())
+    tables = _paper_tables()
     known = [name for name, table in tables.items() if isinstance(table, dict)]
     if key not in known:
         raise ValueError(f"paper: unknown table {key!r}{_nearest(key, known)}")

@@ -1,0 +1,185 @@
+"""Contact sheets: each image beside its ground truth, its pseudo-labels and the student's answer, as one PNG."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from pycocotools import mask as coco_mask
+from scipy import ndimage
+
+CONTACT_SHEET = "samples.png"
+"""Where a run folder keeps its sheet; the report shows a file of this name."""
+FILL_OPACITY = 0.28
+GAP_PX = 6
+HEADER_PX = 26
+MAX_CELL_PX = 420
+PAPER = (250, 250, 250)
+INK = (25, 25, 25)
+
+
+def class_colours(num_classes: int) -> list[tuple[int, int, int]]:
+    """One well-separated colour per class: steps of the golden angle round the hue circle, alternating brightness."""
+    colours = []
+    for i in range(num_classes):
+        r, g, b = colorsys.hsv_to_rgb((0.02 + i * 0.618034) % 1.0, (0.95, 0.75)[i // 5 % 2], (1.0, 0.85)[i // 3 % 2])
+        colours.append((round(255 * r), round(255 * g), round(255 * b)))
+    return colours
+
+
+def contact_sheet(
+    images: Sequence[np.ndarray],
+    columns: Sequence[tuple[str, Sequence[Sequence[Mapping[str, Any]]]]],
+    class_names: Sequence[str],
+    path: str | Path,
+    upscale: int = 4,
+) -> Path:
+    """Writes one PNG with a row per image: the image, then one panel per column with its instances drawn on it.
+
+    Args:
+        images: uint8 [H, W, 3] each, sizes may differ.
+        columns: (title, per image its instances); an instance has `rle` (COCO compressed counts at the image's height
+            x width: bytes, str, or a dict with `counts`), `label` in 0..C-1 and optionally `score` in 0..1.
+        class_names: C names.
+        path: PNG to write.
+        upscale: whole factor for small images; lowered where a panel would pass 420 px, and larger images shrink to it.
+
+    Returns:
+        the path.
+
+    Raises:
+        ValueError: no image, a column of another length, a label outside the class list, or an RLE of another size.
+    """
+    if not images:
+        raise ValueError("contact sheet: expected at least one image, got none")
+    for title, per_image in columns:
+        if len(per_image) != len(images):
+            raise ValueError(f"contact sheet: column {title!r} has {len(per_image)} entries for {len(images)} images")
+    colours = class_colours(len(class_names))
+    panels = []
+    for i, image in enumerate(images):
+        base = Image.fromarray(np.ascontiguousarray(image)).convert("RGB")
+        size = _panel_size(base.size, upscale)
+        # nearest: a 64 px image stays what the model saw, instead of a blur
+        plain = base.resize(size, Image.Resampling.NEAREST if size[0] >= base.size[0] else Image.Resampling.LANCZOS)
+        panels.append([plain, *(_draw_panel(plain, base.size, per[i], class_names, colours) for _, per in columns)])
+    sheet = _assemble(panels, ["image", *(title for title, _ in columns)])
+    _draw_legend(sheet, class_names, colours).save(path)
+    return Path(path)
+
+
+def _panel_size(size: tuple[int, int], upscale: int) -> tuple[int, int]:
+    longest = max(size)
+    factor = max(1, min(upscale, MAX_CELL_PX // longest)) if longest <= MAX_CELL_PX else MAX_CELL_PX / longest
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+
+
+def _decode(instance: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
+    rle = instance["rle"]
+    if isinstance(rle, Mapping):
+        height, width = rle.get("size", (size[1], size[0]))
+        if (height, width) != (size[1], size[0]):
+            raise ValueError(f"contact sheet: an RLE of {height}x{width} on an image of {size[1]}x{size[0]}")
+        rle = rle["counts"]
+    counts = rle.encode() if isinstance(rle, str) else bytes(rle)
+    return coco_mask.decode({"size": [size[1], size[0]], "counts": counts}).astype(bool)
+
+
+def _draw_panel(
+    plain: Image.Image,
+    size: tuple[int, int],
+    instances: Sequence[Mapping[str, Any]],
+    class_names: Sequence[str],
+    colours: Sequence[tuple[int, int, int]],
+) -> Image.Image:
+    pixels = np.asarray(plain).astype(np.float32)
+    labels = []
+    # weakest first, so that the surest answer lies on top
+    for instance in sorted(instances, key=lambda i: float(i.get("score", 1.0))):
+        label = int(instance["label"])
+        if not 0 <= label < len(class_names):
+            raise ValueError(f"contact sheet: label {label} outside the {len(class_names)} classes")
+        mask = np.asarray(Image.fromarray(_decode(instance, size)).resize(plain.size, Image.Resampling.NEAREST))
+        if not mask.any():
+            continue
+        colour = np.array(colours[label], np.float32)
+        pixels[mask] += FILL_OPACITY * (colour - pixels[mask])
+        # one dark pixel outside the coloured edge: the contour shows on any background
+        pixels[ndimage.binary_dilation(mask) & ~mask] = 20
+        pixels[mask & ~ndimage.binary_erosion(mask, border_value=1)] = colour
+        ys, xs = np.nonzero(mask)
+        score = instance.get("score")
+        text = class_names[label] + (f" {score:.2f}" if score is not None else "")
+        labels.append((text, int(xs.mean()), int(ys.mean()), colours[label]))
+    panel = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    _draw_labels(panel, labels)
+    return panel
+
+
+def _draw_labels(panel: Image.Image, labels: Sequence[tuple[str, int, int, tuple[int, int, int]]]) -> None:
+    """Writes each label at its instance's middle, moved down or up where it would cover another."""
+    draw = ImageDraw.Draw(panel)
+    font = _font(12 if panel.width >= 160 else 9)
+    taken: list[tuple[int, int, int, int]] = []
+    for text, x, y, colour in reversed(labels):  # the surest keeps its place
+        left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+        width, height = int(right - left) + 5, int(bottom - top) + 4
+        x0 = min(max(x - width // 2, 0), max(panel.width - width, 0))
+        room = max(panel.height - height, 0)
+        tries = [min(max(y - height // 2 + sign * k * (height + 1), 0), room) for k in range(12) for sign in (1, -1)]
+        boxes = [(x0, y0, x0 + width, y0 + height) for y0 in tries]
+        place = next((b for b in boxes if not any(_overlap(b, t) for t in taken)), boxes[0])
+        taken.append(place)
+        draw.rectangle(place, fill=(20, 20, 20), outline=colour)
+        draw.text((place[0] + 3 - left, place[1] + 2 - top), text, fill=(255, 255, 255), font=font)
+
+
+def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _assemble(panels: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> Image.Image:
+    column_width = max(p.width for row in panels for p in row)
+    row_heights = [max(p.height for p in row) for row in panels]
+    width = GAP_PX + len(titles) * (column_width + GAP_PX)
+    sheet = Image.new("RGB", (width, HEADER_PX + sum(h + GAP_PX for h in row_heights)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, title in enumerate(titles):
+        draw.text((GAP_PX + i * (column_width + GAP_PX), 6), title, fill=INK, font=_font(14))
+    y = HEADER_PX
+    for row, height in zip(panels, row_heights):
+        for i, panel in enumerate(row):
+            sheet.paste(panel, (GAP_PX + i * (column_width + GAP_PX), y))
+        y += height + GAP_PX
+    return sheet
+
+
+def _draw_legend(
+    sheet: Image.Image, class_names: Sequence[str], colours: Sequence[tuple[int, int, int]]
+) -> Image.Image:
+    """The sheet with the classes' colours below (as many as fit on four lines)."""
+    font, line_px = _font(12), 20
+    entries, x, y = [], GAP_PX, sheet.height
+    for name, colour in zip(class_names, colours):
+        entry_px = 20 + int(font.getlength(name)) + 12
+        if x + entry_px > sheet.width and x > GAP_PX:
+            x, y = GAP_PX, y + line_px
+        if y >= sheet.height + 4 * line_px:
+            break
+        entries.append((name, colour, x, y))
+        x += entry_px
+    full = Image.new("RGB", (sheet.width, (entries[-1][3] if entries else sheet.height) + line_px + 4), PAPER)
+    full.paste(sheet)
+    draw = ImageDraw.Draw(full)
+    for name, colour, left, top in entries:
+        draw.rectangle((left, top + 2, left + 13, top + 15), fill=colour, outline=INK)
+        draw.text((left + 19, top + 2), name, fill=INK, font=font)
+    return full
+
+
+def _font(size_px: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size_px)
