@@ -88,7 +88,7 @@ class RowSummary:
 
 @dataclass(frozen=True)
 class StageSummary:
-    """One unique stage (by fingerprint) and the rows and seeds that used it. `was_stored`: no row of this run had to run it."""
+    """One unique stage (by fingerprint) and the rows and seeds that used it. `was_stored`: none of them ran it."""
 
     name: str
     kind: str
