@@ -10,7 +10,7 @@ from PIL import Image
 from cast_ray.datasets.paths import read_bytes
 
 # EPS and friends run interpreters or open other files: only plain raster formats are tried.
-_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "MPO")
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
 
 
 def read_image(uri: str, max_pixels: int = 178_956_970) -> np.ndarray:
