@@ -18,6 +18,7 @@ FILL_OPACITY = 0.28
 GAP_PX = 6
 HEADER_PX = 26
 MAX_CELL_PX = 420
+MAX_LEGEND = 12
 PAPER = (250, 250, 250)
 INK = (25, 25, 25)
 
@@ -68,7 +69,10 @@ def contact_sheet(
         plain = base.resize(size, Image.Resampling.NEAREST if size[0] >= base.size[0] else Image.Resampling.LANCZOS)
         panels.append([plain, *(_draw_panel(plain, base.size, per[i], class_names, colours) for _, per in columns)])
     sheet = _assemble(panels, ["image", *(title for title, _ in columns)])
-    _draw_legend(sheet, class_names, colours).save(path)
+    drawn = {int(instance["label"]) for _, per_image in columns for each in per_image for instance in each}
+    # eighty classes would bury the few that are on the sheet
+    shown = range(len(class_names)) if len(class_names) <= MAX_LEGEND else sorted(drawn)
+    _draw_legend(sheet, [class_names[i] for i in shown], [colours[i] for i in shown]).save(path)
     return Path(path)
 
 
@@ -161,15 +165,13 @@ def _assemble(panels: Sequence[Sequence[Image.Image]], titles: Sequence[str]) ->
 def _draw_legend(
     sheet: Image.Image, class_names: Sequence[str], colours: Sequence[tuple[int, int, int]]
 ) -> Image.Image:
-    """The sheet with the classes' colours below (as many as fit on four lines)."""
+    """The sheet with the classes' colours below, wrapped into lines."""
     font, line_px = _font(12), 20
     entries, x, y = [], GAP_PX, sheet.height
     for name, colour in zip(class_names, colours):
         entry_px = 20 + int(font.getlength(name)) + 12
         if x + entry_px > sheet.width and x > GAP_PX:
             x, y = GAP_PX, y + line_px
-        if y >= sheet.height + 4 * line_px:
-            break
         entries.append((name, colour, x, y))
         x += entry_px
     full = Image.new("RGB", (sheet.width, (entries[-1][3] if entries else sheet.height) + line_px + 4), PAPER)

@@ -80,7 +80,9 @@ def _draw_panels(panels: Sequence[tuple[list[tuple[str, list[int], list[float]]]
     handles = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels())))
     for axes in figure.axes[1:]:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels())))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(rows), 6), frameon=False)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(rows), 2 * columns), frameon=False
+    )
     figure.savefig(path, dpi=110)
     return True
 
