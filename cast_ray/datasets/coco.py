@@ -5,32 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import posixpath
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import fs
 
-from cast_ray.datasets.paths import absolute, is_uri, join, read_bytes, resolve
+from cast_ray.datasets.coco_document import (
+    TRAIN_NAMES,
+    VAL_NAMES,
+    check_folder,
+    check_references,
+    find_annotation_file,
+    read_categories,
+    read_document,
+)
+from cast_ray.datasets.image_files import check_bad, find_images, image_dirs_of
+from cast_ray.datasets.paths import absolute, is_uri, join
 from cast_ray.datasets.segmentations import encode_segmentation
 from cast_ray.recipe import DataConfig
 from cast_ray.records import INSTANCE_TYPE, RECORD_SCHEMA, Category, DatasetSplits, encode_image_id
-
-MAX_IMAGE_PIXELS = 178_956_970
-_TRAIN_NAMES = (
-    "instances.json",
-    "annotations.json",
-    "annotations/instances_train*.json",
-    "annotations/instances.json",
-    "instances_train*.json",
-    "train/_annotations.coco.json",
-    "annotations/*.json",
-)
-_VAL_NAMES = ("annotations/instances_val*.json", "instances_val*.json", "valid/_annotations.coco.json")
-_OTHER_TASKS = ("captions_*", "person_keypoints_*", "panoptic_*", "stuff_*", "*_val*", "val*", "*_test*", "test*")
 
 
 @dataclass
@@ -62,19 +56,20 @@ def load(config: DataConfig) -> DatasetSplits:
     if not config.root:
         raise ValueError("data.root is empty: expected the folder of a COCO-format dataset (--set data.root=DIR)")
     root = absolute(config.root)
-    _check_folder(root, config.root)
-    train_file = _annotation_file(root, config.annotations, "data.annotations", _TRAIN_NAMES)
-    val_file = _annotation_file(root, config.val_annotations, "data.val_annotations", _VAL_NAMES, required=False)
+    check_folder(root, config.root)
+    train_file = find_annotation_file(root, config.annotations, "data.annotations", TRAIN_NAMES)
+    val_file = find_annotation_file(root, config.val_annotations, "data.val_annotations", VAL_NAMES)
     if train_file is None:
-        raise AssertionError("a required annotation file was neither found nor refused")
+        looked_for = ", ".join(TRAIN_NAMES)
+        raise ValueError(f"{root}: no annotation file found (looked for {looked_for}): name it by data.annotations")
     bad = config.max_bad_fraction
     if val_file is None or val_file == train_file:
-        whole = read_annotations(root, train_file, _image_dirs(config.image_dir, train_file, "train"), bad)
+        whole = read_annotations(root, train_file, image_dirs_of(config.image_dir, train_file, "train"), bad)
         train, val = _hold_out(whole.table, config.val_fraction, train_file)
         parts = [whole]
     else:
-        first = read_annotations(root, train_file, _image_dirs(config.image_dir, train_file, "train"), bad)
-        second = read_annotations(root, val_file, _image_dirs(config.val_image_dir, val_file, "val"), bad)
+        first = read_annotations(root, train_file, image_dirs_of(config.image_dir, train_file, "train"), bad)
+        second = read_annotations(root, val_file, image_dirs_of(config.val_image_dir, val_file, "val"), bad)
         _check_same_categories(first.categories, second.categories, train_file, val_file)
         train, val, parts = first.table, second.table, [first, second]
     return DatasetSplits(
@@ -95,20 +90,23 @@ def read_annotations(
     Args:
         root: folder of the dataset; no image outside it is taken.
         annotation_file: relative to root, or an absolute path or URI.
-        image_dirs: folders relative to root that may hold the images; the one that holds most of them is taken.
+        image_dirs: folders relative to root that may hold the images; the one that holds most of them is taken. A
+            single absolute path or URI stands for the root of the images.
         max_bad_fraction: the share of unusable images, or of unusable annotations, that is still accepted.
 
     Raises:
         ValueError: see `load`.
     """
-    document, sha256 = _read_document(root, annotation_file)
-    categories = _read_categories(document["categories"], annotation_file)
+    document, sha256 = read_document(root, annotation_file)
+    categories = read_categories(document["categories"], annotation_file)
     images, annotations = document["images"], document["annotations"]
-    _check_references(images, annotations, categories, annotation_file)
-    found, skipped = _find_images(root, images, image_dirs, annotation_file)
+    check_references(images, annotations, categories, annotation_file)
+    if len(image_dirs) == 1 and (posixpath.isabs(image_dirs[0]) or is_uri(image_dirs[0])):
+        root, image_dirs = image_dirs[0], [""]
+    found, skipped = find_images(root, images, image_dirs, annotation_file)
     row_of = {images[index]["id"]: row for row, (index, _, _) in enumerate(found)}
     shapes = [(images[index]["height"], images[index]["width"]) for index, _, _ in found]
-    _check_bad(skipped, "images", len(images), max_bad_fraction, annotation_file)
+    check_bad(skipped, "images", len(images), max_bad_fraction, annotation_file)
     bad_images = len(skipped)
 
     rows, category_ids, rles, crowds = [], [], [], []
@@ -125,7 +123,7 @@ def read_annotations(
         rows.append(row)
         category_ids.append(annotation["category_id"])
         crowds.append(bool(annotation.get("iscrowd", 0)))
-    _check_bad(skipped[bad_images:], "annotations", len(annotations), max_bad_fraction, annotation_file)
+    check_bad(skipped[bad_images:], "annotations", len(annotations), max_bad_fraction, annotation_file)
     table = pa.Table.from_arrays(
         [
             pa.array([encode_image_id(images[index]["id"]) for index, _, _ in found], pa.string()),
@@ -157,191 +155,6 @@ def _instance_lists(
     return pa.ListArray.from_arrays(pa.array(offsets), instances)
 
 
-def _check_folder(root: str, given: str) -> None:
-    filesystem, path = resolve(root)
-    try:
-        info = filesystem.get_file_info(path)
-    except OSError as error:
-        raise ValueError(f"data.root: {given} cannot be read ({_first_line(error)})") from None
-    if info.type != fs.FileType.Directory:
-        what = "is a file" if info.type == fs.FileType.File else "does not exist"
-        raise ValueError(f"data.root: {given} {what}: expected the folder of a COCO-format dataset")
-
-
-def _annotation_file(root: str, given: str, key: str, names: Sequence[str], required: bool = True) -> str | None:
-    filesystem, base = resolve(root)
-    if given:
-        target, path = resolve(given if is_uri(given) else join(root, given))
-        if target.get_file_info(path).type != fs.FileType.File:
-            raise ValueError(f"{key}: {given} is not a file below {root}")
-        return given
-    listed: dict[str, list[str]] = {}
-    for pattern in names:
-        folder, name = posixpath.split(pattern)
-        if folder not in listed:
-            selector = fs.FileSelector(posixpath.join(base, folder), allow_not_found=True)
-            listed[folder] = [f.base_name for f in filesystem.get_file_info(selector) if f.is_file]
-        matches = sorted(n for n in listed[folder] if fnmatch(n, name))
-        if name == "*.json":
-            matches = [n for n in matches if not any(fnmatch(n, other) for other in _OTHER_TASKS)]
-        if len(matches) > 1:
-            raise ValueError(f"{root}: several annotation files fit ({', '.join(matches[:4])}): name one by {key}")
-        if matches:
-            return posixpath.join(folder, matches[0])
-    if required:
-        raise ValueError(f"{root}: no annotation file found (looked for {', '.join(names)}): name it by {key}")
-    return None
-
-
-def _image_dirs(given: str, annotation_file: str, split: str) -> list[str]:
-    if given:
-        return [given]
-    beside = "" if is_uri(annotation_file) else posixpath.dirname(annotation_file)
-    return list(dict.fromkeys([f"{split}*", "images", f"images/{split}*", "", beside]))
-
-
-def _read_document(root: str, file: str) -> tuple[dict[str, Any], str]:
-    try:
-        content = read_bytes(file if is_uri(file) else join(root, file))
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read ({_first_line(error)})") from None
-    sha256 = hashlib.sha256(content).hexdigest()
-    try:
-        document = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON ({_first_line(error)})") from None
-    if not isinstance(document, dict):
-        raise ValueError(f"{file}: not COCO: expected an object with images, annotations, categories, got a list")
-    for name in ("images", "annotations", "categories"):
-        value = document.get(name)
-        if not isinstance(value, list):
-            got = f"of type {type(value).__name__}" if name in document else "missing"
-            raise ValueError(f"{file}: not COCO: {name!r} is {got}: expected a list")
-        for index, entry in enumerate(value):
-            if not isinstance(entry, dict):
-                raise ValueError(f"{file}: not COCO: {name}[{index}] is of type {type(entry).__name__}")
-    if not document["images"]:
-        raise ValueError(f"{file}: 'images' is empty: expected at least one image")
-    return document, sha256
-
-
-def _read_categories(entries: list[dict[str, Any]], file: str) -> tuple[Category, ...]:
-    if not entries:
-        raise ValueError(f"{file}: 'categories' is empty: expected at least one class")
-    categories: dict[int, Category] = {}
-    for index, entry in enumerate(entries):
-        identifier, name = entry.get("id"), entry.get("name")
-        if type(identifier) is not int or not -(2**63) <= identifier < 2**63:
-            raise ValueError(f"{file}: categories[{index}].id is {identifier!r}: expected a 64-bit integer")
-        if not isinstance(name, str):
-            raise ValueError(f"{file}: categories[{index}].name is {name!r}: expected a string")
-        if identifier in categories:
-            raise ValueError(f"{file}: categories[{index}].id is {identifier} for the second time")
-        categories[identifier] = Category(identifier, name)
-    return tuple(categories.values())
-
-
-def _check_references(
-    images: list[dict[str, Any]], annotations: list[dict[str, Any]], categories: Iterable[Category], file: str
-) -> None:
-    image_ids = set()
-    for index, image in enumerate(images):
-        identifier = image.get("id")
-        if type(identifier) not in (int, str):
-            raise ValueError(f"{file}: images[{index}].id is {identifier!r}: expected an integer or a string")
-        if identifier in image_ids:
-            raise ValueError(f"{file}: images[{index}].id is {identifier!r} for the second time")
-        image_ids.add(identifier)
-    category_ids = {category.id for category in categories}
-    for index, annotation in enumerate(annotations):
-        for name, known in (("image_id", image_ids), ("category_id", category_ids)):
-            value = annotation.get(name)
-            if type(value) not in (int, str) or value not in known:
-                kind = name.removesuffix("_id")
-                got = f"is {value!r}" if name in annotation else "is missing"
-                raise ValueError(
-                    f"{file}: annotations[{index}].{name} {got} (annotation id {annotation.get('id')!r}): "
-                    f"no such {kind}"
-                )
-
-
-def _find_images(
-    root: str, images: list[dict[str, Any]], image_dirs: Sequence[str], file: str
-) -> tuple[list[tuple[int, str, int]], list[dict[str, str]]]:
-    """(index in the file, path below root, bytes) of every usable image, and the others with their reason."""
-    names = [image.get("file_name") for image in images]
-    folder, files = _list_images(root, names, image_dirs)
-    found, skipped = [], []
-    for index, (image, name) in enumerate(zip(images, names)):
-        size = 0
-        path = ""
-        reason = _bad_size(image)
-        if not isinstance(name, str) or not name or "\0" in name:
-            reason = f"file_name is {name!r}: expected a string"
-        elif not reason:
-            path = posixpath.normpath(posixpath.join(folder, name))
-            if posixpath.isabs(name) or is_uri(name) or path == ".." or path.startswith("../"):
-                reason = "file_name leaves the dataset's folder"
-            elif path not in files:
-                reason = "the file is missing"
-            elif not (size := files[path]):
-                reason = "the file is empty"
-        if reason:
-            skipped.append({"kind": "image", "id": str(image["id"]), "file": str(name), "reason": reason})
-        else:
-            found.append((index, path, size))
-    if not found:
-        raise ValueError(f"{file}: no usable image of {len(images)}: {_reasons(skipped)}")
-    return found, skipped
-
-
-def _bad_size(image: dict[str, Any]) -> str:
-    for name in ("height", "width"):
-        if type(image.get(name)) is not int or image[name] < 1:
-            return f"{name} is {str(image.get(name))[:40]}: expected a number of pixels"
-    if image["height"] * image["width"] > MAX_IMAGE_PIXELS:
-        return f"{image['width']} x {image['height']} pixels, at most {MAX_IMAGE_PIXELS} are read"
-    return ""
-
-
-def _list_images(root: str, names: list[Any], image_dirs: Sequence[str]) -> tuple[str, dict[str, int]]:
-    """The folder below root that the file names are relative to, and path below root -> bytes of what lies there.
-
-    Folders are listed once instead of asking for each file: 118,000 requests to an object store would take an hour.
-    """
-    filesystem, base = resolve(root)
-    base = base.rstrip("/")
-    usable = [n for n in names if isinstance(n, str) and n and "\0" not in n and not posixpath.isabs(n)]
-    probe = usable[:: max(1, len(usable) // 16)][:16]
-    folders = [f for pattern in image_dirs for f in _expand(filesystem, base, pattern)]
-    best, hits = folders[0] if folders else "", -1
-    for folder in folders:
-        paths = [posixpath.normpath(posixpath.join(base, folder, name)) for name in probe]
-        score = sum(info.is_file for info in filesystem.get_file_info(paths)) if paths else 0
-        if score > hits:
-            best, hits = folder, score
-    wanted = {posixpath.normpath(posixpath.join(best, posixpath.dirname(name))) for name in usable}
-    files: dict[str, int] = {}
-    for folder in sorted(wanted):
-        if folder == ".." or folder.startswith(("../", "/")):
-            continue
-        selector = fs.FileSelector(posixpath.normpath(posixpath.join(base, folder)), allow_not_found=True)
-        for info in filesystem.get_file_info(selector):
-            if info.is_file:
-                files[posixpath.normpath(posixpath.join(folder, info.base_name))] = info.size
-    return best, files
-
-
-def _expand(filesystem: fs.FileSystem, base: str, pattern: str) -> list[str]:
-    if "*" not in pattern:
-        return [pattern]
-    folder, name = posixpath.split(pattern)
-    selector = fs.FileSelector(posixpath.join(base, folder), allow_not_found=True)
-    listed = filesystem.get_file_info(selector)
-    found = sorted(i.base_name for i in listed if i.type == fs.FileType.Directory and fnmatch(i.base_name, name))
-    return [posixpath.join(folder, n) for n in found]
-
-
 def _hold_out(table: pa.Table, val_fraction: float, file: str) -> tuple[pa.Table, pa.Table]:
     if table.num_rows < 2:
         raise ValueError(f"{file}: {table.num_rows} usable image: expected at least 2, one of them for validation")
@@ -363,25 +176,9 @@ def _check_same_categories(
         )
 
 
-def _check_bad(skipped: list[dict[str, str]], kind: str, total: int, max_bad_fraction: float, file: str) -> None:
-    if len(skipped) > max_bad_fraction * total:
-        raise ValueError(
-            f"{file}: {len(skipped)} of {total} {kind} skipped, above data.max_bad_fraction={max_bad_fraction}: "
-            f"{_reasons(skipped)}"
-        )
-
-
-def _reasons(skipped: list[dict[str, str]]) -> str:
-    return "; ".join(f"{s['kind']} {s['id']} ({s['file'][:80]}): {s['reason']}" for s in skipped[:3])
-
-
 def _content_hash(parts: Sequence[AnnotatedImages]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.annotation_sha256.encode())
         digest.update(json.dumps(sorted(part.sizes)).encode())
     return digest.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -45,8 +45,8 @@ def read_image(uri: str, max_pixels: int = 178_956_970) -> np.ndarray:
             return _to_rgb(image)
     except _TooLarge as error:
         raise ValueError(f"{uri}: {error}") from None
-    except Image.DecompressionBombError:
-        raise ValueError(f"{uri}: more pixels than the {max_pixels} that are read") from None
+    except Image.DecompressionBombError as error:  # Pillow's own limit, equal to the default of max_pixels
+        raise ValueError(f"{uri}: {error}") from None
     except Image.UnidentifiedImageError:
         raise ValueError(f"{uri}: not an image of a known format") from None
     except Exception as error:  # decoders fail on hostile bytes with anything (SyntaxError, struct.error, ...)

@@ -91,7 +91,7 @@ def test_bad_files_are_named(tmp_path, rgb):
         "text.png": (b"<html>404</html>", "not an image"),
         "script.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not an image"),
         "bomb.png": (_png(60_000, 60_000), "pixels"),
-        "large.png": (_png(14_000, 14_000), "at most 178956970"),
+        "large.png": (_png(14_000, 14_000), "exceeds limit of 178956970"),
         "floats.tif": (floats.getvalue(), "floating-point"),
     }
     for name, (content, reason) in hostile.items():
