@@ -308,7 +308,7 @@ class _Cropped:
             out_rows, out_columns = g.place()
             dense[:, out_rows, out_columns] = planes[:, columns][:, :, rows].transpose(0, 2, 1)
         crowd = np.array([i["is_crowd"] for i in instances], dtype=bool)
-        visible = dense.reshape(len(instances), -1).sum(1)
+        visible = dense.sum((1, 2))
         kept = ~crowd & (visible >= MIN_VISIBLE_PX)
         self.crowd = dense[crowd].any(0)
         self.masks = dense[kept]
