@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 # Rows in black-and-white print and for colour-blind readers: the Okabe-Ito colours, then dashes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":")
+SHARED = "shared by rows"
 PANEL_INCHES = (4.6, 3.4)
 
 
@@ -36,7 +37,7 @@ def margins_figure(results: Sequence[dict[str, Any]], path: str | Path) -> bool:
 
 
 def curves_figure(results: Sequence[dict[str, Any]], path: str | Path) -> bool:
-    """Draws the loss of each training stage over steps, one panel per stage, one line per row and seed.
+    """Draws the loss of each training stage over steps, one panel per stage, one line per run of it (rows that share one are drawn once).
 
     Returns False, and writes no file, when no result holds curves.
     """
@@ -53,18 +54,23 @@ def _draw(
 def _lines(
     results: Sequence[dict[str, Any]], section: str, stage: str, key: str
 ) -> Iterator[tuple[str, list[int], list[float]]]:
-    """(row, steps, values) of each result that has the key."""
-    for result in results:
+    """(name, steps, values) of each run of a stage: its row, or the rows that shared it."""
+    runs: dict[Any, tuple[dict[str, None], list[dict[str, Any]]]] = {}
+    for i, result in enumerate(results):
         points = [p for p in (result.get(section) or {}).get(stage) or [] if p.get(key) is not None]
+        prints = [s["fingerprint"] for s in result.get("stages") or [] if s["name"] == stage]
         if points:
-            yield result["row"], [p["step"] for p in points], [p[key] for p in points]
+            rows, _ = runs.setdefault(prints[0] if prints else i, ({}, points))
+            rows[result["row"]] = None
+    for rows, points in runs.values():
+        yield " & ".join(rows) if len(rows) < 3 else SHARED, [p["step"] for p in points], [p[key] for p in points]
 
 
 def _draw_panels(panels: Sequence[tuple[list[tuple[str, list[int], list[float]]], str]], path: str | Path) -> bool:
     panels = [(lines, label) for lines, label in panels if lines]
     if not panels:
         return False
-    rows = list(dict.fromkeys(row for lines, _ in panels for row, _, _ in lines))
+    rows = sorted(dict.fromkeys(row for lines, _ in panels for row, _, _ in lines), key=lambda row: row == SHARED)
     columns = min(len(panels), 3)
     height = -(-len(panels) // columns)
     # The canvas is named, so that no display and no global pyplot state is needed inside a worker or a thread.
@@ -81,7 +87,11 @@ def _draw_panels(panels: Sequence[tuple[list[tuple[str, list[int], list[float]]]
     for axes in figure.axes[1:]:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels())))
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(rows), 2 * columns), frameon=False
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=min(len(rows), 2 * columns if max(map(len, rows)) < 20 else columns),
+        frameon=False,
     )
     figure.savefig(path, dpi=110)
     return True
@@ -94,7 +104,7 @@ def _draw_lines(axes: Axes, lines: Sequence[tuple[str, list[int], list[float]]],
         axes.plot(
             steps,
             values,
-            color=COLOURS[i % len(COLOURS)],
+            color="#777777" if row == SHARED else COLOURS[i % len(COLOURS)],
             linestyle=DASHES[i // len(COLOURS) % len(DASHES)],
             linewidth=1.4,
             marker="." if len(steps) == 1 else "",

@@ -31,6 +31,7 @@ METRIC_LABELS = {
     "distill/fnr": "FNR",
 }
 NEAR_ZERO_AP = 1.0
+DATASET_COUNTS = {"num_labelled": "labelled", "num_unlabelled": "unlabelled", "num_val": "validation"}
 
 
 @dataclass(frozen=True)
@@ -228,9 +229,10 @@ def _with_final_diagnostics(result: Result) -> Result:
     """Adds the last diagnostics of a stage to the metrics: `distill/margin`, `distill/fnr`."""
     metrics = dict(result.get("metrics") or {})
     for stage, points in (result.get("diagnostics") or {}).items():
-        for key, value in (points[-1] if points else {}).items():
-            if key != "step" and isinstance(value, int | float):
-                metrics.setdefault(f"{stage}/{key}", value)
+        for point in reversed(points):  # not each point has each key: FNR needs labelled pixels among the anchors
+            for key, value in point.items():
+                if key != "step" and isinstance(value, int | float) and math.isfinite(value):
+                    metrics.setdefault(f"{stage}/{key}", value)
     return {**result, "metrics": metrics}
 
 
@@ -331,8 +333,8 @@ def _context(results: Sequence[Result]) -> dict[str, str]:
         context["recipe"] = f"preset {recipe.get('preset')}, scale {recipe.get('scale')}"
     if data := first.get("dataset"):
         context["dataset"] = (
-            f"{data['num_labelled']} labelled, {data['num_unlabelled']} unlabelled, {data['num_val']} validation "
-            f"images, {len(data['classes'])} classes"
+            ", ".join(f"{data[key]} {what}" for key, what in DATASET_COUNTS.items() if data.get(key) is not None)
+            + f" images, {len(data['classes'])} classes"
             + (f", {data['skipped']} unusable skipped" if data.get("skipped") else "")
         )
     return context

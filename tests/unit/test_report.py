@@ -14,6 +14,7 @@ from pycocotools import mask as coco_mask
 from rich.console import Console
 
 from cast_ray.report.overlays import CONTACT_SHEET, class_colours, contact_sheet
+from cast_ray.report.plots import SHARED, _lines
 from cast_ray.report.results import Report, read_results, summarise
 from cast_ray.report.tables import markdown_page, print_report, terminal_table, write_report
 from cast_ray.stages.table import Table, load_table
@@ -200,6 +201,26 @@ def test_write_report_leaves_files_that_agree(tmp_path: Path) -> None:
         image = Image.open(written[figure])
         assert image.width > 300 and len(np.unique(np.asarray(image.convert("L")))) > 20
     assert write_report(run).keys() == written.keys()  # again, over the old files
+
+
+def test_a_shared_stage_is_drawn_once() -> None:
+    curve = {"pretrain": [{"step": 1, "loss": 2.0}], "distill": [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]}
+    results = [result(row, curves=curve) for row in ROWS]
+    results[1]["stages"][2]["fingerprint"] = results[0]["stages"][2]["fingerprint"]
+    shared = list(_lines(results, "curves", "pretrain", "loss"))
+    assert shared == [(SHARED, [1], [2.0])]
+    assert [name for name, _, _ in _lines(results, "curves", "distill", "loss")] == [
+        "sup & sup+semi",
+        "sup+pxl",
+        "sup+semi+pxl",
+    ]
+
+
+def test_the_last_known_diagnostics_count(tmp_path: Path) -> None:
+    points = [{"step": 0, "margin": 0.1, "fnr": 0.3}, {"step": 20, "margin": 0.2, "fnr": float("nan")}]
+    report = report_of(tmp_path, [result("sup", diagnostics={"distill": points})])
+    assert report.rows[0].cells["distill/margin"].mean == 0.2
+    assert report.rows[0].cells["distill/fnr"].mean == 0.3
 
 
 def test_no_figure_without_points(tmp_path: Path) -> None:
