@@ -37,7 +37,7 @@ def margins_figure(results: Sequence[dict[str, Any]], path: str | Path) -> bool:
 
 
 def curves_figure(results: Sequence[dict[str, Any]], path: str | Path) -> bool:
-    """Draws the loss of each training stage over steps, one panel per stage, one line per run of it (rows that share one are drawn once).
+    """Draws the loss of each training stage over steps: a panel per stage, a line per run of it (shared ones once).
 
     Returns False, and writes no file, when no result holds curves.
     """

@@ -10,118 +10,15 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from scipy import stats
 
+from cast_ray.report.content import METRIC_LABELS, Cell, Difference, Failure, Report, Result, RowSummary, StageSummary
+from cast_ray.report.notes import context_of, notes_of
 from cast_ray.stages.table import Table, load_table
-
-Result = dict[str, Any]
-
-METRIC_LABELS = {
-    "teacher/mask_ap": "teacher AP",
-    "teacher/ap50": "teacher AP50",
-    "student/mask_ap": "student AP",
-    "student/ap50": "student AP50",
-    "refined/mask_ap": "refined AP",
-    "refined/ap50": "refined AP50",
-    "distill/margin": "margin",
-    "distill/fnr": "FNR",
-}
-NEAR_ZERO_AP = 1.0
-DATASET_COUNTS = {"num_labelled": "labelled", "num_unlabelled": "unlabelled", "num_val": "validation"}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One metric of one row: mean over the finished seeds, sample standard deviation from two seeds on."""
-
-    mean: float
-    sd: float | None
-    num_seeds: int
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A row minus the baseline row, paired by seed; the 95 % interval (Student's t) needs two seeds."""
-
-    row: str
-    mean: float
-    low: float | None
-    high: float | None
-    num_seeds: int
-
-
-@dataclass(frozen=True)
-class Failure:
-    row: str
-    seed: int
-    reason: str
-    log: str | None
-
-
-@dataclass(frozen=True)
-class RowSummary:
-    """One row of the table. `seconds`: mean wall time, waiting for shared stages included; None: nothing finished."""
-
-    name: str
-    seeds_done: tuple[int, ...]
-    num_failed: int
-    cells: Mapping[str, Cell]
-    paper: Mapping[str, float]
-    seconds: float | None
-    device_hours: float
-
-    @property
-    def num_seeds(self) -> int:
-        return len(self.seeds_done) + self.num_failed
-
-    @property
-    def seeds_text(self) -> str:
-        """`1 seed`, `3 seeds`, `2 of 3 seeds` or `not run`."""
-        if not self.num_seeds:
-            return "not run"
-        done = f"{len(self.seeds_done)} of " if self.num_failed else ""
-        return f"{done}{self.num_seeds} seed{'s' if self.num_seeds > 1 else ''}"
-
-
-@dataclass(frozen=True)
-class StageSummary:
-    """One unique stage (by fingerprint) and the rows and seeds that used it. `was_stored`: none of them ran it."""
-
-    name: str
-    kind: str
-    fingerprint: str
-    rows: tuple[str, ...]
-    seeds: tuple[int, ...]
-    steps: int
-    seconds: float
-    images_per_s: float | None
-    was_stored: bool
-
-
-@dataclass(frozen=True)
-class Report:
-    """All that the renderers print."""
-
-    table: str
-    title: str
-    metric: str
-    baseline: str
-    metrics: tuple[str, ...]
-    rows: tuple[RowSummary, ...]
-    differences: tuple[Difference, ...]
-    failures: tuple[Failure, ...]
-    stages: tuple[StageSummary, ...]
-    steps_unique: int
-    steps_from_scratch: int
-    zero_shot: Mapping[str, float]
-    paper_dataset: str
-    context: Mapping[str, str]
-    notes: tuple[str, ...]
-    results: tuple[Result, ...] = field(repr=False, default=())
 
 
 def read_results(run_dir: str | Path) -> list[Result]:
@@ -196,16 +93,11 @@ def summarise(results: Sequence[Result], table: Table | None = None) -> Report:
         ),
         zero_shot=zero_shot,
         paper_dataset=table.paper_dataset() if table else "",
-        context=_context(results),
+        context=context_of(results),
         notes=(),
         results=tuple(results),
     )
-    return Report(**{**report.__dict__, "notes": tuple(_notes(report))})
-
-
-def label_of(metric: str) -> str:
-    """How a metric is called in a heading."""
-    return METRIC_LABELS.get(metric, metric)
+    return replace(report, notes=tuple(notes_of(report)))
 
 
 def _table_of(name: str) -> Table | None:
@@ -311,74 +203,3 @@ def _agreed_metrics(results: Sequence[Result], prefix: str) -> dict[str, float]:
     names = sorted({m for r in done for m in r["metrics"] if m.startswith(prefix)})
     values = {m: [v for r in done if (v := _value(r, m)) is not None] for m in names}
     return {m: statistics.fmean(v) for m, v in values.items() if v}
-
-
-def _context(results: Sequence[Result]) -> dict[str, str]:
-    """What was run, where and when, in words."""
-    context: dict[str, str] = {}
-    first = results[0]
-    if commands := {r["command"] for r in results if r.get("command")}:
-        context["command"] = "; ".join(sorted(commands))
-    if starts := sorted(r["started"] for r in results if r.get("started")):
-        context["started"] = starts[0]
-    if hardware := first.get("hardware"):
-        gpu = hardware.get("gpu") or "no GPU"
-        context["machine"] = (
-            f"{hardware.get('cpu', 'unknown CPU')}, {hardware.get('num_cpus', '?')} CPUs, {gpu}, "
-            f"{hardware.get('memory_gb', 0):.0f} GB memory"
-        )
-    if versions := {str(r["code_version"]) for r in results if r.get("code_version")}:
-        context["code"] = ", ".join(sorted(versions))
-    if recipe := first.get("recipe"):
-        context["recipe"] = f"preset {recipe.get('preset')}, scale {recipe.get('scale')}"
-    if data := first.get("dataset"):
-        context["dataset"] = (
-            ", ".join(f"{data[key]} {what}" for key, what in DATASET_COUNTS.items() if data.get(key) is not None)
-            + f" images, {len(data['classes'])} classes"
-            + (f", {data['skipped']} unusable skipped" if data.get("skipped") else "")
-        )
-    return context
-
-
-def _notes(report: Report) -> list[str]:
-    """What a reader must know before believing the table, in plain words."""
-    notes = []
-    done = [row for row in report.rows if row.seeds_done]
-    aps = [cell.mean for row in done for name, cell in row.cells.items() if name.endswith("/mask_ap")]
-    if aps and max(aps) < NEAR_ZERO_AP:
-        steps = max(sum(s.get("steps") or 0 for s in r.get("stages") or []) for r in report.results)
-        notes.append(
-            f"AP near 0: {steps:,} training steps are too few to learn; this run only proves that the path works."
-        )
-    most = max((len(row.seeds_done) for row in done), default=0)
-    if most == 1 and len(done) > 1:
-        notes.append("1 seed per row: differences below are single runs and may be seed noise.")
-    elif most == 1:
-        notes.append("1 seed: a single run, whose seed noise is unknown.")
-    elif most > 1:
-        notes.append(
-            f"Up to {most} seeds per row: mean ± standard deviation over seeds; differences are paired by seed."
-        )
-    if any(row.paper for row in report.rows):
-        where = f" ({report.paper_dataset})" if report.paper_dataset else ""
-        notes.append(f"The paper's values{where} are single runs on other data and models: compare order, not size.")
-    if report.zero_shot:
-        ap, ap50 = report.zero_shot.get("zero_shot/mask_ap"), report.zero_shot.get("zero_shot/ap50")
-        parts = [f"AP {ap:.1f}" if ap is not None else "", f"AP50 {ap50:.1f}" if ap50 is not None else ""]
-        notes.append(f"Teacher before adaptation (zero-shot): {', '.join(p for p in parts if p)}.")
-    if report.steps_from_scratch:
-        stored = sum(s.was_stored for s in report.stages)
-        saved = 100 * (1 - report.steps_unique / report.steps_from_scratch)
-        notes.append(
-            f"Compute: {report.steps_unique:,} training steps in {len(report.stages)} unique stages"
-            f"{f' ({stored} found in the store)' if stored else ''}; each row alone from scratch: "
-            f"{report.steps_from_scratch:,} ({saved:.0f} % saved)."
-        )
-    for what, values in (
-        ("datasets", {(r.get("dataset") or {}).get("content_hash") for r in report.results} - {None}),
-        ("code versions", {r.get("code_version") for r in report.results} - {None}),
-        ("scales", {(r.get("recipe") or {}).get("scale") for r in report.results} - {None}),
-    ):
-        if len(values) > 1:
-            notes.append(f"WARNING: results of {len(values)} different {what} are mixed in this table.")
-    return notes

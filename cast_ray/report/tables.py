@@ -13,9 +13,10 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from cast_ray.report.content import Cell, Difference, Failure, Report, RowSummary, label_of
 from cast_ray.report.overlays import CONTACT_SHEET
 from cast_ray.report.plots import curves_figure, margins_figure
-from cast_ray.report.results import Cell, Difference, Failure, Report, RowSummary, label_of, read_results, summarise
+from cast_ray.report.results import read_results, summarise
 from cast_ray.stages.table import Table
 
 TERMINAL_COLUMNS = 100
