@@ -47,6 +47,7 @@ def _encode_polygons(polygons: list[Any], height: int, width: int) -> bytes:
     if isinstance(polygons[0], int | float):
         polygons = [polygons]
     area = 0.0
+    parts = []
     for polygon in polygons:
         if not isinstance(polygon, list):
             raise ValueError(f"polygon is of type {type(polygon).__name__}: expected a list of numbers")
@@ -64,13 +65,17 @@ def _encode_polygons(polygons: list[Any], height: int, width: int) -> bytes:
             raise ValueError("polygon coordinate is not finite")
         x, y = points[0::2], points[1::2]
         for values, size in ((x, width), (y, height)):
-            worst = values[np.abs(values - size / 2).argmax()]
-            if not -size <= worst <= 2 * size:
+            low, high = values.min(), values.max()
+            if low < -size or high > 2 * size:
+                worst = low if low < -size else high
                 raise ValueError(f"polygon coordinate {worst:g} lies far outside the {width} x {height} image")
-        area += abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
+        twice = np.dot(x[:-1], y[1:]) - np.dot(y[:-1], x[1:]) + x[-1] * y[0] - y[-1] * x[0]
+        area += abs(float(twice)) / 2
+        parts.append(points)
     if area <= 1e-9:
         raise ValueError("polygon has no area")
-    rle = mask_utils.merge(mask_utils.frPyObjects([[float(v) for v in p] for p in polygons], height, width))
+    rles = mask_utils.frPyObjects(parts, height, width)
+    rle = rles[0] if len(rles) == 1 else mask_utils.merge(rles)
     if not mask_utils.area(rle):
         raise ValueError("polygon covers no pixel of the image")
     return rle["counts"]
