@@ -67,11 +67,13 @@ class RowSummary:
 
     @property
     def seeds_text(self) -> str:
-        """`1 seed`, `3 seeds`, `2 of 3 seeds` or `not run`."""
+        """`1 seed`, `3 seeds`, `2 of 3 seeds`, `FAILED, 1 seed` or `not run`."""
         if not self.num_seeds:
             return "not run"
-        done = f"{len(self.seeds_done)} of " if self.num_failed else ""
-        return f"{done}{self.num_seeds} seed{'s' if self.num_seeds > 1 else ''}"
+        total = f"{self.num_seeds} seed{'s' if self.num_seeds > 1 else ''}"
+        if not self.seeds_done:
+            return f"FAILED, {total}"
+        return f"{len(self.seeds_done)} of {total}" if self.num_failed else total
 
 
 @dataclass(frozen=True)

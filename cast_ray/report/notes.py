@@ -56,7 +56,7 @@ def notes_of(report: Report) -> list[str]:
         notes.append(
             f"Up to {most} seeds per row: mean ± standard deviation over seeds; differences are paired by seed."
         )
-    if any(row.paper for row in report.rows):
+    if any(row.paper for row in done):
         where = f" ({report.paper_dataset})" if report.paper_dataset else ""
         notes.append(f"The paper's values{where} are single runs on other data and models: compare order, not size.")
     if report.zero_shot:

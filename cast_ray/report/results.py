@@ -71,7 +71,7 @@ def summarise(results: Sequence[Result], table: Table | None = None) -> Report:
         m for m in (metric, *paper) if m not in METRIC_LABELS or not m.startswith(("teacher", "student", "refined"))
     ]
     shown = [m for m in METRIC_LABELS if m.startswith(("teacher", "student", "refined"))] + list(dict.fromkeys(extra))
-    metrics = tuple(m for m in shown if any(m in row.cells for row in rows))
+    metrics = tuple(m for m in shown if any(m in row.cells for row in rows)) or tuple(dict.fromkeys((*paper, metric)))
     failures = tuple(
         Failure(r["row"], r["seed"], _one_line(r.get("error")), r.get("log")) for r in results if not _is_done(r)
     )

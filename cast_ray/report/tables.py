@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich import box
@@ -13,7 +14,7 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from cast_ray.report.content import Cell, Difference, Failure, Report, RowSummary, label_of
+from cast_ray.report.content import Cell, Difference, Failure, Report, RowSummary, StageSummary, label_of
 from cast_ray.report.overlays import CONTACT_SHEET
 from cast_ray.report.plots import curves_figure, margins_figure
 from cast_ray.report.results import read_results, summarise
@@ -61,21 +62,7 @@ def markdown_page(report: Report, figures: dict[str, str] | None = None) -> str:
         lines += [f"## {label_of(report.metric)} against `{report.baseline}`", ""]
         lines += [f"- {_difference_text(d, report)}" for d in report.differences] + [""]
     if report.stages:
-        head = ["stage", "rows", "seeds", "steps", "seconds", "images/s", "from"]
-        num_rows = sum(bool(row.num_seeds) for row in report.rows)
-        body = [
-            [
-                stage.name,
-                "all" if len(stage.rows) == num_rows > 1 else ", ".join(stage.rows),
-                ", ".join(str(seed) for seed in stage.seeds),
-                f"{stage.steps:,}" if stage.steps else "",
-                f"{stage.seconds:.0f}",
-                f"{stage.images_per_s:.0f}" if stage.images_per_s else "",
-                "store" if stage.was_stored else "this run",
-            ]
-            for stage in report.stages
-        ]
-        lines += ["## Stages", "", *_markdown_rows(head, body), ""]
+        lines += ["## Stages", "", *_markdown_rows(*_stage_grid(report)), ""]
     for caption, file in (figures or {}).items():
         lines += [f"## {caption}", "", f"![{caption}]({file})", ""]
     return "\n".join(lines).rstrip() + "\n"
@@ -148,8 +135,8 @@ def _grid(report: Report, metrics: list[str], line_break: str) -> tuple[list[str
     body = []
     for row in report.rows:
         cells = [row.name, row.seeds_text]
-        for i, metric in enumerate(metrics):
-            cells.append(_cell_text(row, metric, is_first=i == 0))
+        for metric in metrics:
+            cells.append(_cell_text(row, metric))
             if metric in with_paper:
                 cells.append(_number(metric, row.paper[metric]) if metric in row.paper else "")
         cells.append(f"{row.seconds:.0f}" if row.seconds is not None else "")
@@ -157,10 +144,34 @@ def _grid(report: Report, metrics: list[str], line_break: str) -> tuple[list[str
     return head, body
 
 
-def _cell_text(row: RowSummary, metric: str, is_first: bool) -> str:
+def _stage_grid(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Unique stages, those of one name that the same rows use (one per seed, or per model evaluated) on one line."""
+    groups: dict[tuple[str, tuple[str, ...]], list[StageSummary]] = {}
+    for stage in report.stages:
+        groups.setdefault((stage.name, stage.rows), []).append(stage)
+    num_rows = sum(bool(row.num_seeds) for row in report.rows)
+    body = []
+    for (name, rows), stages in groups.items():
+        speeds = [s.images_per_s for s in stages if s.images_per_s]
+        steps = sum(s.steps for s in stages)
+        body.append(
+            [
+                name,
+                "all" if len(rows) == num_rows > 1 else ", ".join(rows),
+                str(len(stages)),
+                str(sum(s.was_stored for s in stages)),
+                f"{steps:,}" if steps else "",
+                f"{sum(s.seconds for s in stages):.0f}",
+                f"{fmean(speeds):.0f}" if speeds else "",
+            ]
+        )
+    return ["stage", "rows", "unique", "of them stored before", "steps", "seconds", "images/s"], body
+
+
+def _cell_text(row: RowSummary, metric: str) -> str:
     cell: Cell | None = row.cells.get(metric)
     if cell is None:
-        return "FAILED" if is_first and row.num_failed and not row.seeds_done else ""
+        return ""
     spread = f" ±{_number(metric, cell.sd)}" if cell.sd is not None else ""
     return _number(metric, cell.mean) + spread
 
@@ -170,14 +181,15 @@ def _number(metric: str, value: float) -> str:
 
 
 def _difference_text(difference: Difference, report: Report) -> str:
-    unit = label_of(report.metric)
-    text = f"{difference.row} against {report.baseline}: {difference.mean:+.1f} {unit}"
-    if difference.low is None or difference.high is None:
+    def signed(value: float) -> str:
+        return ("+" if value >= 0 else "-") + _number(report.metric, abs(value))
+
+    mean, low, high = difference.mean, difference.low, difference.high
+    text = f"{difference.row} against {report.baseline}: {signed(mean)} {label_of(report.metric)}"
+    if low is None or high is None:
         return f"{text} (1 seed)"
-    verdict = "" if difference.low > 0 or difference.high < 0 else ": not distinguishable from seed noise"
-    return (
-        f"{text}, 95 % interval {difference.low:+.1f} to {difference.high:+.1f} ({difference.num_seeds} seeds){verdict}"
-    )
+    verdict = "" if low > 0 or high < 0 else ": not distinguishable from seed noise"
+    return f"{text}, 95 % interval {signed(low)} to {signed(high)} ({difference.num_seeds} seeds){verdict}"
 
 
 def _failure_text(failure: Failure) -> str:

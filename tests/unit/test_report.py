@@ -146,7 +146,7 @@ def test_a_failed_row_keeps_its_place_with_reason_and_log(tmp_path: Path) -> Non
     assert "FAILED" in next(line for line in text.splitlines() if line.startswith("sup+pxl"))
     assert "ValueError: loss is NaN at step 17" in text and "log.txt" in text and "Traceback" not in text
     page = markdown_page(report)
-    assert "| sup+pxl | 0 of 1 seed | FAILED |" in page
+    assert "| sup+pxl | FAILED, 1 seed |" in page
     assert "ValueError: loss is NaN at step 17 (log: runs/x/losses__sup+pxl__s0/log.txt)" in page
     assert "| sup+semi+pxl | not run |" in page
 
@@ -180,6 +180,19 @@ def test_stages_of_an_earlier_run_are_named_as_stored(tmp_path: Path) -> None:
     report = report_of(tmp_path, [stored])
     assert [s.was_stored for s in report.stages] == [True, False]
     assert any("(1 found in the store)" in note for note in report.notes)
+
+
+def test_the_stage_table_joins_seeds(tmp_path: Path) -> None:
+    page = markdown_page(report_of(tmp_path, [result(row, seed) for row in ROWS for seed in range(3)]))
+    assert "| pretrain | all | 3 | 0 | 3,000 | 150 | 80 |" in page
+    assert "| distill | sup+semi | 3 | 0 | 1,200 | 150 | 80 |" in page
+
+
+def test_a_run_without_a_finished_row_still_reports(tmp_path: Path) -> None:
+    report = report_of(tmp_path, [failed("sup")])
+    assert report.metrics == ("teacher/mask_ap", "student/mask_ap") and report.differences == ()
+    assert not any("compare order" in note or "seed" in note for note in report.notes)
+    assert "FAILED, 1 seed" in terminal_text(report)
 
 
 def test_mixed_results_are_flagged(tmp_path: Path) -> None:
