@@ -7,7 +7,7 @@ import posixpath
 import re
 import uuid
 from functools import lru_cache
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from pyarrow import ArrowInvalid, fs
 
@@ -34,7 +34,7 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
         return _local(), uri
     parts = urlsplit(uri.replace("#", "%23"))  # an unescaped # belongs to the name: fragments mean nothing here
     try:
-        filesystem, base = _filesystem(urlunsplit((parts.scheme, parts.netloc, "/", parts.query, "")))
+        filesystem, base = _filesystem(_unsplit(parts, "/"))
     except (ArrowInvalid, NotImplementedError, ImportError) as error:
         raise ValueError(f"{uri}: not a path or URI that can be read ({error})") from None
     return filesystem, posixpath.join(base, unquote(parts.path).lstrip("/"))
@@ -44,8 +44,8 @@ def join(root: str, name: str) -> str:
     """The path or URI of a file below a folder; `name` is a plain file name, never percent-encoded."""
     if not is_uri(root):
         return os.path.join(root, name)
-    parts = urlsplit(root)
-    return urlunsplit((parts.scheme, parts.netloc, f"{parts.path.rstrip('/')}/{quote(name)}", parts.query, ""))
+    parts = urlsplit(root.replace("#", "%23"))
+    return _unsplit(parts, f"{parts.path.rstrip('/')}/{quote(name)}")
 
 
 def read_bytes(uri: str) -> bytes:
@@ -74,6 +74,11 @@ def write_bytes(uri: str, content: bytes) -> None:
         if os.path.exists(partial):
             os.unlink(partial)
         raise
+
+
+def _unsplit(parts: SplitResult, path: str) -> str:
+    # urlunsplit drops the // of schemes it does not know when there is no host (hdfs:///data)
+    return f"{parts.scheme}://{parts.netloc}{path}{'?' if parts.query else ''}{parts.query}"
 
 
 @lru_cache(maxsize=1)

@@ -9,6 +9,7 @@ import multiprocessing
 import posixpath
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -198,7 +199,7 @@ def _check_ours(filesystem: fs.FileSystem, base: str, root: str) -> None:
 
 
 def _delete(filesystem: fs.FileSystem, path: str) -> None:
-    if filesystem.get_file_info(path).is_file:
+    with suppress(FileNotFoundError):
         filesystem.delete_file(path)
 
 

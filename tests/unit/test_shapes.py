@@ -10,6 +10,7 @@ from pycocotools import mask as mask_utils
 
 from cast_ray.datasets import coco, shapes
 from cast_ray.datasets.images import read_image
+from cast_ray.datasets.paths import write_bytes
 from cast_ray.datasets.scenes import CATEGORIES, MIN_VISIBLE_PX, STYLES, draw_scene
 from cast_ray.recipe import DataConfig, ShapesConfig
 from cast_ray.records import RECORD_SCHEMA
@@ -173,6 +174,32 @@ def test_uri_root(drawn, tmp_path):
     assert _contents(tmp_path / "with space") == _contents(drawn)
     splits = shapes.load(DataConfig(root=root, shapes=SMALL))
     assert read_image(splits.val.to_pylist()[0]["uri"]).shape == (64, 64, 3)
+
+
+def test_object_store_root(drawn):
+    root = "mock:///bucket/a%20b?region=x"  # arrow's store in memory: no files, no rename
+    shapes.draw(root, SMALL, num_processes=1)
+    read = coco.load(DataConfig(format="coco", root=root))
+    here = coco.load(DataConfig(format="coco", root=str(drawn)))
+    assert read.content_hash == here.content_hash
+    uri = read.train.to_pylist()[0]["uri"]
+    assert uri == "mock:///bucket/a%20b/train/000000.png?region=x"
+    np.testing.assert_array_equal(read_image(uri), read_image(str(drawn / "train/000000.png")))
+    shapes.draw(root, SMALL, num_processes=1)
+    assert shapes.load(DataConfig(root=root, shapes=SMALL)).val.num_rows == 4
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = str(tmp_path / "a.json")
+    write_bytes(path, b"old")
+
+    def fail(source, target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_bytes(path, b"new")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"a.json": b"old"}
 
 
 def test_drawing_needs_no_torch():
