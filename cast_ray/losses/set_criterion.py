@@ -58,7 +58,8 @@ def set_loss(
 
     Returns:
         {"class", "mask", "dice"} -> (sum, count), 0-d float32 tensors, unweighted; sum has gradients, count none. count
-        is that of one layer. Without any instance mask and dice are (0, 0), still attached to the graph.
+        is that of one layer. Without any instance mask and dice are (0, 0), without any image all terms are, still
+        attached to the graph.
 
     Raises:
         ValueError: another number of targets than images, a label outside 0..C-1, an empty mask, non-finite logits.
@@ -74,6 +75,11 @@ def set_loss(
     num_images = class_logits[0].shape[0]
     if len(targets) != num_images:
         raise ValueError(f"set_loss: expected one Targets per image ({num_images}), got {len(targets)}")
+    if num_images == 0:
+        nothing = sum(
+            (t.float().sum() for t in (*class_logits, *mask_logits)), torch.zeros((), device=class_logits[0].device)
+        )
+        return {term: (nothing, nothing.detach()) for term in ("class", "mask", "dice")}
     keep = kept_pixels(targets, valid)
     if points is None:
         points = draw_points(predictions, targets, config, generator)

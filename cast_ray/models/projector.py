@@ -48,7 +48,7 @@ class Projector(nn.Module):
         return _normalise(self.head(features))
 
     def forward_strong(self, features: Tensor) -> Tensor:
-        """z_s of the strong view: shape as `forward`, through the strong head, without gradients unless `strong_grad`."""
+        """z_s of the strong view, shaped as `forward`, through the strong head; no gradients unless `strong_grad`."""
         head = self.head if self.strong_head is None else self.strong_head
         if self.config.strong_grad:
             return _normalise(head(features))

@@ -129,6 +129,14 @@ def test_batch_without_instances_is_only_no_object_and_keeps_mask_heads_attached
     assert all(layer.grad.any() for layer in predictions.class_logits)
 
 
+def test_no_image_at_all_is_nothing_but_attached():
+    config, predictions = LossConfig(num_points=POINTS), make_predictions()
+    losses = set_loss(slice_predictions(predictions, 2, 2), [], config)
+    sum(s for s, _ in losses.values()).backward()
+    assert [(float(s), float(n)) for s, n in losses.values()] == [(0, 0)] * 3
+    assert not predictions.mask_logits[0].grad.any()
+
+
 def test_padding_and_ignored_pixels_have_no_influence():
     config = LossConfig(num_points=POINTS)
     counts, pairs = (2, 0, 3), 5

@@ -1,0 +1,204 @@
+"""Which pixels may be negatives of which, and how R of them are drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cast_ray.recipe import ContrastiveConfig
+
+# Inner products of unit vectors carry float32 rounding of about 1e-7: below this a dissimilarity is none.
+_LEAST_WEIGHT = 1e-5
+# Keeps u * total below total after rounding, so that the inverse CDF never runs past the last candidate.
+_BELOW_ONE = 1 - 1e-6
+
+
+@dataclass(frozen=True)
+class PixelSet:
+    """Pixels of feature maps, all without gradients; leading dimensions [...] are shared by all fields.
+
+    pixel: int64, image number (over all workers) * h w + location. share: float32, how many pixels of the batch this
+    one stands for (0 on padding). mask_part: float32 [..., Q], class_part: float32 [..., C+1], the two parts of y~
+    (absent: last size 0). instance, category: int64 truth, -1 unknown, as in `Batch`.
+    """
+
+    pixel: Tensor
+    share: Tensor
+    mask_part: Tensor
+    class_part: Tensor
+    instance: Tensor
+    category: Tensor
+
+    def __getitem__(self, index) -> PixelSet:
+        return PixelSet(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+
+    def at(self, location: Tensor) -> PixelSet:
+        """The pixels [B, n] at the given locations of each image, int64 [B, n], of a set [B, h w]."""
+        taken = {}
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            index = location if value.dim() == 2 else location[..., None].expand(-1, -1, value.shape[-1])
+            taken[name] = value.gather(1, index)
+        return PixelSet(**taken)
+
+    def flat(self) -> PixelSet:
+        """The same pixels with the first two dimensions joined."""
+        return PixelSet(*(getattr(self, name).flatten(0, 1) for name in self.__dataclass_fields__))
+
+
+def describe_pixels(
+    mask_logits: Tensor,
+    class_logits: Tensor,
+    valid: Tensor,
+    truth_instance: Tensor,
+    truth_class: Tensor,
+    size: tuple[int, int],
+    first_image: int,
+    config: ContrastiveConfig,
+) -> PixelSet:
+    """Everything the samplers know about the h w feature pixels of each image.
+
+    P_m[b,k,p] = softmax_k of the mask logits (bilinearly resized to h x w), P_c[b,k,c] = softmax_c of the class logits,
+    F_c[b,p,c] = sum_k P_m[b,k,p] P_c[b,k,c]; y is P_m (`mask`), F_c (`class`) or [P_m || F_c] (`fusion`);
+    y~ = y / |y|_2 (`l2`) or y / sum(y) (`sum`). Padding and truth are read at the feature pixel's centre.
+
+    Args:
+        mask_logits: [B, Q, H/4, W/4], the final layer's; class_logits: [B, Q, C+1]. Both are detached.
+        valid: bool [B, H, W]; truth_instance, truth_class: int16 [B, H, W].
+        size: (h, w). first_image: number of this worker's first image among all workers'.
+
+    Returns:
+        A set with leading dimensions [B, h w].
+    """
+    num_images, (height, width) = mask_logits.shape[0], size
+    device = mask_logits.device
+    number = torch.arange(height * width, device=device)
+    pixel = (first_image + torch.arange(num_images, device=device))[:, None] * (height * width) + number
+    nothing = torch.zeros((num_images, height * width, 0), device=device)
+    mask_part = class_part = nothing
+    if config.sampler in ("mask", "class", "fusion"):
+        probs_m, probs_f = pseudo_probabilities(mask_logits, class_logits, size)
+        mask_part = probs_m if config.sampler != "class" else nothing
+        class_part = probs_f if config.sampler != "mask" else nothing
+        if config.normalise == "l2":
+            norm = (mask_part.square().sum(-1, keepdim=True) + class_part.square().sum(-1, keepdim=True)).sqrt()
+        else:
+            norm = mask_part.sum(-1, keepdim=True) + class_part.sum(-1, keepdim=True)
+        mask_part, class_part = mask_part / norm, class_part / norm
+    return PixelSet(
+        pixel,
+        at_centres(valid, size).float(),
+        mask_part,
+        class_part,
+        at_centres(truth_instance, size).long(),
+        at_centres(truth_class, size).long(),
+    )
+
+
+@torch.no_grad()
+def pseudo_probabilities(mask_logits: Tensor, class_logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """(P_m [B, h w, Q], F_c [B, h w, C+1]) in float32, without gradients; see `describe_pixels`."""
+    resized = F.interpolate(mask_logits.detach().float(), size=size, mode="bilinear", align_corners=False)
+    probs_m = resized.flatten(2).softmax(dim=1).transpose(1, 2)
+    return probs_m, probs_m @ class_logits.detach().float().softmax(dim=-1)
+
+
+def at_centres(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """[B, H, W] of any type read at the centres of an h x w grid: [B, h w]."""
+    rows = ((torch.arange(size[0], device=maps.device) + 0.5) * (maps.shape[1] / size[0])).long()
+    columns = ((torch.arange(size[1], device=maps.device) + 0.5) * (maps.shape[2] / size[1])).long()
+    return maps[:, rows][:, :, columns].flatten(1)
+
+
+def draw_pixels(valid: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """`count` distinct locations of each image, uniform over its valid pixels; invalid ones only when those run out.
+
+    Args:
+        valid: bool [B, n]; count: at least 1.
+
+    Returns:
+        int64 [B, min(count, n)]; all locations in order when count >= n.
+    """
+    if count >= valid.shape[1]:
+        return torch.arange(valid.shape[1], device=valid.device).expand(valid.shape[0], -1)
+    keys = torch.rand(valid.shape, device=valid.device, generator=generator) + (~valid)
+    return keys.topk(count, dim=1, largest=False).indices
+
+
+def stand_for_all(pool: PixelSet, all_pixels: PixelSet) -> PixelSet:
+    """The pool [B, n] with `share` = (valid pixels of its image) / (valid pixels drawn there)."""
+    drawn, present = pool.share.sum(1, keepdim=True), all_pixels.share.sum(1, keepdim=True)
+    return replace(pool, share=pool.share * present / drawn.clamp(min=1))
+
+
+@torch.no_grad()
+def candidate_weights(anchors: PixelSet, pool: PixelSet, own: slice, config: ContrastiveConfig) -> Tensor:
+    """Unnormalised probability with which each candidate is a negative of each anchor of one image.
+
+    weight[a, q] = s_deb(a, q) * share(q), s_deb = max(0, 1 - <y~_a, y~_q>); `uniform`: s_deb = 1; `oracle`: s_deb = 1
+    where both truths are known and the pixels do not lie in the same instance or both on background, else 0. An
+    anchor is never its own negative; `config.scope` removes the anchor's image or all others.
+
+    Across images query slots are not aligned, so P_m says nothing there: the slots of different images count as
+    different (their inner product is 0), as if y had B * Q slots. Hence across images `mask` is uniform; `fusion` takes
+    <F_c, F_c'> over the norms of the whole y, so that a pixel of the same class in another image weighs as
+    much as one of the same class but another instance in the same image.
+
+    Args:
+        anchors: [n] pixels of one image. pool: [M] candidates. own: columns of the anchors' image.
+
+    Returns:
+        float32 [n, M], >= 0; weights below 1e-5 are 0.
+    """
+    shape = (anchors.pixel.shape[0], pool.pixel.shape[0])
+    if config.sampler == "uniform":
+        weights = pool.share.expand(shape).clone()
+    elif config.sampler == "oracle":
+        first, second = anchors.instance[:, None], pool.instance[None]
+        different = (first >= 0) & (second >= 0) & ((first > 0) | (second > 0))
+        different[:, own] &= first != second[:, own]
+        weights = different * pool.share
+    else:
+        weights = 1 - anchors.class_part @ pool.class_part.T  # all 1 where the class part is absent
+        weights[:, own].addmm_(anchors.mask_part, pool.mask_part[own].T, alpha=-1)
+        weights = F.threshold(weights, _LEAST_WEIGHT, 0.0, inplace=True).mul_(pool.share)
+    if config.scope == "cross-image":
+        weights[:, own] = 0
+    else:
+        weights[:, own].masked_fill_(anchors.pixel[:, None] == pool.pixel[own], 0)
+    if config.scope == "same-image":
+        weights[:, : own.start] = 0
+        weights[:, own.stop :] = 0
+    return weights
+
+
+@torch.no_grad()
+def draw_negatives(
+    weights: Tensor, config: ContrastiveConfig, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """R candidates for each anchor with probability proportional to its weights.
+
+    With replacement by the inverse CDF, R independent draws. Without, by Gumbel top-k (as an exponential race, which
+    has the same law): R distinct candidates, or as many as have a weight.
+
+    Args:
+        weights: float32 [n, M], >= 0.
+
+    Returns:
+        (column int64 [n, R'], drawn bool [n, R']), R' = R with replacement, else min(R, M); a row without any weight
+        has nothing drawn.
+    """
+    if config.replacement:
+        cdf = weights.cumsum(1)
+        total = cdf[:, -1:]
+        uniform = torch.rand(weights.shape[0], config.num_negatives, device=weights.device, generator=generator)
+        column = torch.searchsorted(cdf, uniform.mul_(total * _BELOW_ONE), right=True)
+        return column.clamp_(max=weights.shape[1] - 1), (total > 0).expand_as(column)
+    race = torch.empty_like(weights).exponential_(generator=generator)
+    won, column = torch.where(weights > 0, weights / race, -1.0).topk(
+        min(config.num_negatives, weights.shape[1]), dim=1, sorted=False
+    )
+    return column, won >= 0
