@@ -10,6 +10,7 @@ from torch import nn
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerMaskedAttentionDecoder,
+    Mask2FormerMLPPredictionHead,
     Mask2FormerSinePositionEmbedding,
 )
 
@@ -26,9 +27,9 @@ NUM_ATTENDED_LEVELS = 3
 class Segmenter(nn.Module):
     """Mask classification: Q queries, each a class distribution and a mask, refined by masked attention.
 
-    With `config.proposals` every token of the stride-8 map predicts a class and a mask embedding (through the same
-    heads as the queries); the Q best local maxima of objectness give the queries' contents and positions. Without,
-    contents and positions are learnt, as in Mask2Former.
+    With `config.proposals` every token of the stride-8 map predicts a class and a mask embedding; the Q best local
+    maxima of objectness give the queries' contents and positions, in falling order, each added to its slot's learnt
+    embedding. Without, contents and positions are the learnt embeddings alone, as in Mask2Former.
 
     Source: Cheng et al. 2022 by transformers' Mask2FormerMaskedAttentionDecoder; query selection after Zhu et al.
     2021 (two-stage Deformable DETR). Deviations: DPT decoder instead of deformable attention; selection by local
@@ -68,7 +69,11 @@ class Segmenter(nn.Module):
         self.query_position = nn.Embedding(config.num_queries, dim)
         self.class_head = nn.Linear(dim, num_classes + 1)
         if config.proposals:
+            # Heads of their own: many tokens may claim an instance, of the queries only one.
             self.proposal_content = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+            self.proposal_norm = nn.LayerNorm(dim)
+            self.proposal_class = nn.Linear(dim, num_classes + 1)
+            self.proposal_mask = Mask2FormerMLPPredictionHead(dim, dim, dim)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -76,10 +81,6 @@ class Segmenter(nn.Module):
             for parameter in layer.parameters():
                 if parameter.dim() > 1:
                     nn.init.xavier_uniform_(parameter)
-        if self.config.proposals:
-            # Every query starts as its proposal; the slot's own embedding is learnt from nothing.
-            nn.init.zeros_(self.query_content.weight)
-            nn.init.zeros_(self.query_position.weight)
 
     def encoder_parameters(self) -> Iterator[nn.Parameter]:
         """The encoder's parameters, for a learning rate of their own."""
@@ -156,9 +157,9 @@ class Segmenter(nn.Module):
         grid = (level.shape[2], level.shape[3])
         tokens_BTD = level.flatten(2).transpose(1, 2)
         tokens_BTD = tokens_BTD + self.proposal_content(tokens_BTD)
-        normed_BTD = self.head.layernorm(tokens_BTD)
-        class_logits_BTC = self.class_head(normed_BTD)
-        embeddings_BTD = self.head.mask_predictor.mask_embedder(normed_BTD)
+        normed_BTD = self.proposal_norm(tokens_BTD)
+        class_logits_BTC = self.proposal_class(normed_BTD)
+        embeddings_BTD = self.proposal_mask(normed_BTD)
         index_BQ = pick_proposals(class_logits_BTC.detach(), grid, self.config.num_queries)
         rows = torch.arange(len(index_BQ), device=index_BQ.device)[:, None]
         num = index_BQ.shape[1]

@@ -56,7 +56,7 @@ def test_forward_shapes_and_every_parameter_gets_a_gradient(encoder: str, propos
     assert all(len(x) == 2 for x in out.auxiliary.values())
     assert bool(out.auxiliary) == proposals
     terms = [x.square().mean() for x in (*out.class_logits, *out.mask_logits)]
-    terms += [x.sum() * 1e-3 for x in out.features.values()]
+    terms += [x.sum() * 1e-3 for x in (*out.features.values(), *out.auxiliary.values())]
     sum(terms).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
 
@@ -172,7 +172,7 @@ def test_proposal_loss_is_additive_over_images_and_differentiable_without_object
         torch.testing.assert_close(count, parts[0][term][1] + parts[1][term][1])
     assert parts[1]["proposal_mask"][1] == 0
     sum(total for total, _ in parts[1].values()).backward()
-    assert model.class_head.weight.grad is not None
+    assert model.proposal_class.weight.grad is not None
 
 
 def test_instances_come_back_at_image_size_by_score():
