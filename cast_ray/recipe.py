@@ -114,6 +114,8 @@ class TrainConfig(_Part):
 class StagesConfig(_Part):
     """The six steps of CAST and which of them a row takes."""
 
+    foundation: str = ""
+    """Folder of a saved teacher (`model.json`, `model.safetensors`) to use as theta_T0 instead of `pretrain`."""
     pretrain: TrainConfig = TrainConfig(steps=1000, batch_unlabelled=0)
     """theta_T0 of the embedded experiment: the teacher trained on the source style, in place of a foundation model."""
     adapt: TrainConfig = TrainConfig(steps=300, batch_unlabelled=0)
@@ -243,7 +245,8 @@ class RuntimeConfig(_Part):
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     num_labellers: int = Field(1, ge=1)
     cpus_per_labeller: float = Field(0.5, gt=0)
-    cpus_per_read: float = Field(0.25, gt=0)
+    cpus_per_read: float = Field(0.2, gt=0)
+    """Of one decoding task; a stream runs two at a time."""
     max_concurrent_stages: int = Field(0, ge=0)
     """Worker groups and labelling jobs at a time; 0: as many as the cluster's resources hold."""
     max_failures: int = Field(3, ge=0)
@@ -338,7 +341,9 @@ def apply_override(tree: dict[str, Any], key: str, value: Any) -> None:
         return
     known = recipe_keys()
     if key not in known or key in ("preset", "scale"):
-        raise ValueError(f"unknown recipe key {key!r}{_nearest(key, [k for k in known if k not in ('preset', 'scale')])}")
+        raise ValueError(
+            f"unknown recipe key {key!r}{_nearest(key, [k for k in known if k not in ('preset', 'scale')])}"
+        )
     if isinstance(value, str):
         value = _parse_scalar(key, value)
     node = tree

@@ -128,9 +128,7 @@ class Batch:
             weak=move(self.weak),
             strong=move(self.strong),
             valid=move(self.valid),
-            targets=[
-                Targets(move(t.masks), move(t.labels), move(t.weights), move(t.ignore)) for t in self.targets
-            ],
+            targets=[Targets(move(t.masks), move(t.labels), move(t.weights), move(t.ignore)) for t in self.targets],
             num_labelled=self.num_labelled,
             truth_instance=move(self.truth_instance),
             truth_class=move(self.truth_class),

@@ -41,7 +41,7 @@ def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
 
     Source: PointRend's `point_sample`.
     """
-    grid = (2.0 * points - 1.0).unsqueeze(2)
+    grid = (2.0 * points).sub_(1.0).unsqueeze(2)
     return F.grid_sample(maps.float().unsqueeze(1), grid, align_corners=False)[:, 0, :, 0]
 
 

@@ -52,9 +52,10 @@ class Leases:
         self.done = set(done)
         self.leased: dict[str, str] = {}
         self.heartbeat: dict[str, float] = {}
+        """Owners that hold a slot: from a grant until they settle, also after their last stage is committed."""
 
     def free_slot(self) -> bool:
-        return len(set(self.leased.values())) < self.slots
+        return len(self.heartbeat) < self.slots
 
     def beat(self, owner: str, now: float) -> None:
         if owner in self.heartbeat:
@@ -116,6 +117,7 @@ class Broker:
         self.leases = Leases(slots, done)
         self.waiting: list[_Waiter] = []
         self.posts: dict[str, dict[str, Any]] = {}
+        self.ended: list[str] = []
         self.orders = 0
 
     async def claim(self, owner: str, needs: list[Need]) -> dict[str, list[str]]:
@@ -151,21 +153,38 @@ class Broker:
         self.leases.finish(fingerprint)
         self._serve()
 
-    async def release(self, owner: str) -> None:
-        """`owner` runs nothing any more, finished or failed."""
+    async def settle(self, owner: str) -> None:
+        """`owner`'s segment is over and its worker group is gone: its slot is free."""
         self.leases.release(owner)
         self.posts.pop(owner, None)
         self._serve()
 
+    async def release(self, owner: str) -> None:
+        """`owner` has ended, done or failed, and asks for nothing more."""
+        self.ended.append(owner)
+        await self.settle(owner)
+
     async def post(self, owner: str, facts: dict[str, Any]) -> None:
-        """Progress of what `owner` runs: row, stage, step, steps, loss, images_per_s."""
+        """Progress of what `owner` runs: stage, step, steps, unit and, where known, loss and images_per_s."""
+        before = self.posts.get(owner, {})
+        same = before.get("stage") == facts["stage"]
+        facts["first_step"] = before["first_step"] if same else facts["step"]
+        facts["since"] = before["since"] if same else time.monotonic()
+        facts["stage_s"] = time.monotonic() - facts["since"]
         self.posts[owner] = facts
 
+    async def advance(self, owner: str, count: int) -> None:
+        """`count` more images of the labelling job that `owner` runs are done."""
+        if owner in self.posts:
+            self.posts[owner]["step"] += count
+
     async def board(self) -> dict[str, Any]:
+        """What a progress display shows: running stages, waiting and ended rows, fingerprints done."""
         return {
             "posts": self.posts,
             "waiting": [w.owner for w in self.waiting],
-            "done": len(self.leases.done),
+            "ended": self.ended,
+            "done": self.leases.done,
         }
 
     async def join(self, slots: int, done: set[str]) -> None:

@@ -115,10 +115,10 @@ class ArtifactStore:
     def manifest(self, key: str) -> dict[str, Any]:
         return self.read_json(key, MANIFEST)
 
-    def read_table(self, key: str, name: str) -> pa.Table:
+    def read_table(self, key: str, name: str, columns: list[str] | None = None) -> pa.Table:
         """A Parquet file, or a folder of them, inside an artifact."""
         fs, root = self._fs
-        return pa.parquet.read_table(f"{root}/artifacts/{key}/{name}", filesystem=fs)
+        return pa.parquet.read_table(f"{root}/artifacts/{key}/{name}", filesystem=fs, columns=columns)
 
     def note_checkpoint(self, fingerprint: str, uri: str, step: int) -> None:
         """Remembers where an unfinished train stage can continue, whichever row or run continues it."""

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from cast_ray.recipe import Recipe, TrainConfig
 
-Kind = Literal["train", "label", "evaluate"]
+Kind = Literal["train", "label", "evaluate", "dataset"]
 
 STAGE_VERSION: dict[str, int] = {"train": 1, "label": 1, "evaluate": 1}
 """Raise a kind's number when its code changes a result: its old artifacts are then no longer found."""
@@ -27,9 +27,9 @@ STAGE_VERSION: dict[str, int] = {"train": 1, "label": 1, "evaluate": 1}
 class Stage:
     """One node of the graph.
 
-    name: unique within a row (`adapt`, `label-unlabelled`, ...); kind: which code runs it; config: its part of the
-    recipe, as plain data; parents: role -> fingerprint of the artifact it reads; steps: optimiser steps (0 unless
-    train); images: images processed, for time estimates.
+    name: unique within a row but for evaluations; kind: which code runs it (`dataset`: read before the sweep); config:
+    its part of the recipe, as plain data; parents: role -> fingerprint of the artifact it reads; steps: optimiser steps
+    (0 unless train).
     """
 
     name: str
@@ -42,7 +42,12 @@ class Stage:
     @property
     def key(self) -> str:
         """Directory name of the artifact."""
-        return f"{self.name}-{self.fingerprint}"
+        return artifact_key(self.kind, self.fingerprint)
+
+
+def artifact_key(kind: str, fingerprint: str) -> str:
+    """Directory name of an artifact: no name of a stage in it, because equal stages may be called differently."""
+    return f"{kind}-{fingerprint}"
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,9 @@ class RowPlan:
     roles: dict[str, Stage] = field(default_factory=dict)
 
 
-def plan(recipe: Recipe, content_hash: str, *, row: str = "", has_source: bool = True) -> RowPlan:
+def plan(
+    recipe: Recipe, content_hash: str, *, row: str = "", has_source: bool = True, foundation: str | None = None
+) -> RowPlan:
     """The stages of one recipe.
 
     Args:
@@ -64,13 +71,18 @@ def plan(recipe: Recipe, content_hash: str, *, row: str = "", has_source: bool =
         content_hash: identity of images and annotations (`DatasetSplits.content_hash`).
         row: name of the row, for display.
         has_source: whether the dataset has a source style to pre-train the teacher on.
+        foundation: fingerprint of an imported theta_T0 (`stages.foundation`), which takes the place of pre-training.
+
+    Raises:
+        ValueError: the recipe needs pseudo-labels and has no teacher to make them.
     """
-    return _Planner(recipe, content_hash, row, has_source).build()
+    return _Planner(recipe, content_hash, row, has_source, foundation).build()
 
 
 class _Planner:
-    def __init__(self, recipe: Recipe, content_hash: str, row: str, has_source: bool):
-        self.recipe, self.content_hash, self.row, self.has_source = recipe, content_hash, row, has_source
+    def __init__(self, recipe: Recipe, content_hash: str, row: str, has_source: bool, foundation: str | None):
+        self.recipe, self.content_hash, self.row = recipe, content_hash, row
+        self.has_source, self.foundation = has_source, foundation
         self.stages: list[Stage] = []
         self.roles: dict[str, Stage] = {}
 
@@ -79,7 +91,10 @@ class _Planner:
         semi, pxl = recipe.loss.lambda_semi, recipe.loss.lambda_pxl
 
         foundation = None
-        if self.has_source and stages.pretrain.steps > 0:
+        if self.foundation is not None:
+            foundation = Stage("foundation", "train", {}, {}, self.foundation)
+            self.evaluate("zero_shot", foundation)
+        elif self.has_source and stages.pretrain.steps > 0:
             # theta_T0 stands for a published foundation model: one for all seeds, as a downloaded checkpoint would be.
             foundation = self.train("pretrain", "teacher", stages.pretrain, data="source", seed=0)
             self.evaluate("zero_shot", foundation)

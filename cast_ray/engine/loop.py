@@ -1,0 +1,163 @@
+"""The one training loop: every stage of CAST runs through `train`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from cast_ray.engine.checkpoint import TrainState
+from cast_ray.engine.objective import Objective, weighted_sum
+from cast_ray.engine.optim import WeightAverage, build_optimizer, set_lr
+from cast_ray.engine.world import World
+from cast_ray.models.network import CastNetwork
+from cast_ray.recipe import TrainConfig
+from cast_ray.records import Batch
+
+LOG_EVERY_STEPS = 10
+
+
+@dataclass
+class TrainResult:
+    """A trained stage: the weights handed on (averaged where the recipe says so), its curves and its time."""
+
+    curve: list[dict[str, float]]
+    diagnostics: list[dict[str, float]]
+    seconds: float
+    images_per_s: float
+
+
+def amp_dtype(setting: str, device: torch.device) -> torch.dtype | None:
+    """The autocast dtype of a recipe's `runtime.amp` on a device; None: full precision."""
+    if setting == "off" or (setting == "auto" and device.type != "cuda"):
+        return None
+    if setting == "auto":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}[setting]
+
+
+def step_generator(seed: int, step: int, rank: int, device: torch.device) -> torch.Generator:
+    """The random source of one step of one worker: the same after a resume as without one."""
+    entropy = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
+    generator = torch.Generator(device=device)
+    generator.manual_seed(int(entropy) & 0x7FFF_FFFF_FFFF_FFFF)
+    return generator
+
+
+def train(
+    network: CastNetwork,
+    objective: Objective,
+    batches: Iterator[Batch],
+    config: TrainConfig,
+    *,
+    fingerprint: str,
+    seed: int,
+    world: World,
+    amp: str = "auto",
+    resume: TrainState | None = None,
+    on_log: Callable[[dict[str, float]], None] = lambda facts: None,
+    on_checkpoint: Callable[[TrainState], None] = lambda state: None,
+) -> TrainResult:
+    """Trains `network` in place for `config.steps` optimiser steps.
+
+    Args:
+        network: the stage's network with its initial weights.
+        objective: terms and weights of J.
+        batches: this worker's batches from the resumed step on, one per step.
+        fingerprint: of the stage; stored in checkpoints.
+        seed: of the stage's random numbers.
+        world: the workers.
+        amp: `runtime.amp`.
+        resume: state to continue from.
+        on_log: called on every worker each LOG_EVERY_STEPS steps with step, loss, each term, lr, images_per_s.
+        on_checkpoint: called on every worker each `checkpoint_every_steps` steps, not after the last.
+
+    Raises:
+        FloatingPointError: the loss is not finite, naming the step and the terms.
+        ValueError: the stream ended before the last step.
+    """
+    device = world.device
+    wrapped = world.wrap(network)
+    optimizer = build_optimizer(network, config)
+    average = WeightAverage(network, config.ema) if config.ema > 0 else None
+    dtype = amp_dtype(amp, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    start, seconds_before = 0, 0.0
+    curve: list[dict[str, float]] = []
+    diagnostics: list[dict[str, float]] = []
+    if resume is not None:
+        network.load_state_dict(resume.network)
+        optimizer.load_state_dict(resume.optimizer)
+        scaler.load_state_dict(resume.scaler)
+        if average is not None and resume.average is not None:
+            average.load_state_dict(resume.average)
+        start, seconds_before = resume.step, resume.seconds
+        curve, diagnostics = list(resume.curve), list(resume.diagnostics)
+
+    names = list(objective.weights)
+    every = objective.contrastive.diagnostics_every_steps if objective.contrastive else 0
+    began = logged = time.monotonic()
+    means_since: list[torch.Tensor] = []
+    images, images_logged = 0, 0
+    network.train()
+    for step in range(start, config.steps):
+        batch = next(batches, None)
+        if batch is None:
+            raise ValueError(f"the training stream ended at step {step} of {config.steps}")
+        batch = batch.to(device)
+        factor = set_lr(optimizer, step, config)
+        generator = step_generator(seed, step, world.rank, device)
+        context = torch.autocast(device.type, dtype) if dtype else nullcontext()
+        with context:
+            output = wrapped(batch.weak, batch.strong if objective.contrastive else None)
+        terms, facts = objective(output, batch, step, generator)
+        loss, means = weighted_sum(terms, objective.weights, world.all_reduce_sum, world.size)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        if network.projector is not None:
+            network.projector.update_ema()
+        if average is not None:
+            average.update()
+        means_since.append(means)
+        images += len(batch.weak) * world.size
+        done = step + 1
+        if facts and (done % every == 0 or done == config.steps):
+            diagnostics.append({"step": done} | {name: float(value) for name, value in facts.items()})
+        if done % LOG_EVERY_STEPS == 0 or done == config.steps:
+            now = time.monotonic()
+            values = torch.stack(means_since).mean(0).tolist()  # the only device-to-host copy of these steps
+            total = sum(v * objective.weights[n] for n, v in zip(names, values))
+            if not np.isfinite(total):
+                raise FloatingPointError(f"the loss is not finite by step {done}: {dict(zip(names, values))}")
+            entry = {"step": done, "loss": total, "lr": config.lr * factor, **dict(zip(names, values))}
+            entry["images_per_s"] = (images - images_logged) / max(now - logged, 1e-9)
+            curve.append(entry)
+            on_log(entry)
+            logged, images_logged, means_since = now, images, []
+        if done % config.checkpoint_every_steps == 0 and done < config.steps:
+            on_checkpoint(
+                TrainState(
+                    fingerprint=fingerprint,
+                    step=done,
+                    network=network.state_dict(),
+                    average=average.state_dict() if average is not None else None,
+                    optimizer=optimizer.state_dict(),
+                    scaler=scaler.state_dict(),
+                    curve=curve,
+                    diagnostics=diagnostics,
+                    seconds=seconds_before + time.monotonic() - began,
+                )
+            )
+    if average is not None:
+        average.write_to(network)
+    seconds = time.monotonic() - began
+    return TrainResult(curve, diagnostics, seconds_before + seconds, images / max(seconds, 1e-9))

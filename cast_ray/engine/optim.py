@@ -1,0 +1,86 @@
+"""Optimiser, learning-rate schedule as a pure function of the step, and weight average."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from cast_ray.models.network import CastNetwork
+from cast_ray.recipe import TrainConfig
+
+
+def build_optimizer(network: CastNetwork, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; the encoder's rate is `encoder_lr_factor` of the rest; vectors (norms, biases) are not decayed."""
+    encoder = {id(p) for p in network.segmenter.encoder_parameters()}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            groups.setdefault((id(parameter) in encoder, parameter.ndim > 1), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "base_lr": config.lr * (config.encoder_lr_factor if in_encoder else 1.0),
+                "weight_decay": config.weight_decay if decayed else 0.0,
+            }
+            for (in_encoder, decayed), parameters in groups.items()
+        ],
+        lr=config.lr,
+        fused=True,
+    )
+
+
+def lr_factor(step: int, config: TrainConfig) -> float:
+    """Learning rate at `step` (0-based) relative to its peak.
+
+    hold-decay: 1, then linear to 0 over the last `decay_fraction`; poly: (1 - step/steps)^poly_power (the released
+    code's schedule); constant: 1. All after a linear warm-up of `warmup_steps`.
+    """
+    warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    left = 1.0 - step / max(config.steps, 1)
+    if config.schedule == "poly":
+        return warmup * left**config.poly_power
+    if config.schedule == "hold-decay" and config.decay_fraction > 0:
+        return warmup * min(1.0, left / config.decay_fraction)
+    return warmup
+
+
+def set_lr(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> float:
+    """Sets every group's rate for `step`; returns the factor."""
+    factor = lr_factor(step, config)
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return factor
+
+
+class WeightAverage:
+    """Exponential moving average of a module's floating parameters: theta_bar <- d theta_bar + (1 - d) theta.
+
+    d grows from 0.1 as (1 + t) / (10 + t) up to `decay`, so that a short stage is not held back by its initial weights.
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay = decay
+        self.updates = 0
+        self.live = [p for p in module.parameters()]
+        self.average = [p.detach().clone() for p in self.live]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.live], 1 - decay)
+
+    def state_dict(self) -> dict:
+        return {"updates": self.updates, "average": self.average}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.updates = state["updates"]
+        for mine, theirs in zip(self.average, state["average"], strict=True):
+            mine.copy_(theirs)
+
+    @torch.no_grad()
+    def write_to(self, module: nn.Module) -> None:
+        """Puts the average into `module` (of the same architecture)."""
+        for parameter, average in zip(module.parameters(), self.average, strict=True):
+            parameter.copy_(average)

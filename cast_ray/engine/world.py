@@ -1,0 +1,41 @@
+"""The workers of a stage as the engine sees them, one or many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class World:
+    """Rank, size and device of this worker."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = CPU
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """In-place sum over all workers."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Moves a module to the device and, with more than one worker, averages its gradients."""
+        module = module.to(self.device)
+        if self.size == 1:
+            return module
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        # A step without instances, or a row without some term, leaves weights without a gradient.
+        return DistributedDataParallel(module, device_ids=ids, find_unused_parameters=True)

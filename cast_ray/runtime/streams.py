@@ -1,0 +1,328 @@
+"""Ray Data streams: training steps, images to label or evaluate, and the labelling job.
+
+A training stream's dataset is the *sampling plan*: one row per step of one worker. Data tasks read, decode, make both
+views and collate; a worker receives whole steps in plan order. One streaming execution serves a whole stage: cycling,
+order, equal step counts and resuming at step k are properties of the plan, not of the stream.
+
+Record tables live in the object store (one copy a node, shared by all its tasks); images are read by URI when needed.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+
+from cast_ray.recipe import DataConfig, PseudoConfig
+from cast_ray.records import RECORD_SCHEMA, Batch, Category, ClassMap
+from cast_ray.runtime.store import ArtifactStore
+from cast_ray.stages.graph import Stage
+from cast_ray.stages.sampling import view_seed, worker_slots
+
+STEPS_PER_TASK = 8
+IMAGES_PER_TASK = 16
+TASKS_PER_STREAM = 2
+"""Data tasks of one stream at a time: enough to decode while the last block is used, few enough for many trials."""
+
+
+def configure_data() -> None:
+    """Settings of every stream in this process: plan order kept, no progress bars in workers' logs."""
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # The default 128 MB blocks hold the first batch back until a task has made that much.
+    context.target_max_block_size = 8 << 20
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a stage, by reference: tables in the object store and the rows that count as D_l and D_u.
+
+    labels: pseudo-labels of D_u, row i belonging to unlabelled[i]; None where no term reads them.
+    """
+
+    records: ray.ObjectRef
+    labelled: np.ndarray
+    unlabelled: np.ndarray
+    categories: tuple[Category, ...]
+    labels: ray.ObjectRef | None = None
+
+
+# Not inside the placement group of the Tune trial that asks for it, which holds nothing but the driver.
+@ray.remote(num_cpus=0.1, scheduling_strategy="DEFAULT")
+def load_records(store: ArtifactStore, key: str, name: str) -> pa.Table:
+    """Reads a record table into the object store, past the driver's memory."""
+    table = store.read_table(key, name)
+    if "position" in table.column_names:  # pseudo-labels arrive in the order in which they were made
+        table = table.sort_by("position")
+    return table.combine_chunks()
+
+
+@lru_cache(maxsize=8)
+def _table(ref: ray.ObjectRef) -> pa.Table:
+    """A record table inside a Data task; zero-copy from the node's object store."""
+    return ray.get(ref)
+
+
+def _row(ref: ray.ObjectRef, index: int) -> dict[str, Any]:
+    return _table(ref).slice(int(index), 1).to_pylist()[0]
+
+
+def training_stream(
+    images: Images,
+    data: DataConfig,
+    *,
+    batch_labelled: int,
+    batch_unlabelled: int,
+    steps: int,
+    start_step: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    oracle: bool,
+    cpus_per_read: float,
+) -> Iterator[Batch]:
+    """This worker's batches of steps start_step..steps-1, in order.
+
+    Args:
+        images: D_l, D_u and pseudo-labels.
+        data: crop size and view settings.
+        batch_labelled, batch_unlabelled: global batch sizes.
+        oracle: give the hidden ground truth of D_u to the samplers (upper bound; never to the set loss).
+    """
+    if start_step >= steps:
+        return
+    slots = partial(worker_slots, start_step=start_step, stop_step=steps, seed=seed, rank=rank, world_size=world_size)
+    labelled = slots(len(images.labelled), batch_labelled)
+    unlabelled = slots(len(images.unlabelled), batch_unlabelled)
+    plan = pa.table(
+        {
+            "step": pa.array(np.arange(start_step, steps)),
+            "labelled": pa.array(list(labelled), type=pa.list_(pa.int64())),
+            "unlabelled": pa.array(list(unlabelled), type=pa.list_(pa.int64())),
+        }
+    )
+    # The first blocks are short, so that training starts before a full task is done.
+    cuts = [0, 1, 3, *range(STEPS_PER_TASK, plan.num_rows, STEPS_PER_TASK)]
+    cuts = [c for c in cuts if c < plan.num_rows]
+    blocks = [plan.slice(a, b - a) for a, b in zip(cuts, [*cuts[1:], plan.num_rows])]
+    make = partial(
+        _make_steps,
+        images=images,
+        data=data,
+        seed=seed,
+        oracle=oracle,
+        first_slots=(rank * labelled.shape[1], batch_labelled + rank * unlabelled.shape[1]),
+    )
+    dataset = ray.data.from_arrow(blocks).map_batches(
+        make, batch_size=None, batch_format="pyarrow", num_cpus=cpus_per_read, concurrency=TASKS_PER_STREAM
+    )
+    yield from _batches(dataset)
+
+
+def _batches(dataset: ray.data.Dataset) -> Iterator[Batch]:
+    from cast_ray.views import to_batch
+
+    # Whole Arrow blocks: slicing steps off one by one in Ray Data costs three times as much.
+    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+        for payload in block.column("batch"):
+            yield to_batch(pickle.loads(payload.as_buffer()))
+
+
+def _make_steps(
+    plan: pa.Table, *, images: Images, data: DataConfig, seed: int, oracle: bool, first_slots: tuple[int, int]
+) -> pa.Table:
+    """Plan rows -> collated steps, one pickled dict of arrays a row. Runs in a Data task."""
+    import torch
+
+    from cast_ray.datasets.images import read_image
+    from cast_ray.views import collate, make_sample
+
+    torch.set_num_threads(1)
+    classes = ClassMap(images.categories)
+    payloads = []
+    for row in plan.to_pylist():
+        samples = []
+        for kind, first_slot in zip(("labelled", "unlabelled"), first_slots):
+            is_labelled = kind == "labelled"
+            for i, position in enumerate(row[kind]):
+                index = (images.labelled if is_labelled else images.unlabelled)[position]
+                record = _row(images.records, index)
+                if not is_labelled and images.labels is not None:
+                    record["truth_instances"] = record["instances"]
+                    record["instances"] = _row(images.labels, position)["instances"]
+                samples.append(
+                    make_sample(
+                        read_image(record["uri"]),
+                        record,
+                        classes,
+                        data,
+                        view_seed(seed, row["step"], first_slot + i),
+                        use_instances=is_labelled or images.labels is not None,
+                        truth=is_labelled or oracle,
+                    )
+                )
+        payloads.append(pickle.dumps(collate(samples, len(row["labelled"])), protocol=5))
+    return pa.table({"step": plan.column("step"), "batch": pa.array(payloads, type=pa.large_binary())})
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A few images ready for inference: positions [n], pixels uint8 [n, 3, H, W] and their sizes, pixels."""
+
+    positions: list[int]
+    pixels: np.ndarray
+    image_hw: list[tuple[int, int]]
+    resized_hw: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, block: pa.Table, image_px: tuple[int, int]) -> Pictures:
+        pixels = np.stack([np.frombuffer(b.as_buffer(), np.uint8) for b in block.column("pixels")])
+        sizes = np.stack([block.column(n).to_numpy() for n in ("height", "width", "fit_height", "fit_width")], 1)
+        return cls(
+            block.column("position").to_pylist(),
+            pixels.reshape(-1, 3, *image_px),
+            [(int(h), int(w)) for h, w, _, _ in sizes],
+            [(int(h), int(w)) for _, _, h, w in sizes],
+        )
+
+
+def picture_dataset(
+    records: ray.ObjectRef, indices: np.ndarray, image_px: tuple[int, int], cpus_per_read: float
+) -> ray.data.Dataset:
+    """Images decoded and fitted to `image_px`: rows of position (in `indices`), pixels and sizes."""
+    blocks = [
+        pa.table({"position": np.arange(a, min(a + IMAGES_PER_TASK, len(indices)))})
+        for a in range(0, len(indices), IMAGES_PER_TASK)
+    ]
+    fit = partial(_fit_images, records=records, indices=indices, image_px=image_px)
+    return ray.data.from_arrow(blocks).map_batches(
+        fit, batch_size=None, batch_format="pyarrow", num_cpus=cpus_per_read, concurrency=TASKS_PER_STREAM
+    )
+
+
+def _fit_images(block: pa.Table, *, records: ray.ObjectRef, indices: np.ndarray, image_px: tuple[int, int]) -> pa.Table:
+    from cast_ray.datasets.images import read_image
+    from cast_ray.views import fit_image
+
+    rows = []
+    for position in block.column("position").to_pylist():
+        image = read_image(_row(records, indices[position])["uri"])
+        pixels, (fit_height, fit_width) = fit_image(image, image_px)
+        rows.append((position, pixels.tobytes(), image.shape[0], image.shape[1], fit_height, fit_width))
+    names = ("position", "pixels", "height", "width", "fit_height", "fit_width")
+    return pa.table({name: pa.array(column) for name, column in zip(names, zip(*rows))})
+
+
+def pictures(dataset: ray.data.Dataset, image_px: tuple[int, int]) -> Iterator[Pictures]:
+    """Iterates a `picture_dataset` block by block."""
+    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+        yield Pictures.of(block, image_px)
+
+
+class Labeller:
+    """An actor of the labelling job: holds the teacher on its device and turns images into pseudo-label records."""
+
+    def __init__(
+        self,
+        store: ArtifactStore,
+        teacher_key: str,
+        image_px: tuple[int, int],
+        pseudo: PseudoConfig,
+        records: ray.ObjectRef,
+        indices: np.ndarray,
+        broker: Any,
+        owner: str,
+    ):
+        import torch
+
+        from cast_ray.runtime.models import load_model
+        from cast_ray.teachers.expert import ExpertTeacher
+
+        torch.set_num_threads(1)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        segmenter, self.categories = load_model(store, teacher_key)
+        self.teacher = ExpertTeacher(segmenter.to(device), image_px)
+        self.image_px, self.pseudo = image_px, pseudo
+        self.records, self.indices = records, indices
+        self.broker, self.owner = broker, owner
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        import torch
+
+        from cast_ray.teachers.pseudo import pseudo_labels
+
+        batch = Pictures.of(block, self.image_px)
+        found = self.teacher.predict(torch.from_numpy(batch.pixels), batch.image_hw, batch.resized_hw)
+        rows = []
+        for position, instances in zip(batch.positions, found):
+            record = _row(self.records, self.indices[position])
+            record["instances"] = [
+                {
+                    "category_id": self.categories[i["label"]].id,
+                    "rle": i["rle"],
+                    "score": i["score"],
+                    "is_crowd": False,
+                }
+                for i in pseudo_labels(instances, self.pseudo)
+            ]
+            rows.append(record | {"position": position})
+        self.broker.advance.remote(self.owner, len(rows))
+        return pa.Table.from_pylist(rows, schema=RECORD_SCHEMA.append(pa.field("position", pa.int64())))
+
+
+def label_images(
+    store: ArtifactStore,
+    stage: Stage,
+    *,
+    teacher_key: str,
+    images: Images,
+    image_px: tuple[int, int],
+    pseudo: PseudoConfig,
+    broker: Any,
+    owner: str,
+    num_labellers: int,
+    use_gpu: bool,
+    cpus_per_labeller: float,
+    cpus_per_read: float,
+) -> int:
+    """Runs a teacher over D_u and writes its pseudo-labels as Parquet below the stage's artifact (not committed).
+
+    Returns:
+        Number of images labelled.
+
+    Raises:
+        RuntimeError: fewer rows came out than went in (nothing may be dropped silently).
+    """
+    configure_data()
+    dataset = picture_dataset(images.records, images.unlabelled, image_px, cpus_per_read).map_batches(
+        Labeller,
+        fn_constructor_args=(
+            store,
+            teacher_key,
+            image_px,
+            pseudo,
+            images.records,
+            images.unlabelled,
+            broker,
+            owner,
+        ),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=num_labellers),
+        num_cpus=cpus_per_labeller,
+        num_gpus=1 if use_gpu else 0,
+    )
+    dataset.write_parquet(store.artifact(stage.key) + "/labels", mode=ray.data.SaveMode.OVERWRITE)
+    written = store.read_table(stage.key, "labels").num_rows
+    if written != len(images.unlabelled):
+        raise RuntimeError(f"{stage.name}: {len(images.unlabelled)} images went in, {written} label rows came out")
+    return written
