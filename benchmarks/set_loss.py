@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -45,7 +45,10 @@ def make_problem(exact: bool = True) -> tuple[Predictions, list[Targets], LossCo
             masks[i, top : top + 40, left : left + 40] = True
         targets.append(Targets(masks, torch.randint(0, CLASSES, (count,), generator=g), torch.ones(count)))
     config = LossConfig(exact=exact, cost_class=2.0)
-    return predictions, targets, config, draw_points(predictions, targets, config, g)
+    drawn = draw_points(predictions, targets, config, g)
+    # Rounded to what both conventions hold exactly, [0, 1] there and [-1, 1] here.
+    points = LossPoints(*(((t + 1) / 2) * 2 - 1 for t in (drawn.match, drawn.candidates, drawn.uniform)))
+    return predictions, targets, config, points
 
 
 def ours(predictions, targets, config, points) -> torch.Tensor:
@@ -54,6 +57,7 @@ def ours(predictions, targets, config, points) -> torch.Tensor:
 
 
 def rival(predictions, targets, config, points) -> torch.Tensor:
+    """`points` in [0, 1], as transformers draws them."""
     criterion = theirs.Mask2FormerLoss(
         Mask2FormerConfig(
             num_labels=CLASSES,
@@ -91,15 +95,22 @@ VARIANTS = {"ours": (ours, True), "fast": (ours, False), "theirs": (rival, True)
 def run(variant: str) -> tuple[float, torch.Tensor, list[torch.Tensor], float]:
     """Seconds, value, gradients and growth of the peak memory in MB of one forward and backward."""
     loss_of, exact = VARIANTS[variant]
-    problem = make_problem(exact)
-    predictions = problem[0]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    predictions, targets, config, points = make_problem(exact)
+    if loss_of is rival:
+        points = LossPoints(*((t + 1) / 2 for t in (points.match, points.candidates, points.uniform)))
+    before = peak_mb()
     start = time.perf_counter()
-    value = loss_of(*problem)
+    value = loss_of(predictions, targets, config, points)
     value.backward()
     seconds = time.perf_counter() - start
-    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    return seconds, value.detach(), [t.grad for t in predictions.class_logits + predictions.mask_logits], memory
+    grown = peak_mb() - before
+    return seconds, value.detach(), [t.grad for t in predictions.class_logits + predictions.mask_logits], grown
+
+
+def peak_mb() -> float:
+    """Peak resident size; VmHWM, for a child's ru_maxrss starts at its parent's."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 def main() -> None:

@@ -30,18 +30,18 @@ class Matches:
 
 
 def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
-    """Bilinear values of maps at normalised points.
+    """Bilinear values of maps at points.
 
     Args:
         maps: float or bool [K, h, w]; read as float32 (half-precision coordinates would miss pixels).
-        points: float32 [K, P, 2], (x, y) in [0, 1].
+        points: float32 [K or 1, P, 2], (x, y) in [-1, 1] from edge to edge; one row serves every map.
 
     Returns:
         float32 [K, P]; zero outside the map, as in `align_corners=False` sampling of Mask2Former.
 
-    Source: PointRend's `point_sample`.
+    Source: PointRend's `point_sample`, whose points lie in [0, 1] and are moved to [-1, 1] at each call.
     """
-    grid = (2.0 * points).sub_(1.0).unsqueeze(2)
+    grid = points.unsqueeze(2).expand(len(maps), -1, -1, -1)
     return F.grid_sample(maps.float().unsqueeze(1), grid, align_corners=False)[:, 0, :, 0]
 
 
@@ -51,14 +51,14 @@ def sample_kept(keep: Tensor, image: Tensor, points: Tensor) -> Tensor:
     Args:
         keep: bool [B, H, W].
         image: int64 [K], row of `keep` for each point set.
-        points: float32 [K, P, 2], (x, y) in [0, 1].
+        points: float32 [K, P, 2], (x, y) in [-1, 1] from edge to edge.
 
     Returns:
         bool [K, P].
     """
     height, width = keep.shape[-2:]
-    column = (points[..., 0] * width).long().clamp_(0, width - 1)
-    row = (points[..., 1] * height).long().clamp_(0, height - 1)
+    column = ((points[..., 0] + 1) * (width / 2)).long().clamp_(0, width - 1)
+    row = ((points[..., 1] + 1) * (height / 2)).long().clamp_(0, height - 1)
     return keep.flatten()[(image[:, None] * height + row) * width + column]
 
 
@@ -97,7 +97,7 @@ def match_layers(
         mask_logits: L tensors [B, Q, h, w].
         targets: B targets; an image without instances takes no query.
         config: the costs' weights.
-        points: float32 [L or 1, B, P, 2], (x, y) in [0, 1]; one row serves every layer.
+        points: float32 [L or 1, B, P, 2], (x, y) in [-1, 1]; one row serves every layer.
         keep: bool [B, H, W], False where masks are not compared; None: everywhere.
 
     Raises:
@@ -120,10 +120,10 @@ def match_layers(
         for layer in range(num_layers):
             where = points[layer if points.shape[0] > 1 else 0, image][None]
             if layer == 0 or points.shape[0] > 1:
-                truth = sample_maps(masks, where.expand(count, -1, -1))
+                truth = sample_maps(masks, where)
                 if keep is not None:
                     kept = sample_kept(keep, torch.full((1,), image, device=where.device), where)[0].float()
-            logits = sample_maps(mask_logits[layer][image], where.expand(num_queries, -1, -1))
+            logits = sample_maps(mask_logits[layer][image], where)
             cost = _pairwise_mask_cost(logits, truth, kept, config)
             cost -= config.cost_class * class_logits[layer][image].float().softmax(-1)[:, labels]
             blocks.append((image, layer, count))
@@ -144,17 +144,23 @@ def match_layers(
 
 
 def _pairwise_mask_cost(logits: Tensor, truth: Tensor, kept: Tensor | None, config: LossConfig) -> Tensor:
-    """cost_mask * BCE + cost_dice * dice of [Q, P] logits against [N, P] masks over the kept points: [Q, N]."""
-    probs = logits.sigmoid()
-    softplus = F.softplus(logits)
+    """cost_mask * BCE + cost_dice * dice of [Q, P] logits against [N, P] masks over the kept points: [Q, N].
+
+    One pass over the logits: with n = sigmoid(-x), softplus(x) = -log n (capped at 87, where float32 ends) and
+    sigmoid(x) = 1 - n, which only enters sums.
+    """
+    complement = logits.neg().sigmoid_()
+    log_complement = complement.clamp(min=torch.finfo(torch.float32).tiny).log_()
     num_points: float | Tensor = logits.shape[1]
     if kept is None:
-        positive, negative = probs.sum(1), softplus.sum(1)
+        outside, negative = complement.sum(1), -log_complement.sum(1)
     else:
         truth = truth * kept
-        positive, negative, num_points = probs @ kept, softplus @ kept, kept.sum().clamp(min=1)
-    dice = 1 - (2 * (probs @ truth.T) + 1) / (positive[:, None] + truth.sum(1)[None] + 1)
-    cross_entropy = (negative[:, None] - logits @ truth.T) / num_points
+        outside, negative, num_points = complement @ kept, -(log_complement @ kept), kept.sum()
+    area = truth.sum(1)
+    overlap = area - complement @ truth.T
+    dice = 1 - (2 * overlap + 1) / ((num_points - outside)[:, None] + area + 1)
+    cross_entropy = (negative[:, None] - logits @ truth.T) / (num_points + (num_points == 0))
     return config.cost_mask * cross_entropy + config.cost_dice * dice
 
 

@@ -51,9 +51,7 @@ def make_set_problem():
         Targets(torch.rand(n, 32, 32, generator=g) < 0.5, torch.randint(0, 3, (n,), generator=g), torch.ones(n))
         for n in COUNTS
     ]
-    points = LossPoints(
-        torch.rand(2, 2, 32, 2, generator=g), torch.rand(2, 8, 96, 2, generator=g), torch.rand(2, 8, 8, 2, generator=g)
-    )
+    points = LossPoints(*(2 * torch.rand(*shape, 2, generator=g) - 1 for shape in ((2, 2, 32), (2, 8, 96), (2, 8, 8))))
     return predictions, targets, points
 
 

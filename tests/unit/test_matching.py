@@ -21,7 +21,7 @@ def scene(counts, layers=2, seed=0):
         Targets(torch.rand(n, 24, 32, generator=g) < 0.5, torch.randint(0, CLASSES, (n,), generator=g), torch.ones(n))
         for n in counts
     ]
-    return class_logits, mask_logits, targets, torch.rand(layers, images, 30, 2, generator=g)
+    return class_logits, mask_logits, targets, 2 * torch.rand(layers, images, 30, 2, generator=g) - 1
 
 
 def pair_cost(class_logits, mask_logits, target, n, k, points, config):
@@ -98,7 +98,7 @@ def test_excluded_pixels_do_not_decide_the_match():
     target = [Targets(masks, torch.tensor([0]), torch.ones(1))]
     keep = torch.zeros(1, 8, 8, dtype=torch.bool)
     keep[:, :, :4] = True
-    points = torch.rand(1, 1, 500, 2, generator=g)
+    points = 2 * torch.rand(1, 1, 500, 2, generator=g) - 1
     flat = [torch.zeros(1, 2, 2)]
     assert match_layers(flat, [logits], target, LossConfig(), points).query.tolist() == [[0]]
     assert match_layers(flat, [logits], target, LossConfig(), points, keep).query.tolist() == [[1]]
@@ -106,7 +106,7 @@ def test_excluded_pixels_do_not_decide_the_match():
 
 def test_sampling_reads_the_pixel_under_the_point():
     keep = torch.arange(12).view(1, 3, 4) % 3 == 0
-    centres = torch.tensor([[(x + 0.5) / 4, (y + 0.5) / 3] for y in range(3) for x in range(4)])[None]
+    centres = torch.tensor([[(2 * x + 1) / 4 - 1, (2 * y + 1) / 3 - 1] for y in range(3) for x in range(4)])[None]
     assert torch.equal(sample_kept(keep, torch.tensor([0]), centres)[0], keep.flatten())
     torch.testing.assert_close(sample_maps(keep, centres)[0], keep.flatten().float())
     edge = torch.tensor([[[1.0, 1.0]]])

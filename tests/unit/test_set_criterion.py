@@ -41,9 +41,9 @@ def make_points(config, pairs, layers=LAYERS, images=IMAGES, seed=2):
     g = torch.Generator().manual_seed(seed)
     taken = int(config.importance_ratio * config.num_points)
     return LossPoints(
-        torch.rand(layers, images, config.num_points, 2, generator=g),
-        torch.rand(layers, pairs, int(config.num_points * config.oversample_ratio), 2, generator=g),
-        torch.rand(layers, pairs, config.num_points - taken, 2, generator=g),
+        2 * torch.rand(layers, images, config.num_points, 2, generator=g) - 1,
+        2 * torch.rand(layers, pairs, int(config.num_points * config.oversample_ratio), 2, generator=g) - 1,
+        2 * torch.rand(layers, pairs, config.num_points - taken, 2, generator=g) - 1,
     )
 
 
@@ -80,7 +80,7 @@ def reference_loss(predictions, targets, config, points):
     def rand(*shape, **_):
         drawn = next(handed_out)
         assert tuple(drawn.shape) == shape
-        return drawn
+        return (drawn + 1) / 2
 
     with mock.patch.object(theirs.torch, "rand", rand):
         losses = criterion(
@@ -133,7 +133,7 @@ def test_no_image_at_all_is_nothing_but_attached():
     config, predictions = LossConfig(num_points=POINTS), make_predictions()
     losses = set_loss(slice_predictions(predictions, 2, 2), [], config)
     sum(s for s, _ in losses.values()).backward()
-    assert [(float(s), float(n)) for s, n in losses.values()] == [(0, 0)] * 3
+    assert [(s.item(), n.item()) for s, n in losses.values()] == [(0, 0)] * 3
     assert not predictions.mask_logits[0].grad.any()
 
 
