@@ -118,6 +118,7 @@ class Broker:
         self.waiting: list[_Waiter] = []
         self.posts: dict[str, dict[str, Any]] = {}
         self.ended: list[str] = []
+        self.fatal: dict[str, str] = {}
         self.orders = 0
 
     async def claim(self, owner: str, needs: list[Need]) -> dict[str, list[str]]:
@@ -163,6 +164,14 @@ class Broker:
         """`owner` has ended, done or failed, and asks for nothing more."""
         self.ended.append(owner)
         await self.settle(owner)
+
+    async def fail(self, owner: str, reason: str) -> None:
+        """`owner`'s segment met an error that a restart would meet again."""
+        self.fatal.setdefault(owner, reason)
+
+    async def failure(self, owner: str) -> str | None:
+        """The error that ended `owner`'s segment, if one did."""
+        return self.fatal.get(owner)
 
     async def post(self, owner: str, facts: dict[str, Any]) -> None:
         """Progress of what `owner` runs: stage, step, steps, unit and, where known, loss and images_per_s."""

@@ -64,9 +64,9 @@ def stage_slots(runtime: RuntimeConfig, resources: dict[str, float], num_drivers
     Raises:
         ValueError: not even one fits; the message gives the sum.
     """
-    from cast_ray.runtime.streams import TASKS_PER_STREAM
+    from cast_ray.runtime.streams import stream_bundle
 
-    reads = TASKS_PER_STREAM * runtime.cpus_per_read
+    reads = stream_bundle(runtime.cpus_per_read)["CPU"]
     workers = runtime.num_workers * (runtime.cpus_per_worker + reads)
     labelling = runtime.num_labellers * runtime.cpus_per_labeller + reads
     per_stage = max(workers, labelling)

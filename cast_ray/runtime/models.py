@@ -35,7 +35,12 @@ def load_model(store: ArtifactStore, key: str) -> tuple[Segmenter, tuple[Categor
     card = store.read_json(key, CARD)
     categories = tuple(Category(**c) for c in card["categories"])
     segmenter = build_segmenter(ModelConfig(**card["model"]), len(categories), seed=0)
-    segmenter.load_state_dict(load_tensors(store.read_bytes(key, WEIGHTS)))
+    try:
+        segmenter.load_state_dict(load_tensors(store.read_bytes(key, WEIGHTS)))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{store.artifact(key)}: the stored weights do not fit this version's model: {error}"
+        ) from None
     return segmenter, categories
 
 

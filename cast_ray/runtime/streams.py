@@ -5,12 +5,17 @@ views and collate; a worker receives whole steps in plan order. One streaming ex
 order, equal step counts and resuming at step k are properties of the plan, not of the stream.
 
 Record tables live in the object store (one copy a node, shared by all its tasks); images are read by URI when needed.
+
+Every stream runs in a placement group of its own. Without one, Ray Data 2.60 gives concurrent streams equal *integer* shares
+of each node's idle CPUs (`amount // len(requesters)` in its autoscaling coordinator): with fewer whole CPUs than streams the
+share is 0 and all of them wait for ever, silently.
 """
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -19,6 +24,8 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cast_ray.recipe import DataConfig, PseudoConfig
 from cast_ray.records import RECORD_SCHEMA, Batch, Category, ClassMap
@@ -32,9 +39,31 @@ TASKS_PER_STREAM = 2
 """Data tasks of one stream at a time: enough to decode while the last block is used, few enough for many trials."""
 
 
-def configure_data() -> None:
-    """Settings of every stream in this process: plan order kept, no progress bars in workers' logs."""
+def stream_bundle(cpus_per_read: float) -> dict[str, float]:
+    """What one stream's decoding tasks reserve."""
+    return {"CPU": TASKS_PER_STREAM * cpus_per_read}
+
+
+@contextmanager
+def reserve(bundles: list[dict[str, float]]) -> Iterator[PlacementGroup]:
+    """A placement group for the streams of one stage or segment, given back at the end."""
+    group = ray.util.placement_group(bundles, strategy="PACK")
+    try:
+        yield group
+    finally:
+        ray.util.remove_placement_group(group)
+
+
+def configure_data(group: PlacementGroup, bundle: int = -1) -> None:
+    """Settings of every stream in this process.
+
+    Args:
+        group: where the streams' tasks run, see `reserve`.
+        bundle: index of this process's bundle in it; -1: any.
+    """
     context = ray.data.DataContext.get_current()
+    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+    context.scheduling_strategy = context.scheduling_strategy_large_args = strategy
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -57,7 +86,7 @@ class Images:
 
 
 # Not inside the placement group of the Tune trial that asks for it, which holds nothing but the driver.
-@ray.remote(num_cpus=0.1, scheduling_strategy="DEFAULT")
+@ray.remote(num_cpus=0.01, scheduling_strategy="DEFAULT")
 def load_records(store: ArtifactStore, key: str, name: str) -> pa.Table:
     """Reads a record table into the object store, past the driver's memory."""
     table = store.read_table(key, name)
@@ -87,6 +116,7 @@ def training_stream(
     seed: int,
     rank: int,
     world_size: int,
+    strong: bool,
     oracle: bool,
     cpus_per_read: float,
 ) -> Iterator[Batch]:
@@ -96,6 +126,7 @@ def training_stream(
         images: D_l, D_u and pseudo-labels.
         data: crop size and view settings.
         batch_labelled, batch_unlabelled: global batch sizes.
+        strong: whether any term reads the strong view (else it is not computed).
         oracle: give the hidden ground truth of D_u to the samplers (upper bound; never to the set loss).
     """
     if start_step >= steps:
@@ -119,6 +150,7 @@ def training_stream(
         images=images,
         data=data,
         seed=seed,
+        strong=strong,
         oracle=oracle,
         first_slots=(rank * labelled.shape[1], batch_labelled + rank * unlabelled.shape[1]),
     )
@@ -138,7 +170,14 @@ def _batches(dataset: ray.data.Dataset) -> Iterator[Batch]:
 
 
 def _make_steps(
-    plan: pa.Table, *, images: Images, data: DataConfig, seed: int, oracle: bool, first_slots: tuple[int, int]
+    plan: pa.Table,
+    *,
+    images: Images,
+    data: DataConfig,
+    seed: int,
+    strong: bool,
+    oracle: bool,
+    first_slots: tuple[int, int],
 ) -> pa.Table:
     """Plan rows -> collated steps, one pickled dict of arrays a row. Runs in a Data task."""
     import torch
@@ -168,6 +207,7 @@ def _make_steps(
                         view_seed(seed, row["step"], first_slot + i),
                         use_instances=is_labelled or images.labels is not None,
                         truth=is_labelled or oracle,
+                        strong=strong,
                     )
                 )
         payloads.append(pickle.dumps(collate(samples, len(row["labelled"])), protocol=5))
@@ -302,7 +342,31 @@ def label_images(
     Raises:
         RuntimeError: fewer rows came out than went in (nothing may be dropped silently).
     """
-    configure_data()
+    labeller = {"CPU": cpus_per_labeller} | ({"GPU": 1} if use_gpu else {})
+    with reserve([stream_bundle(cpus_per_read), *[labeller] * num_labellers]) as group:
+        configure_data(group)
+        _label(
+            store, stage, teacher_key, images, image_px, pseudo, broker, owner, num_labellers, labeller, cpus_per_read
+        )
+    written = store.read_table(stage.key, "labels").num_rows
+    if written != len(images.unlabelled):
+        raise RuntimeError(f"{stage.name}: {len(images.unlabelled)} images went in, {written} label rows came out")
+    return written
+
+
+def _label(
+    store: ArtifactStore,
+    stage: Stage,
+    teacher_key: str,
+    images: Images,
+    image_px: tuple[int, int],
+    pseudo: PseudoConfig,
+    broker: Any,
+    owner: str,
+    num_labellers: int,
+    labeller: dict[str, float],
+    cpus_per_read: float,
+) -> None:
     dataset = picture_dataset(images.records, images.unlabelled, image_px, cpus_per_read).map_batches(
         Labeller,
         fn_constructor_args=(
@@ -318,11 +382,11 @@ def label_images(
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=num_labellers),
-        num_cpus=cpus_per_labeller,
-        num_gpus=1 if use_gpu else 0,
+        num_cpus=labeller["CPU"],
+        num_gpus=labeller.get("GPU", 0),
     )
-    dataset.write_parquet(store.artifact(stage.key) + "/labels", mode=ray.data.SaveMode.OVERWRITE)
-    written = store.read_table(stage.key, "labels").num_rows
-    if written != len(images.unlabelled):
-        raise RuntimeError(f"{stage.name}: {len(images.unlabelled)} images went in, {written} label rows came out")
-    return written
+    dataset.write_parquet(
+        store.artifact(stage.key) + "/labels",
+        mode=ray.data.SaveMode.OVERWRITE,
+        ray_remote_args={"num_cpus": cpus_per_read},
+    )

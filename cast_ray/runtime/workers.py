@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
+from ray.util.placement_group import PlacementGroup
 from safetensors.torch import load as load_tensors
 
 from cast_ray.engine.checkpoint import TrainState
@@ -28,7 +30,15 @@ from cast_ray.recipe import DataConfig, Recipe
 from cast_ray.records import Category
 from cast_ray.runtime.models import WEIGHTS, load_model, save_model
 from cast_ray.runtime.store import ArtifactStore
-from cast_ray.runtime.streams import Images, configure_data, picture_dataset, pictures, training_stream
+from cast_ray.runtime.streams import (
+    Images,
+    configure_data,
+    picture_dataset,
+    pictures,
+    reserve,
+    stream_bundle,
+    training_stream,
+)
 from cast_ray.stages.evaluate import coco_results
 from cast_ray.stages.graph import Stage, artifact_key
 from cast_ray.stages.train import train_config, train_stage
@@ -53,18 +63,36 @@ class Segment:
     started: float = field(default_factory=time.time)
 
 
+# Met again by every restart of the workers, unlike a lost process, a broken connection or a full disk.
+FATAL = (ValueError, TypeError, KeyError, AttributeError, AssertionError, FloatingPointError, torch.OutOfMemoryError)
+
+
+class SegmentFailed(RuntimeError):
+    """A stage raised an error that restarting its workers cannot mend; carries the workers' traceback."""
+
+
 def run_segment(segment: Segment, run_name: str) -> None:
     """Runs a segment's stages through a TorchTrainer; returns when all are committed.
 
     Workers that die are restarted up to `runtime.max_failures` times; a stage then continues from its last checkpoint.
 
     Raises:
-        ray.train.TrainingFailedError: the workers failed more often, or raised.
+        SegmentFailed: a stage raised one of FATAL; not retried.
+        ray.train.TrainingFailedError: the workers failed more often than that.
     """
+    runtime = segment.recipe.runtime
+    reads = [stream_bundle(runtime.cpus_per_read)] * runtime.num_workers
+    with reserve(reads) as group:
+        _fit(segment, run_name, group)
+    if reason := ray.get(segment.broker.failure.remote(segment.owner)):
+        raise SegmentFailed(reason)
+
+
+def _fit(segment: Segment, run_name: str, group: PlacementGroup) -> None:
     runtime = segment.recipe.runtime
     trainer = TorchTrainer(
         _run_stages,
-        train_loop_config={"segment": segment},
+        train_loop_config={"segment": segment, "group": group},
         scaling_config=ScalingConfig(
             num_workers=runtime.num_workers,
             use_gpu=runtime.use_gpu,
@@ -83,15 +111,22 @@ def run_segment(segment: Segment, run_name: str) -> None:
 def _run_stages(config: dict[str, Any]) -> None:
     """The loop of one worker: every stage of the segment, skipping what an earlier attempt committed."""
     segment: Segment = config["segment"]
+    if ray.get(segment.broker.failure.remote(segment.owner)):
+        return  # a restart after a fatal error: nothing to try again
     torch.set_num_threads(max(1, int(segment.recipe.runtime.cpus_per_worker)))
-    configure_data()
     context = ray.train.get_context()
+    configure_data(config["group"], context.get_world_rank())
     world = World(context.get_world_rank(), context.get_world_size(), get_device())
     for stage in segment.stages:
         if segment.store.has(stage.key):
             continue
         began = time.monotonic()
-        facts = _train(segment, stage, world) if stage.kind == "train" else _evaluate(segment, stage, world)
+        try:
+            facts = _train(segment, stage, world) if stage.kind == "train" else _evaluate(segment, stage, world)
+        except FATAL:
+            reason = f"{stage.name}: {traceback.format_exc()}"
+            ray.get(segment.broker.fail.remote(segment.owner, reason))
+            raise
         if world.rank == 0:
             facts |= {"stage_seconds": time.monotonic() - began, "num_workers": world.size, "device": str(world.device)}
             segment.store.commit(stage, facts)
@@ -120,6 +155,7 @@ def _train(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
         seed=stage.config["seed"],
         rank=world.rank,
         world_size=world.size,
+        strong=bool(contrastive),
         oracle=bool(contrastive) and contrastive["sampler"] == "oracle",
         cpus_per_read=recipe.runtime.cpus_per_read,
     )

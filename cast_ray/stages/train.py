@@ -52,7 +52,10 @@ def train_stage(
     torch.manual_seed(seed)
     segmenter = build_segmenter(ModelConfig(**config["model"]), num_classes, seed)
     if initial_weights is not None:
-        segmenter.load_state_dict(initial_weights)
+        try:
+            segmenter.load_state_dict(initial_weights)
+        except RuntimeError as error:
+            raise ValueError(f"{stage.name}: the parent's weights do not fit this model: {error}") from None
     contrastive = ContrastiveConfig(**config["contrastive"]) if config["contrastive"] else None
     network = CastNetwork(segmenter, contrastive)
     objective = Objective(LossConfig(**config["loss"]), contrastive)
