@@ -6,15 +6,16 @@ order, equal step counts and resuming at step k are properties of the plan, not 
 
 Record tables live in the object store (one copy a node, shared by all its tasks); images are read by URI when needed.
 
-Every stream runs in a placement group of its own. Without one, Ray Data 2.60 gives concurrent streams equal *integer* shares
-of each node's idle CPUs (`amount // len(requesters)` in its autoscaling coordinator): with fewer whole CPUs than streams the
-share is 0 and all of them wait for ever, silently.
+Two facts of Ray Data 2.60 shape this file. Concurrent streams get equal *integer* shares of each node's idle CPUs
+(`amount // len(requesters)` in its autoscaling coordinator): with fewer whole CPUs than streams the share is 0 and all
+wait for ever, silently. So every stream runs in a placement group of its own, where the group is the budget. And
+`from_arrow` starts a task of 1 CPU for each block to learn its schema; a `Datasource` of our own starts none.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -24,6 +25,9 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
+from ray.data import DataContext
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -71,6 +75,49 @@ def configure_data(group: PlacementGroup, bundle: int = -1) -> None:
     context.target_max_block_size = 8 << 20
 
 
+class PlanSource(Datasource):
+    """A stream's dataset: blocks of a plan, each turned into rows by one task.
+
+    Args:
+        blocks: row groups of the plan, in order.
+        make: block -> rows; runs in a Data task. Its own data (index arrays, settings) is stored once, not per task.
+    """
+
+    def __init__(self, blocks: list[pa.Table], make: Callable[[pa.Table], pa.Table]):
+        super().__init__()
+        self.blocks = blocks
+        self.make = ray.put(make)
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
+    ) -> list[ReadTask]:
+        return [
+            ReadTask(
+                partial(_run_block, self.make, block),
+                BlockMetadata(num_rows=block.num_rows, size_bytes=None, exec_stats=None),
+            )
+            for block in self.blocks
+        ]
+
+    def dataset(self, cpus_per_read: float) -> ray.data.Dataset:
+        return ray.data.read_datasource(
+            self, num_cpus=cpus_per_read, concurrency=TASKS_PER_STREAM, override_num_blocks=len(self.blocks)
+        )
+
+
+def _run_block(make: ray.ObjectRef, block: pa.Table) -> list[pa.Table]:
+    return [_fetched(make)(block)]
+
+
+@lru_cache(maxsize=16)
+def _fetched(ref: ray.ObjectRef) -> Any:
+    """An object of the store inside a Data task: record tables are zero-copy, plans' functions unpickled once."""
+    return ray.get(ref)
+
+
 @dataclass(frozen=True)
 class Images:
     """The images of a stage, by reference: tables in the object store and the rows that count as D_l and D_u.
@@ -95,14 +142,8 @@ def load_records(store: ArtifactStore, key: str, name: str) -> pa.Table:
     return table.combine_chunks()
 
 
-@lru_cache(maxsize=8)
-def _table(ref: ray.ObjectRef) -> pa.Table:
-    """A record table inside a Data task; zero-copy from the node's object store."""
-    return ray.get(ref)
-
-
 def _row(ref: ray.ObjectRef, index: int) -> dict[str, Any]:
-    return _table(ref).slice(int(index), 1).to_pylist()[0]
+    return _fetched(ref).slice(int(index), 1).to_pylist()[0]
 
 
 def training_stream(
@@ -154,10 +195,7 @@ def training_stream(
         oracle=oracle,
         first_slots=(rank * labelled.shape[1], batch_labelled + rank * unlabelled.shape[1]),
     )
-    dataset = ray.data.from_arrow(blocks).map_batches(
-        make, batch_size=None, batch_format="pyarrow", num_cpus=cpus_per_read, concurrency=TASKS_PER_STREAM
-    )
-    yield from _batches(dataset)
+    yield from _batches(PlanSource(blocks, make).dataset(cpus_per_read))
 
 
 def _batches(dataset: ray.data.Dataset) -> Iterator[Batch]:
@@ -244,9 +282,7 @@ def picture_dataset(
         for a in range(0, len(indices), IMAGES_PER_TASK)
     ]
     fit = partial(_fit_images, records=records, indices=indices, image_px=image_px)
-    return ray.data.from_arrow(blocks).map_batches(
-        fit, batch_size=None, batch_format="pyarrow", num_cpus=cpus_per_read, concurrency=TASKS_PER_STREAM
-    )
+    return PlanSource(blocks, fit).dataset(cpus_per_read)
 
 
 def _fit_images(block: pa.Table, *, records: ray.ObjectRef, indices: np.ndarray, image_px: tuple[int, int]) -> pa.Table:
