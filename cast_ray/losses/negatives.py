@@ -12,8 +12,7 @@ from cast_ray.recipe import ContrastiveConfig
 
 # Inner products of unit vectors carry float32 rounding of about 1e-7: below this a dissimilarity is none.
 _LEAST_WEIGHT = 1e-5
-# Keeps u * total below total after rounding, so that the inverse CDF never runs past the last candidate.
-_BELOW_ONE = 1 - 1e-6
+TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -176,29 +175,33 @@ def candidate_weights(anchors: PixelSet, pool: PixelSet, own: slice, config: Con
 
 
 @torch.no_grad()
-def draw_negatives(
-    weights: Tensor, config: ContrastiveConfig, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
-    """R candidates for each anchor with probability proportional to its weights.
+def negative_counts(weights: Tensor, config: ContrastiveConfig, generator: torch.Generator | None) -> Tensor:
+    """How often each candidate is a negative of each anchor, R times in all, in proportion to its weight.
 
-    With replacement by the inverse CDF, R independent draws. Without, by Gumbel top-k (as an exponential race, which
-    has the same law): R distinct candidates, or as many as have a weight.
+    `expectation`: R w_q, w = weights / their sum: the mean of the draws. `sampled` with replacement: systematic draws,
+    the candidates under R equally spaced points of the cumulated weights, with one random start for each anchor. Each
+    is drawn R w_q times in the mean, as by R independent draws, but always less than one draw away from that, so the
+    loss varies less. `sampled` without replacement: Gumbel top-k, R distinct candidates, or as many as have a weight.
 
     Args:
-        weights: float32 [n, M], >= 0.
+        weights: float32 [n, M], >= 0; a row of zeros has no negative.
 
     Returns:
-        (column int64 [n, R'], drawn bool [n, R']), R' = R with replacement, else min(R, M); a row without any weight
-        has nothing drawn.
+        float32 [n, M], c_q >= 0; rows sum to R (without replacement to at most R), or to 0.
     """
-    if config.replacement:
-        cdf = weights.cumsum(1)
-        total = cdf[:, -1:]
-        uniform = torch.rand(weights.shape[0], config.num_negatives, device=weights.device, generator=generator)
-        column = torch.searchsorted(cdf, uniform.mul_(total * _BELOW_ONE), right=True)
-        return column.clamp_(max=weights.shape[1] - 1), (total > 0).expand_as(column)
-    race = torch.empty_like(weights).exponential_(generator=generator)
-    won, column = torch.where(weights > 0, weights / race, -1.0).topk(
-        min(config.num_negatives, weights.shape[1]), dim=1, sorted=False
-    )
-    return column, won >= 0
+    r = config.num_negatives
+    if config.estimator == "sampled" and not config.replacement:
+        # The largest log(u) / w of uniform u, which has the law of the largest log w + Gumbel noise.
+        keys = torch.rand(weights.shape, device=weights.device, generator=generator).log_().div_(weights)
+        taken = keys.topk(min(r, weights.shape[1]), dim=1, sorted=False).indices
+        return torch.zeros_like(weights).scatter_(1, taken, 1.0) * (weights > 0)
+    if config.estimator == "expectation":
+        return weights / (weights.sum(1, keepdim=True) / r).clamp(min=TINY)
+    reached = weights.cumsum(1)
+    total = reached[:, -1:].clone()
+    start = torch.rand(weights.shape[0], 1, device=weights.device, generator=generator)
+    # Divided first: the last point is then R exactly, and candidates without weight behind it are not reached.
+    reached.div_(total.clamp(min=TINY)).mul_(r).add_(start).floor_()
+    counts = reached.clone()
+    counts[:, 1:].sub_(reached[:, :-1])
+    return counts.mul_(total > 0)

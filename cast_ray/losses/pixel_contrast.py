@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from cast_ray.losses.negatives import (
+    TINY,
     PixelSet,
     candidate_weights,
     describe_pixels,
-    draw_negatives,
     draw_pixels,
+    negative_counts,
     stand_for_all,
 )
 from cast_ray.recipe import ContrastiveConfig
@@ -193,74 +194,73 @@ def instance_contrast(
     """The piece loss of L_pxl: -log( exp(s+) / (exp(s+) + sum_r exp(s-_r)) ) of each anchor that has a negative."""
 
     def piece_loss(anchors, positives, candidates, pixels, pool, own):
-        weights = candidate_weights(pixels, pool, own, config)
-        cosines = anchors.T @ candidates.T
-        if config.estimator == "sampled":
-            column, drawn = draw_negatives(weights, config, generator)
-            negative_cosines, importance = cosines.gather(1, column), drawn.float()
-        else:
-            column, negative_cosines = None, cosines
-            importance = weights / weights.sum(1, keepdim=True).clamp(min=TINY) * config.num_negatives
-        active = (importance.amax(1) > 0) & (pixels.share > 0)
-        positive_cosine = (anchors * positives).sum(0)
-        loss = anchor_loss(positive_cosine / temperature, negative_cosines / temperature, importance, config.hinge)
+        counts = negative_counts(candidate_weights(pixels, pool, own, config), config, generator)
+        active = (counts.amax(1) > 0) & (pixels.share > 0)
+        scaled = anchors / temperature
+        positive, negatives = (scaled * positives).sum(0), scaled.T @ candidates.T
         seen = anchors.new_zeros(NUM_STATS)
         if with_diagnostics:
-            importance = importance * active[:, None]
-            seen = negative_statistics(positive_cosine, negative_cosines, importance, active, pixels, pool, own, column)
-        return (loss * active).sum(), active.sum(), seen
+            seen = negative_statistics(positive, negatives, counts, active, temperature, pixels, pool, own)
+        if config.hinge is not None:
+            negatives = (negatives - config.hinge).clamp(min=0)
+        return (_LogRatio.apply(positive, negatives, counts) * active).sum(), active.sum(), seen
 
     return piece_loss
 
 
-TINY = torch.finfo(torch.float32).tiny
+class _LogRatio(torch.autograd.Function):
+    """log( exp(s+) + sum_q c_q exp(s-_q) ) - s+ for s+ [n], s- [n, M], c [n, M] >= 0; finite for any temperature.
 
-
-def anchor_loss(positive: Tensor, negatives: Tensor, importance: Tensor, hinge: float | None) -> Tensor:
-    """log( exp(s+) + sum_r c_r exp(s-_r) ) - s+, with s- replaced by max(0, s- - hinge) if there is a hinge.
-
-    Args:
-        positive: float32 [n], s+ (after 1/T). negatives: float32 [n, R], s-. importance: float32 [n, R], c >= 0.
-
-    Returns:
-        float32 [n]; finite for any temperature, also in its gradient.
+    Written out because autograd would keep four matrices where the posterior is enough.
     """
-    if hinge is not None:
-        negatives = (negatives - hinge).clamp(min=0)
-    terms = torch.cat([positive[:, None], negatives + importance.log()], dim=1)
-    return terms.logsumexp(dim=1) - positive
+
+    @staticmethod
+    def forward(ctx: Any, positive: Tensor, negatives: Tensor, counts: Tensor) -> Tensor:  # type: ignore[override]
+        # The peak is over drawn candidates only, as terms far below an undrawn one would underflow. In arithmetic, for
+        # log(counts) is slow at 0 and where() at random masks: ten times the cost of these passes.
+        terms = counts.sign().sub_(1).mul_(1e30).add_(negatives)
+        peak = torch.maximum(terms.amax(1), positive)
+        terms = torch.sub(negatives, peak[:, None], out=terms).clamp_(max=0).exp_().mul_(counts)
+        first = (positive - peak).exp()
+        total = terms.sum(1) + first
+        ctx.save_for_backward(first / total, terms.div_(total[:, None]))
+        return total.log() + peak - positive
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+        first, terms = ctx.saved_tensors
+        return grad * (first - 1), terms * grad[:, None], None
 
 
 @torch.no_grad()
 def negative_statistics(
-    positive_cosine: Tensor,
-    negative_cosines: Tensor,
-    importance: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    counts: Tensor,
     active: Tensor,
+    temperature: float | Tensor,
     pixels: PixelSet,
     pool: PixelSet,
     own: slice,
-    column: Tensor | None,
 ) -> Tensor:
     """Sums behind `diagnose`, each over active anchors or over their negatives."""
-    if column is None:
-        column = torch.arange(len(pool.pixel), device=importance.device)[None]
-    same_image = (column >= own.start) & (column < own.stop)
-    instance, category = pool.instance[column], pool.category[column]
-    mine, my_category = pixels.instance[:, None], pixels.category[:, None]
-    known = importance * ((mine >= 0) & (instance >= 0))
-    class_known = importance * ((my_category >= 0) & (category >= 0))
+    counts = counts * active[:, None]
+    instance, mine = pool.instance[None], pixels.instance[:, None]
+    known = counts * ((mine >= 0) & (instance >= 0))
+    same_instance = (mine == instance) & (mine > 0)
+    class_known = counts * ((pixels.category >= 0)[:, None] & (pool.category >= 0))
     return torch.stack(
         [
             active.sum().float(),
-            (positive_cosine * active).sum(),
-            importance.sum(),
-            (negative_cosines * importance).sum(),
-            (importance * same_image).sum(),
+            (positive * active).sum() * temperature,
+            counts.sum(),
+            (negatives * counts).sum() * temperature,
+            counts[:, own].sum(),
             known.sum(),
-            (known * (same_image & (mine == instance) & (mine > 0))).sum(),
+            (known * same_instance)[:, own].sum(),
             class_known.sum(),
-            (class_known * (my_category == category)).sum(),
+            (class_known * (pixels.category[:, None] == pool.category)).sum(),
         ]
     )
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from cast_ray.losses.negatives import at_centres, candidate_weights, draw_negatives, pseudo_probabilities
+from cast_ray.losses.negatives import TINY, at_centres, candidate_weights, negative_counts, pseudo_probabilities
 from cast_ray.losses.pixel_contrast import (
     NUM_STATS,
-    TINY,
     ContrastiveOutput,
     PieceLoss,
     contrast,
@@ -94,26 +94,20 @@ def _supervised_piece(
 ) -> PieceLoss:
     def piece_loss(anchors, positives, candidates, pixels, pool, own):
         allowed = candidate_weights(pixels, pool, own, config)
-        alike = pixels.category[:, None] == pool.category[None]
-        cosines = anchors.T @ candidates.T
-        attract, repel = allowed * alike, allowed * ~alike
+        alike = pixels.category[:, None] == pool.category
+        attract = allowed * alike
         attract /= attract.sum(1, keepdim=True).clamp(min=TINY)
-        if config.estimator == "sampled":
-            column, drawn = draw_negatives(repel, config, generator)
-            negative_cosines, importance = cosines.gather(1, column), drawn.float()
-        else:
-            column, negative_cosines = None, cosines
-            importance = repel / repel.sum(1, keepdim=True).clamp(min=TINY) * config.num_negatives
-        active = (importance.amax(1) > 0) & (attract.amax(1) > 0) & (pixels.share > 0)
+        counts = negative_counts(allowed * ~alike, config, generator)
+        active = (counts.amax(1) > 0) & (attract.amax(1) > 0) & (pixels.share > 0)
+        scaled = anchors / temperature
+        similarities = scaled.T @ candidates.T
         # Rows that are left out get some weight, for logsumexp over nothing has no gradient.
-        safe = torch.where(active[:, None], importance, 1.0)
-        against = (negative_cosines / temperature + safe.log()).logsumexp(1, keepdim=True)
-        loss = (attract * torch.nn.functional.softplus(against - cosines / temperature)).sum(1)
+        against = (similarities + torch.where(active[:, None], counts, 1.0).log()).logsumexp(1, keepdim=True)
+        loss = (attract * F.softplus(against - similarities)).sum(1)
         seen = anchors.new_zeros(NUM_STATS)
         if with_diagnostics:
-            cosine = (anchors * positives).sum(0)
-            importance = importance * active[:, None]
-            seen = negative_statistics(cosine, negative_cosines, importance, active, pixels, pool, own, column)
+            positive = (scaled * positives).sum(0)
+            seen = negative_statistics(positive, similarities, counts, active, temperature, pixels, pool, own)
         return (loss * active).sum(), active.sum(), seen
 
     return piece_loss

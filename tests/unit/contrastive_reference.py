@@ -1,6 +1,7 @@
 """L_pxl written as slow, obvious loops over pixels, straight from the formulas."""
 
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +92,7 @@ def dense_loss(z_weak, z_strong, weights, config, temperature, how):
     """(sum, count) over anchors with a negative.
 
     how: "expectation", R sum_q w_q e^{s-_q}; "all", each candidate once (R >= candidates without replacement);
-    "every draw", the exact mean of the sampled loss over all ordered draws of R with replacement (tiny problems only).
+    "every draw", the exact mean of the sampled loss over all systematic draws.
     """
     z_weak, z_strong = z_weak.flatten(2), z_strong.flatten(2)
     total, count = z_weak.sum() * 0, 0
@@ -108,9 +109,20 @@ def dense_loss(z_weak, z_strong, weights, config, temperature, how):
         elif how == "all":
             total = total + term(positive, [(s[q], 1.0) for q in row], config.hinge)
         else:
-            for draws in itertools.product(row, repeat=config.num_negatives):
-                chance = 1.0
-                for q in draws:
-                    chance *= row[q] / mass
+            for chance, draws in systematic_draws(row, config.num_negatives):
                 total = total + chance * term(positive, [(s[q], 1.0) for q in draws], config.hinge)
     return total, count
+
+
+def systematic_draws(row, r):
+    """All (chance, draws) of a systematic sample: the candidates under the points 1 - start, 2 - start, ... r - start."""
+    mass, reached, spans = sum(row.values()), 0.0, []
+    for q, weight in row.items():
+        spans.append((q, reached, reached + r * weight / mass))
+        reached += r * weight / mass
+    starts = sorted({0.0, 1.0} | {math.ceil(high) - high for _, _, high in spans[:-1]})
+    for low, high in itertools.pairwise(starts):
+        start = (low + high) / 2
+        points = [k - start for k in range(1, r + 1)]
+        last = spans[-1][0]
+        yield high - low, [next((q for q, a, b in spans if a < point <= b), last) for point in points]

@@ -75,7 +75,7 @@ def mean_of_draws(inputs, config, temperature, draws):
 
 
 def test_sampled_is_unbiased_for_the_mean_over_every_draw_and_below_the_expectation():
-    """R = 2: all ordered draws are enumerated. At this T the Jensen gap is many standard errors wide."""
+    """R = 2: all draws are enumerated. At this T the Jensen gap is many standard errors wide."""
     inputs, temperature = scene(), 0.3
     config = ContrastiveConfig(num_negatives=2)
     mean, error, _, grad = mean_of_draws(inputs, config, temperature, 600)
@@ -90,7 +90,7 @@ def test_sampled_is_unbiased_for_the_mean_over_every_draw_and_below_the_expectat
     torch.testing.assert_close(grad.norm(), wanted.norm(), rtol=0.05, atol=0)
 
 
-def test_gap_and_variance_fall_as_one_over_r_and_the_gradient_turns_to_the_expectations():
+def test_gap_and_variance_fall_with_r_and_the_gradient_turns_to_the_expectations():
     inputs, temperature = scene(), 0.5
     gaps, variances, angles = [], [], []
     for r in (8, 64):

@@ -8,8 +8,8 @@ from contrastive_scenes import scene
 from cast_ray.losses.negatives import (
     candidate_weights,
     describe_pixels,
-    draw_negatives,
     draw_pixels,
+    negative_counts,
     pseudo_probabilities,
     stand_for_all,
 )
@@ -85,25 +85,38 @@ def test_class_probabilities_are_the_formula():
 def test_draws_follow_the_weights(replacement):
     weights = torch.tensor([[1.0, 0.0, 2.0, 5.0, 0.0]]).expand(20_000, -1)
     config = ContrastiveConfig(num_negatives=1, replacement=replacement)
-    column, drawn = draw_negatives(weights, config, torch.Generator().manual_seed(0))
-    assert drawn.all()
-    share = torch.bincount(column.flatten(), minlength=5) / 20_000
-    torch.testing.assert_close(share, weights[0] / 8, rtol=0, atol=0.015)
-    assert share[1] == share[4] == 0
+    counts = negative_counts(weights, config, torch.Generator().manual_seed(0))
+    assert counts.sum(1).eq(1).all()
+    torch.testing.assert_close(counts.mean(0), weights[0] / 8, rtol=0, atol=0.015)
+
+
+def test_systematic_draws_stay_within_one_of_their_mean():
+    g = torch.Generator().manual_seed(0)
+    weights = torch.rand(500, 37, generator=g) * (torch.rand(500, 37, generator=g) < 0.6)
+    config = ContrastiveConfig(num_negatives=64)
+    counts = negative_counts(weights, config, g)
+    mean = negative_counts(weights, config.model_copy(update={"estimator": "expectation"}), g)
+    torch.testing.assert_close(mean, 64 * weights / weights.sum(1, keepdim=True))
+    assert counts.sum(1).eq(64).all() and counts.frac().eq(0).all()
+    assert ((counts - mean).abs() < 1 + 1e-4).all()
+    assert not counts[weights == 0].any()
+    again = torch.stack([negative_counts(weights[:1], config, g)[0] for _ in range(3000)]).mean(0)
+    torch.testing.assert_close(again, mean[0], rtol=0, atol=0.05)
 
 
 def test_without_replacement_draws_differ_and_stop_at_the_candidates():
     weights = torch.tensor([[1.0, 0.0, 2.0, 5.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
-    column, drawn = draw_negatives(weights, ContrastiveConfig(num_negatives=9, replacement=False), None)
-    assert drawn.sum(1).tolist() == [3, 0, 4]
-    assert sorted(column[0, drawn[0]].tolist()) == [0, 2, 3]
-    assert sorted(column[2].tolist()) == [0, 1, 2, 3]
+    counts = negative_counts(weights, ContrastiveConfig(num_negatives=9, replacement=False), None)
+    assert counts.tolist() == [[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1]]
+    counts = negative_counts(weights, ContrastiveConfig(num_negatives=2, replacement=False), None)
+    assert counts.sum(1).tolist() == [2, 0, 2] and counts[0, 1] == 0
 
 
-def test_nothing_is_drawn_from_a_row_without_weight():
+@pytest.mark.parametrize("estimator", ["sampled", "expectation"])
+def test_nothing_is_drawn_from_a_row_without_weight(estimator):
     weights = torch.tensor([[0.0, 0.0], [0.0, 3.0]])
-    column, drawn = draw_negatives(weights, ContrastiveConfig(num_negatives=5), None)
-    assert not drawn[0].any() and drawn[1].all() and column[1].eq(1).all()
+    counts = negative_counts(weights, ContrastiveConfig(num_negatives=5, estimator=estimator), None)
+    assert counts.tolist() == [[0, 0], [0, 5]]
 
 
 def test_pixels_are_drawn_uniformly_from_the_valid_ones():
