@@ -123,12 +123,17 @@ class Batch:
     truth_class: torch.Tensor
 
     def to(self, device: torch.device | str) -> Batch:
-        move = lambda t: None if t is None else t.to(device, non_blocking=True)  # noqa: E731
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
         return Batch(
             weak=move(self.weak),
             strong=move(self.strong),
             valid=move(self.valid),
-            targets=[Targets(move(t.masks), move(t.labels), move(t.weights), move(t.ignore)) for t in self.targets],
+            targets=[
+                Targets(move(t.masks), move(t.labels), move(t.weights), None if t.ignore is None else move(t.ignore))
+                for t in self.targets
+            ],
             num_labelled=self.num_labelled,
             truth_instance=move(self.truth_instance),
             truth_class=move(self.truth_class),

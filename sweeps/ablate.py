@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
+from cast_ray.report.publish import publish
 from cast_ray.runtime.sweep import SweepRequest, run_sweep
 from cast_ray.stages.table import load_table, table_names
 
@@ -27,7 +28,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     errors = Console(stderr=True)
     try:
-        return run_sweep(_request(arguments), Console(width=None if sys.stdout.isatty() else 120))
+        request, out = _request(arguments)
+        console = Console(width=None if sys.stdout.isatty() else 120)
+        sweep = run_sweep(request, console)
+        return publish(sweep, request.table, out, console) if sweep else 0
     except ValueError as error:
         errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return EXIT_BAD_INPUT
@@ -36,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _request(arguments: argparse.Namespace) -> SweepRequest:
+def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
+    """The validated request and the folder of its results and reports."""
     table = load_table(arguments.table)
     overrides = parse_overrides(arguments.set)
     rows = arguments.rows or list(table.rows)
@@ -48,16 +53,16 @@ def _request(arguments: argparse.Namespace) -> SweepRequest:
     }
     name = arguments.name or f"{table.name}-{arguments.preset}-{arguments.scale}"
     home = _home()
-    return SweepRequest(
+    request = SweepRequest(
         table=table,
         recipes=recipes,
         name=name,
         storage=arguments.storage or os.environ.get("CAST_RAY_STORAGE") or str(home / "storage"),
-        out=Path(arguments.out or home / "runs") / name,
         address=arguments.address,
         num_cpus=arguments.num_cpus,
         dry_run=arguments.dry_run,
     )
+    return request, Path(arguments.out or home / "runs") / name
 
 
 def _home() -> Path:
@@ -68,8 +73,8 @@ def _home() -> Path:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ablate.py",
-        description="Runs an ablation table of CAST on Ray. Stages that rows share run once; the same command goes on with "
-        "an interrupted run and finishes in seconds when everything is stored.",
+        description="Runs an ablation table of CAST on Ray. Stages that rows share run once; the same command goes on "
+        "with an interrupted run and finishes in seconds when everything is stored.",
         epilog="A recipe key for --set is any field of cast_ray/recipe.py, for example loss.lambda_pxl=0.2, "
         "stages.distill.steps=800, contrastive=released, runtime.num_workers=4, runtime.use_gpu=true.",
     )

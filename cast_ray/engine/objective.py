@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from cast_ray.losses.contrastive import contrastive_loss, temperature_at
+from cast_ray.losses.pixel_contrast import Gather
 from cast_ray.losses.proposals import proposal_loss, proposal_weights
 from cast_ray.losses.set_criterion import set_loss, slice_predictions
 from cast_ray.models.network import Output
@@ -27,7 +28,7 @@ class Objective:
         self,
         loss: LossConfig,
         contrastive: ContrastiveConfig | None,
-        gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        gather: Gather | None = None,
     ):
         self.loss, self.contrastive, self.gather = loss, contrastive, gather
         own = {"class": loss.class_weight, "mask": loss.mask_weight, "dice": loss.dice_weight, **proposal_weights(loss)}

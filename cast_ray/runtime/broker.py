@@ -205,6 +205,8 @@ class Broker:
 def broker_for(storage: str, slots: int, done: set[str]) -> Any:
     """The broker of a storage path on this Ray cluster; made when there is none, shared by concurrent drivers."""
     name = "cast_ray-broker-" + hashlib.sha256(storage.encode()).hexdigest()[:12]
-    actor = Broker.options(name=name, namespace="cast_ray", get_if_exists=True).remote(slots, done)
+    actor = Broker.options(  # type: ignore[attr-defined]
+        name=name, namespace="cast_ray", get_if_exists=True
+    ).remote(slots, done)
     ray.get(actor.join.remote(slots, done))
     return actor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 from typing import Any
@@ -47,11 +48,11 @@ def connect(address: str | None, num_cpus: int | None = None) -> str:
             include_dashboard=True,
             dashboard_host="127.0.0.1",
             log_to_driver=False,
-            logging_level="error",
+            logging_level=logging.ERROR,
             namespace="cast_ray",
         )
     else:
-        context = ray.init(address or "auto", log_to_driver=False, logging_level="error", namespace="cast_ray")
+        context = ray.init(address or "auto", log_to_driver=False, logging_level=logging.ERROR, namespace="cast_ray")
     dashboard = f", dashboard http://{context.dashboard_url}" if context.dashboard_url else ""
     resources = ray.cluster_resources()
     size = f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cast_ray.records import Category
-from cast_ray.runtime.store import ArtifactStore, open_uri
+from cast_ray.runtime.store import ArtifactStore
 from cast_ray.stages.graph import RowPlan
 
 
@@ -43,12 +43,8 @@ def row_name(table: str, row: RowPlan) -> str:
 
 def read_result(context: SweepContext, row: RowPlan) -> dict[str, Any] | None:
     """The row's result.json as last written, done or failed; None when there is none."""
-    fs, root = open_uri(context.store.storage)
-    try:
-        with fs.open_input_file(f"{root}/{context.result_path(row)}") as file:
-            return json.loads(file.read())
-    except FileNotFoundError:
-        return None
+    stored = context.store.find_bytes(context.result_path(row))
+    return json.loads(stored) if stored else None
 
 
 def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[str, Any]:

@@ -125,9 +125,24 @@ class ArtifactStore:
         self.write_json(f"checkpoints/{fingerprint}.json", {"uri": uri, "step": step})
 
     def find_checkpoint(self, fingerprint: str) -> dict[str, Any] | None:
+        note = self.find_bytes(f"checkpoints/{fingerprint}.json")
+        return json.loads(note) if note else None
+
+    def forget_run(self, run_name: str, fingerprints: list[str]) -> None:
+        """Deletes a finished run's checkpoints and the notes that lead to them: the artifacts have replaced them."""
         fs, root = self._fs
-        path = f"{root}/checkpoints/{fingerprint}.json"
-        if fs.get_file_info(path).type != pa.fs.FileType.File:
+        for fingerprint in fingerprints:
+            path = f"{root}/checkpoints/{fingerprint}.json"
+            if fs.get_file_info(path).type == pa.fs.FileType.File:
+                fs.delete_file(path)
+        if fs.get_file_info(f"{root}/train/{run_name}").type == pa.fs.FileType.Directory:
+            fs.delete_dir(f"{root}/train/{run_name}")
+
+    def find_bytes(self, path: str) -> bytes | None:
+        """One file below the storage path, or None when there is none."""
+        fs, root = self._fs
+        try:
+            with fs.open_input_file(f"{root}/{path}") as file:
+                return file.read()
+        except FileNotFoundError:
             return None
-        with fs.open_input_file(path) as file:
-            return json.loads(file.read())

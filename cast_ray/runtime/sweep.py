@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,14 +36,21 @@ class SweepRequest:
     """(row, seed) -> recipe."""
     name: str
     storage: str
-    out: Path
     address: str | None
     num_cpus: int | None
     dry_run: bool = False
 
 
-def run_sweep(request: SweepRequest, console: Console) -> int:
-    """Plans, runs and reports a sweep; returns the exit code (0: all rows done, 1: some failed).
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep as planned and, where it was run, with its results in the store."""
+
+    context: SweepContext
+    rows: tuple[RowPlan, ...]
+
+
+def run_sweep(request: SweepRequest, console: Console) -> Sweep | None:
+    """Plans a sweep and runs what is missing; rows that failed say so in their result. None after a dry run.
 
     Raises:
         ValueError: the user's data, storage or resources do not fit, before any compute is spent.
@@ -59,13 +64,13 @@ def run_sweep(request: SweepRequest, console: Console) -> int:
     sweep = plan_sweep(rows, store.stored_fingerprints())
     print_plan(request, sweep, splits, store, console)
     if request.dry_run:
-        return 0
+        return None
     context = _context(request, store, splits)
     _save_dataset(store, splits)
     missing = _rows_without_result(context, sweep)
     if missing:
         _run(request, context, sweep, missing, console)
-    return _report(request, context, rows, console)
+    return Sweep(context, tuple(rows))
 
 
 def read_dataset(recipe: Recipe, store: ArtifactStore, console: Console) -> DatasetSplits:
@@ -234,31 +239,12 @@ def _run(request: SweepRequest, context: SweepContext, sweep: SweepPlan, rows: l
         # Rows beyond these only wait: a few more than run, so that a free slot finds work at once.
         max_drivers = min(len(rows), 2 * slots + 2)
         context = dataclasses.replace(context, slots=slots)
-        broker = broker_for(context.store.storage, slots, set(sweep.stored))
+        broker = broker_for(context.store.storage, slots, context.store.stored_fingerprints())
         names = [row_name(context.table, row) for row in rows]
         with ProgressDisplay(console, broker, sweep, names):
             run_trials(context, rows, max_drivers)
     finally:
         ray.shutdown()
-
-
-def _report(request: SweepRequest, context: SweepContext, rows: Sequence[RowPlan], console: Console) -> int:
-    from cast_ray.report.results import read_results, summarise
-    from cast_ray.report.tables import print_report, write_report
-
-    failed = False
-    for row in rows:
-        result = read_result(context, row)
-        if result is None:  # the run was stopped before this row ended
-            continue
-        target = request.out / row_name(context.table, row) / "result.json"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(result, indent=1))
-        failed |= result["status"] != "done"
-    paths = write_report(request.out, request.table)
-    print_report(summarise(read_results(request.out), request.table), console)
-    console.print("Written: " + ", ".join(str(path) for path in paths.values()), soft_wrap=True, highlight=False)
-    return 1 if failed else 0
 
 
 def _code_version() -> str:

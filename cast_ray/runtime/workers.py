@@ -11,7 +11,7 @@ import json
 import tempfile
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,6 @@ class Segment:
     """Stage name -> its images (train stages)."""
     val: ray.ObjectRef | None
     num_val: int
-    started: float = field(default_factory=time.time)
 
 
 # Met again by every restart of the workers, unlike a lost process, a broken connection or a full disk.
@@ -86,6 +85,7 @@ def run_segment(segment: Segment, run_name: str) -> None:
         _fit(segment, run_name, group)
     if reason := ray.get(segment.broker.failure.remote(segment.owner)):
         raise SegmentFailed(reason)
+    segment.store.forget_run(run_name, [s.fingerprint for s in segment.stages])
 
 
 def _fit(segment: Segment, run_name: str, group: PlacementGroup) -> None:
@@ -101,7 +101,7 @@ def _fit(segment: Segment, run_name: str, group: PlacementGroup) -> None:
         run_config=RunConfig(
             name=run_name,
             storage_path=segment.store.uri("train"),
-            failure_config=FailureConfig(max_failures=runtime.max_failures, controller_failure_limit=3),
+            failure_config=FailureConfig(max_failures=runtime.max_failures, controller_failure_limit=3),  # type: ignore[call-arg]
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )

@@ -90,7 +90,7 @@ class _Planner:
         recipe, stages = self.recipe, self.recipe.stages
         semi, pxl = recipe.loss.lambda_semi, recipe.loss.lambda_pxl
 
-        foundation = None
+        foundation: Stage | None = None
         if self.foundation is not None:
             foundation = Stage("foundation", "train", {}, {}, self.foundation)
             self.evaluate("zero_shot", foundation)
@@ -103,9 +103,9 @@ class _Planner:
         if stages.use_adapt:
             teacher = self.train("adapt", "teacher", stages.adapt, init=foundation, pxl=pxl)
             if semi > 0:
-                labels = self.label("label-adapted", teacher)
+                adapted = self.label("label-adapted", teacher)
                 teacher = self.train(
-                    "selftrain", "teacher", stages.selftrain, init=foundation, labels=labels, semi=1.0, pxl=pxl
+                    "selftrain", "teacher", stages.selftrain, init=foundation, labels=adapted, semi=1.0, pxl=pxl
                 )
         if teacher is not None:
             self.evaluate("teacher", teacher)

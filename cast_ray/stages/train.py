@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from cast_ray.engine.checkpoint import TrainState
+from cast_ray.engine.collectives import WorkerGather
 from cast_ray.engine.loop import TrainResult, train
 from cast_ray.engine.objective import Objective
 from cast_ray.engine.world import World
@@ -58,7 +59,8 @@ def train_stage(
             raise ValueError(f"{stage.name}: the parent's weights do not fit this model: {error}") from None
     contrastive = ContrastiveConfig(**config["contrastive"]) if config["contrastive"] else None
     network = CastNetwork(segmenter, contrastive)
-    objective = Objective(LossConfig(**config["loss"]), contrastive)
+    gather = WorkerGather(world.rank, world.size) if world.size > 1 else None
+    objective = Objective(LossConfig(**config["loss"]), contrastive, gather)
     result = train(
         network,
         objective,

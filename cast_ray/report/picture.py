@@ -1,0 +1,87 @@
+"""The sweep in one picture: unlabelled images, their hidden ground truth, the teacher's pseudo-labels, the student."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cast_ray.datasets.fractions import split
+from cast_ray.datasets.images import read_image
+from cast_ray.records import ClassMap, instances_of
+from cast_ray.report.overlays import contact_sheet
+from cast_ray.runtime.results import SweepContext
+from cast_ray.runtime.sweep import Sweep
+from cast_ray.stages.graph import RowPlan
+
+NUM_IMAGES = 5
+MIN_SCORE = 0.3
+
+
+def draw_samples(sweep: Sweep, path: Path) -> bool:
+    """Writes the contact sheet of the last finished row that used pseudo-labels; False when there is none.
+
+    The picture is kept in the store by the student it shows, so a repeated command does not load the model again.
+    """
+    context, store = sweep.context, sweep.context.store
+    for row in reversed(sweep.rows):
+        student = row.roles.get("refine") or row.roles["distill"]
+        labels = row.roles.get("label-teacher")
+        if labels is not None and store.has(student.key) and store.has(labels.key):
+            break
+    else:
+        return False
+    cached = f"pictures/{student.fingerprint}.png"
+    picture = store.find_bytes(cached)
+    if picture is None:
+        picture = _draw(context, row, labels.key, student.key)
+        store.write_bytes(cached, picture)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(picture)
+    return True
+
+
+def _draw(context: SweepContext, row: RowPlan, labels_key: str, student_key: str) -> bytes:
+    store, data = context.store, row.recipe.data
+    classes = ClassMap(context.categories)
+    train = store.read_table(context.dataset_key, "train.parquet")
+    _, unlabelled = split(train.select(["image_id"]), data.label_fraction, row.seed, data.num_unlabelled)
+    chosen = unlabelled[:NUM_IMAGES]
+    records = train.take(chosen).to_pylist()
+    pseudo = {
+        r["position"]: r for r in store.read_table(labels_key, "labels").to_pylist() if r["position"] < len(chosen)
+    }
+    images = [read_image(record["uri"]) for record in records]
+    columns = [
+        ("ground truth (hidden)", [_drawable(r, classes, scores=False) for r in records]),
+        ("pseudo-labels", [_drawable(pseudo[i], classes, scores=True) for i in range(len(records))]),
+        ("student", _predict(context, student_key, images, data.image_px)),
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        return contact_sheet(images, columns, classes.names(), Path(folder) / "samples.png").read_bytes()
+
+
+def _drawable(record: dict[str, Any], classes: ClassMap, *, scores: bool) -> list[dict[str, Any]]:
+    return [
+        {"rle": i["rle"], "label": classes.label(i["category_id"])} | ({"score": i["score"]} if scores else {})
+        for i in instances_of(record)
+    ]
+
+
+def _predict(
+    context: SweepContext, key: str, images: list[np.ndarray], image_px: tuple[int, int]
+) -> list[list[dict[str, Any]]]:
+    import torch
+
+    from cast_ray.runtime.models import load_model
+    from cast_ray.teachers.expert import ExpertTeacher
+    from cast_ray.views import fit_image
+
+    segmenter, _ = load_model(context.store, key)
+    fitted = [fit_image(image, image_px) for image in images]
+    pixels = torch.from_numpy(np.stack([pixels for pixels, _ in fitted]))
+    sizes = [(image.shape[0], image.shape[1]) for image in images]
+    found = ExpertTeacher(segmenter, image_px).predict(pixels, sizes, [size for _, size in fitted])
+    return [[i for i in instances if i["score"] > MIN_SCORE] for instances in found]
