@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+from dataclasses import dataclass
 from typing import Any
 
 from cast_ray.recipe import RuntimeConfig
@@ -18,6 +19,8 @@ LOCAL_SETTINGS = {
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
     "OMP_NUM_THREADS": "1",
 }
+LOGICAL_CPUS_PER_CORE = 3
+
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_DEDUP_LOGS": "1",
@@ -26,12 +29,23 @@ QUIET = {
 }
 
 
-def connect(address: str | None, num_cpus: int | None = None) -> str:
-    """Starts or joins Ray; returns one line for the user: where it runs and where the dashboard is.
+@dataclass(frozen=True)
+class Cluster:
+    """The Ray that a command runs on: what to print about it and what stages may use of it."""
+
+    description: str
+    resources: dict[str, float]
+
+
+def connect(address: str | None, num_cpus: int | None = None) -> Cluster:
+    """Starts or joins Ray.
+
+    A local Ray is given LOGICAL_CPUS_PER_CORE logical CPUs a core: short tasks of Ray's own ask for a whole CPU and would
+    wait behind the workers. Stages still count cores.
 
     Args:
         address: "local" for a Ray of this command alone; None: the cluster of RAY_ADDRESS (set in jobs), else local.
-        num_cpus: logical CPUs of a local Ray; None: the machine's.
+        num_cpus: cores that a local Ray may use; None: the machine's.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -41,26 +55,27 @@ def connect(address: str | None, num_cpus: int | None = None) -> str:
             os.environ.setdefault(name, value)
     import ray
 
+    options = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "cast_ray"}
+    cores = num_cpus or os.cpu_count() or 1
     if local:
         context = ray.init(
             "local",
-            num_cpus=num_cpus,
+            num_cpus=LOGICAL_CPUS_PER_CORE * cores,
             include_dashboard=True,
             dashboard_host="127.0.0.1",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            namespace="cast_ray",
+            **options,
         )
     else:
-        context = ray.init(address or "auto", log_to_driver=False, logging_level=logging.ERROR, namespace="cast_ray")
+        context = ray.init(address or "auto", **options)
+    resources = ray.cluster_resources() | ({"CPU": float(cores)} if local else {})
     dashboard = f", dashboard http://{context.dashboard_url}" if context.dashboard_url else ""
-    resources = ray.cluster_resources()
     size = f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
-    return f"Ray {ray.__version__} {'started here' if local else 'cluster'}: {size}{dashboard}"
+    where = "started here" if local else "cluster"
+    return Cluster(f"Ray {ray.__version__} {where}: {size}{dashboard}", resources)
 
 
-def stage_slots(runtime: RuntimeConfig, resources: dict[str, float], num_drivers: int, driver_cpus: float) -> int:
-    """How many stages can run at a time: drivers + workers + decoding tasks must fit, or reads never start.
+def stage_slots(runtime: RuntimeConfig, resources: dict[str, float], driver_cpus: float) -> int:
+    """How many stages can run at a time: row drivers, workers and decoding tasks must fit, or reads never start.
 
     Raises:
         ValueError: not even one fits; the message gives the sum.
@@ -68,22 +83,21 @@ def stage_slots(runtime: RuntimeConfig, resources: dict[str, float], num_drivers
     from cast_ray.runtime.streams import stream_bundle
 
     reads = stream_bundle(runtime.cpus_per_read)["CPU"]
-    workers = runtime.num_workers * (runtime.cpus_per_worker + reads)
+    training = runtime.num_workers * (runtime.cpus_per_worker + reads)
     labelling = runtime.num_labellers * runtime.cpus_per_labeller + reads
-    per_stage = max(workers, labelling)
-    free = resources.get("CPU", 0.0) - num_drivers * driver_cpus
-    slots = int((free + 1e-9) // per_stage)
+    # Two drivers a slot: one runs, one waits for its turn (see `run_sweep`).
+    per_stage = max(training, labelling) + 2 * driver_cpus
+    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    slots = int((cpus + 1e-9) // per_stage)
     wanted = f"{per_stage:g} CPUs"
     if runtime.use_gpu:
-        gpus = max(runtime.num_workers, runtime.num_labellers)
-        slots = min(slots, int(resources.get("GPU", 0.0) // gpus))
-        wanted += f" and {gpus} GPUs"
+        gpus_per_stage = max(runtime.num_workers, runtime.num_labellers)
+        slots = min(slots, int(gpus // gpus_per_stage))
+        wanted += f" and {gpus_per_stage} GPUs"
     if slots < 1:
-        have = f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
         raise ValueError(
-            f"runtime: one stage needs {wanted} (workers, labellers and their decoding tasks), Ray has {have} minus "
-            f"{num_drivers * driver_cpus:g} CPUs for {num_drivers} row drivers: lower runtime.num_workers, "
-            "runtime.cpus_per_worker or runtime.cpus_per_read"
+            f"runtime: one stage needs {wanted} (workers or labellers with their decoding tasks), Ray has {cpus:g} CPUs "
+            f"and {gpus:g} GPUs: lower runtime.num_workers, runtime.cpus_per_worker or runtime.cpus_per_read"
         )
     return min(slots, runtime.max_concurrent_stages) if runtime.max_concurrent_stages else slots
 

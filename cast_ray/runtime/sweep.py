@@ -226,7 +226,8 @@ def _is_current(result: dict[str, Any] | None, row: RowPlan) -> bool:
 
 
 def _run(request: SweepRequest, context: SweepContext, sweep: SweepPlan, rows: list[RowPlan], console: Console) -> None:
-    console.print(connect(request.address, request.num_cpus), highlight=False)
+    cluster = connect(request.address, request.num_cpus)
+    console.print(cluster.description, highlight=False)
     import ray
 
     from cast_ray.runtime.broker import broker_for
@@ -234,9 +235,8 @@ def _run(request: SweepRequest, context: SweepContext, sweep: SweepPlan, rows: l
     from cast_ray.runtime.trials import DRIVER_CPUS, run_trials
 
     try:
-        resources = ray.cluster_resources()
-        slots = stage_slots(rows[0].recipe.runtime, resources, len(rows), DRIVER_CPUS)
-        # Rows beyond these only wait: a few more than run, so that a free slot finds work at once.
+        # Rows beyond the slots only wait: a few more than can run, so that a free slot finds work at once.
+        slots = stage_slots(rows[0].recipe.runtime, cluster.resources, DRIVER_CPUS)
         max_drivers = min(len(rows), 2 * slots + 2)
         context = dataclasses.replace(context, slots=slots)
         broker = broker_for(context.store.storage, slots, context.store.stored_fingerprints())

@@ -30,7 +30,9 @@ def run_trials(context: SweepContext, rows: list[RowPlan], max_drivers: int) -> 
     tuner = tune.Tuner(
         trainable,
         param_space={"row": tune.grid_search(list(by_name))},
-        tune_config=tune.TuneConfig(max_concurrent_trials=max_drivers, trial_dirname_creator=_trial_dirname),
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=max_drivers, reuse_actors=True, trial_dirname_creator=_trial_dirname
+        ),
         run_config=tune.RunConfig(
             name=f"{context.name}-{int(time.time())}", storage_path=context.store.uri("tune"), verbose=0
         ),
