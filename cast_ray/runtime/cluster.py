@@ -21,7 +21,9 @@ LOCAL_SETTINGS = {
 }
 LOGICAL_CPUS_PER_CORE = 3
 
+# Settings that keep the terminal ours: Ray's logs stay in its session folder, Ctrl-C reaches this program.
 QUIET = {
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_DEDUP_LOGS": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -40,8 +42,8 @@ class Cluster:
 def connect(address: str | None, num_cpus: int | None = None) -> Cluster:
     """Starts or joins Ray.
 
-    A local Ray is given LOGICAL_CPUS_PER_CORE logical CPUs a core: short tasks of Ray's own ask for a whole CPU and would
-    wait behind the workers. Stages still count cores.
+    A local Ray is given LOGICAL_CPUS_PER_CORE logical CPUs a core: short tasks of Ray's own ask for a whole CPU and
+    would wait behind the workers. Stages still count cores.
 
     Args:
         address: "local" for a Ray of this command alone; None: the cluster of RAY_ADDRESS (set in jobs), else local.
@@ -55,7 +57,7 @@ def connect(address: str | None, num_cpus: int | None = None) -> Cluster:
             os.environ.setdefault(name, value)
     import ray
 
-    options = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "cast_ray"}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "cast_ray"}
     cores = num_cpus or os.cpu_count() or 1
     if local:
         context = ray.init(
@@ -96,7 +98,7 @@ def stage_slots(runtime: RuntimeConfig, resources: dict[str, float], driver_cpus
         wanted += f" and {gpus_per_stage} GPUs"
     if slots < 1:
         raise ValueError(
-            f"runtime: one stage needs {wanted} (workers or labellers with their decoding tasks), Ray has {cpus:g} CPUs "
+            f"runtime: one stage needs {wanted} (workers or labellers and their decoding tasks), Ray has {cpus:g} CPUs "
             f"and {gpus:g} GPUs: lower runtime.num_workers, runtime.cpus_per_worker or runtime.cpus_per_read"
         )
     return min(slots, runtime.max_concurrent_stages) if runtime.max_concurrent_stages else slots
