@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -79,13 +80,15 @@ def ours(name: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return out.sum / out.count
 
 
-def run(variant: str, size: str) -> tuple[float, float, float]:
+def run(
+    variant: str, size: tuple[int, int], clock: Callable[[], float] = time.perf_counter
+) -> tuple[float, float, float]:
     """Seconds and growth of the peak memory in MB of one forward and backward, and the loss."""
-    inputs = make_inputs(SIZES[size])
-    before, start = peak_mb(), time.perf_counter()
+    inputs = make_inputs(size)
+    before, start = peak_mb(), clock()
     loss = dense(inputs) if variant == "dense" else ours(variant, inputs)
     loss.backward()
-    return time.perf_counter() - start, peak_mb() - before, loss.item()
+    return clock() - start, peak_mb() - before, loss.item()
 
 
 def peak_mb() -> float:
@@ -97,12 +100,16 @@ def peak_mb() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="the first size only, one repeat of the dense form")
+    parser.add_argument("--cpu", action="store_true", help="CPU seconds of one thread, for a machine others use too")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if options.cpu else 2)
+    clock = time.process_time if options.cpu else time.perf_counter
     if options.memory_of:
-        print(run(*options.memory_of)[1])
+        variant, size = options.memory_of
+        run(variant, (8, 8))  # what the libraries allocate once is not the loss's
+        print(run(variant, SIZES[size])[1])
         return
 
     sizes = ["19x37"] if options.quick else list(SIZES)
@@ -112,9 +119,9 @@ def main() -> None:
         variants = [*CONFIGS, *(["dense"] if size in DENSE_SIZES else [])]
         for variant in variants:
             if variant != "dense":
-                run(variant, size)  # warms the allocator and the thread pool
+                run(variant, SIZES[size])  # warms the allocator and the thread pool
             repeats = 1 if options.quick and variant == "dense" else options.repeats
-            times = [run(variant, size) for _ in range(repeats)]
+            times = [run(variant, SIZES[size], clock) for _ in range(repeats)]
             seconds[variant, size] = statistics.median(t[0] for t in times)
             command = [sys.executable, __file__, "--memory-of", variant, size]
             memory[variant, size] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

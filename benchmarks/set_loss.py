@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -92,17 +93,19 @@ def rival(predictions, targets, config, points) -> torch.Tensor:
 VARIANTS = {"ours": (ours, True), "fast": (ours, False), "theirs": (rival, True)}
 
 
-def run(variant: str) -> tuple[float, torch.Tensor, list[torch.Tensor], float]:
+def run(
+    variant: str, clock: Callable[[], float] = time.perf_counter
+) -> tuple[float, torch.Tensor, list[torch.Tensor], float]:
     """Seconds, value, gradients and growth of the peak memory in MB of one forward and backward."""
     loss_of, exact = VARIANTS[variant]
     predictions, targets, config, points = make_problem(exact)
     if loss_of is rival:
         points = LossPoints(*((t + 1) / 2 for t in (points.match, points.candidates, points.uniform)))
     before = peak_mb()
-    start = time.perf_counter()
+    start = clock()
     value = loss_of(predictions, targets, config, points)
     value.backward()
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     grown = peak_mb() - before
     return seconds, value.detach(), [t.grad for t in predictions.class_logits + predictions.mask_logits], grown
 
@@ -116,10 +119,12 @@ def peak_mb() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one repeat instead of five, for a look")
+    parser.add_argument("--cpu", action="store_true", help="CPU seconds of one thread, for a machine others use too")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if options.cpu else 2)
+    clock = time.process_time if options.cpu else time.perf_counter
     if options.memory_of:
         print(run(options.memory_of)[3])
         return
@@ -134,7 +139,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for _ in range(1 if options.quick else options.repeats):
         for name in VARIANTS:  # interleaved, so that a busy machine slows all alike
-            seconds[name].append(run(name)[0])
+            seconds[name].append(run(name, clock)[0])
     median = {name: statistics.median(times) for name, times in seconds.items()}
     memory = {}
     for name in VARIANTS:

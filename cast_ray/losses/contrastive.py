@@ -35,11 +35,12 @@ def contrastive_loss(
     s-_r = <z_w[b,p], z_w[b',q_r]> / T with q_r drawn in proportion to s_deb(p, q) (see `candidate_weights`).
 
     Estimators. `sampled` draws R candidates (see `negative_counts`), each R w_q times in the mean, with
-    w = s_deb / sum s_deb. `expectation` puts that mean in the draws' place, sum_r exp(s-_r) -> R sum_q w_q exp(s-_q). It has no variance and,
-    log being concave, is an upper bound (Jensen) of the mean of `sampled`, which lies below it by about
-    Var[sum_r exp(s-_r)] / (2 Z^2), Z = exp(s+) + R sum_q w_q exp(s-_q): with independent draws this falls as 1/R, with
-    the systematic ones it is smaller. Without replacement (Gumbel top-k) the draws are no longer proportional to s_deb
-    once R nears the number of candidates; `expectation` keeps the law with replacement.
+    w = s_deb / sum s_deb. `expectation` puts that mean in the draws' place,
+    sum_r exp(s-_r) -> R sum_q w_q exp(s-_q). It has no variance and, log being concave, is an upper bound (Jensen) of
+    the mean of `sampled`, which lies below it by about Var[sum_r exp(s-_r)] / (2 Z^2),
+    Z = exp(s+) + R sum_q w_q exp(s-_q): with independent draws this falls as 1/R, with the systematic ones it is
+    smaller. Without replacement (Gumbel top-k) the draws are no longer proportional to s_deb once R nears the number
+    of candidates; `expectation` keeps the law with replacement.
 
     Candidates come from a random pool of `pool_size` pixels: exact when it holds all pixels, else a self-normalised
     importance approximation whose bias falls as 1/pool. Memory grows with one piece of anchors x pool, never with

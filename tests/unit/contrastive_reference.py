@@ -115,7 +115,7 @@ def dense_loss(z_weak, z_strong, weights, config, temperature, how):
 
 
 def systematic_draws(row, r):
-    """All (chance, draws) of a systematic sample: the candidates under the points 1 - start, 2 - start, ... r - start."""
+    """All (chance, draws) of a systematic sample: the candidates under the points 1 - start, ..., r - start."""
     mass, reached, spans = sum(row.values()), 0.0, []
     for q, weight in row.items():
         spans.append((q, reached, reached + r * weight / mass))
