@@ -1,0 +1,204 @@
+"""The broker's bookkeeping without Ray: single flight, segments, slots, priority, dead owners."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from cast_ray.runtime.broker import LEASE_TIMEOUT_S, Broker, Leases, Need
+
+PRETRAIN = Need("pre", "train", (), 8)
+ADAPT = Need("ada", "train", ("pre",), 6)
+LABEL = Need("lab", "label", ("ada",), 0)
+DISTILL = Need("dis", "train", ("lab",), 8)
+REFINE = Need("ref", "train", ("dis",), 4)
+EVALUATE = Need("eva", "evaluate", ("ref",), 0)
+ROW = [PRETRAIN, ADAPT, LABEL, DISTILL, REFINE, EVALUATE]
+
+
+def finish(leases: Leases, owner: str, answer: dict[str, list[str]] | None) -> None:
+    assert answer is not None
+    for fingerprint in answer["run"]:
+        leases.finish(fingerprint)
+    leases.release(owner)
+
+
+def test_a_row_is_cut_into_segments() -> None:
+    leases = Leases(1, set())
+    seen = []
+    for now in range(3):
+        answer = leases.grant("a", ROW, now)
+        seen.append(answer)
+        finish(leases, "a", answer)
+    assert seen == [
+        {"run": ["pre", "ada"], "done": []},
+        {"run": ["lab"], "done": ["pre", "ada"]},  # a label stage is a segment of its own
+        {"run": ["dis", "ref", "eva"], "done": ["pre", "ada", "lab"]},
+    ]
+    assert leases.grant("a", ROW, 9) == {"run": [], "done": [n.fingerprint for n in ROW]}
+
+
+def test_a_stage_in_flight_is_not_given_twice() -> None:
+    leases = Leases(4, set())
+    first = leases.grant("a", [PRETRAIN], 0)
+    assert first == {"run": ["pre"], "done": []}
+    assert leases.grant("b", [PRETRAIN], 0) is None
+    assert leases.grant("b", ROW, 0) is None  # its children neither
+    finish(leases, "a", first)
+    assert leases.grant("b", [PRETRAIN], 0) == {"run": [], "done": ["pre"]}
+
+
+def test_what_does_not_wait_runs_beside_a_stage_in_flight() -> None:
+    leases = Leases(4, set())
+    leases.grant("a", [PRETRAIN], 0)
+    alone = Need("alone", "train", (), 5)
+    assert leases.grant("b", [PRETRAIN, ADAPT, alone], 0) == {"run": ["alone"], "done": []}
+
+
+def test_a_committed_stage_frees_its_children_before_its_segment_is_over() -> None:
+    leases = Leases(2, set())
+    leases.grant("a", [PRETRAIN, ADAPT], 0)
+    leases.finish("pre")
+    other = Need("ada2", "train", ("pre",), 6)
+    assert leases.grant("b", [PRETRAIN, other], 0) == {"run": ["ada2"], "done": ["pre"]}
+
+
+def test_a_label_stage_does_not_join_what_is_before_it() -> None:
+    leases = Leases(1, {"ada"})
+    train = Need("other", "train", (), 3)
+    assert leases.grant("a", [train, LABEL], 0) == {"run": ["other"], "done": []}
+
+
+def test_stages_found_in_the_store_are_done() -> None:
+    leases = Leases(1, {"pre", "ada", "lab"})
+    assert leases.grant("a", ROW, 0) == {"run": ["dis", "ref", "eva"], "done": ["pre", "ada", "lab"]}
+
+
+def test_slots_bound_what_runs_at_a_time() -> None:
+    leases = Leases(2, {"done"})
+    needs = [[Need(f"n{i}", "train", (), 1)] for i in range(3)]
+    answers = [leases.grant(f"o{i}", needs[i], 0) for i in range(3)]
+    assert [a is None for a in answers] == [False, False, True]
+    assert leases.grant("o2", [Need("done", "train", (), 1)], 0) == {"run": [], "done": ["done"]}  # needs no slot
+    leases.finish("n0")
+    assert leases.grant("o2", needs[2], 0) is None  # its worker group is still up
+    leases.release("o0")
+    assert leases.grant("o2", needs[2], 0) == {"run": ["n2"], "done": []}
+
+
+def test_the_lease_of_a_dead_owner_passes_on() -> None:
+    leases = Leases(2, set())
+    leases.grant("a", [PRETRAIN, ADAPT], now=0)
+    leases.finish("pre")
+    leases.beat("a", now=20)
+    assert leases.expire(now=20 + LEASE_TIMEOUT_S) == []
+    assert leases.grant("b", [PRETRAIN, ADAPT], now=40) is None
+    assert leases.expire(now=20 + LEASE_TIMEOUT_S + 1) == ["a"]
+    assert leases.grant("b", [PRETRAIN, ADAPT], now=60) == {"run": ["ada"], "done": ["pre"]}
+    leases.beat("a", now=100)  # a late heartbeat of the dead gives nothing back
+    assert leases.leased == {"ada": "b"} and "a" not in leases.heartbeat
+
+
+def test_an_owner_that_only_waits_cannot_die() -> None:
+    leases = Leases(1, set())
+    leases.grant("a", [PRETRAIN], now=0)
+    assert leases.grant("b", [PRETRAIN], now=0) is None
+    leases.beat("a", now=50)
+    assert leases.expire(now=50) == [] and set(leases.heartbeat) == {"a"}
+
+
+# The actor's class without its Ray wrapper: the same methods on an event loop of ours.
+make_broker: Any = Broker.__ray_metadata__.modified_class  # type: ignore[attr-defined]
+
+
+async def started(*calls: Any) -> list[asyncio.Task]:
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    await asyncio.sleep(0)
+    return tasks
+
+
+def test_who_waits_is_told_that_it_is_done() -> None:
+    async def scene() -> None:
+        broker = make_broker(2, set())
+        assert await broker.claim("a", [PRETRAIN]) == {"run": ["pre"], "done": []}
+        (waiting,) = await started(broker.claim("b", [PRETRAIN]))
+        assert (await broker.board())["waiting"] == ["b"]
+        await broker.finish("pre")
+        assert await waiting == {"run": [], "done": ["pre"]}
+        board = await broker.board()
+        assert board["waiting"] == [] and board["done"] == {"pre"}
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+def test_a_free_slot_goes_to_the_row_with_most_work_left() -> None:
+    async def scene() -> None:
+        broker = make_broker(1, set())
+        await broker.claim("a", [PRETRAIN])
+        order: list[str] = []
+
+        async def claim(owner: str, *needs: Need) -> None:
+            await broker.claim(owner, list(needs))
+            order.append(owner)
+
+        tasks = await started(
+            claim("short", Need("s", "train", (), 3)),
+            claim("long", Need("l", "train", (), 5), Need("l2", "label", ("l",), 0)),
+            claim("as-long", Need("m", "train", (), 5)),
+        )
+        for owner, ended in (("a", "pre"), ("long", "l"), ("as-long", "m")):
+            await broker.finish(ended)
+            await broker.settle(owner)
+            _, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        assert order == ["long", "as-long", "short"]
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+def test_a_row_that_ends_frees_what_it_held() -> None:
+    async def scene() -> None:
+        broker = make_broker(1, set())
+        await broker.claim("a", [PRETRAIN])
+        await broker.post("a", {"stage": "pretrain", "step": 0, "steps": 8, "unit": "step"})
+        (waiting,) = await started(broker.claim("b", [PRETRAIN]))
+        await broker.fail("a", "out of memory")
+        await broker.release("a")  # failed: the stage was not finished
+        assert await waiting == {"run": ["pre"], "done": []}
+        assert await broker.failure("a") == "out of memory" and await broker.failure("b") is None
+        board = await broker.board()
+        assert board["ended"] == ["a"] and board["posts"] == {}
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+def test_the_board_counts_from_where_a_stage_was_entered() -> None:
+    async def scene() -> None:
+        broker = make_broker(1, set())
+        await broker.post("a", {"stage": "distill", "step": 40, "steps": 60, "unit": "step"})
+        await broker.post("a", {"stage": "distill", "step": 50, "steps": 60, "unit": "step"})
+        assert broker.posts["a"]["first_step"] == 40 and broker.posts["a"]["step"] == 50
+        await broker.post("a", {"stage": "label", "step": 0, "steps": 9, "unit": "image"})
+        await broker.advance("a", 4)
+        await broker.advance("nobody", 4)
+        assert broker.posts["a"]["first_step"] == 0 and broker.posts["a"]["step"] == 4
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+def test_a_second_driver_widens_the_broker() -> None:
+    async def scene() -> None:
+        broker = make_broker(1, {"pre"})
+        await broker.join(3, {"ada"})
+        await broker.join(2, set())
+        assert broker.leases.slots == 3 and broker.leases.done == {"pre", "ada"}
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_a_segment_crosses_train_and_evaluate(kind: str) -> None:
+    leases = Leases(1, set())
+    needs = [PRETRAIN, Need("x", kind, ("pre",), 0), Need("y", "train", ("x",), 1)]
+    assert leases.grant("a", needs, 0) == {"run": ["pre", "x", "y"], "done": []}

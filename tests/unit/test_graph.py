@@ -1,0 +1,304 @@
+"""The stage graph: which stages a row has, what it shares, and what a fingerprint does and does not depend on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cast_ray.recipe import Recipe, TrainConfig, build_recipe, recipe_keys
+from cast_ray.stages.graph import RowPlan, Stage, artifact_key, plan, plan_sweep
+from cast_ray.stages.table import load_table
+from cast_ray.stages.train import train_config
+
+HASH = "0" * 64
+SUP = ["pretrain", "adapt", "distill", "refine"]
+SEMI = ["pretrain", "adapt", "label-adapted", "selftrain", "label-teacher", "distill", "refine"]
+ROLES = {"zero_shot", "teacher", "student", "refined"}
+
+
+def make(overrides: dict[str, Any] | None = None, **options: Any) -> RowPlan:
+    return plan(build_recipe("shapes", "smoke", overrides), options.pop("content_hash", HASH), **options)
+
+
+def rows_of_losses() -> dict[str, RowPlan]:
+    table = load_table("losses")
+    return {row: plan(table.row_recipe(row, "shapes", "smoke"), HASH, row=row) for row in table.rows}
+
+
+def work(row: RowPlan) -> list[str]:
+    return [s.name for s in row.stages if s.kind != "evaluate"]
+
+
+def prints(row: RowPlan) -> dict[str, str]:
+    return {role: stage.fingerprint for role, stage in row.roles.items()}
+
+
+def changed(before: RowPlan, after: RowPlan) -> set[str]:
+    return {role for role, value in prints(before).items() if prints(after).get(role) != value}
+
+
+@pytest.fixture(scope="module")
+def losses() -> dict[str, RowPlan]:
+    return rows_of_losses()
+
+
+def test_stages_of_the_four_loss_rows(losses: dict[str, RowPlan]) -> None:
+    assert {row: work(p) for row, p in losses.items()} == {
+        "sup": SUP,
+        "sup+semi": SEMI,
+        "sup+pxl": SUP,
+        "sup+semi+pxl": SEMI,
+    }
+    for row in losses.values():
+        assert set(row.roles) >= ROLES
+        assert [row.roles[name].name for name in work(row)] == work(row)
+
+
+def test_parents_come_first_and_are_the_methods(losses: dict[str, RowPlan]) -> None:
+    row = losses["sup+semi+pxl"]
+    roles = prints(row)
+    parents = {s.name: s.parents for s in row.stages if s.kind != "evaluate"}
+    assert parents == {
+        "pretrain": {},
+        "adapt": {"init": roles["pretrain"]},
+        "label-adapted": {"teacher": roles["adapt"]},
+        "selftrain": {"init": roles["pretrain"], "labels": roles["label-adapted"]},  # re-initialised from theta_T0
+        "label-teacher": {"teacher": roles["selftrain"]},
+        "distill": {"labels": roles["label-teacher"]},
+        "refine": {"init": roles["distill"]},
+    }
+    models = {role: row.roles[role].parents["model"] for role in ROLES}
+    assert models == {
+        "zero_shot": roles["pretrain"],
+        "teacher": roles["selftrain"],
+        "student": roles["distill"],
+        "refined": roles["refine"],
+    }
+    for plan_ in losses.values():
+        seen: set[str] = set()
+        for stage in plan_.stages:
+            assert set(stage.parents.values()) <= seen
+            seen.add(stage.fingerprint)
+
+
+def test_lambdas_and_data_of_each_step(losses: dict[str, RowPlan]) -> None:
+    def facts(row: str, stage: str) -> tuple[float, float, bool]:
+        config = losses[row].roles[stage].config
+        return config["loss"]["lambda_semi"], config["loss"]["lambda_pxl"], config["unlabelled"]
+
+    base = build_recipe("shapes").loss
+    semi, pxl = base.lambda_semi, base.lambda_pxl
+    full = "sup+semi+pxl"
+    assert {s: facts(full, s) for s in ("pretrain", "adapt", "selftrain", "distill", "refine")} == {
+        "pretrain": (0, 0, False),
+        "adapt": (0, pxl, False),
+        "selftrain": (1, pxl, True),
+        "distill": (semi, pxl, True),
+        "refine": (0, 0, False),
+    }
+    assert facts("sup", "distill") == (0, 0, False)
+    assert facts("sup+semi", "distill") == (semi, 0, True)
+    assert facts("sup+pxl", "distill") == (0, pxl, True)
+    assert {s.config["contrastive"] is None for s in losses["sup+semi"].stages if s.kind == "train"} == {True}
+
+
+def test_every_row_sees_the_same_labelled_images_and_steps(losses: dict[str, RowPlan]) -> None:
+    for stage in ("adapt", "distill", "refine"):
+        configs = [row.roles[stage] for row in losses.values()]
+        assert len({c.steps for c in configs}) == 1
+        assert len({c.config["train"]["batch_labelled"] for c in configs}) == 1
+
+
+def test_what_the_loss_rows_share(losses: dict[str, RowPlan]) -> None:
+    def users(stage: str, row: str) -> set[str]:
+        wanted = losses[row].roles[stage].fingerprint
+        return {name for name, p in losses.items() if any(s.fingerprint == wanted for s in p.stages)}
+
+    assert users("pretrain", "sup") == users("zero_shot", "sup") == set(losses)
+    assert users("adapt", "sup") == {"sup", "sup+semi"}
+    assert users("adapt", "sup+pxl") == {"sup+pxl", "sup+semi+pxl"}
+    for stage in ("label-adapted", "selftrain", "label-teacher", "distill", "refine"):
+        assert users(stage, "sup+semi") == {"sup+semi"}
+    assert users("distill", "sup") == {"sup"} and users("distill", "sup+pxl") == {"sup+pxl"}
+
+
+def test_a_sweep_counts_shared_and_stored_steps(losses: dict[str, RowPlan]) -> None:
+    stages = build_recipe("shapes", "smoke").stages
+    sweep = plan_sweep(losses.values(), [])
+    own = {n: getattr(stages, n).steps for n in ("pretrain", "adapt", "selftrain", "distill", "refine")}
+    rows = 4 * (own["pretrain"] + own["adapt"] + own["distill"] + own["refine"]) + 2 * own["selftrain"]
+    unique = own["pretrain"] + 2 * own["adapt"] + 2 * own["selftrain"] + 4 * (own["distill"] + own["refine"])
+    assert (sweep.steps_from_scratch, sweep.steps_unique, sweep.steps_to_run) == (rows, unique, unique)
+    assert len(sweep.unique) == len({s.fingerprint for row in losses.values() for s in row.stages})
+
+    stored = [losses["sup"].roles["pretrain"].fingerprint, losses["sup"].roles["adapt"].fingerprint, "unrelated"]
+    again = plan_sweep(losses.values(), stored)
+    assert again.stored == set(stored[:2])
+    assert again.steps_to_run == unique - own["pretrain"] - own["adapt"]
+    assert again.steps_from_scratch == rows
+    assert plan_sweep(losses.values(), sweep.unique).steps_to_run == 0
+
+
+# Recipe field -> another value, and stages of sup+semi+pxl whose artifacts it changes first (children follow).
+RESULT_FIELDS = {
+    "seed": ("1", {"adapt", "label-adapted", "selftrain", "label-teacher", "distill", "refine"}),
+    "data.label_fraction": ("0.5", {"adapt", "label-adapted", "selftrain", "label-teacher", "distill", "refine"}),
+    "data.num_unlabelled": ("9", {"label-adapted", "selftrain", "distill"}),
+    "data.image_px": ("[32, 32]", {"pretrain", "adapt", "distill", "zero_shot"}),
+    "data.scale_jitter": ("[0.9, 1.1]", {"pretrain", "adapt", "distill"}),
+    "data.flip": ("false", {"pretrain", "adapt", "distill"}),
+    "data.color_jitter": ("0.3", {"pretrain", "adapt", "distill"}),
+    "teacher.hidden_dim": ("32", {"pretrain", "adapt", "selftrain"}),
+    "student.num_queries": ("9", {"distill", "refine"}),
+    "student.encoder.widths": ("[8, 16, 32, 64]", {"distill", "refine"}),
+    "student.proposals": ("false", {"distill", "refine"}),
+    "stages.pretrain.steps": ("9", {"pretrain"}),
+    "stages.adapt.lr": ("3e-4", {"adapt"}),
+    "stages.selftrain.ema": ("0.9", {"selftrain"}),
+    "stages.selftrain.batch_unlabelled": ("4", {"selftrain"}),
+    "stages.distill.steps": ("9", {"distill"}),
+    "stages.distill.batch_labelled": ("4", {"distill"}),
+    "stages.distill.batch_unlabelled": ("4", {"distill"}),
+    "stages.distill.schedule": ("poly", {"distill"}),
+    "stages.distill.clip_norm": ("0.5", {"distill"}),
+    "stages.refine.weight_decay": ("0.1", {"refine"}),
+    "loss.lambda_semi": ("0.5", {"distill"}),
+    "loss.lambda_pxl": ("0.2", {"adapt", "selftrain", "distill"}),
+    "loss.mask_weight": ("4", {"pretrain", "adapt", "selftrain", "distill", "refine"}),
+    "loss.num_points": ("64", {"pretrain", "adapt", "selftrain", "distill", "refine"}),
+    "contrastive.sampler": ("uniform", {"adapt", "selftrain", "distill"}),
+    "contrastive.temperature": ("0.2", {"adapt", "selftrain", "distill"}),
+    "pseudo.score_threshold": ("0.5", {"label-adapted", "label-teacher"}),
+    "evaluation.max_detections": ("50", {"zero_shot", "teacher", "student", "refined"}),
+    "evaluation.num_images": ("5", {"zero_shot", "teacher", "student", "refined"}),
+}
+# theta_T0 stands for a foundation model: one for all seeds and fractions.
+UNTOUCHED = {
+    "seed": {"pretrain", "zero_shot"},
+    "data.label_fraction": {"pretrain", "zero_shot"},
+    "data.num_unlabelled": {"pretrain", "adapt", "zero_shot"},
+    "teacher.hidden_dim": set(),
+    "student.num_queries": {"pretrain", "adapt", "label-adapted", "selftrain", "label-teacher", "teacher"},
+    "stages.distill.steps": {"pretrain", "adapt", "label-adapted", "selftrain", "label-teacher", "teacher"},
+    "loss.lambda_semi": {"pretrain", "adapt", "label-adapted", "selftrain", "label-teacher", "teacher"},
+    "loss.lambda_pxl": {"pretrain", "zero_shot"},
+    "contrastive.sampler": {"pretrain", "zero_shot"},
+    "stages.refine.weight_decay": {"pretrain", "adapt", "selftrain", "distill", "student", "teacher"},
+    "evaluation.num_images": {"pretrain", "adapt", "label-adapted", "selftrain", "label-teacher", "distill", "refine"},
+    "pseudo.score_threshold": {"pretrain", "adapt", "zero_shot"},
+}
+
+
+@pytest.mark.parametrize("key", RESULT_FIELDS)
+def test_a_field_that_changes_a_result_changes_its_stages(key: str) -> None:
+    value, first = RESULT_FIELDS[key]
+    before, after = make(), make({key: value})
+    different = changed(before, after)
+    assert first <= different
+    assert not different & UNTOUCHED.get(key, set())
+    known = {stage.fingerprint: stage.name for stage in before.stages}
+    for stage in before.stages:  # whatever changes, its children change with it
+        if any(parent in known and known[parent] in different for parent in stage.parents.values()):
+            assert all(stage.fingerprint != s.fingerprint for s in after.stages), stage.name
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(k, None) for k in recipe_keys() if k.startswith("runtime.")]
+    + [(f"stages.{s}.checkpoint_every_steps", "3") for s in ("pretrain", "adapt", "selftrain", "distill", "refine")]
+    + [("evaluation.batch", "3"), ("data.root", "/elsewhere"), ("data.max_bad_fraction", "0.5")],
+)
+def test_where_and_how_it_runs_changes_nothing(key: str, value: str | None) -> None:
+    others = {
+        "runtime.num_workers": "2",
+        "runtime.use_gpu": "true",
+        "runtime.amp": "bf16",
+        "runtime.cpus_per_worker": "2",
+        "runtime.num_labellers": "3",
+        "runtime.cpus_per_labeller": "1.5",
+        "runtime.cpus_per_read": "0.7",
+        "runtime.max_concurrent_stages": "5",
+        "runtime.max_failures": "9",
+    }
+    value = others[key] if value is None else value
+    before, after = make(), make({key: value})
+    assert before.recipe != after.recipe
+    assert not changed(before, after)
+
+
+def test_the_dataset_is_in_every_fingerprint() -> None:
+    before, after = make(), make(content_hash="1" * 64)
+    assert changed(before, after) == set(prints(before))
+
+
+def test_names_of_rows_are_in_none() -> None:
+    assert prints(make(row="a")) == prints(make(row="b"))
+
+
+def test_a_switched_off_term_leaves_no_trace() -> None:
+    off = {"loss.lambda_pxl": "0"}
+    assert prints(make(off)) == prints(make(off | {"contrastive": "released"}))
+    assert prints(make(off)) == prints(make({"contrastive.kind": "none"}))
+    assert prints(make(off)) == prints(make({"contrastive.kind": "none", "loss.lambda_pxl": "0.5"}))
+
+
+def test_an_imported_foundation_takes_the_place_of_pre_training() -> None:
+    row = make(foundation="f" * 20)
+    assert work(row) == SEMI[1:]
+    assert row.roles["zero_shot"].parents == {"model": "f" * 20}
+    assert row.roles["adapt"].parents == {"init": "f" * 20}
+    assert row.roles["selftrain"].parents["init"] == "f" * 20
+    assert changed(row, make(foundation="e" * 20)) == set(prints(row))
+    assert "pretrain" not in row.roles
+
+
+def test_a_dataset_without_source_style_starts_from_scratch() -> None:
+    for row in (make(has_source=False), make({"stages.pretrain.steps": "0"})):
+        assert work(row) == SEMI[1:] and "zero_shot" not in row.roles
+        assert row.roles["adapt"].parents == {}
+        assert set(row.roles["selftrain"].parents) == {"labels"}
+
+
+def test_without_adapt_theta_t0_labels() -> None:
+    row = make({"stages.use_adapt": "false"})
+    assert work(row) == ["pretrain", "label-teacher", "distill", "refine"]
+    assert row.roles["label-teacher"].parents == {"teacher": row.roles["pretrain"].fingerprint}
+    assert row.roles["teacher"].fingerprint == row.roles["zero_shot"].fingerprint  # one evaluation, two roles
+    with pytest.raises(ValueError, match=r"stages\.use_adapt is false .*nothing can label"):
+        make({"stages.use_adapt": "false"}, has_source=False)
+    alone = make({"stages.use_adapt": "false", "loss.lambda_semi": "0"}, has_source=False)
+    assert work(alone) == ["distill", "refine"] and "teacher" not in alone.roles
+
+
+def test_without_distill_the_student_sees_labelled_images_only() -> None:
+    row = make({"stages.use_distill": "false"})
+    assert work(row) == [name for name in SEMI if name != "label-teacher"]
+    student = row.roles["distill"]
+    assert student.parents == {} and not student.config["unlabelled"] and student.config["contrastive"] is None
+    assert student.fingerprint == rows_of_losses()["sup"].roles["distill"].fingerprint
+
+
+def test_without_refine_the_distilled_student_is_last() -> None:
+    for off in ({"stages.use_refine": "false"}, {"stages.refine.steps": "0"}):
+        row = make(off)
+        assert work(row) == SEMI[:-1] and "refined" not in row.roles
+
+
+def test_steps_and_keys() -> None:
+    row = make()
+    stages = row.recipe.stages
+    for stage in row.stages:
+        assert stage.steps == (getattr(stages, stage.name).steps if stage.kind == "train" else 0)
+        assert stage.key == artifact_key(stage.kind, stage.fingerprint) == f"{stage.kind}-{stage.fingerprint}"
+    assert len({s.key for s in row.stages}) == len(row.stages)
+
+
+def test_a_train_stage_gives_its_config_back(losses: dict[str, RowPlan]) -> None:
+    recipe: Recipe = losses["sup"].recipe
+    stage: Stage = losses["sup"].roles["distill"]
+    wanted = recipe.stages.distill.model_copy(update={"batch_unlabelled": 0, "checkpoint_every_steps": 3})
+    assert train_config(stage, 3) == wanted
+    semi = losses["sup+semi"]
+    config: TrainConfig = train_config(semi.roles["distill"], semi.recipe.stages.distill.checkpoint_every_steps)
+    assert config == semi.recipe.stages.distill

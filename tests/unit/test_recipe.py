@@ -1,0 +1,183 @@
+"""The recipe: presets, overrides, and what a wrong key or value is told."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from cast_ray.recipe import (
+    CONTRASTIVE_PRESETS,
+    SCALES,
+    Recipe,
+    build_recipe,
+    parse_overrides,
+    preset_names,
+    recipe_keys,
+)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_preset_builds_at_every_scale(preset: str, scale: str) -> None:
+    recipe = build_recipe(preset, scale)
+    assert (recipe.preset, recipe.scale) == (preset, scale)
+    assert recipe.data.format == preset
+
+
+def test_scales_differ_in_size_and_not_in_method() -> None:
+    smoke, demo, full = (build_recipe("shapes", scale) for scale in SCALES)
+    assert smoke.stages.distill.steps < demo.stages.distill.steps < full.stages.distill.steps
+    assert smoke.loss == demo.loss == full.loss
+    assert smoke.contrastive == demo.contrastive == full.contrastive
+    assert smoke.student == demo.student == full.student
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("loss.lambda_pxi", "loss.lambda_pxl"),
+        ("stages.distil.steps", "stages.distill.steps"),
+        ("runtime.num_worker", "runtime.num_workers"),
+        ("data.label_fractions", "data.label_fraction"),
+        ("contrastive.samplr", "contrastive.sampler"),
+        ("sed", "seed"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(key: str, nearest: str) -> None:
+    with pytest.raises(ValueError) as error:
+        build_recipe("shapes", overrides={key: "1"})
+    message = str(error.value)
+    assert repr(key) in message and f"did you mean {nearest!r}?" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("key", ["loss", "preset", "scale", "stages.distill", "loss.lambda_pxl.more", ""])
+def test_only_leaves_can_be_set(key: str) -> None:
+    with pytest.raises(ValueError, match="unknown recipe key"):
+        build_recipe("shapes", overrides={key: "1"})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("loss.lambda_pxl", "-1"),
+        ("loss.lambda_pxl", "much"),
+        ("data.label_fraction", "0"),
+        ("data.label_fraction", "1.5"),
+        ("data.image_px", "[64]"),
+        ("stages.distill.steps", "ten"),
+        ("stages.distill.steps", "1.5"),
+        ("stages.adapt.ema", "1"),
+        ("contrastive.sampler", "random"),
+        ("runtime.num_workers", "0"),
+        ("seed", ""),
+    ],
+)
+def test_a_bad_value_names_its_key_and_itself(key: str, value: str) -> None:
+    with pytest.raises(ValueError) as error:
+        build_recipe("shapes", overrides={key: value})
+    message = str(error.value)
+    assert key in message and "got" in message and "\n" not in message
+
+
+def test_batches_must_fill_the_workers() -> None:
+    with pytest.raises(ValueError, match=r"stages\.\w+\.batch_labelled is 8: .*runtime\.num_workers \(3\)"):
+        build_recipe("shapes", overrides={"runtime.num_workers": "3"})
+    assert build_recipe("shapes", overrides={"runtime.num_workers": "4"}).runtime.num_workers == 4
+
+
+def test_unknown_preset_and_scale() -> None:
+    with pytest.raises(ValueError, match="unknown preset 'shape': did you mean 'shapes'"):
+        build_recipe("shape")
+    with pytest.raises(ValueError, match="unknown scale 'tiny': expected one of smoke, demo, full"):
+        build_recipe("shapes", "tiny")
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("loss.lambda_pxl", "1e-3", 1e-3),
+        ("loss.lambda_pxl", "0.2", 0.2),
+        ("stages.distill.lr", "2E-4", 2e-4),
+        ("data.image_px", "[32, 48]", (32, 48)),
+        ("data.flip", "false", False),
+        ("contrastive.hinge", "null", None),
+        ("contrastive.hinge", "0.5", 0.5),
+        ("contrastive.sampler", "mask", "mask"),
+        ("data.root", "", ""),
+        ("data.root", "/data/one two", "/data/one two"),
+        ("data.num_unlabelled", "12", 12),
+        ("seed", "3", 3),
+        ("loss.lambda_pxl", 0.2, 0.2),
+    ],
+)
+def test_overrides_are_read_as_yaml_scalars(key: str, text: object, value: object) -> None:
+    node: object = build_recipe("shapes", overrides={key: text})
+    for part in key.split("."):
+        node = getattr(node, part)
+    assert node == value and type(node) is type(value)
+
+
+def test_override_pairs() -> None:
+    assert parse_overrides(["a.b=1", " c =x=y"]) == {"a.b": "1", "c": "x=y"}
+    for pair in ("a.b", "=1", " =1"):
+        with pytest.raises(ValueError, match="expected key=value"):
+            parse_overrides([pair])
+
+
+# The method's two columns, field by field.
+PAPER = {
+    "kind": "cast",
+    "sampler": "fusion",
+    "scope": "batch",
+    "normalise": "l2",
+    "hinge": None,
+    "strong_grad": True,
+    "temperature_end": None,
+}
+RELEASED = {
+    "kind": "cast",
+    "sampler": "class",  # y is F_c only
+    "normalise": "sum",
+    "scope": "cross-image",
+    "num_negatives": 200,
+    "replacement": False,
+    "temperature": 0.3,
+    "temperature_end": 0.07,
+    "temperature_steps": 90_000,
+    "hinge": 0.5,
+    "strong_grad": False,
+    "head": "frozen",
+    "projection_dims": (128, 128, 128),
+    "projection_bias": False,
+    "feature_stride": 32,  # the coarsest map
+    "gather": False,  # the local batch only
+}
+
+
+@pytest.mark.parametrize(("name", "column"), [("paper", PAPER), ("released", RELEASED)])
+def test_contrastive_columns_of_the_method(name: str, column: dict[str, object]) -> None:
+    contrastive = build_recipe("shapes", overrides={"contrastive": name}).contrastive
+    assert {field: getattr(contrastive, field) for field in column} == column
+
+
+def test_a_named_column_can_be_changed_after_it() -> None:
+    recipe = build_recipe("shapes", overrides={"contrastive": "released", "contrastive.hinge": "null"})
+    assert recipe.contrastive.hinge is None and recipe.contrastive.head == "frozen"
+    with pytest.raises(ValueError, match="did you mean 'released'"):
+        build_recipe("shapes", overrides={"contrastive": "relesed"})
+
+
+def test_named_columns_hold_known_fields_only() -> None:
+    leaves = {key.removeprefix("contrastive.") for key in recipe_keys() if key.startswith("contrastive.")}
+    for column in CONTRASTIVE_PRESETS.values():
+        assert set(column) <= leaves
+
+
+def test_a_recipe_is_frozen_and_survives_its_own_dump() -> None:
+    recipe = build_recipe("coco", "smoke", {"seed": 5})
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.seed = 1  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.loss.lambda_pxl = 1.0  # type: ignore[misc]
+    assert Recipe.model_validate(recipe.model_dump()) == recipe
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe

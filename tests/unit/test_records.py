@@ -1,0 +1,65 @@
+"""Records: ids survive, labels are contiguous, batches move whole."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+import torch
+
+from cast_ray.records import (
+    RECORD_SCHEMA,
+    Batch,
+    Category,
+    ClassMap,
+    Targets,
+    decode_image_id,
+    encode_image_id,
+    instances_of,
+)
+
+
+@pytest.mark.parametrize("original", [17, "17", "a/b.png", 0, -3, 2**53, 'quo"te', "übung"])
+def test_image_ids_keep_their_type(original: int | str) -> None:
+    decoded = decode_image_id(encode_image_id(original))
+    assert decoded == original and type(decoded) is type(original)
+
+
+def test_ids_of_different_types_stay_apart() -> None:
+    assert encode_image_id(17) != encode_image_id("17")
+
+
+def test_class_map_is_a_bijection_over_gaps() -> None:
+    categories = [Category(7, "seven"), Category(90, "ninety"), Category(1, "one")]
+    classes = ClassMap(categories)
+    assert len(classes) == 3 and classes.names() == ["seven", "ninety", "one"]
+    assert [classes.label(c.id) for c in categories] == [0, 1, 2]
+    assert [int(classes.ids[classes.label(c.id)]) for c in categories] == [7, 90, 1]
+    with pytest.raises(KeyError):
+        classes.label(2)
+
+
+def instance(is_crowd: bool = False) -> dict[str, object]:
+    return {"category_id": 90, "rle": b"\x00ab", "score": 0.5, "is_crowd": is_crowd}
+
+
+def test_records_survive_arrow() -> None:
+    rows = [
+        {"image_id": "1", "uri": "a.png", "height": 4, "width": 5, "instances": [instance(), instance(True)]},
+        {"image_id": '"b"', "uri": "b.png", "height": 4, "width": 5, "instances": []},
+    ]
+    table = pa.Table.from_pylist(rows, schema=RECORD_SCHEMA)
+    assert table.to_pylist() == rows
+    assert instances_of(table.to_pylist()[0]) == [instance()]
+
+
+def test_a_batch_moves_all_its_tensors() -> None:
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    plane = torch.zeros(2, 4, 4)
+    masks = torch.zeros(1, 4, 4, dtype=torch.bool)
+    targets = [Targets(masks, torch.zeros(1), torch.ones(1)), Targets(masks, torch.zeros(1), torch.ones(1), masks[0])]
+    batch = Batch(images, images, plane.bool(), targets, 1, plane.short(), plane.short()).to("meta")
+    tensors = [batch.weak, batch.strong, batch.valid, batch.truth_instance, batch.truth_class]
+    tensors += [t for target in batch.targets for t in (target.masks, target.labels, target.weights)]
+    assert all(t.is_meta for t in tensors)
+    assert batch.targets[0].ignore is None and batch.targets[1].ignore.is_meta
+    assert batch.num_labelled == 1

@@ -1,0 +1,130 @@
+"""The artifact store: the manifest decides whether an artifact exists."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from cast_ray.runtime.store import ArtifactStore, open_uri
+from cast_ray.stages.graph import Stage
+
+STAGE = Stage("distill", "train", {"seed": 0}, {"init": "p" * 20}, "a" * 20, steps=4)
+OTHER = Stage("student", "evaluate", {}, {"model": "a" * 20}, "b" * 20)
+
+
+@pytest.fixture(params=["path", "uri"])
+def store(tmp_path: Path, request: pytest.FixtureRequest) -> ArtifactStore:
+    folder = tmp_path / "a store"
+    return ArtifactStore(str(folder) if request.param == "path" else f"file://{tmp_path}/store")
+
+
+def test_without_manifest_an_artifact_does_not_exist(store: ArtifactStore) -> None:
+    assert not store.has(STAGE.key)
+    store.add(STAGE, "model.safetensors", b"weights")
+    store.add(STAGE, "labels/part-0.parquet", b"rows")
+    assert not store.has(STAGE.key) and store.stored_fingerprints() == set()
+    store.commit(STAGE, {"seconds": 1.5})
+    assert store.has(STAGE.key) and store.stored_fingerprints() == {STAGE.fingerprint}
+    assert not store.has(OTHER.key)
+
+
+def test_a_half_written_artifact_is_overwritten(store: ArtifactStore) -> None:
+    store.add(STAGE, "model.safetensors", b"half of the wei")
+    store.add(STAGE, "model.safetensors", b"all")
+    store.commit(STAGE, {})
+    assert store.read_bytes(STAGE.key, "model.safetensors") == b"all"
+
+
+def test_a_manifest_that_was_being_written_does_not_count(tmp_path: Path) -> None:
+    store = ArtifactStore(str(tmp_path))
+    folder = tmp_path / "artifacts" / STAGE.key
+    folder.mkdir(parents=True)
+    (folder / "manifest.json.4711.partial").write_text('{"stage": "dist')
+    assert not store.has(STAGE.key) and store.stored_fingerprints() == set()
+    store.commit(STAGE, {})
+    assert store.has(STAGE.key)
+
+
+def test_local_files_appear_whole(tmp_path: Path) -> None:
+    store = ArtifactStore(str(tmp_path))
+    store.write_bytes("runs/a/result.json", b"1")
+    store.write_bytes("runs/a/result.json", b"22")
+    assert [p.name for p in (tmp_path / "runs" / "a").iterdir()] == ["result.json"]
+    assert (tmp_path / "runs" / "a" / "result.json").read_bytes() == b"22"
+
+
+def test_the_manifest_says_what_was_made(store: ArtifactStore) -> None:
+    store.commit(STAGE, {"seconds": 1.5, "resumed_at_step": None})
+    manifest = store.manifest(STAGE.key)
+    wanted = {
+        "stage": "distill",
+        "kind": "train",
+        "fingerprint": STAGE.fingerprint,
+        "parents": STAGE.parents,
+        "config": STAGE.config,
+        "steps": 4,
+        "seconds": 1.5,
+        "resumed_at_step": None,
+    }
+    assert {key: manifest[key] for key in wanted} == wanted and manifest["committed"] > 0
+
+
+def test_every_committed_fingerprint_is_listed(store: ArtifactStore) -> None:
+    assert store.stored_fingerprints() == set()
+    for stage in (STAGE, OTHER):
+        store.commit(stage, {})
+    store.write_json("runs/manifest.json", {})
+    assert store.stored_fingerprints() == {STAGE.fingerprint, OTHER.fingerprint}
+
+
+def test_tables_in_one_file_or_several(store: ArtifactStore) -> None:
+    table = pa.table({"position": [0, 1, 2], "score": [0.5, 0.25, 1.0]})
+    for name, part in (("train.parquet", table), ("labels/1.parquet", table[:2]), ("labels/2.parquet", table[2:])):
+        buffer = io.BytesIO()
+        pa.parquet.write_table(part, buffer)
+        store.add(STAGE, name, buffer.getvalue())
+    assert store.read_table(STAGE.key, "train.parquet").equals(table)
+    assert store.read_table(STAGE.key, "labels").sort_by("position").equals(table)
+    assert store.read_table(STAGE.key, "train.parquet", columns=["score"]).column_names == ["score"]
+
+
+def test_checkpoint_notes(store: ArtifactStore) -> None:
+    assert store.find_checkpoint(STAGE.fingerprint) is None
+    store.note_checkpoint(STAGE.fingerprint, "somewhere/4", 4)
+    store.note_checkpoint(STAGE.fingerprint, "somewhere/8", 8)
+    assert store.find_checkpoint(STAGE.fingerprint) == {"uri": "somewhere/8", "step": 8}
+    assert store.find_checkpoint(OTHER.fingerprint) is None
+    assert not store.has(STAGE.key)
+
+
+def test_a_store_travels_by_its_path(store: ArtifactStore) -> None:
+    store.commit(STAGE, {})
+    copy = pickle.loads(pickle.dumps(store))
+    assert copy.storage == store.storage and copy.has(STAGE.key)
+
+
+def test_paths_below_the_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ArtifactStore("storage").storage == str(tmp_path / "storage")
+    assert ArtifactStore("s3://bucket/run/").artifact("train-1") == "s3://bucket/run/artifacts/train-1"
+    assert ArtifactStore("storage").uri("tune", "x") == f"{tmp_path}/storage/tune/x"
+    assert open_uri("storage")[1] == f"{tmp_path}/storage"
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_path_that_cannot_be_written(tmp_path: Path, scheme: str) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ValueError, match=r"storage path '.*file/below' cannot be written"):
+        ArtifactStore(f"{scheme}{tmp_path}/file/below").check_writable()
+    ArtifactStore(f"{scheme}{tmp_path}/new/below").check_writable()
+
+
+@pytest.mark.parametrize("uri", ["nonsense://bucket/x", "://x"])
+def test_a_storage_uri_that_is_none(uri: str) -> None:
+    with pytest.raises(ValueError, match="cannot be written"):
+        ArtifactStore(uri).check_writable()
