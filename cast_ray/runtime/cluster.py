@@ -18,6 +18,8 @@ LOCAL_SETTINGS = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
     "OMP_NUM_THREADS": "1",
+    # Rows, workers and readers are many small processes by design; Ray warns from 4 x this number on.
+    "RAY_worker_maximum_startup_concurrency": "8",
 }
 LOGICAL_CPUS_PER_CORE = 3
 
