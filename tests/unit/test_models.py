@@ -195,3 +195,21 @@ def test_empty_masks_are_left_out():
     assert to_instances(
         (torch.zeros(1, 2, 3), torch.full((1, 2, 8, 8), -1.0)), [(32, 32)], [(32, 32)], (32, 32), 9
     ) == [[]]
+
+
+def test_a_convnext_checkpoint_folder_gives_its_weights_and_strides(tmp_path):
+    source = build_segmenter(tiny("convnext-4"), 3, seed=4).encoder
+    source.backbone.save_pretrained(tmp_path)
+    config = tiny().model_copy(update={"encoder": EncoderConfig(name="convnext", checkpoint=str(tmp_path))})
+    loaded = build_segmenter(config, 3, seed=5).encoder
+    assert loaded.channels == source.channels == {4: 8, 8: 16, 16: 24}
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for stride, features in source.eval()(pixels).items():
+        torch.testing.assert_close(loaded.eval()(pixels)[stride], features)
+
+
+def test_the_plain_encoder_refuses_what_it_does_not_have():
+    with pytest.raises(ValueError, match="'conv' has no pretrained weights"):
+        build_segmenter(ModelConfig(encoder=EncoderConfig(name="conv", checkpoint="somewhere")), 3, 0)
+    with pytest.raises(ValueError, match="stem_stride is 3"):
+        build_segmenter(ModelConfig(encoder=EncoderConfig(name="conv", stem_stride=3)), 3, 0)
