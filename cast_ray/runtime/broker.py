@@ -174,13 +174,12 @@ class Broker:
         return self.fatal.get(owner)
 
     async def post(self, owner: str, facts: dict[str, Any]) -> None:
-        """Progress of what `owner` runs: stage, step, steps, unit and, where known, loss and images_per_s."""
-        before = self.posts.get(owner, {})
-        same = before.get("stage") == facts["stage"]
-        facts["first_step"] = before["first_step"] if same else facts["step"]
-        facts["since"] = before["since"] if same else time.monotonic()
-        facts["stage_s"] = time.monotonic() - facts["since"]
-        self.posts[owner] = facts
+        """Progress of what `owner` runs: stage, fingerprint, step, steps, unit; where known loss and images_per_s."""
+        before = self.posts.get(owner)
+        if before is not None and before["fingerprint"] == facts["fingerprint"]:
+            self.posts[owner] = before | facts
+        else:
+            self.posts[owner] = facts | {"first_step": facts["step"], "since": time.monotonic()}
 
     async def advance(self, owner: str, count: int) -> None:
         """`count` more images of the labelling job that `owner` runs are done."""
@@ -189,8 +188,9 @@ class Broker:
 
     async def board(self) -> dict[str, Any]:
         """What a progress display shows: running stages, waiting and ended rows, fingerprints done."""
+        now = time.monotonic()
         return {
-            "posts": self.posts,
+            "posts": {owner: post | {"stage_s": now - post["since"]} for owner, post in self.posts.items()},
             "waiting": [w.owner for w in self.waiting],
             "ended": self.ended,
             "done": self.leases.done,

@@ -89,6 +89,7 @@ def _train(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
         oracle=bool(contrastive) and contrastive["sampler"] == "oracle",
         cpus_per_read=recipe.runtime.cpus_per_read,
     )
+    post = {"stage": stage.name, "fingerprint": stage.fingerprint, "steps": config.steps, "unit": "step"}
     posted = 0.0
 
     def on_log(entry: dict[str, float]) -> None:
@@ -96,9 +97,7 @@ def _train(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
         now = time.monotonic()
         if world.rank == 0 and (now - posted > POST_EVERY_S or entry["step"] == config.steps):
             posted = now
-            facts = {"stage": stage.name, "steps": config.steps, "unit": "step"}
-            facts |= {k: entry[k] for k in ("step", "loss", "images_per_s")}
-            segment.broker.post.remote(segment.owner, facts)
+            segment.broker.post.remote(segment.owner, post | {k: entry[k] for k in ("step", "loss", "images_per_s")})
 
     def on_checkpoint(state: TrainState) -> None:
         name = f"{stage.fingerprint}-{state.step:08d}"
@@ -114,8 +113,7 @@ def _train(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
             store.note_checkpoint(stage.fingerprint, store.uri("train", run, name), state.step)
 
     if world.rank == 0:
-        first = {"stage": stage.name, "step": resume.step if resume else 0, "steps": config.steps, "unit": "step"}
-        segment.broker.post.remote(segment.owner, first)
+        segment.broker.post.remote(segment.owner, post | {"step": resume.step if resume else 0})
     segmenter, result = train_stage(
         stage,
         num_classes=len(segment.categories),
@@ -174,6 +172,7 @@ def _evaluate(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
     ids = table.column("image_id").to_pylist()
     results: list[dict[str, Any]] = []
     began = time.monotonic()
+    post = {"stage": "evaluate", "fingerprint": stage.fingerprint, "steps": len(mine), "unit": "image"}
     done, posted = 0, 0.0
     for batch in pictures(picture_dataset(segment.val, mine, image_px, recipe.runtime.cpus_per_read), image_px):
         results += coco_results(
@@ -190,8 +189,7 @@ def _evaluate(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
         if world.rank == 0 and time.monotonic() - posted > POST_EVERY_S:
             posted = time.monotonic()
             rate = done * world.size / max(posted - began, 1e-9)
-            facts = {"stage": "evaluate", "step": done, "steps": len(mine), "unit": "image", "images_per_s": rate}
-            segment.broker.post.remote(segment.owner, facts)
+            segment.broker.post.remote(segment.owner, post | {"step": done, "images_per_s": rate})
     seconds = time.monotonic() - began
     if done != len(mine):
         raise RuntimeError(f"evaluate: {len(mine)} images went in, {done} came out")

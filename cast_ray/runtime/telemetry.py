@@ -61,7 +61,8 @@ class ProgressDisplay:
         """Overall share of optimiser steps and the time left at the pace so far."""
         unique = self.plan.unique
         done = sum(s.steps for f, s in unique.items() if f in board["done"])
-        done += sum(p["step"] for p in board["posts"].values() if p.get("unit") == "step")
+        running = [p for p in board["posts"].values() if p["unit"] == "step" and p["fingerprint"] not in board["done"]]
+        done += sum(p["step"] for p in running)
         new, total = done - self.steps_found, self.plan.steps_unique
         elapsed = time.monotonic() - self.began
         left = f", about {_clock((total - done) * elapsed / new)} left" if new > 0 else ""

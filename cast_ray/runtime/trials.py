@@ -118,7 +118,7 @@ class _RowDriver:
         runtime = self.row.recipe.runtime
         images = self._images(stage)
         total = len(images.unlabelled)
-        post = {"stage": stage.name, "step": 0, "steps": total, "unit": "image"}
+        post = {"stage": stage.name, "fingerprint": stage.fingerprint, "step": 0, "steps": total, "unit": "image"}
         self.broker.post.remote(self.name, post)
         num_images = label_images(
             self.store,
