@@ -74,7 +74,10 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[
                 "artifact": store.artifact(stage.key),
                 "reused": stage.fingerprint not in ran,
                 "steps": stage.steps,
-                **{k: facts.get(k) for k in ("seconds", "stage_seconds", "images_per_s", "resumed_at_step")},
+                **{
+                    k: facts.get(k)
+                    for k in ("seconds", "stage_seconds", "startup_seconds", "images_per_s", "resumed_at_step")
+                },
             }
         )
         if stage.kind == "train":

@@ -47,6 +47,7 @@ def run_stages(segment: Segment, group: PlacementGroup) -> None:
     context = ray.train.get_context()
     configure_data(group, context.get_world_rank())
     world = World(context.get_world_rank(), context.get_world_size(), get_device())
+    startup_s = time.time() - segment.requested
     for stage in segment.stages:
         if segment.store.has(stage.key):
             continue
@@ -58,7 +59,9 @@ def run_stages(segment: Segment, group: PlacementGroup) -> None:
             ray.get(segment.broker.fail.remote(segment.owner, reason))
             raise
         if world.rank == 0:
-            facts |= {"stage_seconds": time.monotonic() - began, "num_workers": world.size, "device": str(world.device)}
+            facts |= {"stage_seconds": time.monotonic() - began, "startup_seconds": startup_s}
+            facts |= {"num_workers": world.size, "device": str(world.device)}
+            startup_s = 0.0  # the group's start counts once, for its first stage
             segment.store.commit(stage, facts)
             ray.get(segment.broker.finish.remote(stage.fingerprint))
         world.barrier()

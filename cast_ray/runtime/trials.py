@@ -110,6 +110,7 @@ class _RowDriver:
             images={s.name: self._images(s) for s in stages if s.kind == "train"},
             val=self._table("val.parquet"),
             num_val=self.context.dataset["num_val"],
+            requested=time.time(),
         )
         run_segment(segment, f"{self.name}-{stages[0].fingerprint[:8]}")
 

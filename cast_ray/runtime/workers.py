@@ -36,6 +36,8 @@ class Segment:
     """Stage name -> its images (train stages)."""
     val: ray.ObjectRef | None
     num_val: int
+    requested: float
+    """When the row's driver asked for the worker group (time.time())."""
 
 
 class SegmentFailed(RuntimeError):
