@@ -2,8 +2,8 @@
 
     python sweeps/ablate.py losses --preset shapes && python benchmarks/overhead.py runs/losses-shapes-demo
 
-Reads `result.json` files only. The rival is the bare training loop: the seconds between a stage's first batch being asked
-for and its last step, which a script without Ray would spend as well.
+Reads `result.json` files only. The rival is the bare training loop: the seconds from asking for a stage's first batch
+to its last step, which a script without Ray would spend as well.
 """
 
 from __future__ import annotations
