@@ -27,6 +27,8 @@ class TrainState:
     scaler: dict[str, Any]
     curve: list[dict[str, float]] = field(default_factory=list)
     diagnostics: list[dict[str, float]] = field(default_factory=list)
+    recent: list[torch.Tensor] = field(default_factory=list)
+    """Term means of the steps since the last curve entry, so that the next entry covers them too."""
     seconds: float = 0.0
 
     def save(self, folder: str | Path) -> None:

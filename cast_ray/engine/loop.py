@@ -79,7 +79,7 @@ def train(
 
     Raises:
         FloatingPointError: the loss is not finite, naming the step and the terms.
-        ValueError: the stream ended before the last step.
+        ValueError: the stream ended before the last step, or a loss refused its input (names the step).
     """
     device = world.device
     wrapped = world.wrap(network)
@@ -102,7 +102,7 @@ def train(
     names = list(objective.weights)
     every = objective.contrastive.diagnostics_every_steps if objective.contrastive else 0
     began = logged = time.monotonic()
-    means_since: list[torch.Tensor] = []
+    means_since: list[torch.Tensor] = list(resume.recent) if resume is not None else []
     images, images_logged = 0, 0
     network.train()
     for step in range(start, config.steps):
@@ -115,7 +115,12 @@ def train(
         context = torch.autocast(device.type, dtype) if dtype else nullcontext()
         with context:
             output = wrapped(batch.weak, batch.strong if objective.contrastive else None)
-        terms, facts = objective(output, batch, step, generator)
+        try:
+            terms, facts = objective(output, batch, step, generator)
+        except ValueError as error:  # for example of logits that are not finite, after a loss that was not
+            if means_since:
+                _finite_means(means_since, names, step)
+            raise ValueError(f"step {step + 1}: {error}") from error
         loss, means = weighted_sum(terms, objective.weights, world.all_reduce_sum, world.size)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
@@ -134,16 +139,16 @@ def train(
             diagnostics.append({"step": done} | {name: float(value) for name, value in facts.items()})
         if done % LOG_EVERY_STEPS == 0 or done == config.steps:
             now = time.monotonic()
-            values = torch.stack(means_since).mean(0).tolist()  # the only device-to-host copy of these steps
+            values = _finite_means(means_since, names, done)
             total = sum(v * objective.weights[n] for n, v in zip(names, values))
-            if not np.isfinite(total):
-                raise FloatingPointError(f"the loss is not finite by step {done}: {dict(zip(names, values))}")
             entry = {"step": done, "loss": total, "lr": config.lr * factor, **dict(zip(names, values))}
             entry["images_per_s"] = (images - images_logged) / max(now - logged, 1e-9)
             curve.append(entry)
             on_log(entry)
             logged, images_logged, means_since = now, images, []
         if done % config.checkpoint_every_steps == 0 and done < config.steps:
+            if means_since:
+                _finite_means(means_since, names, done)  # a state that cannot go on must not replace one that can
             on_checkpoint(
                 TrainState(
                     fingerprint=fingerprint,
@@ -154,6 +159,7 @@ def train(
                     scaler=scaler.state_dict(),
                     curve=curve,
                     diagnostics=diagnostics,
+                    recent=means_since,
                     seconds=seconds_before + time.monotonic() - began,
                 )
             )
@@ -161,3 +167,18 @@ def train(
         average.write_to(network)
     seconds = time.monotonic() - began
     return TrainResult(curve, diagnostics, seconds_before + seconds, images / max(seconds, 1e-9))
+
+
+def _finite_means(recent: list[torch.Tensor], names: list[str], done: int) -> list[float]:
+    """Mean of each term over the last steps, the last of them `done`; their only device-to-host copy.
+
+    Raises:
+        FloatingPointError: a term is not finite; names the first such step and its terms.
+    """
+    rows = torch.stack(recent).cpu()
+    bad = (~rows.isfinite().all(1)).nonzero()
+    if len(bad):
+        first = int(bad[0])
+        step = done - len(recent) + first + 1
+        raise FloatingPointError(f"the loss is not finite at step {step}: {dict(zip(names, rows[first].tolist()))}")
+    return rows.mean(0).tolist()

@@ -1,0 +1,266 @@
+"""The training loop: it learns, it resumes bit for bit, a switched-off term leaves no trace, it stops on NaN."""
+
+from __future__ import annotations
+
+import copy
+from itertools import repeat
+from pathlib import Path
+
+import pytest
+import torch
+from training_scenes import CONTRAST, LOSS, batches, make_batch, make_network, run
+
+from cast_ray.engine.checkpoint import TrainState
+from cast_ray.engine.loop import amp_dtype
+from cast_ray.engine.objective import Objective, weighted_sum
+from cast_ray.engine.world import World
+from cast_ray.recipe import ContrastiveConfig, LossConfig, TrainConfig
+
+SHORT = TrainConfig(steps=16, checkpoint_every_steps=6, lr=3e-3, ema=0.9)
+SEMI = LOSS.model_copy(update={"lambda_semi": 0.5})
+EMA_HEAD = CONTRAST.model_copy(update={"head": "ema", "head_ema": 0.9})
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different
+
+
+def test_the_loss_falls_on_one_batch_and_the_average_is_handed_on() -> None:
+    batch = make_batch((2, 3, 1, 2), num_labelled=2)
+    config = TrainConfig(steps=40, lr=5e-3, ema=0.9)
+    trained = run(config, repeat(batch), loss=SEMI, contrastive=CONTRAST)
+    curve = trained.result.curve
+    assert [e["step"] for e in curve] == [10, 20, 30, 40]
+    assert curve[-1]["loss"] < 0.5 * curve[0]["loss"]
+    assert {"sup/class", "sup/mask", "sup/dice", "semi/class", "semi/dice", "sup/proposal_mask", "pxl"} <= set(curve[0])
+    assert all(e["images_per_s"] > 0 for e in curve)
+
+    # The handed-on weights do better than the initial ones on the same batch.
+    def total(network) -> float:
+        objective = Objective(SEMI, CONTRAST)
+        with torch.no_grad():
+            terms, _ = objective(network(batch.weak, batch.strong), batch, 40, torch.Generator().manual_seed(0))
+        return float(weighted_sum(terms, objective.weights, World().all_reduce_sum, 1)[0])
+
+    assert total(trained.network) < 0.5 * total(make_network(CONTRAST))
+
+
+@pytest.mark.parametrize(
+    ("loss", "contrastive"),
+    [(LOSS, None), (SEMI, CONTRAST), (LOSS, EMA_HEAD)],
+    ids=["supervised", "contrastive with a temperature schedule", "averaged head"],
+)
+def test_an_interrupted_run_goes_on_bit_for_bit(
+    loss: LossConfig, contrastive: ContrastiveConfig | None, tmp_path: Path
+) -> None:
+    whole = run(SHORT, batches(0, 16, num_labelled=1), loss=loss, contrastive=contrastive)
+
+    class Killed(Exception):
+        pass
+
+    def save_and_die(state: TrainState) -> None:
+        if state.step == 12:
+            state.save(tmp_path)
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(
+            SHORT,
+            batches(0, 16, num_labelled=1),
+            loss=loss,
+            contrastive=contrastive,
+            on_checkpoint=save_and_die,
+        )
+    state = TrainState.load(tmp_path, "f")
+    assert state is not None and state.step == 12
+    resumed = run(SHORT, batches(12, 16, num_labelled=1), loss=loss, contrastive=contrastive, resume=state)
+    assert_same(resumed.network.state_dict(), whole.network.state_dict())
+    assert resumed.curve == whole.curve
+    assert [e["step"] for e in whole.curve] == [10, 16]
+    assert [d["step"] for d in resumed.result.diagnostics] == [d["step"] for d in whole.result.diagnostics]
+    if contrastive is not None:
+        temperatures = {d["step"]: d["temperature"] for d in resumed.result.diagnostics}
+        assert temperatures == {d["step"]: d["temperature"] for d in whole.result.diagnostics}
+        # 3 and 15 steps done: T of steps 2 and 14 of 20.
+        assert temperatures[3] == pytest.approx(0.3 - 0.23 * 2 / 20)
+        assert temperatures[15] == pytest.approx(0.3 - 0.23 * 14 / 20)
+
+
+def test_another_stages_checkpoint_is_not_taken(tmp_path: Path) -> None:
+    states = run(SHORT, batches(0, 16)).states
+    assert [s.step for s in states] == [6, 12]
+    states[0].save(tmp_path)
+    assert TrainState.load(tmp_path, "g") is None
+    with pytest.raises(FileNotFoundError):
+        TrainState.load(tmp_path / "gone", "f")
+
+
+def test_no_checkpoint_after_the_last_step() -> None:
+    config = SHORT.model_copy(update={"steps": 12})
+    assert [s.step for s in run(config, batches(0, 12)).states] == [6]
+
+
+def test_seconds_go_on_over_a_resume() -> None:
+    first = run(SHORT, batches(0, 16))
+    assert first.result.seconds > first.states[1].seconds > first.states[0].seconds > 0
+    state = first.states[1]
+    state.seconds = 1e6
+    assert run(SHORT, batches(12, 16), resume=state).result.seconds > 1e6
+
+
+def test_another_seed_is_another_run() -> None:
+    config = SHORT.model_copy(update={"steps": 3})
+    one, same, other = (run(config, batches(0, 3), seed=s) for s in (0, 0, 1))
+    assert_same(one.network.state_dict(), same.network.state_dict())
+    assert any(not torch.equal(a, b) for a, b in zip(one.weights.values(), other.weights.values()))
+
+
+@pytest.mark.parametrize("schedule", ["hold-decay", "poly", "constant"])
+def test_the_curve_tells_the_rate_of_its_step(schedule: str) -> None:
+    config = TrainConfig(steps=10, lr=1e-3, schedule=schedule, decay_fraction=0.5)
+    (entry,) = run(config, batches(0, 10)).result.curve
+    left = 0.1  # at the last step
+    wanted = {"hold-decay": left / 0.5, "poly": left**0.9, "constant": 1.0}[schedule]
+    assert entry["lr"] == pytest.approx(1e-3 * wanted)
+
+
+def test_a_term_of_weight_zero_is_no_term() -> None:
+    # Never clipped: more zeros in the norm's sum may round it another way.
+    config = TrainConfig(steps=5, lr=3e-3, ema=0, clip_norm=1e6)
+    without = run(config, batches(0, 5))
+    zero = LOSS.model_copy(update={"lambda_pxl": 0.0})
+    weighted = run(config, batches(0, 5), loss=zero, contrastive=CONTRAST)
+    assert_same(weighted.weights, without.weights)
+    counted = run(config, batches(0, 5), loss=LOSS, contrastive=CONTRAST)
+    assert any(not torch.equal(a, b) for a, b in zip(counted.weights.values(), without.weights.values()))
+
+
+def test_no_pseudo_label_term_reads_no_pseudo_label() -> None:
+    config = TrainConfig(steps=3, lr=3e-3, ema=0)
+
+    def stream(relabel: bool):
+        for batch in batches(0, 3, counts=(2, 3), num_labelled=1):
+            if relabel:
+                batch.targets[1].labels = (batch.targets[1].labels + 1) % 3
+            yield batch
+
+    one, other = (run(config, stream(relabel), loss=LOSS) for relabel in (False, True))
+    assert_same(one.weights, other.weights)
+    semi = run(config, stream(True), loss=SEMI)
+    assert any(not torch.equal(a, b) for a, b in zip(semi.weights.values(), other.weights.values()))
+
+
+class Breaking(Objective):
+    """A term that is not finite in one step."""
+
+    def __init__(self, at: int, value: float):
+        super().__init__(LOSS, None)
+        self.at, self.value = at, value
+
+    def __call__(self, output, batch, step, generator):
+        terms, facts = super().__call__(output, batch, step, generator)
+        if step + 1 == self.at:
+            terms["sup/dice"] = (terms["sup/dice"][0] * self.value, terms["sup/dice"][1])
+        return terms, facts
+
+
+@pytest.mark.parametrize("at", [1, 5, 6, 10, 16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_names_its_step(at: int, value: float) -> None:
+    states: list[TrainState] = []
+    with pytest.raises(FloatingPointError, match=rf"not finite at step {at}: .*'sup/dice': (nan|inf)"):
+        run(
+            SHORT,
+            batches(0, 16),
+            objective=Breaking(at, value),
+            on_checkpoint=lambda state: states.append(copy.deepcopy(state)),
+        )
+    assert all(s.step < at for s in states)  # no state that cannot go on replaces one that can
+    for state in states:
+        assert all(t.isfinite().all() for t in state.network.values())
+
+
+def test_a_stream_that_ends_early_names_the_step() -> None:
+    with pytest.raises(ValueError, match="ended at step 4 of 16"):
+        run(SHORT, batches(0, 4))
+
+
+def test_bad_targets_name_the_step() -> None:
+    def stream():
+        for step, batch in enumerate(batches(0, 4)):
+            if step == 2:
+                batch.targets[0].labels[:] = 7
+            yield batch
+
+    with pytest.raises(ValueError, match=r"step 3: .*expected labels in 0\.\.2"):
+        run(SHORT, stream())
+
+
+def test_a_stage_of_no_steps_hands_on_its_weights() -> None:
+    trained = run(TrainConfig(steps=0), batches(0, 0))
+    assert_same(trained.network.state_dict(), make_network(None).state_dict())
+    assert trained.result.curve == []
+
+
+def test_on_log_sees_the_curve() -> None:
+    seen: list[dict[str, float]] = []
+    config = TrainConfig(steps=12)
+    trained = run(config, batches(0, 12), on_log=seen.append)
+    assert seen == trained.result.curve and [e["step"] for e in seen] == [10, 12]
+
+
+def test_sums_are_divided_by_the_counts_of_all_workers() -> None:
+    mine = {"a": (torch.tensor(6.0, requires_grad=True), torch.tensor(2.0)), "b": (torch.zeros(()), torch.zeros(()))}
+    theirs = {"a": (4.0, 6.0), "b": (3.0, 1.0)}
+
+    def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor + torch.tensor([theirs[n][0] for n in theirs] + [theirs[n][1] for n in theirs])
+
+    loss, means = weighted_sum(mine, {"a": 0.5, "b": 2.0}, all_reduce, world_size=2)
+    assert means.tolist() == [10 / 8, 3.0] and not means.requires_grad
+    # W * sum_i(local) / sum_i(global count), which DDP's mean over W workers turns into the joint mean.
+    assert loss.item() == pytest.approx(2 * 0.5 * 6 / 8)
+    (grad,) = torch.autograd.grad(loss, mine["a"][0])
+    assert float(grad) == pytest.approx(2 * 0.5 / 8)
+
+
+def test_a_term_without_any_count_is_zero() -> None:
+    nothing = torch.zeros((), requires_grad=True)
+    loss, means = weighted_sum({"a": (nothing * 0, torch.zeros(()))}, {"a": 5.0}, lambda t: t, 1)
+    loss.backward()
+    assert loss.item() == 0 and means.tolist() == [0] and float(nothing.grad) == 0
+
+
+def test_terms_without_a_weight_are_a_bug() -> None:
+    with pytest.raises(AssertionError):
+        weighted_sum({"a": (torch.zeros(()), torch.ones(()))}, {"b": 1.0}, lambda t: t, 1)
+
+
+def test_images_without_instances_train() -> None:
+    batch = make_batch((0, 0), num_labelled=1)
+    trained = run(TrainConfig(steps=3, ema=0), repeat(batch), loss=SEMI, contrastive=CONTRAST)
+    assert all(t.isfinite().all() for t in trained.weights.values())
+    assert trained.result.curve[-1]["sup/mask"] == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "wanted"),
+    [
+        ("off", "cuda", None),
+        ("auto", "cpu", None),
+        ("bf16", "cpu", torch.bfloat16),
+        ("bf16", "cuda", torch.bfloat16),
+        ("fp16", "cuda", torch.float16),
+    ],
+)
+def test_precision_by_recipe_and_device(setting: str, device: str, wanted: torch.dtype | None) -> None:
+    assert amp_dtype(setting, torch.device(device)) is wanted
+
+
+def test_half_precision_trains_on_the_cpu_too() -> None:
+    batch = make_batch((2, 3), num_labelled=2)
+    trained = run(TrainConfig(steps=20, lr=5e-3, ema=0.9), repeat(batch), amp="bf16", contrastive=CONTRAST)
+    assert trained.result.curve[-1]["loss"] < trained.result.curve[0]["loss"]
+    assert {t.dtype for t in trained.weights.values()} == {torch.float32}
