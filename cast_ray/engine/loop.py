@@ -115,12 +115,14 @@ def train(
         context = torch.autocast(device.type, dtype) if dtype else nullcontext()
         with context:
             output = wrapped(batch.weak, batch.strong if objective.contrastive else None)
+        done = step + 1
+        due = every > 0 and (done % every == 0 or done == config.steps)
         try:
-            terms, facts = objective(output, batch, step, generator)
+            terms, facts = objective(output, batch, step, generator, diagnose=due)
         except ValueError as error:  # for example of logits that are not finite, after a loss that was not
             if means_since:
                 _finite_means(means_since, names, step)
-            raise ValueError(f"step {step + 1}: {error}") from error
+            raise ValueError(f"step {done}: {error}") from error
         loss, means = weighted_sum(terms, objective.weights, world.all_reduce_sum, world.size)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
@@ -134,8 +136,7 @@ def train(
             average.update()
         means_since.append(means)
         images += len(batch.weak) * world.size
-        done = step + 1
-        if facts and (done % every == 0 or done == config.steps):
+        if facts:
             diagnostics.append({"step": done} | {name: float(value) for name, value in facts.items()})
         if done % LOG_EVERY_STEPS == 0 or done == config.steps:
             now = time.monotonic()

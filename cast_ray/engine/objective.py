@@ -39,9 +39,9 @@ class Objective:
             self.weights["pxl"] = loss.lambda_pxl
 
     def __call__(
-        self, output: Output, batch: Batch, step: int, generator: torch.Generator
+        self, output: Output, batch: Batch, step: int, generator: torch.Generator, diagnose: bool = False
     ) -> tuple[Terms, dict[str, torch.Tensor]]:
-        """Terms of one worker's share of a step, and the contrastive diagnostics (0-d tensors)."""
+        """Terms of one worker's share of a step and, with `diagnose`, the contrastive diagnostics (0-d tensors)."""
         n, total = batch.num_labelled, len(batch.weak)
         terms = self._set_terms("sup", output.predictions, batch.targets, batch.valid, 0, n, generator)
         if self.loss.lambda_semi > 0:
@@ -61,6 +61,7 @@ class Objective:
                 temperature=temperature_at(step, self.contrastive),
                 generator=generator,
                 gather=self.gather if self.contrastive.gather else None,
+                with_diagnostics=diagnose,
             )
             terms["pxl"] = (pxl.sum, pxl.count)
             diagnostics = pxl.diagnostics
