@@ -159,8 +159,8 @@ class Breaking(Objective):
         super().__init__(LOSS, None)
         self.at, self.value = at, value
 
-    def __call__(self, output, batch, step, generator):
-        terms, facts = super().__call__(output, batch, step, generator)
+    def __call__(self, output, batch, step, generator, diagnose=False):
+        terms, facts = super().__call__(output, batch, step, generator, diagnose)
         if step + 1 == self.at:
             terms["sup/dice"] = (terms["sup/dice"][0] * self.value, terms["sup/dice"][1])
         return terms, facts
