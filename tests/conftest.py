@@ -1,0 +1,114 @@
+"""Sweeps as a user starts them: a process of its own with a Ray of its own, of which nothing may be left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MARK = "CAST_RAY_TEST_SWEEP"
+PATIENCE_S = 600
+
+
+def wait_until(condition: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
+    """Polls until `condition` holds. Raises TimeoutError naming `what`."""
+    deadline = time.monotonic() + patience_s
+    pause = threading.Event()
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(what)
+        pause.wait(0.05)
+
+
+@dataclass
+class SweepProcess:
+    """A running `sweeps/ablate.py`; every process that it starts inherits a mark by which it is found."""
+
+    mark: str
+    process: subprocess.Popen[str]
+    log: Path
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def processes(self) -> set[int]:
+        """Ids of all living processes of this sweep, Ray's included."""
+        wanted = f"{MARK}={self.mark}".encode()
+        found = set()
+        for folder in Path("/proc").iterdir():
+            if not folder.name.isdigit():
+                continue
+            try:
+                if wanted in (folder / "environ").read_bytes().split(b"\0") and _is_alive(folder):
+                    found.add(int(folder.name))
+            except OSError:  # gone, or not ours
+                continue
+        return found
+
+    def finish(self) -> int:
+        """Waits for the command and for all of its Ray; returns the exit code."""
+        code = self.process.wait(PATIENCE_S)
+        wait_until(lambda: not self.processes(), f"processes left behind: {self.processes()}", 120)
+        return code
+
+    def kill(self) -> None:
+        """Kills the command alone, as the kernel or a user would, with SIGKILL."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait(PATIENCE_S)
+
+    def clean_up(self) -> None:
+        for pid in self.processes():
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait(PATIENCE_S)
+
+
+def _is_alive(folder: Path) -> bool:
+    return (folder / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+
+
+@pytest.fixture(scope="session", name="wait_until")
+def _wait_until() -> Callable[..., None]:
+    """`wait_until(condition, what, patience_s)`."""
+    return wait_until
+
+
+StartSweep = Callable[..., SweepProcess]
+
+
+@pytest.fixture(scope="module")
+def start_sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSweep]:
+    """`start(folder, *arguments)`: the losses table at smoke scale on a Ray of its own, all files below `folder`."""
+    started: list[SweepProcess] = []
+
+    def start(folder: Path, *arguments: str) -> SweepProcess:
+        mark = uuid.uuid4().hex
+        log = tmp_path_factory.mktemp("log") / "output.txt"
+        command = [sys.executable, "sweeps/ablate.py", "losses", "--preset", "shapes", "--scale", "smoke"]
+        command += ["--address", "local", "--storage", str(folder / "storage"), "--out", str(folder / "runs")]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                [*command, *arguments],
+                cwd=ROOT,
+                env=environment | {MARK: mark, "OMP_NUM_THREADS": "1"},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        started.append(SweepProcess(mark, process, log))
+        return started[-1]
+
+    yield start
+    for sweep in started:
+        sweep.clean_up()
