@@ -14,6 +14,8 @@ from torch import Tensor
 from cast_ray.recipe import LossConfig
 from cast_ray.records import Targets
 
+_LARGEST_LOG = 87.0
+
 
 @dataclass(frozen=True)
 class Matches:
@@ -149,18 +151,15 @@ def _pairwise_mask_cost(logits: Tensor, truth: Tensor, kept: Tensor | None, conf
     One pass over the logits: with n = sigmoid(-x), softplus(x) = -log n (capped at 87, where float32 ends) and
     sigmoid(x) = 1 - n, which only enters sums.
     """
+    weight = torch.ones_like(truth[0]) if kept is None else kept
+    num_points: float | Tensor = logits.shape[1] if kept is None else kept.sum()
+    columns = torch.cat([truth if kept is None else truth * kept, weight[None]]).T  # [P, N + 1]
     complement = logits.neg().sigmoid_()
-    log_complement = complement.clamp(min=torch.finfo(torch.float32).tiny).log_()
-    num_points: float | Tensor = logits.shape[1]
-    if kept is None:
-        outside, negative = complement.sum(1), -log_complement.sum(1)
-    else:
-        truth = truth * kept
-        outside, negative, num_points = complement @ kept, -(log_complement @ kept), kept.sum()
-    area = truth.sum(1)
-    overlap = area - complement @ truth.T
-    dice = 1 - (2 * overlap + 1) / ((num_points - outside)[:, None] + area + 1)
-    cross_entropy = (negative[:, None] - logits @ truth.T) / (num_points + (num_points == 0))
+    missed = complement @ columns
+    area = columns[:, :-1].sum(0)
+    dice = 1 - (2 * (area - missed[:, :-1]) + 1) / (num_points - missed[:, -1:] + area + 1)
+    negative = -complement.log_().clamp_(min=-_LARGEST_LOG) @ weight
+    cross_entropy = (negative[:, None] - logits @ columns[:, :-1]) / (num_points + (num_points == 0))
     return config.cost_mask * cross_entropy + config.cost_dice * dice
 
 
