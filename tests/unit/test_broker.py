@@ -151,7 +151,7 @@ def test_a_free_slot_goes_to_the_row_with_most_work_left() -> None:
         for owner, ended in (("a", "pre"), ("long", "l"), ("as-long", "m")):
             await broker.finish(ended)
             await broker.settle(owner)
-            _, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            tasks = list((await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED))[1])
         assert order == ["long", "as-long", "short"]
 
     asyncio.run(asyncio.wait_for(scene(), 60))
