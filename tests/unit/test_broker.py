@@ -161,7 +161,7 @@ def test_a_row_that_ends_frees_what_it_held() -> None:
     async def scene() -> None:
         broker = make_broker(1, set())
         await broker.claim("a", [PRETRAIN])
-        await broker.post("a", {"stage": "pretrain", "step": 0, "steps": 8, "unit": "step"})
+        await broker.post("a", {"stage": "pretrain", "fingerprint": "pre", "step": 0, "steps": 8, "unit": "step"})
         (waiting,) = await started(broker.claim("b", [PRETRAIN]))
         await broker.fail("a", "out of memory")
         await broker.release("a")  # failed: the stage was not finished
@@ -176,13 +176,16 @@ def test_a_row_that_ends_frees_what_it_held() -> None:
 def test_the_board_counts_from_where_a_stage_was_entered() -> None:
     async def scene() -> None:
         broker = make_broker(1, set())
-        await broker.post("a", {"stage": "distill", "step": 40, "steps": 60, "unit": "step"})
-        await broker.post("a", {"stage": "distill", "step": 50, "steps": 60, "unit": "step"})
-        assert broker.posts["a"]["first_step"] == 40 and broker.posts["a"]["step"] == 50
-        await broker.post("a", {"stage": "label", "step": 0, "steps": 9, "unit": "image"})
+        distill = {"stage": "distill", "fingerprint": "dis", "steps": 60, "unit": "step"}
+        await broker.post("a", distill | {"step": 40})
+        await broker.post("a", distill | {"step": 50, "loss": 2.0})
+        post = (await broker.board())["posts"]["a"]
+        assert (post["first_step"], post["step"], post["loss"]) == (40, 50, 2.0) and post["stage_s"] >= 0
+        await broker.post("a", {"stage": "label", "fingerprint": "lab", "step": 0, "steps": 9, "unit": "image"})
         await broker.advance("a", 4)
         await broker.advance("nobody", 4)
-        assert broker.posts["a"]["first_step"] == 0 and broker.posts["a"]["step"] == 4
+        post = (await broker.board())["posts"]["a"]
+        assert (post["first_step"], post["step"]) == (0, 4) and "loss" not in post
 
     asyncio.run(asyncio.wait_for(scene(), 60))
 
