@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,7 @@ def dense(inputs: dict[str, torch.Tensor], r: int = 200) -> torch.Tensor:
     return torch.cat(losses).mean()
 
 
-def ours(name: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def ours(name: str, inputs: dict[str, Any]) -> torch.Tensor:
     out = contrastive_loss(**inputs, config=CONFIGS[name], temperature=TEMPERATURE, with_diagnostics=False)
     return out.sum / out.count
 

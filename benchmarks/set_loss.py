@@ -107,7 +107,8 @@ def run(
     value.backward()
     seconds = clock() - start
     grown = peak_mb() - before
-    return seconds, value.detach(), [t.grad for t in predictions.class_logits + predictions.mask_logits], grown
+    gradients = [t.grad for t in predictions.class_logits + predictions.mask_logits if t.grad is not None]
+    return seconds, value.detach(), gradients, grown
 
 
 def peak_mb() -> float:

@@ -70,8 +70,8 @@ def mean_of_draws(inputs, config, temperature, draws):
         out = contrastive_loss(**inputs, config=config, temperature=temperature, generator=g, with_diagnostics=False)
         values.append(out.sum.detach())
         grads = grads + torch.cat([t.flatten() for t in gradients(inputs, out.sum)]) / draws
-    values = torch.stack(values)
-    return values.mean(), values.std() / draws**0.5, values.var(), grads
+    drawn = torch.stack(values)
+    return drawn.mean(), drawn.std() / draws**0.5, drawn.var(), grads
 
 
 def test_sampled_is_unbiased_for_the_mean_over_every_draw_and_below_the_expectation():

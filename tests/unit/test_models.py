@@ -199,7 +199,7 @@ def test_empty_masks_are_left_out():
 
 def test_a_convnext_checkpoint_folder_gives_its_weights_and_strides(tmp_path):
     source = build_segmenter(tiny("convnext-4"), 3, seed=4).encoder
-    source.backbone.save_pretrained(tmp_path)
+    source.backbone.save_pretrained(tmp_path)  # type: ignore[operator]
     config = tiny().model_copy(update={"encoder": EncoderConfig(name="convnext", checkpoint=str(tmp_path))})
     loaded = build_segmenter(config, 3, seed=5).encoder
     assert loaded.channels == source.channels == {4: 8, 8: 16, 16: 24}

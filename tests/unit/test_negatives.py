@@ -20,7 +20,8 @@ SIZE = (2, 3)
 
 def describe(config, inputs):
     labels = [inputs[k] for k in ("mask_logits", "class_logits", "valid", "truth_instance", "truth_class")]
-    return describe_pixels(*labels, SIZE, 0, config)
+    mask_logits, class_logits, valid, instance, category = labels
+    return describe_pixels(mask_logits, class_logits, valid, instance, category, SIZE, 0, config)
 
 
 def weights_of(config, inputs):

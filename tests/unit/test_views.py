@@ -114,10 +114,10 @@ def test_seed_decides_everything_and_nothing_global_is_touched():
     torch.manual_seed(7)
     np.random.seed(7)
     random.seed(7)
-    before = (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())
+    before = (torch.get_rng_state(), np.random.get_state(legacy=True)[1].copy(), random.getstate())  # type: ignore[index]
     first = _sample(image, [_instance(mask)], data, 5)
     assert torch.equal(before[0], torch.get_rng_state())
-    assert (before[1] == np.random.get_state()[1]).all() and before[2] == random.getstate()
+    assert (before[1] == np.random.get_state(legacy=True)[1]).all() and before[2] == random.getstate()  # type: ignore[index]
     torch.manual_seed(99)
     second = _sample(image, [_instance(mask)], data, 5)
     for name, array in first.items():
