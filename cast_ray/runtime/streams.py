@@ -1,4 +1,4 @@
-"""Ray Data streams: training steps, images to label or evaluate, and the labelling job.
+"""Ray Data streams: training steps, and images to label or evaluate.
 
 A training stream's dataset is the *sampling plan*: one row per step of one worker. Data tasks read, decode, make both
 views and collate; a worker receives whole steps in plan order. One streaming execution serves a whole stage: cycling,
@@ -31,10 +31,9 @@ from ray.data.datasource import Datasource, ReadTask
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cast_ray.recipe import DataConfig, PseudoConfig
-from cast_ray.records import RECORD_SCHEMA, Batch, Category, ClassMap
+from cast_ray.recipe import DataConfig
+from cast_ray.records import Batch, Category, ClassMap
 from cast_ray.runtime.store import ArtifactStore
-from cast_ray.stages.graph import Stage
 from cast_ray.stages.sampling import view_seed, worker_slots
 
 STEPS_PER_TASK = 8
@@ -142,7 +141,8 @@ def load_records(store: ArtifactStore, key: str, name: str) -> pa.Table:
     return table.combine_chunks()
 
 
-def _row(ref: ray.ObjectRef, index: int) -> dict[str, Any]:
+def record_at(ref: ray.ObjectRef, index: int) -> dict[str, Any]:
+    """One record as Python values, inside a Data task or actor."""
     return _fetched(ref).slice(int(index), 1).to_pylist()[0]
 
 
@@ -231,10 +231,10 @@ def _make_steps(
             is_labelled = kind == "labelled"
             for i, position in enumerate(row[kind]):
                 index = (images.labelled if is_labelled else images.unlabelled)[position]
-                record = _row(images.records, index)
+                record = record_at(images.records, index)
                 if not is_labelled and images.labels is not None:
                     record["truth_instances"] = record["instances"]
-                    record["instances"] = _row(images.labels, position)["instances"]
+                    record["instances"] = record_at(images.labels, position)["instances"]
                 samples.append(
                     make_sample(
                         read_image(record["uri"]),
@@ -290,7 +290,7 @@ def _fit_images(block: pa.Table, *, records: ray.ObjectRef, indices: np.ndarray,
 
     rows = []
     for position in block.column("position").to_pylist():
-        image = read_image(_row(records, indices[position])["uri"])
+        image = read_image(record_at(records, indices[position])["uri"])
         pixels, (fit_height, fit_width) = fit_image(image, image_px)
         rows.append((position, pixels.tobytes(), image.shape[0], image.shape[1], fit_height, fit_width))
     names = ("position", "pixels", "height", "width", "fit_height", "fit_width")
@@ -306,127 +306,3 @@ def pictures(dataset: ray.data.Dataset, image_px: tuple[int, int]) -> Iterator[P
 def _blocks(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
     # Whole Arrow blocks: slicing rows off one by one in Ray Data costs three times as much.
     return cast(Iterator[pa.Table], dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
-
-
-class Labeller:
-    """An actor of the labelling job: holds the teacher on its device and turns images into pseudo-label records."""
-
-    def __init__(
-        self,
-        store: ArtifactStore,
-        teacher_key: str,
-        image_px: tuple[int, int],
-        pseudo: PseudoConfig,
-        records: ray.ObjectRef,
-        indices: np.ndarray,
-        broker: Any,
-        owner: str,
-    ):
-        import torch
-
-        from cast_ray.runtime.models import load_model
-        from cast_ray.teachers.expert import ExpertTeacher
-
-        torch.set_num_threads(1)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        segmenter, self.categories = load_model(store, teacher_key)
-        self.teacher = ExpertTeacher(segmenter.to(device), image_px)
-        self.image_px, self.pseudo = image_px, pseudo
-        self.records, self.indices = records, indices
-        self.broker, self.owner = broker, owner
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        import torch
-
-        from cast_ray.teachers.pseudo import pseudo_labels
-
-        batch = Pictures.of(block, self.image_px)
-        found = self.teacher.predict(torch.from_numpy(batch.pixels), batch.image_hw, batch.resized_hw)
-        rows = []
-        for position, instances in zip(batch.positions, found):
-            record = _row(self.records, self.indices[position])
-            record["instances"] = [
-                {
-                    "category_id": self.categories[i["label"]].id,
-                    "rle": i["rle"],
-                    "score": i["score"],
-                    "is_crowd": False,
-                }
-                for i in pseudo_labels(instances, self.pseudo)
-            ]
-            rows.append(record | {"position": position})
-        self.broker.advance.remote(self.owner, len(rows))
-        return pa.Table.from_pylist(rows, schema=RECORD_SCHEMA.append(pa.field("position", pa.int64())))
-
-
-def label_images(
-    store: ArtifactStore,
-    stage: Stage,
-    *,
-    teacher_key: str,
-    images: Images,
-    image_px: tuple[int, int],
-    pseudo: PseudoConfig,
-    broker: Any,
-    owner: str,
-    num_labellers: int,
-    use_gpu: bool,
-    cpus_per_labeller: float,
-    cpus_per_read: float,
-) -> int:
-    """Runs a teacher over D_u and writes its pseudo-labels as Parquet below the stage's artifact (not committed).
-
-    Returns:
-        Number of images labelled.
-
-    Raises:
-        RuntimeError: fewer rows came out than went in (nothing may be dropped silently).
-    """
-    labeller = {"CPU": cpus_per_labeller} | ({"GPU": 1} if use_gpu else {})
-    with reserve([stream_bundle(cpus_per_read), *[labeller] * num_labellers]) as group:
-        configure_data(group)
-        _label(
-            store, stage, teacher_key, images, image_px, pseudo, broker, owner, num_labellers, labeller, cpus_per_read
-        )
-    written = store.read_table(stage.key, "labels").num_rows
-    if written != len(images.unlabelled):
-        raise RuntimeError(f"{stage.name}: {len(images.unlabelled)} images went in, {written} label rows came out")
-    return written
-
-
-def _label(
-    store: ArtifactStore,
-    stage: Stage,
-    teacher_key: str,
-    images: Images,
-    image_px: tuple[int, int],
-    pseudo: PseudoConfig,
-    broker: Any,
-    owner: str,
-    num_labellers: int,
-    labeller: dict[str, float],
-    cpus_per_read: float,
-) -> None:
-    dataset = picture_dataset(images.records, images.unlabelled, image_px, cpus_per_read).map_batches(
-        Labeller,
-        fn_constructor_args=(
-            store,
-            teacher_key,
-            image_px,
-            pseudo,
-            images.records,
-            images.unlabelled,
-            broker,
-            owner,
-        ),
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=num_labellers),
-        num_cpus=labeller["CPU"],
-        num_gpus=labeller.get("GPU", 0),
-    )
-    dataset.write_parquet(
-        store.artifact(stage.key) + "/labels",
-        mode=ray.data.SaveMode.OVERWRITE,
-        ray_remote_args={"num_cpus": cpus_per_read},
-    )

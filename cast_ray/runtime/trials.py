@@ -12,10 +12,11 @@ import ray
 from ray import tune
 
 from cast_ray.datasets.fractions import split
-from cast_ray.recipe import DataConfig, PseudoConfig
+from cast_ray.recipe import DataConfig
 from cast_ray.runtime.broker import HEARTBEAT_S, Need, broker_for
+from cast_ray.runtime.labelling import LabelJob, label_images
 from cast_ray.runtime.results import SweepContext, assemble_result, row_name
-from cast_ray.runtime.streams import Images, label_images, load_records
+from cast_ray.runtime.streams import Images, load_records
 from cast_ray.runtime.workers import Segment, run_segment
 from cast_ray.stages.graph import RowPlan, Stage, artifact_key
 
@@ -121,20 +122,7 @@ class _RowDriver:
         total = len(images.unlabelled)
         post = {"stage": stage.name, "fingerprint": stage.fingerprint, "step": 0, "steps": total, "unit": "image"}
         self.broker.post.remote(self.name, post)
-        num_images = label_images(
-            self.store,
-            stage,
-            teacher_key=artifact_key("train", stage.parents["teacher"]),
-            images=images,
-            image_px=tuple(stage.config["data"]["image_px"]),
-            pseudo=PseudoConfig(**stage.config["pseudo"]),
-            broker=self.broker,
-            owner=self.name,
-            num_labellers=runtime.num_labellers,
-            use_gpu=runtime.use_gpu,
-            cpus_per_labeller=runtime.cpus_per_labeller,
-            cpus_per_read=runtime.cpus_per_read,
-        )
+        num_images = label_images(LabelJob(self.store, stage, images, self.broker, self.name), runtime)
         seconds = time.monotonic() - began
         facts = {"seconds": seconds, "stage_seconds": seconds, "images_per_s": num_images / seconds}
         self.store.commit(stage, facts | {"num_images": num_images, "num_workers": runtime.num_labellers})
