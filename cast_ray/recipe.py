@@ -247,6 +247,8 @@ class RuntimeConfig(_Part):
     cpus_per_labeller: float = Field(0.5, gt=0)
     cpus_per_read: float = Field(0.2, gt=0)
     """Of one decoding task; a stream runs two at a time."""
+    stream_memory_mb: int = Field(256, ge=16)
+    """Object-store memory of one worker's stream: how far it may read ahead of training."""
     max_concurrent_stages: int = Field(0, ge=0)
     """Worker groups and labelling jobs at a time; 0: as many as the cluster's resources hold."""
     max_failures: int = Field(3, ge=0)

@@ -86,7 +86,7 @@ def stage_slots(runtime: RuntimeConfig, resources: dict[str, float], driver_cpus
     """
     from cast_ray.runtime.streams import stream_bundle
 
-    reads = stream_bundle(runtime.cpus_per_read)["CPU"]
+    reads = stream_bundle(runtime)["CPU"]
     training = runtime.num_workers * (runtime.cpus_per_worker + reads)
     labelling = runtime.num_labellers * runtime.cpus_per_labeller + reads
     # Two drivers a slot: one runs, one waits for its turn (see `run_sweep`).

@@ -51,7 +51,7 @@ def label_images(job: LabelJob, runtime: RuntimeConfig) -> int:
         RuntimeError: fewer rows came out than went in (nothing may be dropped silently).
     """
     labeller = {"CPU": runtime.cpus_per_labeller} | ({"GPU": 1.0} if runtime.use_gpu else {})
-    with reserve([stream_bundle(runtime.cpus_per_read), *[labeller] * runtime.num_labellers]) as group:
+    with reserve([stream_bundle(runtime), *[labeller] * runtime.num_labellers]) as group:
         _run(job, runtime, group)
     written = job.store.read_table(job.stage.key, "labels", columns=["position"]).num_rows
     if written != len(job.images.unlabelled):

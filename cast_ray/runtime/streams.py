@@ -31,7 +31,7 @@ from ray.data.datasource import Datasource, ReadTask
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cast_ray.recipe import DataConfig
+from cast_ray.recipe import DataConfig, RuntimeConfig
 from cast_ray.records import Batch, Category, ClassMap
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.stages.sampling import view_seed, worker_slots
@@ -42,9 +42,16 @@ TASKS_PER_STREAM = 2
 """Data tasks of one stream at a time: enough to decode while the last block is used, few enough for many trials."""
 
 
-def stream_bundle(cpus_per_read: float) -> dict[str, float]:
-    """What one stream's decoding tasks reserve."""
-    return {"CPU": TASKS_PER_STREAM * cpus_per_read}
+def stream_bundle(runtime: RuntimeConfig) -> dict[str, float]:
+    """What one stream reserves: its decoding tasks' CPUs and object-store memory for the steps read ahead.
+
+    The memory is the stream's whole budget. Without it the budget is 0: Ray Data then lets single blocks through, and its
+    scheduling loop spins meanwhile (half of a training process's CPU time, measured with py-spy).
+    """
+    return {
+        "CPU": TASKS_PER_STREAM * runtime.cpus_per_read,
+        "object_store_memory": runtime.stream_memory_mb * 2**20,
+    }
 
 
 @contextmanager

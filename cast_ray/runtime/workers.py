@@ -54,7 +54,7 @@ def run_segment(segment: Segment, run_name: str) -> None:
         ray.train.TrainingFailedError: the workers failed more often than that.
     """
     runtime = segment.recipe.runtime
-    reads = [stream_bundle(runtime.cpus_per_read)] * runtime.num_workers
+    reads = [stream_bundle(runtime)] * runtime.num_workers
     with reserve(reads) as group:
         _fit(segment, run_name, group)
     if reason := ray.get(segment.broker.failure.remote(segment.owner)):
