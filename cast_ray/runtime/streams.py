@@ -45,8 +45,8 @@ TASKS_PER_STREAM = 2
 def stream_bundle(runtime: RuntimeConfig) -> dict[str, float]:
     """What one stream reserves: its decoding tasks' CPUs and object-store memory for the steps read ahead.
 
-    The memory is the stream's whole budget. Without it the budget is 0: Ray Data then lets single blocks through, and its
-    scheduling loop spins meanwhile (half of a training process's CPU time, measured with py-spy).
+    The memory is the stream's whole budget. Without it the budget is 0: Ray Data then lets single blocks through, and
+    its scheduling loop spins meanwhile (half of a training process's CPU time, seen with py-spy).
     """
     return {
         "CPU": TASKS_PER_STREAM * runtime.cpus_per_read,
