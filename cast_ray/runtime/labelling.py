@@ -62,7 +62,7 @@ def label_images(job: LabelJob, runtime: RuntimeConfig) -> int:
 
 
 def _run(job: LabelJob, runtime: RuntimeConfig, group: PlacementGroup) -> None:
-    configure_data(group)
+    configure_data(group, runtime)
     pictures = picture_dataset(job.images.records, job.images.unlabelled, job.image_px, runtime.cpus_per_read)
     labels = pictures.map_batches(
         Labeller,

@@ -45,7 +45,7 @@ def run_stages(segment: Segment, group: PlacementGroup) -> None:
         return  # a restart after a fatal error: nothing to try again
     torch.set_num_threads(max(1, int(segment.recipe.runtime.cpus_per_worker)))
     context = ray.train.get_context()
-    configure_data(group, context.get_world_rank())
+    configure_data(group, segment.recipe.runtime, context.get_world_rank())
     world = World(context.get_world_rank(), context.get_world_size(), get_device())
     startup_s = time.time() - segment.requested
     for stage in segment.stages:

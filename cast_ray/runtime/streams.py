@@ -43,15 +43,8 @@ TASKS_PER_STREAM = 2
 
 
 def stream_bundle(runtime: RuntimeConfig) -> dict[str, float]:
-    """What one stream reserves: its decoding tasks' CPUs and object-store memory for the steps read ahead.
-
-    The memory is the stream's whole budget. Without it the budget is 0: Ray Data then lets single blocks through, and
-    its scheduling loop spins meanwhile (half of a training process's CPU time, seen with py-spy).
-    """
-    return {
-        "CPU": TASKS_PER_STREAM * runtime.cpus_per_read,
-        "object_store_memory": runtime.stream_memory_mb * 2**20,
-    }
+    """What one stream reserves: its decoding tasks' CPUs."""
+    return {"CPU": TASKS_PER_STREAM * runtime.cpus_per_read}
 
 
 @contextmanager
@@ -64,21 +57,36 @@ def reserve(bundles: list[dict[str, float]]) -> Iterator[PlacementGroup]:
         ray.util.remove_placement_group(group)
 
 
-def configure_data(group: PlacementGroup, bundle: int = -1) -> None:
+def configure_data(group: PlacementGroup, runtime: RuntimeConfig, bundle: int = -1) -> None:
     """Settings of every stream in this process.
 
     Args:
         group: where the streams' tasks run, see `reserve`.
-        bundle: index of this process's bundle in it; -1: any.
+        runtime: `stream_memory_mb` is how far each may read ahead.
+        bundle: index of this process's bundle in it; -1: all of them.
     """
     context = ray.data.DataContext.get_current()
-    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+    budget = _with_memory_budget(group, runtime.stream_memory_mb * 2**20, bundle)
+    strategy = PlacementGroupSchedulingStrategy(budget, placement_group_bundle_index=bundle)
     context.scheduling_strategy = context.scheduling_strategy_large_args = strategy
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     # The default 128 MB blocks hold the first batch back until a task has made that much.
     context.target_max_block_size = 8 << 20
+
+
+def _with_memory_budget(group: PlacementGroup, num_bytes: int, bundle: int) -> PlacementGroup:
+    """A handle of the same group that also tells Ray Data how much object-store memory its streams may fill.
+
+    Ray Data takes a group's bundles for its whole budget, memory included. A budget of 0 lets single blocks through,
+    and its scheduling loop spins meanwhile (half of a training process's CPU time, seen with py-spy). But a bundle
+    that really reserves `object_store_memory` aborts the raylet when it is returned, if objects are stored meanwhile
+    (ray-project/ray#45780, seen in 2.60). So the memory stands in the handle alone.
+    """
+    specs = [dict(spec) if bundle in (-1, i) else {} for i, spec in enumerate(group.bundle_specs)]
+    specs[max(bundle, 0)]["object_store_memory"] = num_bytes
+    return PlacementGroup(group.id, bundle_cache=specs)
 
 
 class PlanSource(Datasource):

@@ -218,6 +218,7 @@ def test_where_and_how_it_runs_changes_nothing(key: str, value: str | None) -> N
         "runtime.num_labellers": "3",
         "runtime.cpus_per_labeller": "1.5",
         "runtime.cpus_per_read": "0.7",
+        "runtime.stream_memory_mb": "32",
         "runtime.max_concurrent_stages": "5",
         "runtime.max_failures": "9",
     }
