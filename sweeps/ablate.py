@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="ablate.py",
         description="Runs an ablation table of CAST on Ray. Stages that rows share run once; the same command goes on "
         "with an interrupted run and finishes in seconds when everything is stored.",
-        epilog="A recipe key for --set is any field of cast_ray/recipe.py, for example loss.lambda_pxl=0.2, "
+        epilog="A recipe key for --set is any field of cast_ray/recipe/, for example loss.lambda_pxl=0.2, "
         "stages.distill.steps=800, contrastive=released, runtime.num_workers=4, runtime.use_gpu=true.",
     )
     parser.add_argument(

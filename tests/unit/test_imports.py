@@ -97,7 +97,7 @@ PLANTED = [
     ("cast_ray/report/bad.py", "from ray import tune\n", "imports ray outside"),
     ("cast_ray/losses/bad.py", "import torch\nx = torch.distributed.get_rank()\n", "torch.distributed outside"),
     ("cast_ray/teachers/bad.py", "from torch import distributed\n", "torch.distributed outside"),
-    ("cast_ray/recipe.py", "import cast_ray.records\n", "recipe imports records"),
+    ("cast_ray/recipe/bad.py", "import cast_ray.records\n", "recipe imports records"),
     ("cast_ray/runtime/bad.py", "from sweeps.ablate import main\n", "runtime imports sweeps"),
     ("cast_ray/utils.py", "", "has no place in the layers"),
 ]

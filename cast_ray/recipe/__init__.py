@@ -1,0 +1,43 @@
+"""The only configuration: one frozen, strict recipe per run.
+
+A recipe is built from a preset (`cast_ray/presets/<name>.yaml`), one of that preset's scales and dotted overrides
+(`loss.lambda_pxl=0.2`). Unknown keys and bad values are refused with the key's full path and the nearest known key.
+Everything that can change a result is here; `stages/graph.py` cuts it into the part each stage's fingerprint covers.
+"""
+
+from cast_ray.recipe.build import (
+    SCALES,
+    Recipe,
+    apply_override,
+    build_recipe,
+    parse_overrides,
+    preset_names,
+    recipe_keys,
+)
+from cast_ray.recipe.data import DataConfig, ShapesConfig
+from cast_ray.recipe.losses import CONTRASTIVE_PRESETS, ContrastiveConfig, LossConfig
+from cast_ray.recipe.models import EncoderConfig, ModelConfig
+from cast_ray.recipe.runtime import RuntimeConfig
+from cast_ray.recipe.stages import EvaluationConfig, PseudoConfig, StagesConfig, TrainConfig
+
+__all__ = [
+    "CONTRASTIVE_PRESETS",
+    "ContrastiveConfig",
+    "DataConfig",
+    "EncoderConfig",
+    "EvaluationConfig",
+    "LossConfig",
+    "ModelConfig",
+    "PseudoConfig",
+    "Recipe",
+    "RuntimeConfig",
+    "SCALES",
+    "ShapesConfig",
+    "StagesConfig",
+    "TrainConfig",
+    "apply_override",
+    "build_recipe",
+    "parse_overrides",
+    "preset_names",
+    "recipe_keys",
+]

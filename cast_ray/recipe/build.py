@@ -1,0 +1,174 @@
+"""A recipe from a preset, a scale and dotted overrides."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ValidationError, model_validator
+
+from cast_ray.recipe.data import DataConfig
+from cast_ray.recipe.losses import CONTRASTIVE_PRESETS, ContrastiveConfig, LossConfig
+from cast_ray.recipe.models import ModelConfig
+from cast_ray.recipe.part import Part
+from cast_ray.recipe.runtime import RuntimeConfig
+from cast_ray.recipe.stages import EvaluationConfig, PseudoConfig, StagesConfig, TrainConfig
+
+SCALES = ("smoke", "demo", "full")
+
+
+class Recipe(Part):
+    """Everything a run needs; see each part."""
+
+    preset: str
+    scale: Literal["smoke", "demo", "full"]
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    teacher: ModelConfig = ModelConfig()
+    student: ModelConfig = ModelConfig()
+    stages: StagesConfig = StagesConfig()
+    loss: LossConfig = LossConfig()
+    contrastive: ContrastiveConfig = ContrastiveConfig()
+    pseudo: PseudoConfig = PseudoConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode="after")
+    def _batches_fill_workers(self) -> Recipe:
+        for name in ("pretrain", "adapt", "selftrain", "distill", "refine"):
+            stage: TrainConfig = getattr(self.stages, name)
+            for field in ("batch_labelled", "batch_unlabelled"):
+                size, workers = getattr(stage, field), self.runtime.num_workers
+                if size % workers:
+                    raise ValueError(
+                        f"stages.{name}.{field} is {size}: expected a multiple of runtime.num_workers ({workers})"
+                    )
+        return self
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that ship with the package."""
+    folder = resources.files("cast_ray") / "presets"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def build_recipe(preset: str, scale: str = "demo", overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe of a preset at a scale, with dotted overrides applied last.
+
+    Args:
+        preset: a name from `preset_names()`.
+        scale: smoke, demo or full.
+        overrides: dotted key -> value; string values are read as YAML (`"1e-3"`, `"[64, 64]"`, `"true"`).
+
+    Raises:
+        ValueError: unknown preset, scale or key (the message names the nearest known one) or a bad value (the message
+            names the key and what was expected).
+    """
+    if preset not in preset_names():
+        raise ValueError(f"unknown preset {preset!r}{_nearest(preset, preset_names())}")
+    if scale not in SCALES:
+        raise ValueError(f"unknown scale {scale!r}: expected one of {', '.join(SCALES)}")
+    text = (resources.files("cast_ray") / "presets" / f"{preset}.yaml").read_text()
+    spec = yaml.safe_load(text)
+    tree: dict[str, Any] = {"preset": preset, "scale": scale}
+    _merge(tree, spec.get("recipe", {}))
+    _merge(tree, spec.get("scales", {}).get(scale, {}))
+    for key, value in (overrides or {}).items():
+        apply_override(tree, key, value)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(_explain(error)) from None
+
+
+def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
+    """`["a.b=c", ...]` as a mapping. Raises ValueError for a pair without `=`."""
+    parsed: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"--set {pair!r}: expected key=value, for example loss.lambda_pxl=0.2")
+        parsed[key.strip()] = value
+    return parsed
+
+
+def apply_override(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Sets one dotted key in a nested mapping; `contrastive=NAME` expands a named column of the method.
+
+    Raises:
+        ValueError: the key is not a recipe field; the message names the nearest one.
+    """
+    if key == "contrastive":
+        if value not in CONTRASTIVE_PRESETS:
+            raise ValueError(f"contrastive={value!r}{_nearest(str(value), list(CONTRASTIVE_PRESETS))}")
+        tree["contrastive"] = {**tree.get("contrastive", {}), **CONTRASTIVE_PRESETS[value]}
+        return
+    known = recipe_keys()
+    if key not in known or key in ("preset", "scale"):
+        raise ValueError(
+            f"unknown recipe key {key!r}{_nearest(key, [k for k in known if k not in ('preset', 'scale')])}"
+        )
+    if isinstance(value, str):
+        value = _parse_scalar(key, value)
+    node = tree
+    *path, leaf = key.split(".")
+    for part in path:
+        node = node.setdefault(part, {})
+    node[leaf] = value
+
+
+def recipe_keys() -> list[str]:
+    """Every dotted key of a recipe, leaves only."""
+    return list(_leaf_keys(Recipe, ""))
+
+
+def _leaf_keys(model: type[BaseModel], prefix: str):
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _leaf_keys(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _parse_scalar(key: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):
+        try:  # YAML 1.1 reads 1e-3 as a string
+            return float(value)
+        except ValueError:
+            return value
+    if value is None and text.strip() == "":
+        return ""
+    return value
+
+
+def _merge(tree: dict[str, Any], update: Mapping[str, Any]) -> None:
+    for key, value in update.items():
+        if isinstance(value, Mapping):
+            _merge(tree.setdefault(key, {}), value)
+        else:
+            tree[key] = value
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    return f": did you mean {close[0]!r}?" if close else f": expected one of {', '.join(known[:12])}"
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"unknown recipe key {key!r}{_nearest(key, recipe_keys())}")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{key}: {message} (got {problem['input']!r})" if key else message)
+    return "; ".join(lines)

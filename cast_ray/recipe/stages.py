@@ -1,0 +1,69 @@
+"""The six steps of CAST, how each is optimised, and how pseudo-labels and evaluations are made."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from cast_ray.recipe.part import Part
+
+
+class TrainConfig(Part):
+    """Optimisation of one stage. Batch sizes are global: they do not change with the number of workers."""
+
+    steps: int = Field(400, ge=0)
+    batch_labelled: int = Field(8, ge=1)
+    batch_unlabelled: int = Field(8, ge=0)
+    """Unlabelled images added to every step where the row uses them; never swapped for labelled ones."""
+    lr: float = Field(2e-3, gt=0)
+    encoder_lr_factor: float = Field(1.0, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["hold-decay", "poly", "constant"] = "hold-decay"
+    decay_fraction: float = Field(0.3, ge=0, le=1)
+    """Last share of the steps over which hold-decay falls linearly to 0."""
+    poly_power: float = 0.9
+    ema: float = Field(0.995, ge=0, lt=1)
+    """Decay of the weight average that is evaluated and handed on; 0: the raw weights."""
+    checkpoint_every_steps: int = Field(200, ge=1)
+
+
+class StagesConfig(Part):
+    """The six steps of CAST and which of them a row takes."""
+
+    foundation: str = ""
+    """Folder of a saved teacher (`model.json`, `model.safetensors`) to use as theta_T0 instead of `pretrain`."""
+    pretrain: TrainConfig = TrainConfig(steps=1000, batch_unlabelled=0)
+    """theta_T0 of the embedded experiment: the teacher trained on the source style, in place of a foundation model."""
+    adapt: TrainConfig = TrainConfig(steps=300, batch_unlabelled=0)
+    """1a: theta_T0 -> theta_T' on D_l."""
+    selftrain: TrainConfig = TrainConfig(steps=300)
+    """1c: theta_T0 -> theta_T'' on D_l + D_u."""
+    distill: TrainConfig = TrainConfig(steps=400)
+    """2b: student -> theta_s* on D_l + D_u."""
+    refine: TrainConfig = TrainConfig(steps=100, batch_unlabelled=0, lr=5e-4)
+    """3: theta_s* -> theta_s-dagger on D_l."""
+    use_adapt: bool = True
+    """False: the teacher labels D_u as theta_T0 (paper table "stages")."""
+    use_distill: bool = True
+    """False: the student is trained on D_l only."""
+    use_refine: bool = True
+
+
+class PseudoConfig(Part):
+    """From teacher predictions to pseudo-labels (1b, 2a)."""
+
+    score_threshold: float = Field(0.3, ge=0, le=1)
+    max_per_image: int = Field(100, ge=1)
+    min_area_px: int = Field(12, ge=0)
+    non_overlapping: bool = True
+    """Paint the masks in falling score order; a pixel belongs to the first that takes it."""
+
+
+class EvaluationConfig(Part):
+    max_detections: int = Field(100, ge=1)
+    batch: int = Field(16, ge=1)
+    num_images: int | None = Field(None, ge=1)
+    """Evaluate on the first so many validation images (None: all)."""
