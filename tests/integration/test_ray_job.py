@@ -1,0 +1,139 @@
+"""`ray start --head`, `ray job submit`, `ray job logs`, `ray job stop`: as the README says, on ports of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+ROOT = Path(__file__).parents[2]
+RAY = Path(sys.executable).parent / "ray"
+SMALL = ["--set", "data.shapes.num_source=8", "--set", "data.shapes.num_train=16", "--set", "data.shapes.num_val=6"]
+SWEEP = ["python", "sweeps/ablate.py", "losses", "--preset", "shapes", "--scale", "smoke", "--rows", "sup", *SMALL]
+
+
+# One a cluster, detached by Ray Data itself for all jobs to come; it holds no resources.
+RAYS_OWN = {"_AutoscalingCoordinatorActor", "_StatsActor"}
+
+
+class Head:
+    """A Ray of one node, started by its command line."""
+
+    def __init__(self, folder: Path):
+        names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
+        ports = dict(zip(names, free_ports(len(names))))
+        self.address = f"http://127.0.0.1:{ports['dashboard-port']}"
+        # A home of its own: an authentication token that the user may have does not belong to this cluster.
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        self.environment = clean | {
+            "HOME": str(folder),
+            "PATH": f"{RAY.parent}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+            "CAST_RAY_STORAGE": str(folder / "storage"),
+        }
+        options = [f"--{name}={port}" for name, port in ports.items()]
+        self.log = folder / "head.log"
+        self.process = subprocess.Popen(
+            [RAY, "start", "--head", "--block", "--num-cpus=6", "--disable-usage-stats", *options],
+            env=self.environment,
+            stdout=self.log.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def is_ready(self) -> bool:
+        """Whether a node's agent, which starts jobs, is there."""
+        assert self.process.poll() is None, self.log.read_text()
+        try:
+            return self.job("list").returncode == 0 and bool(self.ask("/nodes?view=summary")["data"]["summary"])
+        except OSError:
+            return False
+
+    def job(self, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(RAY), "job", verb, "--address", self.address, *arguments]
+        return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=900)
+
+    def ask(self, path: str) -> Any:
+        with urllib.request.urlopen(self.address + path, timeout=10) as answer:
+            return json.load(answer)
+
+    def living_actors(self) -> list[str]:
+        found = self.ask("/api/v0/actors?detail=1&filter_keys=state&filter_predicates=%3D&filter_values=ALIVE")
+        names = [actor["class_name"] for actor in found["data"]["result"]["result"]]
+        return [name for name in names if name not in RAYS_OWN]
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            try:
+                self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory, wait_until: Callable[..., None]) -> Iterator[Head]:
+    started = Head(tmp_path_factory.mktemp("head"))
+    try:
+        wait_until(started.is_ready, "the head did not come up", 180)
+        yield started
+    finally:
+        started.stop()
+
+
+def submit_when_possible(head: Head, wait_until: Callable[..., None], *arguments: str) -> str:
+    """Output of a submission; a cluster that has just come up may have no agent for some seconds more."""
+    outputs: list[str] = []
+
+    def submitted() -> bool:
+        done = head.job("submit", *arguments)
+        outputs.append(done.stdout + done.stderr)
+        return done.returncode == 0 or "No available agent" not in outputs[-1]
+
+    wait_until(submitted, "no agent took the job", 1200)
+    return outputs[-1]
+
+
+def test_a_job_runs_and_its_log_is_readable(head: Head, wait_until: Callable[..., None]) -> None:
+    output = submit_when_possible(head, wait_until, "--submission-id", "first", "--working-dir", ".", "--", *SWEEP)
+    assert "succeeded" in output, output
+    log = head.job("logs", "first").stdout
+    for part in ("What each loss term is worth", "to run, ", "losses__sup__s0  distill", "of 26 steps", "Written:"):
+        assert part in log, log
+    assert list((Path(head.environment["HOME"]) / "cast_ray/runs").glob("*/report.md"))
+    wait_until(lambda: not head.living_actors(), f"actors left behind: {head.living_actors()}", 60)
+
+
+def test_a_stopped_job_leaves_no_actor_behind(head: Head, wait_until: Callable[..., None]) -> None:
+    long = ["--set", "stages.distill.steps=100000", "--seeds", "7"]
+    submit_when_possible(
+        head, wait_until, "--no-wait", "--submission-id", "second", "--working-dir", ".", "--", *SWEEP, *long
+    )
+    wait_until(lambda: "RayTrainWorker" in " ".join(head.living_actors()), "no training started", 300)
+    stopped = head.job("stop", "second")
+    assert stopped.returncode == 0, stopped.stderr
+    wait_until(lambda: not head.living_actors(), f"actors left behind: {head.living_actors()}", 120)
+    groups = head.ask("/api/v0/placement_groups?detail=1")["data"]["result"]["result"]
+    assert {group["state"] for group in groups} <= {"REMOVED"}
