@@ -170,5 +170,6 @@ def _explain(error: ValidationError) -> str:
             lines.append(f"unknown recipe key {key!r}{_nearest(key, recipe_keys())}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{key}: {message} (got {problem['input']!r})" if key else message)
+            whole_part = isinstance(problem["input"], Mapping)  # of several fields, which the message names
+            lines.append(message if whole_part else f"{key}: {message} (got {problem['input']!r})")
     return "; ".join(lines)

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as mask_utils
 
-from cast_ray.datasets.coco import load
 from cast_ray.datasets.images import read_image
+from cast_ray.datasets.reading import load
 from cast_ray.datasets.segmentations import encode_mask, encode_segmentation
 from cast_ray.recipe import DataConfig
 from cast_ray.records import RECORD_SCHEMA, decode_image_id
