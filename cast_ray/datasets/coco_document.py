@@ -116,7 +116,7 @@ def usable_images(images: list[dict[str, Any]], split: str, file: str) -> tuple[
     by_id: dict[int | str, dict[str, Any]] = {}
     skipped = []
     for index, image in enumerate(images):
-        identifier = image.get("id")
+        identifier: Any = image.get("id")
         reason = ""
         if type(identifier) not in (int, str):
             reason = f"id is {identifier!r}: expected an integer or a string"

@@ -62,8 +62,8 @@ def split(
       rarest first, to `min_per_class` images (or all it has). Nested too; the fraction stays what it says.
     - `list`: the images of `label_list`; of a file of positions, those of this fraction and seed.
 
-    D_u are the other training images, the extra pool's or both, in the same order; with `num_unlabelled`, the last so
-    many, so that all fractions it fits share one D_u.
+    D_u are the other training images, the extra pool's or both, in the same order; with `unlabelled_fraction` or
+    `num_unlabelled`, the last so many, so that all label fractions that leave as many share one D_u.
 
     Args:
         records: training images with `columns_of(config)` at least.
@@ -104,8 +104,10 @@ def split(
     taken[pool] = True
     taken[labelled] = False
     unlabelled = order[taken[order]]
+    num_unlabelled = math.floor(config.unlabelled_fraction * len(unlabelled) + 0.5)
     if config.num_unlabelled is not None:
-        unlabelled = unlabelled[max(0, len(unlabelled) - config.num_unlabelled) :]
+        num_unlabelled = min(num_unlabelled, config.num_unlabelled)
+    unlabelled = unlabelled[len(unlabelled) - num_unlabelled :]
     named = source.label_list is not None and source.label_list.positions is None
     facts = {
         "family": config.label_family,

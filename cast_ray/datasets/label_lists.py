@@ -72,8 +72,9 @@ def _read_json(file: str, sha256: str, text: str) -> LabelList:
         raise ValueError(f"data.label_list: {file} is not JSON ({first_line(error)}): {expected}") from None
     if isinstance(value, dict) and isinstance(value.get("images"), list):
         names = [image.get("file_name") for image in value["images"] if isinstance(image, dict)]
-        if names and all(isinstance(name, str) for name in names):
-            return LabelList(file, sha256, tuple(names))
+        known = tuple(name for name in names if isinstance(name, str))
+        if known and len(known) == len(value["images"]):
+            return LabelList(file, sha256, known)
     if isinstance(value, dict) and value and all(_are_positions(seeds) for seeds in value.values()):
         return LabelList(file, sha256, positions=value)
     raise ValueError(f"data.label_list: {file}: {expected}")

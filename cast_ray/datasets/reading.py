@@ -13,8 +13,9 @@ from typing import Any
 import pyarrow as pa
 
 from cast_ray import registry
+from cast_ray.datasets.data_report import check_report, data_report
 from cast_ray.datasets.images import ImageError, check_image, read_map
-from cast_ray.datasets.index import DatasetIndex, DecodeMap, Skipped, check_bad
+from cast_ray.datasets.index import DatasetIndex, DecodeMap, Skipped
 from cast_ray.recipe import DataConfig
 from cast_ray.records import RECORD_SCHEMA, DatasetSplits, decode_image_id
 
@@ -192,19 +193,9 @@ class Reading:
         """Identity of the extra pool; empty without one."""
         return self._digests["extra"].hexdigest() if "extra" in self._digests else ""
 
-    def num_skipped(self, split: str, kind: str) -> int:
-        """How many images or annotations of a split cannot be used."""
-        return sum(s["split"] == split and s["kind"] == kind for s in self.skipped)
-
-    def check(self) -> None:
-        """Raises ValueError, with the counts and the first reasons, where too large a share of a split is unusable."""
-        for split in self.index.splits:
-            where = f"{self.index.listing.root} ({split})"
-            for kind, total in (("image", self.num_images[split]), ("annotation", self.num_annotations[split])):
-                chosen = [s for s in self.skipped if s["split"] == split and s["kind"] == kind]
-                check_bad(chosen, kind, total, self.config.max_bad_fraction, where)
-            if self.num_skipped(split, "image") == self.num_images[split]:
-                raise ValueError(f"{where}: no usable image of {self.num_images[split]}")
+    def report(self) -> dict[str, Any]:
+        """What `data_report.json` says of it."""
+        return data_report(self.config, self.num_images, self.num_annotations, self.skipped)
 
 
 def load(config: DataConfig) -> DatasetSplits:
@@ -219,7 +210,7 @@ def load(config: DataConfig) -> DatasetSplits:
     tables: dict[str, list[pa.Table]] = {split: [RECORD_SCHEMA.empty_table()] for split in index.splits}
     for split, table in reading.tables():
         tables[split].append(table)
-    reading.check()
+    check_report(reading.report(), config.max_bad_fraction)
     splits = {split: pa.concat_tables(parts).combine_chunks() for split, parts in tables.items()}
     return DatasetSplits(
         train=splits["train"],

@@ -48,6 +48,15 @@ class Recipe(Part):
                     )
         return self
 
+    @model_validator(mode="after")
+    def _oracle_knows_every_image(self) -> Recipe:
+        if self.contrastive.sampler == "oracle" and self.data.unlabelled_pool != "rest":
+            raise ValueError(
+                f"contrastive.sampler is oracle and data.unlabelled_pool is {self.data.unlabelled_pool}: the extra pool "
+                "has no ground truth, expected data.unlabelled_pool=rest"
+            )
+        return self
+
 
 def preset_names() -> list[str]:
     """Names of the presets that ship with the package."""

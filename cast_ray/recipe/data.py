@@ -47,7 +47,7 @@ class DataConfig(Part):
     label_family: Literal["nested", "per-class", "list"] = "nested"
     """How the labelled images are chosen: by a hash of their ids, so with `min_per_class` of each class, or listed."""
     label_fraction: float = Field(0.04, gt=0, le=1)
-    """|D_l| / (|D_l| + |D_u|) before `num_unlabelled` and the extra pool; a list of names has its own."""
+    """|D_l| / (|D_l| + |D_u|) before `unlabelled_fraction` and the extra pool; a list of names has its own."""
     min_per_class: int = Field(1, ge=1)
     """Family `per-class`: labelled images that hold each class, as far as the dataset has them."""
     label_list: str = ""
@@ -58,8 +58,10 @@ class DataConfig(Part):
     """Seed of the choice of labelled images; None: the recipe's own, so that each seed has its own D_l."""
     unlabelled_pool: Literal["rest", "extra", "both"] = "rest"
     """D_u: training images that keep no label, the dataset's extra unlabelled images, or both."""
+    unlabelled_fraction: float = Field(1.0, gt=0, le=1)
+    """Share of those that D_u holds: smaller shares are inside larger ones."""
     num_unlabelled: int | None = Field(None, ge=0)
-    """At most this many unlabelled images (None: all of them)."""
+    """At most this many unlabelled images (None: no limit)."""
     image_px: tuple[int, int] = (64, 64)
     """Crop height and width in pixels, for training and (long side) for inference."""
     scale_jitter: tuple[float, float] = (0.8, 1.25)

@@ -96,7 +96,7 @@ def plan(
 
 
 def split_part(recipe: Recipe, hashes: DataHashes, *, unlabelled: bool) -> dict[str, Any]:
-    """What the choice of D_l (and of D_u, where it is used) depends on beside the dataset; equal parts, equal images."""
+    """What the choice of D_l (and D_u, where it is used) depends on beside the dataset: equal parts, equal images."""
     data = recipe.data
     part: dict[str, Any] = {
         "family": data.label_family,
@@ -108,7 +108,8 @@ def split_part(recipe: Recipe, hashes: DataHashes, *, unlabelled: bool) -> dict[
     if data.label_list:
         part["label_list"] = hashes.label_list
     if unlabelled:
-        part |= {"pool": data.unlabelled_pool, "num_unlabelled": data.num_unlabelled}
+        part["pool"] = data.unlabelled_pool
+        part |= data.model_dump(include={"unlabelled_fraction", "num_unlabelled"})
         if data.unlabelled_list:
             part["unlabelled_list"] = hashes.unlabelled_list
         if data.unlabelled_pool != "rest":
