@@ -137,7 +137,7 @@ def _check_size(image: Image.Image, image_hw: tuple[int, int] | None, max_pixels
         raise _Refused(f"{width} x {height} pixels, at most {max_pixels} are read (data.max_image_pixels)")
     if image_hw is None or image_hw == (height, width):
         return
-    reason = f"{width} x {height} pixels, but its annotation says {image_hw[1]} x {image_hw[0]}"
+    reason = f"{width} x {height} pixels: expected {image_hw[1]} x {image_hw[0]}"
     if (width, height) == image_hw and image.getexif().get(_ORIENTATION) in _SIDEWAYS:
         reason += " (its EXIF orientation is not applied: annotations are in the coordinates of the stored pixels)"
     raise _Refused(reason)

@@ -198,8 +198,10 @@ class Reading:
         return data_report(self.config, self.num_images, self.num_annotations, self.skipped)
 
 
-def load(config: DataConfig) -> DatasetSplits:
-    """A whole dataset in memory, read in this process.
+def load(
+    config: DataConfig, progress: Callable[[int, int], None] | None = None
+) -> tuple[DatasetSplits, dict[str, Any]]:
+    """A whole dataset in memory, read in this process, and what `data_report.json` says of it.
 
     Raises:
         ValueError: one line naming the file or field: the dataset is missing, not of its format, or too much of it is
@@ -208,11 +210,12 @@ def load(config: DataConfig) -> DatasetSplits:
     index: DatasetIndex = registry.lookup("datasets", config.format)(config)
     reading = Reading(index, config)
     tables: dict[str, list[pa.Table]] = {split: [RECORD_SCHEMA.empty_table()] for split in index.splits}
-    for split, table in reading.tables():
+    for split, table in reading.tables(progress=progress):
         tables[split].append(table)
-    check_report(reading.report(), config.max_bad_fraction)
+    report = reading.report()
+    check_report(report, config.max_bad_fraction)
     splits = {split: pa.concat_tables(parts).combine_chunks() for split, parts in tables.items()}
-    return DatasetSplits(
+    dataset = DatasetSplits(
         train=splits["train"],
         val=splits["val"],
         source=splits.get("source"),
@@ -223,3 +226,4 @@ def load(config: DataConfig) -> DatasetSplits:
         skipped=tuple(reading.skipped),
         annotated=index.annotated,
     )
+    return dataset, report

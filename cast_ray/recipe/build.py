@@ -52,7 +52,7 @@ class Recipe(Part):
     def _oracle_knows_every_image(self) -> Recipe:
         if self.contrastive.sampler == "oracle" and self.data.unlabelled_pool != "rest":
             raise ValueError(
-                f"contrastive.sampler is oracle and data.unlabelled_pool is {self.data.unlabelled_pool}: the extra pool "
+                f"contrastive.sampler is oracle, data.unlabelled_pool {self.data.unlabelled_pool}: the extra pool "
                 "has no ground truth, expected data.unlabelled_pool=rest"
             )
         return self
