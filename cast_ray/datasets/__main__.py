@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pycocotools import mask as mask_utils
 from rich.console import Console
 from rich.table import Table
 
@@ -56,15 +57,15 @@ def inspect(arguments: argparse.Namespace, console: Console) -> None:
     config = recipe_data.model_copy(update={"max_bad_fraction": 1.0})
     with track(console, "reading images") as progress:
         dataset, report = load(config, progress)
+    out = Path(arguments.out or Path("inspect") / (Path(root.rstrip("/")).name or kind))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / REPORT_FILE).write_text(json.dumps(report, indent=1))
+    sheet = _draw(dataset, arguments.images, out / "samples.png")
     facts = facts_of(dataset)
     console.print(f"[bold]{root}[/bold]: {kind}, {len(dataset.categories)} classes", highlight=False)
     console.print(_splits_table(facts))
     console.print(_classes_table(facts, dataset))
     _print_skipped(report, recipe_data, console)
-    out = Path(arguments.out or Path("inspect") / (Path(root.rstrip("/")).name or kind))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / REPORT_FILE).write_text(json.dumps(report, indent=1))
-    sheet = _draw(dataset, arguments.images, out / "samples.png")
     console.print(f"Written: {sheet}, {out / REPORT_FILE}", highlight=False, soft_wrap=True)
 
 
@@ -116,11 +117,17 @@ def _draw(dataset: DatasetSplits, num_images: int, path: Path) -> Path:
     images = [read_image(r["uri"], (r["height"], r["width"])) for r in records]
     columns = []
     for title, is_crowd in (("objects", False), ("ignore regions", True)):
-        kept = [[i for i in r["instances"] if i["is_crowd"] == is_crowd] for r in records]
+        kept = [[i for i in _largest_first(r) if i["is_crowd"] == is_crowd] for r in records]
         chosen = [[{"rle": i["rle"], "label": classes.label(i["category_id"])} for i in each] for each in kept]
         if not is_crowd or any(chosen):
             columns.append((title, chosen))
     return contact_sheet(images, columns, classes.names(), path)
+
+
+def _largest_first(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """So that small objects are drawn over large ones."""
+    size = [record["height"], record["width"]]
+    return sorted(record["instances"], key=lambda i: -float(mask_utils.area({"size": size, "counts": i["rle"]})))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -39,10 +39,16 @@ class LabelSource:
     extra_ids: Sequence[str] = ()
 
 
-def columns_of(config: DataConfig) -> list[str]:
-    """The columns of the training records that a choice reads, as Parquet names them."""
-    instances = [f"instances.list.element.{name}" for name in ("category_id", "is_crowd")]
-    return ["image_id", "uri"] + (instances if config.label_family == "per-class" else [])
+def label_index(records: pa.Table) -> pa.Table:
+    """What a choice reads of training records: image_id, uri and category_ids, the classes with an object in it."""
+    instances = records.column("instances").combine_chunks()
+    flat, rows = instances.flatten(), pc.list_parent_indices(instances).to_numpy()
+    objects = ~flat.field("is_crowd").to_numpy(zero_copy_only=False)
+    pairs = np.unique(np.stack([rows[objects], flat.field("category_id").to_numpy()[objects]], 1), axis=0)
+    ends = np.cumsum(np.bincount(pairs[:, 0], minlength=records.num_rows))
+    offsets = pa.array(np.concatenate([[0], ends]).astype(np.int32))
+    classes = pa.ListArray.from_arrays(offsets, pa.array(pairs[:, 1], pa.int64()))
+    return records.select(["image_id", "uri"]).append_column("category_ids", classes)
 
 
 def split(
@@ -66,7 +72,7 @@ def split(
     `num_unlabelled`, the last so many, so that all label fractions that leave as many share one D_u.
 
     Args:
-        records: training images with `columns_of(config)` at least.
+        records: training images as of `label_index`.
         config: how to choose.
         seed: of the run; `split_seed` goes before it.
         source: lists and pools that the choice reads.
@@ -138,14 +144,11 @@ def _listed(records: pa.Table, chosen: LabelList, config: DataConfig, seed: int,
 
 def _classes_first(records: pa.Table, order: np.ndarray, config: DataConfig, num_labelled: int) -> np.ndarray:
     """The order with the images in front that bring each class to `min_per_class`."""
-    instances = records.column("instances").combine_chunks()
-    flat = instances.flatten()
-    rows = pc.list_parent_indices(instances).to_numpy()
-    objects = ~flat.field("is_crowd").to_numpy(zero_copy_only=False)
-    pairs = np.unique(np.stack([flat.field("category_id").to_numpy()[objects], rows[objects]], 1), axis=0)
+    classes = records.column("category_ids").combine_chunks()
+    rows, present = pc.list_parent_indices(classes).to_numpy(), classes.flatten().to_numpy()
     place = np.empty(len(order), dtype=np.int64)
     place[order] = np.arange(len(order))
-    holders = {c: pairs[pairs[:, 0] == c, 1] for c in np.unique(pairs[:, 0]).tolist()}
+    holders = {c: rows[present == c] for c in np.unique(present).tolist()}
     front = np.zeros(len(order), dtype=bool)
     for rows_of_class in sorted(holders.values(), key=len):
         lacking = min(config.min_per_class, len(rows_of_class)) - front[rows_of_class].sum()

@@ -61,7 +61,7 @@ def _read_row(row: dict[str, Any], decode_map: DecodeMap | None, verify: str, ma
     try:
         if row["num_bytes"] == 0:
             raise ImageError(row["uri"], "the file is empty")
-        if verify != "off" or image_hw is None:
+        if verify != "none" or image_hw is None:
             image_hw = check_image(row["uri"], image_hw, max_pixels, decode=verify == "full")
         if row["mask_uri"] is not None:
             assert decode_map is not None and image_hw is not None

@@ -148,6 +148,8 @@ def _parse_scalar(key: str, text: str) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
+    if isinstance(value, bool) and text.strip().lower() not in ("true", "false"):
+        return text.strip()  # YAML 1.1 reads off as false, which is a word of some fields
     if isinstance(value, str):
         try:  # YAML 1.1 reads 1e-3 as a string
             return float(value)

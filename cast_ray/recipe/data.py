@@ -38,7 +38,7 @@ class DataConfig(Part):
     """COCO JSON whose images are the extra unlabelled pool; empty: found (image_info_unlabeled*.json)."""
     extra_image_dir: str = ""
     """Folder of the extra unlabelled pool; empty: found (Cityscapes' train_extra, COCO's unlabeled2017)."""
-    verify: Literal["full", "header", "off"] = "full"
+    verify: Literal["full", "header", "none"] = "full"
     """What is read of every image, once for a dataset: all of it (finds truncated files), its size, or nothing."""
     max_image_pixels: int = Field(178_956_970, ge=1)
     """Larger images are taken for decompression bombs and skipped."""

@@ -25,7 +25,7 @@ from rich.markup import escape
 
 from cast_ray import registry
 from cast_ray.datasets.data_report import REPORT_FILE, check_report
-from cast_ray.datasets.fractions import LabelSource
+from cast_ray.datasets.fractions import LabelSource, label_index
 from cast_ray.datasets.index import DatasetIndex, describe
 from cast_ray.datasets.label_lists import LabelList, forms_of_skipped, read_list
 from cast_ray.datasets.listing import state_of
@@ -43,6 +43,8 @@ READER_VERSION = 1
 IN_THIS_PROCESS = 2000
 """Images that are read before Ray is asked: fewer take less time than its start."""
 IMAGES_PER_PART = 4096
+LABEL_INDEX = "label_index"
+"""Table of what a choice of labelled images reads: small enough for the driver, which the records are not."""
 
 # Fields of DataConfig that decide which records are read; the rest chooses among them or crops them.
 _READ_FIELDS = frozenset(
@@ -266,10 +268,13 @@ class _Parts:
 
     def _write(self, split: str) -> None:
         part = self.num_parts[split] = self.num_parts.get(split, -1) + 1
-        buffer = io.BytesIO()
-        pa.parquet.write_table(pa.concat_tables(self.pending.pop(split)), buffer)
-        # readers take a folder's files in the order of their names
-        self.store.add(self.stage, f"{split}.parquet/{part:05d}.parquet", buffer.getvalue())
+        records = pa.concat_tables(self.pending.pop(split))
+        tables = {split: records} | ({LABEL_INDEX: label_index(records)} if split == "train" else {})
+        for name, table in tables.items():
+            buffer = io.BytesIO()
+            pa.parquet.write_table(table, buffer)
+            # readers take a folder's files in the order of their names
+            self.store.add(self.stage, f"{name}.parquet/{part:05d}.parquet", buffer.getvalue())
 
 
 @contextmanager

@@ -11,11 +11,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from cast_ray.datasets.fractions import LabelSplit, columns_of, split
+from cast_ray.datasets.fractions import LabelSplit, split
 from cast_ray.recipe import Recipe
-from cast_ray.runtime.dataset import Dataset
+from cast_ray.runtime.dataset import LABEL_INDEX, Dataset
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.stages.graph import split_part
 
@@ -31,7 +30,7 @@ def store_splits(dataset: Dataset, recipes: Iterable[Recipe], store: ArtifactSto
     Raises:
         ValueError: a fraction or list leaves too few images for a recipe's workers, or does not fit the dataset.
     """
-    tables: dict[tuple[str, ...], pa.Table] = {}
+    records = store.read_table(dataset.key, f"{LABEL_INDEX}.parquet")
     done: set[str] = set()
     for recipe in recipes:
         data, workers = recipe.data, recipe.runtime.num_workers
@@ -42,10 +41,7 @@ def store_splits(dataset: Dataset, recipes: Iterable[Recipe], store: ArtifactSto
         if once in done:
             continue
         done.add(once)
-        columns = columns_of(data)
-        if tuple(columns) not in tables:
-            tables[tuple(columns)] = store.read_table(dataset.key, "train.parquet", columns=columns)
-        chosen = split(tables[tuple(columns)], data, recipe.seed, dataset.source_of(data, store), workers)
+        chosen = split(records, data, recipe.seed, dataset.source_of(data, store), workers)
         if needs_unlabelled and len(chosen.unlabelled) < workers:
             raise ValueError(
                 f"data.label_fraction {data.label_fraction} of {dataset.num_images['train']} images leaves "

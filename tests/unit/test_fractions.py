@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from cast_ray.datasets.fractions import LabelSource, split
+from cast_ray.datasets.fractions import LabelSource, label_index, split
 from cast_ray.recipe import DataConfig
 from cast_ray.records import RECORD_SCHEMA
 
@@ -30,7 +30,7 @@ def _records(ids, classes_of=lambda i: ()):
 
 def _split(records, fraction, seed=0, source=None, min_labelled=1, **fields):
     config = DataConfig(label_fraction=fraction, **fields)
-    return split(records, config, seed, source or LabelSource(), min_labelled)
+    return split(label_index(records), config, seed, source or LabelSource(), min_labelled)
 
 
 def test_sizes_and_disjoint():

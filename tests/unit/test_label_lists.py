@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from dataset_folders import write_cityscapes
 
-from cast_ray.datasets.fractions import LabelSource, split
+from cast_ray.datasets.fractions import LabelSource, label_index, split
 from cast_ray.datasets.label_lists import forms_of_skipped, read_list
 from cast_ray.datasets.reading import load
 from cast_ray.recipe import DataConfig
@@ -26,7 +26,7 @@ def _split(records, file, fraction=0.1, seed=0, annotated=None, unusable=(), **f
     config = DataConfig(label_family="list", label_list=str(file), label_fraction=fraction, **fields)
     other = read_list(config.unlabelled_list) if config.unlabelled_list else None
     source = LabelSource(read_list(str(file)), other, annotated, unusable)
-    return split(records, config, seed, source)
+    return split(label_index(records), config, seed, source)
 
 
 def _write(path, text):
