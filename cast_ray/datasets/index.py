@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cast_ray.datasets.listing import Listing, child
 from cast_ray.records import RECORD_SCHEMA, Category, encode_image_id
@@ -123,7 +124,7 @@ def index_pool(listing: Listing, folder: str, stem: Callable[[str], str] | None 
 def without_known(pool: pa.Table, splits: dict[str, pa.Table]) -> pa.Table:
     """A pool of unlabelled images without those that are training or validation images already."""
     known = pa.concat_arrays([c for table in splits.values() for c in table.column("uri").chunks])
-    return pool.filter(pa.compute.invert(pa.compute.is_in(pool.column("uri"), value_set=known)))
+    return pool.filter(pc.invert(pc.is_in(pool.column("uri"), value_set=known)))
 
 
 def describe(skipped: Sequence[Skipped], most: int = 3) -> str:

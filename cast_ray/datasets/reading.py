@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cast_ray import registry
 from cast_ray.datasets.data_report import check_report, data_report
@@ -167,12 +168,12 @@ class Reading:
             if progress:
                 progress(done, total)
             for split in dict.fromkeys(table.column("split").to_pylist()):
-                yield split, self._take(split, table.filter(pa.compute.equal(table.column("split"), split)))
+                yield split, self._take(split, table.filter(pc.equal(table.column("split"), split)))
         if done != total:
             raise RuntimeError(f"reading the dataset: {total} images went in, {done} came out")
 
     def _take(self, split: str, table: pa.Table) -> pa.Table:
-        self.num_annotations[split] += pa.compute.sum(table.column("num_annotations")).as_py()
+        self.num_annotations[split] += pc.sum(table.column("num_annotations")).as_py()
         for entries in table.column("skipped").to_pylist():
             self.skipped += [{"split": split, **entry} for entry in entries]
         table = table.filter(table.column("usable"))
