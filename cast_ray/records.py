@@ -82,7 +82,7 @@ class DatasetSplits:
     train, val, source, extra: RECORD_SCHEMA; `source` is the other style a teacher is pre-trained on, `extra` more
     unlabelled images, when the dataset has them. `content_hash` identifies images and annotations and enters every
     stage fingerprint, `extra_hash` those of the extra pool. skipped: what was left out, each with split, kind, id, file
-    and reason. annotated: see `fractions.read_list`.
+    and reason. annotated: see `label_lists`.
     """
 
     train: pa.Table

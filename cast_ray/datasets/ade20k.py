@@ -67,8 +67,7 @@ def index(config: DataConfig, progress: Progress | None = None) -> DatasetIndex:
     """Lists the images and label maps; neither is read.
 
     Raises:
-        ValueError: one line naming the folder: missing, of neither layout, or more than `max_bad_fraction` of a split's
-            images without label map or label maps without image.
+        ValueError: one line naming the folder that is missing or of neither layout.
     """
     listing = open_listing(config.root, "ADE20K (images and annotations_instance)")
     for base in _ROOTS:
@@ -89,13 +88,13 @@ def index(config: DataConfig, progress: Progress | None = None) -> DatasetIndex:
         images, masks = pair(folder)
         if not images.keys() & masks.keys():
             raise ValueError(f"{listing.root}: no image with its label map in {folder}: expected ADE20K as downloaded")
-        splits[split], bad = pair_maps(listing, split, images, masks, config.max_bad_fraction)
+        splits[split], bad = pair_maps(listing, split, images, masks)
         skipped += bad
     if config.unlabelled_pool != "rest":
         if not config.extra_image_dir:
             raise ValueError("data.unlabelled_pool: ADE20K has no extra images: name a folder by data.extra_image_dir")
         splits["extra"] = index_pool(listing, config.extra_image_dir)
-    return DatasetIndex(splits, CATEGORIES, listing, skipped, decode_map=decode)
+    return DatasetIndex(splits, CATEGORIES, listing, skipped, sources=_SPLITS, decode_map=decode)
 
 
 def decode_challenge(map_HWC: np.ndarray) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:

@@ -47,8 +47,7 @@ def index(config: DataConfig, progress: Progress | None = None) -> DatasetIndex:
     """Lists the images and label maps; neither is read.
 
     Raises:
-        ValueError: one line naming the folder: missing, without images, or more than `max_bad_fraction` of a split's
-            images without label map or label maps without image.
+        ValueError: one line naming the folder that is missing or holds no images.
     """
     listing = open_listing(config.root, "Cityscapes (leftImg8bit and gtFine)")
     splits: dict[str, pa.Table] = {}
@@ -56,11 +55,12 @@ def index(config: DataConfig, progress: Progress | None = None) -> DatasetIndex:
     for split in ("train", "val"):
         images = _frames(listing, f"{_IMAGES}/{split}", "*_leftImg8bit.*")
         masks = _frames(listing, f"{_MASKS}/{split}", "*_gtFine_instanceIds.png")
-        splits[split], bad = pair_maps(listing, split, images, masks, config.max_bad_fraction)
+        splits[split], bad = pair_maps(listing, split, images, masks)
         skipped += bad
     if config.unlabelled_pool != "rest":
         splits["extra"] = index_pool(listing, config.extra_image_dir or _EXTRA, frame_name)
-    return DatasetIndex(splits, CATEGORIES, listing, skipped, decode_map=decode_map)
+    sources = {split: f"{_MASKS}/{split}" for split in ("train", "val")}
+    return DatasetIndex(splits, CATEGORIES, listing, skipped, sources=sources, decode_map=decode_map)
 
 
 def frame_name(file: str) -> str:

@@ -22,7 +22,7 @@ from cast_ray.datasets.coco_document import (
     usable_images,
 )
 from cast_ray.datasets.image_files import find_images, image_dirs_of
-from cast_ray.datasets.index import INDEX_SCHEMA, DatasetIndex, Skipped, check_bad, index_pool, without_known
+from cast_ray.datasets.index import INDEX_SCHEMA, DatasetIndex, Skipped, index_pool, without_known
 from cast_ray.datasets.listing import Listing, open_listing
 from cast_ray.datasets.segmentations import encode_segmentation
 from cast_ray.recipe import DataConfig
@@ -36,6 +36,7 @@ EXTRA_FOLDERS = "unlabel*"
 class AnnotatedImages:
     """One annotation file as read: `table` follows INDEX_SCHEMA; the others as in DatasetIndex."""
 
+    file: str
     table: pa.Table
     categories: tuple[Category, ...]
     num_annotations: int
@@ -58,7 +59,7 @@ def index(config: DataConfig, progress: Progress | None = None) -> DatasetIndex:
 
     Raises:
         ValueError: one line naming the file and the field: folder or file missing, not JSON, not COCO, one id for two
-            images, no usable image, or more than `max_bad_fraction` unusable images or annotations.
+            images, or no usable image.
     """
     listing = open_listing(config.root, "a COCO-format dataset")
     train_file = find_annotation_file(listing, config.annotations, "data.annotations", TRAIN_NAMES)
@@ -86,6 +87,7 @@ def index(config: DataConfig, progress: Progress | None = None) -> DatasetIndex:
         listing=listing,
         skipped=[s for part in parts.values() for s in part.skipped],
         num_annotations={split: part.num_annotations for split, part in parts.items()},
+        sources={split: part.file for split, part in parts.items()},
         annotated=first.annotated,
     )
 
@@ -104,7 +106,7 @@ def read_annotations(
         listing: of the dataset's folder; no image outside it is taken.
         annotation_file: relative to it, or an absolute path or URI.
         image_dirs: see `find_images`.
-        config: limits: `max_bad_fraction`, `max_image_pixels`.
+        config: `max_image_pixels`.
         split: train, val, source or extra.
 
     Raises:
@@ -124,11 +126,9 @@ class _Reader:
         images, skipped = usable_images(document["images"], split, file)
         found, missing = find_images(self.listing, images, image_dirs, self.config.max_image_pixels, split, file)
         skipped += missing
-        bad = self.config.max_bad_fraction
-        check_bad(skipped, "image", len(document["images"]), bad, file)
         instances, bad_annotations = self._instances(images, found, annotations, categories, split, file)
-        check_bad(bad_annotations, "annotation", len(annotations), bad, file)
         return AnnotatedImages(
+            file,
             _image_table(self.listing, images, found, instances, split),
             categories,
             len(annotations),
@@ -149,14 +149,13 @@ class _Reader:
                     f"{listing.root}: no extra unlabelled images (looked for {', '.join(EXTRA_NAMES)} and a folder "
                     f"{EXTRA_FOLDERS}): name them by {key} or data.extra_image_dir, or set data.unlabelled_pool=rest"
                 )
-            return AnnotatedImages(index_pool(listing, folders[0]), (), 0, [], None)
+            return AnnotatedImages(folders[0], index_pool(listing, folders[0]), (), 0, [], None)
         images, skipped = usable_images(read_document(listing.uri(file), file, ["images"])["images"], "extra", file)
         dirs = image_dirs_of(config.extra_image_dir, file, "unlabel")
         found, missing = find_images(listing, images, dirs, config.max_image_pixels, "extra", file)
-        check_bad(skipped + missing, "image", len(images), config.max_bad_fraction, file)
         unknown = pa.nulls(len(found), INDEX_SCHEMA.field("instances").type)
         table = _image_table(listing, images, found, unknown, "extra")
-        return AnnotatedImages(table, (), 0, skipped + missing, None)
+        return AnnotatedImages(file, table, (), 0, skipped + missing, None)
 
     def _instances(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cast_ray.datasets.index import Skipped, check_bad
+from cast_ray.datasets.index import Skipped, describe
 from cast_ray.recipe import DataConfig
 
 REPORT_FILE = "data_report.json"
@@ -16,6 +16,7 @@ def data_report(
     num_images: Mapping[str, int],
     num_annotations: Mapping[str, int],
     skipped: Sequence[Skipped],
+    sources: Mapping[str, str],
 ) -> dict[str, Any]:
     """What `data_report.json` says.
 
@@ -23,12 +24,13 @@ def data_report(
         config: as the dataset was read.
         num_images, num_annotations: by split, the skipped ones included.
         skipped: each with split, kind, id, file and reason.
+        sources: split -> the file or folder of its annotations.
 
     Returns:
-        format, root, verify; splits: split -> images, images_skipped, annotations, annotations_skipped; statement: the
-        sums in words; skipped.
+        format, root, verify; splits: split -> source, images, images_skipped, annotations, annotations_skipped;
+        statement: the sums in words; skipped.
     """
-    splits = {
+    counts = {
         split: {
             "images": num_images[split],
             "images_skipped": sum(s["split"] == split and s["kind"] == "image" for s in skipped),
@@ -37,7 +39,8 @@ def data_report(
         }
         for split in num_images
     }
-    sums = {name: sum(split[name] for split in splits.values()) for name in splits["train"]}
+    sums = {name: sum(split[name] for split in counts.values()) for name in counts["train"]}
+    splits = {split: {"source": sources.get(split, "")} | counts[split] for split in counts}
     statement = (
         f"{sums['images_skipped']:,} of {sums['images']:,} images and {sums['annotations_skipped']:,} of "
         f"{sums['annotations']:,} annotations skipped"
@@ -54,9 +57,14 @@ def check_report(report: Mapping[str, Any], max_bad_fraction: float) -> None:
             the message gives the counts and the first reasons.
     """
     for split, counts in report["splits"].items():
-        where = f"{report['root']} ({split})"
+        where = f"{report['root']} ({split}{': ' if counts['source'] else ''}{counts['source']})"
         for kind in ("image", "annotation"):
             chosen = [s for s in report["skipped"] if s["split"] == split and s["kind"] == kind]
-            check_bad(chosen, kind, counts[f"{kind}s"], max_bad_fraction, where)
+            total = counts[f"{kind}s"]
+            if len(chosen) > max_bad_fraction * total:
+                raise ValueError(
+                    f"{where}: {len(chosen)} of {total} {kind}s skipped, above "
+                    f"data.max_bad_fraction={max_bad_fraction}: {describe(chosen)}"
+                )
         if counts["images_skipped"] == counts["images"]:
             raise ValueError(f"{where}: no usable image of {counts['images']}")

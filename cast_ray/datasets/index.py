@@ -38,8 +38,9 @@ class DatasetIndex:
 
     splits: train, val and, where there is one, source or extra -> INDEX_SCHEMA. num_annotations: split -> how many its
     annotation files hold, unusable ones included (0 where they are in label maps and counted when these are read).
-    content_hash: of a dataset that vouches for its own files, which are then not read again. annotated: image ids that
-    the positions of published COCO label lists count, see `fractions.read_list`.
+    sources: split -> the file or folder of its annotations, for messages. content_hash: of a dataset that vouches for
+    its own files, which are then not read again. annotated: image ids that the positions of published COCO label lists
+    count, see `label_lists`.
     """
 
     splits: dict[str, pa.Table]
@@ -47,6 +48,7 @@ class DatasetIndex:
     listing: Listing
     skipped: list[Skipped] = field(default_factory=list)
     num_annotations: dict[str, int] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
     decode_map: DecodeMap | None = None
     content_hash: str = ""
     annotated: tuple[str, ...] | None = None
@@ -78,16 +80,13 @@ def index_table(listing: Listing, split: str, rows: Sequence[tuple[str, str, str
 
 
 def pair_maps(
-    listing: Listing, split: str, images: dict[str, str], masks: dict[str, str], max_bad_fraction: float
+    listing: Listing, split: str, images: dict[str, str], masks: dict[str, str]
 ) -> tuple[pa.Table, list[Skipped]]:
     """A split of images with their label maps, and those that lack the other.
 
     Args:
         images: image id -> path below root.
         masks: image id -> path of its label map.
-
-    Raises:
-        ValueError: too many lack the other.
     """
     skipped = []
     for identifier in sorted(images.keys() ^ masks.keys()):
@@ -96,7 +95,6 @@ def pair_maps(
         facts = {"id": identifier, "file": file, "reason": f"its {'label map' if is_image else 'image'} is missing"}
         skipped.append({"split": split, "kind": "image", **facts})
     rows = [(i, images[i], masks[i]) for i in sorted(images.keys() & masks.keys())]
-    check_bad(skipped, "image", len(rows) + len(skipped), max_bad_fraction, f"{listing.root} ({split})")
     return index_table(listing, split, rows), skipped
 
 
@@ -130,16 +128,3 @@ def without_known(pool: pa.Table, splits: dict[str, pa.Table]) -> pa.Table:
 def describe(skipped: Sequence[Skipped], most: int = 3) -> str:
     """The first few skipped images or annotations with their reasons."""
     return "; ".join(f"{s['kind']} {s['id']} ({s['file'][:80]}): {s['reason']}" for s in skipped[:most])
-
-
-def check_bad(skipped: Sequence[Skipped], kind: str, total: int, max_bad_fraction: float, where: str) -> None:
-    """Refuses a split or file of which too large a share was skipped.
-
-    Raises:
-        ValueError: more than `max_bad_fraction` of `total`; the message gives the counts and the first reasons.
-    """
-    if len(skipped) > max_bad_fraction * total:
-        raise ValueError(
-            f"{where}: {len(skipped)} of {total} {kind}s skipped, above data.max_bad_fraction={max_bad_fraction}: "
-            f"{describe(skipped)}"
-        )

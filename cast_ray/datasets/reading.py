@@ -195,8 +195,8 @@ class Reading:
         return self._digests["extra"].hexdigest() if "extra" in self._digests else ""
 
     def report(self) -> dict[str, Any]:
-        """What `data_report.json` says of it."""
-        return data_report(self.config, self.num_images, self.num_annotations, self.skipped)
+        """What `data_report.json` says of it; before anything was read, of what the index skipped."""
+        return data_report(self.config, self.num_images, self.num_annotations, self.skipped, self.index.sources)
 
 
 def load(
@@ -210,6 +210,7 @@ def load(
     """
     index: DatasetIndex = registry.lookup("datasets", config.format)(config)
     reading = Reading(index, config)
+    check_report(reading.report(), config.max_bad_fraction)
     tables: dict[str, list[pa.Table]] = {split: [RECORD_SCHEMA.empty_table()] for split in index.splits}
     for split, table in reading.tables(progress=progress):
         tables[split].append(table)

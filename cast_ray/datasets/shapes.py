@@ -17,7 +17,7 @@ from PIL import Image
 from pyarrow import fs
 
 from cast_ray.datasets.coco import read_annotations
-from cast_ray.datasets.index import DatasetIndex
+from cast_ray.datasets.index import DatasetIndex, describe
 from cast_ray.datasets.listing import Listing
 from cast_ray.datasets.paths import absolute, join, read_bytes, resolve, write_bytes
 from cast_ray.datasets.scenes import CATEGORIES, DRAWING_VERSION, SCENE_PX, STYLES, draw_scene
@@ -111,8 +111,11 @@ def index(config: DataConfig, progress: Callable[[int, int], None] | None = None
         )
     if config.unlabelled_pool != "rest":
         raise ValueError(f"data.unlabelled_pool={config.unlabelled_pool}: drawn scenes have no extra unlabelled images")
-    listing, strict = Listing(root), config.model_copy(update={"max_bad_fraction": 0.0})
-    read = {s: read_annotations(listing, f"annotations/instances_{s}.json", [s], strict, s) for s in _SPLITS}
+    listing = Listing(root)
+    read = {s: read_annotations(listing, f"annotations/instances_{s}.json", [s], config, s) for s in _SPLITS}
+    skipped = [entry for split in _SPLITS for entry in read[split].skipped]
+    if skipped:
+        raise ValueError(f"{root}: {describe(skipped)}: expected the scenes as drawn, delete the folder to draw again")
     return DatasetIndex(
         splits={split: read[split].table for split in ("train", "val", "source")},
         categories=tuple(Category(identifier, name) for identifier, name in CATEGORIES),

@@ -43,6 +43,7 @@ READER_VERSION = 1
 IN_THIS_PROCESS = 2000
 """Images that are read before Ray is asked: fewer take less time than its start."""
 IMAGES_PER_PART = 4096
+ANNOTATED_FILE = "annotated.json"
 LABEL_INDEX = "label_index"
 """Table of what a choice of labelled images reads: small enough for the driver, which the records are not."""
 
@@ -54,7 +55,7 @@ _READ_FIELDS = frozenset(
 
 
 @dataclass(frozen=True)
-class Dataset:
+class StoredDataset:
     """A dataset in the store: all that a sweep needs to know before it asks for records.
 
     num_images: usable ones by split (train, val, source, extra); report: see `data_report.json`.
@@ -113,7 +114,7 @@ class Dataset:
 
 def read_dataset(
     recipes: Iterable[Recipe], store: ArtifactStore, console: Console, run_path: str, connect: Callable[[], Cluster]
-) -> Dataset:
+) -> StoredDataset:
     """The dataset that all recipes of a sweep share: from the store where it was read before and has not changed.
 
     Args:
@@ -128,10 +129,9 @@ def read_dataset(
     if data.format == "shapes":
         data = _draw(data, store, console)
     asked = hashlib.sha256(json.dumps([READER_VERSION, _read_part(data)], sort_keys=True).encode()).hexdigest()[:20]
-    dataset = _find(data, asked, store)
-    if dataset is None:
-        dataset = _read(data, asked, store, console, run_path, connect)
-    store.write_json(f"{run_path}/{REPORT_FILE}", dataset.report)
+    report_path = f"{run_path}/{REPORT_FILE}"
+    dataset = _find(data, asked, store) or _read(data, asked, store, console, report_path, connect)
+    _check(dataset.report, data, store, report_path)
     if skipped := dataset.report["skipped"]:
         statement = f"[yellow]{dataset.report['statement']}[/yellow]"
         console.print(f"{statement} ({REPORT_FILE}), first: {escape(describe(skipped, 1))}", highlight=False)
@@ -169,7 +169,7 @@ def _read_part(data: DataConfig) -> dict[str, Any]:
     return part | {"root": absolute(data.root), "extra": data.unlabelled_pool != "rest"}
 
 
-def _find(data: DataConfig, asked: str, store: ArtifactStore) -> Dataset | None:
+def _find(data: DataConfig, asked: str, store: ArtifactStore) -> StoredDataset | None:
     """The dataset as read before, if nothing in its folders has changed since."""
     note = store.find_bytes(f"datasets/{asked}.json")
     if note is None:
@@ -177,22 +177,29 @@ def _find(data: DataConfig, asked: str, store: ArtifactStore) -> Dataset | None:
     key = _stage(asked, state_of(absolute(data.root), json.loads(note)["folders"])).key
     if not store.has(key):
         return None
+    return _stored(store, key)
+
+
+def _check(report: dict[str, Any], data: DataConfig, store: ArtifactStore, report_path: str) -> None:
+    """Writes `data_report.json`, then refuses a dataset that is too bad."""
+    store.write_json(report_path, report)
+    try:
+        check_report(report, data.max_bad_fraction)
+    except ValueError as error:
+        raise ValueError(f"{error} (all of them: {store.uri(report_path)})") from None
+
+
+def _stored(store: ArtifactStore, key: str) -> StoredDataset:
     facts = store.manifest(key)
-    reading = store.read_json(key, REPORT_FILE)
-    check_report(reading, data.max_bad_fraction)
-    return Dataset(
+    return StoredDataset(
         key=key,
         content_hash=facts["content_hash"],
         extra_hash=facts["extra_hash"],
         categories=tuple(Category(**c) for c in facts["categories"]),
         num_images=facts["num_images"],
-        report=reading,
-        annotated=_annotated(store, key) if facts["has_positions"] else None,
+        report=store.read_json(key, REPORT_FILE),
+        annotated=tuple(store.read_json(key, ANNOTATED_FILE)) if facts["has_positions"] else None,
     )
-
-
-def _annotated(store: ArtifactStore, key: str) -> tuple[str, ...]:
-    return tuple(store.read_json(key, "annotated.json"))
 
 
 def _read(
@@ -200,44 +207,34 @@ def _read(
     asked: str,
     store: ArtifactStore,
     console: Console,
-    run_path: str,
+    report_path: str,
     connect: Callable[[], Cluster],
-) -> Dataset:
-    """Reads every file once and commits the records; a dataset that is refused leaves its report only."""
+) -> StoredDataset:
+    """Reads every file once and commits the records, however few are usable: another limit needs no other read."""
     with track(console, "reading annotations") as progress:
         index: DatasetIndex = registry.lookup("datasets", data.format)(data, progress)
     stage = _stage(asked, index.listing.state())
     reading = Reading(index, data)
-    written = _Parts(store, stage)
+    _check(reading.report(), data, store, report_path)  # before images are read for nothing
+    parts = _Parts(store, stage)
     total = sum(table.num_rows for table in index.splits.values())
     with track(console, "reading images") as progress, _readers(total, index, connect) as run:
         for split, table in reading.tables(run, progress):
-            written.add(split, table)
-    report = reading.report()
-    store.write_json(f"{run_path}/{REPORT_FILE}", report)
-    check_report(report, data.max_bad_fraction)
-    written.close(index.splits)
-    store.add(stage, REPORT_FILE, json.dumps(report, indent=1).encode())
+            parts.add(split, table)
+    parts.close()
+    store.add(stage, REPORT_FILE, json.dumps(reading.report(), indent=1).encode())
     if index.annotated is not None:
-        store.add(stage, "annotated.json", json.dumps(index.annotated).encode())
+        store.add(stage, ANNOTATED_FILE, json.dumps(index.annotated).encode())
     facts = {
         "content_hash": reading.content_hash,
         "extra_hash": reading.extra_hash,
         "categories": [vars(c) for c in index.categories],
-        "num_images": written.num_rows,
+        "num_images": {split: parts.num_rows.get(split, 0) for split in index.splits},
         "has_positions": index.annotated is not None,
     }
     store.commit(stage, facts)
     store.write_json(f"datasets/{asked}.json", {"folders": index.listing.seen})
-    return Dataset(
-        key=stage.key,
-        content_hash=reading.content_hash,
-        extra_hash=reading.extra_hash,
-        categories=index.categories,
-        num_images=written.num_rows,
-        report=report,
-        annotated=index.annotated,
-    )
+    return _stored(store, stage.key)
 
 
 def _stage(asked: str, state: str) -> Stage:
@@ -261,10 +258,9 @@ class _Parts:
         if sum(t.num_rows for t in pending) >= IMAGES_PER_PART:
             self._write(split)
 
-    def close(self, splits: Iterable[str]) -> None:
-        for split in splits:
-            if self.pending.get(split):
-                self._write(split)
+    def close(self) -> None:
+        for split in list(self.pending):
+            self._write(split)
 
     def _write(self, split: str) -> None:
         part = self.num_parts[split] = self.num_parts.get(split, -1) + 1

@@ -14,7 +14,7 @@ import numpy as np
 
 from cast_ray.datasets.fractions import LabelSplit, split
 from cast_ray.recipe import Recipe
-from cast_ray.runtime.dataset import LABEL_INDEX, Dataset
+from cast_ray.runtime.dataset import LABEL_INDEX, StoredDataset
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.stages.graph import split_part
 
@@ -24,7 +24,7 @@ def split_key(content_hash: str, part: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps([content_hash, part], sort_keys=True).encode()).hexdigest()[:20]
 
 
-def store_splits(dataset: Dataset, recipes: Iterable[Recipe], store: ArtifactStore) -> None:
+def store_splits(dataset: StoredDataset, recipes: Iterable[Recipe], store: ArtifactStore) -> None:
     """Chooses the labelled and unlabelled images of every recipe, once, where the lists can be read.
 
     Raises:
@@ -50,7 +50,8 @@ def store_splits(dataset: Dataset, recipes: Iterable[Recipe], store: ArtifactSto
             )
         for key, unlabelled in zip(keys, (chosen.unlabelled[:0], chosen.unlabelled)):
             rows = {"labelled": chosen.labelled.tolist(), "unlabelled": unlabelled.tolist()}
-            store.write_json(f"splits/{key}.json", {"facts": chosen.facts} | rows)
+            none = {} if len(unlabelled) else {"num_unlabelled": 0, "num_extra": 0}
+            store.write_json(f"splits/{key}.json", {"facts": chosen.facts | none} | rows)
 
 
 def stored_split(store: ArtifactStore, content_hash: str, part: dict[str, Any]) -> LabelSplit:

@@ -27,7 +27,7 @@ class SweepContext:
     dataset_key: str
     """Artifact that holds the record tables (train, val and, where there is one, source)."""
     dataset: dict[str, Any]
-    """See `Dataset.facts`."""
+    """See `StoredDataset.facts`."""
     categories: tuple[Category, ...]
     runs_path: str
     """Where result.json files go, below the storage path."""

@@ -15,7 +15,7 @@ from rich.console import Console
 import cast_ray
 from cast_ray.recipe import Recipe
 from cast_ray.runtime.cluster import connect, hardware, stage_slots
-from cast_ray.runtime.dataset import Dataset, read_dataset
+from cast_ray.runtime.dataset import StoredDataset, read_dataset
 from cast_ray.runtime.label_splits import store_splits
 from cast_ray.runtime.results import SweepContext, read_result, result_from_store, row_name
 from cast_ray.runtime.store import ArtifactStore
@@ -75,7 +75,7 @@ def _run_path(request: SweepRequest) -> str:
     return f"runs/{request.name}"
 
 
-def _plan_rows(request: SweepRequest, store: ArtifactStore, dataset: Dataset) -> list[RowPlan]:
+def _plan_rows(request: SweepRequest, store: ArtifactStore, dataset: StoredDataset) -> list[RowPlan]:
     foundations: dict[str, str] = {}
     rows = []
     for (row, _), recipe in request.recipes.items():
@@ -98,7 +98,7 @@ def _plan_rows(request: SweepRequest, store: ArtifactStore, dataset: Dataset) ->
 
 
 def print_plan(
-    request: SweepRequest, sweep: SweepPlan, dataset: Dataset, store: ArtifactStore, console: Console
+    request: SweepRequest, sweep: SweepPlan, dataset: StoredDataset, store: ArtifactStore, console: Console
 ) -> None:
     """Says what will run before it runs."""
     seeds = sorted({row.seed for row in sweep.rows})
@@ -128,7 +128,7 @@ def print_plan(
             console.print(f"    {stage.name:15} {mark:>11}  {used_by}", highlight=False)
 
 
-def _context(request: SweepRequest, store: ArtifactStore, dataset: Dataset) -> SweepContext:
+def _context(request: SweepRequest, store: ArtifactStore, dataset: StoredDataset) -> SweepContext:
     return SweepContext(
         name=request.name,
         table=request.table.name,

@@ -70,7 +70,11 @@ def without_masks(root: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "settings", "words"),
     [
-        (cut_short, [], ["(train)", "3 of 8 images skipped", "data.max_bad_fraction=0.01", "cannot be decoded"]),
+        (
+            cut_short,
+            [],
+            ["(train: gtFine/train)", "3 of 8 images skipped", "data.max_bad_fraction=0.01", "cannot be decoded"],
+        ),
         (without_masks, [], ["no gtFine/train/<city>", "Cityscapes as downloaded"]),
         (None, ["data.max_image_pixels=700"], ["8 of 8 images skipped", "at most 700", "data.max_image_pixels"]),
         (None, ["data.label_fraction=0.01"], ["0 labelled images", "per worker"]),

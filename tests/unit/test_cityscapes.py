@@ -114,10 +114,13 @@ def test_what_is_wrong_is_listed(root):
         "65535": ("annotation", "pixel value 65535: no label of Cityscapes"),
     }
     assert report["splits"]["train"] == {
+        "source": "gtFine/train",
         **{"images": 8, "images_skipped": 5},
         **{"annotations": 9, "annotations_skipped": 1},
     }
-    with pytest.raises(ValueError, match=r"\(train\): 2 of 8 images skipped, above data\.max_bad_fraction=0\.01"):
+    with pytest.raises(
+        ValueError, match=r"\(train: gtFine/train\): 2 of 8 images skipped, above data\.max_bad_fraction=0\.01"
+    ):
         _load(root)
 
 
