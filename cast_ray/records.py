@@ -67,6 +67,10 @@ class ClassMap:
     def __len__(self) -> int:
         return len(self.categories)
 
+    def __contains__(self, category_id: int) -> bool:
+        """Whether a category is in the class list; ignore regions of others matter to evaluation only."""
+        return category_id in self._label
+
     def label(self, category_id: int) -> int:
         """Label in 0..C-1 of a category id. Raises KeyError for an id outside the class list."""
         return self._label[category_id]

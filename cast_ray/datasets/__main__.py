@@ -117,7 +117,8 @@ def _draw(dataset: DatasetSplits, num_images: int, path: Path) -> Path:
     images = [read_image(r["uri"], (r["height"], r["width"])) for r in records]
     columns = []
     for title, is_crowd in (("objects", False), ("ignore regions", True)):
-        kept = [[i for i in _largest_first(r) if i["is_crowd"] == is_crowd] for r in records]
+        drawn = [[i for i in _largest_first(r) if i["category_id"] in classes] for r in records]
+        kept = [[i for i in each if i["is_crowd"] == is_crowd] for each in drawn]
         chosen = [[{"rle": i["rle"], "label": classes.label(i["category_id"])} for i in each] for each in kept]
         if not is_crowd or any(chosen):
             columns.append((title, chosen))

@@ -5,7 +5,8 @@
     <root>/leftImg8bit/train_extra/<city>/...     19,998 images of the unlabelled pool, where they are
 
 A pixel of instanceIds is 1000 * class + instance, or the class alone (below 1000): then it belongs to no instance, or
-to a group of objects that nobody could tell apart. Groups of the 8 classes become ignore regions.
+to a group of objects that nobody could tell apart. Groups of the 8 classes become ignore regions, labels that the
+benchmark does not evaluate ignore regions of no class.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ CATEGORIES = (
     Category(33, "bicycle"),
 )
 """The classes of the instance benchmark with the dataset's own ids (cityscapesScripts, helpers/labels.py)."""
+
+VOID_IDS = frozenset({*range(7), 9, 10, 14, 15, 16, 18, 29, 30})
+"""Labels that the benchmark leaves out (`ignoreInEval`): its AP does not count detections that lie mostly on them."""
 
 _LABEL_IDS = range(34)
 _SEPARATE_IDS = range(24, 34)  # caravans (29) and trailers (30) are told apart but not evaluated
@@ -70,7 +74,9 @@ def frame_name(file: str) -> str:
 
 
 def decode_map(map_HW: np.ndarray) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
-    """The instances of an instanceIds map, groups as ignore regions, and (value, reason) of unknown values.
+    """The instances of an instanceIds map, groups and void as ignore regions, and (value, reason) of unknown values.
+
+    A single caravan (29000) is no void, a group of them (29) is: as in cityscapesScripts.
 
     Raises:
         ValueError: the map is no instanceIds map.
@@ -82,7 +88,7 @@ def decode_map(map_HW: np.ndarray) -> tuple[list[dict[str, Any]], list[tuple[str
         label = value // 1000 if value >= 1000 else value
         if label not in (_SEPARATE_IDS if value >= 1000 else _LABEL_IDS):
             unknown.append((str(value), f"pixel value {value}: no label of Cityscapes"))
-        elif label in _THING_IDS:
+        elif label in _THING_IDS or value in VOID_IDS:
             instances.append(instance(label, rle, is_crowd=value < 1000))
     return instances, unknown
 

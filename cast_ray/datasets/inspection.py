@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pycocotools import mask as mask_utils
 
+from cast_ray.datasets.fractions import label_index
 from cast_ray.datasets.listing import Listing
 from cast_ray.records import Category, DatasetSplits
 
@@ -34,8 +35,9 @@ def guess_format(root: str) -> str:
 class SplitFacts:
     """One split in numbers.
 
-    num_objects: without crowds; num_crowds: ignore regions; by class label 0..C-1: objects [C] and images with at least
-    one [C]; areas: objects that are small, medium and large; sizes: (height, width) -> images, the most frequent first.
+    num_objects: without crowds; num_crowds: ignore regions of a class; by class label 0..C-1: objects [C] and images
+    with at least one [C]; areas: objects that are small, medium and large; sizes: (height, width) -> images, the most
+    frequent first.
     """
 
     name: str
@@ -60,7 +62,9 @@ def _facts(name: str, table: pa.Table, categories: Sequence[Category]) -> SplitF
     flat, rows = instances.flatten(), pc.list_parent_indices(instances).to_numpy()
     crowd = flat.field("is_crowd").to_numpy(zero_copy_only=False)
     label_of = {category.id: label for label, category in enumerate(categories)}
-    labels = np.array([label_of[c] for c in flat.field("category_id").to_pylist()], dtype=np.int64)[~crowd]
+    labels = np.array([label_of.get(c, -1) for c in flat.field("category_id").to_pylist()], dtype=np.int64)
+    num_crowds = int((crowd & (labels >= 0)).sum())
+    labels = labels[~crowd]
     rows = rows[~crowd]
     pairs = np.unique(np.stack([labels, rows], 1), axis=0) if len(rows) else np.empty((0, 2), np.int64)
     areas = np.array(_areas(table, instances))[~crowd] if len(crowd) else np.empty(0)
@@ -71,7 +75,7 @@ def _facts(name: str, table: pa.Table, categories: Sequence[Category]) -> SplitF
         num_images=table.num_rows,
         num_empty=table.num_rows - len(np.unique(rows)),
         num_objects=len(rows),
-        num_crowds=int(crowd.sum()),
+        num_crowds=num_crowds,
         objects_by_class=np.bincount(labels, minlength=len(categories)),
         images_by_class=np.bincount(pairs[:, 0], minlength=len(categories)),
         areas=(
@@ -95,6 +99,7 @@ def _areas(table: pa.Table, instances: pa.ListArray) -> list[int]:
 def choose_samples(table: pa.Table, count: int) -> list[dict[str, Any]]:
     """A few images for a contact sheet, those with objects first: always the same ones, from all over the split."""
     keys = [hashlib.sha256(i.encode()).digest() for i in table.column("image_id").to_pylist()]
-    empty = (pc.fill_null(pc.list_value_length(table.column("instances")), 0).to_numpy() == 0).tolist()
+    classes = label_index(table).column("category_ids")
+    empty = (pc.list_value_length(classes).to_numpy() == 0).tolist()
     order = sorted(range(table.num_rows), key=lambda row: (empty[row], keys[row]))
     return table.take(order[:count]).to_pylist()

@@ -47,11 +47,11 @@ ANNOTATED_FILE = "annotated.json"
 LABEL_INDEX = "label_index"
 """Table of what a choice of labelled images reads: small enough for the driver, which the records are not."""
 
-# Fields of DataConfig that decide which records are read; the rest chooses among them or crops them.
-_READ_FIELDS = frozenset(
+READ_FIELDS = frozenset(
     {"format", "root", "annotations", "val_annotations", "val_fraction", "image_dir", "val_image_dir"}
     | {"extra_annotations", "extra_image_dir", "verify", "max_image_pixels", "max_bad_fraction", "shapes"}
 )
+"""Fields of DataConfig that decide which records are read; the rest chooses among them or crops them."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _shared_part(recipes: Iterable[Recipe]) -> DataConfig:
     """The data part of the recipes, with the extra pool where any of them uses it."""
     parts = [recipe.data for recipe in recipes]
     for part in parts:
-        for name in sorted(_READ_FIELDS):
+        for name in sorted(READ_FIELDS):
             if getattr(part, name) != getattr(parts[0], name):
                 raise ValueError(
                     f"data.{name} is {getattr(parts[0], name)!r} in one row and {getattr(part, name)!r} in another: "
@@ -165,7 +165,7 @@ def _draw(data: DataConfig, store: ArtifactStore, console: Console) -> DataConfi
 
 
 def _read_part(data: DataConfig) -> dict[str, Any]:
-    part = data.model_dump(include=set(_READ_FIELDS) - {"max_bad_fraction"})
+    part = data.model_dump(include=set(READ_FIELDS) - {"max_bad_fraction"})
     return part | {"root": absolute(data.root), "extra": data.unlabelled_pool != "rest"}
 
 

@@ -30,8 +30,9 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
 
 
 def cityscapes_map(rng: np.random.Generator) -> np.ndarray:
-    """An instanceIds map, uint16 [H, W]: road, two cars, a person, a group of bicycles, a caravan."""
+    """An instanceIds map, uint16 [H, W]: road, the own bonnet, two cars, a person, a group of bicycles, a caravan."""
     values = np.full((HEIGHT, WIDTH), 7, dtype=np.uint16)
+    values[-1] = 1
     for value, box in zip((26000, 26001, 24000, 33, 29000), boxes(rng, 5)):
         values[box] = value
     return values

@@ -6,7 +6,7 @@ from dataset_folders import HEIGHT, WIDTH, cityscapes_map, write_cityscapes, wri
 from PIL import Image
 from pycocotools import mask as mask_utils
 
-from cast_ray.datasets.cityscapes import CATEGORIES, decode_map, frame_name
+from cast_ray.datasets.cityscapes import CATEGORIES, VOID_IDS, decode_map, frame_name
 from cast_ray.datasets.reading import load
 from cast_ray.recipe import DataConfig
 from cast_ray.records import RECORD_SCHEMA, decode_image_id
@@ -34,22 +34,23 @@ def test_images_and_instances(root):
         *[(24, "person"), (25, "rider"), (26, "car"), (27, "truck")],
         *[(28, "bus"), (31, "train"), (32, "motorcycle"), (33, "bicycle")],
     ]
-    assert report["statement"] == "0 of 12 images and 0 of 48 annotations skipped"
+    assert report["statement"] == "0 of 12 images and 0 of 60 annotations skipped"
     for row in dataset.train.to_pylist():
         assert row["uri"].endswith("_leftImg8bit.png") and (row["height"], row["width"]) == (HEIGHT, WIDTH)
         values = np.asarray(Image.open(_mask_file(root, row)))
         found = {(i["category_id"], i["is_crowd"]): i for i in row["instances"]}
-        assert len(row["instances"]) == 4 and set(found) == {(24, False), (26, False), (33, True)}
-        for value, instance in zip((33, 24000, 26000, 26001), row["instances"]):  # values rising
+        assert len(row["instances"]) == 5 and set(found) == {(1, True), (24, False), (26, False), (33, True)}
+        for value, instance in zip((1, 33, 24000, 26000, 26001), row["instances"]):  # values rising
             assert instance["category_id"] == (value if value < 1000 else value // 1000)
             mask = mask_utils.decode({"size": [HEIGHT, WIDTH], "counts": instance["rle"]})
             np.testing.assert_array_equal(mask, values == value)
 
 
-def test_groups_are_ignore_regions_and_other_labels_nothing():
+def test_groups_and_void_are_ignore_regions_and_other_labels_nothing():
     values = np.arange(34, dtype=np.uint16).reshape(2, 17)
     instances, unknown = decode_map(values)
-    assert [i["category_id"] for i in instances] == [c.id for c in CATEGORIES]
+    things, void = {c.id for c in CATEGORIES}, {0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30}
+    assert {i["category_id"] for i in instances} == things | void == things | VOID_IDS and not things & void
     assert all(i["is_crowd"] for i in instances) and unknown == []
     instances, unknown = decode_map(np.array([[24000, 24999, 29001, 30000, 33001]], dtype=np.uint16))
     assert [(i["category_id"], i["is_crowd"]) for i in instances] == [(24, False), (24, False), (33, False)]
@@ -116,7 +117,7 @@ def test_what_is_wrong_is_listed(root):
     assert report["splits"]["train"] == {
         "source": "gtFine/train",
         **{"images": 8, "images_skipped": 5},
-        **{"annotations": 9, "annotations_skipped": 1},
+        **{"annotations": 11, "annotations_skipped": 1},
     }
     with pytest.raises(
         ValueError, match=r"\(train: gtFine/train\): 2 of 8 images skipped, above data\.max_bad_fraction=0\.01"

@@ -117,13 +117,13 @@ def test_a_refused_dataset_leaves_its_report(reader: Reader) -> None:
         ) as error:
             reader()
         assert "\n" not in str(error.value) and "runs/test/data_report.json)" in str(error.value)
-    assert reader.report()["statement"] == "2 of 12 images and 0 of 40 annotations skipped"
+    assert reader.report()["statement"] == "2 of 12 images and 0 of 50 annotations skipped"
     assert {s["reason"].split(" (")[0] for s in reader.report()["skipped"]} == {"cannot be decoded"}
 
     assert reader.num_read == 12
     accepted = reader({"data.max_bad_fraction": "0.25"})
     assert accepted.num_images["train"] == 6 and accepted.facts()["skipped"] == 2
-    assert "2 of 12 images and 0 of 40 annotations skipped (data_report.json), first: image" in reader.output.getvalue()
+    assert "2 of 12 images and 0 of 50 annotations skipped (data_report.json), first: image" in reader.output.getvalue()
     assert reader.num_read == 12  # another limit needs no other read
 
 
