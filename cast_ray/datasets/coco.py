@@ -199,7 +199,8 @@ def _check_new(annotation: dict[str, Any], seen: dict[Any, list[dict[str, Any]]]
     identifier = annotation.get("id")
     if type(identifier) not in (int, str):
         return
-    before = seen.setdefault(identifier, [])
+    # some files number all their annotations 0: then few stand beside each other here
+    before = seen.setdefault((identifier, annotation["image_id"], annotation["category_id"]), [])
     if annotation in before:
         raise ValueError("repeats an annotation of the same id")
     before.append(annotation)
