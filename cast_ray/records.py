@@ -33,7 +33,7 @@ RECORD_SCHEMA = pa.schema(
         ("uri", pa.string()),  # where the image bytes are: local path or any pyarrow.fs URI
         ("height", pa.int32()),
         ("width", pa.int32()),
-        ("instances", pa.list_(INSTANCE_TYPE)),
+        ("instances", pa.list_(INSTANCE_TYPE)),  # null: nobody knows (an image of the extra unlabelled pool)
     ]
 )
 
@@ -67,6 +67,10 @@ class ClassMap:
     def __len__(self) -> int:
         return len(self.categories)
 
+    def __contains__(self, category_id: int) -> bool:
+        """Whether a category is in the class list; ignore regions of others matter to evaluation only."""
+        return category_id in self._label
+
     def label(self, category_id: int) -> int:
         """Label in 0..C-1 of a category id. Raises KeyError for an id outside the class list."""
         return self._label[category_id]
@@ -79,8 +83,10 @@ class ClassMap:
 class DatasetSplits:
     """A dataset as read from disk, before any label is hidden.
 
-    `train` and `val` follow RECORD_SCHEMA; `source` is the other style a teacher is pre-trained on, when the
-    dataset has one. `content_hash` identifies images and annotations (it enters every stage fingerprint).
+    train, val, source, extra: RECORD_SCHEMA; `source` is the other style a teacher is pre-trained on, `extra` more
+    unlabelled images, when the dataset has them. `content_hash` identifies images and annotations and enters every
+    stage fingerprint, `extra_hash` those of the extra pool. skipped: what was left out, each with split, kind, id, file
+    and reason. annotated: see `label_lists`.
     """
 
     train: pa.Table
@@ -89,6 +95,9 @@ class DatasetSplits:
     categories: tuple[Category, ...]
     content_hash: str
     skipped: tuple[dict[str, str], ...] = ()
+    extra: pa.Table | None = None
+    extra_hash: str = ""
+    annotated: tuple[str, ...] | None = None
 
 
 @dataclass

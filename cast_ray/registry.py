@@ -8,8 +8,10 @@ from typing import Any
 
 ROWS: dict[str, dict[str, str]] = {
     "datasets": {
-        "shapes": "cast_ray.datasets.shapes:load",
-        "coco": "cast_ray.datasets.coco:load",
+        "shapes": "cast_ray.datasets.shapes:index",
+        "coco": "cast_ray.datasets.coco:index",
+        "cityscapes": "cast_ray.datasets.cityscapes:index",
+        "ade20k": "cast_ray.datasets.ade20k:index",
     },
     "encoders": {
         "convnext": "cast_ray.models.encoders:convnext",

@@ -296,6 +296,7 @@ class _Cropped:
         g: _Geometry,
         crop: tuple[int, int],
     ):
+        instances = [i for i in instances if not i["is_crowd"] or i["category_id"] in class_map]
         height, width = row["height"], row["width"]
         dense = np.zeros((len(instances), *crop), dtype=bool)
         if instances:

@@ -1,141 +1,244 @@
-"""Any folder in COCO format (images + instances JSON) as record tables."""
+"""Any folder in COCO format (images + instances JSON), as record tables whose images are not read yet."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import posixpath
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from cast_ray.datasets.coco_document import (
+    EXTRA_NAMES,
     TRAIN_NAMES,
     VAL_NAMES,
-    check_folder,
-    check_references,
+    check_annotation,
     find_annotation_file,
+    printable,
     read_categories,
     read_document,
+    usable_images,
 )
-from cast_ray.datasets.image_files import check_bad, find_images, image_dirs_of
-from cast_ray.datasets.paths import absolute, is_uri, join
+from cast_ray.datasets.image_files import find_images, image_dirs_of
+from cast_ray.datasets.index import INDEX_SCHEMA, DatasetIndex, Skipped, index_pool, without_known
+from cast_ray.datasets.listing import Listing, open_listing
 from cast_ray.datasets.segmentations import encode_segmentation
 from cast_ray.recipe import DataConfig
-from cast_ray.records import INSTANCE_TYPE, RECORD_SCHEMA, Category, DatasetSplits, encode_image_id
+from cast_ray.records import INSTANCE_TYPE, Category, encode_image_id
+
+Progress = Callable[[int, int], None]
+EXTRA_FOLDERS = "unlabel*"
 
 
-@dataclass
+@dataclass(frozen=True)
 class AnnotatedImages:
-    """One annotation file as read: `table` follows RECORD_SCHEMA; `sizes` are the (name, bytes) of its image files."""
+    """One annotation file as read: `table` follows INDEX_SCHEMA; the others as in DatasetIndex."""
 
+    file: str
     table: pa.Table
     categories: tuple[Category, ...]
-    annotation_sha256: str
-    sizes: list[tuple[str, int]]
-    skipped: list[dict[str, str]] = field(default_factory=list)
+    num_annotations: int
+    skipped: list[Skipped]
+    annotated: tuple[str, ...] | None
 
 
-def load(config: DataConfig) -> DatasetSplits:
-    """Reads a COCO-format folder.
+def index(config: DataConfig, progress: Progress | None = None) -> DatasetIndex:
+    """Reads the annotation files of a COCO-format folder and looks the images up.
 
-    The pixels are not read: image sizes are the annotation file's, files are only looked up. Unusable images and
-    annotations are left out and listed in `skipped` as {kind, id, file, reason}. Without a validation file, the images
-    whose sha256(image id) lies in the lowest `val_fraction` are held out, so the choice survives added images.
+    The pixels are not read: image sizes are the annotation file's. Unusable images and annotations are left out and
+    listed in `skipped`. Without a validation file, the images whose sha256(image id) lies in the lowest `val_fraction`
+    are held out, so the choice survives added images. Where the recipe uses an extra pool of unlabelled images, it is
+    the images of `extra_annotations` (COCO's image_info_unlabeled2017.json) or all images below `extra_image_dir`.
 
     Args:
         config: `root` is a local folder or a pyarrow.fs URI; empty `annotations`, `image_dir` and their validation
-            twins are found by their usual names.
+            and extra twins are found by their usual names.
+        progress: called with (annotations read, annotations in the file).
 
     Raises:
-        ValueError: one line naming the file and the field: folder or file missing, not JSON, not COCO, repeated ids,
-            an annotation without its image or category, no usable image, or more than `max_bad_fraction` unusable.
+        ValueError: one line naming the file and the field: folder or file missing, not JSON, not COCO, one id for two
+            images, or no usable image.
     """
-    if not config.root:
-        raise ValueError("data.root is empty: expected the folder of a COCO-format dataset (--set data.root=DIR)")
-    root = absolute(config.root)
-    check_folder(root, config.root)
-    train_file = find_annotation_file(root, config.annotations, "data.annotations", TRAIN_NAMES)
-    val_file = find_annotation_file(root, config.val_annotations, "data.val_annotations", VAL_NAMES)
+    listing = open_listing(config.root, "a COCO-format dataset")
+    train_file = find_annotation_file(listing, config.annotations, "data.annotations", TRAIN_NAMES)
+    val_file = find_annotation_file(listing, config.val_annotations, "data.val_annotations", VAL_NAMES)
     if train_file is None:
         looked_for = ", ".join(TRAIN_NAMES)
-        raise ValueError(f"{root}: no annotation file found (looked for {looked_for}): name it by data.annotations")
-    bad = config.max_bad_fraction
+        raise ValueError(
+            f"{listing.root}: no annotation file found (looked for {looked_for}): name it by data.annotations"
+        )
+    read = _Reader(listing, config, progress)
+    first = read.annotations(train_file, image_dirs_of(config.image_dir, train_file, "train"), "train")
+    splits, parts = {"train": first.table}, {"train": first}
     if val_file is None or val_file == train_file:
-        whole = read_annotations(root, train_file, image_dirs_of(config.image_dir, train_file, "train"), bad)
-        train, val = _hold_out(whole.table, config.val_fraction, train_file)
-        parts = [whole]
+        splits["train"], splits["val"] = _hold_out(first.table, config.val_fraction, train_file)
     else:
-        first = read_annotations(root, train_file, image_dirs_of(config.image_dir, train_file, "train"), bad)
-        second = read_annotations(root, val_file, image_dirs_of(config.val_image_dir, val_file, "val"), bad)
-        _check_same_categories(first.categories, second.categories, train_file, val_file)
-        train, val, parts = first.table, second.table, [first, second]
-    return DatasetSplits(
-        train=train,
-        val=val,
-        source=None,
-        categories=parts[0].categories,
-        content_hash=_content_hash(parts),
-        skipped=tuple(s for part in parts for s in part.skipped),
+        parts["val"] = read.annotations(val_file, image_dirs_of(config.val_image_dir, val_file, "val"), "val")
+        _check_same_categories(first.categories, parts["val"].categories, train_file, val_file)
+        splits["val"] = parts["val"].table
+    if config.unlabelled_pool != "rest":
+        parts["extra"] = read.extra()
+        splits["extra"] = without_known(parts["extra"].table, splits)
+    return DatasetIndex(
+        splits=splits,
+        categories=first.categories,
+        listing=listing,
+        skipped=[s for part in parts.values() for s in part.skipped],
+        num_annotations={split: part.num_annotations for split, part in parts.items()},
+        sources={split: part.file for split, part in parts.items()},
+        annotated=first.annotated,
     )
 
 
 def read_annotations(
-    root: str, annotation_file: str, image_dirs: Sequence[str], max_bad_fraction: float
+    listing: Listing,
+    annotation_file: str,
+    image_dirs: Sequence[str],
+    config: DataConfig,
+    split: str = "train",
+    progress: Progress | None = None,
 ) -> AnnotatedImages:
     """Reads one COCO annotation file and looks its images up.
 
     Args:
-        root: folder of the dataset; no image outside it is taken.
-        annotation_file: relative to root, or an absolute path or URI.
-        image_dirs: folders relative to root that may hold the images; the one that holds most of them is taken. A
-            single absolute path or URI stands for the root of the images.
-        max_bad_fraction: the share of unusable images, or of unusable annotations, that is still accepted.
+        listing: of the dataset's folder; no image outside it is taken.
+        annotation_file: relative to it, or an absolute path or URI.
+        image_dirs: see `find_images`.
+        config: `max_image_pixels`.
+        split: train, val, source or extra.
 
     Raises:
-        ValueError: see `load`.
+        ValueError: see `index`.
     """
-    document, sha256 = read_document(root, annotation_file)
-    categories = read_categories(document["categories"], annotation_file)
-    images, annotations = document["images"], document["annotations"]
-    check_references(images, annotations, categories, annotation_file)
-    if len(image_dirs) == 1 and (posixpath.isabs(image_dirs[0]) or is_uri(image_dirs[0])):
-        root, image_dirs = image_dirs[0], [""]
-    found, skipped = find_images(root, images, image_dirs, annotation_file)
-    row_of = {images[index]["id"]: row for row, (index, _, _) in enumerate(found)}
-    shapes = [(images[index]["height"], images[index]["width"]) for index, _, _ in found]
-    check_bad(skipped, "images", len(images), max_bad_fraction, annotation_file)
-    bad_images = len(skipped)
+    return _Reader(listing, config, progress).annotations(annotation_file, image_dirs, split)
 
-    rows, category_ids, rles, crowds = [], [], [], []
-    for annotation in annotations:
-        row = row_of.get(annotation["image_id"])
-        if row is None:
-            continue  # its image is listed as skipped
-        try:
-            rles.append(encode_segmentation(annotation.get("segmentation"), *shapes[row]))
-        except ValueError as reason:
-            file = str(images[found[row][0]]["file_name"])
-            skipped.append({"kind": "annotation", "id": str(annotation.get("id")), "file": file, "reason": str(reason)})
-            continue
-        rows.append(row)
-        category_ids.append(annotation["category_id"])
-        crowds.append(bool(annotation.get("iscrowd", 0)))
-    check_bad(skipped[bad_images:], "annotations", len(annotations), max_bad_fraction, annotation_file)
-    table = pa.Table.from_arrays(
+
+class _Reader:
+    def __init__(self, listing: Listing, config: DataConfig, progress: Progress | None):
+        self.listing, self.config, self.progress = listing, config, progress
+
+    def annotations(self, file: str, image_dirs: Sequence[str], split: str) -> AnnotatedImages:
+        document = read_document(self.listing.uri(file), file)
+        categories = read_categories(document["categories"], file)
+        annotations = document["annotations"]
+        images, skipped = usable_images(document["images"], split, file)
+        found, missing = find_images(self.listing, images, image_dirs, self.config.max_image_pixels, split, file)
+        skipped += missing
+        instances, bad_annotations = self._instances(images, found, annotations, categories, split, file)
+        return AnnotatedImages(
+            file,
+            _image_table(self.listing, images, found, instances, split),
+            categories,
+            len(annotations),
+            skipped + bad_annotations,
+            _annotated_ids(images, annotations),
+        )
+
+    def extra(self) -> AnnotatedImages:
+        """The extra pool of unlabelled images: of an annotation file's `images`, or of a folder."""
+        config, listing, key = self.config, self.listing, "data.extra_annotations"
+        file = None
+        if config.extra_annotations or not config.extra_image_dir:
+            file = find_annotation_file(listing, config.extra_annotations, key, EXTRA_NAMES)
+        if file is None:
+            folders = [config.extra_image_dir] if config.extra_image_dir else listing.folders("", EXTRA_FOLDERS)
+            if not folders:
+                raise ValueError(
+                    f"{listing.root}: no extra unlabelled images (looked for {', '.join(EXTRA_NAMES)} and a folder "
+                    f"{EXTRA_FOLDERS}): name them by {key} or data.extra_image_dir, or set data.unlabelled_pool=rest"
+                )
+            return AnnotatedImages(folders[0], index_pool(listing, folders[0]), (), 0, [], None)
+        images, skipped = usable_images(read_document(listing.uri(file), file, ["images"])["images"], "extra", file)
+        dirs = image_dirs_of(config.extra_image_dir, file, "unlabel")
+        found, missing = find_images(listing, images, dirs, config.max_image_pixels, "extra", file)
+        unknown = pa.nulls(len(found), INDEX_SCHEMA.field("instances").type)
+        table = _image_table(listing, images, found, unknown, "extra")
+        return AnnotatedImages(file, table, (), 0, skipped + missing, None)
+
+    def _instances(
+        self,
+        images: list[dict[str, Any]],
+        found: list[tuple[int, str, int]],
+        annotations: list[dict[str, Any]],
+        categories: tuple[Category, ...],
+        split: str,
+        file: str,
+    ) -> tuple[pa.Array, list[Skipped]]:
+        row_of = {images[index]["id"]: row for row, (index, _, _) in enumerate(found)}
+        by_id = {image["id"]: image for image in images}
+        category_ids = {category.id for category in categories}
+        rows, labels, rles, crowds, skipped = [], [], [], [], []
+        seen: dict[Any, list[dict[str, Any]]] = {}
+        for number, annotation in enumerate(annotations):
+            if self.progress and number % 1000 == 0:
+                self.progress(number, len(annotations))
+            try:
+                check_annotation(annotation, by_id, category_ids)
+                _check_new(annotation, seen)
+                row = row_of.get(annotation["image_id"])
+                if row is None:
+                    continue  # its image is listed as skipped
+                image = by_id[annotation["image_id"]]
+                rles.append(encode_segmentation(annotation.get("segmentation"), image["height"], image["width"]))
+            except ValueError as reason:
+                known = by_id.get(annotation.get("image_id")) if _is_hashable(annotation.get("image_id")) else None
+                name = printable(known.get("file_name")) if known else file
+                facts = {"id": str(annotation.get("id"))[:40], "file": name, "reason": str(reason)}
+                skipped.append({"split": split, "kind": "annotation", **facts})
+                continue
+            rows.append(row)
+            labels.append(annotation["category_id"])
+            crowds.append(bool(annotation.get("iscrowd", 0)))
+        return _instance_lists(len(found), rows, labels, rles, crowds), skipped
+
+
+def _check_new(annotation: dict[str, Any], seen: dict[Any, list[dict[str, Any]]]) -> None:
+    """Raises ValueError for the exact repetition of an annotation; ids alone mean nothing, files merge badly."""
+    identifier = annotation.get("id")
+    if type(identifier) not in (int, str):
+        return
+    # some files number all their annotations 0: then few stand beside each other here
+    before = seen.setdefault((identifier, annotation["image_id"], annotation["category_id"]), [])
+    if annotation in before:
+        raise ValueError("repeats an annotation of the same id")
+    before.append(annotation)
+
+
+def _is_hashable(value: Any) -> bool:
+    return isinstance(value, int | str)
+
+
+def _image_table(
+    listing: Listing, images: list[dict[str, Any]], found: list[tuple[int, str, int]], instances: pa.Array, split: str
+) -> pa.Table:
+    return pa.Table.from_arrays(
         [
             pa.array([encode_image_id(images[index]["id"]) for index, _, _ in found], pa.string()),
-            pa.array([join(root, path) for _, path, _ in found], pa.string()),
-            pa.array([height for height, _ in shapes], pa.int32()),
-            pa.array([width for _, width in shapes], pa.int32()),
-            _instance_lists(len(found), rows, category_ids, rles, crowds),
+            pa.array([listing.uri(path) for _, path, _ in found], pa.string()),
+            pa.array([images[index]["height"] for index, _, _ in found], pa.int32()),
+            pa.array([images[index]["width"] for index, _, _ in found], pa.int32()),
+            instances,
+            pa.array([split] * len(found), pa.string()),
+            pa.array([path for _, path, _ in found], pa.string()),
+            pa.array([size for _, _, size in found], pa.int64()),
+            pa.nulls(len(found), pa.string()),
         ],
-        schema=RECORD_SCHEMA,
+        schema=INDEX_SCHEMA,
     )
-    sizes = [(path, size) for _, path, size in found]
-    return AnnotatedImages(table, categories, sha256, sizes, skipped)
+
+
+def _annotated_ids(images: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> tuple[str, ...] | None:
+    """Ids of the images with at least one object that is no crowd, in rising order; None where ids have no order.
+
+    This is the list that detectron2 trains on, in which published label lists count positions.
+    """
+    with_objects = {a.get("image_id") for a in annotations if _is_hashable(a.get("image_id")) and not a.get("iscrowd")}
+    chosen = [image["id"] for image in images if image["id"] in with_objects]
+    if len({type(i) for i in chosen}) > 1:
+        return None
+    return tuple(encode_image_id(i) for i in sorted(chosen))
 
 
 def _instance_lists(
@@ -163,7 +266,9 @@ def _hold_out(table: pa.Table, val_fraction: float, file: str) -> tuple[pa.Table
     held = place < val_fraction
     held[place.argmin()] = True
     held[place.argmax()] = False
-    return table.filter(pa.array(~held)), table.filter(pa.array(held))
+    kept, val = table.filter(pa.array(~held)), table.filter(pa.array(held))
+    column = table.schema.get_field_index("split")
+    return kept, val.set_column(column, "split", pa.array(["val"] * val.num_rows))
 
 
 def _check_same_categories(
@@ -174,11 +279,3 @@ def _check_same_categories(
         raise ValueError(
             f"{where}: category {category.id} ({category.name!r}) is not in {other}: expected equal classes"
         )
-
-
-def _content_hash(parts: Sequence[AnnotatedImages]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.annotation_sha256.encode())
-        digest.update(json.dumps(sorted(part.sizes)).encode())
-    return digest.hexdigest()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import posixpath
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
-from pyarrow import fs
-
-from cast_ray.datasets.paths import is_uri, join, read_bytes, resolve
+from cast_ray.datasets.index import Skipped
+from cast_ray.datasets.listing import Listing
+from cast_ray.datasets.paths import first_line, read_bytes
 from cast_ray.records import Category
+
+PARTS = ("images", "annotations", "categories")
 
 TRAIN_NAMES = (
     "instances.json",
@@ -24,68 +25,60 @@ TRAIN_NAMES = (
     "annotations/*.json",
 )
 VAL_NAMES = ("annotations/instances_val*.json", "instances_val*.json", "valid/_annotations.coco.json")
-_OTHER_TASKS = ("captions_*", "person_keypoints_*", "panoptic_*", "stuff_*", "*_val*", "val*", "*_test*", "test*")
+EXTRA_NAMES = ("annotations/image_info_unlabeled*.json", "image_info_unlabeled*.json")
+_OTHER_TASKS = (
+    *("captions_*", "person_keypoints_*", "panoptic_*", "stuff_*", "image_info_*", "*unlabel*"),
+    *("*_val*", "val*", "*_test*", "test*"),
+)
 
 
-def check_folder(root: str, given: str) -> None:
-    """Refuses a root that is not a folder; `given` is what the user wrote."""
-    filesystem, path = resolve(root)
-    try:
-        info = filesystem.get_file_info(path)
-    except OSError as error:
-        raise ValueError(f"data.root: {given} cannot be read ({_first_line(error)})") from None
-    if info.type != fs.FileType.Directory:
-        what = "is a file" if info.type == fs.FileType.File else "does not exist"
-        raise ValueError(f"data.root: {given} {what}: expected the folder of a COCO-format dataset")
-
-
-def find_annotation_file(root: str, given: str, key: str, names: Sequence[str]) -> str | None:
+def find_annotation_file(listing: Listing, given: str, key: str, names: Sequence[str]) -> str | None:
     """The annotation file named by the user, or the only one that fits the first fitting usual name; None: no such.
 
     Raises:
         ValueError: the named file does not exist, or several fit; the message names them and the recipe key.
     """
-    filesystem, base = resolve(root)
     if given:
-        target, path = resolve(given if is_uri(given) else join(root, given))
-        if target.get_file_info(path).type != fs.FileType.File:
-            raise ValueError(f"{key}: {given} is not a file below {root}")
+        if listing.file(given) is None:
+            raise ValueError(f"{key}: {given} is not a file below {listing.root}")
         return given
-    listed: dict[str, list[str]] = {}
     for pattern in names:
         folder, name = posixpath.split(pattern)
-        if folder not in listed:
-            selector = fs.FileSelector(posixpath.join(base, folder), allow_not_found=True)
-            listed[folder] = [f.base_name for f in filesystem.get_file_info(selector) if f.is_file]
-        matches = sorted(n for n in listed[folder] if fnmatch(n, name))
+        matches = listing.files(folder, name)
         if name == "*.json":
             matches = [n for n in matches if not any(fnmatch(n, other) for other in _OTHER_TASKS)]
         if len(matches) > 1:
-            raise ValueError(f"{root}: several annotation files fit ({', '.join(matches[:4])}): name one by {key}")
+            raise ValueError(
+                f"{listing.root}: several annotation files fit ({', '.join(matches[:4])}): name one by {key}"
+            )
         if matches:
             return posixpath.join(folder, matches[0])
     return None
 
 
-def read_document(root: str, file: str) -> tuple[dict[str, Any], str]:
-    """The parsed file, known to hold lists of objects under images, annotations and categories, and its sha256.
+def read_document(uri: str, file: str, expected: Sequence[str] = PARTS) -> dict[str, Any]:
+    """The parsed file, known to hold lists of objects under the `expected` names and at least one image.
+
+    Args:
+        uri: where it is.
+        file: its name in messages.
+        expected: of images, annotations and categories; a part that is neither expected nor there is an empty list.
 
     Raises:
         ValueError: unreadable, not JSON, not COCO, or without images; the message names the file and the field.
     """
     try:
-        content = read_bytes(file if is_uri(file) else join(root, file))
+        content = read_bytes(uri)
     except OSError as error:
-        raise ValueError(f"{file}: cannot be read ({_first_line(error)})") from None
-    sha256 = hashlib.sha256(content).hexdigest()
+        raise ValueError(f"{file}: cannot be read ({first_line(error)})") from None
     try:
         document = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON ({_first_line(error)})") from None
+        raise ValueError(f"{file}: not JSON ({first_line(error)})") from None
     if not isinstance(document, dict):
         raise ValueError(f"{file}: not COCO: expected an object with images, annotations, categories, got a list")
-    for name in ("images", "annotations", "categories"):
-        value = document.get(name)
+    for name in PARTS:
+        value = document.get(name, None if name in expected else [])
         if not isinstance(value, list):
             got = f"of type {type(value).__name__}" if name in document else "missing"
             raise ValueError(f"{file}: not COCO: {name!r} is {got}: expected a list")
@@ -94,7 +87,7 @@ def read_document(root: str, file: str) -> tuple[dict[str, Any], str]:
                 raise ValueError(f"{file}: not COCO: {name}[{index}] is of type {type(entry).__name__}")
     if not document["images"]:
         raise ValueError(f"{file}: 'images' is empty: expected at least one image")
-    return document, sha256
+    return {name: document.get(name, []) for name in PARTS}
 
 
 def read_categories(entries: list[dict[str, Any]], file: str) -> tuple[Category, ...]:
@@ -114,30 +107,42 @@ def read_categories(entries: list[dict[str, Any]], file: str) -> tuple[Category,
     return tuple(categories.values())
 
 
-def check_references(
-    images: list[dict[str, Any]], annotations: list[dict[str, Any]], categories: Iterable[Category], file: str
-) -> None:
-    """Refuses odd or repeated image ids, and annotations whose image or category is not in the file."""
-    image_ids = set()
+def usable_images(images: list[dict[str, Any]], split: str, file: str) -> tuple[list[dict[str, Any]], list[Skipped]]:
+    """The images that an annotation can name; entries without a usable id and exact repetitions are left out.
+
+    Raises:
+        ValueError: two different images have one id: nobody can tell which of them the annotations mean.
+    """
+    by_id: dict[int | str, dict[str, Any]] = {}
+    skipped = []
     for index, image in enumerate(images):
-        identifier = image.get("id")
+        identifier: Any = image.get("id")
+        reason = ""
         if type(identifier) not in (int, str):
-            raise ValueError(f"{file}: images[{index}].id is {identifier!r}: expected an integer or a string")
-        if identifier in image_ids:
-            raise ValueError(f"{file}: images[{index}].id is {identifier!r} for the second time")
-        image_ids.add(identifier)
-    category_ids = {category.id for category in categories}
-    for index, annotation in enumerate(annotations):
-        for name, known in (("image_id", image_ids), ("category_id", category_ids)):
-            value = annotation.get(name)
-            if type(value) not in (int, str) or value not in known:
-                kind = name.removesuffix("_id")
-                got = f"is {value!r}" if name in annotation else "is missing"
-                raise ValueError(
-                    f"{file}: annotations[{index}].{name} {got} (annotation id {annotation.get('id')!r}): "
-                    f"no such {kind}"
-                )
+            reason = f"id is {identifier!r}: expected an integer or a string"
+        elif identifier in by_id:
+            if image != by_id[identifier]:
+                raise ValueError(f"{file}: images[{index}].id is {identifier!r} for the second time")
+            reason = "repeats an image of the same id"
+        else:
+            by_id[identifier] = image
+        if reason:
+            facts = {"id": str(identifier), "file": printable(image.get("file_name")), "reason": reason}
+            skipped.append({"split": split, "kind": "image", **facts})
+    return list(by_id.values()), skipped
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def check_annotation(annotation: dict[str, Any], image_ids: Container[Any], category_ids: Container[Any]) -> None:
+    """Raises ValueError, with a reason to skip it, for an annotation whose image or category does not exist."""
+    for name, known in (("image_id", image_ids), ("category_id", category_ids)):
+        value = annotation.get(name)
+        if type(value) not in (int, str) or value not in known:
+            got = f"is {str(value)[:40]!r}" if isinstance(value, str) else f"is {str(value)[:40]}"
+            raise ValueError(
+                f"{name} {got if name in annotation else 'is missing'}: no such {name.removesuffix('_id')}"
+            )
+
+
+def printable(name: Any) -> str:
+    """A file name as it can be printed, whatever JSON held in its place."""
+    return str(name).encode("utf-8", "replace").decode()

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from typing import Any, TypeGuard
 
-from pyarrow import fs
-
-from cast_ray.datasets.paths import is_uri, resolve
-
-MAX_IMAGE_PIXELS = 178_956_970
+from cast_ray.datasets.coco_document import printable
+from cast_ray.datasets.index import Skipped, describe
+from cast_ray.datasets.listing import Listing, child
+from cast_ray.datasets.paths import is_uri
 
 
 def image_dirs_of(given: str, annotation_file: str, split: str) -> list[str]:
@@ -23,33 +21,57 @@ def image_dirs_of(given: str, annotation_file: str, split: str) -> list[str]:
 
 
 def find_images(
-    root: str, images: list[dict[str, Any]], image_dirs: Sequence[str], file: str
-) -> tuple[list[tuple[int, str, int]], list[dict[str, str]]]:
-    """(index in the file, path below root, bytes) of every usable image, and the others with their reason."""
-    names = [image.get("file_name") for image in images]
-    folder, files = _list_images(root, names, image_dirs)
+    listing: Listing, images: list[dict[str, Any]], image_dirs: Sequence[str], max_pixels: int, split: str, file: str
+) -> tuple[list[tuple[int, str, int]], list[Skipped]]:
+    """(index in the file, path, bytes) of every usable image, and the others with their reason.
+
+    Args:
+        listing: of the dataset's folder; no image outside it is taken, but from an absolute image folder.
+        images: the entries of the annotation file.
+        image_dirs: folders that may hold the images, relative to the dataset's folder or one absolute path or URI; the
+            one that holds most of them is taken.
+        max_pixels: larger images are left out.
+        split, file: for messages.
+
+    Raises:
+        ValueError: there is no usable image; the message gives the first reasons.
+    """
+    folder = _image_dir(listing, [image.get("file_name") for image in images], image_dirs)
     found, skipped = [], []
-    for index, (image, name) in enumerate(zip(images, names)):
-        size = 0
-        path = ""
-        reason = _bad_size(image)
+    for index, image in enumerate(images):
+        name = image.get("file_name")
+        path, size = "", 0
+        reason = _bad_size(image, max_pixels)
         if not _is_file_name(name):
             reason = f"file_name is {name!r}: expected the name of a file"
         elif not reason:
-            path = posixpath.normpath(posixpath.join(folder, name))
-            if posixpath.isabs(name) or is_uri(name) or path == ".." or path.startswith("../"):
+            path = _path_of(folder, name)
+            entry = listing.file(path) if path else None
+            if not path:
                 reason = "file_name leaves the dataset's folder"
-            elif path not in files:
+            elif entry is None:
                 reason = "the file is missing"
-            elif not (size := files[path]):
+            elif not (size := entry.size):
                 reason = "the file is empty"
         if reason:
-            skipped.append({"kind": "image", "id": str(image["id"]), "file": _printable(name), "reason": reason})
+            facts = {"id": str(image["id"]), "file": printable(name), "reason": reason}
+            skipped.append({"split": split, "kind": "image", **facts})
         else:
             found.append((index, path, size))
     if not found:
-        raise ValueError(f"{file}: no usable image of {len(images)}: {_reasons(skipped)}")
+        raise ValueError(f"{file}: no usable image of {len(images)}: {describe(skipped)}")
     return found, skipped
+
+
+def _path_of(folder: str, name: str) -> str:
+    """The image's path, normal; empty where it would leave the dataset's folder."""
+    if posixpath.isabs(name) or is_uri(name):
+        return ""
+    outside = is_uri(folder) or posixpath.isabs(folder)
+    path = posixpath.normpath(name if outside else posixpath.join(folder, name))
+    if path == ".." or path.startswith("../"):
+        return ""
+    return child(folder, path) if outside else path
 
 
 def _is_file_name(name: Any) -> TypeGuard[str]:
@@ -58,64 +80,32 @@ def _is_file_name(name: Any) -> TypeGuard[str]:
     return not any("\ud800" <= character <= "\udfff" for character in name)  # JSON can hold half a character
 
 
-def _bad_size(image: dict[str, Any]) -> str:
+def _bad_size(image: dict[str, Any], max_pixels: int) -> str:
     for name in ("height", "width"):
         if type(image.get(name)) is not int or image[name] < 1:
             return f"{name} is {str(image.get(name))[:40]}: expected a number of pixels"
-    if image["height"] * image["width"] > MAX_IMAGE_PIXELS:
-        return f"{image['width']} x {image['height']} pixels, at most {MAX_IMAGE_PIXELS} are read"
+    if image["height"] * image["width"] > max_pixels:
+        return f"{image['width']} x {image['height']} pixels, at most {max_pixels} are read (data.max_image_pixels)"
     return ""
 
 
-def _printable(name: Any) -> str:
-    return str(name).encode("utf-8", "replace").decode()
+def _image_dir(listing: Listing, names: list[Any], image_dirs: Sequence[str]) -> str:
+    """The folder that the file names are relative to: of those given, the first that holds most of a sample."""
+    usable = [n for n in names if _is_file_name(n)]
+    sample = usable[:: max(1, len(usable) // 16)][:16]
+    best, most = "", -1
+    for folder in (f for pattern in image_dirs for f in _expand(listing, pattern)):
+        paths = [_path_of(folder, name) for name in sample]
+        hits = sum(bool(path) and listing.file(path) is not None for path in paths)
+        if hits > most:
+            best, most = folder, hits
+        if hits == len(sample):
+            break
+    return best
 
 
-def _list_images(root: str, names: list[Any], image_dirs: Sequence[str]) -> tuple[str, dict[str, int]]:
-    """The folder below root that the file names are relative to, and path below root -> bytes of what lies there.
-
-    Folders are listed once instead of asking for each file: 118,000 requests to an object store would take an hour.
-    """
-    filesystem, base = resolve(root)
-    usable = [n for n in names if _is_file_name(n) and not posixpath.isabs(n)]
-    probe = usable[:: max(1, len(usable) // 16)][:16]
-    folders = [f for pattern in image_dirs for f in _expand(filesystem, base, pattern)]
-    best, hits = folders[0] if folders else "", -1
-    for folder in folders:
-        paths = [posixpath.normpath(posixpath.join(base, folder, name)) for name in probe]
-        score = sum(info.is_file for info in filesystem.get_file_info(paths)) if paths else 0
-        if score > hits:
-            best, hits = folder, score
-    wanted = {posixpath.normpath(posixpath.join(best, posixpath.dirname(name))) for name in usable}
-    files: dict[str, int] = {}
-    for folder in sorted(wanted):
-        if folder == ".." or folder.startswith(("../", "/")):
-            continue
-        selector = fs.FileSelector(posixpath.normpath(posixpath.join(base, folder)), allow_not_found=True)
-        for info in filesystem.get_file_info(selector):
-            if info.is_file:
-                files[posixpath.normpath(posixpath.join(folder, info.base_name))] = info.size
-    return best, files
-
-
-def _expand(filesystem: fs.FileSystem, base: str, pattern: str) -> list[str]:
+def _expand(listing: Listing, pattern: str) -> list[str]:
     if "*" not in pattern:
         return [pattern]
     folder, name = posixpath.split(pattern)
-    selector = fs.FileSelector(posixpath.join(base, folder), allow_not_found=True)
-    listed = filesystem.get_file_info(selector)
-    found = sorted(i.base_name for i in listed if i.type == fs.FileType.Directory and fnmatch(i.base_name, name))
-    return [posixpath.join(folder, n) for n in found]
-
-
-def check_bad(skipped: list[dict[str, str]], kind: str, total: int, max_bad_fraction: float, file: str) -> None:
-    """Refuses a file of which too large a share was skipped."""
-    if len(skipped) > max_bad_fraction * total:
-        raise ValueError(
-            f"{file}: {len(skipped)} of {total} {kind} skipped, above data.max_bad_fraction={max_bad_fraction}: "
-            f"{_reasons(skipped)}"
-        )
-
-
-def _reasons(skipped: list[dict[str, str]]) -> str:
-    return "; ".join(f"{s['kind']} {s['id']} ({s['file'][:80]}): {s['reason']}" for s in skipped[:3])
+    return [posixpath.join(folder, n) for n in listing.folders(folder, name)]

@@ -48,14 +48,14 @@ def join(root: str, name: str) -> str:
     return _unsplit(parts, f"{parts.path.rstrip('/')}/{quote(name)}")
 
 
-def read_bytes(uri: str) -> bytes:
-    """The whole of one file."""
+def read_bytes(uri: str, num_bytes: int | None = None) -> bytes:
+    """The whole of one file, or its first `num_bytes`."""
     filesystem, path = resolve(uri)
     if isinstance(filesystem, fs.LocalFileSystem):
         with open(path, "rb") as file:  # builtin open tells a folder from a missing file; arrow does not
-            return file.read()
+            return file.read(num_bytes)
     with filesystem.open_input_stream(path) as stream:
-        return stream.read()
+        return stream.read(num_bytes)
 
 
 def write_bytes(uri: str, content: bytes) -> None:
@@ -74,6 +74,11 @@ def write_bytes(uri: str, content: bytes) -> None:
         if os.path.exists(partial):
             os.unlink(partial)
         raise
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _unsplit(parts: SplitResult, path: str) -> str:

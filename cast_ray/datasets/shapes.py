@@ -17,11 +17,13 @@ from PIL import Image
 from pyarrow import fs
 
 from cast_ray.datasets.coco import read_annotations
+from cast_ray.datasets.index import DatasetIndex, describe
+from cast_ray.datasets.listing import Listing
 from cast_ray.datasets.paths import absolute, join, read_bytes, resolve, write_bytes
 from cast_ray.datasets.scenes import CATEGORIES, DRAWING_VERSION, SCENE_PX, STYLES, draw_scene
 from cast_ray.datasets.segmentations import encode_mask
 from cast_ray.recipe import DataConfig, ShapesConfig
-from cast_ray.records import Category, DatasetSplits
+from cast_ray.records import Category
 
 MANIFEST = "manifest.json"
 _SPLITS = ("source", "train", "val")
@@ -91,8 +93,8 @@ def draw(
     _delete(filesystem, posixpath.join(base, f"{MANIFEST}.partial"))
 
 
-def load(config: DataConfig) -> DatasetSplits:
-    """Reads a folder that `draw` has finished.
+def index(config: DataConfig, progress: Callable[[int, int], None] | None = None) -> DatasetIndex:
+    """Reads the annotations of a folder that `draw` has finished; its own sha256 vouches for the images.
 
     Raises:
         ValueError: the folder is not drawn, or drawn for another config; the message names both.
@@ -107,12 +109,18 @@ def load(config: DataConfig) -> DatasetSplits:
             f"{join(root, MANIFEST)}: drawn with {manifest.get('config')} version {manifest.get('drawing_version')}: "
             f"expected {expected} version {DRAWING_VERSION}"
         )
-    read = {s: read_annotations(root, f"annotations/instances_{s}.json", [s], max_bad_fraction=0) for s in _SPLITS}
-    return DatasetSplits(
-        train=read["train"].table,
-        val=read["val"].table,
-        source=read["source"].table,
+    if config.unlabelled_pool != "rest":
+        raise ValueError(f"data.unlabelled_pool={config.unlabelled_pool}: drawn scenes have no extra unlabelled images")
+    listing = Listing(root)
+    read = {s: read_annotations(listing, f"annotations/instances_{s}.json", [s], config, s) for s in _SPLITS}
+    skipped = [entry for split in _SPLITS for entry in read[split].skipped]
+    if skipped:
+        raise ValueError(f"{root}: {describe(skipped)}: expected the scenes as drawn, delete the folder to draw again")
+    return DatasetIndex(
+        splits={split: read[split].table for split in ("train", "val", "source")},
         categories=tuple(Category(identifier, name) for identifier, name in CATEGORIES),
+        listing=listing,
+        num_annotations={split: read[split].num_annotations for split in _SPLITS},
         content_hash=manifest["sha256"],
     )
 

@@ -48,6 +48,15 @@ class Recipe(Part):
                     )
         return self
 
+    @model_validator(mode="after")
+    def _oracle_knows_every_image(self) -> Recipe:
+        if self.contrastive.sampler == "oracle" and self.data.unlabelled_pool != "rest":
+            raise ValueError(
+                f"contrastive.sampler is oracle, data.unlabelled_pool {self.data.unlabelled_pool}: the extra pool "
+                "has no ground truth, expected data.unlabelled_pool=rest"
+            )
+        return self
+
 
 def preset_names() -> list[str]:
     """Names of the presets that ship with the package."""
@@ -139,6 +148,8 @@ def _parse_scalar(key: str, text: str) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
+    if isinstance(value, bool) and text.strip().lower() not in ("true", "false"):
+        return text.strip()  # YAML 1.1 reads off as false, which is a word of some fields
     if isinstance(value, str):
         try:  # YAML 1.1 reads 1e-3 as a string
             return float(value)
@@ -170,5 +181,6 @@ def _explain(error: ValidationError) -> str:
             lines.append(f"unknown recipe key {key!r}{_nearest(key, recipe_keys())}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{key}: {message} (got {problem['input']!r})" if key else message)
+            whole_part = isinstance(problem["input"], Mapping)  # of several fields, which the message names
+            lines.append(message if whole_part else f"{key}: {message} (got {problem['input']!r})")
     return "; ".join(lines)

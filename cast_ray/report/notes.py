@@ -32,7 +32,7 @@ def context_of(results: Sequence[Result]) -> dict[str, str]:
         context["dataset"] = (
             ", ".join(f"{data[key]} {what}" for key, what in DATASET_COUNTS.items() if data.get(key) is not None)
             + f" images, {len(data['classes'])} classes"
-            + (f", {data['skipped']} unusable skipped" if data.get("skipped") else "")
+            + (f"; {data['skipped_statement']}" if data.get("skipped") else "")
         )
     return context
 

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute
 
-from cast_ray.datasets.fractions import split
 from cast_ray.datasets.images import read_image
 from cast_ray.records import ClassMap, instances_of
 from cast_ray.report.overlays import contact_sheet
+from cast_ray.runtime.label_splits import stored_split
 from cast_ray.runtime.results import SweepContext
 from cast_ray.runtime.sweep import Sweep
 from cast_ray.stages.graph import RowPlan
@@ -47,16 +49,23 @@ def _draw(context: SweepContext, row: RowPlan, labels_key: str, student_key: str
     store, data = context.store, row.recipe.data
     classes = ClassMap(context.categories)
     train = store.read_table(context.dataset_key, "train.parquet")
-    _, unlabelled = split(train.select(["image_id"]), data.label_fraction, row.seed, data.num_unlabelled)
-    chosen = unlabelled[:NUM_IMAGES]
-    records = train.take(chosen).to_pylist()
-    pseudo = {
-        r["position"]: r for r in store.read_table(labels_key, "labels").to_pylist() if r["position"] < len(chosen)
-    }
-    images = [read_image(record["uri"]) for record in records]
+    part = row.roles["label-teacher"].config["split"]
+    unlabelled = stored_split(store, context.dataset["content_hash"], part).unlabelled
+    positions = np.flatnonzero(unlabelled < train.num_rows)[:NUM_IMAGES]
+    if len(positions):
+        records = train.take(unlabelled[positions]).to_pylist()
+        truth = [("ground truth (hidden)", [_drawable(r, classes, scores=False) for r in records])]
+    else:  # all of D_u is the extra pool, whose ground truth nobody knows
+        positions = np.arange(min(NUM_IMAGES, len(unlabelled)))
+        extra = store.read_table(context.dataset_key, "extra.parquet")
+        records, truth = extra.take(unlabelled[positions] - train.num_rows).to_pylist(), []
+    labels = store.read_table(labels_key, "labels")
+    labels = labels.filter(pa.compute.is_in(labels.column("position"), value_set=pa.array(positions)))
+    pseudo = {r["position"]: r for r in labels.to_pylist()}
+    images = [read_image(record["uri"], (record["height"], record["width"])) for record in records]
     columns = [
-        ("ground truth (hidden)", [_drawable(r, classes, scores=False) for r in records]),
-        ("pseudo-labels", [_drawable(pseudo[i], classes, scores=True) for i in range(len(records))]),
+        *truth,
+        ("pseudo-labels", [_drawable(pseudo[p], classes, scores=True) for p in positions.tolist()]),
         ("student", _predict(context, student_key, images, data.image_px)),
     ]
     with tempfile.TemporaryDirectory() as folder:

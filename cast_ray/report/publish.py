@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cast_ray.datasets.data_report import REPORT_FILE
 from cast_ray.report.overlays import CONTACT_SHEET
 from cast_ray.report.picture import draw_samples
 from cast_ray.report.results import read_results, summarise
@@ -33,6 +34,8 @@ def publish(sweep: Sweep, table: Table, out: Path, console: Console) -> int:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(result, indent=1))
         complete &= result["status"] == "done"
+    if (data_report := context.store.find_bytes(f"{context.runs_path}/{REPORT_FILE}")) is not None:
+        (out / REPORT_FILE).write_bytes(data_report)
     draw_samples(sweep, out / CONTACT_SHEET)
     paths = write_report(out, table)
     print_report(summarise(read_results(out), table), console)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cast_ray.records import Category
+from cast_ray.runtime.label_splits import stored_split
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.stages.graph import RowPlan
 
@@ -26,7 +27,7 @@ class SweepContext:
     dataset_key: str
     """Artifact that holds the record tables (train, val and, where there is one, source)."""
     dataset: dict[str, Any]
-    """content_hash, num_train, num_val, num_source, skipped, classes."""
+    """See `StoredDataset.facts`."""
     categories: tuple[Category, ...]
     runs_path: str
     """Where result.json files go, below the storage path."""
@@ -97,7 +98,9 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[
         "code_version": context.code_version,
         "device_hours": device_seconds / 3600,
         "hardware": context.hardware,
-        "dataset": context.dataset | {k: last.get(k) for k in ("num_labelled", "num_unlabelled")},
+        "dataset": context.dataset
+        | {k: last.get(k) for k in ("num_labelled", "num_unlabelled")}
+        | {"split": stored_split(store, context.dataset["content_hash"], row.roles["distill"].config["split"]).facts},
         "stages": stages,
         "metrics": metrics,
         "curves": curves,

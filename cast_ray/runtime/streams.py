@@ -166,6 +166,12 @@ def load_records(store: ArtifactStore, key: str, name: str) -> pa.Table:
     return table.combine_chunks()
 
 
+@ray.remote(num_cpus=0.01, scheduling_strategy="DEFAULT")
+def join_records(*tables: pa.Table) -> pa.Table:
+    """Record tables, one after the other, as one."""
+    return pa.concat_tables(tables).combine_chunks()
+
+
 def record_at(ref: ray.ObjectRef, index: int) -> dict[str, Any]:
     """One record as Python values, inside a Data task or actor."""
     return _fetched(ref).slice(int(index), 1).to_pylist()[0]
@@ -262,7 +268,7 @@ def _make_steps(
                     record["instances"] = record_at(images.labels, position)["instances"]
                 samples.append(
                     make_sample(
-                        read_image(record["uri"]),
+                        read_image(record["uri"], (record["height"], record["width"])),
                         record,
                         classes,
                         data,
@@ -315,7 +321,8 @@ def _fit_images(block: pa.Table, *, records: ray.ObjectRef, indices: np.ndarray,
 
     rows = []
     for position in block.column("position").to_pylist():
-        image = read_image(record_at(records, indices[position])["uri"])
+        record = record_at(records, indices[position])
+        image = read_image(record["uri"], (record["height"], record["width"]))
         pixels, (fit_height, fit_width) = fit_image(image, image_px)
         rows.append((position, pixels.tobytes(), image.shape[0], image.shape[1], fit_height, fit_width))
     names = ("position", "pixels", "height", "width", "fit_height", "fit_width")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import shlex
 import subprocess
 import sys
@@ -11,19 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet
 from rich.console import Console
 
 import cast_ray
-from cast_ray import registry
-from cast_ray.datasets.fractions import split
 from cast_ray.recipe import Recipe
-from cast_ray.records import DatasetSplits
 from cast_ray.runtime.cluster import connect, hardware, stage_slots
+from cast_ray.runtime.dataset import StoredDataset, read_dataset
+from cast_ray.runtime.label_splits import store_splits
 from cast_ray.runtime.results import SweepContext, read_result, result_from_store, row_name
 from cast_ray.runtime.store import ArtifactStore
-from cast_ray.stages.graph import RowPlan, Stage, SweepPlan, plan, plan_sweep
+from cast_ray.stages.graph import RowPlan, SweepPlan, plan, plan_sweep
 from cast_ray.stages.table import Table
 
 
@@ -57,64 +53,29 @@ def run_sweep(request: SweepRequest, console: Console) -> Sweep | None:
     """
     store = ArtifactStore(request.storage)
     store.check_writable()
-    recipe = next(iter(request.recipes.values()))
-    splits = read_dataset(recipe, store, console)
-    _check_fractions(request, splits)
-    rows = _plan_rows(request, store, splits)
+    recipes = request.recipes.values()
+    dataset = read_dataset(
+        recipes, store, console, _run_path(request), lambda: connect(request.address, request.num_cpus)
+    )
+    store_splits(dataset, recipes, store)
+    rows = _plan_rows(request, store, dataset)
     sweep = plan_sweep(rows, store.stored_fingerprints())
-    print_plan(request, sweep, splits, store, console)
+    print_plan(request, sweep, dataset, store, console)
     if request.dry_run:
         return None
-    context = _context(request, store, splits)
-    _save_dataset(store, splits)
+    context = _context(request, store, dataset)
     missing = _rows_without_result(context, sweep)
     if missing:
         _run(request, context, sweep, missing, console)
     return Sweep(context, tuple(rows))
 
 
-def read_dataset(recipe: Recipe, store: ArtifactStore, console: Console) -> DatasetSplits:
-    """Reads (for `shapes`: draws where needed) the dataset of a recipe.
-
-    Raises:
-        ValueError: the dataset is missing or unusable; the message names the file and field.
-    """
-    data = recipe.data
-    if data.format == "shapes":
-        from cast_ray.datasets.shapes import draw
-
-        shapes = data.shapes
-        folder = f"shapes-{shapes.num_source}-{shapes.num_train}-{shapes.num_val}-s{shapes.seed}"
-        data = data.model_copy(update={"root": data.root or store.uri("datasets", folder)})
-        draw(data.root, shapes)
-    elif not data.root:
-        raise ValueError(f"data.root is empty: expected the folder of a {data.format} dataset (--set data.root=DIR)")
-    splits: DatasetSplits = registry.lookup("datasets", data.format)(data)
-    if splits.skipped:
-        first = splits.skipped[0]
-        console.print(
-            f"[yellow]{len(splits.skipped)} images or annotations skipped[/yellow], "
-            f"first: {first['kind']} {first['id']} ({first['file']}): {first['reason']}"
-        )
-    return splits
+def _run_path(request: SweepRequest) -> str:
+    """Where the run's files go, below the storage path."""
+    return f"runs/{request.name}"
 
 
-def _check_fractions(request: SweepRequest, splits: DatasetSplits) -> None:
-    """Refuses a label fraction that leaves too few images, before anything runs."""
-    ids = splits.train.select(["image_id"])
-    for recipe in {(r.data.label_fraction, r.seed): r for r in request.recipes.values()}.values():
-        _, unlabelled = split(
-            ids, recipe.data.label_fraction, recipe.seed, recipe.data.num_unlabelled, recipe.runtime.num_workers
-        )
-        needs_unlabelled = recipe.loss.lambda_semi > 0 or recipe.loss.lambda_pxl > 0
-        if needs_unlabelled and len(unlabelled) < recipe.runtime.num_workers:
-            raise ValueError(
-                f"data.label_fraction {recipe.data.label_fraction} of {splits.train.num_rows} images leaves "
-                f"{len(unlabelled)} unlabelled images: expected at least 1 per worker ({recipe.runtime.num_workers})"
-            )
-
-
-def _plan_rows(request: SweepRequest, store: ArtifactStore, splits: DatasetSplits) -> list[RowPlan]:
+def _plan_rows(request: SweepRequest, store: ArtifactStore, dataset: StoredDataset) -> list[RowPlan]:
     foundations: dict[str, str] = {}
     rows = []
     for (row, _), recipe in request.recipes.items():
@@ -122,21 +83,22 @@ def _plan_rows(request: SweepRequest, store: ArtifactStore, splits: DatasetSplit
         if folder and folder not in foundations:
             from cast_ray.runtime.models import import_foundation
 
-            foundations[folder] = import_foundation(store, folder, recipe.teacher, splits.categories)
+            foundations[folder] = import_foundation(store, folder, recipe.teacher, dataset.categories)
         rows.append(
             plan(
                 recipe,
-                splits.content_hash,
+                dataset.content_hash,
                 row=row,
-                has_source=splits.source is not None,
+                has_source=dataset.has_source,
                 foundation=foundations.get(folder),
+                hashes=dataset.hashes(recipe.data),
             )
         )
     return rows
 
 
 def print_plan(
-    request: SweepRequest, sweep: SweepPlan, splits: DatasetSplits, store: ArtifactStore, console: Console
+    request: SweepRequest, sweep: SweepPlan, dataset: StoredDataset, store: ArtifactStore, console: Console
 ) -> None:
     """Says what will run before it runs."""
     seeds = sorted({row.seed for row in sweep.rows})
@@ -145,10 +107,9 @@ def print_plan(
     console.print(f"[bold]{request.table.title}[/bold]  ({request.table.name}, {recipe.preset} at {recipe.scale})")
     console.print(f"  rows     {len(names)}: {', '.join(names)}")
     console.print(f"  seeds    {len(seeds)}: {', '.join(map(str, seeds))}")
-    source = f" + {splits.source.num_rows} source" if splits.source is not None else ""
-    console.print(
-        f"  images   {splits.train.num_rows} train{source}, {splits.val.num_rows} val, {len(splits.categories)} classes"
-    )
+    num = dataset.num_images
+    others = "".join(f" + {num[split]} {split}" for split in ("source", "extra") if split in num)
+    console.print(f"  images   {num['train']} train{others}, {num['val']} val, {len(dataset.categories)} classes")
     total = sum(len(row.stages) for row in sweep.rows)
     stored = len(sweep.stored)
     console.print(f"  stages   {len(sweep.unique)} unique of {total}, {stored} found in the store")
@@ -167,7 +128,7 @@ def print_plan(
             console.print(f"    {stage.name:15} {mark:>11}  {used_by}", highlight=False)
 
 
-def _context(request: SweepRequest, store: ArtifactStore, splits: DatasetSplits) -> SweepContext:
+def _context(request: SweepRequest, store: ArtifactStore, dataset: StoredDataset) -> SweepContext:
     return SweepContext(
         name=request.name,
         table=request.table.name,
@@ -176,35 +137,11 @@ def _context(request: SweepRequest, store: ArtifactStore, splits: DatasetSplits)
         hardware=hardware(),
         store=store,
         slots=1,
-        dataset_key=_dataset_stage(splits).key,
-        dataset={
-            "content_hash": splits.content_hash,
-            "num_train": splits.train.num_rows,
-            "num_val": splits.val.num_rows,
-            "num_source": splits.source.num_rows if splits.source is not None else 0,
-            "skipped": len(splits.skipped),
-            "classes": [c.name for c in splits.categories],
-        },
-        categories=splits.categories,
-        runs_path=f"runs/{request.name}",
+        dataset_key=dataset.key,
+        dataset=dataset.facts(),
+        categories=dataset.categories,
+        runs_path=_run_path(request),
     )
-
-
-def _dataset_stage(splits: DatasetSplits) -> Stage:
-    return Stage("dataset", "dataset", {}, {}, splits.content_hash[:20])
-
-
-def _save_dataset(store: ArtifactStore, splits: DatasetSplits) -> None:
-    """Record tables as an artifact, where every worker of the cluster can read them."""
-    stage = _dataset_stage(splits)
-    if store.has(stage.key):
-        return
-    for name, table in (("train", splits.train), ("val", splits.val), ("source", splits.source)):
-        if table is not None:
-            buffer = io.BytesIO()
-            pa.parquet.write_table(table, buffer)
-            store.add(stage, f"{name}.parquet", buffer.getvalue())
-    store.commit(stage, {"categories": [vars(c) for c in splits.categories], "skipped": list(splits.skipped)})
 
 
 def _rows_without_result(context: SweepContext, sweep: SweepPlan) -> list[RowPlan]:

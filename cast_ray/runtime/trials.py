@@ -11,12 +11,11 @@ import numpy as np
 import ray
 from ray import tune
 
-from cast_ray.datasets.fractions import split
-from cast_ray.recipe import DataConfig
 from cast_ray.runtime.broker import HEARTBEAT_S, Need, broker_for
+from cast_ray.runtime.label_splits import stored_split
 from cast_ray.runtime.labelling import LabelJob, label_images
 from cast_ray.runtime.results import SweepContext, assemble_result, row_name
-from cast_ray.runtime.streams import Images, load_records
+from cast_ray.runtime.streams import Images, join_records, load_records
 from cast_ray.runtime.workers import Segment, run_segment
 from cast_ray.stages.graph import RowPlan, Stage, artifact_key
 
@@ -139,22 +138,21 @@ class _RowDriver:
         if stage.config.get("source"):
             everything = np.arange(self.context.dataset["num_source"])
             return Images(self._table("source.parquet"), everything, everything[:0], self.context.categories)
-        data = DataConfig(**self.row.recipe.data.model_dump() | stage.config["data"])
-        ids = self.store.read_table(self.context.dataset_key, "train.parquet", columns=["image_id"])
-        labelled, unlabelled = split(
-            ids, data.label_fraction, stage.config["seed"], data.num_unlabelled, self.row.recipe.runtime.num_workers
-        )
-        wanted = stage.kind == "label" or stage.config["unlabelled"]
+        chosen = stored_split(self.store, self.context.dataset["content_hash"], stage.config["split"])
         labels = None
         if "labels" in stage.parents:
             labels = self._table("labels", artifact_key("label", stage.parents["labels"]))
-        return Images(
-            self._table("train.parquet"),
-            labelled,
-            unlabelled if wanted else unlabelled[:0],
-            self.context.categories,
-            labels,
-        )
+        records = self._table("train.parquet")
+        if stage.config["split"].get("pool", "rest") != "rest":
+            records = self._joined_with_extra(records)
+        return Images(records, chosen.labelled, chosen.unlabelled, self.context.categories, labels)
+
+    def _joined_with_extra(self, train: ray.ObjectRef) -> ray.ObjectRef:
+        """The training images and, after them, the extra unlabelled pool."""
+        key = self.context.dataset_key
+        if (key, "pool") not in self.tables:
+            self.tables[key, "pool"] = join_records.remote(train, self._table("extra.parquet"))
+        return self.tables[key, "pool"]
 
     def write_log(self, text: str) -> str:
         path = f"{self.context.runs_path}/{self.name}/error.log"

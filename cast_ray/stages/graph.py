@@ -61,8 +61,23 @@ class RowPlan:
     roles: dict[str, Stage] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class DataHashes:
+    """Identity of what a recipe's data part names beside the dataset: its extra pool and label lists."""
+
+    extra: str = ""
+    label_list: str = ""
+    unlabelled_list: str = ""
+
+
 def plan(
-    recipe: Recipe, content_hash: str, *, row: str = "", has_source: bool = True, foundation: str | None = None
+    recipe: Recipe,
+    content_hash: str,
+    *,
+    row: str = "",
+    has_source: bool = True,
+    foundation: str | None = None,
+    hashes: DataHashes = DataHashes(),
 ) -> RowPlan:
     """The stages of one recipe.
 
@@ -72,17 +87,48 @@ def plan(
         row: name of the row, for display.
         has_source: whether the dataset has a source style to pre-train the teacher on.
         foundation: fingerprint of an imported theta_T0 (`stages.foundation`), which takes the place of pre-training.
+        hashes: of the extra pool and the label lists, where the recipe names them.
 
     Raises:
         ValueError: the recipe needs pseudo-labels and has no teacher to make them.
     """
-    return _Planner(recipe, content_hash, row, has_source, foundation).build()
+    return _Planner(recipe, content_hash, row, has_source, foundation, hashes).build()
+
+
+def split_part(recipe: Recipe, hashes: DataHashes, *, unlabelled: bool) -> dict[str, Any]:
+    """What the choice of D_l (and D_u, where it is used) depends on beside the dataset: equal parts, equal images."""
+    data = recipe.data
+    part: dict[str, Any] = {
+        "family": data.label_family,
+        "fraction": data.label_fraction,
+        "seed": recipe.seed if data.split_seed is None else data.split_seed,
+    }
+    if data.label_family == "per-class":
+        part["min_per_class"] = data.min_per_class
+    if data.label_list:
+        part["label_list"] = hashes.label_list
+    if unlabelled:
+        part["pool"] = data.unlabelled_pool
+        part |= data.model_dump(include={"unlabelled_fraction", "num_unlabelled"})
+        if data.unlabelled_list:
+            part["unlabelled_list"] = hashes.unlabelled_list
+        if data.unlabelled_pool != "rest":
+            part["extra"] = hashes.extra
+    return part
 
 
 class _Planner:
-    def __init__(self, recipe: Recipe, content_hash: str, row: str, has_source: bool, foundation: str | None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        content_hash: str,
+        row: str,
+        has_source: bool,
+        foundation: str | None,
+        hashes: DataHashes,
+    ):
         self.recipe, self.content_hash, self.row = recipe, content_hash, row
-        self.has_source, self.foundation = has_source, foundation
+        self.has_source, self.foundation, self.hashes = has_source, foundation, hashes
         self.stages: list[Stage] = []
         self.roles: dict[str, Stage] = {}
 
@@ -151,14 +197,11 @@ class _Planner:
         if not unlabelled:
             train_part.pop("batch_unlabelled")
         data_part = recipe.data.model_dump(include={"image_px", "scale_jitter", "flip", "color_jitter"})
-        if data == "target":
-            data_part["label_fraction"] = recipe.data.label_fraction
-            if unlabelled:
-                data_part["num_unlabelled"] = recipe.data.num_unlabelled
         config = {
             "model": getattr(recipe, model).model_dump(),
             "train": train_part,
             "data": data_part,
+            "split": split_part(recipe, self.hashes, unlabelled=unlabelled) if data == "target" else None,
             "source": data == "source",
             "unlabelled": unlabelled,
             "loss": recipe.loss.model_dump(exclude={"lambda_semi", "lambda_pxl"})
@@ -171,8 +214,8 @@ class _Planner:
     def label(self, name: str, teacher: Stage) -> Stage:
         config = {
             "pseudo": self.recipe.pseudo.model_dump(),
-            "data": self.recipe.data.model_dump(include={"image_px", "label_fraction", "num_unlabelled"}),
-            "seed": self.recipe.seed,
+            "data": self.recipe.data.model_dump(include={"image_px"}),
+            "split": split_part(self.recipe, self.hashes, unlabelled=True),
         }
         return self._add(name, "label", config, {"teacher": teacher})
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as mask_utils
 
-from cast_ray.datasets.coco import load
 from cast_ray.datasets.images import read_image
+from cast_ray.datasets.reading import load
 from cast_ray.datasets.segmentations import encode_mask, encode_segmentation
 from cast_ray.recipe import DataConfig
 from cast_ray.records import RECORD_SCHEMA, decode_image_id
@@ -49,7 +49,7 @@ def _write(root: Path, document, json_name="instances.json", image_dir="images")
 
 
 def _load(root, **fields):
-    return load(DataConfig(format="coco", root=str(root), **fields))
+    return load(DataConfig(format="coco", root=str(root), **fields))[0]
 
 
 def _rows(splits):
@@ -176,6 +176,10 @@ def test_content_hash_covers_annotations_and_images(tmp_path):
         file.write(b"x")
     second = _load(root).content_hash
     (root / "instances.json").write_text(json.dumps(_valid_document(), indent=1))
+    assert _load(root).content_hash == second != first  # the same annotations in another form
+    document = _valid_document()
+    document["annotations"][2]["category_id"] = 7
+    (root / "instances.json").write_text(json.dumps(document))
     assert len({first, second, _load(root).content_hash}) == 3
 
 
@@ -234,6 +238,7 @@ def test_bad_annotations_are_skipped_and_listed(tmp_path):
     assert len(_rows(splits)[0]["instances"]) == 1
     assert len(splits.skipped) == len(bad) + 1
     assert splits.skipped[0] == {
+        "split": "train",
         "kind": "annotation",
         "id": "0",
         "file": "0.png",
@@ -297,7 +302,7 @@ def test_bad_images_are_skipped_and_listed(tmp_path):
     assert reasons["16"] == "the file is empty"
     assert reasons["17"].startswith("width is 0") and reasons["18"].startswith("height is 8")
     assert "at most" in reasons["20"] and all("file_name is" in reasons[i] for i in ("15", "21", "22"))
-    with pytest.raises(ValueError, match=r"15 of 19 images skipped.*gone\.png.*missing") as error:
+    with pytest.raises(ValueError, match=r"15 of 18 images skipped.*gone\.png.*missing") as error:
         _load(root)
     assert "\n" not in str(error.value)
 
@@ -323,18 +328,26 @@ BAD_FILES = {
     "class id size": (_changed(lambda d: d["categories"][1].update(id=2**64)), r"categories\[1\]\.id is 1844"),
     "class name": (_changed(lambda d: d["categories"][1].pop("name")), r"categories\[1\]\.name is None"),
     "class twice": (_changed(lambda d: d["categories"][1].update(id=1)), r"categories\[1\]\.id is 1 for the second"),
-    "image id": (_changed(lambda d: d["images"][2].pop("id")), r"images\[2\]\.id is None"),
-    "image id bool": (_changed(lambda d: d["images"][2].update(id=True)), r"images\[2\]\.id is True"),
+    "image id": (_changed(lambda d: d["images"][2].pop("id")), r"image None .2\.png.: id is None"),
+    "image id bool": (_changed(lambda d: d["images"][2].update(id=True)), r"image True .2\.png.: id is True"),
     "image twice": (_changed(lambda d: d["images"][2].update(id=1)), r"images\[2\]\.id is 1 for the second"),
+    "image repeated": (_changed(lambda d: d["images"].append(d["images"][1])), "image 1 .*repeats an image"),
+    "annotation repeated": (
+        _changed(lambda d: d["annotations"].append(d["annotations"][1])),
+        "annotation 1 .*repeats an annotation",
+    ),
     "unknown class": (
         _changed(lambda d: d["annotations"][4].update(category_id=3)),
-        r"annotations\[4\]\.category_id is 3 \(annotation id 4\): no such category",
+        r"annotation 4 \(4\.png\): category_id is 3: no such category",
     ),
     "unknown image": (
         _changed(lambda d: d["annotations"][4].update(image_id="4")),
-        r"annotations\[4\]\.image_id is '4' \(annotation id 4\): no such image",
+        r"annotation 4 \(instances\.json\): image_id is '4': no such image",
     ),
-    "no image": (_changed(lambda d: d["annotations"][4].pop("image_id")), r"annotations\[4\]\.image_id is missing"),
+    "no image": (
+        _changed(lambda d: d["annotations"][4].pop("image_id")),
+        r"annotation 4 .*image_id is missing: no such image",
+    ),
     "list as id": (_changed(lambda d: d["annotations"][4].update(image_id=[1])), r"image_id is \[1\]"),
     "files gone": (_changed(lambda d: [i.update(file_name="x.png") for i in d["images"]]), "no usable image of 6"),
 }

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cast_ray.recipe import Recipe, TrainConfig, build_recipe, recipe_keys
-from cast_ray.stages.graph import RowPlan, Stage, artifact_key, plan, plan_sweep
+from cast_ray.stages.graph import DataHashes, RowPlan, Stage, artifact_key, plan, plan_sweep
 from cast_ray.stages.table import load_table
 from cast_ray.stages.train import train_config
 
@@ -144,7 +144,11 @@ def test_a_sweep_counts_shared_and_stored_steps(losses: dict[str, RowPlan]) -> N
 RESULT_FIELDS = {
     "seed": ("1", {"adapt", "label-adapted", "selftrain", "label-teacher", "distill", "refine"}),
     "data.label_fraction": ("0.5", {"adapt", "label-adapted", "selftrain", "label-teacher", "distill", "refine"}),
+    "data.label_family": ("per-class", {"adapt", "label-adapted", "selftrain", "label-teacher", "distill", "refine"}),
+    "data.split_seed": ("5", {"adapt", "label-adapted", "selftrain", "label-teacher", "distill", "refine"}),
     "data.num_unlabelled": ("9", {"label-adapted", "selftrain", "distill"}),
+    "data.unlabelled_fraction": ("0.5", {"label-adapted", "selftrain", "distill"}),
+    "data.unlabelled_pool": ("both", {"label-adapted", "selftrain", "distill"}),
     "data.image_px": ("[32, 32]", {"pretrain", "adapt", "distill", "zero_shot"}),
     "data.scale_jitter": ("[0.9, 1.1]", {"pretrain", "adapt", "distill"}),
     "data.flip": ("false", {"pretrain", "adapt", "distill"}),
@@ -177,7 +181,10 @@ RESULT_FIELDS = {
 UNTOUCHED = {
     "seed": {"pretrain", "zero_shot"},
     "data.label_fraction": {"pretrain", "zero_shot"},
+    "data.split_seed": {"pretrain", "zero_shot"},
     "data.num_unlabelled": {"pretrain", "adapt", "zero_shot"},
+    "data.unlabelled_fraction": {"pretrain", "adapt", "zero_shot"},
+    "data.unlabelled_pool": {"pretrain", "adapt", "zero_shot"},
     "teacher.hidden_dim": set(),
     "student.num_queries": {"pretrain", "adapt", "label-adapted", "selftrain", "label-teacher", "teacher"},
     "stages.distill.steps": {"pretrain", "adapt", "label-adapted", "selftrain", "label-teacher", "teacher"},
@@ -207,7 +214,11 @@ def test_a_field_that_changes_a_result_changes_its_stages(key: str) -> None:
     ("key", "value"),
     [(k, None) for k in recipe_keys() if k.startswith("runtime.")]
     + [(f"stages.{s}.checkpoint_every_steps", "3") for s in ("pretrain", "adapt", "selftrain", "distill", "refine")]
-    + [("evaluation.batch", "3"), ("data.root", "/elsewhere"), ("data.max_bad_fraction", "0.5")],
+    + [("evaluation.batch", "3"), ("data.root", "/elsewhere"), ("data.max_bad_fraction", "0.5")]
+    # what these change is in the hash of the dataset's content
+    + [("data.verify", "none"), ("data.max_image_pixels", "9"), ("data.annotations", "a.json"), ("data.image_dir", "b")]
+    + [("data.extra_annotations", "c.json"), ("data.extra_image_dir", "d"), ("data.val_fraction", "0.5")]
+    + [("data.min_per_class", "3")],  # of another family
 )
 def test_where_and_how_it_runs_changes_nothing(key: str, value: str | None) -> None:
     others = {
@@ -231,6 +242,39 @@ def test_where_and_how_it_runs_changes_nothing(key: str, value: str | None) -> N
 def test_the_dataset_is_in_every_fingerprint() -> None:
     before, after = make(), make(content_hash="1" * 64)
     assert changed(before, after) == set(prints(before))
+
+
+ON_TARGET = {"adapt", "label-adapted", "selftrain", "label-teacher", "distill", "refine"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "first", "second", "stages"),
+    [
+        ({"data.label_family": "per-class"}, {"data.min_per_class": "1"}, {"data.min_per_class": "2"}, ON_TARGET),
+        ({}, {"label_list": "a"}, {"label_list": "b"}, ON_TARGET),
+        ({"data.unlabelled_list": "u"}, {"unlabelled_list": "a"}, {"unlabelled_list": "b"}, ON_TARGET - {"adapt"}),
+        ({"data.unlabelled_pool": "extra"}, {"extra": "a"}, {"extra": "b"}, ON_TARGET - {"adapt"}),
+    ],
+)
+def test_lists_and_pools_count_by_their_content(
+    fields: dict[str, str], first: dict[str, str], second: dict[str, str], stages: set[str]
+) -> None:
+    def made(values: dict[str, str], file: str) -> RowPlan:
+        family = {} if fields.keys() & {"data.label_family", "data.unlabelled_pool"} else {"data.label_family": "list"}
+        lists = {"data.label_list": file} if family else {}
+        recipe_part = {k: v for k, v in values.items() if k.startswith("data.")}
+        hashes = DataHashes(**{k: v for k, v in values.items() if not k.startswith("data.")})
+        return make(fields | family | lists | recipe_part, hashes=hashes)
+
+    before, after = made(first, "x.txt"), made(second, "x.txt")
+    roles = set(prints(before))
+    assert changed(before, after) == stages | {"teacher", "student", "refined"} & roles
+    assert not changed(before, made(first, "elsewhere/y.txt"))  # where the list lies does not matter
+
+
+def test_a_list_is_not_in_stages_without_its_images() -> None:
+    supervised = {"loss.lambda_semi": "0", "loss.lambda_pxl": "0", "data.unlabelled_pool": "both"}
+    assert not changed(make(supervised, hashes=DataHashes(extra="a")), make(supervised, hashes=DataHashes(extra="b")))
 
 
 def test_names_of_rows_are_in_none() -> None:

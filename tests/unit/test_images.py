@@ -59,6 +59,25 @@ def test_palette_and_alpha(tmp_path, rgb):
     np.testing.assert_array_equal(read_image(_save(tmp_path / "1.png", bits))[:, :, 1], 255 * (rgb[:, :, 0] > 100))
 
 
+def test_sixteen_bits_of_every_kind(tmp_path):
+    grey = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    expected = [0, 1, 128, 255]
+    Image.fromarray(grey.astype(">u2")).save(tmp_path / "big-endian.tif")
+    _png_16(tmp_path / "grey.png", 0, grey[:, :, None])
+    _png_16(tmp_path / "grey-alpha.png", 4, np.stack([grey, grey[:, ::-1]], 2))
+    _png_16(tmp_path / "rgb.png", 2, np.stack([grey] * 3, 2))
+    _png_16(tmp_path / "rgba.png", 6, np.stack([grey] * 3 + [grey[:, ::-1]], 2))
+    for path in tmp_path.iterdir():
+        assert read_image(str(path))[0].tolist() == [[v] * 3 for v in expected], path.name
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+def test_transparent_palette(tmp_path, rgb):
+    palette = Image.fromarray(rgb).convert("P", palette=Image.Palette.ADAPTIVE, colors=64)
+    _save(tmp_path / "p.png", palette, transparency=bytes(range(64)))
+    np.testing.assert_array_equal(read_image(str(tmp_path / "p.png")), rgb)
+
+
 def test_cmyk_keeps_its_colours(tmp_path):
     red = Image.new("RGB", (16, 16), (200, 30, 30)).convert("CMYK")
     read = read_image(_save(tmp_path / "a.jpg", red, quality=100))
@@ -71,14 +90,22 @@ def test_exif_rotation_is_not_applied(tmp_path, rgb):
     assert read_image(_save(tmp_path / "a.jpg", Image.fromarray(rgb), exif=exif)).shape == rgb.shape
 
 
-def _png(width, height, data=b""):
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+def _png(width, height, data=b"", *, bits=8, colour=2, extra=b""):
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    body = _chunk(b"IHDR", header) + extra + _chunk(b"IDAT", zlib.compress(data)) + _chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
 
 
+def _chunk(kind, body):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def _png_16(path, colour, pixels_HWC):
+    rows = [b"\0" + row.astype(">u2").tobytes() for row in pixels_HWC]
+    path.write_bytes(_png(pixels_HWC.shape[1], pixels_HWC.shape[0], b"".join(rows), bits=16, colour=colour))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bad_files_are_named(tmp_path, rgb):
     whole = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(whole, "JPEG")
@@ -91,7 +118,16 @@ def test_bad_files_are_named(tmp_path, rgb):
         "text.png": (b"<html>404</html>", "not an image"),
         "script.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not an image"),
         "bomb.png": (_png(60_000, 60_000), "pixels"),
-        "large.png": (_png(14_000, 14_000), "exceeds limit of 178956970"),
+        "large.png": (
+            _png(14_000, 14_000),
+            r"14000 x 14000 pixels, at most 178956970 are read .data\.max_image_pixels.",
+        ),
+        "text bomb.png": (
+            _png(8, 8, extra=_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 23)))),
+            "cannot be decoded",
+        ),
+        "no pixels.png": (_png(0, 0), "."),
+        "jpeg header only.jpg": (whole.getvalue()[:200], "cannot be decoded|not an image"),
         "floats.tif": (floats.getvalue(), "floating-point"),
     }
     for name, (content, reason) in hostile.items():

@@ -15,6 +15,8 @@ LEAVES = ("datasets", "views", "models", "losses", "evaluation")
 UPPER = ("teachers", "engine", "stages", "runtime", "report", "sweeps")
 LAYER = {name: 0 for name in CONTRACTS} | {name: 1 for name in LEAVES} | {name: i + 2 for i, name in enumerate(UPPER)}
 LAYER["sweeps"] = LAYER["report"] + 1  # sweeps print reports; a report never starts a sweep
+# `python -m cast_ray.datasets` is a command that shows what the package has: it uses all of it, and nothing uses it.
+LAYER["commands"] = LAYER["sweeps"]
 # What a contract may use of the others: the recipe knows nothing, the rest may read it.
 WITHIN_CONTRACTS = {"recipe": set(), "records": {"recipe"}, "registry": {"recipe", "records"}}
 RAY_AT_HOME = {"runtime", "sweeps"}
@@ -24,6 +26,8 @@ DISTRIBUTED_AT_HOME = {"engine", "runtime"}
 def part_of(module: str) -> str | None:
     """The folder or file that a dotted module belongs to; None for the package itself and for other packages."""
     first, _, rest = module.partition(".")
+    if "__main__" in rest.split("."):
+        return "commands"
     if first == "sweeps":
         return "sweeps"
     return rest.partition(".")[0] or None if first == "cast_ray" else None
@@ -99,12 +103,16 @@ PLANTED = [
     ("cast_ray/teachers/bad.py", "from torch import distributed\n", "torch.distributed outside"),
     ("cast_ray/recipe/bad.py", "import cast_ray.records\n", "recipe imports records"),
     ("cast_ray/runtime/bad.py", "from sweeps.ablate import main\n", "runtime imports sweeps"),
+    ("cast_ray/datasets/bad.py", "from cast_ray.report import overlays\n", "datasets imports report"),
+    ("cast_ray/runtime/bad.py", "from cast_ray.datasets.__main__ import main\n", "runtime imports commands"),
+    ("cast_ray/datasets/__main__.py", "import ray\n", "imports ray outside"),
     ("cast_ray/utils.py", "", "has no place in the layers"),
 ]
 ALLOWED = [
     ("cast_ray/losses/good.py", "from cast_ray.losses import matching\nfrom cast_ray.recipe import LossConfig\n"),
     ("cast_ray/engine/good.py", "import torch.distributed as dist\nfrom cast_ray.models.student import build\n"),
     ("cast_ray/runtime/good.py", "import ray\nfrom cast_ray.stages import graph\nimport raylike\n"),
+    ("cast_ray/datasets/__main__.py", "from cast_ray.report.overlays import contact_sheet\n"),
     ("sweeps/good.py", "import ray\nfrom cast_ray.report.tables import write_report\n"),
 ]
 

@@ -100,6 +100,8 @@ def test_unknown_preset_and_scale() -> None:
         ("stages.distill.lr", "2E-4", 2e-4),
         ("data.image_px", "[32, 48]", (32, 48)),
         ("data.flip", "false", False),
+        ("data.flip", "off", False),
+        ("runtime.amp", "off", "off"),
         ("contrastive.hinge", "null", None),
         ("contrastive.hinge", "0.5", 0.5),
         ("contrastive.sampler", "mask", "mask"),

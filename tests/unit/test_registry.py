@@ -12,7 +12,7 @@ from cast_ray.registry import ROWS, lookup
 def test_datasets_are_found():
     from cast_ray.datasets import coco, shapes
 
-    assert lookup("datasets", "coco") is coco.load and lookup("datasets", "shapes") is shapes.load
+    assert lookup("datasets", "coco") is coco.index and lookup("datasets", "shapes") is shapes.index
 
 
 def test_every_row_names_something_that_exists():

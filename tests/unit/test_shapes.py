@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from pycocotools import mask as mask_utils
 
-from cast_ray.datasets import coco, shapes
+from cast_ray.datasets import shapes
 from cast_ray.datasets.images import read_image
 from cast_ray.datasets.paths import write_bytes
+from cast_ray.datasets.reading import load
 from cast_ray.datasets.scenes import CATEGORIES, MIN_VISIBLE_PX, STYLES, draw_scene
 from cast_ray.recipe import DataConfig, ShapesConfig
 from cast_ray.records import RECORD_SCHEMA
@@ -30,7 +31,7 @@ def _contents(root):
 
 
 def test_splits_follow_the_schema(drawn):
-    splits = shapes.load(DataConfig(root=str(drawn), shapes=SMALL))
+    splits = load(DataConfig(root=str(drawn), shapes=SMALL))[0]
     assert splits.source is not None
     assert (splits.source.num_rows, splits.train.num_rows, splits.val.num_rows) == (8, 12, 4)
     for table in (splits.source, splits.train, splits.val):
@@ -44,7 +45,7 @@ def test_splits_follow_the_schema(drawn):
 
 
 def test_masks_are_visible_parts(drawn):
-    splits = shapes.load(DataConfig(root=str(drawn), shapes=SMALL))
+    splits = load(DataConfig(root=str(drawn), shapes=SMALL))[0]
     counts = []
     for row in splits.train.to_pylist():
         masks = [mask_utils.decode({"size": [64, 64], "counts": i["rle"]}) for i in row["instances"]]
@@ -130,7 +131,7 @@ def test_interrupted_drawing_is_not_read_and_is_redrawn(drawn, tmp_path):
         shapes.draw(str(root), SMALL, num_processes=1, progress=die)
     assert (root / "source/000000.png").exists() and not (root / "manifest.json").exists()
     with pytest.raises(ValueError, match=r"no manifest\.json"):
-        shapes.load(DataConfig(root=str(root), shapes=SMALL))
+        load(DataConfig(root=str(root), shapes=SMALL))[0]
     shapes.draw(str(root), SMALL, num_processes=1)
     assert _contents(root) == _contents(drawn)
 
@@ -153,17 +154,17 @@ def test_somebody_elses_folder_is_left_alone(tmp_path):
 
 def test_another_config_and_a_lost_image_are_refused(drawn, tmp_path):
     with pytest.raises(ValueError, match=r"manifest\.json: drawn with .*expected"):
-        shapes.load(DataConfig(root=str(drawn)))
+        load(DataConfig(root=str(drawn)))[0]
     root = tmp_path / "d"
     shapes.draw(str(root), SMALL, num_processes=1)
     (root / "val/000001.png").unlink()
     with pytest.raises(ValueError, match=r"000001\.png.*missing"):
-        shapes.load(DataConfig(root=str(root), shapes=SMALL))
+        load(DataConfig(root=str(root), shapes=SMALL))[0]
 
 
 def test_folder_is_valid_input_of_the_coco_reader(drawn):
-    ours = shapes.load(DataConfig(root=str(drawn), shapes=SMALL))
-    read = coco.load(DataConfig(format="coco", root=str(drawn)))
+    ours = load(DataConfig(root=str(drawn), shapes=SMALL))[0]
+    read = load(DataConfig(format="coco", root=str(drawn)))[0]
     assert read.train.equals(ours.train) and read.val.equals(ours.val)
     assert read.categories == ours.categories and read.skipped == ()
 
@@ -172,21 +173,21 @@ def test_uri_root(drawn, tmp_path):
     root = f"file://{tmp_path}/with%20space"
     shapes.draw(root, SMALL, num_processes=1)
     assert _contents(tmp_path / "with space") == _contents(drawn)
-    splits = shapes.load(DataConfig(root=root, shapes=SMALL))
+    splits = load(DataConfig(root=root, shapes=SMALL))[0]
     assert read_image(splits.val.to_pylist()[0]["uri"]).shape == (64, 64, 3)
 
 
 def test_object_store_root(drawn):
     root = "mock:///bucket/a%20b?region=x"  # arrow's store in memory: no files, no rename
     shapes.draw(root, SMALL, num_processes=1)
-    read = coco.load(DataConfig(format="coco", root=root))
-    here = coco.load(DataConfig(format="coco", root=str(drawn)))
+    read = load(DataConfig(format="coco", root=root))[0]
+    here = load(DataConfig(format="coco", root=str(drawn)))[0]
     assert read.content_hash == here.content_hash
     uri = read.train.to_pylist()[0]["uri"]
     assert uri == "mock:///bucket/a%20b/train/000000.png?region=x"
     np.testing.assert_array_equal(read_image(uri), read_image(str(drawn / "train/000000.png")))
     shapes.draw(root, SMALL, num_processes=1)
-    assert shapes.load(DataConfig(root=root, shapes=SMALL)).val.num_rows == 4
+    assert load(DataConfig(root=root, shapes=SMALL))[0].val.num_rows == 4
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -157,6 +157,14 @@ def test_weak_colour_jitter_has_its_strength():
     assert 78 <= min(levels) < 90 and 110 < max(levels) <= 122
 
 
+def test_ignore_regions_of_no_class_are_for_evaluation_only():
+    image = np.zeros((32, 32, 3), dtype=np.uint8)
+    void, thing = _instance(_box(32, 32, 0, 0, 8, 8), 77, is_crowd=True), _instance(_box(32, 32, 12, 12, 30, 30), 4)
+    with_void, without = (_sample(image, instances, seed=2) for instances in ([void, thing], [thing]))
+    for name, array in without.items():
+        np.testing.assert_array_equal(with_void[name], array)
+
+
 def test_crowds_are_ignored_and_slivers_unknown():
     image = _image()
     crowd, sliver = _box(32, 32, 0, 0, 8, 8), _box(32, 32, 30, 0, 31, 3)
