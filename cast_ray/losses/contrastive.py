@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cast_ray.losses.pixel_contrast import ContrastiveOutput, Gather, contrast
+from cast_ray.losses.pixel_contrast import ContrastiveOutput, Gather, contrast, diagnose
 from cast_ray.losses.rivals import RIVALS
 from cast_ray.recipe import ContrastiveConfig
 
-__all__ = ["ContrastiveOutput", "Gather", "contrastive_loss", "temperature_at"]
+__all__ = ["ContrastiveOutput", "Gather", "contrastive_loss", "diagnose", "temperature_at"]
 
 
 def contrastive_loss(

@@ -43,7 +43,11 @@ def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
 
     Source: PointRend's `point_sample`, whose points lie in [0, 1] and are moved to [-1, 1] at each call.
     """
-    grid = points.unsqueeze(2).expand(len(maps), -1, -1, -1)
+    grid = points.unsqueeze(2)
+    if len(points) == 1 and maps.device.type == "cpu":
+        # As channels of one image: place and weights of a point are computed once, in half the time.
+        return F.grid_sample(maps.float().unsqueeze(0), grid, align_corners=False)[0, :, :, 0]
+    grid = grid.expand(len(maps), -1, -1, -1)
     return F.grid_sample(maps.float().unsqueeze(1), grid, align_corners=False)[:, 0, :, 0]
 
 

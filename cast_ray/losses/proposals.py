@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from cast_ray.losses.mask_terms import mask_terms
+from cast_ray.losses.matching import kept_pixels
+from cast_ray.losses.set_criterion import target_weights
 from cast_ray.recipe import LossConfig
 from cast_ray.records import Targets
 
@@ -23,23 +26,30 @@ def proposal_weights(config: LossConfig) -> dict[str, float]:
     }
 
 
-def proposal_loss(auxiliary: dict[str, torch.Tensor], targets: list[Targets], config: LossConfig) -> dict[str, Term]:
+def proposal_loss(
+    auxiliary: dict[str, torch.Tensor],
+    targets: list[Targets],
+    config: LossConfig,
+    valid: torch.Tensor | None = None,
+) -> dict[str, Term]:
     """Class and mask losses of tokens assigned to instances by location.
 
     A token in the central region of an instance (see `assign_tokens`) is assigned to it: its class logits are trained
     by cross-entropy on the instance's label, its mask by binary cross-entropy and dice on the instance's mask. Tokens
     that lie in no instance are trained to no-object with weight `no_object_weight`; tokens inside an instance but
-    outside its central region, and tokens mostly on ignored pixels, have no class target.
+    outside its central region, and tokens mostly on ignored pixels or padding, have no class target.
 
     Args:
         auxiliary: `Predictions.auxiliary` of B images: proposal_class_logits [B, C+1, h, w],
             proposal_mask_embeddings [B, D, h, w], mask_features [B, D, H', W'].
         targets: B targets at crop size.
         config: the weights.
+        valid: bool [B, H, W], False on padding; None: no padding.
 
     Returns:
-        proposal_class: (sum of weighted cross-entropies, sum of their weights); proposal_mask and proposal_dice:
-        (sum over assigned tokens, sum of their weights). A count of 0 comes with a sum of 0 that still has a gradient.
+        Of each image, float32 [B]: proposal_class (sum of weighted cross-entropies, sum of their weights);
+        proposal_mask and proposal_dice (sum over assigned tokens, sum of their weights). A count of 0 comes with a sum
+        of 0 that still has a gradient.
 
     Source: FCOS's centre sampling (Tian et al. 2019) for the assignment, Mask2Former's terms. Deviations: masks are
     compared at the mask features' own size, not at sampled points: there are few assigned tokens.
@@ -47,36 +57,40 @@ def proposal_loss(auxiliary: dict[str, torch.Tensor], targets: list[Targets], co
     class_logits = auxiliary["proposal_class_logits"].float()
     embeddings, features = auxiliary["proposal_mask_embeddings"], auxiliary["mask_features"]
     grid = (class_logits.shape[2], class_logits.shape[3])
-    no_object = class_logits.shape[1] - 1
-    class_sum = class_logits.sum() * 0
-    mask_sum = (embeddings.sum() * 0 + features.sum() * 0).float()
-    dice_sum = mask_sum
-    class_count, mask_count = class_sum.detach(), class_sum.detach()
+    num_classes = class_logits.shape[1] - 1
+    keep = kept_pixels(targets, valid)
+    weights = target_weights(targets, config)
+    assigned_BT = torch.stack([assign_tokens(t, grid, None if keep is None else keep[i]) for i, t in enumerate(targets)])
+
+    labels_BT = torch.full_like(assigned_BT, num_classes)
+    weights_BT = class_logits.new_full(assigned_BT.shape, config.no_object_weight)
     for b, target in enumerate(targets):
-        assigned_T = assign_tokens(target, grid)
-        weights = target.weights.to(class_logits)
-        positive = assigned_T >= 0
-        instance_P = assigned_T[positive]
-        labels_T = torch.full_like(assigned_T, no_object)
-        labels_T[positive] = target.labels[instance_P]
-        weight_T = torch.full(assigned_T.shape, config.no_object_weight, device=class_logits.device)
-        weight_T[positive] = weights[instance_P]
-        weight_T[assigned_T == UNASSIGNED] = 0
-        cross_entropy_T = F.cross_entropy(class_logits[b].flatten(1).T, labels_T, reduction="none")
-        class_sum = class_sum + (cross_entropy_T * weight_T).sum()
-        class_count = class_count + weight_T.sum()
-        if len(instance_P) == 0:
+        if len(target.labels):
+            inside_T, index_T = assigned_BT[b] >= 0, assigned_BT[b].clamp(min=0)
+            labels_BT[b] = torch.where(inside_T, target.labels[index_T], num_classes)
+            weights_BT[b] = torch.where(inside_T, weights[b][index_T], config.no_object_weight)
+    weights_BT.masked_fill_(assigned_BT == UNASSIGNED, 0)
+    cross_entropy_BT = F.cross_entropy(class_logits.flatten(2), labels_BT, reduction="none")
+    class_term = ((cross_entropy_BT * weights_BT).sum(1), weights_BT.sum(1))
+
+    sums: list[torch.Tensor] = []
+    attached = (embeddings.flatten()[:1].sum() * 0 + features.flatten()[:1].sum() * 0).float()
+    # The only copy to the host: how many tokens are assigned decides the shapes.
+    for b, assigned_T in enumerate(assigned_BT.cpu()):
+        token_P = (assigned_T >= 0).nonzero()[:, 0]
+        if len(token_P) == 0:
+            sums.append(torch.stack([attached, attached, attached.detach()]))
             continue
-        logits_PHW = torch.einsum("pd,dhw->phw", embeddings[b].flatten(1).T[positive], features[b])
-        mask_loss_P, dice_loss_P = _mask_losses(logits_PHW.float(), target, instance_P)
-        weight_P = weights[instance_P]
-        mask_sum = mask_sum + (mask_loss_P * weight_P).sum()
-        dice_sum = dice_sum + (dice_loss_P * weight_P).sum()
-        mask_count = mask_count + weight_P.sum()
+        instance_P, token_P = (x.to(class_logits.device, non_blocking=True) for x in (assigned_T[token_P], token_P))
+        logits_PHW = torch.einsum("dp,dhw->phw", embeddings[b].flatten(1)[:, token_P], features[b])
+        mask_P, dice_P = _mask_losses(logits_PHW.float(), targets[b], None if keep is None else keep[b], instance_P)
+        weight_P = weights[b][instance_P]
+        sums.append(torch.stack([mask_P @ weight_P, dice_P @ weight_P, weight_P.sum()]))
+    mask_sum_B, dice_sum_B, mask_count_B = torch.stack(sums, dim=1)
     return {
-        "proposal_class": (class_sum, class_count),
-        "proposal_mask": (mask_sum, mask_count),
-        "proposal_dice": (dice_sum, mask_count),
+        "proposal_class": class_term,
+        "proposal_mask": (mask_sum_B, mask_count_B),
+        "proposal_dice": (dice_sum_B, mask_count_B),
     }
 
 
@@ -85,7 +99,7 @@ UNASSIGNED = -2
 
 
 @torch.no_grad()
-def assign_tokens(target: Targets, grid: tuple[int, int]) -> torch.Tensor:
+def assign_tokens(target: Targets, grid: tuple[int, int], keep: torch.Tensor | None = None) -> torch.Tensor:
     """The instance that each cell of a token grid is assigned to.
 
     A cell scores for an instance `covered * exp(-pi d^2 / (2 area))`: the share of the cell that the instance covers,
@@ -93,8 +107,9 @@ def assign_tokens(target: Targets, grid: tuple[int, int]) -> torch.Tensor:
     least half its best score, nine at most; a cell claimed by several goes to the highest score.
 
     Args:
-        target: masks bool [N, H, W] and ignore of one image.
+        target: masks bool [N, H, W] of one image.
         grid: h, w of the tokens.
+        keep: bool [H, W], False on padding and in ignore regions; None: True everywhere.
 
     Returns:
         int64 [h*w]: instance index, -1 background, -2 without a class target.
@@ -106,7 +121,7 @@ def assign_tokens(target: Targets, grid: tuple[int, int]) -> torch.Tensor:
     if len(target.masks):
         covered_NHW = F.adaptive_avg_pool2d(target.masks.float(), grid)
         covered_NT = covered_NHW.flatten(1)
-        assigned_T[covered_NT.amax(0) > CENTRAL_SHARE] = UNASSIGNED
+        assigned_T.masked_fill_(covered_NT.amax(0) > CENTRAL_SHARE, UNASSIGNED)
         area_N = covered_NT.sum(1).clamp(min=1e-6)  # in cells
         y_T = torch.arange(height, device=device).repeat_interleave(width).float()
         x_T = torch.arange(width, device=device).repeat(height).float()
@@ -119,27 +134,18 @@ def assign_tokens(target: Targets, grid: tuple[int, int]) -> torch.Tensor:
         floor_N = torch.maximum(score_NT.topk(kept, dim=1).values[:, -1:], CENTRAL_SHARE * best_N)
         score_NT = torch.where((score_NT >= floor_N) & (score_NT > 0), score_NT, 0)
         top_T, owner_T = score_NT.max(0)
-        assigned_T[top_T > 0] = owner_T[top_T > 0]
-    if target.ignore is not None:
-        ignored_T = F.adaptive_avg_pool2d(target.ignore[None].float(), grid).flatten() > CENTRAL_SHARE
-        assigned_T[ignored_T & (assigned_T == BACKGROUND)] = UNASSIGNED
+        assigned_T = torch.where(top_T > 0, owner_T, assigned_T)
+    if keep is not None:
+        ignored_T = F.adaptive_avg_pool2d(keep[None].float(), grid).flatten() < 1 - CENTRAL_SHARE
+        assigned_T.masked_fill_(ignored_T & (assigned_T == BACKGROUND), UNASSIGNED)
     return assigned_T
 
 
 def _mask_losses(
-    logits_PHW: torch.Tensor, target: Targets, instance_P: torch.Tensor
+    logits_PHW: torch.Tensor, target: Targets, keep: torch.Tensor | None, instance_P: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean binary cross-entropy and dice per assigned token, over the pixels that are not ignored."""
+    """Mean binary cross-entropy and dice per assigned token, over the pixels that are kept."""
     size = (logits_PHW.shape[1], logits_PHW.shape[2])
-    logits_PX = logits_PHW.flatten(1)
     masks_NX = F.adaptive_avg_pool2d(target.masks.float(), size).flatten(1)
-    truth_PX = masks_NX[instance_P]
-    counted_X = torch.ones(logits_PX.shape[1], device=logits_PX.device)
-    if target.ignore is not None:
-        counted_X = 1 - F.adaptive_avg_pool2d(target.ignore[None].float(), size).flatten()
-    bce_PX = F.binary_cross_entropy_with_logits(logits_PX, truth_PX, reduction="none")
-    bce_P = (bce_PX * counted_X).sum(1) / counted_X.sum().clamp(min=1)
-    prob_PX = logits_PX.sigmoid() * counted_X
-    truth_PX = truth_PX * counted_X
-    dice_P = 1 - (2 * (prob_PX * truth_PX).sum(1) + 1) / (prob_PX.sum(1) + truth_PX.sum(1) + 1)
-    return bce_P, dice_P
+    counted_1X = None if keep is None else F.adaptive_avg_pool2d(keep[None].float(), size).flatten(1)
+    return mask_terms(logits_PHW.flatten(1), masks_NX[instance_P], counted_1X)

@@ -66,14 +66,15 @@ class Projector(nn.Module):
 
 
 def select_stride(features: Mapping[int, Tensor], config: ContrastiveConfig) -> int:
-    """Stride of the map to project: the coarsest not above `config.feature_stride`, else the finest there is.
+    """Stride of the map to project: the coarsest not above `config.feature_stride` (None: of all), else the finest.
 
     Raises:
         ValueError: the encoder gave no map.
     """
     if not features:
         raise ValueError("contrastive: expected at least one encoder map to project, got none")
-    return max((s for s in features if s <= config.feature_stride), default=min(features))
+    limit = config.feature_stride or max(features)
+    return max((s for s in features if s <= limit), default=min(features))
 
 
 def _mlp(in_dim: int, widths: tuple[int, ...], bias: bool) -> nn.Sequential:

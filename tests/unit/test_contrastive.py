@@ -1,5 +1,6 @@
 """L_pxl against the loops of contrastive_reference, and its edges."""
 
+import math
 from unittest import mock
 
 import pytest
@@ -8,10 +9,14 @@ from contrastive_reference import all_weights, centres, dense_loss
 from contrastive_scenes import gradients, scene
 
 from cast_ray.losses import pixel_contrast
-from cast_ray.losses.contrastive import contrastive_loss, temperature_at
+from cast_ray.losses.contrastive import contrastive_loss, diagnose, temperature_at
 from cast_ray.recipe import CONTRASTIVE_PRESETS, ContrastiveConfig
 
 SIZE = (2, 3)
+
+
+def column(name, **changes):
+    return ContrastiveConfig(**CONTRASTIVE_PRESETS[name] | changes)
 
 
 def reference(inputs, config, temperature, how="expectation"):
@@ -42,12 +47,12 @@ def test_expectation_equals_the_loops(sampler, scope, normalise):
 
 @pytest.mark.parametrize("preset", ["paper", "released"])
 def test_presets_equal_the_loops(preset):
-    config = ContrastiveConfig(**CONTRASTIVE_PRESETS[preset], estimator="expectation")
+    config = column(preset, estimator="expectation")
     assert_equal_to_reference(scene(images=3), config, temperature_at(45_000, config))
 
 
 def test_released_draws_every_candidate_when_there_are_fewer_than_r():
-    config = ContrastiveConfig(**CONTRASTIVE_PRESETS["released"])
+    config = column("released")
     assert_equal_to_reference(scene(images=3), config, 0.3, how="all")
 
 
@@ -55,7 +60,7 @@ def test_released_draws_every_candidate_when_there_are_fewer_than_r():
 def test_padding_is_neither_anchor_nor_negative(preset):
     inputs = scene()
     inputs["valid"][0, :, 8:] = False
-    config = ContrastiveConfig(**CONTRASTIVE_PRESETS[preset], estimator="expectation")
+    config = column(preset, estimator="expectation")
     assert_equal_to_reference(inputs, config, 0.2)
     loss = contrastive_loss(**inputs, config=config, temperature=0.2)
     assert loss.count == 10
@@ -137,7 +142,7 @@ def test_one_image_has_no_negatives_in_other_images(estimator):
     out = contrastive_loss(**inputs, config=config, temperature=0.07)
     assert out.sum == 0 and out.count == 0 and out.sum.requires_grad
     assert all(g.isfinite().all() and not g.any() for g in gradients(inputs, out.sum))
-    assert out.diagnostics["margin"].isfinite() and out.diagnostics["raw_loss"] == 0
+    assert diagnose(out.statistics, 0.07)["raw_loss"] == 0
 
 
 @pytest.mark.parametrize("estimator", ["sampled", "expectation"])
@@ -177,7 +182,8 @@ def test_oracle_without_truth_gives_nothing_and_unknown_shares_are_nan():
     out = contrastive_loss(**inputs, config=ContrastiveConfig(sampler="oracle"), temperature=0.07)
     assert out.sum == 0 and out.count == 0
     out = contrastive_loss(**inputs, config=ContrastiveConfig(), temperature=0.07)
-    assert out.diagnostics["fnr"].isnan() and out.diagnostics["same_class"].isnan() and out.sum > 0
+    facts = diagnose(out.statistics, 0.07)
+    assert math.isnan(facts["fnr"]) and math.isnan(facts["same_class"]) and facts["raw_loss"] > 0
 
 
 @pytest.mark.parametrize("estimator", ["sampled", "expectation"])
@@ -210,7 +216,7 @@ def test_finite_gradients_in_half_precision_at_the_lowest_temperature(dtype, pre
         inputs[name] = inputs[name].detach().to(dtype)
     inputs["z_weak"].requires_grad_()
     inputs["z_strong"].requires_grad_()
-    config = ContrastiveConfig(**CONTRASTIVE_PRESETS[preset], estimator=estimator)
+    config = column(preset, estimator=estimator)
     with torch.autocast("cpu", dtype=dtype if dtype == torch.bfloat16 else torch.float16):
         out = contrastive_loss(**inputs, config=config, temperature=0.07)
     assert out.sum.dtype == torch.float32 and out.sum.isfinite()
@@ -252,8 +258,7 @@ def test_pieces_add_up_to_the_whole():
     assert whole.count == pieces.count
     for a, b in zip(gradients(inputs, whole.sum), gradients(inputs, pieces.sum)):
         torch.testing.assert_close(a, b)
-    for name, value in whole.diagnostics.items():
-        torch.testing.assert_close(value, pieces.diagnostics[name])
+    torch.testing.assert_close(whole.statistics, pieces.statistics)
 
 
 def test_diagnostics_equal_the_loops():
@@ -282,18 +287,16 @@ def test_diagnostics_equal_the_loops():
         "same_class": same_class,
         "temperature": temperature,
     }
-    assert found.diagnostics.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert found.diagnostics[name].item() == pytest.approx(value, abs=1e-5), name
-        assert found.diagnostics[name].dim() == 0 and not found.diagnostics[name].requires_grad
-    assert 0 < false < 1
-    assert contrastive_loss(**inputs, config=config, temperature=0.3, with_diagnostics=False).diagnostics == {}
+    assert diagnose(found.statistics, temperature) == pytest.approx(wanted, abs=1e-5)
+    assert 0 < false < 1 and not found.statistics.requires_grad
+    plain = contrastive_loss(**inputs, config=config, temperature=temperature, with_diagnostics=False)
+    assert plain.statistics is None and torch.equal(plain.sum, found.sum)
 
 
 def test_oracle_draws_no_false_negative_and_uniform_does():
     inputs = scene()
     fnr = {
-        s: contrastive_loss(**inputs, config=ContrastiveConfig(sampler=s), temperature=0.1).diagnostics["fnr"]
+        s: diagnose(contrastive_loss(**inputs, config=ContrastiveConfig(sampler=s), temperature=0.1).statistics, 0.1)["fnr"]
         for s in ("oracle", "uniform")
     }
     assert fnr["oracle"] == 0 < fnr["uniform"]
@@ -315,7 +318,7 @@ def test_no_host_copy():
 
 
 def test_temperature_schedule():
-    released = ContrastiveConfig(**CONTRASTIVE_PRESETS["released"])
+    released = column("released")
     assert temperature_at(0, released) == pytest.approx(0.3)
     assert temperature_at(45_000, released) == pytest.approx(0.185)
     assert temperature_at(90_000, released) == temperature_at(10**6, released) == pytest.approx(0.07)

@@ -27,13 +27,10 @@ def describe(config, inputs):
 def weights_of(config, inputs):
     """[B * h w, B * h w] weights with every pixel anchor and candidate."""
     pixels = describe(config, inputs)
-    pool, count = pixels.flat(), pixels.pixel.shape[1]
-    return torch.cat(
-        [
-            candidate_weights(pixels[b], pool, slice(b * count, (b + 1) * count), config)
-            for b in range(len(pixels.pixel))
-        ]
-    )
+    images, count = pixels.pixel.shape
+    if config.scope != "same-image":
+        return candidate_weights(pixels, pixels.flat(), slice(0, images * count), config).flatten(0, 1)
+    return torch.block_diag(*candidate_weights(pixels, pixels, None, config))
 
 
 @pytest.mark.parametrize("scope", ["batch", "same-image", "cross-image"])
