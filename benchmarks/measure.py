@@ -17,7 +17,7 @@ def clock(cpu: bool) -> Callable[[], float]:
 def interleaved(
     variants: Mapping[str, Callable[[], float]], repeats: int, warm_up: bool = True
 ) -> dict[str, list[float]]:
-    """Seconds of each variant, which time themselves, in turn: a busy machine slows all alike."""
+    """Seconds of variants that time themselves, in turn, so that a busy machine slows all alike."""
     if warm_up:  # allocator, thread pool
         for run in variants.values():
             run()

@@ -16,15 +16,14 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
-from measure import clock, report
+from measure import clock, interleaved, report
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Dinov2Backbone, Dinov2Config
@@ -129,21 +128,165 @@ CASES = {"shapes": shapes_case, "paper": paper_case}
 class Step:
     """One optimiser step, whole or cut into timed parts."""
 
-    def __init__(self, case: str, column: str, contrastive: bool, now: Callable[[], float]):
+    def __init__(self, case: str, column: str | None, now: Callable[[], float]):
         model, recipe, self.batch, num_classes = CASES[case]()
-        config = build_recipe("shapes", overrides={"contrastive": column}).contrastive if contrastive else None
-        self.train = recipe.stages.distill
+        config = build_recipe("shapes", overrides={"contrastive": column}).contrastive if column else None
+        self.train, self.now = recipe.stages.distill, now
         torch.manual_seed(0)
         with mock.patch.dict(registry.ROWS["encoders"], dinov2_small=f"{__name__}:Dinov2Small"):
             self.network = CastNetwork(build_segmenter(model, num_classes, seed=0), config).train()
         self.objective = Objective(recipe.loss, config)
         self.optimizer = build_optimizer(self.network, self.train)
         self.average = WeightAverage(self.network, self.train.ema)
-        self.now = now
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.seconds: dict[str, list[float]] = defaultdict(list)
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
         start = self.now()
         yield
-        self.seconds[part] += self.now() - start
+        self.current[part] += self.now() - start
+
+    def whole(self) -> float:
+        """As in `engine.loop.train`; returns its seconds."""
+        start = self.now()
+        self.backward()
+        self.update()
+        return self.now() - start
+
+    def backward(self) -> None:
+        output = self.network(self.batch.weak, self.batch.strong if self.objective.contrastive else None)
+        terms, _ = self.objective(output, self.batch, 0, step_generator(0, 0, 0, CPU))
+        self.weighted(terms).backward()
+
+    def update(self) -> None:
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.train.clip_norm)
+        set_lr(self.optimizer, 0, self.train)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.average.update()
+
+    def weighted(self, terms: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+        weights = {name: self.objective.weights[name] for name in terms}
+        return weighted_sum(terms, weights, World().all_reduce_sum, 1)[0]
+
+    def cut(self) -> None:
+        """One step up to the gradients, every part timed by itself."""
+        self.current: dict[str, float] = defaultdict(float)
+        network, batch, projector = self.network, self.batch, self.network.projector
+        with self.timed("encoder, decoder, head: forward"):
+            predictions = network.segmenter(batch.weak)
+        leaves = Predictions(
+            [leaf(t) for t in predictions.class_logits],
+            [leaf(t) for t in predictions.mask_logits],
+            {stride: leaf(t) for stride, t in predictions.features.items()},
+            {name: leaf(t) for name, t in predictions.auxiliary.items()},
+        )
+        output = Output(leaves)
+        if projector is not None:
+            with (
+                self.timed("strong view: encoder"),
+                torch.set_grad_enabled(self.objective.contrastive.strong_grad),
+            ):
+                strong = network.segmenter.encode(batch.strong)[network.stride]
+            strong_leaf = leaf(strong)
+            with self.timed("contrastive: projection"):
+                z = projector(leaves.features[network.stride]), projector.forward_strong(strong_leaf)
+            output = Output(leaves, *(leaf(t) for t in z))
+        with (
+            self.within("set loss", objective_module, "set_loss"),
+            self.within("set loss: matching", set_criterion, "match_layers"),
+            self.within("proposals", objective_module, "proposal_loss"),
+            self.within("contrastive: loss", objective_module, "contrastive_loss"),
+        ):
+            terms, _ = self.objective(output, batch, 0, step_generator(0, 0, 0, CPU))
+        self.current["set loss"] -= self.current["set loss: matching"]
+        for part, marks in (("set loss", ("class", "mask", "dice")), ("proposals", ("proposal",)), ("contrastive: loss", ("pxl",))):
+            own = {n: pair for n, pair in terms.items() if n.split("/")[-1].startswith(marks)}
+            if own:
+                with self.timed(part):
+                    self.weighted(own).backward()
+        if projector is not None:
+            with self.timed("contrastive: projection"):
+                backward(z, (output.z_weak, output.z_strong))
+            with self.timed("strong view: encoder"):
+                backward((strong,), (strong_leaf,))
+        with self.timed("encoder, decoder, head: backward"):
+            outputs = [*predictions.class_logits, *predictions.mask_logits, *predictions.features.values(), *predictions.auxiliary.values()]
+            inputs = [*leaves.class_logits, *leaves.mask_logits, *leaves.features.values(), *leaves.auxiliary.values()]
+            backward(outputs, inputs)
+
+    def parts(self) -> None:
+        """A cut step and its update, added to `seconds`."""
+        self.cut()
+        with self.timed("clipping, optimiser, weight average"):
+            self.update()
+        for part, value in self.current.items():
+            self.seconds[part].append(value)
+
+    @contextmanager
+    def within(self, part: str, module: Any, name: str) -> Iterator[None]:
+        real = getattr(module, name)
+
+        def timed(*arguments: Any, **options: Any) -> Any:
+            with self.timed(part):
+                return real(*arguments, **options)
+
+        with mock.patch.object(module, name, timed):
+            yield
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()
+
+
+def backward(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
+    """Hands the gradients that the cut leaves have gathered to the outputs they were cut from."""
+    pairs = [(o, leaf.grad) for o, leaf in zip(outputs, leaves) if leaf.grad is not None and o.requires_grad]
+    torch.autograd.backward([o for o, _ in pairs], [grad for _, grad in pairs])
+
+
+def check(step: Step) -> None:
+    """The cut step has the gradients of the whole one."""
+    step.backward()
+    wanted = {name: p.grad for name, p in step.network.named_parameters() if p.grad is not None}
+    step.optimizer.zero_grad(set_to_none=True)
+    step.cut()
+    for name, p in step.network.named_parameters():
+        if name in wanted:
+            torch.testing.assert_close(p.grad, wanted[name], rtol=1e-3, atol=1e-5 * float(wanted[name].abs().max()))
+    step.optimizer.zero_grad(set_to_none=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--case", choices=CASES, action="append", help="default: both")
+    parser.add_argument("--column", choices=("paper", "released"), action="append", help="default: both")
+    parser.add_argument("--cpu", action="store_true", help="CPU seconds, for a machine others use too")
+    parser.add_argument("--repeats", type=int, help="default: 20 of shapes, 3 of paper")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    now = clock(options.cpu)
+    for case in options.case or CASES:
+        for column in options.column or ("paper", "released"):
+            breakdown(case, column, options.repeats or {"shapes": 20, "paper": 3}[case], now)
+
+
+def breakdown(case: str, column: str, repeats: int, now: Callable[[], float]) -> None:
+    step, without = Step(case, column, now), Step(case, None, now)
+    check(step)
+    seconds = interleaved({"cut": step.parts, "with": step.whole, "without": without.whole}, repeats)
+    parameters = sum(p.numel() for p in step.network.parameters()) / 1e6
+    pixels = " x ".join(map(str, step.batch.weak.shape))
+    print(f"{case}, contrastive={column}: {parameters:.1f} M parameters, images {pixels}, n={repeats}, medians")
+    medians = {part: statistics.median(values) for part, values in step.seconds.items()}
+    total = sum(medians.values())
+    for part, value in medians.items():
+        print(f"  {part:40s} {1000 * value:10.1f} ms {100 * value / total:6.1f} %")
+    term = sum(v for part, v in medians.items() if part.startswith("contrastive"))
+    print(f"  {'the step, parts added up':40s} {1000 * total:10.1f} ms   contrastive term {100 * term / total:.1f} %")
+    whole = {name: statistics.median(seconds[name]) for name in ("with", "without")}
+    report(f"step_with_contrastive_{column}_{case}", whole["with"], whole["without"], "s")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from cast_ray.losses.mask_terms import mask_terms
 from cast_ray.losses.matching import kept_pixels
@@ -55,42 +58,43 @@ def proposal_loss(
     compared at the mask features' own size, not at sampled points: there are few assigned tokens.
     """
     class_logits = auxiliary["proposal_class_logits"].float()
-    embeddings, features = auxiliary["proposal_mask_embeddings"], auxiliary["mask_features"]
-    grid = (class_logits.shape[2], class_logits.shape[3])
+    embeddings, features = auxiliary["proposal_mask_embeddings"].flatten(2), auxiliary["mask_features"].flatten(2)
+    grid, size = class_logits.shape[2:], auxiliary["mask_features"].shape[2:]
     num_classes = class_logits.shape[1] - 1
     keep = kept_pixels(targets, valid)
-    weights = target_weights(targets, config)
-    assigned_BT = torch.stack([assign_tokens(t, grid, None if keep is None else keep[i]) for i, t in enumerate(targets)])
+    # Pooled once at crop size, the largest tensors here; the grid's cells are made of the mask features' pixels.
+    masks = [F.adaptive_avg_pool2d(t.masks.float(), size) for t in targets]
+    counted = None if keep is None else F.adaptive_avg_pool2d(keep.float(), size)
+    assigned_BT = assign_tokens(masks, grid, counted)
 
-    labels_BT = torch.full_like(assigned_BT, num_classes)
-    weights_BT = class_logits.new_full(assigned_BT.shape, config.no_object_weight)
-    for b, target in enumerate(targets):
-        if len(target.labels):
-            inside_T, index_T = assigned_BT[b] >= 0, assigned_BT[b].clamp(min=0)
-            labels_BT[b] = torch.where(inside_T, target.labels[index_T], num_classes)
-            weights_BT[b] = torch.where(inside_T, weights[b][index_T], config.no_object_weight)
+    weights = target_weights(targets, config)
+    # One more entry a row, for the tokens (index -1) that belong to no instance.
+    labels_BN = pad_sequence([t.labels for t in targets], batch_first=True, padding_value=num_classes)
+    weights_BN = pad_sequence(weights, batch_first=True)
+    index_BT = assigned_BT.clamp(min=-1) % (labels_BN.shape[1] + 1)
+    labels_BT = F.pad(labels_BN, (0, 1), value=num_classes).gather(1, index_BT)
+    weights_BT = F.pad(weights_BN, (0, 1), value=config.no_object_weight).gather(1, index_BT)
     weights_BT.masked_fill_(assigned_BT == UNASSIGNED, 0)
     cross_entropy_BT = F.cross_entropy(class_logits.flatten(2), labels_BT, reduction="none")
-    class_term = ((cross_entropy_BT * weights_BT).sum(1), weights_BT.sum(1))
 
-    sums: list[torch.Tensor] = []
-    attached = (embeddings.flatten()[:1].sum() * 0 + features.flatten()[:1].sum() * 0).float()
+    # Attached without any token too: every head gets a gradient on every worker, which DDP needs.
+    nothing = (embeddings.flatten()[:1].sum() * 0 + features.flatten()[:1].sum() * 0).float()
+    mask_sums, dice_sums = [nothing] * len(targets), [nothing] * len(targets)
     # The only copy to the host: how many tokens are assigned decides the shapes.
     for b, assigned_T in enumerate(assigned_BT.cpu()):
         token_P = (assigned_T >= 0).nonzero()[:, 0]
         if len(token_P) == 0:
-            sums.append(torch.stack([attached, attached, attached.detach()]))
             continue
         instance_P, token_P = (x.to(class_logits.device, non_blocking=True) for x in (assigned_T[token_P], token_P))
-        logits_PHW = torch.einsum("dp,dhw->phw", embeddings[b].flatten(1)[:, token_P], features[b])
-        mask_P, dice_P = _mask_losses(logits_PHW.float(), targets[b], None if keep is None else keep[b], instance_P)
-        weight_P = weights[b][instance_P]
-        sums.append(torch.stack([mask_P @ weight_P, dice_P @ weight_P, weight_P.sum()]))
-    mask_sum_B, dice_sum_B, mask_count_B = torch.stack(sums, dim=1)
+        logits_PX = (embeddings[b][:, token_P].T @ features[b]).float()
+        counted_1X = None if counted is None else counted[b].view(1, -1)
+        mask_P, dice_P = mask_terms(logits_PX, masks[b].flatten(1)[instance_P], counted_1X)
+        mask_sums[b], dice_sums[b] = mask_P @ weights[b][instance_P], dice_P @ weights[b][instance_P]
+    count_B = (weights_BT * (assigned_BT >= 0)).sum(1)
     return {
-        "proposal_class": class_term,
-        "proposal_mask": (mask_sum_B, mask_count_B),
-        "proposal_dice": (dice_sum_B, mask_count_B),
+        "proposal_class": ((cross_entropy_BT * weights_BT).sum(1), weights_BT.sum(1)),
+        "proposal_mask": (torch.stack(mask_sums), count_B),
+        "proposal_dice": (torch.stack(dice_sums), count_B),
     }
 
 
@@ -99,7 +103,9 @@ UNASSIGNED = -2
 
 
 @torch.no_grad()
-def assign_tokens(target: Targets, grid: tuple[int, int], keep: torch.Tensor | None = None) -> torch.Tensor:
+def assign_tokens(
+    masks: Sequence[torch.Tensor], grid: Sequence[int], counted: torch.Tensor | None = None
+) -> torch.Tensor:
     """The instance that each cell of a token grid is assigned to.
 
     A cell scores for an instance `covered * exp(-pi d^2 / (2 area))`: the share of the cell that the instance covers,
@@ -107,45 +113,34 @@ def assign_tokens(target: Targets, grid: tuple[int, int], keep: torch.Tensor | N
     least half its best score, nine at most; a cell claimed by several goes to the highest score.
 
     Args:
-        target: masks bool [N, H, W] of one image.
+        masks: B tensors float32 [N, H, W], the share of each pixel (of any size) that an instance covers.
         grid: h, w of the tokens.
-        keep: bool [H, W], False on padding and in ignore regions; None: True everywhere.
+        counted: float32 [B, H, W], the share of each pixel that lies inside the image and outside ignore regions;
+            None: 1 everywhere.
 
     Returns:
-        int64 [h*w]: instance index, -1 background, -2 without a class target.
+        int64 [B, h*w]: instance index, -1 background, -2 without a class target.
     """
     height, width = grid
-    num_tokens = height * width
-    device = target.masks.device
-    assigned_T = torch.full((num_tokens,), BACKGROUND, dtype=torch.int64, device=device)
-    if len(target.masks):
-        covered_NHW = F.adaptive_avg_pool2d(target.masks.float(), grid)
-        covered_NT = covered_NHW.flatten(1)
-        assigned_T.masked_fill_(covered_NT.amax(0) > CENTRAL_SHARE, UNASSIGNED)
-        area_N = covered_NT.sum(1).clamp(min=1e-6)  # in cells
-        y_T = torch.arange(height, device=device).repeat_interleave(width).float()
-        x_T = torch.arange(width, device=device).repeat(height).float()
-        offset_y_NT = y_T - ((covered_NT @ y_T) / area_N)[:, None]
-        offset_x_NT = x_T - ((covered_NT @ x_T) / area_N)[:, None]
-        distance_NT = offset_y_NT.square() + offset_x_NT.square()
-        score_NT = covered_NT * torch.exp(-torch.pi * distance_NT / (2 * area_N[:, None]))
-        best_N = score_NT.amax(1, keepdim=True)
-        kept = min(MAX_TOKENS_PER_INSTANCE, num_tokens)
-        floor_N = torch.maximum(score_NT.topk(kept, dim=1).values[:, -1:], CENTRAL_SHARE * best_N)
-        score_NT = torch.where((score_NT >= floor_N) & (score_NT > 0), score_NT, 0)
-        top_T, owner_T = score_NT.max(0)
-        assigned_T = torch.where(top_T > 0, owner_T, assigned_T)
-    if keep is not None:
-        ignored_T = F.adaptive_avg_pool2d(keep[None].float(), grid).flatten() < 1 - CENTRAL_SHARE
-        assigned_T.masked_fill_(ignored_T & (assigned_T == BACKGROUND), UNASSIGNED)
-    return assigned_T
-
-
-def _mask_losses(
-    logits_PHW: torch.Tensor, target: Targets, keep: torch.Tensor | None, instance_P: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean binary cross-entropy and dice per assigned token, over the pixels that are kept."""
-    size = (logits_PHW.shape[1], logits_PHW.shape[2])
-    masks_NX = F.adaptive_avg_pool2d(target.masks.float(), size).flatten(1)
-    counted_1X = None if keep is None else F.adaptive_avg_pool2d(keep[None].float(), size).flatten(1)
-    return mask_terms(logits_PHW.flatten(1), masks_NX[instance_P], counted_1X)
+    device = masks[0].device
+    y_T = torch.arange(height, device=device).repeat_interleave(width).float()
+    x_T = torch.arange(width, device=device).repeat(height).float()
+    covered_BNT = pad_sequence([F.adaptive_avg_pool2d(m, (height, width)).flatten(1) for m in masks], batch_first=True)
+    assigned_BT = torch.full((len(masks), height * width), BACKGROUND, device=device)
+    if counted is not None:
+        ignored_BT = F.adaptive_avg_pool2d(counted, (height, width)).flatten(1) < 1 - CENTRAL_SHARE
+        assigned_BT.masked_fill_(ignored_BT, UNASSIGNED)
+    if covered_BNT.shape[1] == 0:
+        return assigned_BT
+    area_BN1 = covered_BNT.sum(2, keepdim=True).clamp(min=1e-6)  # in cells
+    offset_y_BNT = y_T - (covered_BNT @ y_T)[..., None] / area_BN1
+    offset_x_BNT = x_T - (covered_BNT @ x_T)[..., None] / area_BN1
+    distance_BNT = offset_y_BNT.square() + offset_x_BNT.square()
+    score_BNT = covered_BNT * torch.exp(-torch.pi * distance_BNT / (2 * area_BN1))
+    kept = min(MAX_TOKENS_PER_INSTANCE, height * width)
+    best_BNK = score_BNT.topk(kept, dim=2).values
+    floor_BN1 = torch.maximum(best_BNK[..., -1:], CENTRAL_SHARE * best_BNK[..., :1])
+    score_BNT = score_BNT * ((score_BNT >= floor_BN1) & (score_BNT > 0))
+    top_BT, owner_BT = score_BNT.max(1)
+    assigned_BT.masked_fill_(covered_BNT.amax(1) > CENTRAL_SHARE, UNASSIGNED)
+    return torch.where(top_BT > 0, owner_BT, assigned_BT)

@@ -17,7 +17,7 @@ from cast_ray.losses.matching import Matches, kept_pixels, match_layers, sample_
 from cast_ray.recipe import LossConfig
 from cast_ray.records import Predictions, Targets
 
-_PAIRS_AT_A_TIME = {"cpu": 8}  # of which masks are compared: what stays in cache (else 64, to bound memory)
+_SAMPLES_AT_A_TIME = {"cpu": 2**18}  # pairs x candidate points: what stays in cache (else 2**22, to bound memory)
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,8 @@ def _mask_sums(
     """Weighted point-sampled BCE and dice of one layer's pairs, added up by image: [B] each."""
     num_images = logits.shape[0]
     chosen = _TakeRows.apply(logits.flatten(0, 1), matches.query[layer])
-    at_a_time = _PAIRS_AT_A_TIME.get(logits.device.type, 64)
+    limit = _SAMPLES_AT_A_TIME.get(logits.device.type, 2**22)
+    at_a_time = max(1, limit // max(points.candidates.shape[2], points.uniform.shape[2]))
     losses: list[Tensor] = []
     for values, target, image, candidates, uniform in zip(
         *(

@@ -24,36 +24,43 @@ def targets(masks: list[torch.Tensor], labels: list[int], ignore: torch.Tensor |
     return Targets(stacked, torch.tensor(labels, dtype=torch.int64), torch.ones(len(labels)), ignore)
 
 
+def assign(target: Targets, grid: tuple[int, int], keep: torch.Tensor | None = None) -> torch.Tensor:
+    """Of one image, between an empty one and a crowded one."""
+    others = torch.zeros(0, *target.masks.shape[1:]), torch.rand(9, *target.masks.shape[1:])
+    counted = None if keep is None else keep.float().expand(3, *keep.shape)
+    return assign_tokens([others[0], target.masks.float(), others[1]], grid, counted)[1]
+
+
 def test_tokens_are_assigned_by_location() -> None:
     target = targets([square(32, 48, 0, 0, 16), square(32, 48, 24, 40, 8)], [0, 1])
-    assigned = assign_tokens(target, (4, 6)).unflatten(0, (4, 6))
+    assigned = assign(target, (4, 6)).unflatten(0, (4, 6))
     assert assigned[:2, :2].tolist() == [[0, 0], [0, 0]]
     assert assigned[3, 5] == 1
     assert (assigned == BACKGROUND).sum() == 19
 
 
 def test_cells_of_a_large_instance_off_its_centre_have_no_class_target() -> None:
-    assigned = assign_tokens(targets([square(64, 64, 0, 0, 64)], [0]), (8, 8)).unflatten(0, (8, 8))
+    assigned = assign(targets([square(64, 64, 0, 0, 64)], [0]), (8, 8)).unflatten(0, (8, 8))
     assert assigned[0, 0] == UNASSIGNED
     assert 0 < (assigned == 0).sum() <= 12
     assert assigned[3:5, 3:5].eq(0).all()
 
 
 def test_an_instance_smaller_than_a_cell_still_gets_one() -> None:
-    assigned = assign_tokens(targets([square(32, 48, 10, 10, 2)], [0]), (4, 6))
+    assigned = assign(targets([square(32, 48, 10, 10, 2)], [0]), (4, 6))
     assert assigned.eq(0).sum() == 1
 
 
 def test_ignored_background_has_no_class_target() -> None:
     ignore = square(32, 48, 16, 16, 16)
-    assigned = assign_tokens(targets([square(32, 48, 0, 0, 8)], [0]), (4, 6), ~ignore).unflatten(0, (4, 6))
+    assigned = assign(targets([square(32, 48, 0, 0, 8)], [0]), (4, 6), ~ignore).unflatten(0, (4, 6))
     assert assigned[2:4, 2:4].eq(UNASSIGNED).all()
     assert assigned[0, 0] == 0
 
 
 def test_proposal_loss_falls_to_zero_for_the_right_answer_and_counts_add_up() -> None:
     target = targets([square(32, 48, 0, 0, 16)], [2])
-    assigned = assign_tokens(target, (4, 6))
+    assigned = assign(target, (4, 6))
     logits = torch.full((1, 4, 24), -20.0)
     logits[0, 3, assigned == BACKGROUND] = 20.0
     logits[0, 2, assigned == 0] = 20.0
@@ -105,7 +112,7 @@ def test_scores_weigh_tokens_where_the_recipe_says_so() -> None:
         proposal_loss(random_auxiliary(1), [target], LossConfig(pseudo_weighting=weighting))
         for weighting in ("hard", "score")
     )
-    first = int((assign_tokens(target, (4, 6)) == 0).sum())
+    first = int((assign(target, (4, 6)) == 0).sum())
     for term in hard:
         assert hard[term][1].item() - score[term][1].item() == pytest.approx(0.75 * first)
         assert score[term][0] < hard[term][0]
