@@ -190,7 +190,7 @@ class Step:
                 strong = network.segmenter.encode(batch.strong)[network.stride]
             strong_leaf = leaf(strong)
             with self.timed("contrastive: projection"):
-                z = projector(leaves.features[network.stride]), projector.forward_strong(strong_leaf)
+                z = projector(leaves.features[network.stride], strong_leaf)
             output = Output(leaves, *(leaf(t) for t in z))
         with (
             self.within("set loss", objective_module, "set_loss"),

@@ -24,7 +24,7 @@ def contrastive_loss(
     truth_class: Tensor,
     config: ContrastiveConfig,
     *,
-    temperature: float | Tensor,
+    temperature: float,
     generator: torch.Generator | None = None,
     gather: Gather | None = None,
     with_diagnostics: bool = True,

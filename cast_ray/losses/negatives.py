@@ -56,8 +56,7 @@ def describe_pixels(
     mask_logits: Tensor,
     class_logits: Tensor,
     valid: Tensor,
-    truth_instance: Tensor,
-    truth_class: Tensor,
+    truth: tuple[Tensor, Tensor] | None,
     size: tuple[int, int],
     first_image: int,
     config: ContrastiveConfig,
@@ -70,7 +69,7 @@ def describe_pixels(
 
     Args:
         mask_logits: [B, Q, H/4, W/4], the final layer's; class_logits: [B, Q, C+1]. Both are detached.
-        valid: bool [B, H, W]; truth_instance, truth_class: int16 [B, H, W].
+        valid: bool [B, H, W]; truth: instance and class, int16 [B, H, W] each; None: unknown everywhere.
         size: (h, w). first_image: number of this worker's first image among all workers'.
 
     Returns:
@@ -91,14 +90,9 @@ def describe_pixels(
         else:
             norm = mask_part.sum(-1, keepdim=True) + class_part.sum(-1, keepdim=True)
         mask_part, class_part = mask_part / norm, class_part / norm
-    return PixelSet(
-        pixel,
-        at_centres(valid, size).float(),
-        mask_part,
-        class_part,
-        at_centres(truth_instance, size).long(),
-        at_centres(truth_class, size).long(),
-    )
+    unknown = torch.full_like(pixel, -1)
+    instance, category = (unknown, unknown) if truth is None else (at_centres(t, size).long() for t in truth)
+    return PixelSet(pixel, at_centres(valid, size).float(), mask_part, class_part, instance, category)
 
 
 @torch.no_grad()
@@ -128,7 +122,7 @@ def draw_pixels(valid: Tensor, count: int | None, generator: torch.Generator | N
     if count is None or count >= valid.shape[1]:
         return torch.arange(valid.shape[1], device=valid.device).expand(valid.shape[0], -1)
     keys = torch.rand(valid.shape, device=valid.device, generator=generator) + (~valid)
-    return keys.topk(count, dim=1, largest=False).indices
+    return keys.topk(count, dim=1, largest=False, sorted=False).indices
 
 
 def stand_for_all(pool: PixelSet, all_pixels: PixelSet) -> PixelSet:

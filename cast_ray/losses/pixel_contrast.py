@@ -23,6 +23,7 @@ from cast_ray.losses.negatives import (
 from cast_ray.recipe import ContrastiveConfig
 
 _PAIRS_AT_A_TIME = {"cpu": 2**19, "cuda": 2**24}  # anchors x candidates: a cache-sized piece, a launch-bound one
+_LARGEST_EXPONENT = 80.0  # exp(-80) is still a normal float32
 NUM_STATISTICS = 9
 
 
@@ -74,7 +75,8 @@ def pose_problem(
     config: ContrastiveConfig,
     generator: torch.Generator | None,
     gather: Gather | None,
-    negatives_from: Tensor,
+    negatives_from: Literal["weak", "strong"],
+    with_truth: bool,
 ) -> PixelProblem:
     """Draws anchors and the candidate pool (stratified over images, uniform within each) and gathers the pool.
 
@@ -95,9 +97,8 @@ def pose_problem(
     if batch_sizes != {num_images}:
         raise ValueError(f"contrastive loss: expected batches of {num_images}, got {sorted(batch_sizes)}")
     rank, num_workers = (0, 1) if gather is None else (gather.rank, gather.size)
-    pixels = describe_pixels(
-        mask_logits, class_logits, valid, truth_instance, truth_class, (height, width), rank * num_images, config
-    )
+    truth = (truth_instance, truth_class) if with_truth else None
+    pixels = describe_pixels(mask_logits, class_logits, valid, truth, (height, width), rank * num_images, config)
     inside = pixels.share > 0
     anchor_at = draw_pixels(inside, config.num_anchors, generator)
     per_image = config.pool_size
@@ -105,14 +106,15 @@ def pose_problem(
         per_image = max(1, per_image // (num_images * num_workers))
     pool_at = draw_pixels(inside, per_image, generator)
     pool = stand_for_all(pixels.at(pool_at), pixels).flat()
-    candidates = _take(negatives_from, pool_at).flatten(0, 1)
+    weak, strong = _rows(z_weak), _rows(z_strong)
+    candidates = _take(weak if negatives_from == "weak" else strong, pool_at).flatten(0, 1)
     first = 0
     if gather is not None and config.scope != "same-image":
         first = rank * len(candidates)
         candidates, pool = gather(candidates), _gather_pixels(pool, gather)
     return PixelProblem(
-        anchors=_take(z_weak, anchor_at),
-        positives=_take(z_strong, anchor_at),
+        anchors=_take(weak, anchor_at),
+        positives=_take(strong, anchor_at),
         candidates=candidates,
         anchor_pixels=pixels.at(anchor_at),
         pool=pool,
@@ -121,12 +123,18 @@ def pose_problem(
     )
 
 
-def _take(z: Tensor, location: Tensor) -> Tensor:
-    """The float32 vectors [B, n, D] of [B, D, h, w] at locations int64 [B, n]."""
-    vectors = z.float().flatten(2)
-    if location.shape[1] == vectors.shape[2]:  # all of them, in order
-        return vectors.transpose(1, 2).contiguous()
-    return vectors.gather(2, location[:, None].expand(-1, z.shape[1], -1)).transpose(1, 2).contiguous()
+def _rows(z: Tensor) -> Tensor:
+    """[B, D, h, w] as float32 [B, h w, D]: whole vectors are read and written, not D distant numbers."""
+    return z.float().flatten(2).transpose(1, 2).contiguous()
+
+
+def _take(rows: Tensor, location: Tensor) -> Tensor:
+    """The vectors [B, n, D] of [B, h w, D] at locations int64 [B, n]."""
+    num_images, num_pixels, dim = rows.shape
+    if location.shape[1] == num_pixels:  # all of them, in order
+        return rows
+    first = torch.arange(num_images, device=rows.device)[:, None] * num_pixels
+    return rows.view(-1, dim).index_select(0, (first + location).flatten()).view(num_images, -1, dim)
 
 
 def _gather_pixels(pool: PixelSet, gather: Gather) -> PixelSet:
@@ -211,9 +219,11 @@ class _PieceSum(torch.autograd.Function):
 
 
 def instance_contrast(
-    config: ContrastiveConfig, temperature: float | Tensor, generator: torch.Generator | None, with_diagnostics: bool
+    config: ContrastiveConfig, temperature: float, generator: torch.Generator | None, with_diagnostics: bool
 ) -> PieceLoss:
     """The piece loss of L_pxl: -log( exp(s+) / (exp(s+) + sum_r exp(s-_r)) ) of each anchor that has a negative."""
+    # Of unit vectors -1/T <= s <= 1/T: unless that spans float32's exponents, the largest s need not be looked for.
+    peak = 1 / temperature if 2 / temperature < _LARGEST_EXPONENT else None
 
     def piece_loss(anchors, positives, candidates, pixels, pool, own):
         counts = negative_counts(candidate_weights(pixels, pool, own, config), config, generator)
@@ -225,7 +235,7 @@ def instance_contrast(
             seen = negative_statistics(positive, negatives, counts, active, temperature, pixels, pool, own)
         if config.hinge is not None:
             negatives = (negatives - config.hinge).clamp(min=0)
-        return (_LogRatio.apply(positive, negatives, counts) * active).sum(), active.sum(), seen
+        return (_LogRatio.apply(positive, negatives, counts, peak) * active).sum(), active.sum(), seen
 
     return piece_loss
 
@@ -233,26 +243,31 @@ def instance_contrast(
 class _LogRatio(torch.autograd.Function):
     """log( exp(s+) + sum_q c_q exp(s-_q) ) - s+ for s+ [...], s- [..., M], c [..., M] >= 0; finite for any temperature.
 
-    Written out because autograd would keep four matrices where the posterior is enough.
+    Written out because autograd would keep four matrices where the posterior is enough. `peak`: an upper bound of s
+    that no s lies far below; None: found for each anchor.
     """
 
     @staticmethod
-    def forward(ctx: Any, positive: Tensor, negatives: Tensor, counts: Tensor) -> Tensor:  # type: ignore[override]
-        # The peak is over drawn candidates only, as terms far below an undrawn one would underflow. In arithmetic, for
-        # log(counts) is slow at 0 and where() at random masks: ten times the cost of these passes.
-        terms = counts.sign().sub_(1).mul_(1e30).add_(negatives)
-        peak = torch.maximum(terms.amax(-1), positive)
-        terms = torch.sub(negatives, peak[..., None], out=terms).clamp_(max=0).exp_().mul_(counts)
-        first = (positive - peak).exp()
+    def forward(ctx: Any, positive: Tensor, negatives: Tensor, counts: Tensor, peak: float | None) -> Tensor:  # type: ignore[override]
+        if peak is None:
+            # Over drawn candidates only, as terms far below an undrawn one would underflow. In arithmetic, for
+            # log(counts) is slow at 0 and where() at random masks: ten times the cost of these passes.
+            drawn = counts.sign().sub_(1).mul_(1e30).add_(negatives)
+            highest = torch.maximum(drawn.amax(-1), positive)
+            terms = torch.sub(negatives, highest[..., None], out=drawn).clamp_(max=0).exp_().mul_(counts)
+        else:
+            highest = torch.full_like(positive, peak)
+            terms = (negatives - peak).exp_().mul_(counts)
+        first = (positive - highest).exp()
         total = terms.sum(-1) + first
         ctx.save_for_backward(first / total, terms.div_(total[..., None]))
-        return total.log() + peak - positive
+        return total.log() + highest - positive
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
         first, terms = ctx.saved_tensors
-        return grad * (first - 1), terms * grad[..., None], None
+        return grad * (first - 1), terms * grad[..., None], None, None
 
 
 @torch.no_grad()
@@ -261,7 +276,7 @@ def negative_statistics(
     negatives: Tensor,
     counts: Tensor,
     active: Tensor,
-    temperature: float | Tensor,
+    temperature: float,
     pixels: PixelSet,
     pool: PixelSet,
     own: slice | None,
@@ -323,7 +338,7 @@ def contrast(
     truth_class: Tensor,
     config: ContrastiveConfig,
     *,
-    temperature: float | Tensor,
+    temperature: float,
     generator: torch.Generator | None = None,
     gather: Gather | None = None,
     with_diagnostics: bool = True,
@@ -346,7 +361,8 @@ def contrast(
             config,
             generator,
             gather,
-            z_weak if negatives_from == "weak" else z_strong,
+            negatives_from,
+            with_truth=with_diagnostics or config.sampler == "oracle" or make_piece is not instance_contrast,
         )
         piece = make_piece(config, temperature, generator, with_diagnostics)
         total, count, seen = sum_over_anchors(problem, piece, only_own=config.scope == "same-image")

@@ -89,7 +89,7 @@ RIVALS = {"supervised": supervised_loss, "pc2seg": pc2seg_loss, "infonce": infon
 
 
 def _supervised_piece(
-    config: ContrastiveConfig, temperature: float | Tensor, generator: torch.Generator | None, with_diagnostics: bool
+    config: ContrastiveConfig, temperature: float, generator: torch.Generator | None, with_diagnostics: bool
 ) -> PieceLoss:
     def piece_loss(anchors, positives, candidates, pixels, pool, own):
         allowed = candidate_weights(pixels, pool, own, config)

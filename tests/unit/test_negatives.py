@@ -19,9 +19,8 @@ SIZE = (2, 3)
 
 
 def describe(config, inputs):
-    labels = [inputs[k] for k in ("mask_logits", "class_logits", "valid", "truth_instance", "truth_class")]
-    mask_logits, class_logits, valid, instance, category = labels
-    return describe_pixels(mask_logits, class_logits, valid, instance, category, SIZE, 0, config)
+    truth = inputs["truth_instance"], inputs["truth_class"]
+    return describe_pixels(inputs["mask_logits"], inputs["class_logits"], inputs["valid"], truth, SIZE, 0, config)
 
 
 def weights_of(config, inputs):
