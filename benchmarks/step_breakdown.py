@@ -4,8 +4,9 @@
 
 `shapes`: the preset's student and batch on drawn scenes. `paper`: a student of the paper's size (DINOv2-S from its
 config with random weights, DPT, 9 masked-attention layers, 100 queries, 12,544 points) on 2 images of 512x1024 with 10
-instances each. One thread. A step is cut at the network's outputs: each term is differentiated to them on its own, then
-the network once with their sum. Before anything is timed the cut step's gradients are compared with the loop's.
+instances each; the contrastive map has stride 8 (paper) or is the coarsest (released). One thread. A step is cut at the
+network's outputs: each term is differentiated to them on its own, then the network once with their sum. On `shapes` the
+gradients of the cut step are compared with the loop's before anything is timed.
 
 The rival is the step without the contrastive term. What it adds is its own work (projection heads, loss, their
 gradients) and the encoder's pass over the strong view; both are shown.
@@ -84,8 +85,8 @@ class Dinov2Small(Encoder):
         }
 
 
-def shapes_case() -> tuple[ModelConfig, Recipe, Batch, int]:
-    recipe = build_recipe("shapes")
+def shapes_case(column: str | None) -> tuple[ModelConfig, Recipe, Batch, int]:
+    recipe = build_recipe("shapes", overrides={"contrastive": column or "paper"})
     num_labelled = recipe.stages.distill.batch_labelled
     labels = {identifier: i for i, (identifier, _) in enumerate(CATEGORIES)}
     images, targets, truths = [], [], []
@@ -98,9 +99,10 @@ def shapes_case() -> tuple[ModelConfig, Recipe, Batch, int]:
     return recipe.student, recipe, as_batch(torch.stack(images), targets, num_labelled), len(CATEGORIES)
 
 
-def paper_case() -> tuple[ModelConfig, Recipe, Batch, int]:
+def paper_case(column: str | None) -> tuple[ModelConfig, Recipe, Batch, int]:
     overrides = {
-        "loss.num_points": 12544,
+        "contrastive": column or "paper",
+        "contrastive.feature_stride": 8 if column == "paper" else None,
         "stages.distill.batch_labelled": 1,
         "stages.distill.batch_unlabelled": 1,
     }
@@ -113,7 +115,7 @@ def paper_case() -> tuple[ModelConfig, Recipe, Batch, int]:
             mask[top : top + 120, left : left + 120] = True
         targets.append(Targets(masks, torch.randint(0, 8, (10,), generator=g), torch.ones(10)))
     images = torch.randint(0, 256, (2, 3, *PAPER_PX), generator=g, dtype=torch.uint8)
-    return PAPER_STUDENT, build_recipe("shapes", overrides=overrides), as_batch(images, targets, 1), 8
+    return PAPER_STUDENT, build_recipe("coco", overrides=overrides), as_batch(images, targets, 1), 8
 
 
 def as_batch(images: Tensor, targets: list[Targets], num_labelled: int) -> Batch:
@@ -129,8 +131,8 @@ class Step:
     """One optimiser step, whole or cut into timed parts."""
 
     def __init__(self, case: str, column: str | None, now: Callable[[], float]):
-        model, recipe, self.batch, num_classes = CASES[case]()
-        config = build_recipe("shapes", overrides={"contrastive": column}).contrastive if column else None
+        model, recipe, self.batch, num_classes = CASES[case](column)
+        config = recipe.contrastive if column else None
         self.train, self.now = recipe.stages.distill, now
         torch.manual_seed(0)
         with mock.patch.dict(registry.ROWS["encoders"], dinov2_small=f"{__name__}:Dinov2Small"):
@@ -185,13 +187,14 @@ class Step:
         if projector is not None:
             with (
                 self.timed("strong view: encoder"),
-                torch.set_grad_enabled(self.objective.contrastive.strong_grad),
+                torch.set_grad_enabled(projector.config.strong_grad),
             ):
                 strong = network.segmenter.encode(batch.strong)[network.stride]
             strong_leaf = leaf(strong)
             with self.timed("contrastive: projection"):
                 z = projector(leaves.features[network.stride], strong_leaf)
-            output = Output(leaves, *(leaf(t) for t in z))
+            z_leaves = [leaf(t) for t in z]
+            output = Output(leaves, *z_leaves)
         with (
             self.within("set loss", objective_module, "set_loss"),
             self.within("set loss: matching", set_criterion, "match_layers"),
@@ -200,28 +203,29 @@ class Step:
         ):
             terms, _ = self.objective(output, batch, 0, step_generator(0, 0, 0, CPU))
         self.current["set loss"] -= self.current["set loss: matching"]
-        for part, marks in (("set loss", ("class", "mask", "dice")), ("proposals", ("proposal",)), ("contrastive: loss", ("pxl",))):
+        terms_of = {"set loss": ("class", "mask", "dice"), "proposals": ("proposal",), "contrastive: loss": ("pxl",)}
+        for part, marks in terms_of.items():
             own = {n: pair for n, pair in terms.items() if n.split("/")[-1].startswith(marks)}
             if own:
                 with self.timed(part):
                     self.weighted(own).backward()
         if projector is not None:
             with self.timed("contrastive: projection"):
-                backward(z, (output.z_weak, output.z_strong))
+                backward(z, z_leaves)
             with self.timed("strong view: encoder"):
-                backward((strong,), (strong_leaf,))
+                backward([strong], [strong_leaf])
         with self.timed("encoder, decoder, head: backward"):
-            outputs = [*predictions.class_logits, *predictions.mask_logits, *predictions.features.values(), *predictions.auxiliary.values()]
-            inputs = [*leaves.class_logits, *leaves.mask_logits, *leaves.features.values(), *leaves.auxiliary.values()]
-            backward(outputs, inputs)
+            backward(tensors_of(predictions), tensors_of(leaves))
 
-    def parts(self) -> None:
-        """A cut step and its update, added to `seconds`."""
+    def parts(self) -> float:
+        """A cut step and its update, part by part added to `seconds`; returns its seconds."""
+        start = self.now()
         self.cut()
         with self.timed("clipping, optimiser, weight average"):
             self.update()
         for part, value in self.current.items():
             self.seconds[part].append(value)
+        return self.now() - start
 
     @contextmanager
     def within(self, part: str, module: Any, name: str) -> Iterator[None]:
@@ -233,6 +237,11 @@ class Step:
 
         with mock.patch.object(module, name, timed):
             yield
+
+
+def tensors_of(predictions: Predictions) -> list[Tensor]:
+    maps = (*predictions.features.values(), *predictions.auxiliary.values())
+    return [*predictions.class_logits, *predictions.mask_logits, *maps]
 
 
 def leaf(tensor: Tensor) -> Tensor:
@@ -273,12 +282,14 @@ def main() -> None:
 
 def breakdown(case: str, column: str, repeats: int, now: Callable[[], float]) -> None:
     step, without = Step(case, column, now), Step(case, None, now)
-    check(step)
-    seconds = interleaved({"cut": step.parts, "with": step.whole, "without": without.whole}, repeats)
+    if case == "shapes":
+        check(step)
+    variants = {"cut": step.parts, "with": step.whole, "without": without.whole}
+    seconds = interleaved(variants, repeats, warm_up=case == "shapes")
     parameters = sum(p.numel() for p in step.network.parameters()) / 1e6
     pixels = " x ".join(map(str, step.batch.weak.shape))
     print(f"{case}, contrastive={column}: {parameters:.1f} M parameters, images {pixels}, n={repeats}, medians")
-    medians = {part: statistics.median(values) for part, values in step.seconds.items()}
+    medians = {part: statistics.median(values[-repeats:]) for part, values in step.seconds.items()}
     total = sum(medians.values())
     for part, value in medians.items():
         print(f"  {part:40s} {1000 * value:10.1f} ms {100 * value / total:6.1f} %")

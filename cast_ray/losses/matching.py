@@ -97,7 +97,7 @@ def match_layers(
     """Assigns queries to targets in every decoder layer, minimising the matching cost.
 
     cost[k, n] = -cost_class * P_c[k, label_n] + cost_mask * BCE(m_k, g_n) + cost_dice * dice(m_k, g_n), the mask
-    terms at P sampled points. With BCE(x, t) = softplus(x) - x t, both mask terms are one matrix product each per image,
+    terms at P sampled points. With BCE(x, t) = softplus(x) - x t, both mask terms are matrix products, for each image
     batched over as many layers as fit the cache. All costs, the labels and the emptiness of the masks reach the host in
     a single copy.
 
@@ -201,9 +201,10 @@ def _pairwise_mask_cost(logits: Tensor, truth: Tensor, kept: Tensor | None, conf
 
 
 def _refuse_bad_targets(flat: np.ndarray, targets: Sequence[Targets], num_classes: int) -> None:
-    """Raises for a label out of range or an empty mask; `flat`: all labels, then for each mask whether it has a pixel."""
+    """Raises for a label out of range or an empty mask; flat: all labels, then whether each mask has a pixel."""
     counts = [t.labels.shape[0] for t in targets]
-    for image, (labels, filled) in enumerate(zip(*(np.split(part, np.cumsum(counts)[:-1]) for part in np.split(flat, 2)))):
+    by_image = (np.split(part, np.cumsum(counts)[:-1]) for part in np.split(flat, 2))
+    for image, (labels, filled) in enumerate(zip(*by_image)):
         if bad := [int(v) for v in labels if not 0 <= v < num_classes]:
             raise ValueError(
                 f"targets of image {image}: expected labels in 0..{num_classes - 1} "

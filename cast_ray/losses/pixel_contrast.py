@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from cast_ray.losses.negatives import (
-    TINY,
     PixelSet,
     candidate_weights,
     describe_pixels,

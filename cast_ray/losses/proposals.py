@@ -59,12 +59,12 @@ def proposal_loss(
     """
     class_logits = auxiliary["proposal_class_logits"].float()
     embeddings, features = auxiliary["proposal_mask_embeddings"].flatten(2), auxiliary["mask_features"].flatten(2)
-    grid, size = class_logits.shape[2:], auxiliary["mask_features"].shape[2:]
+    (*_, height, width), grid = auxiliary["mask_features"].shape, class_logits.shape[2:]
     num_classes = class_logits.shape[1] - 1
     keep = kept_pixels(targets, valid)
     # Pooled once at crop size, the largest tensors here; the grid's cells are made of the mask features' pixels.
-    masks = [F.adaptive_avg_pool2d(t.masks.float(), size) for t in targets]
-    counted = None if keep is None else F.adaptive_avg_pool2d(keep.float(), size)
+    masks = [F.adaptive_avg_pool2d(t.masks.float(), (height, width)) for t in targets]
+    counted = None if keep is None else F.adaptive_avg_pool2d(keep.float(), (height, width))
     assigned_BT = assign_tokens(masks, grid, counted)
 
     weights = target_weights(targets, config)

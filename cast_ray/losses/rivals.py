@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from cast_ray.losses.negatives import TINY, at_centres, candidate_weights, negative_counts, pseudo_probabilities
 from cast_ray.losses.pixel_contrast import (

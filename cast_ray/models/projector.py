@@ -91,4 +91,3 @@ def _project(head: nn.Module, features: Tensor) -> Tensor:
     with torch.autocast(vectors.device.type, enabled=False):
         z = F.normalize(vectors.float(), dim=1)
     return z.view(num_images, height, width, -1).permute(0, 3, 1, 2)
-

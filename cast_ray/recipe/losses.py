@@ -67,7 +67,7 @@ class ContrastiveConfig(Part):
     """The strong view's projection head: the same, a frozen copy of the initial one, or a moving average."""
     head_ema: float = Field(0.99, ge=0, lt=1)
     feature_stride: int | None = Field(8, ge=1)
-    """Stride of the encoder map that is projected: the coarsest map with a stride not above this; None: the coarsest."""
+    """Stride of the encoder map that is projected: the coarsest one not above this; None: the coarsest of all."""
     projection_dims: tuple[int, ...] = (128, 128)
     """Widths of the MLP after the encoder's own; the last is D."""
     projection_bias: bool = True

@@ -15,6 +15,12 @@ from cast_ray.recipe import CONTRASTIVE_PRESETS, ContrastiveConfig
 SIZE = (2, 3)
 
 
+def facts_of(inputs, config, temperature=0.1):
+    out = contrastive_loss(**inputs, config=config, temperature=temperature)
+    assert out.statistics is not None and not out.statistics.requires_grad
+    return diagnose(out.statistics, temperature)
+
+
 def column(name, **changes):
     return ContrastiveConfig(**CONTRASTIVE_PRESETS[name] | changes)
 
@@ -142,7 +148,7 @@ def test_one_image_has_no_negatives_in_other_images(estimator):
     out = contrastive_loss(**inputs, config=config, temperature=0.07)
     assert out.sum == 0 and out.count == 0 and out.sum.requires_grad
     assert all(g.isfinite().all() and not g.any() for g in gradients(inputs, out.sum))
-    assert diagnose(out.statistics, 0.07)["raw_loss"] == 0
+    assert facts_of(inputs, config)["raw_loss"] == 0
 
 
 @pytest.mark.parametrize("estimator", ["sampled", "expectation"])
@@ -181,8 +187,7 @@ def test_oracle_without_truth_gives_nothing_and_unknown_shares_are_nan():
     inputs["truth_instance"][:] = inputs["truth_class"][:] = -1
     out = contrastive_loss(**inputs, config=ContrastiveConfig(sampler="oracle"), temperature=0.07)
     assert out.sum == 0 and out.count == 0
-    out = contrastive_loss(**inputs, config=ContrastiveConfig(), temperature=0.07)
-    facts = diagnose(out.statistics, 0.07)
+    facts = facts_of(inputs, ContrastiveConfig())
     assert math.isnan(facts["fnr"]) and math.isnan(facts["same_class"]) and facts["raw_loss"] > 0
 
 
@@ -287,18 +292,15 @@ def test_diagnostics_equal_the_loops():
         "same_class": same_class,
         "temperature": temperature,
     }
-    assert diagnose(found.statistics, temperature) == pytest.approx(wanted, abs=1e-5)
-    assert 0 < false < 1 and not found.statistics.requires_grad
+    assert facts_of(inputs, config, temperature) == pytest.approx(wanted, abs=1e-5)
+    assert 0 < false < 1
     plain = contrastive_loss(**inputs, config=config, temperature=temperature, with_diagnostics=False)
     assert plain.statistics is None and torch.equal(plain.sum, found.sum)
 
 
 def test_oracle_draws_no_false_negative_and_uniform_does():
     inputs = scene()
-    fnr = {
-        s: diagnose(contrastive_loss(**inputs, config=ContrastiveConfig(sampler=s), temperature=0.1).statistics, 0.1)["fnr"]
-        for s in ("oracle", "uniform")
-    }
+    fnr = {s: facts_of(inputs, ContrastiveConfig(sampler=s))["fnr"] for s in ("oracle", "uniform")}
     assert fnr["oracle"] == 0 < fnr["uniform"]
 
 

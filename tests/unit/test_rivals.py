@@ -88,6 +88,7 @@ def test_one_image_of_one_class_is_harmless(kind, estimator):
 @pytest.mark.parametrize("kind", ["infonce", "pc2seg", "supervised"])
 def test_rivals_have_diagnostics_and_no_oracle(kind):
     out = contrastive_loss(**scene(), config=ContrastiveConfig(kind=kind), temperature=0.1)
+    assert out.statistics is not None
     facts = diagnose(out.statistics, 0.1)
     assert all(map(math.isfinite, facts.values())) and facts["raw_loss"] == pytest.approx((out.sum / out.count).item())
     with pytest.raises(ValueError, match="expected kind cast"):
