@@ -137,7 +137,7 @@ class Step:
         torch.manual_seed(0)
         with mock.patch.dict(registry.ROWS["encoders"], dinov2_small=f"{__name__}:Dinov2Small"):
             self.network = CastNetwork(build_segmenter(model, num_classes, seed=0), config).train()
-        self.objective = Objective(recipe.loss, config)
+        self.objective = Objective(recipe.loss, config, proposals=model.proposals)
         self.optimizer = build_optimizer(self.network, self.train)
         self.average = WeightAverage(self.network, self.train.ema)
         self.seconds: dict[str, list[float]] = defaultdict(list)

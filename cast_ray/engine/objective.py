@@ -22,6 +22,11 @@ class Objective:
 
     Terms: `sup/<term>` on D_l, `semi/<term>` on pseudo-labels (both the set loss and, for models with proposals, their
     auxiliary loss), `pxl` on all images of the step.
+
+    Args:
+        contrastive: None: no L_pxl.
+        gather: joins the candidates of L_pxl over workers.
+        proposals: whether the model has dense proposals.
     """
 
     def __init__(
@@ -29,9 +34,12 @@ class Objective:
         loss: LossConfig,
         contrastive: ContrastiveConfig | None,
         gather: Gather | None = None,
+        proposals: bool = True,
     ):
-        self.loss, self.contrastive, self.gather = loss, contrastive, gather
-        own = {"class": loss.class_weight, "mask": loss.mask_weight, "dice": loss.dice_weight, **proposal_weights(loss)}
+        self.loss, self.contrastive, self.gather, self.proposals = loss, contrastive, gather, proposals
+        own = {"class": loss.class_weight, "mask": loss.mask_weight, "dice": loss.dice_weight}
+        if proposals:
+            own |= proposal_weights(loss)
         self.weights = {f"sup/{name}": weight for name, weight in own.items()}
         if loss.lambda_semi > 0:
             self.weights |= {f"semi/{name}": loss.lambda_semi * weight for name, weight in own.items()}
@@ -76,7 +84,7 @@ class Objective:
         targets, valid = batch.targets[:used], batch.valid[:used]
         predictions = slice_predictions(predictions, 0, used)
         of_image = set_loss(predictions, targets, self.loss, valid=valid, generator=generator)
-        if predictions.auxiliary:
+        if self.proposals:
             of_image |= proposal_loss(predictions.auxiliary, targets, self.loss, valid)
         return {
             f"{part}/{name}": (sums[images].sum(), counts[images].sum())

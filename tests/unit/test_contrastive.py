@@ -85,12 +85,13 @@ def mean_of_draws(inputs, config, temperature, draws):
     return drawn.mean(), drawn.std() / draws**0.5, drawn.var(), grads
 
 
-def test_sampled_is_unbiased_for_the_mean_over_every_draw_and_below_the_expectation():
+@pytest.mark.parametrize(("replacement", "how"), [(True, "every draw"), (False, "every Gumbel draw")])
+def test_sampled_is_unbiased_for_the_mean_over_every_draw_and_below_the_expectation(replacement, how):
     """R = 2: all draws are enumerated. At this T the Jensen gap is many standard errors wide."""
     inputs, temperature = scene(), 0.3
-    config = ContrastiveConfig(num_negatives=2)
+    config = ContrastiveConfig(num_negatives=2, replacement=replacement)
     mean, error, _, grad = mean_of_draws(inputs, config, temperature, 600)
-    exact, _ = reference(inputs, config, temperature, how="every draw")
+    exact, _ = reference(inputs, config, temperature, how=how)
     wanted = torch.cat([t.flatten() for t in gradients(inputs, exact)])
     upper = contrastive_loss(
         **inputs, config=config.model_copy(update={"estimator": "expectation"}), temperature=temperature
@@ -115,6 +116,50 @@ def test_gap_and_variance_fall_with_r_and_the_gradient_turns_to_the_expectations
     assert gaps[0] > 4 * gaps[1] > 0
     assert variances[0] > 4 * variances[1]
     assert min(angles) > 0.99
+
+
+def test_no_cap_is_all_pixels():
+    inputs = scene()
+    capped = ContrastiveConfig(estimator="expectation", num_anchors=6, pool_size=12)
+    free = capped.model_copy(update={"num_anchors": None, "pool_size": None})
+    some, all_of_them = (contrastive_loss(**inputs, config=c, temperature=0.2) for c in (capped, free))
+    assert torch.equal(some.sum, all_of_them.sum) and some.count == all_of_them.count == 12
+    assert_equal_to_reference(inputs, free, 0.2)
+
+
+@pytest.mark.parametrize(("scope", "candidates"), [("batch", 8), ("same-image", 12)])
+def test_workers_share_one_pool(scope, candidates):
+    """pool_size is the pool of all images of all workers, so that their number does not change the loss's law."""
+
+    class TwoWorkers:
+        rank, size = 1, 2
+
+        def __call__(self, tensor):
+            return torch.cat([tensor, tensor])
+
+    inputs = scene(images=2, h=4, w=4)
+    config = ContrastiveConfig(scope=scope, pool_size=8 if scope == "batch" else 6, num_anchors=3)
+    problem = pixel_contrast.pose_problem(*inputs.values(), config, None, TwoWorkers(), "weak", with_truth=False)
+    assert len(problem.candidates) == len(problem.pool.pixel) == candidates
+    own = problem.pool.pixel[problem.first : problem.first + 2 * problem.per_image] // 16
+    assert own.tolist() == [image for image in (2, 3) for _ in range(problem.per_image)]  # of four images
+
+
+def test_one_image_finds_its_negatives_in_itself():
+    config = ContrastiveConfig(estimator="expectation")
+    assert_equal_to_reference(scene(images=1), config, 0.2)
+    apart = contrastive_loss(
+        **scene(images=1), config=config.model_copy(update={"scope": "same-image"}), temperature=0.2
+    )
+    torch.testing.assert_close(contrastive_loss(**scene(images=1), config=config, temperature=0.2).sum, apart.sum)
+
+
+def test_fewer_candidates_than_r_are_drawn_again_with_replacement():
+    inputs, config = scene(images=1), ContrastiveConfig(num_negatives=500)
+    mean = contrastive_loss(**inputs, config=config.model_copy(update={"estimator": "expectation"}), temperature=0.3)
+    drawn = contrastive_loss(**inputs, config=config, temperature=0.3)
+    assert drawn.count == 6
+    torch.testing.assert_close(drawn.sum, mean.sum, rtol=0.01, atol=0)  # 500 draws of 5 candidates
 
 
 def test_pool_of_some_pixels_approaches_the_pool_of_all():
@@ -231,7 +276,7 @@ def test_finite_gradients_in_half_precision_at_the_lowest_temperature(dtype, pre
 def test_extreme_temperature_and_equal_views_stay_finite():
     inputs = scene()
     inputs["z_strong"] = (-inputs["z_weak"].detach()).requires_grad_()
-    for temperature in (1e-3, 10.0):
+    for temperature in (1e-3, 0.02, 10.0):
         out = contrastive_loss(**inputs, config=ContrastiveConfig(), temperature=temperature)
         assert out.sum.isfinite() and all(g.isfinite().all() for g in gradients(inputs, out.sum))
 
