@@ -139,7 +139,9 @@ def test_workers_share_one_pool(scope, candidates):
 
     inputs = scene(images=2, h=4, w=4)
     config = ContrastiveConfig(scope=scope, pool_size=8 if scope == "batch" else 6, num_anchors=3)
-    problem = pixel_contrast.pose_problem(*inputs.values(), config, None, TwoWorkers(), "weak", with_truth=False)
+    problem = pixel_contrast.pose_problem(
+        **inputs, config=config, generator=None, gather=TwoWorkers(), negatives_from="weak", with_truth=False
+    )
     assert len(problem.candidates) == len(problem.pool.pixel) == candidates
     own = problem.pool.pixel[problem.first : problem.first + 2 * problem.per_image] // 16
     assert own.tolist() == [image for image in (2, 3) for _ in range(problem.per_image)]  # of four images
@@ -148,10 +150,9 @@ def test_workers_share_one_pool(scope, candidates):
 def test_one_image_finds_its_negatives_in_itself():
     config = ContrastiveConfig(estimator="expectation")
     assert_equal_to_reference(scene(images=1), config, 0.2)
-    apart = contrastive_loss(
-        **scene(images=1), config=config.model_copy(update={"scope": "same-image"}), temperature=0.2
-    )
-    torch.testing.assert_close(contrastive_loss(**scene(images=1), config=config, temperature=0.2).sum, apart.sum)
+    alone = config.model_copy(update={"scope": "same-image"})
+    batch, apart = (contrastive_loss(**scene(images=1), config=c, temperature=0.2) for c in (config, alone))
+    torch.testing.assert_close(batch.sum, apart.sum)
 
 
 def test_fewer_candidates_than_r_are_drawn_again_with_replacement():
