@@ -7,6 +7,7 @@ import torch
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former import modeling_mask2former as theirs
 
+from cast_ray.losses import matching, set_criterion
 from cast_ray.losses.set_criterion import LossPoints, set_loss, slice_predictions
 from cast_ray.recipe import LossConfig
 from cast_ray.records import Predictions, Targets
@@ -102,7 +103,12 @@ def reference_loss(predictions, targets, config, points):
 
 @pytest.mark.parametrize("cost_class", [1.0, 2.0])
 @pytest.mark.parametrize("counts", [(2, 0, 3), (4, 1, 7), (9, 2, 0)])
-def test_value_and_gradient_equal_transformers(cost_class, counts):
+@pytest.mark.parametrize("large", [False, True], ids=["at once", "as on large maps"])
+def test_value_and_gradient_equal_transformers(cost_class, counts, large, monkeypatch):
+    if large:  # layer by layer, points in reading order, few pairs at a time
+        monkeypatch.setattr(matching, "_PIXELS_IN_CACHE", 0)
+        monkeypatch.setitem(matching._SAMPLES_AT_A_TIME, "cpu", 1)
+        monkeypatch.setitem(set_criterion._SAMPLES_AT_A_TIME, "cpu", 300)
     config = LossConfig(num_points=POINTS, cost_class=cost_class)
     targets = make_targets(counts)
     points = make_points(config, sum(min(n, QUERIES) for n in counts))
