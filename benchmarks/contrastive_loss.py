@@ -44,9 +44,11 @@ CONFIGS = {
 def make_inputs(size: tuple[int, int]) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     height, width = size
+    z = F.normalize(torch.randn(2, IMAGES, height, width, DIM, generator=g), dim=-1)
+    z_weak, z_strong = (view.permute(0, 3, 1, 2).requires_grad_() for view in z)  # channels last, as the projector's
     return {
-        "z_weak": F.normalize(torch.randn(IMAGES, DIM, height, width, generator=g), dim=1).requires_grad_(),
-        "z_strong": F.normalize(torch.randn(IMAGES, DIM, height, width, generator=g), dim=1).requires_grad_(),
+        "z_weak": z_weak,
+        "z_strong": z_strong,
         "mask_logits": torch.randn(IMAGES, QUERIES, height, width, generator=g),
         "class_logits": torch.randn(IMAGES, QUERIES, CLASSES + 1, generator=g),
         "valid": torch.ones(IMAGES, height, width, dtype=torch.bool),

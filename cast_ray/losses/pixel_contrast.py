@@ -105,15 +105,14 @@ def pose_problem(
         per_image = max(1, per_image // (num_images * num_workers))
     pool_at = draw_pixels(inside, per_image, generator)
     pool = stand_for_all(pixels.at(pool_at), pixels).flat()
-    weak, strong = _rows(z_weak), _rows(z_strong)
-    candidates = _take(weak if negatives_from == "weak" else strong, pool_at).flatten(0, 1)
+    anchors, positives, candidates = _take_all(z_weak, z_strong, anchor_at, pool_at, negatives_from)
     first = 0
     if gather is not None and config.scope != "same-image":
         first = rank * len(candidates)
         candidates, pool = gather(candidates), _gather_pixels(pool, gather)
     return PixelProblem(
-        anchors=_take(weak, anchor_at),
-        positives=_take(strong, anchor_at),
+        anchors=anchors,
+        positives=positives,
         candidates=candidates,
         anchor_pixels=pixels.at(anchor_at),
         pool=pool,
@@ -122,18 +121,27 @@ def pose_problem(
     )
 
 
-def _rows(z: Tensor) -> Tensor:
-    """[B, D, h, w] as float32 [B, h w, D]: whole vectors are read and written, not D distant numbers."""
-    return z.float().flatten(2).transpose(1, 2).contiguous()
+def _take_all(
+    z_weak: Tensor, z_strong: Tensor, anchor_at: Tensor, pool_at: Tensor, negatives_from: Literal["weak", "strong"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Anchors and positives [B, N, D] and candidates [B m, D]; one selection of each view, so one gradient of its size.
+
+    Whole vectors are read and written, not D distant numbers: views that are channels last in memory are not copied.
+    """
+    weak, strong = (z.float().permute(0, 2, 3, 1).flatten(1, 2) for z in (z_weak, z_strong))
+    num_anchors = anchor_at.shape[1]
+    both = torch.cat([anchor_at, pool_at], dim=1)
+    first = _take(weak, both if negatives_from == "weak" else anchor_at)
+    second = _take(strong, anchor_at if negatives_from == "weak" else both)
+    candidates = (first if negatives_from == "weak" else second)[:, num_anchors:]
+    return first[:, :num_anchors], second[:, :num_anchors], candidates.flatten(0, 1)
 
 
 def _take(rows: Tensor, location: Tensor) -> Tensor:
     """The vectors [B, n, D] of [B, h w, D] at locations int64 [B, n]."""
     num_images, num_pixels, dim = rows.shape
-    if location.shape[1] == num_pixels:  # all of them, in order
-        return rows
     first = torch.arange(num_images, device=rows.device)[:, None] * num_pixels
-    return rows.view(-1, dim).index_select(0, (first + location).flatten()).view(num_images, -1, dim)
+    return rows.reshape(-1, dim).index_select(0, (first + location).flatten()).view(num_images, -1, dim)
 
 
 def _gather_pixels(pool: PixelSet, gather: Gather) -> PixelSet:
@@ -206,14 +214,18 @@ class _PieceSum(torch.autograd.Function):
                 for (_, place), value in zip(needed, found):
                     if value is not None:
                         place += value
-        ctx.save_for_backward(*grads)
+        ctx.grads = grads
         ctx.mark_non_differentiable(count, statistics)
         return total, count, statistics
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_total, *_):  # type: ignore[override]
-        scaled = [g * grad_total if want else None for g, want in zip(ctx.saved_tensors, ctx.needs_input_grad)]
+        if ctx.grads is None:
+            raise RuntimeError("the contrastive loss was differentiated twice: its gradients are kept for one time only")
+        # Scaled in place and let go: as large as the views, they would otherwise be held twice.
+        scaled = [g.mul_(grad_total) if want else None for g, want in zip(ctx.grads, ctx.needs_input_grad)]
+        ctx.grads = None
         return *scaled, None, None, None
 
 
