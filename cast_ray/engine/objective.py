@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from cast_ray.losses.contrastive import contrastive_loss, diagnose, temperature_at
-from cast_ray.losses.pixel_contrast import Gather
+from cast_ray.losses.pixel_problem import Gather
 from cast_ray.losses.proposals import proposal_loss, proposal_weights
 from cast_ray.losses.set_criterion import set_loss, slice_predictions
 from cast_ray.models.network import Output

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cast_ray.losses.pixel_contrast import ContrastiveOutput, Gather, contrast, diagnose
+from cast_ray.losses.pixel_contrast import ContrastiveOutput, contrast, diagnose
+from cast_ray.losses.pixel_problem import Gather
 from cast_ray.losses.rivals import RIVALS
 from cast_ray.recipe import ContrastiveConfig
 

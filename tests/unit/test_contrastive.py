@@ -10,6 +10,7 @@ from contrastive_scenes import gradients, scene
 
 from cast_ray.losses import pixel_contrast
 from cast_ray.losses.contrastive import contrastive_loss, diagnose, temperature_at
+from cast_ray.losses.pixel_problem import pose_problem
 from cast_ray.recipe import CONTRASTIVE_PRESETS, ContrastiveConfig
 
 SIZE = (2, 3)
@@ -139,7 +140,7 @@ def test_workers_share_one_pool(scope, candidates):
 
     inputs = scene(images=2, h=4, w=4)
     config = ContrastiveConfig(scope=scope, pool_size=8 if scope == "batch" else 6, num_anchors=3)
-    problem = pixel_contrast.pose_problem(
+    problem = pose_problem(
         **inputs, config=config, generator=None, gather=TwoWorkers(), negatives_from="weak", with_truth=False
     )
     assert len(problem.candidates) == len(problem.pool.pixel) == candidates
