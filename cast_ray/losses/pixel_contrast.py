@@ -99,9 +99,7 @@ class _PieceSum(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_total, *_):  # type: ignore[override]
         if ctx.grads is None:
-            raise RuntimeError(
-                "the contrastive loss was differentiated twice: its gradients are kept for one time only"
-            )
+            raise RuntimeError("the contrastive loss can be differentiated once: its gradients were handed on")
         # Scaled in place and let go: as large as the views, they would otherwise be held twice.
         scaled = [g.mul_(grad_total) if want else None for g, want in zip(ctx.grads, ctx.needs_input_grad)]
         ctx.grads = None

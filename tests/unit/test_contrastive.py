@@ -360,6 +360,14 @@ def test_generator_decides_the_draws():
     assert sums[0] == sums[1] != sums[2]
 
 
+def test_it_is_differentiated_once():
+    inputs = scene()
+    out = contrastive_loss(**inputs, config=ContrastiveConfig(), temperature=0.1)
+    out.sum.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        out.sum.backward()
+
+
 def test_no_host_copy():
     with mock.patch.object(torch.Tensor, "item", side_effect=AssertionError("item() in the hot path")):
         out = contrastive_loss(**scene(), config=ContrastiveConfig(), temperature=0.1)
