@@ -81,8 +81,8 @@ class ContrastiveConfig(Part):
     def _only_the_oracle_sees_hidden_truth(self) -> ContrastiveConfig:
         if self.sampler == "oracle" and self.kind not in ("cast", "none"):
             raise ValueError(
-                f"sampler is oracle with kind {self.kind}: expected kind cast, for the hidden truth that the oracle "
-                "reads would reach a rival's loss"
+                f"contrastive.sampler is oracle with contrastive.kind {self.kind}: expected kind cast, for the hidden "
+                "truth that the oracle reads would reach a rival's loss"
             )
         return self
 
