@@ -3,26 +3,26 @@
     python benchmarks/contrastive_loss.py [--quick]
 
 The dense rival is the released form written straight down: weights of all pixels of the batch against all of the
-other images, Gumbel top-k for R = 200 negatives, image by image. Ours takes the same inputs, sampler, scope and R, with
-a pool of 512 candidates and 256 anchors of each image (`ours`) or all pixels as anchors (`all_anchors`, `gumbel`,
-`expectation`); all estimate the same mean. Forward and backward, medians; memory is the growth of the peak resident
-size of a fresh process for each variant and size.
+other images, Gumbel top-k for R = 200 negatives, image by image. Ours takes the same inputs, sampler, scope and R:
+`ours` 256 anchors of each image and a pool of 512 candidates, `all_anchors` every pixel as anchor, `expectation` the
+closed form in place of draws, `recipe` the paper column as a recipe without overrides has it (R = 64), and `released`
+the released column with nothing left out, so the same law as the dense form at the memory of one piece. Forward and
+backward, medians; memory is the growth of the resident size in a fresh process for each variant and size.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measure import clock, interleaved, memory_growth_mb, report, spread
 
 from cast_ray.losses.contrastive import contrastive_loss
 from cast_ray.recipe import CONTRASTIVE_PRESETS, ContrastiveConfig
@@ -30,22 +30,25 @@ from cast_ray.recipe import CONTRASTIVE_PRESETS, ContrastiveConfig
 IMAGES, DIM, QUERIES, CLASSES, TEMPERATURE = 8, 128, 100, 8, 0.1
 SIZES = {"19x37": (19, 37), "38x74": (38, 74), "76x148": (76, 148)}
 DENSE_SIZES = ("19x37", "38x74")  # at the third the dense form has 7 billion pairs
-SHARED = {**CONTRASTIVE_PRESETS["released"], "hinge": None, "num_anchors": 10**6, "pool_size": 512}
+RELEASED = {**CONTRASTIVE_PRESETS["released"], "hinge": None}
+POOLED = {**RELEASED, "replacement": True, "pool_size": 512}
 CONFIGS = {
-    "ours": ContrastiveConfig(**{**SHARED, "replacement": True, "num_anchors": 256}),
-    "all_anchors": ContrastiveConfig(**{**SHARED, "replacement": True}),
-    "gumbel": ContrastiveConfig(**SHARED),
-    "expectation": ContrastiveConfig(**{**SHARED, "estimator": "expectation"}),
-    "recipe": ContrastiveConfig(),  # the paper preset's own caps on anchors and pool, both parts of y, R = 64
+    "ours": ContrastiveConfig(**{**POOLED, "num_anchors": 256}),
+    "all_anchors": ContrastiveConfig(**POOLED),
+    "expectation": ContrastiveConfig(**{**POOLED, "estimator": "expectation"}),
+    "recipe": ContrastiveConfig(),
+    "released": ContrastiveConfig(**RELEASED),
 }
 
 
 def make_inputs(size: tuple[int, int]) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     height, width = size
+    z = F.normalize(torch.randn(2, IMAGES, height, width, DIM, generator=g), dim=-1)
+    z_weak, z_strong = (view.permute(0, 3, 1, 2).requires_grad_() for view in z)  # channels last, as the projector's
     return {
-        "z_weak": F.normalize(torch.randn(IMAGES, DIM, height, width, generator=g), dim=1).requires_grad_(),
-        "z_strong": F.normalize(torch.randn(IMAGES, DIM, height, width, generator=g), dim=1).requires_grad_(),
+        "z_weak": z_weak,
+        "z_strong": z_strong,
         "mask_logits": torch.randn(IMAGES, QUERIES, height, width, generator=g),
         "class_logits": torch.randn(IMAGES, QUERIES, CLASSES + 1, generator=g),
         "valid": torch.ones(IMAGES, height, width, dtype=torch.bool),
@@ -76,77 +79,64 @@ def dense(inputs: dict[str, torch.Tensor], r: int = 200) -> torch.Tensor:
     return torch.cat(losses).mean()
 
 
-def ours(name: str, inputs: dict[str, Any]) -> torch.Tensor:
-    out = contrastive_loss(**inputs, config=CONFIGS[name], temperature=TEMPERATURE, with_diagnostics=False)
+def loss_of(variant: str, inputs: dict[str, Any]) -> torch.Tensor:
+    if variant == "dense":
+        return dense(inputs)
+    out = contrastive_loss(**inputs, config=CONFIGS[variant], temperature=TEMPERATURE, with_diagnostics=False)
     return out.sum / out.count
 
 
-def run(
-    variant: str, size: tuple[int, int], clock: Callable[[], float] = time.perf_counter
-) -> tuple[float, float, float]:
-    """Seconds and growth of the peak memory in MB of one forward and backward, and the loss."""
-    inputs = make_inputs(size)
-    before, start = peak_mb(), clock()
-    loss = dense(inputs) if variant == "dense" else ours(variant, inputs)
+def seconds_of(variant: str, size: str, losses: dict[str, float], now: Callable[[], float]) -> float:
+    """Of one forward and backward; the loss goes to `losses`."""
+    inputs = make_inputs(SIZES[size])
+    start = now()
+    loss = loss_of(variant, inputs)
     loss.backward()
-    return clock() - start, peak_mb() - before, loss.item()
+    seconds = now() - start
+    losses[variant] = loss.item()
+    return seconds
 
 
-def peak_mb() -> float:
-    """Peak resident size; VmHWM, for a child's ru_maxrss starts at its parent's."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
+def print_memory(variant: str, size: str) -> None:
+    loss_of(variant, make_inputs((8, 8))).backward()  # what the libraries allocate once is not the loss's
+    inputs = make_inputs(SIZES[size])
+    print(memory_growth_mb(lambda: loss_of(variant, inputs).backward()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="the first size only, one repeat of the dense form")
+    parser.add_argument("--quick", action="store_true", help="the first size only, one repeat")
     parser.add_argument("--cpu", action="store_true", help="CPU seconds of one thread, for a machine others use too")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1 if options.cpu else 2)
-    clock = time.process_time if options.cpu else time.perf_counter
     if options.memory_of:
-        variant, size = options.memory_of
-        run(variant, (8, 8))  # what the libraries allocate once is not the loss's
-        print(run(variant, SIZES[size])[1])
+        print_memory(*options.memory_of)
         return
 
-    sizes = ["19x37"] if options.quick else list(SIZES)
-    seconds: dict[tuple[str, str], float] = {}
-    memory: dict[tuple[str, str], float] = {}
-    for size in sizes:
-        variants = [*CONFIGS, *(["dense"] if size in DENSE_SIZES else [])]
-        for variant in variants:
-            if variant != "dense":
-                run(variant, SIZES[size])  # warms the allocator and the thread pool
-            repeats = 1 if options.quick and variant == "dense" else options.repeats
-            times = [run(variant, SIZES[size], clock) for _ in range(repeats)]
-            seconds[variant, size] = statistics.median(t[0] for t in times)
-            command = [sys.executable, __file__, "--memory-of", variant, size]
-            memory[variant, size] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            print(
-                f"{size:7s} {variant:12s} {seconds[variant, size]:8.3f} s (n={repeats}, {min(times)[0]:.3f}-"
-                f"{max(times)[0]:.3f})  +{memory[variant, size]:.0f} MB  loss {times[-1][2]:.4f}",
-                flush=True,
-            )
-    for size in sizes:
-        if size not in DENSE_SIZES:
-            continue
-        for measure, values, unit in (("time", seconds, "s"), ("memory", memory, "MB")):
-            for variant in ("all_anchors", "ours"):
-                name = f"contrastive_{measure}_{size}" + ("_all_anchors" if variant == "all_anchors" else "")
-                report(name, values[variant, size], values["dense", size], unit)
-    if len(sizes) == 3:  # pixels grow by 16: growth is linear or less when the ratio is 1/16 or more
-        for variant in ("all_anchors", "ours"):
-            first, last = seconds[variant, sizes[0]], seconds[variant, sizes[-1]]
-            report(f"contrastive_growth_over_16x_pixels_{variant}", last, first, "s")
-
-
-def report(name: str, mine: float, theirs: float, unit: str) -> None:
-    ratio = round(theirs / max(mine, 1e-9), 3)
-    print(json.dumps({"name": name, "ours": round(mine, 4), "theirs": round(theirs, 4), "ratio": ratio, "unit": unit}))
+    now, repeats = clock(options.cpu), 1 if options.quick else options.repeats
+    median: dict[tuple[str, str], float] = {}
+    for size in ["19x37"] if options.quick else list(SIZES):
+        names = [n for n in (*CONFIGS, "dense") if n not in ("dense", "released") or size in DENSE_SIZES]
+        losses: dict[str, float] = {}
+        variants = {name: partial(seconds_of, name, size, losses, now) for name in names}
+        seconds = interleaved(variants, repeats, warm_up=size == "19x37")
+        memory = {}
+        for name in names:
+            median[name, size] = statistics.median(seconds[name])
+            command = [sys.executable, __file__, "--memory-of", name, size]
+            memory[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            print(f"{size:7s} {name:12s} {spread(seconds[name])}  +{memory[name]:.0f} MB  loss {losses[name]:.4f}")
+        if size in DENSE_SIZES:
+            for name in ("released", "all_anchors", "ours"):
+                suffix = "" if name == "ours" else f"_{name}"
+                report(f"contrastive_time_{size}{suffix}", median[name, size], median["dense", size], "s")
+                report(f"contrastive_memory_{size}{suffix}", memory[name], memory["dense"], "MB")
+    if not options.quick:  # pixels grow by 16: growth is linear or less when the ratio is 1/16 or more
+        for name in ("all_anchors", "ours"):
+            first, last = (median[name, size] for size in ("19x37", "76x148"))
+            report(f"contrastive_growth_over_16x_pixels_{name}", last, first, "s")
 
 
 if __name__ == "__main__":

@@ -3,23 +3,23 @@
     python benchmarks/set_loss.py [--quick]
 
 Both get the same predictions, targets and point coordinates (drawn beforehand, so neither pays for random numbers), and
-must agree in value and gradient before anything is timed. Forward and backward, medians; memory is the growth of the
-peak resident size of a fresh process for each variant.
+must agree in value and gradient before anything is timed. `fast` is ours with `loss.exact=false`, which gives equality
+up; what that costs in AP on `shapes`: `python sweeps/ablate.py points --preset shapes`. Forward and backward, medians;
+memory is the growth of the resident size in a fresh process for each variant.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from unittest import mock
 
 import torch
+from measure import clock, interleaved, memory_growth_mb, report, spread
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former import modeling_mask2former as theirs
 
@@ -54,7 +54,8 @@ def make_problem(exact: bool = True) -> tuple[Predictions, list[Targets], LossCo
 
 def ours(predictions, targets, config, points) -> torch.Tensor:
     weights = {"class": config.class_weight, "mask": config.mask_weight, "dice": config.dice_weight}
-    return sum(weights[k] * s / n for k, (s, n) in set_loss(predictions, targets, config, points=points).items())
+    terms = set_loss(predictions, targets, config, points=points)
+    return sum(weights[name] * total.sum() / count.sum() for name, (total, count) in terms.items())
 
 
 def rival(predictions, targets, config, points) -> torch.Tensor:
@@ -93,28 +94,36 @@ def rival(predictions, targets, config, points) -> torch.Tensor:
 VARIANTS = {"ours": (ours, True), "fast": (ours, False), "theirs": (rival, True)}
 
 
-def run(
-    variant: str, clock: Callable[[], float] = time.perf_counter
-) -> tuple[float, torch.Tensor, list[torch.Tensor], float]:
-    """Seconds, value, gradients and growth of the peak memory in MB of one forward and backward."""
+def pose(variant: str) -> tuple[list[torch.Tensor], Callable[[], torch.Tensor]]:
+    """The leaves of a variant's problem, and its loss."""
     loss_of, exact = VARIANTS[variant]
     predictions, targets, config, points = make_problem(exact)
     if loss_of is rival:
         points = LossPoints(*((t + 1) / 2 for t in (points.match, points.candidates, points.uniform)))
-    before = peak_mb()
-    start = clock()
-    value = loss_of(predictions, targets, config, points)
-    value.backward()
-    seconds = clock() - start
-    grown = peak_mb() - before
-    gradients = [t.grad for t in predictions.class_logits + predictions.mask_logits if t.grad is not None]
-    return seconds, value.detach(), gradients, grown
+    leaves = predictions.class_logits + predictions.mask_logits
+    return leaves, lambda: loss_of(predictions, targets, config, points)
 
 
-def peak_mb() -> float:
-    """Peak resident size; VmHWM, for a child's ru_maxrss starts at its parent's."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
+def seconds_of(variant: str, now: Callable[[], float]) -> float:
+    """Of one forward and backward."""
+    _, loss = pose(variant)
+    start = now()
+    loss().backward()
+    return now() - start
+
+
+def check() -> None:
+    """Equal value and gradients."""
+    found = []
+    for variant in ("ours", "theirs"):
+        leaves, loss = pose(variant)
+        value = loss()
+        found.append((value, torch.autograd.grad(value, leaves)))
+    (value, grads), (wanted, wanted_grads) = found
+    torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5)
+    for a, b in zip(grads, wanted_grads):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    print(f"equal: value {value:.6f} and {wanted:.6f}, all gradients within 1e-5")
 
 
 def main() -> None:
@@ -125,41 +134,23 @@ def main() -> None:
     parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1 if options.cpu else 2)
-    clock = time.process_time if options.cpu else time.perf_counter
     if options.memory_of:
-        print(run(options.memory_of)[3])
+        _, loss = pose(options.memory_of)
+        print(memory_growth_mb(lambda: loss().backward()))
         return
 
-    (_, value, grads, _), (_, wanted, wanted_grads, _) = run("ours"), run("theirs")
-    torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5)
-    for a, b in zip(grads, wanted_grads):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    print(f"equal: value {value:.6f} and {wanted:.6f}, all gradients within 1e-5")
-    del grads, wanted_grads, a, b
-
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    for _ in range(1 if options.quick else options.repeats):
-        for name in VARIANTS:  # interleaved, so that a busy machine slows all alike
-            seconds[name].append(run(name, clock)[0])
-    median = {name: statistics.median(times) for name, times in seconds.items()}
+    check()
+    now = clock(options.cpu)
+    variants = {name: partial(seconds_of, name, now) for name in VARIANTS}
+    seconds = interleaved(variants, 1 if options.quick else options.repeats, warm_up=False)  # `check` was it
     memory = {}
     for name in VARIANTS:
         command = [sys.executable, __file__, "--memory-of", name]
         memory[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        spread = f"{min(seconds[name]):.3f}-{max(seconds[name]):.3f}"
-        print(f"{name:7s} {median[name]:7.3f} s (n={len(seconds[name])}, {spread})   +{memory[name]:.0f} MB")
-    for name in ("fast", "ours"):
-        print(
-            json.dumps(
-                {
-                    "name": "set_loss" if name == "ours" else "set_loss_fast",
-                    "ours": round(median[name], 4),
-                    "theirs": round(median["theirs"], 4),
-                    "ratio": round(median["theirs"] / median[name], 2),
-                    "unit": "s",
-                }
-            )
-        )
+        print(f"{name:7s} {spread(seconds[name])}   +{memory[name]:.0f} MB")
+    for name, title in (("fast", "set_loss_fast"), ("ours", "set_loss")):
+        report(f"{title}_memory", memory[name], memory["theirs"], "MB")
+        report(title, statistics.median(seconds[name]), statistics.median(seconds["theirs"]), "s")
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def train(
         done = step + 1
         due = every > 0 and (done % every == 0 or done == config.steps)
         try:
-            terms, facts = objective(output, batch, step, generator, diagnose=due)
+            terms, statistics = objective(output, batch, step, generator, diagnose=due)
         except ValueError as error:  # for example of logits that are not finite, after a loss that was not
             if means_since:
                 _finite_means(means_since, names, step)
@@ -136,8 +136,8 @@ def train(
             average.update()
         means_since.append(means)
         images += len(batch.weak) * world.size
-        if facts:
-            diagnostics.append({"step": done} | {name: float(value) for name, value in facts.items()})
+        if statistics is not None:
+            diagnostics.append({"step": done} | objective.diagnose(world.all_reduce_sum(statistics), step))
         if done % LOG_EVERY_STEPS == 0 or done == config.steps:
             now = time.monotonic()
             values = _finite_means(means_since, names, done)

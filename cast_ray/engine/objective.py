@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import torch
 
-from cast_ray.losses.contrastive import contrastive_loss, temperature_at
-from cast_ray.losses.pixel_contrast import Gather
+from cast_ray.losses.contrastive import contrastive_loss, diagnose, temperature_at
+from cast_ray.losses.pixel_problem import Gather
 from cast_ray.losses.proposals import proposal_loss, proposal_weights
 from cast_ray.losses.set_criterion import set_loss, slice_predictions
 from cast_ray.models.network import Output
 from cast_ray.recipe import ContrastiveConfig, LossConfig
-from cast_ray.records import Batch, Predictions, Targets
+from cast_ray.records import Batch, Predictions
 
 Terms = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -22,6 +22,11 @@ class Objective:
 
     Terms: `sup/<term>` on D_l, `semi/<term>` on pseudo-labels (both the set loss and, for models with proposals, their
     auxiliary loss), `pxl` on all images of the step.
+
+    Args:
+        contrastive: None: no L_pxl.
+        gather: joins the candidates of L_pxl over workers.
+        proposals: whether the model has dense proposals.
     """
 
     def __init__(
@@ -29,9 +34,12 @@ class Objective:
         loss: LossConfig,
         contrastive: ContrastiveConfig | None,
         gather: Gather | None = None,
+        proposals: bool = True,
     ):
-        self.loss, self.contrastive, self.gather = loss, contrastive, gather
-        own = {"class": loss.class_weight, "mask": loss.mask_weight, "dice": loss.dice_weight, **proposal_weights(loss)}
+        self.loss, self.contrastive, self.gather, self.proposals = loss, contrastive, gather, proposals
+        own = {"class": loss.class_weight, "mask": loss.mask_weight, "dice": loss.dice_weight}
+        if proposals:
+            own |= proposal_weights(loss)
         self.weights = {f"sup/{name}": weight for name, weight in own.items()}
         if loss.lambda_semi > 0:
             self.weights |= {f"semi/{name}": loss.lambda_semi * weight for name, weight in own.items()}
@@ -40,51 +48,49 @@ class Objective:
 
     def __call__(
         self, output: Output, batch: Batch, step: int, generator: torch.Generator, diagnose: bool = False
-    ) -> tuple[Terms, dict[str, torch.Tensor]]:
-        """Terms of one worker's share of a step and, with `diagnose`, the contrastive diagnostics (0-d tensors)."""
-        n, total = batch.num_labelled, len(batch.weak)
-        terms = self._set_terms("sup", output.predictions, batch.targets, batch.valid, 0, n, generator)
-        if self.loss.lambda_semi > 0:
-            terms |= self._set_terms("semi", output.predictions, batch.targets, batch.valid, n, total, generator)
-        diagnostics: dict[str, torch.Tensor] = {}
-        if self.contrastive is not None:
-            assert output.z_weak is not None and output.z_strong is not None
-            pxl = contrastive_loss(
-                output.z_weak,
-                output.z_strong,
-                output.predictions.mask_logits[-1],
-                output.predictions.class_logits[-1],
-                batch.valid,
-                batch.truth_instance,
-                batch.truth_class,
-                self.contrastive,
-                temperature=temperature_at(step, self.contrastive),
-                generator=generator,
-                gather=self.gather if self.contrastive.gather else None,
-                with_diagnostics=diagnose,
-            )
-            terms["pxl"] = (pxl.sum, pxl.count)
-            diagnostics = pxl.diagnostics
-        return terms, diagnostics
+    ) -> tuple[Terms, torch.Tensor | None]:
+        """Terms of one worker's share of a step and, with `diagnose`, the contrastive term's statistics."""
+        terms = self._set_terms(output.predictions, batch, generator)
+        if self.contrastive is None:
+            return terms, None
+        assert output.z_weak is not None and output.z_strong is not None
+        pxl = contrastive_loss(
+            output.z_weak,
+            output.z_strong,
+            output.predictions.mask_logits[-1],
+            output.predictions.class_logits[-1],
+            batch.valid,
+            batch.truth_instance,
+            batch.truth_class,
+            self.contrastive,
+            temperature=temperature_at(step, self.contrastive),
+            generator=generator,
+            gather=self.gather if self.contrastive.gather else None,
+            with_diagnostics=diagnose,
+        )
+        return terms | {"pxl": (pxl.sum, pxl.count)}, pxl.statistics
 
-    def _set_terms(
-        self,
-        prefix: str,
-        predictions: Predictions,
-        targets: list[Targets],
-        valid: torch.Tensor,
-        start: int,
-        stop: int,
-        generator: torch.Generator,
-    ) -> Terms:
-        part = slice_predictions(predictions, start, stop)
-        share = targets[start:stop]
-        if prefix == "semi" and self.loss.pseudo_weighting == "hard":
-            share = [Targets(t.masks, t.labels, torch.ones_like(t.weights), t.ignore) for t in share]
-        terms = dict(set_loss(part, share, self.loss, valid=valid[start:stop], generator=generator))
-        if part.auxiliary:
-            terms |= proposal_loss(part.auxiliary, share, self.loss)
-        return {f"{prefix}/{name}": pair for name, pair in terms.items()}
+    def diagnose(self, statistics: torch.Tensor, step: int) -> dict[str, float]:
+        """Margin, false-negative rate and the rest from a step's statistics, summed over workers."""
+        assert self.contrastive is not None
+        return diagnose(statistics, temperature_at(step, self.contrastive))
+
+    def _set_terms(self, predictions: Predictions, batch: Batch, generator: torch.Generator) -> Terms:
+        """L_sup and L_semi from one matching: the terms of each image, added up over D_l and over D_u."""
+        parts = {"sup": slice(0, batch.num_labelled)}
+        if self.loss.lambda_semi > 0:
+            parts["semi"] = slice(batch.num_labelled, len(batch.weak))
+        used = list(parts.values())[-1].stop
+        targets, valid = batch.targets[:used], batch.valid[:used]
+        predictions = slice_predictions(predictions, 0, used)
+        of_image = set_loss(predictions, targets, self.loss, valid=valid, generator=generator)
+        if self.proposals:
+            of_image |= proposal_loss(predictions.auxiliary, targets, self.loss, valid)
+        return {
+            f"{part}/{name}": (sums[images].sum(), counts[images].sum())
+            for part, images in parts.items()
+            for name, (sums, counts) in of_image.items()
+        }
 
 
 def weighted_sum(

@@ -7,11 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cast_ray.losses.pixel_contrast import ContrastiveOutput, Gather, contrast
+from cast_ray.losses.pixel_contrast import ContrastiveOutput, contrast, diagnose
+from cast_ray.losses.pixel_problem import Gather
 from cast_ray.losses.rivals import RIVALS
 from cast_ray.recipe import ContrastiveConfig
 
-__all__ = ["ContrastiveOutput", "Gather", "contrastive_loss", "temperature_at"]
+__all__ = ["ContrastiveOutput", "Gather", "contrastive_loss", "diagnose", "temperature_at"]
 
 
 def contrastive_loss(
@@ -24,7 +25,7 @@ def contrastive_loss(
     truth_class: Tensor,
     config: ContrastiveConfig,
     *,
-    temperature: float | Tensor,
+    temperature: float,
     generator: torch.Generator | None = None,
     gather: Gather | None = None,
     with_diagnostics: bool = True,
@@ -38,9 +39,11 @@ def contrastive_loss(
     w = s_deb / sum s_deb. `expectation` puts that mean in the draws' place,
     sum_r exp(s-_r) -> R sum_q w_q exp(s-_q). It has no variance and, log being concave, is an upper bound (Jensen) of
     the mean of `sampled`, which lies below it by about Var[sum_r exp(s-_r)] / (2 Z^2),
-    Z = exp(s+) + R sum_q w_q exp(s-_q): with independent draws this falls as 1/R, with the systematic ones it is
-    smaller. Without replacement (Gumbel top-k) the draws are no longer proportional to s_deb once R nears the number
-    of candidates; `expectation` keeps the law with replacement.
+    Z = exp(s+) + R sum_q w_q exp(s-_q). With independent draws both that bias and the variance fall as 1/R; the
+    systematic ones have much less of both where similarity changes slowly along the pool (the pixels of an image, row
+    by row), as much in random order, and more where it repeats with the step of the draws. Without replacement (Gumbel
+    top-k) the draws are no longer proportional to s_deb once R nears the number of candidates; `expectation` keeps the
+    law with replacement.
 
     Candidates come from a random pool of `pool_size` pixels: exact when it holds all pixels, else a self-normalised
     importance approximation whose bias falls as 1/pool. Memory grows with one piece of anchors x pool, never with
@@ -50,13 +53,13 @@ def contrastive_loss(
         z_weak, z_strong: float [B, D, h, w] of unit length along D; computed in float32 also under autocast.
         mask_logits: [B, Q, H/4, W/4] and class_logits: [B, Q, C+1], the final layer's; no gradient flows through y.
         valid: bool [B, H, W]; padding is neither anchor nor negative.
-        truth_instance, truth_class: int16 [B, H, W] as in `Batch`; used by the oracle, the supervised rival and
+        truth_instance, truth_class: int16 [B, H, W] as in `Batch`; read by the oracle, the supervised rival and
             diagnostics only.
         config: every difference between the published and the released form, one field each.
         temperature: T, see `temperature_at`.
         generator: source of anchors, pool and draws, on the device of z.
-        gather: joins the candidate pools of all workers; each adds its own pool_size. Needs equal batch sizes.
-        with_diagnostics: whether to fill `diagnostics` (see `diagnose`).
+        gather: joins the candidate pools of all workers, pool_size in all. Needs equal batch sizes.
+        with_diagnostics: whether to fill `statistics` (see `diagnose`).
 
     Returns:
         sum over the anchors of this worker that have a possible negative, and their count. An anchor without one (one
@@ -67,8 +70,9 @@ def contrastive_loss(
         ValueError: views or batches of different shape; kind `none`.
 
     Source: CAST (arXiv 2505.21904, 2604.03841), the instance-aware pixel-wise contrastive loss.
-    Deviations: the papers do not say which view the negatives come from; here the weak one, as in the released code. An
-    anchor is never its own negative.
+    Deviations: the papers do not say which view anchors and negatives come from; here both are of the weak one, as in
+    the released code. An anchor is never its own negative. The mean is over the anchors that have a negative, not over
+    all B N.
     """
     losses: dict[str, Callable[..., ContrastiveOutput]] = {"cast": contrast, **RIVALS}
     if config.kind not in losses:

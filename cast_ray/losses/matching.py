@@ -15,6 +15,8 @@ from cast_ray.recipe import LossConfig
 from cast_ray.records import Targets
 
 _LARGEST_LOG = 87.0
+_PIXELS_IN_CACHE = 4096
+_SAMPLES_AT_A_TIME = {"cpu": 2**18}  # queries x points of the layers that are compared together (else 2**25)
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,12 @@ def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
 
     Source: PointRend's `point_sample`, whose points lie in [0, 1] and are moved to [-1, 1] at each call.
     """
-    grid = points.unsqueeze(2).expand(len(maps), -1, -1, -1)
-    return F.grid_sample(maps.float().unsqueeze(1), grid, align_corners=False)[:, 0, :, 0]
+    together = 1
+    if len(points) == 1 and maps.device.type == "cpu" and len(maps):
+        # As channels of one image, so that a point's place is found once for several maps that fit the cache.
+        together = max(n for n in range(1, 11) if len(maps) % n == 0)
+    grid = points.unsqueeze(2).expand(len(maps) // together, -1, -1, -1)
+    return F.grid_sample(maps.float().unflatten(0, (-1, together)), grid, align_corners=False)[..., 0].flatten(0, 1)
 
 
 def sample_kept(keep: Tensor, image: Tensor, points: Tensor) -> Tensor:
@@ -91,8 +97,9 @@ def match_layers(
     """Assigns queries to targets in every decoder layer, minimising the matching cost.
 
     cost[k, n] = -cost_class * P_c[k, label_n] + cost_mask * BCE(m_k, g_n) + cost_dice * dice(m_k, g_n), the mask
-    terms at P sampled points. With BCE(x, t) = softplus(x) - x t, both mask terms are one matrix product each per layer
-    and image. All costs, the labels and the emptiness of the masks reach the host in a single copy.
+    terms at P sampled points. With BCE(x, t) = softplus(x) - x t, both mask terms are matrix products, for each image
+    batched over as many layers as fit the cache. All costs, the labels and the emptiness of the masks reach the host in
+    a single copy.
 
     Args:
         class_logits: L tensors [B, Q, C+1].
@@ -110,34 +117,41 @@ def match_layers(
     error.
     """
     num_layers, (num_queries, num_outputs) = len(class_logits), class_logits[0].shape[1:]
+    if points.device.type == "cpu":
+        points = _in_reading_order(points, mask_logits[0].shape[-2:])
+    kept = None
+    if keep is not None:
+        images = torch.arange(len(targets), device=points.device).repeat(len(points))
+        kept = sample_kept(keep, images, points.flatten(0, 1)).float().view(points.shape[:-1])
+        kept = kept.expand(num_layers, -1, -1)
+    points = points.expand(num_layers, -1, -1, -1)
+    limit = _SAMPLES_AT_A_TIME.get(points.device.type, 2**25)
+    together = max(1, limit // (num_queries * points.shape[2]))
     blocks: list[tuple[int, int, int]] = []  # (image, layer, N_b)
     pieces: list[Tensor] = []
     for image, target in enumerate(targets):
         count = target.labels.shape[0]
         if count == 0:
             continue
-        masks = target.masks.float()
-        labels = target.labels.clamp(0, num_outputs - 1)
-        kept = None
-        for layer in range(num_layers):
-            where = points[layer if points.shape[0] > 1 else 0, image][None]
-            if layer == 0 or points.shape[0] > 1:
-                truth = sample_maps(masks, where)
-                if keep is not None:
-                    kept = sample_kept(keep, torch.full((1,), image, device=where.device), where)[0].float()
-            logits = sample_maps(mask_logits[layer][image], where)
-            cost = _pairwise_mask_cost(logits, truth, kept, config)
-            cost -= config.cost_class * class_logits[layer][image].float().softmax(-1)[:, labels]
-            blocks.append((image, layer, count))
+        masks, labels = target.masks.float(), target.labels.clamp(0, num_outputs - 1)
+        for start in range(0, num_layers, together):
+            layers = range(start, min(start + together, num_layers))
+            where = points[start : start + together, image]  # [l, P, 2]
+            logits = _sample_layers([mask_logits[layer][image] for layer in layers], where)
+            truth = _sample_layers([masks] * len(layers), where)
+            probs = torch.stack([class_logits[layer][image] for layer in layers]).float().softmax(-1)
+            counted = None if kept is None else kept[start : start + together, image]
+            cost = _pairwise_mask_cost(logits, truth, counted, config) - config.cost_class * probs[..., labels]
             pieces.append(cost.flatten())
+            blocks += [(image, layer, count) for layer in layers]
     device = class_logits[0].device
     if not blocks:
         none = torch.zeros((num_layers, 0), dtype=torch.int64, device=device)
         return Matches(none, none, none[0])
 
-    sizes = [piece.numel() for piece in pieces]
-    for target in targets:
-        pieces += [target.labels.float(), target.masks.flatten(1).any(1).float()]
+    sizes = [num_queries * count for _, _, count in blocks]
+    pieces += [torch.cat([t.labels for t in targets]).float()]
+    pieces += [t.masks.flatten(1).any(1).float() for t in targets]
     host = torch.cat(pieces).cpu().numpy()  # the step's only device-to-host copy
     _refuse_bad_targets(host[sum(sizes) :], targets, num_outputs - 1)
     return _assign(
@@ -145,30 +159,52 @@ def match_layers(
     )
 
 
+def _in_reading_order(points: Tensor, size: Sequence[int]) -> Tensor:
+    """Each set of points row by row of a map: costs are sums over them, and neighbours share the cache (half the time).
+
+    Maps that fit the first cache as a whole are left alone.
+    """
+    height, width = size
+    if height * width <= _PIXELS_IN_CACHE:
+        return points
+    column, row = (((points[..., i] + 1) * (side / 2)).to(torch.int32) for i, side in enumerate((width, height)))
+    order = torch.from_numpy(np.argsort((row * width + column).numpy(), axis=-1))
+    return points.gather(-2, order[..., None].expand(*order.shape, 2))
+
+
+def _sample_layers(maps: Sequence[Tensor], points: Tensor) -> Tensor:
+    """[l, K, P]: l tensors [K, h, w], each at its own points [l, P, 2]."""
+    if len(maps) == 1:
+        return sample_maps(maps[0], points)[None]
+    return F.grid_sample(torch.stack(list(maps)).float(), points.unsqueeze(2), align_corners=False)[..., 0]
+
+
 def _pairwise_mask_cost(logits: Tensor, truth: Tensor, kept: Tensor | None, config: LossConfig) -> Tensor:
-    """cost_mask * BCE + cost_dice * dice of [Q, P] logits against [N, P] masks over the kept points: [Q, N].
+    """cost_mask * BCE + cost_dice * dice of [l, Q, P] logits against [l, N, P] masks: [l, Q, N].
 
     One pass over the logits: with n = sigmoid(-x), softplus(x) = -log n (capped at 87, where float32 ends) and
     sigmoid(x) = 1 - n, which only enters sums.
+
+    Args:
+        kept: float32 [l, P], 1 where a point counts; None: everywhere.
     """
-    weight = torch.ones_like(truth[0]) if kept is None else kept
-    num_points: float | Tensor = logits.shape[1] if kept is None else kept.sum()
-    columns = torch.cat([truth if kept is None else truth * kept, weight[None]]).T  # [P, N + 1]
+    weight = torch.ones_like(truth[:, :1]) if kept is None else kept[:, None]
+    num_points = weight.sum(-1, keepdim=True)
+    rows = torch.cat([truth if kept is None else truth * weight, weight], dim=1)  # [l, N + 1, P]
     complement = logits.neg().sigmoid_()
-    missed = complement @ columns
-    area = columns[:, :-1].sum(0)
-    dice = 1 - (2 * (area - missed[:, :-1]) + 1) / (num_points - missed[:, -1:] + area + 1)
-    negative = -complement.log_().clamp_(min=-_LARGEST_LOG) @ weight
-    cross_entropy = (negative[:, None] - logits @ columns[:, :-1]) / (num_points + (num_points == 0))
+    missed = (rows @ complement.mT).mT  # this way round the few rows cost half
+    area = rows[:, None, :-1].sum(-1)
+    dice = 1 - (2 * (area - missed[..., :-1]) + 1) / (num_points - missed[..., -1:] + area + 1)
+    negative = (weight @ complement.log_().clamp_(min=-_LARGEST_LOG).mT).mT
+    cross_entropy = -(negative + (rows[:, :-1] @ logits.mT).mT) / (num_points + (num_points == 0))
     return config.cost_mask * cross_entropy + config.cost_dice * dice
 
 
 def _refuse_bad_targets(flat: np.ndarray, targets: Sequence[Targets], num_classes: int) -> None:
-    start = 0
-    for image, target in enumerate(targets):
-        count = target.labels.shape[0]
-        labels, filled = flat[start : start + count], flat[start + count : start + 2 * count]
-        start += 2 * count
+    """Raises for a label out of range or an empty mask; flat: all labels, then whether each mask has a pixel."""
+    counts = [t.labels.shape[0] for t in targets]
+    by_image = (np.split(part, np.cumsum(counts)[:-1]) for part in np.split(flat, 2))
+    for image, (labels, filled) in enumerate(zip(*by_image)):
         if bad := [int(v) for v in labels if not 0 <= v < num_classes]:
             raise ValueError(
                 f"targets of image {image}: expected labels in 0..{num_classes - 1} "

@@ -47,13 +47,16 @@ class PixelSet:
         """The same pixels with the first two dimensions joined."""
         return PixelSet(*(getattr(self, name).flatten(0, 1) for name in self.__dataclass_fields__))
 
+    def unflatten(self, num_images: int) -> PixelSet:
+        """The inverse of `flat`."""
+        return PixelSet(*(getattr(self, name).unflatten(0, (num_images, -1)) for name in self.__dataclass_fields__))
+
 
 def describe_pixels(
     mask_logits: Tensor,
     class_logits: Tensor,
     valid: Tensor,
-    truth_instance: Tensor,
-    truth_class: Tensor,
+    truth: tuple[Tensor, Tensor] | None,
     size: tuple[int, int],
     first_image: int,
     config: ContrastiveConfig,
@@ -66,7 +69,7 @@ def describe_pixels(
 
     Args:
         mask_logits: [B, Q, H/4, W/4], the final layer's; class_logits: [B, Q, C+1]. Both are detached.
-        valid: bool [B, H, W]; truth_instance, truth_class: int16 [B, H, W].
+        valid: bool [B, H, W]; truth: instance and class, int16 [B, H, W] each; None: unknown everywhere.
         size: (h, w). first_image: number of this worker's first image among all workers'.
 
     Returns:
@@ -87,14 +90,9 @@ def describe_pixels(
         else:
             norm = mask_part.sum(-1, keepdim=True) + class_part.sum(-1, keepdim=True)
         mask_part, class_part = mask_part / norm, class_part / norm
-    return PixelSet(
-        pixel,
-        at_centres(valid, size).float(),
-        mask_part,
-        class_part,
-        at_centres(truth_instance, size).long(),
-        at_centres(truth_class, size).long(),
-    )
+    unknown = torch.full_like(pixel, -1)
+    instance, category = (unknown, unknown) if truth is None else (at_centres(t, size).long() for t in truth)
+    return PixelSet(pixel, at_centres(valid, size).float(), mask_part, class_part, instance, category)
 
 
 @torch.no_grad()
@@ -112,19 +110,19 @@ def at_centres(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return maps[:, rows][:, :, columns].flatten(1)
 
 
-def draw_pixels(valid: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+def draw_pixels(valid: Tensor, count: int | None, generator: torch.Generator | None) -> Tensor:
     """`count` distinct locations of each image, uniform over its valid pixels; invalid ones only when those run out.
 
     Args:
-        valid: bool [B, n]; count: at least 1.
+        valid: bool [B, n]; count: at least 1; None: all.
 
     Returns:
         int64 [B, min(count, n)]; all locations in order when count >= n.
     """
-    if count >= valid.shape[1]:
+    if count is None or count >= valid.shape[1]:
         return torch.arange(valid.shape[1], device=valid.device).expand(valid.shape[0], -1)
     keys = torch.rand(valid.shape, device=valid.device, generator=generator) + (~valid)
-    return keys.topk(count, dim=1, largest=False).indices
+    return keys.topk(count, dim=1, largest=False, sorted=False).indices
 
 
 def stand_for_all(pool: PixelSet, all_pixels: PixelSet) -> PixelSet:
@@ -133,9 +131,21 @@ def stand_for_all(pool: PixelSet, all_pixels: PixelSet) -> PixelSet:
     return replace(pool, share=pool.share * present / drawn.clamp(min=1))
 
 
+def own_columns(matrix: Tensor, own: slice | None) -> Tensor:
+    """The columns of each image's own candidates: a view [g, n, m] of [g, n, M].
+
+    Args:
+        own: the g m columns of the g images, image by image; None: a row has no others (m = M).
+    """
+    if own is None:
+        return matrix
+    blocks = matrix[..., own].unflatten(2, (matrix.shape[0], -1))
+    return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
 @torch.no_grad()
-def candidate_weights(anchors: PixelSet, pool: PixelSet, own: slice, config: ContrastiveConfig) -> Tensor:
-    """Unnormalised probability with which each candidate is a negative of each anchor of one image.
+def candidate_weights(anchors: PixelSet, pool: PixelSet, own: slice | None, config: ContrastiveConfig) -> Tensor:
+    """Unnormalised probability with which each candidate is a negative of each anchor of g images.
 
     weight[a, q] = s_deb(a, q) * share(q), s_deb = max(0, 1 - <y~_a, y~_q>); `uniform`: s_deb = 1; `oracle`: s_deb = 1
     where both truths are known and the pixels do not lie in the same instance or both on background, else 0. An
@@ -147,30 +157,31 @@ def candidate_weights(anchors: PixelSet, pool: PixelSet, own: slice, config: Con
     much as one of the same class but another instance in the same image.
 
     Args:
-        anchors: [n] pixels of one image. pool: [M] candidates. own: columns of the anchors' image.
+        anchors: [g, n] pixels of g images. pool: [M] candidates of all, or [g, m] of each image. own: columns of the
+            g images in a common pool, see `own_columns`.
 
     Returns:
-        float32 [n, M], >= 0; weights below 1e-5 are 0.
+        float32 [g, n, M], >= 0; weights below 1e-5 are 0.
     """
-    shape = (anchors.pixel.shape[0], pool.pixel.shape[0])
+    num_images = anchors.pixel.shape[0]
+    mine = pool if own is None else pool[own].unflatten(num_images)
+    share = pool.share.unsqueeze(-2)
     if config.sampler == "uniform":
-        weights = pool.share.expand(shape).clone()
+        weights = share.expand(*anchors.pixel.shape, -1).clone()
     elif config.sampler == "oracle":
-        first, second = anchors.instance[:, None], pool.instance[None]
+        first, second = anchors.instance[..., None], pool.instance.unsqueeze(-2)
         different = (first >= 0) & (second >= 0) & ((first > 0) | (second > 0))
-        different[:, own] &= first != second[:, own]
-        weights = different * pool.share
+        own_columns(different, own).logical_and_(first != mine.instance[:, None])
+        weights = different * share
     else:
-        weights = 1 - anchors.class_part @ pool.class_part.T  # all 1 where the class part is absent
-        weights[:, own].addmm_(anchors.mask_part, pool.mask_part[own].T, alpha=-1)
-        weights = F.threshold(weights, _LEAST_WEIGHT, 0.0, inplace=True).mul_(pool.share)
+        weights = 1 - anchors.class_part @ pool.class_part.mT  # all 1 where the class part is absent
+        if config.sampler != "class" and config.scope != "cross-image":
+            own_columns(weights, own).sub_(anchors.mask_part @ mine.mask_part.mT)
+        weights = F.threshold(weights, _LEAST_WEIGHT, 0.0, inplace=True).mul_(share)
     if config.scope == "cross-image":
-        weights[:, own] = 0
+        own_columns(weights, own).zero_()
     else:
-        weights[:, own].masked_fill_(anchors.pixel[:, None] == pool.pixel[own], 0)
-    if config.scope == "same-image":
-        weights[:, : own.start] = 0
-        weights[:, own.stop :] = 0
+        own_columns(weights, own).masked_fill_(anchors.pixel[..., None] == mine.pixel[:, None], 0)
     return weights
 
 
@@ -180,28 +191,28 @@ def negative_counts(weights: Tensor, config: ContrastiveConfig, generator: torch
 
     `expectation`: R w_q, w = weights / their sum: the mean of the draws. `sampled` with replacement: systematic draws,
     the candidates under R equally spaced points of the cumulated weights, with one random start for each anchor. Each
-    is drawn R w_q times in the mean, as by R independent draws, but always less than one draw away from that, so the
-    loss varies less. `sampled` without replacement: Gumbel top-k, R distinct candidates, or as many as have a weight.
+    is drawn R w_q times in the mean, as by R independent draws, but always less than one draw away from that. `sampled`
+    without replacement: Gumbel top-k, R distinct candidates, or as many as have a weight.
 
     Args:
-        weights: float32 [n, M], >= 0; a row of zeros has no negative.
+        weights: float32 [..., M], >= 0; a row of zeros has no negative.
 
     Returns:
-        float32 [n, M], c_q >= 0; rows sum to R (without replacement to at most R), or to 0.
+        float32 [..., M], c_q >= 0; rows sum to R (without replacement to at most R), or to 0.
     """
     r = config.num_negatives
-    if config.estimator == "sampled" and not config.replacement:
+    if config.estimator == "expectation":
+        return weights / (weights.sum(-1, keepdim=True) / r).clamp(min=TINY)
+    if not config.replacement:
         # The largest log(u) / w of uniform u, which has the law of the largest log w + Gumbel noise.
         keys = torch.rand(weights.shape, device=weights.device, generator=generator).log_().div_(weights)
-        taken = keys.topk(min(r, weights.shape[1]), dim=1, sorted=False).indices
-        return torch.zeros_like(weights).scatter_(1, taken, 1.0) * (weights > 0)
-    if config.estimator == "expectation":
-        return weights / (weights.sum(1, keepdim=True) / r).clamp(min=TINY)
-    reached = weights.cumsum(1)
-    total = reached[:, -1:].clone()
-    start = torch.rand(weights.shape[0], 1, device=weights.device, generator=generator)
+        taken = keys.topk(min(r, weights.shape[-1]), dim=-1, sorted=False).indices
+        return torch.zeros_like(weights).scatter_(-1, taken, 1.0) * (weights > 0)
+    reached = weights.cumsum(-1)
+    total = reached[..., -1:].clone()
+    start = torch.rand(total.shape, device=weights.device, generator=generator)
     # Divided first: the last point is then R exactly, and candidates without weight behind it are not reached.
     reached.div_(total.clamp(min=TINY)).mul_(r).add_(start).floor_()
     counts = reached.clone()
-    counts[:, 1:].sub_(reached[:, :-1])
+    counts[..., 1:].sub_(reached[..., :-1])
     return counts.mul_(total > 0)

@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from cast_ray.losses.negatives import TINY, at_centres, candidate_weights, negative_counts, pseudo_probabilities
 from cast_ray.losses.pixel_contrast import (
-    NUM_STATS,
     ContrastiveOutput,
     PieceLoss,
     contrast,
@@ -90,23 +88,23 @@ RIVALS = {"supervised": supervised_loss, "pc2seg": pc2seg_loss, "infonce": infon
 
 
 def _supervised_piece(
-    config: ContrastiveConfig, temperature: float | Tensor, generator: torch.Generator | None, with_diagnostics: bool
+    config: ContrastiveConfig, temperature: float, generator: torch.Generator | None, with_diagnostics: bool
 ) -> PieceLoss:
     def piece_loss(anchors, positives, candidates, pixels, pool, own):
         allowed = candidate_weights(pixels, pool, own, config)
-        alike = pixels.category[:, None] == pool.category
+        alike = pixels.category[..., None] == pool.category.unsqueeze(-2)
         attract = allowed * alike
-        attract /= attract.sum(1, keepdim=True).clamp(min=TINY)
+        attract /= attract.sum(-1, keepdim=True).clamp(min=TINY)
         counts = negative_counts(allowed * ~alike, config, generator)
-        active = (counts.amax(1) > 0) & (attract.amax(1) > 0) & (pixels.share > 0)
+        active = (counts.amax(-1) > 0) & (attract.amax(-1) > 0) & (pixels.share > 0)
         scaled = anchors / temperature
-        similarities = scaled.T @ candidates.T
+        similarities = scaled @ candidates.mT
         # Rows that are left out get some weight, for logsumexp over nothing has no gradient.
-        against = (similarities + torch.where(active[:, None], counts, 1.0).log()).logsumexp(1, keepdim=True)
-        loss = (attract * F.softplus(against - similarities)).sum(1)
-        seen = anchors.new_zeros(NUM_STATS)
+        against = (similarities + torch.where(active[..., None], counts, 1.0).log()).logsumexp(-1, keepdim=True)
+        loss = (attract * F.softplus(against - similarities)).sum(-1)
+        seen = None
         if with_diagnostics:
-            positive = (scaled * positives).sum(0)
+            positive = (scaled * positives).sum(-1)
             seen = negative_statistics(positive, similarities, counts, active, temperature, pixels, pool, own)
         return (loss * active).sum(), active.sum(), seen
 

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cast_ray.losses.mask_terms import mask_terms
 from cast_ray.losses.matching import Matches, kept_pixels, match_layers, sample_kept, sample_maps
 from cast_ray.recipe import LossConfig
 from cast_ray.records import Predictions, Targets
 
-_PAIRS_AT_A_TIME = {"cpu": 8}  # of which masks are compared: what stays in cache (else 64, to bound memory)
+_SAMPLES_AT_A_TIME = {"cpu": 2**18}  # pairs x candidate points: what stays in cache (else 2**22, to bound memory)
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ def set_loss(
     With m matched to g, w_n the target's weight and u_k that weight, or no_object_weight for unmatched queries:
     class = sum_l [ sum_k u_k CE_k ] / [ sum_k u_k ],  mask = sum_l [ sum_n w_n mean_p BCE ] / [ sum_n w_n ],
     dice = sum_l [ sum_n w_n (1 - (2 sum_p m g + 1) / (sum_p m + sum_p g + 1)) ] / [ sum_n w_n ].
-    Each is returned as numerator and denominator so that the caller can sum the denominators over workers; dividing the
-    mask terms by `count.clamp(min=1)` gives Mask2Former's normalisation.
+    Each is returned as numerator and denominator of every image, so that one matching serves D_l and D_u and the caller
+    can add up either part and the denominators of all workers; dividing the mask terms by `count.sum().clamp(min=1)`
+    gives Mask2Former's normalisation.
 
     Args:
         predictions: L layers; class_logits [B, Q, C+1], mask_logits [B, Q, h, w], any float dtype (float32 inside).
@@ -60,9 +62,8 @@ def set_loss(
         points: fixed points instead of drawn ones (tests, benchmarks).
 
     Returns:
-        {"class", "mask", "dice"} -> (sum, count), 0-d float32 tensors, unweighted; sum has gradients, count none. count
-        is that of one layer. Without any instance mask and dice are (0, 0), without any image all terms are, still
-        attached to the graph.
+        {"class", "mask", "dice"} -> (sum, count), float32 [B], unweighted; sum has gradients, count none. count is that
+        of one layer. An image without instances has mask and dice (0, 0), still attached to the graph.
 
     Raises:
         ValueError: another number of targets than images, a label outside 0..C-1, an empty mask, non-finite logits.
@@ -78,31 +79,29 @@ def set_loss(
     num_images = class_logits[0].shape[0]
     if len(targets) != num_images:
         raise ValueError(f"set_loss: expected one Targets per image ({num_images}), got {len(targets)}")
-    if num_images == 0:
-        nothing = sum(
-            (t.float().sum() for t in (*class_logits, *mask_logits)), torch.zeros((), device=class_logits[0].device)
-        )
-        return {term: (nothing, nothing.detach()) for term in ("class", "mask", "dice")}
     keep = kept_pixels(targets, valid)
     if points is None:
         points = draw_points(predictions, targets, config, generator)
     matches = match_layers(class_logits, mask_logits, targets, config, points.match, keep)
 
-    weights = torch.cat([t.weights for t in targets]).float()
-    if config.pseudo_weighting == "hard":
-        weights = torch.ones_like(weights)
-    class_sum, class_count = _class_term(class_logits, targets, matches, weights, config)
-    mask_sum = dice_sum = class_sum.new_zeros(())
+    weights = target_weights(targets, config)
+    class_sum, class_count = _class_term(class_logits, targets, matches, torch.cat(weights), config)
+    mask_sum = dice_sum = class_sum.new_zeros(num_images)
     if matches.query.shape[1] == 0:
         # Zero, but attached: every mask head gets a gradient on every worker, which DDP needs.
         mask_sum = dice_sum = sum((logits.flatten()[:1].float().sum() * 0 for logits in mask_logits), mask_sum)
     else:
         masks = torch.cat([t.masks for t in targets])
         for layer, logits in enumerate(mask_logits):
-            mask, dice = _mask_terms(logits, masks, weights, matches, layer, points, keep, config)
+            mask, dice = _mask_sums(logits, masks, torch.cat(weights), matches, layer, points, keep, config)
             mask_sum, dice_sum = mask_sum + mask, dice_sum + dice
-    count = weights.sum()
+    count = torch.stack([w.sum() for w in weights])
     return {"class": (class_sum, class_count), "mask": (mask_sum, count), "dice": (dice_sum, count)}
+
+
+def target_weights(targets: Sequence[Targets], config: LossConfig) -> list[Tensor]:
+    """Weight of each instance, float32 [N] of each image: the target's own if `pseudo_weighting` is "score", else 1."""
+    return [t.weights.float() if config.pseudo_weighting == "score" else torch.ones_like(t.weights) for t in targets]
 
 
 def slice_predictions(predictions: Predictions, start: int, stop: int) -> Predictions:
@@ -148,6 +147,7 @@ def _point_counts(config: LossConfig) -> tuple[int, int]:
 def _class_term(
     class_logits: Sequence[Tensor], targets: Sequence[Targets], matches: Matches, weights: Tensor, config: LossConfig
 ) -> tuple[Tensor, Tensor]:
+    """Weighted cross-entropies and their weights, [B] each."""
     logits = torch.stack([layer.float() for layer in class_logits]).flatten(1, 2)  # [L, B * Q, C+1]
     num_classes = logits.shape[-1] - 1
     wanted = torch.full(logits.shape[:2], num_classes, dtype=torch.int64, device=logits.device)
@@ -157,11 +157,12 @@ def _class_term(
         wanted.scatter_(1, matches.query, labels[matches.target])
         importance.scatter_(1, matches.query, weights[matches.target])
     losses = F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none")
+    by_image = (-1, len(targets), class_logits[0].shape[1])
     # Every layer matches every target once, so layers share one count (their mean, if N > Q leaves some out).
-    return (losses * importance).sum(), importance.sum(1).mean()
+    return (losses * importance).view(by_image).sum((0, 2)), importance.view(by_image).sum(2).mean(0)
 
 
-def _mask_terms(
+def _mask_sums(
     logits: Tensor,
     masks: Tensor,
     weights: Tensor,
@@ -171,10 +172,12 @@ def _mask_terms(
     keep: Tensor | None,
     config: LossConfig,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sums over the pairs of one layer of the point-sampled BCE and dice."""
+    """Weighted point-sampled BCE and dice of one layer's pairs, added up by image: [B] each."""
+    num_images = logits.shape[0]
     chosen = _TakeRows.apply(logits.flatten(0, 1), matches.query[layer])
-    at_a_time = _PAIRS_AT_A_TIME.get(logits.device.type, 64)
-    mask_sum = dice_sum = chosen.new_zeros((), dtype=torch.float32)
+    limit = _SAMPLES_AT_A_TIME.get(logits.device.type, 2**22)
+    at_a_time = max(1, limit // max(points.candidates.shape[2], points.uniform.shape[2]))
+    losses: list[Tensor] = []
     for values, target, image, candidates, uniform in zip(
         *(
             t.split(at_a_time)
@@ -182,18 +185,10 @@ def _mask_terms(
         )
     ):
         where = torch.cat([_uncertain_points(values, image, candidates, keep, config), uniform], dim=1)
-        truth = sample_maps(masks[target], where)
-        values = sample_maps(values, where)
-        cross_entropy, probs = F.softplus(values) - values * truth, values.sigmoid()
-        if keep is None:
-            mask = cross_entropy.mean(1)
-        else:
-            kept = sample_kept(keep, image, where).float()
-            mask = (cross_entropy * kept).sum(1) / kept.sum(1).clamp(min=1)
-            probs, truth = probs * kept, truth * kept
-        dice = 1 - (2 * (probs * truth).sum(1) + 1) / (probs.sum(1) + truth.sum(1) + 1)
-        mask_sum = mask_sum + mask @ weights[target]
-        dice_sum = dice_sum + dice @ weights[target]
+        kept = None if keep is None else sample_kept(keep, image, where).float()
+        losses.append(torch.stack(mask_terms(sample_maps(values, where), sample_maps(masks[target], where), kept)))
+    by_pair = torch.cat(losses, dim=1) * weights[matches.target[layer]]
+    mask_sum, dice_sum = by_pair.new_zeros(2, num_images).index_add(1, matches.image, by_pair)
     return mask_sum, dice_sum
 
 

@@ -44,8 +44,4 @@ class CastNetwork(nn.Module):
             return Output(predictions)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.contrastive.strong_grad):
             strong_features = self.segmenter.encode(strong)[self.stride]
-        return Output(
-            predictions,
-            self.projector(predictions.features[self.stride]),
-            self.projector.forward_strong(strong_features),
-        )
+        return Output(predictions, *self.projector(predictions.features[self.stride], strong_features))

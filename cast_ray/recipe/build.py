@@ -94,14 +94,14 @@ def build_recipe(preset: str, scale: str = "demo", overrides: Mapping[str, Any] 
 
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
-    """`["a.b=c", ...]` as a mapping. Raises ValueError for a pair without `=`."""
+    """`["a.b=c", ...]` as a mapping, a named column before single fields. Raises ValueError for a pair without `=`."""
     parsed: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.strip():
             raise ValueError(f"--set {pair!r}: expected key=value, for example loss.lambda_pxl=0.2")
         parsed[key.strip()] = value
-    return parsed
+    return dict(sorted(parsed.items(), key=lambda item: item[0] != "contrastive"))
 
 
 def apply_override(tree: dict[str, Any], key: str, value: Any) -> None:

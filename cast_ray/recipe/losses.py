@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cast_ray.recipe.part import Part
 
@@ -15,12 +15,13 @@ class LossConfig(Part):
     lambda_semi: float = Field(1.0, ge=0)
     """Weight of the pseudo-label loss of the student. The teacher's own (1c) is 1 where this is above 0."""
     lambda_pxl: float = Field(0.1, ge=0)
+    """Weight of L_pxl, of teacher and student alike (released: 0.1; the papers sweep 0.01 to 0.5)."""
     class_weight: float = Field(2.0, ge=0)
     mask_weight: float = Field(5.0, ge=0)
     dice_weight: float = Field(5.0, ge=0)
     no_object_weight: float = Field(0.1, ge=0)
     cost_class: float = Field(2.0, ge=0)
-    """Class cost of the matcher (transformers' Mask2FormerLoss hard-codes 1)."""
+    """Class cost of the matcher (transformers' Mask2FormerLoss takes 1, newer ones the loss's own weight)."""
     cost_mask: float = Field(5.0, ge=0)
     cost_dice: float = Field(5.0, ge=0)
     num_points: int = Field(12544, ge=1)
@@ -47,10 +48,10 @@ class ContrastiveConfig(Part):
     """How y is normalised before the inner product."""
     num_negatives: int = Field(64, ge=1)
     """R, drawn for each anchor."""
-    num_anchors: int = Field(1024, ge=1)
-    """Anchors drawn per image (all pixels when the map has fewer)."""
-    pool_size: int = Field(4096, ge=1)
-    """Candidate pixels of the batch from which negatives are drawn: bounds memory (anchors x pool)."""
+    num_anchors: int | None = Field(1024, ge=1)
+    """Anchors drawn per image (all pixels when the map has fewer); None: all pixels."""
+    pool_size: int | None = Field(4096, ge=1)
+    """Candidate pixels of the batch (`gather`: of all workers') that negatives are drawn from; None: all pixels."""
     replacement: bool = True
     """Draw the R negatives with replacement (released: without, by Gumbel top-k)."""
     temperature: float = Field(0.1, gt=0)
@@ -65,30 +66,59 @@ class ContrastiveConfig(Part):
     head: Literal["shared", "frozen", "ema"] = "shared"
     """The strong view's projection head: the same, a frozen copy of the initial one, or a moving average."""
     head_ema: float = Field(0.99, ge=0, lt=1)
-    feature_stride: int = Field(8, ge=1)
-    """Stride of the encoder map that is projected (0-cost rule: the coarsest map with a stride not above this)."""
+    feature_stride: int | None = Field(8, ge=1)
+    """Stride of the encoder map that is projected: the coarsest one not above this; None: the coarsest of all."""
     projection_dims: tuple[int, ...] = (128, 128)
     """Widths of the MLP after the encoder's own; the last is D."""
     projection_bias: bool = True
-    gather: bool = False
-    """All-gather the candidate pool across Train workers, so that a local batch of 1 still has negatives."""
+    gather: bool = True
+    """Negatives from the images of all Train workers, as if they were one batch; else each worker's own only, and the
+    law of the loss depends on their number."""
     diagnostics_every_steps: int = Field(20, ge=1)
+    """Steps between two points of margin, false-negative rate and the other diagnostics."""
+
+    @model_validator(mode="after")
+    def _only_the_oracle_sees_hidden_truth(self) -> ContrastiveConfig:
+        if self.sampler == "oracle" and self.kind not in ("cast", "none"):
+            raise ValueError(
+                f"contrastive.sampler is oracle with contrastive.kind {self.kind}: expected kind cast, for the hidden "
+                "truth that the oracle reads would reach a rival's loss"
+            )
+        return self
 
 
+# What the method's two descriptions say, field by field. The paper leaves R, T, the head's widths and the map open:
+# there the fields keep their values.
 CONTRASTIVE_PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {},
+    "paper": {
+        "kind": "cast",
+        "sampler": "fusion",
+        "normalise": "l2",
+        "scope": "batch",
+        "gather": True,
+        "temperature_end": None,
+        "hinge": None,
+        "strong_grad": True,
+        "head": "shared",
+    },
     "released": {
+        "kind": "cast",
         "sampler": "class",
-        "scope": "cross-image",
         "normalise": "sum",
+        "scope": "cross-image",
+        "gather": False,
+        "estimator": "sampled",
         "num_negatives": 200,
         "replacement": False,
+        "num_anchors": None,
+        "pool_size": None,
         "temperature": 0.3,
         "temperature_end": 0.07,
+        "temperature_steps": 90_000,
         "hinge": 0.5,
         "strong_grad": False,
         "head": "frozen",
-        "feature_stride": 32,
+        "feature_stride": None,
         "projection_dims": (128, 128, 128),
         "projection_bias": False,
     },

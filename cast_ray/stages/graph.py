@@ -19,7 +19,7 @@ from cast_ray.recipe import Recipe, TrainConfig
 
 Kind = Literal["train", "label", "evaluate", "dataset"]
 
-STAGE_VERSION: dict[str, int] = {"train": 1, "label": 1, "evaluate": 1}
+STAGE_VERSION: dict[str, int] = {"train": 2, "label": 1, "evaluate": 1}
 """Raise a kind's number when its code changes a result: its old artifacts are then no longer found."""
 
 
@@ -197,6 +197,9 @@ class _Planner:
         if not unlabelled:
             train_part.pop("batch_unlabelled")
         data_part = recipe.data.model_dump(include={"image_px", "scale_jitter", "flip", "color_jitter"})
+        loss_part = recipe.loss.model_dump() | {"lambda_semi": semi if labels else 0.0, "lambda_pxl": pxl}
+        if labels is None:
+            loss_part.pop("pseudo_weighting")
         config = {
             "model": getattr(recipe, model).model_dump(),
             "train": train_part,
@@ -204,8 +207,7 @@ class _Planner:
             "split": split_part(recipe, self.hashes, unlabelled=unlabelled) if data == "target" else None,
             "source": data == "source",
             "unlabelled": unlabelled,
-            "loss": recipe.loss.model_dump(exclude={"lambda_semi", "lambda_pxl"})
-            | {"lambda_semi": semi if labels else 0.0, "lambda_pxl": pxl},
+            "loss": loss_part,
             "contrastive": recipe.contrastive.model_dump() if pxl > 0 else None,
             "seed": recipe.seed if seed is None else seed,
         }

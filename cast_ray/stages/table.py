@@ -101,7 +101,9 @@ class Table(BaseModel):
         """
         if row not in self.rows:
             raise ValueError(f"unknown row {row!r} of table {self.name!r}{_nearest(row, list(self.rows))}")
-        return build_recipe(preset, scale, {**(overrides or {}), **self.rows[row], "seed": seed})
+        own = {**self.rows[row], "seed": seed}
+        theirs = {key: value for key, value in (overrides or {}).items() if key not in own}
+        return build_recipe(preset, scale, theirs | own)
 
 
 def table_names() -> list[str]:

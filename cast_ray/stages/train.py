@@ -51,7 +51,8 @@ def train_stage(
     config = stage.config
     seed = config["seed"]
     torch.manual_seed(seed)
-    segmenter = build_segmenter(ModelConfig(**config["model"]), num_classes, seed)
+    model = ModelConfig(**config["model"])
+    segmenter = build_segmenter(model, num_classes, seed)
     if initial_weights is not None:
         try:
             segmenter.load_state_dict(initial_weights)
@@ -60,7 +61,7 @@ def train_stage(
     contrastive = ContrastiveConfig(**config["contrastive"]) if config["contrastive"] else None
     network = CastNetwork(segmenter, contrastive)
     gather = WorkerGather(world.rank, world.size) if world.size > 1 else None
-    objective = Objective(LossConfig(**config["loss"]), contrastive, gather)
+    objective = Objective(LossConfig(**config["loss"]), contrastive, gather, model.proposals)
     result = train(
         network,
         objective,

@@ -56,7 +56,7 @@ def make_set_problem():
 
 
 def set_gradients(predictions, losses, reduce):
-    total = sum(s / reduce(n.clone()).clamp(min=1) for s, n in losses.values())
+    total = sum(s.sum() / reduce(n.sum()).clamp(min=1) for s, n in losses.values())
     return torch.autograd.grad(total, predictions.class_logits + predictions.mask_logits)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from pathlib import Path
@@ -30,7 +31,7 @@ CONFIG = TrainConfig(steps=STEPS, lr=1e-2, ema=0.5, checkpoint_every_steps=2)
 SEMI = LOSS.model_copy(update={"lambda_semi": 0.5})
 # No draw in it: all pixels are anchors and candidates, and the expectation stands for the negatives.
 EXACT = CONTRAST.model_copy(
-    update={"estimator": "expectation", "num_anchors": 10_000, "pool_size": 10_000, "gather": True}
+    update={"estimator": "expectation", "num_anchors": None, "pool_size": None, "feature_stride": 4}
 )
 CASES = {"set loss": None, "with the contrastive term": EXACT}
 
@@ -86,6 +87,7 @@ def train(name: str, world: World) -> dict[str, Any]:
         "weights": trained.network.state_dict(),
         "resumed": resumed.network.state_dict(),
         "curve": trained.curve,
+        "diagnostics": trained.result.diagnostics,
         "images_per_s": [e["images_per_s"] for e in trained.result.curve],
     }
 
@@ -147,6 +149,15 @@ def test_curves_count_all_workers(workers: Any, alone: Any, name: str) -> None:
     for rank in range(2):
         (found,) = workers[rank][name][1]["curve"]
         assert found == pytest.approx(wanted, rel=1e-3, abs=1e-4)
+
+
+def test_diagnostics_are_of_all_workers(workers: Any, alone: Any) -> None:
+    wanted = alone["with the contrastive term"][1]["diagnostics"]
+    assert [d["step"] for d in wanted] == [3, 4]
+    assert all(math.isfinite(value) for d in wanted for value in d.values()) and 0 < wanted[0]["fnr"] < 1
+    for rank in range(2):
+        for found, point in zip(workers[rank]["with the contrastive term"][1]["diagnostics"], wanted, strict=True):
+            assert found == pytest.approx(point, rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -92,7 +92,8 @@ def dense_loss(z_weak, z_strong, weights, config, temperature, how):
     """(sum, count) over anchors with a negative.
 
     how: "expectation", R sum_q w_q e^{s-_q}; "all", each candidate once (R >= candidates without replacement);
-    "every draw", the exact mean of the sampled loss over all systematic draws.
+    "every draw", the exact mean of the sampled loss over all systematic draws; "every Gumbel draw", over all draws
+    without replacement.
     """
     z_weak, z_strong = z_weak.flatten(2), z_strong.flatten(2)
     total, count = z_weak.sum() * 0, 0
@@ -109,9 +110,20 @@ def dense_loss(z_weak, z_strong, weights, config, temperature, how):
         elif how == "all":
             total = total + term(positive, [(s[q], 1.0) for q in row], config.hinge)
         else:
-            for chance, draws in systematic_draws(row, config.num_negatives):
+            enumerate_draws = systematic_draws if how == "every draw" else gumbel_draws
+            for chance, draws in enumerate_draws(row, config.num_negatives):
                 total = total + chance * term(positive, [(s[q], 1.0) for q in draws], config.hinge)
     return total, count
+
+
+def gumbel_draws(row, r):
+    """All (chance, draws) of r draws one after the other without putting back: the law of Gumbel top-k."""
+    for draws in itertools.permutations(row, min(r, len(row))):
+        chance, left = 1.0, sum(row.values())
+        for q in draws:
+            chance *= row[q] / left
+            left -= row[q]
+        yield chance, draws
 
 
 def systematic_draws(row, r):

@@ -1,5 +1,6 @@
 """L_pxl against the loops of contrastive_reference, and its edges."""
 
+import math
 from unittest import mock
 
 import pytest
@@ -8,10 +9,21 @@ from contrastive_reference import all_weights, centres, dense_loss
 from contrastive_scenes import gradients, scene
 
 from cast_ray.losses import pixel_contrast
-from cast_ray.losses.contrastive import contrastive_loss, temperature_at
+from cast_ray.losses.contrastive import contrastive_loss, diagnose, temperature_at
+from cast_ray.losses.pixel_problem import pose_problem
 from cast_ray.recipe import CONTRASTIVE_PRESETS, ContrastiveConfig
 
 SIZE = (2, 3)
+
+
+def facts_of(inputs, config, temperature=0.1):
+    out = contrastive_loss(**inputs, config=config, temperature=temperature)
+    assert out.statistics is not None and not out.statistics.requires_grad
+    return diagnose(out.statistics, temperature)
+
+
+def column(name, **changes):
+    return ContrastiveConfig(**CONTRASTIVE_PRESETS[name] | changes)
 
 
 def reference(inputs, config, temperature, how="expectation"):
@@ -42,12 +54,12 @@ def test_expectation_equals_the_loops(sampler, scope, normalise):
 
 @pytest.mark.parametrize("preset", ["paper", "released"])
 def test_presets_equal_the_loops(preset):
-    config = ContrastiveConfig(**CONTRASTIVE_PRESETS[preset], estimator="expectation")
+    config = column(preset, estimator="expectation")
     assert_equal_to_reference(scene(images=3), config, temperature_at(45_000, config))
 
 
 def test_released_draws_every_candidate_when_there_are_fewer_than_r():
-    config = ContrastiveConfig(**CONTRASTIVE_PRESETS["released"])
+    config = column("released")
     assert_equal_to_reference(scene(images=3), config, 0.3, how="all")
 
 
@@ -55,7 +67,7 @@ def test_released_draws_every_candidate_when_there_are_fewer_than_r():
 def test_padding_is_neither_anchor_nor_negative(preset):
     inputs = scene()
     inputs["valid"][0, :, 8:] = False
-    config = ContrastiveConfig(**CONTRASTIVE_PRESETS[preset], estimator="expectation")
+    config = column(preset, estimator="expectation")
     assert_equal_to_reference(inputs, config, 0.2)
     loss = contrastive_loss(**inputs, config=config, temperature=0.2)
     assert loss.count == 10
@@ -74,12 +86,13 @@ def mean_of_draws(inputs, config, temperature, draws):
     return drawn.mean(), drawn.std() / draws**0.5, drawn.var(), grads
 
 
-def test_sampled_is_unbiased_for_the_mean_over_every_draw_and_below_the_expectation():
+@pytest.mark.parametrize(("replacement", "how"), [(True, "every draw"), (False, "every Gumbel draw")])
+def test_sampled_is_unbiased_for_the_mean_over_every_draw_and_below_the_expectation(replacement, how):
     """R = 2: all draws are enumerated. At this T the Jensen gap is many standard errors wide."""
     inputs, temperature = scene(), 0.3
-    config = ContrastiveConfig(num_negatives=2)
+    config = ContrastiveConfig(num_negatives=2, replacement=replacement)
     mean, error, _, grad = mean_of_draws(inputs, config, temperature, 600)
-    exact, _ = reference(inputs, config, temperature, how="every draw")
+    exact, _ = reference(inputs, config, temperature, how=how)
     wanted = torch.cat([t.flatten() for t in gradients(inputs, exact)])
     upper = contrastive_loss(
         **inputs, config=config.model_copy(update={"estimator": "expectation"}), temperature=temperature
@@ -104,6 +117,51 @@ def test_gap_and_variance_fall_with_r_and_the_gradient_turns_to_the_expectations
     assert gaps[0] > 4 * gaps[1] > 0
     assert variances[0] > 4 * variances[1]
     assert min(angles) > 0.99
+
+
+def test_no_cap_is_all_pixels():
+    inputs = scene()
+    capped = ContrastiveConfig(estimator="expectation", num_anchors=6, pool_size=12)
+    free = capped.model_copy(update={"num_anchors": None, "pool_size": None})
+    some, all_of_them = (contrastive_loss(**inputs, config=c, temperature=0.2) for c in (capped, free))
+    assert torch.equal(some.sum, all_of_them.sum) and some.count == all_of_them.count == 12
+    assert_equal_to_reference(inputs, free, 0.2)
+
+
+@pytest.mark.parametrize(("scope", "candidates"), [("batch", 8), ("same-image", 12)])
+def test_workers_share_one_pool(scope, candidates):
+    """pool_size is the pool of all images of all workers, so that their number does not change the loss's law."""
+
+    class TwoWorkers:
+        rank, size = 1, 2
+
+        def __call__(self, tensor):
+            return torch.cat([tensor, tensor])
+
+    inputs = scene(images=2, h=4, w=4)
+    config = ContrastiveConfig(scope=scope, pool_size=8 if scope == "batch" else 6, num_anchors=3)
+    problem = pose_problem(
+        **inputs, config=config, generator=None, gather=TwoWorkers(), negatives_from="weak", with_truth=False
+    )
+    assert len(problem.candidates) == len(problem.pool.pixel) == candidates
+    own = problem.pool.pixel[problem.first : problem.first + 2 * problem.per_image] // 16
+    assert own.tolist() == [image for image in (2, 3) for _ in range(problem.per_image)]  # of four images
+
+
+def test_one_image_finds_its_negatives_in_itself():
+    config = ContrastiveConfig(estimator="expectation")
+    assert_equal_to_reference(scene(images=1), config, 0.2)
+    alone = config.model_copy(update={"scope": "same-image"})
+    batch, apart = (contrastive_loss(**scene(images=1), config=c, temperature=0.2) for c in (config, alone))
+    torch.testing.assert_close(batch.sum, apart.sum)
+
+
+def test_fewer_candidates_than_r_are_drawn_again_with_replacement():
+    inputs, config = scene(images=1), ContrastiveConfig(num_negatives=500)
+    mean = contrastive_loss(**inputs, config=config.model_copy(update={"estimator": "expectation"}), temperature=0.3)
+    drawn = contrastive_loss(**inputs, config=config, temperature=0.3)
+    assert drawn.count == 6
+    torch.testing.assert_close(drawn.sum, mean.sum, rtol=0.01, atol=0)  # 500 draws of 5 candidates
 
 
 def test_pool_of_some_pixels_approaches_the_pool_of_all():
@@ -137,7 +195,7 @@ def test_one_image_has_no_negatives_in_other_images(estimator):
     out = contrastive_loss(**inputs, config=config, temperature=0.07)
     assert out.sum == 0 and out.count == 0 and out.sum.requires_grad
     assert all(g.isfinite().all() and not g.any() for g in gradients(inputs, out.sum))
-    assert out.diagnostics["margin"].isfinite() and out.diagnostics["raw_loss"] == 0
+    assert facts_of(inputs, config)["raw_loss"] == 0
 
 
 @pytest.mark.parametrize("estimator", ["sampled", "expectation"])
@@ -176,8 +234,8 @@ def test_oracle_without_truth_gives_nothing_and_unknown_shares_are_nan():
     inputs["truth_instance"][:] = inputs["truth_class"][:] = -1
     out = contrastive_loss(**inputs, config=ContrastiveConfig(sampler="oracle"), temperature=0.07)
     assert out.sum == 0 and out.count == 0
-    out = contrastive_loss(**inputs, config=ContrastiveConfig(), temperature=0.07)
-    assert out.diagnostics["fnr"].isnan() and out.diagnostics["same_class"].isnan() and out.sum > 0
+    facts = facts_of(inputs, ContrastiveConfig())
+    assert math.isnan(facts["fnr"]) and math.isnan(facts["same_class"]) and facts["raw_loss"] > 0
 
 
 @pytest.mark.parametrize("estimator", ["sampled", "expectation"])
@@ -210,7 +268,7 @@ def test_finite_gradients_in_half_precision_at_the_lowest_temperature(dtype, pre
         inputs[name] = inputs[name].detach().to(dtype)
     inputs["z_weak"].requires_grad_()
     inputs["z_strong"].requires_grad_()
-    config = ContrastiveConfig(**CONTRASTIVE_PRESETS[preset], estimator=estimator)
+    config = column(preset, estimator=estimator)
     with torch.autocast("cpu", dtype=dtype if dtype == torch.bfloat16 else torch.float16):
         out = contrastive_loss(**inputs, config=config, temperature=0.07)
     assert out.sum.dtype == torch.float32 and out.sum.isfinite()
@@ -220,7 +278,7 @@ def test_finite_gradients_in_half_precision_at_the_lowest_temperature(dtype, pre
 def test_extreme_temperature_and_equal_views_stay_finite():
     inputs = scene()
     inputs["z_strong"] = (-inputs["z_weak"].detach()).requires_grad_()
-    for temperature in (1e-3, 10.0):
+    for temperature in (1e-3, 0.02, 10.0):
         out = contrastive_loss(**inputs, config=ContrastiveConfig(), temperature=temperature)
         assert out.sum.isfinite() and all(g.isfinite().all() for g in gradients(inputs, out.sum))
 
@@ -252,8 +310,7 @@ def test_pieces_add_up_to_the_whole():
     assert whole.count == pieces.count
     for a, b in zip(gradients(inputs, whole.sum), gradients(inputs, pieces.sum)):
         torch.testing.assert_close(a, b)
-    for name, value in whole.diagnostics.items():
-        torch.testing.assert_close(value, pieces.diagnostics[name])
+    torch.testing.assert_close(whole.statistics, pieces.statistics)
 
 
 def test_diagnostics_equal_the_loops():
@@ -282,20 +339,15 @@ def test_diagnostics_equal_the_loops():
         "same_class": same_class,
         "temperature": temperature,
     }
-    assert found.diagnostics.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert found.diagnostics[name].item() == pytest.approx(value, abs=1e-5), name
-        assert found.diagnostics[name].dim() == 0 and not found.diagnostics[name].requires_grad
+    assert facts_of(inputs, config, temperature) == pytest.approx(wanted, abs=1e-5)
     assert 0 < false < 1
-    assert contrastive_loss(**inputs, config=config, temperature=0.3, with_diagnostics=False).diagnostics == {}
+    plain = contrastive_loss(**inputs, config=config, temperature=temperature, with_diagnostics=False)
+    assert plain.statistics is None and torch.equal(plain.sum, found.sum)
 
 
 def test_oracle_draws_no_false_negative_and_uniform_does():
     inputs = scene()
-    fnr = {
-        s: contrastive_loss(**inputs, config=ContrastiveConfig(sampler=s), temperature=0.1).diagnostics["fnr"]
-        for s in ("oracle", "uniform")
-    }
+    fnr = {s: facts_of(inputs, ContrastiveConfig(sampler=s))["fnr"] for s in ("oracle", "uniform")}
     assert fnr["oracle"] == 0 < fnr["uniform"]
 
 
@@ -308,14 +360,22 @@ def test_generator_decides_the_draws():
     assert sums[0] == sums[1] != sums[2]
 
 
+def test_it_is_differentiated_once():
+    inputs = scene()
+    out = contrastive_loss(**inputs, config=ContrastiveConfig(), temperature=0.1)
+    out.sum.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        out.sum.backward()
+
+
 def test_no_host_copy():
     with mock.patch.object(torch.Tensor, "item", side_effect=AssertionError("item() in the hot path")):
-        out = contrastive_loss(**scene(), config=ContrastiveConfig(), temperature=torch.tensor(0.1))
+        out = contrastive_loss(**scene(), config=ContrastiveConfig(), temperature=0.1)
     assert out.sum > 0
 
 
 def test_temperature_schedule():
-    released = ContrastiveConfig(**CONTRASTIVE_PRESETS["released"])
+    released = column("released")
     assert temperature_at(0, released) == pytest.approx(0.3)
     assert temperature_at(45_000, released) == pytest.approx(0.185)
     assert temperature_at(90_000, released) == temperature_at(10**6, released) == pytest.approx(0.07)

@@ -19,6 +19,7 @@ from cast_ray.recipe import ContrastiveConfig, LossConfig, TrainConfig
 SHORT = TrainConfig(steps=16, checkpoint_every_steps=6, lr=3e-3, ema=0.9)
 SEMI = LOSS.model_copy(update={"lambda_semi": 0.5})
 EMA_HEAD = CONTRAST.model_copy(update={"head": "ema", "head_ema": 0.9})
+FROZEN_HEAD = CONTRAST.model_copy(update={"head": "frozen", "strong_grad": False})
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -49,8 +50,8 @@ def test_the_loss_falls_on_one_batch_and_the_average_is_handed_on() -> None:
 
 @pytest.mark.parametrize(
     ("loss", "contrastive"),
-    [(LOSS, None), (SEMI, CONTRAST), (LOSS, EMA_HEAD)],
-    ids=["supervised", "contrastive with a temperature schedule", "averaged head"],
+    [(LOSS, None), (SEMI, CONTRAST), (LOSS, EMA_HEAD), (LOSS, FROZEN_HEAD)],
+    ids=["supervised", "contrastive with a temperature schedule", "averaged head", "frozen head"],
 )
 def test_an_interrupted_run_goes_on_bit_for_bit(
     loss: LossConfig, contrastive: ContrastiveConfig | None, tmp_path: Path

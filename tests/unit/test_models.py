@@ -1,4 +1,4 @@
-"""Segmenter, proposals and postprocessing."""
+"""Segmenter and postprocessing."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from cast_ray.losses.proposals import BACKGROUND, UNASSIGNED, assign_tokens, proposal_loss
 from cast_ray.models.postprocess import to_instances
 from cast_ray.models.student import build_segmenter, pick_proposals
-from cast_ray.recipe import EncoderConfig, LossConfig, ModelConfig
-from cast_ray.records import Predictions, Targets
+from cast_ray.recipe import EncoderConfig, ModelConfig
+from cast_ray.records import Predictions
 
 ENCODERS = {
     "convnext": EncoderConfig(name="convnext", widths=(8, 16, 24, 32), depths=(1, 1, 1, 1), stem_stride=2),
@@ -28,18 +27,6 @@ def tiny(encoder: str = "convnext", proposals: bool = True) -> ModelConfig:
 
 def images(batch: int = 2, height: int = 32, width: int = 48) -> torch.Tensor:
     return torch.randint(0, 256, (batch, 3, height, width), generator=torch.Generator().manual_seed(0)).byte()
-
-
-def square(height: int, width: int, top: int, left: int, side: int) -> torch.Tensor:
-    mask = torch.zeros(height, width, dtype=torch.bool)
-    mask[top : top + side, left : left + side] = True
-    return mask
-
-
-def targets(masks: list[torch.Tensor], labels: list[int], ignore: torch.Tensor | None = None) -> Targets:
-    size = masks[0].shape if masks else (32, 48)
-    stacked = torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.bool)
-    return Targets(stacked, torch.tensor(labels, dtype=torch.int64), torch.ones(len(labels)), ignore)
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -107,72 +94,6 @@ def test_local_maxima_come_before_their_neighbours():
     logits[0, :, 1] = torch.where(objectness.flatten() == 0, 6.0, 0.0)
     assert pick_proposals(logits, (4, 4), 3)[0, :2].tolist() == [0, 15]
     assert pick_proposals(logits, (4, 4), 99).shape == (1, 16)
-
-
-def test_tokens_are_assigned_by_location():
-    target = targets([square(32, 48, 0, 0, 16), square(32, 48, 24, 40, 8)], [0, 1])
-    assigned = assign_tokens(target, (4, 6)).unflatten(0, (4, 6))
-    assert assigned[:2, :2].tolist() == [[0, 0], [0, 0]]
-    assert assigned[3, 5] == 1
-    assert (assigned == BACKGROUND).sum() == 19
-
-
-def test_cells_of_a_large_instance_off_its_centre_have_no_class_target():
-    assigned = assign_tokens(targets([square(64, 64, 0, 0, 64)], [0]), (8, 8)).unflatten(0, (8, 8))
-    assert assigned[0, 0] == UNASSIGNED
-    assert 0 < (assigned == 0).sum() <= 12
-    assert assigned[3:5, 3:5].eq(0).all()
-
-
-def test_an_instance_smaller_than_a_cell_still_gets_one():
-    assigned = assign_tokens(targets([square(32, 48, 10, 10, 2)], [0]), (4, 6))
-    assert assigned.eq(0).sum() == 1
-
-
-def test_ignored_background_has_no_class_target():
-    ignore = square(32, 48, 16, 16, 16)
-    assigned = assign_tokens(targets([square(32, 48, 0, 0, 8)], [0], ignore), (4, 6)).unflatten(0, (4, 6))
-    assert assigned[2:4, 2:4].eq(UNASSIGNED).all()
-    assert assigned[0, 0] == 0
-
-
-def test_proposal_loss_falls_to_zero_for_the_right_answer_and_counts_add_up():
-    target = targets([square(32, 48, 0, 0, 16)], [2])
-    assigned = assign_tokens(target, (4, 6))
-    logits = torch.full((1, 4, 24), -20.0)
-    logits[0, 3, assigned == BACKGROUND] = 20.0
-    logits[0, 2, assigned == 0] = 20.0
-    mask_features = torch.where(target.masks[:, ::4, ::4], 20.0, -20.0)[None]
-    auxiliary = {
-        "proposal_class_logits": logits.unflatten(2, (4, 6)),
-        "proposal_mask_embeddings": torch.ones(1, 1, 4, 6),
-        "mask_features": mask_features,
-    }
-    config = LossConfig(no_object_weight=0.1)
-    terms = proposal_loss(auxiliary, [target], config)
-    assert all(total < 1e-4 for total, _ in terms.values())
-    positives = int((assigned == 0).sum())
-    assert terms["proposal_mask"][1] == positives
-    assert terms["proposal_class"][1].item() == pytest.approx(positives + 0.1 * (24 - positives))
-    wrong = proposal_loss({**auxiliary, "mask_features": -mask_features}, [target], config)
-    assert wrong["proposal_mask"][0] > 10 and wrong["proposal_dice"][0] > 0.5
-
-
-def test_proposal_loss_is_additive_over_images_and_differentiable_without_objects():
-    model = build_segmenter(tiny(), 3, 0)
-    out = model(images())
-    target = [targets([square(32, 48, 4, 4, 12)], [1]), targets([], [])]
-    both = proposal_loss(out.auxiliary, target, LossConfig())
-    parts = [
-        proposal_loss({k: v[b : b + 1] for k, v in out.auxiliary.items()}, target[b : b + 1], LossConfig())
-        for b in (0, 1)
-    ]
-    for term, (total, count) in both.items():
-        torch.testing.assert_close(total, parts[0][term][0] + parts[1][term][0])
-        torch.testing.assert_close(count, parts[0][term][1] + parts[1][term][1])
-    assert parts[1]["proposal_mask"][1] == 0
-    sum(total for total, _ in parts[1].values()).backward()
-    assert model.proposal_class.weight.grad is not None
 
 
 def test_instances_come_back_at_image_size_by_score():

@@ -19,21 +19,17 @@ SIZE = (2, 3)
 
 
 def describe(config, inputs):
-    labels = [inputs[k] for k in ("mask_logits", "class_logits", "valid", "truth_instance", "truth_class")]
-    mask_logits, class_logits, valid, instance, category = labels
-    return describe_pixels(mask_logits, class_logits, valid, instance, category, SIZE, 0, config)
+    truth = inputs["truth_instance"], inputs["truth_class"]
+    return describe_pixels(inputs["mask_logits"], inputs["class_logits"], inputs["valid"], truth, SIZE, 0, config)
 
 
 def weights_of(config, inputs):
     """[B * h w, B * h w] weights with every pixel anchor and candidate."""
     pixels = describe(config, inputs)
-    pool, count = pixels.flat(), pixels.pixel.shape[1]
-    return torch.cat(
-        [
-            candidate_weights(pixels[b], pool, slice(b * count, (b + 1) * count), config)
-            for b in range(len(pixels.pixel))
-        ]
-    )
+    images, count = pixels.pixel.shape
+    if config.scope != "same-image":
+        return candidate_weights(pixels, pixels.flat(), slice(0, images * count), config).flatten(0, 1)
+    return torch.block_diag(*candidate_weights(pixels, pixels, None, config))
 
 
 @pytest.mark.parametrize("scope", ["batch", "same-image", "cross-image"])

@@ -134,7 +134,9 @@ PAPER = {
     "normalise": "l2",
     "hinge": None,
     "strong_grad": True,
+    "head": "shared",
     "temperature_end": None,
+    "gather": True,  # any pixel of the batch, however many workers share it
 }
 RELEASED = {
     "kind": "cast",
@@ -151,15 +153,24 @@ RELEASED = {
     "head": "frozen",
     "projection_dims": (128, 128, 128),
     "projection_bias": False,
-    "feature_stride": 32,  # the coarsest map
+    "feature_stride": None,  # the coarsest map
+    "num_anchors": None,  # all pixels
+    "pool_size": None,
     "gather": False,  # the local batch only
 }
 
 
 @pytest.mark.parametrize(("name", "column"), [("paper", PAPER), ("released", RELEASED)])
 def test_contrastive_columns_of_the_method(name: str, column: dict[str, object]) -> None:
-    contrastive = build_recipe("shapes", overrides={"contrastive": name}).contrastive
-    assert {field: getattr(contrastive, field) for field in column} == column
+    recipe = build_recipe("shapes", overrides={"contrastive": name})
+    assert {field: getattr(recipe.contrastive, field) for field in column} == column
+    assert recipe.loss.lambda_pxl == 0.1
+    # A column states all that it differs in: after the other one, it is itself.
+    other = {field: value for column in CONTRASTIVE_PRESETS.values() for field, value in column.items()}
+    dotted = {f"contrastive.{field}": value for field, value in other.items()}
+    assert build_recipe("shapes", overrides=dotted | {"contrastive": name}).contrastive.model_dump(
+        include=set(CONTRASTIVE_PRESETS[name])
+    ) == recipe.contrastive.model_dump(include=set(CONTRASTIVE_PRESETS[name]))
 
 
 def test_a_named_column_can_be_changed_after_it() -> None:
@@ -167,6 +178,19 @@ def test_a_named_column_can_be_changed_after_it() -> None:
     assert recipe.contrastive.hinge is None and recipe.contrastive.head == "frozen"
     with pytest.raises(ValueError, match="did you mean 'released'"):
         build_recipe("shapes", overrides={"contrastive": "relesed"})
+
+
+def test_a_single_field_wins_over_a_named_column_in_any_order() -> None:
+    for pairs in (["contrastive=released", "contrastive.hinge=0.7"], ["contrastive.hinge=0.7", "contrastive=released"]):
+        contrastive = build_recipe("shapes", overrides=parse_overrides(pairs)).contrastive
+        assert contrastive.hinge == 0.7 and contrastive.head == "frozen"
+
+
+@pytest.mark.parametrize("kind", ["supervised", "pc2seg", "infonce"])
+def test_hidden_truth_is_for_the_oracle_of_cast_alone(kind: str) -> None:
+    with pytest.raises(ValueError) as error:
+        build_recipe("shapes", overrides={"contrastive.kind": kind, "contrastive.sampler": "oracle"})
+    assert str(error.value).startswith(f"contrastive.sampler is oracle with contrastive.kind {kind}: expected kind cast")
 
 
 def test_named_columns_hold_known_fields_only() -> None:

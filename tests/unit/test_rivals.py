@@ -1,11 +1,13 @@
 """The rivals against loops over their own formulas."""
 
+import math
+
 import pytest
 import torch
 from contrastive_reference import all_weights, centres, dense_loss, pseudo_labels, similarity
 from contrastive_scenes import gradients, scene
 
-from cast_ray.losses.contrastive import contrastive_loss
+from cast_ray.losses.contrastive import contrastive_loss, diagnose
 from cast_ray.recipe import ContrastiveConfig
 
 SIZE, T, R = (2, 3), 0.3, 4
@@ -83,9 +85,11 @@ def test_one_image_of_one_class_is_harmless(kind, estimator):
     assert all(g.isfinite().all() and not g.any() for g in gradients(inputs, out.sum))
 
 
-def test_diagnostics_have_the_same_names():
-    names = {
-        kind: set(contrastive_loss(**scene(), config=ContrastiveConfig(kind=kind), temperature=0.1).diagnostics)
-        for kind in ("cast", "infonce", "pc2seg", "supervised")
-    }
-    assert all(n == names["cast"] for n in names.values()) and names["cast"]
+@pytest.mark.parametrize("kind", ["infonce", "pc2seg", "supervised"])
+def test_rivals_have_diagnostics_and_no_oracle(kind):
+    out = contrastive_loss(**scene(), config=ContrastiveConfig(kind=kind), temperature=0.1)
+    assert out.statistics is not None
+    facts = diagnose(out.statistics, 0.1)
+    assert all(map(math.isfinite, facts.values())) and facts["raw_loss"] == pytest.approx((out.sum / out.count).item())
+    with pytest.raises(ValueError, match="expected kind cast"):
+        ContrastiveConfig(kind=kind, sampler="oracle")

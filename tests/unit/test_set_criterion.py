@@ -7,6 +7,7 @@ import torch
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former import modeling_mask2former as theirs
 
+from cast_ray.losses import matching, set_criterion
 from cast_ray.losses.set_criterion import LossPoints, set_loss, slice_predictions
 from cast_ray.recipe import LossConfig
 from cast_ray.records import Predictions, Targets
@@ -50,7 +51,7 @@ def make_points(config, pairs, layers=LAYERS, images=IMAGES, seed=2):
 def total(losses, config):
     """The engine's arithmetic on one worker."""
     weights = {"class": config.class_weight, "mask": config.mask_weight, "dice": config.dice_weight}
-    return sum(weights[name] * s / (n if name == "class" else n.clamp(min=1)) for name, (s, n) in losses.items())
+    return sum(weights[name] * s.sum() / n.sum().clamp(min=1e-6) for name, (s, n) in losses.items())
 
 
 def reference_loss(predictions, targets, config, points):
@@ -102,7 +103,12 @@ def reference_loss(predictions, targets, config, points):
 
 @pytest.mark.parametrize("cost_class", [1.0, 2.0])
 @pytest.mark.parametrize("counts", [(2, 0, 3), (4, 1, 7), (9, 2, 0)])
-def test_value_and_gradient_equal_transformers(cost_class, counts):
+@pytest.mark.parametrize("large", [False, True], ids=["at once", "as on large maps"])
+def test_value_and_gradient_equal_transformers(cost_class, counts, large, monkeypatch):
+    if large:  # layer by layer, points in reading order, few pairs at a time
+        monkeypatch.setattr(matching, "_PIXELS_IN_CACHE", 0)
+        monkeypatch.setitem(matching._SAMPLES_AT_A_TIME, "cpu", 1)
+        monkeypatch.setitem(set_criterion._SAMPLES_AT_A_TIME, "cpu", 300)
     config = LossConfig(num_points=POINTS, cost_class=cost_class)
     targets = make_targets(counts)
     points = make_points(config, sum(min(n, QUERIES) for n in counts))
@@ -111,7 +117,7 @@ def test_value_and_gradient_equal_transformers(cost_class, counts):
     losses = set_loss(ours, targets, config, points=points)
     expected = reference_loss(wanted, targets, config, points)
     for name, (s, n) in losses.items():
-        torch.testing.assert_close(s / n, expected[name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(s.sum() / n.sum(), expected[name], rtol=1e-5, atol=1e-5)
     total(losses, config).backward()
     (2 * expected["class"] + 5 * expected["mask"] + 5 * expected["dice"]).backward()
     for a, b in zip(ours.class_logits + ours.mask_logits, wanted.class_logits + wanted.mask_logits):
@@ -122,19 +128,11 @@ def test_batch_without_instances_is_only_no_object_and_keeps_mask_heads_attached
     config, predictions = LossConfig(num_points=POINTS), make_predictions()
     losses = set_loss(predictions, make_targets((0, 0, 0)), config)
     total(losses, config).backward()
-    assert losses["mask"][0] == 0 and losses["mask"][1] == 0 and losses["dice"][0] == 0
-    no_object = [-layer.log_softmax(-1)[..., -1].mean() for layer in predictions.class_logits]
+    assert not any(t.any() for t in (*losses["mask"], *losses["dice"]))
+    no_object = [-layer.log_softmax(-1)[..., -1].mean(1) for layer in predictions.class_logits]
     torch.testing.assert_close(losses["class"][0] / losses["class"][1], sum(no_object))
     assert all(layer.grad is not None and not layer.grad.any() for layer in predictions.mask_logits)
     assert all(layer.grad.any() for layer in predictions.class_logits)
-
-
-def test_no_image_at_all_is_nothing_but_attached():
-    config, predictions = LossConfig(num_points=POINTS), make_predictions()
-    losses = set_loss(slice_predictions(predictions, 2, 2), [], config)
-    sum(s for s, _ in losses.values()).backward()
-    assert [(s.item(), n.item()) for s, n in losses.values()] == [(0, 0)] * 3
-    assert not predictions.mask_logits[0].grad.any()
 
 
 def test_padding_and_ignored_pixels_have_no_influence():
@@ -205,8 +203,8 @@ def test_score_weights_scale_each_instance_and_the_count():
     quarter = set_loss(make_predictions(), targets, config, points=points)
     for name in ("mask", "dice"):
         torch.testing.assert_close(quarter[name][0], 0.25 * whole[name][0])
-        torch.testing.assert_close(quarter[name][1], torch.tensor(0.25))
-    torch.testing.assert_close(whole["class"][1] - quarter["class"][1], torch.tensor(0.75))
+        torch.testing.assert_close(quarter[name][1], torch.tensor([0.25, 0, 0]))
+    torch.testing.assert_close(whole["class"][1] - quarter["class"][1], torch.tensor([0.75, 0, 0]))
     hard = set_loss(make_predictions(), targets, config.model_copy(update={"pseudo_weighting": "hard"}), points=points)
     for name in whole:
         torch.testing.assert_close(hard[name], whole[name])
@@ -267,17 +265,26 @@ def test_half_precision_logits_give_finite_gradients(dtype):
     assert all(t.grad.isfinite().all() for t in half.class_logits + half.mask_logits)
 
 
-def test_slicing_the_batch_splits_the_loss():
+def test_each_image_has_the_terms_that_it_has_alone():
     config, targets = LossConfig(num_points=POINTS), make_targets()
     predictions = make_predictions()
     points = make_points(config, 5)
     whole = set_loss(predictions, targets, config, points=points)
-    parts = []
     for start, stop, pairs in ((0, 2, slice(0, 2)), (2, 3, slice(2, 5))):
         part = slice_predictions(predictions, start, stop)
         assert part.features[8].shape[0] == part.auxiliary["p"].shape[0] == stop - start
         some = LossPoints(points.match[:, start:stop], points.candidates[:, pairs], points.uniform[:, pairs])
-        parts.append(set_loss(part, targets[start:stop], config, points=some))
-    for name in whole:
-        for i in range(2):
-            torch.testing.assert_close(parts[0][name][i] + parts[1][name][i], whole[name][i])
+        alone = set_loss(part, targets[start:stop], config, points=some)
+        for name in whole:
+            for i in range(2):
+                torch.testing.assert_close(alone[name][i], whole[name][i][start:stop])
+
+
+def test_masks_of_any_type_are_the_same():
+    config, targets = LossConfig(num_points=POINTS), make_targets()
+    points = make_points(config, 5)
+    plain = set_loss(make_predictions(), targets, config, points=points)
+    for dtype in (torch.uint8, torch.float32):
+        other = [Targets(t.masks.to(dtype), t.labels, t.weights) for t in targets]
+        for name, (total, count) in set_loss(make_predictions(), other, config, points=points).items():
+            assert torch.equal(total, plain[name][0]) and torch.equal(count, plain[name][1])

@@ -75,6 +75,13 @@ def test_the_row_comes_after_the_users_overrides() -> None:
     assert (recipe.loss.lambda_pxl, recipe.stages.distill.steps, recipe.seed, recipe.scale) == (0, 2, 3, "smoke")
 
 
+def test_a_rows_column_comes_after_the_users_fields() -> None:
+    table = Table(name="x", title="x", metric="m", baseline="a", rows={"a": {"contrastive": "released"}, "b": {}})
+    mine = {"contrastive": "paper", "contrastive.hinge": "0.7"}
+    assert table.row_recipe("a", "shapes", overrides=mine).contrastive.hinge == 0.5
+    assert table.row_recipe("b", "shapes", overrides=mine).contrastive.hinge == 0.7
+
+
 def test_a_table_of_ones_own_loads_from_its_path(tmp_path: Path) -> None:
     table = load_table(write(tmp_path, GOOD))
     assert table.name == "mine" and table.seeds == (0,) and table.paper_values() == {}

@@ -58,6 +58,26 @@ def test_without_the_contrastive_term_it_is_as_if_never_built() -> None:
     assert same(off, none) and same(off, released) and not same(off, on)
 
 
+def test_kind_none_runs_none_of_the_terms_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the contrastive term ran")
+
+    views = []
+    real = Segmenter.encode
+    monkeypatch.setattr(Segmenter, "encode", lambda self, images: views.append(images) or real(self, images))
+    monkeypatch.setattr("cast_ray.engine.objective.contrastive_loss", refuse)
+    monkeypatch.setattr("cast_ray.models.network.Projector", refuse)
+    train(make_plan(contrastive__kind="none").roles["distill"], 3)
+    assert len(views) == 3  # one view a step
+    with pytest.raises(AssertionError, match="the contrastive term ran"):
+        train(make_plan().roles["distill"], 3)
+
+
+def test_students_with_learnt_queries_train() -> None:
+    student = train(make_plan(student__proposals="false").roles["distill"], 3)
+    assert not any("proposal" in name for name in student.state_dict())
+
+
 def test_the_seed_is_the_stages() -> None:
     stage, other = make_plan().roles["distill"], make_plan(seed="1").roles["distill"]
     torch.manual_seed(11)

@@ -57,15 +57,25 @@ def draw_image(num_instances: int, seed: int) -> tuple[torch.Tensor, Targets]:
     return image, Targets(masks, labels, torch.ones(num_instances))
 
 
+def truth_maps(target: Targets) -> tuple[torch.Tensor, torch.Tensor]:
+    """Instance (0: none) and class (NUM_CLASSES: background) of each pixel, int16 [SIZE, SIZE]."""
+    instance, category = torch.zeros(SIZE, SIZE), torch.full((SIZE, SIZE), float(NUM_CLASSES))
+    for i, (mask, label) in enumerate(zip(target.masks, target.labels)):
+        instance[mask], category[mask] = i + 1, float(label)
+    return instance.to(torch.int16), category.to(torch.int16)
+
+
 def make_batch(counts: tuple[int, ...], num_labelled: int, seed: int = 0) -> Batch:
-    """One step's images with so many instances each; the first `num_labelled` from D_l."""
+    """One step's images with so many instances each; the first `num_labelled` from D_l, the others' truth unknown."""
     drawn = [draw_image(count, 100 * seed + i) for i, count in enumerate(counts)]
     weak = torch.stack([image for image, _ in drawn])
     g = torch.Generator().manual_seed(seed)
     noise = torch.randint(0, 30, weak.shape, generator=g, dtype=torch.uint8)
-    plane = torch.full((len(counts), SIZE, SIZE), -1, dtype=torch.int16)
+    instance, category = (torch.full((len(counts), SIZE, SIZE), -1, dtype=torch.int16) for _ in range(2))
+    for i, (_, target) in enumerate(drawn[:num_labelled]):
+        instance[i], category[i] = truth_maps(target)
     valid = torch.ones(len(counts), SIZE, SIZE, dtype=torch.bool)
-    return Batch(weak, weak // 2 + noise, valid, [t for _, t in drawn], num_labelled, plane, plane)
+    return Batch(weak, weak // 2 + noise, valid, [t for _, t in drawn], num_labelled, instance, category)
 
 
 def slice_batch(batch: Batch, labelled: slice, unlabelled: slice) -> Batch:

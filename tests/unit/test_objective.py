@@ -1,0 +1,123 @@
+"""J of one step: what each term reads, and how often the host waits for the device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from training_scenes import CONTRAST, LOSS, MODEL, NUM_CLASSES, make_batch, make_network
+
+from cast_ray.engine.objective import Objective, weighted_sum
+from cast_ray.engine.world import World
+from cast_ray.models.network import CastNetwork
+from cast_ray.models.student import build_segmenter
+from cast_ray.recipe import CONTRASTIVE_PRESETS, ContrastiveConfig, LossConfig
+
+BATCH = make_batch((2, 3, 1, 2), num_labelled=2)
+SEMI = LOSS.model_copy(update={"lambda_semi": 0.5})
+
+
+def terms_of(batch: Any, loss: LossConfig = SEMI, contrastive: ContrastiveConfig | None = None) -> dict[str, Any]:
+    network = make_network(contrastive)
+    terms, _ = Objective(loss, contrastive)(
+        network(batch.weak, batch.strong), batch, 0, torch.Generator().manual_seed(0)
+    )
+    return {name: (total.detach(), count) for name, (total, count) in terms.items()}
+
+
+def test_terms_have_the_papers_weights() -> None:
+    loss = LossConfig(lambda_semi=0.5, lambda_pxl=0.2)
+    weights = Objective(loss, CONTRAST).weights
+    assert {n: weights[n] for n in ("sup/class", "sup/mask", "sup/dice", "semi/class", "semi/mask", "semi/dice")} == {
+        "sup/class": 2,
+        "sup/mask": 5,
+        "sup/dice": 5,
+        "semi/class": 1,
+        "semi/mask": 2.5,
+        "semi/dice": 2.5,
+    }
+    assert weights["pxl"] == 0.2
+    assert "pxl" not in Objective(loss, None).weights
+    assert not any(name.startswith("semi") for name in Objective(LOSS, None).weights)
+
+
+def test_parts_are_counted_apart() -> None:
+    terms = terms_of(BATCH)
+    assert [terms[name][1].item() for name in ("sup/mask", "sup/dice", "semi/mask", "semi/dice")] == [5, 5, 3, 3]
+    scored = replace(BATCH, targets=[replace(t, weights=torch.full_like(t.weights, 0.25)) for t in BATCH.targets])
+    assert terms_of(scored)["semi/mask"] == terms["semi/mask"]  # hard: a label is a label
+    by_score = terms_of(scored, SEMI.model_copy(update={"pseudo_weighting": "score"}))
+    assert by_score["semi/mask"][1] == 0.75
+    torch.testing.assert_close(by_score["semi/mask"][0], 0.25 * terms["semi/mask"][0])
+
+
+@pytest.mark.parametrize("kind", ["cast", "infonce", "pc2seg"])
+@pytest.mark.parametrize("sampler", ["uniform", "mask", "class", "fusion"])
+def test_the_truth_enters_no_loss_but_the_oracles(kind: str, sampler: str) -> None:
+    config = CONTRAST.model_copy(update={"kind": kind, "sampler": sampler})
+    other = replace(BATCH, truth_instance=1 - BATCH.truth_instance, truth_class=1 - BATCH.truth_class)
+    assert terms_of(BATCH, contrastive=config) == terms_of(other, contrastive=config)
+
+
+def test_the_oracle_reads_the_truth_where_it_is_known() -> None:
+    config = CONTRAST.model_copy(update={"sampler": "oracle", "num_anchors": None})
+    labelled = terms_of(BATCH, contrastive=config)["pxl"]
+    assert labelled[1] == 2 * 4 * 4  # anchors of D_l alone: the truth of D_u is hidden
+    known = make_batch((2, 3, 1, 2), num_labelled=4)
+    assert terms_of(replace(known, num_labelled=2), contrastive=config)["pxl"][1] == 4 * 4 * 4
+
+
+def test_the_local_batch_only_asks_no_other_worker() -> None:
+    class Refusing:
+        rank, size = 0, 2
+
+        def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("gathered")
+
+    network = make_network(CONTRAST)
+    output = network(BATCH.weak, BATCH.strong)
+    for column in ("released", "paper"):
+        config = ContrastiveConfig(**CONTRASTIVE_PRESETS[column])
+        objective = Objective(LOSS, config, Refusing())
+        if column == "released":
+            objective(output, BATCH, 0, torch.Generator())
+        else:
+            with pytest.raises(AssertionError, match="gathered"):
+                objective(output, BATCH, 0, torch.Generator())
+
+
+class HostReads(TorchDispatchMode):
+    """Notes what would make the host wait for a GPU: scalars that are read, shapes that depend on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1]
+        )
+        if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "_unique2"):
+            self.found.append(name)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("column", ["paper", "released"])
+def test_the_host_waits_once_a_step(column: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ContrastiveConfig(**CONTRASTIVE_PRESETS[column])
+    model = MODEL.model_copy(update={"proposals": False})
+    network = CastNetwork(build_segmenter(model, NUM_CLASSES, seed=0), config)
+    output = network(BATCH.weak, BATCH.strong)
+    copies: list[int] = []
+    real = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copies.append(1) or real(tensor))
+    objective, reads = Objective(SEMI, config, proposals=False), HostReads()
+    with reads:
+        terms, _ = objective(output, BATCH, 0, torch.Generator().manual_seed(0))
+        loss, _ = weighted_sum(terms, objective.weights, World().all_reduce_sum, 1)
+        loss.backward()
+    assert copies == [1] and reads.found == []
