@@ -94,6 +94,27 @@ def test_image_and_masks_share_geometry():
         assert sample["weak"].shape == sample["strong"].shape == (3, 48, 64)
 
 
+def test_masks_are_cut_as_if_drawn_at_the_images_size():
+    """Any run lengths, any crop (reduced, enlarged, padded, mirrored), against pycocotools and plain indexing."""
+    rng = np.random.default_rng(0)
+    for case in range(200):
+        height, width = rng.integers(1, 80, 2).tolist()
+        data = DataConfig(image_px=tuple(rng.integers(1, 70, 2).tolist()), scale_jitter=(0.3, 3.0))
+        g = views._random_geometry(height, width, data, rng)
+        rows = g.top + (np.arange(g.out_height) * 2 + 1) * g.height // (2 * g.out_height)
+        columns = g.left + (np.arange(g.out_width) * 2 + 1) * g.width // (2 * g.out_width)
+        if g.mirrored:
+            columns = columns[::-1]
+        cutter = views._MaskCutter(g, height, width)
+        for density in (0, 0.02, 0.5, 0.98, 1):
+            rle = _instance(rng.random((height, width)) < density)["rle"]
+            whole = mask_utils.decode({"size": [height, width], "counts": rle}).astype(bool)
+            found = np.zeros((g.out_height, g.out_width), dtype=bool)
+            place, strip = cutter.cut(rle)
+            found[:, place] = strip
+            np.testing.assert_array_equal(found, whole[np.ix_(rows, columns)], err_msg=f"{case} {density} {g}")
+
+
 def test_flip_mirrors_image_and_masks():
     image, mask = _image(), _box(32, 32, 3, 5, 20, 12)
     data = STILL.model_copy(update={"flip": True})
@@ -148,6 +169,29 @@ def test_strong_blur_is_torchvisions(monkeypatch):
     image = _image()
     expected = functional.gaussian_blur(torch.from_numpy(image).permute(2, 0, 1).float(), [5, 5], [1.3, 1.3])
     np.testing.assert_allclose(_sample(image, [])["strong"], expected.round(), atol=1)
+
+
+@pytest.mark.parametrize(
+    ("operation", "reference"),
+    [
+        (0, functional.adjust_brightness),
+        (1, functional.adjust_contrast),
+        (2, functional.adjust_saturation),
+        (3, functional.adjust_hue),
+    ],
+)
+def test_each_jitter_is_torchvisions(operation, reference):
+    """Within the rounding to 8 bits; a hue has 256 steps, each up to 6 levels of a colour."""
+    image = _image(40, 48)
+    strength = tuple(0.4 if i == operation else 0.0 for i in range(4))
+    for seed in range(20):
+        changes = 0.4 * np.random.default_rng(seed).uniform(-1, 1, 4)
+        factor = float(changes[operation]) + (operation != 3)
+        expected = reference(torch.from_numpy(image).permute(2, 0, 1).float() / 255, factor).permute(1, 2, 0) * 255
+        found = views._jitter(image, strength, np.random.default_rng(seed))
+        difference = np.abs(found.astype(float) - expected.numpy())
+        assert difference.mean() < (1.5 if operation == 3 else 0.6)
+        assert difference.max() <= (10 if operation == 3 else 1.5)
 
 
 def test_weak_colour_jitter_has_its_strength():
