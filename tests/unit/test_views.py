@@ -181,7 +181,7 @@ def test_strong_blur_is_torchvisions(monkeypatch):
     ],
 )
 def test_each_jitter_is_torchvisions(operation, reference):
-    """Within the rounding to 8 bits; a hue has 256 steps, each up to 6 levels of a colour."""
+    """Within the rounding to 8 bits; a hue has 256 steps, of up to 6 levels of a colour each."""
     image = _image(40, 48)
     strength = tuple(0.4 if i == operation else 0.0 for i in range(4))
     for seed in range(20):
@@ -191,7 +191,7 @@ def test_each_jitter_is_torchvisions(operation, reference):
         found = views._jitter(image, strength, np.random.default_rng(seed))
         difference = np.abs(found.astype(float) - expected.numpy())
         assert difference.mean() < (1.5 if operation == 3 else 0.6)
-        assert difference.max() <= (10 if operation == 3 else 1.5)
+        assert difference.max() <= (12 if operation == 3 else 1.5)
 
 
 def test_weak_colour_jitter_has_its_strength():
