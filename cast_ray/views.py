@@ -1,4 +1,4 @@
-"""From one image and its record to a weak and a strong view of equal geometry, and from samples to a batch.
+"""From one image and its record to a weak and a strong view of equal geometry.
 
 Everything a sample needs at random comes from its own seed: the same seed gives the same sample in any process, and no
 global generator is touched. Images stay 8-bit [h, w, 3] from the decoder to the end: OpenCV's 8-bit colour and blur
@@ -20,7 +20,7 @@ import torch
 import torchvision.transforms.v2.functional as functional
 
 from cast_ray.recipe import DataConfig
-from cast_ray.records import Batch, ClassMap, Targets, rle_runs
+from cast_ray.records import ClassMap, rle_runs
 
 MIN_VISIBLE_PX = 4
 """Instances with fewer pixels left in the crop are dropped (their pixels are unknown, not background)."""
@@ -137,63 +137,6 @@ def make_sample(
         "truth_instance": truth_instance,
         "truth_class": truth_class,
     }
-
-
-def collate(samples: list[dict[str, np.ndarray]], num_labelled: int) -> dict[str, np.ndarray]:
-    """One optimiser step of one worker as a few flat arrays, masks as bits, fit for pickling or Arrow binary.
-
-    Args:
-        samples: of `make_sample`, labelled images first.
-        num_labelled: how many are labelled.
-
-    Returns:
-        weak, strong: uint8 [B, 3, H, W]; truth_instance, truth_class: int16 [B, H, W]; valid: packed bits uint8
-        [B, ceil(HW/8)]; masks: packed bits uint8 [sum N, ceil(HW/8)]; labels, weights: [sum N]; num_instances: int64
-        [B]; ignore: packed bits of the images in ignore_images int64 [K]; num_labelled: int64 [1].
-    """
-    assert samples and 0 <= num_labelled <= len(samples)
-    with_ignore = [index for index, sample in enumerate(samples) if sample["ignore"].any()]
-    stacked = {n: np.stack([s[n] for s in samples]) for n in ("weak", "strong", "truth_instance", "truth_class")}
-    pixels = samples[0]["valid"].size
-    ignore = [samples[index]["ignore"] for index in with_ignore]
-    return {
-        **stacked,
-        "valid": _pack(np.stack([s["valid"] for s in samples]), pixels),
-        "masks": np.concatenate([_pack(s["masks"], pixels) for s in samples]),
-        "labels": np.concatenate([s["labels"] for s in samples]),
-        "weights": np.concatenate([s["weights"] for s in samples]),
-        "num_instances": np.array([len(s["labels"]) for s in samples], dtype=np.int64),
-        "ignore": _pack(np.stack(ignore) if ignore else np.zeros((0, pixels), dtype=bool), pixels),
-        "ignore_images": np.array(with_ignore, dtype=np.int64),
-        "num_labelled": np.array([num_labelled], dtype=np.int64),
-    }
-
-
-def to_batch(arrays: dict[str, np.ndarray]) -> Batch:
-    """The tensors of a collated step: images share memory with writable arrays, masks are unpacked to bool.
-
-    Args:
-        arrays: of `collate`, possibly read-only (as Arrow and Ray hand them out): then they are copied.
-    """
-    num_images, _, height, width = arrays["weak"].shape
-    masks = _unpack(arrays["masks"], height, width)
-    ignore = dict(zip(arrays["ignore_images"].tolist(), _unpack(arrays["ignore"], height, width)))
-    counts = arrays["num_instances"].tolist()
-    assert len(counts) == num_images and sum(counts) == len(masks)
-    labels, weights = _tensor(arrays["labels"]), _tensor(arrays["weights"])
-    targets = [
-        Targets(m, lab, wei, ignore.get(index))
-        for index, (m, lab, wei) in enumerate(zip(masks.split(counts), labels.split(counts), weights.split(counts)))
-    ]
-    return Batch(
-        weak=_tensor(arrays["weak"]),
-        strong=_tensor(arrays["strong"]),
-        valid=_unpack(arrays["valid"], height, width),
-        targets=targets,
-        num_labelled=int(arrays["num_labelled"][0]),
-        truth_instance=_tensor(arrays["truth_instance"]),
-        truth_class=_tensor(arrays["truth_class"]),
-    )
 
 
 def fit_image(image_HWC: np.ndarray, image_px: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
@@ -395,16 +338,3 @@ def _label(category_id: int, class_map: ClassMap, row: dict[str, Any]) -> int:
         return class_map.label(category_id)
     except KeyError:
         raise ValueError(f"{row['uri']}: category {category_id} is not in the class list {class_map.names()}") from None
-
-
-def _pack(masks: np.ndarray, pixels: int) -> np.ndarray:
-    return np.packbits(masks.reshape(len(masks), pixels), axis=1)
-
-
-def _unpack(bits: np.ndarray, height: int, width: int) -> torch.Tensor:
-    masks = np.unpackbits(bits, axis=1, count=height * width).view(bool)
-    return torch.from_numpy(masks.reshape(len(bits), height, width))
-
-
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(array if array.flags.writeable else array.copy())

@@ -1,8 +1,6 @@
-"""Weak and strong views: shared geometry, seeds, masks at crop size, and the way to a batch and back."""
+"""Weak and strong views: shared geometry, seeds, masks at crop size."""
 
-import pickle
 import random
-import warnings
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +12,7 @@ from pycocotools import mask as mask_utils
 from cast_ray import views
 from cast_ray.recipe import DataConfig
 from cast_ray.records import INSTANCE_TYPE, Category, ClassMap
-from cast_ray.views import collate, fit_image, make_sample, to_batch
+from cast_ray.views import fit_image, make_sample
 
 CLASSES = ClassMap([Category(1, "disc"), Category(4, "square"), Category(9, "cross")])
 STILL = DataConfig(image_px=(32, 32), scale_jitter=(1.0, 1.0), flip=False, color_jitter=0)
@@ -255,70 +253,6 @@ def test_extreme_shapes(shape):
         assert sample["weak"].shape == (3, 32, 48) and sample["valid"].any()
     padded, size = fit_image(image, (32, 48))
     assert padded.shape == (3, 32, 48) and 1 <= size[0] <= 32 and 1 <= size[1] <= 48
-
-
-def _steps():
-    image = _image()
-    crowd = _instance(_box(32, 32, 0, 0, 8, 8), 1, is_crowd=True)
-    boxes = [_instance(_box(32, 32, 10 + i, 10, 30, 30), 1, score=0.5 + i / 10) for i in range(3)]
-    return [
-        _sample(image, boxes),
-        _sample(image, [], seed=1),
-        _sample(image, [crowd, *boxes[:1]], seed=2),
-        _sample(image, boxes, seed=3, use_instances=False, truth=False),
-    ]
-
-
-def _assert_batch_is(batch, samples, num_labelled):
-    assert batch.num_labelled == num_labelled and len(batch.targets) == len(samples)
-    assert batch.valid.dtype == torch.bool and batch.weak.dtype == torch.uint8
-    assert batch.truth_instance.dtype == batch.truth_class.dtype == torch.int16
-    for index, (sample, target) in enumerate(zip(samples, batch.targets)):
-        for name in ("weak", "strong", "valid", "truth_instance", "truth_class"):
-            np.testing.assert_array_equal(getattr(batch, name)[index].numpy(), sample[name])
-        np.testing.assert_array_equal(target.masks.numpy(), sample["masks"])
-        np.testing.assert_array_equal(target.labels.numpy(), sample["labels"])
-        np.testing.assert_array_equal(target.weights.numpy(), sample["weights"])
-        assert target.masks.dtype == torch.bool and target.labels.dtype == torch.int64
-        assert (target.ignore is None) == (not sample["ignore"].any())
-        if target.ignore is not None:
-            np.testing.assert_array_equal(target.ignore.numpy(), sample["ignore"])
-
-
-def test_collate_and_back_through_pickle():
-    samples = _steps()
-    arrays = collate(samples, 3)
-    assert arrays["masks"].shape == (4, 32 * 32 // 8) and arrays["num_instances"].tolist() == [3, 0, 1, 0]
-    _assert_batch_is(to_batch(pickle.loads(pickle.dumps(arrays))), samples, 3)
-
-
-def test_read_only_arrays_from_arrow():
-    samples = _steps()
-    arrays = collate(samples, 3)
-    readonly = {}
-    for name, array in arrays.items():
-        binary = pa.array([array.tobytes()], pa.binary())
-        readonly[name] = np.frombuffer(binary[0].as_buffer(), dtype=array.dtype).reshape(array.shape)
-        readonly[name].flags.writeable = False
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # torch warns of tensors that share memory nobody may write
-        batch = to_batch(readonly)
-    _assert_batch_is(batch, samples, 3)
-
-
-def test_writable_images_are_not_copied():
-    arrays = collate(_steps(), 3)
-    batch = to_batch(arrays)
-    arrays["weak"][0, 0, 0, 0] ^= 255
-    assert batch.weak[0, 0, 0, 0] == int(arrays["weak"][0, 0, 0, 0])
-
-
-def test_a_step_without_any_instance_and_with_odd_size():
-    data = STILL.model_copy(update={"image_px": (7, 9)})
-    samples = [_sample(_image(5, 5), [], data, seed) for seed in range(2)]
-    batch = to_batch(collate(samples, 0))
-    _assert_batch_is(batch, samples, 0)
-    assert batch.targets[0].masks.shape == (0, 7, 9)
 
 
 def test_records_as_arrow_hands_them_out():
