@@ -1,13 +1,16 @@
 """From the samples of one optimiser step to one buffer, across processes, and to tensors on the worker's device.
 
-A step of eight 512x1024 images is some 30 MB, so copies are what it costs: images are stacked once, laid end to end
-with everything else once, and read in place on the other side. Masks travel as bits and are unpacked on the device.
-What nobody knows (truth maps of D_u, ignore regions of images without any) does not travel at all.
+A step of eight 512x1024 images is some 30 MB, so copies are what it costs: everything is laid into one buffer once, and
+read in place on the other side. Masks travel as bits and are unpacked on the device. What nobody knows (truth maps of
+D_u, ignore regions of images without any) does not travel at all.
 """
 
 from __future__ import annotations
 
+import math
 import pickle
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,11 @@ ALIGNMENT = 64
 CPU = torch.device("cpu")
 
 
-def collate(samples: list[dict[str, np.ndarray]], num_labelled: int) -> dict[str, np.ndarray]:
+Parts = Mapping[str, Sequence[np.ndarray]]
+"""Arrays by name, each in parts of one dtype that follow each other along the first dim."""
+
+
+def collate(samples: list[dict[str, np.ndarray]], num_labelled: int) -> Parts:
     """One optimiser step of one worker as a few flat arrays, masks as bits.
 
     Args:
@@ -27,69 +34,77 @@ def collate(samples: list[dict[str, np.ndarray]], num_labelled: int) -> dict[str
         num_labelled: how many are labelled.
 
     Returns:
-        weak, strong: uint8 [B, 3, H, W] (without `strong` where it is the weak view); truth_instance, truth_class:
-        int16 [K, H, W] of the images in truth_images, the others' are unknown; valid: packed bits uint8
-        [B, ceil(HW/8)]; masks: packed bits uint8 [sum N, ceil(HW/8)]; labels, weights: [sum N]; num_instances: int64
-        [B]; ignore: packed bits of the images in ignore_images; num_labelled: int64 [1].
+        weak, strong: uint8 [B, 3, H, W] (no `strong` where it is the weak view); truth_instance, truth_class: int16
+        [K, H, W] of the images in truth_images, the others' are unknown; valid: packed bits uint8 [B, ceil(HW/8)];
+        masks: packed bits uint8 [sum N, ceil(HW/8)]; labels, weights: [sum N]; num_instances: int64 [B]; ignore: packed
+        bits of the images in ignore_images; num_labelled: int64 [1].
     """
     assert samples and 0 <= num_labelled <= len(samples)
-    pixels = samples[0]["valid"].size
     with_ignore = [i for i, sample in enumerate(samples) if sample["ignore"].any()]
     with_truth = [i for i, sample in enumerate(samples) if (sample["truth_class"] >= 0).any()]
-    arrays = {
-        "weak": np.stack([s["weak"] for s in samples]),
-        "valid": _pack(np.stack([s["valid"] for s in samples]), pixels),
-        "masks": np.concatenate([_pack(s["masks"], pixels) for s in samples]),
-        "labels": np.concatenate([s["labels"] for s in samples]),
-        "weights": np.concatenate([s["weights"] for s in samples]),
-        "num_instances": np.array([len(s["labels"]) for s in samples], dtype=np.int64),
-        "ignore": _pack(np.array([samples[i]["ignore"] for i in with_ignore], dtype=bool), pixels),
-        "ignore_images": np.array(with_ignore, dtype=np.int64),
-        "truth_images": np.array(with_truth, dtype=np.int64),
-        "num_labelled": np.array([num_labelled], dtype=np.int64),
+    parts = {
+        "weak": [s["weak"][None] for s in samples],
+        "valid": [_pack(s["valid"][None]) for s in samples],
+        "masks": [_pack(s["masks"]) for s in samples],
+        "labels": [s["labels"] for s in samples],
+        "weights": [s["weights"] for s in samples],
+        "num_instances": [np.array([len(s["labels"]) for s in samples], dtype=np.int64)],
+        "ignore": [_pack(samples[i]["ignore"][None]) for i in with_ignore] or [_pack(samples[0]["ignore"][None][:0])],
+        "ignore_images": [np.array(with_ignore, dtype=np.int64)],
+        "truth_images": [np.array(with_truth, dtype=np.int64)],
+        "num_labelled": [np.array([num_labelled], dtype=np.int64)],
     }
     if any(s["strong"] is not s["weak"] for s in samples):
-        arrays["strong"] = np.stack([s["strong"] for s in samples])
+        parts["strong"] = [s["strong"][None] for s in samples]
     for name in ("truth_instance", "truth_class"):
         if with_truth:
-            arrays[name] = np.stack([samples[i][name] for i in with_truth])
-    return arrays
+            parts[name] = [samples[i][name][None] for i in with_truth]
+    return parts
 
 
-def to_buffer(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """Arrays end to end in one buffer, uint8 [bytes], each where it can be read in place."""
-    parts: list[pickle.PickleBuffer] = []
-    outline = pickle.dumps(arrays, protocol=5, buffer_callback=parts.append)
-    blocks = [memoryview(outline), *(part.raw() for part in parts)]
-    sizes = np.array([block.nbytes for block in blocks], dtype=np.int64)
-    starts = _starts(sizes)
-    buffer = np.empty(starts[-1], dtype=np.uint8)
-    buffer[: 8 + sizes.nbytes] = np.array([len(sizes), *sizes]).view(np.uint8)
-    for start, block in zip(starts, blocks):
-        buffer[start : start + block.nbytes] = block
+def join(parts: Parts) -> dict[str, np.ndarray]:
+    """The arrays of a collated step, each in one piece."""
+    return {name: np.concatenate(pieces) for name, pieces in parts.items()}
+
+
+def to_buffer(parts: Parts) -> np.ndarray:
+    """Arrays end to end in one buffer, uint8 [bytes]; `from_buffer` reads them in place."""
+    shapes = {n: (sum(map(len, pieces)), *pieces[0].shape[1:]) for n, pieces in parts.items()}
+    outline = [(name, parts[name][0].dtype.str, shape) for name, shape in shapes.items()]
+    header = pickle.dumps(outline)
+    offsets = _offsets(len(header), outline)
+    buffer = np.empty(offsets[-1], dtype=np.uint8)
+    buffer[:8] = np.array([len(header)]).view(np.uint8)
+    buffer[8 : 8 + len(header)] = np.frombuffer(header, np.uint8)
+    for offset, (name, dtype, shape) in zip(offsets, outline):
+        np.concatenate(parts[name], out=np.ndarray(shape, dtype, buffer, offset))
     return buffer
 
 
 def from_buffer(buffer: Any) -> dict[str, np.ndarray]:
-    """The arrays of `to_buffer`, without a copy: as writable as the buffer is, and alive as long as they are."""
+    """The arrays of `to_buffer`, without a copy: as writable as the buffer is, which they keep alive."""
     view = memoryview(buffer).cast("B")
-    count = int.from_bytes(view[:8], "little")
-    sizes = np.frombuffer(view[8 : 8 * (count + 1)], dtype=np.int64)
-    outline, *parts = [view[start : start + size] for start, size in zip(_starts(sizes), sizes.tolist())]
-    return pickle.loads(outline, buffers=parts)
+    size = int.from_bytes(view[:8], "little")
+    outline = pickle.loads(view[8 : 8 + size])
+    offsets = _offsets(size, outline)
+    return {name: np.ndarray(shape, dtype, view, offset) for offset, (name, dtype, shape) in zip(offsets, outline)}
 
 
-def _starts(sizes: np.ndarray) -> list[int]:
-    """Where each block starts, behind their number and sizes, and where the last one ends."""
-    starts = np.cumsum([8 * (len(sizes) + 1), *sizes]) + ALIGNMENT * np.arange(1, len(sizes) + 2)
-    return (starts - starts % ALIGNMENT).tolist()
+def _offsets(header_bytes: int, outline: list[tuple[str, str, tuple[int, ...]]]) -> list[int]:
+    """Where each array starts, behind the header and its length, and where the last one ends."""
+    sizes = [np.dtype(dtype).itemsize * math.prod(shape) for _, dtype, shape in outline]
+    return [-(-end // ALIGNMENT) * ALIGNMENT for end in accumulate(sizes, _aligned_sum, initial=8 + header_bytes)]
+
+
+def _aligned_sum(end: int, size: int) -> int:
+    return -(-end // ALIGNMENT) * ALIGNMENT + size
 
 
 def to_batch(arrays: dict[str, np.ndarray], device: torch.device = CPU) -> Batch:
     """The tensors of a collated step on a device.
 
-    On the CPU images share memory with writable arrays; read-only ones, as Arrow and Ray hand them out, are copied. To
-    a GPU they go through pinned memory, without waiting, and masks as bits.
+    On the CPU the images share memory with the arrays, read-only ones of the object store included: nobody may write to
+    a batch. To a GPU they go through pinned memory, without waiting, and masks as bits.
     """
     num_images, _, height, width = arrays["weak"].shape
     weak = _tensor(arrays["weak"], device)
@@ -126,8 +141,8 @@ def _truth(arrays: dict[str, np.ndarray], name: str, device: torch.device) -> to
     return truth
 
 
-def _pack(masks: np.ndarray, pixels: int) -> np.ndarray:
-    return np.packbits(masks.reshape(len(masks), pixels), axis=1)
+def _pack(masks: np.ndarray) -> np.ndarray:
+    return np.packbits(masks.reshape(len(masks), math.prod(masks.shape[1:])), axis=1)
 
 
 def _unpack(bits: np.ndarray, height: int, width: int, device: torch.device) -> torch.Tensor:
@@ -147,7 +162,7 @@ def unpack_bits(bits: torch.Tensor, count: int) -> torch.Tensor:
 
 def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
     if device.type == "cpu":
-        return torch.from_numpy(array if array.flags.writeable else array.copy())
+        return torch.from_dlpack(array)  # unlike from_numpy without a warning of read-only memory
     pinned = torch.empty(array.shape, dtype=torch.from_numpy(array[:0].copy()).dtype, pin_memory=device.type == "cuda")
     pinned.numpy()[...] = array
     return pinned.to(device, non_blocking=True)

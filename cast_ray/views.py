@@ -185,7 +185,8 @@ def _scaled(height: int, width: int, scale: float, limit: tuple[int, int]) -> tu
 
 
 def _take_window(image_HWC: np.ndarray, g: _Geometry) -> np.ndarray:
-    window = image_HWC[g.top : g.top + g.height, g.left : g.left + g.width]
+    # Whole rows of a copy: of a slice torchvision's kernel makes planes, which cost more to turn back.
+    window = np.ascontiguousarray(image_HWC[g.top : g.top + g.height, g.left : g.left + g.width])
     window = _resize(window, (g.out_height, g.out_width))
     return cv2.flip(window, 1) if g.mirrored else window
 
@@ -234,13 +235,11 @@ def _strengthen(weak_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _paste(image_HWC: np.ndarray, g: _Geometry, crop: tuple[int, int]) -> np.ndarray:
-    pixels = image_HWC.transpose(2, 0, 1)
-    if pixels.shape[1:] == tuple(crop):
-        return np.ascontiguousarray(pixels)
-    padded = np.zeros((3, *crop), dtype=np.uint8)
-    rows, columns = g.place()
-    padded[:, rows, columns] = pixels
-    return padded
+    whole = image_HWC.shape[:2] == tuple(crop)
+    canvas = np.empty((3, *crop), dtype=np.uint8) if whole else np.zeros((3, *crop), dtype=np.uint8)
+    for plane, values in zip(canvas, cv2.split(image_HWC)):
+        plane[g.place()] = values
+    return canvas
 
 
 class _MaskCutter:
@@ -299,28 +298,27 @@ class _Cropped:
     ):
         instances = [i for i in instances if not i["is_crowd"] or i["category_id"] in class_map]
         cutter = _MaskCutter(g, row["height"], row["width"])
-        self.out_rows, self.first_column = g.place()[0], g.out_left
+        self._rows, self._first_column = g.place()[0], g.out_left
         self.crowd, self._slivers = np.zeros((2, *crop), dtype=bool)
         kept = []
         for instance in instances:
             columns, strip = cutter.cut(instance["rle"])
             visible = int(np.count_nonzero(strip))
             if instance["is_crowd"]:
-                self._paint(self.crowd, columns, strip, True)
+                self._place(self.crowd, columns)[strip] = True
             elif visible < MIN_VISIBLE_PX:
-                self._paint(self._slivers, columns, strip, True)
+                self._place(self._slivers, columns)[strip] = True
             else:
                 kept.append((instance, columns, strip, visible))
         self.labels = np.array([_label(i["category_id"], class_map, row) for i, *_ in kept], dtype=np.int64)
         self.weights = np.array([i["score"] for i, *_ in kept], dtype=np.float32)
         self.masks = np.zeros((len(kept), *crop), dtype=bool)
         for mask, (_, columns, strip, _) in zip(self.masks, kept):
-            self._paint(mask, columns, strip, True)
+            self._place(mask, columns)[...] = strip
         self._kept = kept
 
-    def _paint(self, canvas: np.ndarray, columns: slice, strip: np.ndarray, value: int | bool) -> None:
-        place = canvas[self.out_rows, self.first_column + columns.start : self.first_column + columns.stop]
-        np.copyto(place, value, where=strip)
+    def _place(self, canvas: np.ndarray, columns: slice) -> np.ndarray:
+        return canvas[self._rows, self._first_column + columns.start : self._first_column + columns.stop]
 
     def truth_maps(self, valid: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
         instance = np.zeros(valid.shape, dtype=np.int16)
@@ -328,9 +326,9 @@ class _Cropped:
         areas = np.array([visible for *_, visible in self._kept])
         for index in np.argsort(-areas, kind="stable").tolist():
             _, columns, strip, _ = self._kept[index]
-            self._paint(instance, columns, strip, index + 1)
+            self._place(instance, columns)[strip] = index + 1
         label_of = np.array([num_classes, *self.labels, -1], dtype=np.int16)  # instance -1 takes the last
-        return instance, label_of[instance]
+        return instance, label_of.take(instance, mode="wrap")
 
 
 def _label(category_id: int, class_map: ClassMap, row: dict[str, Any]) -> int:

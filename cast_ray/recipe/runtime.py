@@ -19,7 +19,9 @@ class RuntimeConfig(Part):
     num_labellers: int = Field(1, ge=1)
     cpus_per_labeller: float = Field(0.5, gt=0)
     cpus_per_read: float = Field(0.2, gt=0)
-    """Of one decoding task; a stream runs two at a time."""
+    """Of one decoding task. On a GPU cluster 1: each keeps a core busy (see the README, streams)."""
+    reads_per_stream: int = Field(2, ge=1)
+    """Decoding tasks that one worker's stream runs at a time. One core makes some 50 crops of 512x1024 a second."""
     stream_memory_mb: int = Field(256, ge=16)
     """Object-store memory of one worker's stream: how far it may read ahead of training."""
     max_concurrent_stages: int = Field(0, ge=0)

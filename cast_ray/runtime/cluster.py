@@ -84,7 +84,7 @@ def stage_slots(runtime: RuntimeConfig, resources: dict[str, float], driver_cpus
     Raises:
         ValueError: not even one fits; the message gives the sum.
     """
-    from cast_ray.runtime.streams import stream_bundle
+    from cast_ray.runtime.budget import stream_bundle
 
     reads = stream_bundle(runtime)["CPU"]
     training = runtime.num_workers * (runtime.cpus_per_worker + reads)
@@ -98,7 +98,7 @@ def stage_slots(runtime: RuntimeConfig, resources: dict[str, float], driver_cpus
         gpus_per_stage = max(runtime.num_workers, runtime.num_labellers)
         slots = min(slots, int(gpus // gpus_per_stage))
         wanted += f" and {gpus_per_stage} GPUs"
-    # Not reserved in Ray (see `streams._with_memory_budget`), so counted here: streams beyond it would spill to disk.
+    # Not reserved in Ray (see `budget._as_seen`), so counted here: streams beyond it would spill to disk.
     memory_mb = resources.get("object_store_memory", 0.0) / 2**20
     slots = min(slots, int(memory_mb // (runtime.num_workers * runtime.stream_memory_mb)))
     wanted += f" and {runtime.num_workers * runtime.stream_memory_mb} MB of object store"
@@ -106,7 +106,7 @@ def stage_slots(runtime: RuntimeConfig, resources: dict[str, float], driver_cpus
         raise ValueError(
             f"runtime: one stage needs {wanted} (workers or labellers and their decoding tasks), Ray has {cpus:g} "
             f"CPUs, {gpus:g} GPUs and {memory_mb:.0f} MB: lower runtime.num_workers, runtime.cpus_per_worker, "
-            "runtime.cpus_per_read or runtime.stream_memory_mb"
+            "runtime.reads_per_stream, runtime.cpus_per_read or runtime.stream_memory_mb"
         )
     return min(slots, runtime.max_concurrent_stages) if runtime.max_concurrent_stages else slots
 

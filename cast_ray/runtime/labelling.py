@@ -12,16 +12,9 @@ from ray.util.placement_group import PlacementGroup
 
 from cast_ray.recipe import PseudoConfig, RuntimeConfig
 from cast_ray.records import RECORD_SCHEMA
+from cast_ray.runtime.budget import configure_data, reserve, stream_bundle
 from cast_ray.runtime.store import ArtifactStore
-from cast_ray.runtime.streams import (
-    Images,
-    Pictures,
-    configure_data,
-    picture_dataset,
-    record_at,
-    reserve,
-    stream_bundle,
-)
+from cast_ray.runtime.streams import Images, Pictures, picture_dataset, record_at
 from cast_ray.stages.graph import Stage, artifact_key
 
 
@@ -62,8 +55,8 @@ def label_images(job: LabelJob, runtime: RuntimeConfig) -> int:
 
 
 def _run(job: LabelJob, runtime: RuntimeConfig, group: PlacementGroup) -> None:
-    configure_data(group, runtime)
-    pictures = picture_dataset(job.images.records, job.images.unlabelled, job.image_px, runtime.cpus_per_read)
+    configure_data(group, runtime, -1)
+    pictures = picture_dataset(job.images.records, job.images.unlabelled, job.image_px, runtime)
     labels = pictures.map_batches(
         Labeller,
         fn_constructor_args=(job,),

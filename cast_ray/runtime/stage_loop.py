@@ -25,9 +25,10 @@ from cast_ray.engine.checkpoint import TrainState
 from cast_ray.engine.world import World
 from cast_ray.evaluation.coco_ap import mask_ap
 from cast_ray.recipe import DataConfig, Recipe
+from cast_ray.runtime.budget import configure_data
 from cast_ray.runtime.models import WEIGHTS, load_model, save_model
 from cast_ray.runtime.store import ArtifactStore
-from cast_ray.runtime.streams import configure_data, picture_dataset, pictures, training_stream
+from cast_ray.runtime.streams import picture_dataset, pictures, training_stream
 from cast_ray.runtime.workers import Segment
 from cast_ray.stages.evaluate import coco_results
 from cast_ray.stages.graph import Stage, artifact_key
@@ -81,6 +82,7 @@ def _train(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
     batches = training_stream(
         images,
         data,
+        recipe.runtime,
         batch_labelled=config.batch_labelled,
         batch_unlabelled=config.batch_unlabelled if stage.config["unlabelled"] else 0,
         steps=config.steps,
@@ -90,7 +92,7 @@ def _train(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
         world_size=world.size,
         strong=bool(contrastive),
         oracle=bool(contrastive) and contrastive["sampler"] == "oracle",
-        cpus_per_read=recipe.runtime.cpus_per_read,
+        device=world.device,
     )
     post = {"stage": stage.name, "fingerprint": stage.fingerprint, "steps": config.steps, "unit": "step"}
     posted = 0.0
@@ -177,7 +179,7 @@ def _evaluate(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
     began = time.monotonic()
     post = {"stage": "evaluate", "fingerprint": stage.fingerprint, "steps": len(mine), "unit": "image"}
     done, posted = 0, 0.0
-    for batch in pictures(picture_dataset(segment.val, mine, image_px, recipe.runtime.cpus_per_read), image_px):
+    for batch in pictures(picture_dataset(segment.val, mine, image_px, recipe.runtime), image_px):
         results += coco_results(
             segmenter,
             torch.from_numpy(batch.pixels).to(world.device),

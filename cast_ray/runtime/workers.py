@@ -17,8 +17,9 @@ from ray.util.placement_group import PlacementGroup
 
 from cast_ray.recipe import Recipe
 from cast_ray.records import Category
+from cast_ray.runtime.budget import reserve, stream_bundle
 from cast_ray.runtime.store import ArtifactStore
-from cast_ray.runtime.streams import Images, reserve, stream_bundle
+from cast_ray.runtime.streams import Images
 from cast_ray.stages.graph import Stage
 
 
