@@ -46,7 +46,7 @@ def tasks_per_stream(runtime: RuntimeConfig) -> int:
 
 
 def block_bytes(runtime: RuntimeConfig) -> int:
-    """Size that a task's output aims at, so that all tasks' fill half of the stream's memory."""
+    """Size at which the blocks of all tasks fill half of the stream's memory."""
     return runtime.stream_memory_mb * 2**20 // (2 * tasks_per_stream(runtime))
 
 
@@ -75,7 +75,7 @@ def configure_data(group: PlacementGroup, runtime: RuntimeConfig, bundle: int) -
     context.custom_execution_callback_classes = [PacedLoop]
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.target_max_block_size = block_bytes(runtime)
+    context.target_max_block_size = None  # a task's block is neither cut nor joined with others
 
 
 def _as_seen(group: PlacementGroup, runtime: RuntimeConfig, bundle: int) -> PlacementGroup:

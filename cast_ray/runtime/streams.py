@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import ray
 import ray.data
 from ray.data import DataContext
@@ -31,8 +32,11 @@ from ray.data.datasource import Datasource, ReadTask
 from cast_ray.recipe import DataConfig, RuntimeConfig
 from cast_ray.records import Batch, Category, ClassMap
 from cast_ray.runtime.budget import block_bytes, tasks_per_stream
-from cast_ray.runtime.store import ArtifactStore
+from cast_ray.runtime.tables import fetched, record_at
 from cast_ray.stages.sampling import view_seed, worker_slots
+
+if TYPE_CHECKING:
+    from cast_ray.runtime.online import OnlineLabels
 
 MAX_STEPS_PER_TASK = 32
 MAX_TASKS_PER_EXECUTION = 2000
@@ -42,6 +46,8 @@ BYTES_PER_PIXEL = 8
 """Of one image of a step: two views, truth maps, some masks as bits."""
 
 T = TypeVar("T")
+Drawn = tuple[np.ndarray, dict[str, Any]]
+"""An image, uint8 [h, w, 3], and its record."""
 Rows = tuple[int, int]
 """First row of a plan's block and the one behind its last."""
 
@@ -86,16 +92,10 @@ def plan_dataset(blocks: list[Rows], make: ray.ObjectRef, runtime: RuntimeConfig
 
 
 def _run_block(make: ray.ObjectRef, start: int, stop: int) -> list[pa.Table]:
-    from cast_ray.views import use_one_thread
+    from cast_ray.runtime.processes import prepare_process
 
-    use_one_thread()
-    return [_fetched(make)(start, stop)]
-
-
-@lru_cache(maxsize=16)
-def _fetched(ref: ray.ObjectRef) -> Any:
-    """An object of the store inside a Data task: record tables are zero-copy, plans' functions unpickled once."""
-    return ray.get(ref)
+    prepare_process()
+    return [fetched(make)(start, stop)]
 
 
 @dataclass(frozen=True)
@@ -112,28 +112,14 @@ class Images:
     labels: ray.ObjectRef | None = None
 
 
-# Not inside the placement group of the Tune trial that asks for it, which holds nothing but the driver.
-@ray.remote(num_cpus=0.01, scheduling_strategy="DEFAULT")
-def load_records(store: ArtifactStore, key: str, name: str) -> pa.Table:
-    """Reads a record table into the object store, past the driver's memory."""
-    table = store.read_table(key, name)
-    if "position" in table.column_names:  # pseudo-labels arrive in the order in which they were made
-        table = table.sort_by("position")
-    return table.combine_chunks()
-
-
-def record_at(ref: ray.ObjectRef, index: int) -> dict[str, Any]:
-    """One record as Python values, inside a Data task or actor."""
-    return _fetched(ref).slice(int(index), 1).to_pylist()[0]
-
-
 @dataclass(frozen=True)
 class StepPlan:
     """What the tasks of one worker's training stream share: its sampling plan and how samples are made.
 
     labelled, unlabelled: int64 [steps, share], positions in D_l and D_u; first_step: step of their first row;
     first_slots: place of the worker's share in the global batch; strong: whether any term reads the strong view, and
-    with it the truth maps; oracle: give the hidden ground truth of D_u to the samplers (never to the set loss).
+    with it the truth maps; oracle: give the hidden ground truth of D_u to the samplers (never to the set loss); online:
+    who labels D_u as it is drawn.
     """
 
     images: Images
@@ -145,6 +131,28 @@ class StepPlan:
     first_slots: tuple[int, int]
     strong: bool
     oracle: bool
+    online: OnlineLabels | None
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether D_u has pseudo-labels."""
+        return self.images.labels is not None or self.online is not None
+
+    def groups(self, start: int, stop: int) -> Iterator[range]:
+        """Rows start..stop-1 in groups that are read together: so many that a teacher's forward pass is full."""
+        row = start
+        while row < stop:
+            end = row + 1
+            if self.online is not None and self.unlabelled.shape[1]:
+                version = self.online.version_of(self.first_step + row)
+                while (
+                    end < stop
+                    and (end - row) * self.unlabelled.shape[1] < self.online.batch
+                    and self.online.version_of(self.first_step + end) == version
+                ):
+                    end += 1
+            yield range(row, end)
+            row = end
 
 
 def training_stream(
@@ -161,6 +169,7 @@ def training_stream(
     world_size: int,
     strong: bool,
     oracle: bool,
+    online: OnlineLabels | None = None,
     device: Any = None,
 ) -> Iterator[Batch]:
     """This worker's batches of steps start_step..steps-1, in order.
@@ -170,6 +179,7 @@ def training_stream(
         data: crop size and view settings.
         batch_labelled, batch_unlabelled: global batch sizes.
         strong, oracle: see `StepPlan`.
+        online: who labels D_u as it is drawn; None: `images.labels`, or nobody.
         device: torch device of the batches; None: the CPU.
     """
     if start_step >= steps:
@@ -187,6 +197,7 @@ def training_stream(
         (rank * labelled.shape[1], batch_labelled + rank * unlabelled.shape[1]),
         strong,
         oracle,
+        online,
     )
     step_bytes = (labelled.shape[1] + unlabelled.shape[1]) * data.image_px[0] * data.image_px[1] * BYTES_PER_PIXEL
     blocks = step_blocks(steps - start_step, max(1, min(block_bytes(runtime) // step_bytes, MAX_STEPS_PER_TASK)))
@@ -239,33 +250,60 @@ def _make_steps(start: int, stop: int, *, plan: StepPlan) -> pa.Table:
 
     classes = ClassMap(plan.images.categories)
     payloads = []
-    for row in range(start, stop):
-        labelled, unlabelled = plan.labelled[row], plan.unlabelled[row]
-        samples = [_sample(plan, classes, row, i, position, True) for i, position in enumerate(labelled)]
-        samples += [_sample(plan, classes, row, i, position, False) for i, position in enumerate(unlabelled)]
-        payloads.append(to_buffer(collate(samples, len(labelled))))
+    for rows in plan.groups(start, stop):
+        unlabelled = {row: [_read(plan, position, False) for position in plan.unlabelled[row]] for row in rows}
+        if plan.online is not None:
+            _label_online(plan, plan.online, rows, [drawn for row in rows for drawn in unlabelled[row]])
+        for row in rows:
+            labelled = [_read(plan, position, True) for position in plan.labelled[row]]
+            samples = [_sample(plan, classes, row, i, drawn, True) for i, drawn in enumerate(labelled)]
+            samples += [_sample(plan, classes, row, i, drawn, False) for i, drawn in enumerate(unlabelled[row])]
+            payloads.append(to_buffer(collate(samples, len(labelled))))
     return pa.table({"step": np.arange(start, stop) + plan.first_step, "batch": _binary(payloads)})
 
 
-def _sample(
-    plan: StepPlan, classes: ClassMap, row: int, i: int, position: int, is_labelled: bool
-) -> dict[str, np.ndarray]:
+def _read(plan: StepPlan, position: int, is_labelled: bool) -> Drawn:
     from cast_ray.datasets.images import read_image
-    from cast_ray.views import make_sample
 
     images = plan.images
     record = record_at(images.records, (images.labelled if is_labelled else images.unlabelled)[position])
-    if not is_labelled and images.labels is not None:
+    if not is_labelled:
         record["truth_instances"] = record["instances"]
-        record["instances"] = record_at(images.labels, position)["instances"]
+        record["instances"] = [] if images.labels is None else record_at(images.labels, position)["instances"]
+    return read_image(record["uri"]), record
+
+
+def _label_online(plan: StepPlan, online: OnlineLabels, rows: range, drawn: list[Drawn]) -> None:
+    """Puts a teacher's labels into the records of a group's unlabelled images."""
+    from cast_ray.views import check_size, fit_image
+
+    fitted = []
+    for image, record in drawn:
+        check_size(image, record)
+        fitted.append(fit_image(image, online.image_px))
+    pictures = Pictures(
+        list(range(len(drawn))),
+        np.stack([pixels for pixels, _ in fitted]),
+        [(image.shape[0], image.shape[1]) for image, _ in drawn],
+        [size for _, size in fitted],
+    )
+    version = online.version_of(plan.first_step + rows.start)
+    for (_, record), instances in zip(drawn, online.label(pictures, version, rows.start)):
+        record["instances"] = instances
+
+
+def _sample(
+    plan: StepPlan, classes: ClassMap, row: int, i: int, drawn: Drawn, is_labelled: bool
+) -> dict[str, np.ndarray]:
+    from cast_ray.views import make_sample
+
     slot = plan.first_slots[0 if is_labelled else 1] + i
     return make_sample(
-        read_image(record["uri"]),
-        record,
+        *drawn,
         classes,
         plan.data,
         view_seed(plan.seed, plan.first_step + row, slot),
-        use_instances=is_labelled or images.labels is not None,
+        use_instances=is_labelled or plan.has_labels,
         truth=plan.strong and (is_labelled or plan.oracle),
         strong=plan.strong,
     )
@@ -285,48 +323,92 @@ def _binary(payloads: list[np.ndarray]) -> pa.ChunkedArray:
 
 @dataclass(frozen=True)
 class Pictures:
-    """A few images ready for inference: positions [n], pixels uint8 [n, 3, H, W] and their sizes, pixels."""
+    """A few images ready for inference, in the order of their positions.
+
+    positions [n]; pixels: uint8 [n, 3, H, W]; image_hw, resized_hw: their own sizes and those inside the padding,
+    pixels; bad: position and reason (naming the file) of images that could not be read, where that was asked for.
+    """
 
     positions: list[int]
     pixels: np.ndarray
     image_hw: list[tuple[int, int]]
     resized_hw: list[tuple[int, int]]
+    bad: list[tuple[int, str]] = field(default_factory=list)
 
     @classmethod
     def of(cls, block: pa.Table, image_px: tuple[int, int]) -> Pictures:
-        pixels = np.stack([np.frombuffer(b.as_buffer(), np.uint8) for b in block.column("pixels")])
-        sizes = np.stack([block.column(n).to_numpy() for n in ("height", "width", "fit_height", "fit_width")], 1)
-        return cls(
-            block.column("position").to_pylist(),
-            pixels.reshape(-1, 3, *image_px),
-            [(int(h), int(w)) for h, w, _, _ in sizes],
-            [(int(h), int(w)) for _, _, h, w in sizes],
-        )
+        errors = zip(block.column("position").to_pylist(), block.column("error").to_pylist())
+        bad = [(position, error) for position, error in errors if error is not None]
+        good = block.filter(pa.compute.is_null(block.column("error"))) if bad else block
+        values = [np.frombuffer(b.as_buffer(), np.uint8) for b in good.column("pixels")]
+        pixels = np.concatenate(values or [np.zeros(0, np.uint8)]).reshape(-1, 3, *image_px)
+        sizes = zip(*(good.column(name).to_pylist() for name in ("height", "width", "fit_height", "fit_width")))
+        both = [((h, w), (fit_h, fit_w)) for h, w, fit_h, fit_w in sizes]
+        return cls(good.column("position").to_pylist(), pixels, [b[0] for b in both], [b[1] for b in both], bad)
+
+
+PICTURE_SCHEMA = pa.schema(
+    [
+        ("position", pa.int64()),
+        ("pixels", pa.large_binary()),
+        *((name, pa.int32()) for name in ("height", "width", "fit_height", "fit_width")),
+        ("error", pa.string()),
+    ]
+)
 
 
 def picture_dataset(
-    records: ray.ObjectRef, indices: np.ndarray, image_px: tuple[int, int], runtime: RuntimeConfig
+    records: ray.ObjectRef,
+    indices: np.ndarray,
+    image_px: tuple[int, int],
+    runtime: RuntimeConfig,
+    blocks: list[Rows] | None = None,
+    skip_bad: bool = False,
 ) -> ray.data.Dataset:
-    """Images decoded and fitted to `image_px`: rows of position (in `indices`), pixels and sizes."""
-    starts = range(0, len(indices), IMAGES_PER_TASK)
-    blocks = [(a, min(a + IMAGES_PER_TASK, len(indices))) for a in starts]
-    fit = partial(_fit_images, records=records, indices=indices, image_px=image_px)
+    """Images decoded and fitted to `image_px`: rows of position (in `indices`), pixels and sizes (PICTURE_SCHEMA).
+
+    Args:
+        blocks: ranges of positions, each a block; None: all of them.
+        skip_bad: an image that cannot be read has its reason in the column `error`; else it ends the stream.
+    """
+    if blocks is None:
+        starts = range(0, len(indices), IMAGES_PER_TASK)
+        blocks = [(start, min(start + IMAGES_PER_TASK, len(indices))) for start in starts]
+    fit = partial(_fit_images, records=records, indices=indices, image_px=image_px, skip_bad=skip_bad)
     return plan_dataset(blocks, ray.put(fit), runtime)
 
 
 def _fit_images(
-    start: int, stop: int, *, records: ray.ObjectRef, indices: np.ndarray, image_px: tuple[int, int]
+    start: int, stop: int, *, records: ray.ObjectRef, indices: np.ndarray, image_px: tuple[int, int], skip_bad: bool
 ) -> pa.Table:
-    from cast_ray.datasets.images import read_image
-    from cast_ray.views import fit_image
-
     rows = []
     for position in range(start, stop):
-        image = read_image(record_at(records, indices[position])["uri"])
-        pixels, (fit_height, fit_width) = fit_image(image, image_px)
-        rows.append((position, pixels.tobytes(), image.shape[0], image.shape[1], fit_height, fit_width))
-    names = ("position", "pixels", "height", "width", "fit_height", "fit_width")
-    return pa.table({name: pa.array(column) for name, column in zip(names, zip(*rows))})
+        try:
+            rows.append(_fit_image(position, record_at(records, indices[position]), image_px))
+        except ValueError as error:
+            if not skip_bad:
+                raise
+            rows.append({"position": position, "error": str(error)})
+    return pa.Table.from_pylist(rows, schema=PICTURE_SCHEMA)
+
+
+def _fit_image(position: int, record: dict[str, Any], image_px: tuple[int, int]) -> dict[str, Any]:
+    from cast_ray.datasets.images import read_image
+    from cast_ray.views import check_size, fit_image
+
+    image = read_image(record["uri"])
+    check_size(image, record)
+    pixels, (fit_height, fit_width) = fit_image(image, image_px)
+    height, width = image.shape[:2]
+    return {
+        "position": position,
+        "pixels": pixels.tobytes(),
+        "height": height,
+        "width": width,
+        "fit_height": fit_height,
+        "fit_width": fit_width,
+        "error": None,
+    }
 
 
 def pictures(dataset: ray.data.Dataset, image_px: tuple[int, int]) -> Iterator[Pictures]:
