@@ -23,9 +23,11 @@ from cast_ray.teachers.pseudo import pseudo_labels
 class PseudoLabeller:
     """Labels images as one label stage says, the same whichever images come together.
 
-    Every forward pass has the shape that the stage's config names, the last one filled up: an image's labels are then
-    those of the same kernels on the same numbers, whether it is labelled offline, online, or by how many processes
-    (tests/integration/test_labels.py; on one kind of device, since kernels differ between kinds).
+    Every forward pass has the shape that the stage's config names, the last one filled up, and on a CPU one thread: an
+    image's labels are then those of the same kernels on the same numbers, whether it is labelled offline, online, or by
+    how many processes (tests/integration/test_labels.py). On two CPU models a pass of 1 differed from one of 8 by 1e-6,
+    one of 2 threads from one of 1 by 1e-6, and passes of equal shape and threads not at all, whatever else they held.
+    Kinds of devices still differ.
     """
 
     def __init__(self, store: ArtifactStore, stage: Stage, device: torch.device):
@@ -42,6 +44,14 @@ class PseudoLabeller:
 
     def label(self, pictures: Pictures) -> list[list[dict[str, Any]]]:
         """Instances of each image as of RECORD_SCHEMA, at its own size."""
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return self._label(pictures)
+        finally:
+            torch.set_num_threads(num_threads)
+
+    def _label(self, pictures: Pictures) -> list[list[dict[str, Any]]]:
         labels: list[list[dict[str, Any]]] = []
         for start in range(0, len(pictures.positions), self.batch):
             here = slice(start, start + self.batch)

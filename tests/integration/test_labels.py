@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(900)]
 NUM_LABELLED, NUM_IMAGES = 4, 45
 IMAGE_PX = (32, 32)
 RUNTIME = RuntimeConfig(cpus_per_read=0.25, cpus_per_labeller=0.25, num_labellers=1, stream_memory_mb=64)
-PSEUDO = PseudoConfig(score_threshold=0.0, min_area_px=1, max_per_image=5)
+PSEUDO = PseudoConfig(score_threshold=0.0, min_area_px=1, max_per_image=5, non_overlapping=False)
 TEACHER = Stage("adapt", "train", {"data": {"image_px": list(IMAGE_PX)}}, {}, "a" * 20)
 LABEL_CONFIG = {"pseudo": PSEUDO.model_dump(), "data": {"image_px": list(IMAGE_PX)}, "batch": 4}
 
