@@ -100,8 +100,11 @@ def make_sample(
     Deviations: the weak jitter leaves the hue alone; the paper does not say how strong it is. Colours are rounded to 8
     bits after each operation, as in torchvision's transforms of PIL images.
     """
-    check_size(image_HWC, row)
     height, width = image_HWC.shape[:2]
+    if (height, width) != (row["height"], row["width"]):
+        raise ValueError(
+            f"{row['uri']}: {width} x {height} pixels, but its record says {row['width']} x {row['height']}"
+        )
     rng = np.random.default_rng(seed)
     geometry = _random_geometry(height, width, data, rng)
     weak_HWC = _jitter(_take_window(image_HWC, geometry), (data.color_jitter,) * 3 + (0.0,), rng)
@@ -134,15 +137,6 @@ def make_sample(
         "truth_instance": truth_instance,
         "truth_class": truth_class,
     }
-
-
-def check_size(image_HWC: np.ndarray, row: dict[str, Any]) -> None:
-    """Raises ValueError when an image has another size than its record."""
-    height, width = image_HWC.shape[:2]
-    if (height, width) != (row["height"], row["width"]):
-        raise ValueError(
-            f"{row['uri']}: {width} x {height} pixels, but its record says {row['width']} x {row['height']}"
-        )
 
 
 def fit_image(image_HWC: np.ndarray, image_px: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:

@@ -125,7 +125,7 @@ class Broker:
         self.posts: dict[str, dict[str, Any]] = {}
         self.ended: list[str] = []
         self.fatal: dict[str, str] = {}
-        self.tables: dict[tuple[str, str], ray.ObjectRef] = {}
+        self.tables: dict[tuple[str, tuple[str, ...]], ray.ObjectRef] = {}
         self.orders = 0
 
     async def claim(self, owner: str, needs: list[Need]) -> dict[str, list[str]]:
@@ -200,13 +200,17 @@ class Broker:
         else:  # the pace counts from the first images on: what came before was the labellers' start
             post |= {"first_step": post["step"], "since": now, "images_per_s": 0.0}
 
-    async def table(self, store: ArtifactStore, key: str, name: str) -> list[ray.ObjectRef]:
-        """A record table in the object store, loaded once for all who use it; in a list, so that it is not fetched."""
-        if (key, name) not in self.tables:
-            self.tables[key, name] = load_records.remote(store, key, name)
+    async def table(self, store: ArtifactStore, key: str, names: tuple[str, ...]) -> list[ray.ObjectRef]:
+        """Record tables of an artifact in the object store, one after the other, loaded once for all who use them.
+
+        Returns:
+            The reference in a list, or the caller would be sent the table.
+        """
+        if (key, names) not in self.tables:
+            self.tables[key, names] = load_records.remote(store, key, names)
             for old in list(self.tables)[:-MAX_TABLES]:
                 del self.tables[old]  # it lives on as long as anybody else holds it
-        return [self.tables[key, name]]
+        return [self.tables[key, names]]
 
     async def board(self) -> dict[str, Any]:
         """What a progress display shows: running stages, waiting and ended rows, fingerprints done."""

@@ -29,7 +29,7 @@ from cast_ray.evaluation.coco_ap import mask_ap
 from cast_ray.recipe import DataConfig, Recipe
 from cast_ray.runtime.budget import configure_data
 from cast_ray.runtime.labeller import PseudoLabeller
-from cast_ray.runtime.labelling import LabelJob
+from cast_ray.runtime.labelling import LABELS, LabelJob
 from cast_ray.runtime.models import WEIGHTS, load_model, save_model
 from cast_ray.runtime.online import Publisher, Teachers
 from cast_ray.runtime.processes import prepare_process
@@ -182,7 +182,7 @@ def _with_labels(segment: Segment, stage: Stage) -> Images:
     if "labels" not in stage.parents:
         return images
     key = artifact_key("label", stage.parents["labels"])
-    (labels,) = ray.get(segment.broker.table.remote(segment.store, key, "labels"))
+    (labels,) = ray.get(segment.broker.table.remote(segment.store, key, (LABELS,)))
     positions = ray.get(labels).column("position").to_numpy()
     return replace(images, unlabelled=images.unlabelled[positions], labels=labels)
 

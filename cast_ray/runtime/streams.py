@@ -270,17 +270,14 @@ def _read(plan: StepPlan, position: int, is_labelled: bool) -> Drawn:
     if not is_labelled:
         record["truth_instances"] = record["instances"]
         record["instances"] = [] if images.labels is None else record_at(images.labels, position)["instances"]
-    return read_image(record["uri"]), record
+    return read_image(record["uri"], (record["height"], record["width"])), record
 
 
 def _label_online(plan: StepPlan, online: OnlineLabels, rows: range, drawn: list[Drawn]) -> None:
     """Puts a teacher's labels into the records of a group's unlabelled images."""
-    from cast_ray.views import check_size, fit_image
+    from cast_ray.views import fit_image
 
-    fitted = []
-    for image, record in drawn:
-        check_size(image, record)
-        fitted.append(fit_image(image, online.image_px))
+    fitted = [fit_image(image, online.image_px) for image, _ in drawn]
     pictures = Pictures(
         list(range(len(drawn))),
         np.stack([pixels for pixels, _ in fitted]),
@@ -394,10 +391,9 @@ def _fit_images(
 
 def _fit_image(position: int, record: dict[str, Any], image_px: tuple[int, int]) -> dict[str, Any]:
     from cast_ray.datasets.images import read_image
-    from cast_ray.views import check_size, fit_image
+    from cast_ray.views import fit_image
 
-    image = read_image(record["uri"])
-    check_size(image, record)
+    image = read_image(record["uri"], (record["height"], record["width"]))
     pixels, (fit_height, fit_width) = fit_image(image, image_px)
     height, width = image.shape[:2]
     return {

@@ -13,9 +13,9 @@ from cast_ray.runtime.store import ArtifactStore
 
 # Not inside the placement group of whoever asks for it, which may hold nothing but a driver.
 @ray.remote(num_cpus=0.01, scheduling_strategy="DEFAULT")
-def load_records(store: ArtifactStore, key: str, name: str) -> pa.Table:
-    """Reads a record table into the object store, past the memory of who asks for it."""
-    return store.read_table(key, name).combine_chunks()
+def load_records(store: ArtifactStore, key: str, names: tuple[str, ...]) -> pa.Table:
+    """Reads record tables into the object store as one, past the memory of who asks for them."""
+    return pa.concat_tables([store.read_table(key, name) for name in names]).combine_chunks()
 
 
 @lru_cache(maxsize=16)

@@ -130,14 +130,11 @@ class _RowDriver:
         job.forget_blocks()
         ray.get(self.broker.finish.remote(stage.fingerprint))
 
-    def _table(self, name: str) -> ray.ObjectRef:
-        return ray.get(self.broker.table.remote(self.store, self.context.dataset_key, name))[0]
+    def _table(self, *names: str) -> ray.ObjectRef:
+        return ray.get(self.broker.table.remote(self.store, self.context.dataset_key, names))[0]
 
     def _images(self, stage: Stage) -> Images:
-        """D_l and D_u of a stage, by reference.
-
-        Image ids are what a driver holds of a dataset (some 20 bytes an image), until it knows which are labelled.
-        """
+        """D_l and D_u of a stage, by reference: all that a driver holds of a dataset is 8 bytes an image."""
         if stage.config.get("source"):
             everything = np.arange(self.context.dataset["num_source"])
             return Images(self._table("source.parquet"), everything, everything[:0], self.context.categories)
