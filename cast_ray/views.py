@@ -1,8 +1,12 @@
-"""From one image and its record to a weak and a strong view of equal geometry, and from samples to a batch.
+"""From one image and its record to a weak and a strong view of equal geometry.
 
 Everything a sample needs at random comes from its own seed: the same seed gives the same sample in any process, and no
-global generator is touched. The functions leave torch's thread count alone: set it to 1 in a process that makes
-samples, since images of this size are not worth a second thread.
+global generator is touched. Images stay 8-bit [h, w, 3] from the decoder to the end: OpenCV's 8-bit colour and blur
+kernels take a tenth of the time of torchvision's on floats (`benchmarks/streams.py`). Masks are cut out of their run
+lengths: one that lies outside the crop costs nothing, and none is ever drawn at the image's size.
+
+The functions leave thread counts alone: call `use_one_thread` in a process that makes samples, since images of this
+size are not worth a second thread.
 """
 
 from __future__ import annotations
@@ -10,14 +14,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as functional
-from pycocotools import mask as mask_utils
-from scipy.ndimage import gaussian_filter
 
 from cast_ray.recipe import DataConfig
-from cast_ray.records import Batch, ClassMap, Targets
+from cast_ray.records import ClassMap, rle_runs
 
 MIN_VISIBLE_PX = 4
 """Instances with fewer pixels left in the crop are dropped (their pixels are unknown, not background)."""
@@ -26,6 +29,14 @@ STRONG_JITTER = (0.4, 0.4, 0.4, 0.1)
 STRONG_GRAYSCALE = 0.2
 STRONG_BLUR_PX = 5
 STRONG_BLUR_SIGMA = (0.1, 2.0)
+
+GREY_OF_RGB = np.array([0.299, 0.587, 0.114])
+
+
+def use_one_thread() -> None:
+    """Keeps this process's image kernels on one core each: processes are what runs in parallel."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,8 @@ def make_sample(
     Raises:
         ValueError: the image has another size than its record, or an instance a category outside the class map.
     Source: CAST (arXiv 2505.21904), views of the contrastive term.
-    Deviations: the weak jitter leaves the hue alone; the paper does not say how strong it is.
+    Deviations: the weak jitter leaves the hue alone; the paper does not say how strong it is. Colours are rounded to 8
+    bits after each operation, as in torchvision's transforms of PIL images.
     """
     height, width = image_HWC.shape[:2]
     if (height, width) != (row["height"], row["width"]):
@@ -95,8 +107,7 @@ def make_sample(
         )
     rng = np.random.default_rng(seed)
     geometry = _random_geometry(height, width, data, rng)
-    window = _take_window(image_HWC, geometry)
-    weak = _jitter(window, (data.color_jitter,) * 3 + (0.0,), rng)
+    weak_HWC = _jitter(_take_window(image_HWC, geometry), (data.color_jitter,) * 3 + (0.0,), rng)
 
     crop = data.image_px
     valid = np.zeros(crop, dtype=bool)
@@ -114,10 +125,10 @@ def make_sample(
         if truth_rows is not None:
             cropped = _Cropped(truth_rows, row, class_map, geometry, crop)
         truth_instance, truth_class = cropped.truth_maps(valid, len(class_map))
-    weak_pixels = _paste(weak, geometry, crop)
+    weak = _paste(weak_HWC, geometry, crop)
     return {
-        "weak": weak_pixels,
-        "strong": _paste(_strengthen(weak, rng), geometry, crop) if strong else weak_pixels,
+        "weak": weak,
+        "strong": _paste(_strengthen(weak_HWC, rng), geometry, crop) if strong else weak,
         "valid": valid,
         "masks": masks,
         "labels": labels,
@@ -126,63 +137,6 @@ def make_sample(
         "truth_instance": truth_instance,
         "truth_class": truth_class,
     }
-
-
-def collate(samples: list[dict[str, np.ndarray]], num_labelled: int) -> dict[str, np.ndarray]:
-    """One optimiser step of one worker as a few flat arrays, masks as bits, fit for pickling or Arrow binary.
-
-    Args:
-        samples: of `make_sample`, labelled images first.
-        num_labelled: how many are labelled.
-
-    Returns:
-        weak, strong: uint8 [B, 3, H, W]; truth_instance, truth_class: int16 [B, H, W]; valid: packed bits uint8
-        [B, ceil(HW/8)]; masks: packed bits uint8 [sum N, ceil(HW/8)]; labels, weights: [sum N]; num_instances: int64
-        [B]; ignore: packed bits of the images in ignore_images int64 [K]; num_labelled: int64 [1].
-    """
-    assert samples and 0 <= num_labelled <= len(samples)
-    with_ignore = [index for index, sample in enumerate(samples) if sample["ignore"].any()]
-    stacked = {n: np.stack([s[n] for s in samples]) for n in ("weak", "strong", "truth_instance", "truth_class")}
-    pixels = samples[0]["valid"].size
-    ignore = [samples[index]["ignore"] for index in with_ignore]
-    return {
-        **stacked,
-        "valid": _pack(np.stack([s["valid"] for s in samples]), pixels),
-        "masks": _pack(np.concatenate([s["masks"] for s in samples]), pixels),
-        "labels": np.concatenate([s["labels"] for s in samples]),
-        "weights": np.concatenate([s["weights"] for s in samples]),
-        "num_instances": np.array([len(s["labels"]) for s in samples], dtype=np.int64),
-        "ignore": _pack(np.stack(ignore) if ignore else np.zeros((0, pixels), dtype=bool), pixels),
-        "ignore_images": np.array(with_ignore, dtype=np.int64),
-        "num_labelled": np.array([num_labelled], dtype=np.int64),
-    }
-
-
-def to_batch(arrays: dict[str, np.ndarray]) -> Batch:
-    """The tensors of a collated step: images share memory with writable arrays, masks are unpacked to bool.
-
-    Args:
-        arrays: of `collate`, possibly read-only (as Arrow and Ray hand them out): then they are copied.
-    """
-    num_images, _, height, width = arrays["weak"].shape
-    masks = _unpack(arrays["masks"], height, width)
-    ignore = dict(zip(arrays["ignore_images"].tolist(), _unpack(arrays["ignore"], height, width)))
-    counts = arrays["num_instances"].tolist()
-    assert len(counts) == num_images and sum(counts) == len(masks)
-    labels, weights = _tensor(arrays["labels"]), _tensor(arrays["weights"])
-    targets = [
-        Targets(m, lab, wei, ignore.get(index))
-        for index, (m, lab, wei) in enumerate(zip(masks.split(counts), labels.split(counts), weights.split(counts)))
-    ]
-    return Batch(
-        weak=_tensor(arrays["weak"]),
-        strong=_tensor(arrays["strong"]),
-        valid=_unpack(arrays["valid"], height, width),
-        targets=targets,
-        num_labelled=int(arrays["num_labelled"][0]),
-        truth_instance=_tensor(arrays["truth_instance"]),
-        truth_class=_tensor(arrays["truth_class"]),
-    )
 
 
 def fit_image(image_HWC: np.ndarray, image_px: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
@@ -198,9 +152,9 @@ def fit_image(image_HWC: np.ndarray, image_px: tuple[int, int]) -> tuple[np.ndar
     """
     height, width = image_HWC.shape[:2]
     size = _scaled(height, width, min(image_px[0] / height, image_px[1] / width), image_px)
-    fitted = _resize(_channels_first(image_HWC), size).numpy()
+    fitted = _resize(image_HWC, size).transpose(2, 0, 1)
     if size == tuple(image_px):
-        return fitted, size
+        return np.ascontiguousarray(fitted), size
     padded = np.zeros((3, *image_px), dtype=np.uint8)
     padded[:, : size[0], : size[1]] = fitted
     return padded, size
@@ -230,59 +184,105 @@ def _scaled(height: int, width: int, scale: float, limit: tuple[int, int]) -> tu
     return min(limit[0], max(1, round(height * scale))), min(limit[1], max(1, round(width * scale)))
 
 
-def _take_window(image_HWC: np.ndarray, g: _Geometry) -> torch.Tensor:
-    """float32 [3, out_height, out_width] in 0..1."""
-    cut = image_HWC[g.top : g.top + g.height, g.left : g.left + g.width]
-    window = _resize(_channels_first(cut), (g.out_height, g.out_width))
-    if g.mirrored:
-        window = window.flip(-1)
-    return window.float() / 255
+def _take_window(image_HWC: np.ndarray, g: _Geometry) -> np.ndarray:
+    # Whole rows of a copy: of a slice torchvision's kernel makes planes, which cost more to turn back.
+    window = np.ascontiguousarray(image_HWC[g.top : g.top + g.height, g.left : g.left + g.width])
+    window = _resize(window, (g.out_height, g.out_width))
+    return cv2.flip(window, 1) if g.mirrored else window
 
 
-def _channels_first(image_HWC: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(image_HWC.transpose(2, 0, 1)))
+def _resize(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bilinear with antialiasing; torchvision's kernel for interleaved colours takes and gives them without a copy."""
+    if image_HWC.shape[:2] == size:
+        return image_HWC
+    resized = functional.resize(torch.from_numpy(image_HWC).permute(2, 0, 1), list(size), antialias=True)
+    return np.ascontiguousarray(resized.permute(1, 2, 0).numpy())
 
 
-def _resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    return image if tuple(image.shape[-2:]) == size else functional.resize(image, list(size), antialias=True)
-
-
-def _jitter(image: torch.Tensor, strength: tuple[float, ...], rng: np.random.Generator) -> torch.Tensor:
-    """torchvision's ColorJitter with its factors and order from `rng`; float images in 0..1."""
-    factors = 1 + np.array(strength) * rng.uniform(-1, 1, 4)
+def _jitter(image_HWC: np.ndarray, strength: tuple[float, ...], rng: np.random.Generator) -> np.ndarray:
+    """torchvision's ColorJitter with its factors and order from `rng`."""
+    changes = np.array(strength) * rng.uniform(-1, 1, 4)
     for operation in rng.permutation(4).tolist():
         if strength[operation] == 0:
             continue
-        factor = max(0.0, float(factors[operation]))
+        factor = max(0.0, 1 + float(changes[operation]))
         if operation == 0:
-            image = functional.adjust_brightness(image, factor)
+            image_HWC = _scale_levels(image_HWC, factor, 0.0)
         elif operation == 1:
-            image = functional.adjust_contrast(image, factor)
+            mean = cv2.mean(cv2.cvtColor(image_HWC, cv2.COLOR_RGB2GRAY))[0]
+            image_HWC = _scale_levels(image_HWC, factor, (1 - factor) * mean)
         elif operation == 2:
-            image = functional.adjust_saturation(image, factor)
+            image_HWC = cv2.transform(image_HWC, factor * np.eye(3) + (1 - factor) * GREY_OF_RGB)
         else:
-            image = functional.adjust_hue(image, float(factors[operation]) - 1)
-    return image
+            hsv = cv2.cvtColor(image_HWC, cv2.COLOR_RGB2HSV_FULL)
+            hsv[..., 0] += np.uint8(round(256 * float(changes[operation])) % 256)  # a full turn is 256, and wraps
+            image_HWC = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+    return image_HWC
 
 
-def _strengthen(weak: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    strong = _jitter(weak, STRONG_JITTER, rng)
+def _scale_levels(image_HWC: np.ndarray, gain: float, offset: float) -> np.ndarray:
+    levels = np.rint(np.arange(256) * gain + offset).clip(0, 255)
+    return cv2.LUT(image_HWC, levels.astype(np.uint8))
+
+
+def _strengthen(weak_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    strong = _jitter(weak_HWC, STRONG_JITTER, rng)
     if rng.random() < STRONG_GRAYSCALE:
-        strong = functional.rgb_to_grayscale(strong, num_output_channels=3)
+        strong = cv2.cvtColor(cv2.cvtColor(strong, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     sigma = rng.uniform(*STRONG_BLUR_SIGMA)
-    # equal to torchvision's gaussian_blur within 1e-6, in half the time, and fit for images narrower than the kernel
-    blurred = gaussian_filter(strong.numpy(), (0, sigma, sigma), radius=STRONG_BLUR_PX // 2, mode="mirror")
-    return torch.from_numpy(blurred)
+    # mirrored without repeating the border pixel, as torchvision's
+    return cv2.GaussianBlur(strong, (STRONG_BLUR_PX, STRONG_BLUR_PX), sigma, borderType=cv2.BORDER_REFLECT_101)
 
 
-def _paste(image: torch.Tensor, g: _Geometry, crop: tuple[int, int]) -> np.ndarray:
-    pixels = (image * 255).round_().clamp_(0, 255).to(torch.uint8).numpy()
-    if pixels.shape[1:] == tuple(crop):
-        return pixels
-    padded = np.zeros((3, *crop), dtype=np.uint8)
-    rows, columns = g.place()
-    padded[:, rows, columns] = pixels
-    return padded
+def _paste(image_HWC: np.ndarray, g: _Geometry, crop: tuple[int, int]) -> np.ndarray:
+    whole = image_HWC.shape[:2] == tuple(crop)
+    canvas = np.empty((3, *crop), dtype=np.uint8) if whole else np.zeros((3, *crop), dtype=np.uint8)
+    for plane, values in zip(canvas, cv2.split(image_HWC)):
+        plane[g.place()] = values
+    return canvas
+
+
+class _MaskCutter:
+    """Cuts column-major run lengths to a crop: which crop pixels show which source pixel is the nearest-pixel rule.
+
+    A run boundary at source (row, column) falls behind all crop pixels that show something before it, so two small
+    tables turn boundaries into crop positions. Columns of the source that the crop shows several times (enlarged) are
+    cut once and repeated.
+    """
+
+    def __init__(self, g: _Geometry, height: int, width: int):
+        self.g, self.height, self.width = g, height, width
+        rows = g.top + (np.arange(g.out_height) * 2 + 1) * g.height // (2 * g.out_height)
+        columns = g.left + (np.arange(g.out_width) * 2 + 1) * g.width // (2 * g.out_width)
+        shown, self.times = np.unique(columns, return_counts=True)
+        self.rows_before = np.searchsorted(rows, np.arange(height))
+        self.shown_before = np.searchsorted(shown, np.arange(width + 1))
+        self.is_shown = np.diff(self.shown_before, append=len(shown)).astype(bool)
+        self.columns_before = np.searchsorted(columns, np.arange(width + 1))
+
+    def cut(self, counts: bytes) -> tuple[slice, np.ndarray]:
+        """The crop's columns that a mask touches, and the mask there: bool [out_height, columns]."""
+        runs = rle_runs(counts)
+        bounds = np.cumsum(runs)[:-1]
+        if len(bounds) == 0:
+            return slice(0, 0), np.zeros((self.g.out_height, 0), dtype=bool)
+        columns, rows = np.divmod(bounds, self.height)
+        first, last = columns[0], (columns[-1] if rows[-1] else columns[-1] - 1)
+        if len(bounds) % 2:  # the last run is the mask's
+            last = self.width - 1
+        start, stop = self.shown_before[first], self.shown_before[last + 1]
+        before = self.shown_before[columns] * self.g.out_height
+        before += np.where(self.is_shown[columns], self.rows_before[rows], 0)
+        before = np.concatenate([[0], before - start * self.g.out_height, [(stop - start) * self.g.out_height]])
+        inside = np.arange(len(runs)) % 2 == 1
+        strip_WH = np.repeat(inside, np.diff(before)).reshape(stop - start, self.g.out_height)
+        left, right = int(self.columns_before[first]), int(self.columns_before[last + 1])
+        if right - left > stop - start:
+            strip_WH = np.repeat(strip_WH, self.times[start:stop], axis=0)
+        if self.g.mirrored:
+            left, right = self.g.out_width - right, self.g.out_width - left
+            strip_WH = strip_WH[::-1]
+        return slice(left, right), strip_WH.T
 
 
 class _Cropped:
@@ -297,37 +297,38 @@ class _Cropped:
         crop: tuple[int, int],
     ):
         instances = [i for i in instances if not i["is_crowd"] or i["category_id"] in class_map]
-        height, width = row["height"], row["width"]
-        dense = np.zeros((len(instances), *crop), dtype=bool)
-        if instances:
-            rles = [{"size": [height, width], "counts": i["rle"]} for i in instances]
-            planes = mask_utils.decode(rles).transpose(2, 1, 0)  # [N, w, h]: pycocotools' own order in memory
-            rows = g.top + (np.arange(g.out_height) * 2 + 1) * g.height // (2 * g.out_height)
-            columns = g.left + (np.arange(g.out_width) * 2 + 1) * g.width // (2 * g.out_width)
-            if g.mirrored:
-                columns = columns[::-1]
-            out_rows, out_columns = g.place()
-            dense[:, out_rows, out_columns] = planes[:, columns][:, :, rows].transpose(0, 2, 1)
-        crowd = np.array([i["is_crowd"] for i in instances], dtype=bool)
-        visible = dense.sum((1, 2))
-        kept = ~crowd & (visible >= MIN_VISIBLE_PX)
-        self.crowd = dense[crowd].any(0)
-        self.masks = dense[kept]
-        self.labels = np.array(
-            [_label(i["category_id"], class_map, row) for i, k in zip(instances, kept) if k], dtype=np.int64
-        )
-        self.weights = np.array([i["score"] for i, k in zip(instances, kept) if k], dtype=np.float32)
-        self._areas = visible[kept]
-        self._slivers = dense[~crowd & ~kept].any(0)
+        cutter = _MaskCutter(g, row["height"], row["width"])
+        self._rows, self._first_column = g.place()[0], g.out_left
+        self.crowd, self._slivers = np.zeros((2, *crop), dtype=bool)
+        kept = []
+        for instance in instances:
+            columns, strip = cutter.cut(instance["rle"])
+            visible = int(np.count_nonzero(strip))
+            if instance["is_crowd"]:
+                self._place(self.crowd, columns)[strip] = True
+            elif visible < MIN_VISIBLE_PX:
+                self._place(self._slivers, columns)[strip] = True
+            else:
+                kept.append((instance, columns, strip, visible))
+        self.labels = np.array([_label(i["category_id"], class_map, row) for i, *_ in kept], dtype=np.int64)
+        self.weights = np.array([i["score"] for i, *_ in kept], dtype=np.float32)
+        self.masks = np.zeros((len(kept), *crop), dtype=bool)
+        for mask, (_, columns, strip, _) in zip(self.masks, kept):
+            self._place(mask, columns)[...] = strip
+        self._kept = kept
+
+    def _place(self, canvas: np.ndarray, columns: slice) -> np.ndarray:
+        return canvas[self._rows, self._first_column + columns.start : self._first_column + columns.stop]
 
     def truth_maps(self, valid: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-        instance, label = np.zeros(valid.shape, dtype=np.int16), np.full(valid.shape, num_classes, dtype=np.int16)
-        unknown = self.crowd | self._slivers | ~valid
-        instance[unknown], label[unknown] = -1, -1
-        for index in np.argsort(-self._areas, kind="stable").tolist():
-            instance[self.masks[index]] = index + 1
-            label[self.masks[index]] = self.labels[index]
-        return instance, label
+        instance = np.zeros(valid.shape, dtype=np.int16)
+        instance[self.crowd | self._slivers | ~valid] = -1
+        areas = np.array([visible for *_, visible in self._kept])
+        for index in np.argsort(-areas, kind="stable").tolist():
+            _, columns, strip, _ = self._kept[index]
+            self._place(instance, columns)[strip] = index + 1
+        label_of = np.array([num_classes, *self.labels, -1], dtype=np.int16)  # instance -1 takes the last
+        return instance, label_of.take(instance, mode="wrap")
 
 
 def _label(category_id: int, class_map: ClassMap, row: dict[str, Any]) -> int:
@@ -335,16 +336,3 @@ def _label(category_id: int, class_map: ClassMap, row: dict[str, Any]) -> int:
         return class_map.label(category_id)
     except KeyError:
         raise ValueError(f"{row['uri']}: category {category_id} is not in the class list {class_map.names()}") from None
-
-
-def _pack(masks: np.ndarray, pixels: int) -> np.ndarray:
-    return np.packbits(masks.reshape(len(masks), pixels), axis=1)
-
-
-def _unpack(bits: np.ndarray, height: int, width: int) -> torch.Tensor:
-    masks = np.unpackbits(bits, axis=1, count=height * width).view(bool)
-    return torch.from_numpy(masks.reshape(len(bits), height, width))
-
-
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(array if array.flags.writeable else array.copy())

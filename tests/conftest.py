@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,9 +68,14 @@ class SweepProcess:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait(PATIENCE_S)
 
+    def kill_process(self, pid: int) -> None:
+        """Kills one process of this sweep, its Ray's or its own."""
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
     def clean_up(self) -> None:
         for pid in self.processes():
-            os.kill(pid, signal.SIGKILL)
+            self.kill_process(pid)
         self.process.wait(PATIENCE_S)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as mask_utils
 
+from cast_ray.records import rle_runs
+
 _MAX_CHARACTERS_PER_COUNT = 7  # of 5 bits each: more than any run length of an image that is read
 
 
@@ -113,7 +115,6 @@ def _runs_of_list(counts: list[Any]) -> np.ndarray:
 
 
 def _runs_of_string(counts: str) -> np.ndarray:
-    """Run lengths of a compressed RLE: 5 bits a character, lowest first, from the third on relative to two before."""
     try:
         codes = np.frombuffer(counts.encode("ascii"), dtype=np.uint8).astype(np.int64) - 48
     except UnicodeEncodeError:
@@ -125,14 +126,6 @@ def _runs_of_string(counts: str) -> np.ndarray:
     ends = np.flatnonzero(codes < 32)
     if not len(ends) or ends[-1] != len(codes) - 1:
         raise ValueError("RLE string is cut off")
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    lengths = ends - starts + 1
-    if lengths.max() > _MAX_CHARACTERS_PER_COUNT:
+    if np.diff(ends, prepend=-1).max() > _MAX_CHARACTERS_PER_COUNT:
         raise ValueError("RLE string holds a run longer than any image")
-    place = np.arange(len(codes)) - np.repeat(starts, lengths)
-    runs = np.add.reduceat((codes & 31) << (5 * place), starts)
-    negative = (codes[ends] & 16) > 0
-    runs[negative] -= np.int64(1) << (5 * lengths[negative])
-    runs[1::2] = np.cumsum(runs[1::2])
-    runs[2::2] = np.cumsum(runs[2::2])
-    return runs
+    return rle_runs(counts.encode("ascii"))

@@ -13,7 +13,7 @@ from torch import nn
 
 from cast_ray.engine.checkpoint import TrainState
 from cast_ray.engine.objective import Objective, weighted_sum
-from cast_ray.engine.optim import WeightAverage, build_optimizer, set_lr
+from cast_ray.engine.optim import WeightAverage, averaged_weights, build_optimizer, set_lr
 from cast_ray.engine.world import World
 from cast_ray.models.network import CastNetwork
 from cast_ray.recipe import TrainConfig
@@ -62,6 +62,8 @@ def train(
     resume: TrainState | None = None,
     on_log: Callable[[dict[str, float]], None] = lambda facts: None,
     on_checkpoint: Callable[[TrainState], None] = lambda state: None,
+    on_refresh: Callable[[int, dict[str, torch.Tensor]], None] = lambda step, weights: None,
+    refresh_every_steps: int = 0,
 ) -> TrainResult:
     """Trains `network` in place for `config.steps` optimiser steps.
 
@@ -76,6 +78,8 @@ def train(
         resume: state to continue from.
         on_log: called on every worker each LOG_EVERY_STEPS steps with step, loss, each term, lr, images_per_s.
         on_checkpoint: called on every worker each `checkpoint_every_steps` steps, not after the last.
+        on_refresh: called on every worker each `refresh_every_steps` steps (0: never), not after the last, with the
+            segmenter's averaged weights, which are to be copied at once.
 
     Raises:
         FloatingPointError: the loss is not finite, naming the step and the terms.
@@ -147,6 +151,8 @@ def train(
             curve.append(entry)
             on_log(entry)
             logged, images_logged, means_since = now, images, []
+        if refresh_every_steps and done % refresh_every_steps == 0 and done < config.steps:
+            on_refresh(done, averaged_weights(network.segmenter, average))
         if done % config.checkpoint_every_steps == 0 and done < config.steps:
             if means_since:
                 _finite_means(means_since, names, done)  # a state that cannot go on must not replace one that can

@@ -84,3 +84,12 @@ class WeightAverage:
         """Puts the average into `module` (of the same architecture)."""
         for parameter, average in zip(module.parameters(), self.average, strict=True):
             parameter.copy_(average)
+
+
+def averaged_weights(module: nn.Module, average: WeightAverage | None) -> dict[str, torch.Tensor]:
+    """The state of a module, whose parameters the average covers, with their averages; as it is without one."""
+    state = module.state_dict()
+    if average is not None:
+        averages = {id(live): mean for live, mean in zip(average.live, average.average)}
+        state |= {name: averages[id(parameter)] for name, parameter in module.named_parameters()}
+    return state

@@ -31,8 +31,8 @@ def to_instances(
 
     Args:
         predictions: of B images, or their final (class_logits [B, Q, C+1], mask_logits [B, Q, h, w]).
-        image_hw: B original sizes, pixels.
-        resized_hw: B sizes after the resize into the crop; the rest of the crop, below and right, is padding.
+        image_hw: B original sizes, pixels; fewer where the last images only fill up the batch: those give nothing.
+        resized_hw: as many sizes after the resize into the crop; the rest of the crop, below and right, is padding.
         image_px: height and width of the crop, pixels.
         max_detections: at most so many instances per image.
 
@@ -50,7 +50,7 @@ def to_instances(
     probabilities_BQC = class_logits.float().softmax(-1)[..., :-1]
     return [
         _instances_of_image(probabilities_BQC[b], mask_logits[b], image_hw[b], resized_hw[b], image_px, max_detections)
-        for b in range(len(probabilities_BQC))
+        for b in range(len(image_hw))
     ]
 
 

@@ -15,6 +15,7 @@ from cast_ray.recipe.build import (
     recipe_keys,
 )
 from cast_ray.recipe.data import DataConfig, ShapesConfig
+from cast_ray.recipe.labels import LabelsConfig
 from cast_ray.recipe.losses import CONTRASTIVE_PRESETS, ContrastiveConfig, LossConfig
 from cast_ray.recipe.models import EncoderConfig, ModelConfig
 from cast_ray.recipe.runtime import RuntimeConfig
@@ -26,6 +27,7 @@ __all__ = [
     "DataConfig",
     "EncoderConfig",
     "EvaluationConfig",
+    "LabelsConfig",
     "LossConfig",
     "ModelConfig",
     "PseudoConfig",

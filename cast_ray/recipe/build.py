@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
 from cast_ray.recipe.data import DataConfig
+from cast_ray.recipe.labels import LabelsConfig
 from cast_ray.recipe.losses import CONTRASTIVE_PRESETS, ContrastiveConfig, LossConfig
 from cast_ray.recipe.models import ModelConfig
 from cast_ray.recipe.part import Part
@@ -33,6 +34,7 @@ class Recipe(Part):
     loss: LossConfig = LossConfig()
     contrastive: ContrastiveConfig = ContrastiveConfig()
     pseudo: PseudoConfig = PseudoConfig()
+    labels: LabelsConfig = LabelsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 
@@ -54,6 +56,15 @@ class Recipe(Part):
             raise ValueError(
                 f"contrastive.sampler is oracle, data.unlabelled_pool {self.data.unlabelled_pool}: the extra pool "
                 "has no ground truth, expected data.unlabelled_pool=rest"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _refreshed_labels_are_online(self) -> Recipe:
+        if self.labels.refresh_steps and self.labels.mode != "online":
+            raise ValueError(
+                f"labels.refresh_steps is {self.labels.refresh_steps}: expected labels.mode=online with it, since "
+                "labels that are written before training cannot be refreshed"
             )
         return self
 

@@ -16,10 +16,14 @@ class RuntimeConfig(Part):
     use_gpu: bool = False
     cpus_per_worker: float = Field(0.5, gt=0)
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
-    num_labellers: int = Field(1, ge=1)
+    num_labellers: int = Field(0, ge=0)
+    """Actors of a labelling job of its own, for more (or fewer) devices than train. 0: the workers that train also
+    label, which costs no start of actors. Of online labels: the number of teachers, 0: one."""
     cpus_per_labeller: float = Field(0.5, gt=0)
     cpus_per_read: float = Field(0.2, gt=0)
-    """Of one decoding task; a stream runs two at a time."""
+    """Of one decoding task. On a GPU cluster 1: each keeps a core busy (see the README, streams)."""
+    reads_per_stream: int = Field(2, ge=1)
+    """Decoding tasks that one worker's stream runs at a time. One core makes some 50 crops of 512x1024 a second."""
     stream_memory_mb: int = Field(256, ge=16)
     """Object-store memory of one worker's stream: how far it may read ahead of training."""
     max_concurrent_stages: int = Field(0, ge=0)

@@ -17,8 +17,12 @@ from typing import Any
 
 import ray
 
+from cast_ray.runtime.store import ArtifactStore
+from cast_ray.runtime.tables import load_records
+
 LEASE_TIMEOUT_S = 30.0
 HEARTBEAT_S = 5.0
+MAX_TABLES = 16
 
 
 @dataclass
@@ -29,6 +33,8 @@ class Need:
     kind: str
     parents: tuple[str, ...]
     steps: int
+    alone: bool = False
+    """A job of its own, outside the worker group of what comes before and after."""
 
 
 @dataclass
@@ -79,8 +85,8 @@ class Leases:
     def grant(self, owner: str, needs: list[Need], now: float) -> dict[str, list[str]] | None:
         """What `owner` may run now, or None when it has to wait.
 
-        Train and evaluate stages whose parents are done, or granted just before, form one segment (one worker group);
-        a label stage is a segment of its own. Stages that finished meanwhile come back under "done".
+        Stages whose parents are done, or granted just before, form one segment (one worker group), unless they are to
+        run alone. Stages that finished meanwhile come back under "done".
         """
         missing = [n for n in needs if n.fingerprint not in self.done]
         finished = [n.fingerprint for n in needs if n.fingerprint in self.done]
@@ -95,7 +101,7 @@ class Leases:
             ready = all(p in self.done or p in segment for p in need.parents)
             if not ready:
                 continue
-            if need.kind == "label":
+            if need.alone:
                 if segment:
                     break
                 segment = [need.fingerprint]
@@ -119,6 +125,7 @@ class Broker:
         self.posts: dict[str, dict[str, Any]] = {}
         self.ended: list[str] = []
         self.fatal: dict[str, str] = {}
+        self.tables: dict[tuple[str, tuple[str, ...]], ray.ObjectRef] = {}
         self.orders = 0
 
     async def claim(self, owner: str, needs: list[Need]) -> dict[str, list[str]]:
@@ -183,8 +190,27 @@ class Broker:
 
     async def advance(self, owner: str, count: int) -> None:
         """`count` more images of the labelling job that `owner` runs are done."""
-        if owner in self.posts:
-            self.posts[owner]["step"] += count
+        post = self.posts.get(owner)
+        if post is None:
+            return
+        now = time.monotonic()
+        post["step"] += count
+        if "images_per_s" in post:
+            post["images_per_s"] = (post["step"] - post["first_step"]) / max(now - post["since"], 1e-9)
+        else:  # the pace counts from the first images on: what came before was the labellers' start
+            post |= {"first_step": post["step"], "since": now, "images_per_s": 0.0}
+
+    async def table(self, store: ArtifactStore, key: str, names: tuple[str, ...]) -> list[ray.ObjectRef]:
+        """Record tables of an artifact in the object store, one after the other, loaded once for all who use them.
+
+        Returns:
+            The reference in a list, or the caller would be sent the table.
+        """
+        if (key, names) not in self.tables:
+            self.tables[key, names] = load_records.remote(store, key, names)
+            for old in list(self.tables)[:-MAX_TABLES]:
+                del self.tables[old]  # it lives on as long as anybody else holds it
+        return [self.tables[key, names]]
 
     async def board(self) -> dict[str, Any]:
         """What a progress display shows: running stages, waiting and ended rows, fingerprints done."""

@@ -8,7 +8,7 @@ import platform
 from dataclasses import dataclass
 from typing import Any
 
-from cast_ray.recipe import RuntimeConfig
+from cast_ray.recipe import Recipe
 
 # One machine, few stages of a minute each: starting and stopping worker groups is what costs. These settings bring one
 # from 17 s to 12 s on two cores; each gives up a feature that matters on a cluster only (see the README, operations).
@@ -78,16 +78,20 @@ def connect(address: str | None, num_cpus: int | None = None) -> Cluster:
     return Cluster(f"Ray {ray.__version__} {where}: {size}{dashboard}", resources)
 
 
-def stage_slots(runtime: RuntimeConfig, resources: dict[str, float], driver_cpus: float) -> int:
-    """How many stages can run at a time: row drivers, workers and decoding tasks must fit, or reads never start.
+def stage_slots(recipe: Recipe, resources: dict[str, float], driver_cpus: float) -> int:
+    """How many stages can run at a time: row drivers, workers, teachers and decoding tasks must fit, or reads never
+    start.
 
     Raises:
         ValueError: not even one fits; the message gives the sum.
     """
-    from cast_ray.runtime.streams import stream_bundle
+    from cast_ray.runtime.budget import stream_bundle
+    from cast_ray.runtime.online import num_teachers
 
+    runtime = recipe.runtime
+    teachers = num_teachers(runtime) if recipe.labels.mode == "online" else 0
     reads = stream_bundle(runtime)["CPU"]
-    training = runtime.num_workers * (runtime.cpus_per_worker + reads)
+    training = runtime.num_workers * (runtime.cpus_per_worker + reads) + teachers * runtime.cpus_per_labeller
     labelling = runtime.num_labellers * runtime.cpus_per_labeller + reads
     # Two drivers a slot: one runs, one waits for its turn (see `run_sweep`).
     per_stage = max(training, labelling) + 2 * driver_cpus
@@ -95,10 +99,10 @@ def stage_slots(runtime: RuntimeConfig, resources: dict[str, float], driver_cpus
     slots = int((cpus + 1e-9) // per_stage)
     wanted = f"{per_stage:g} CPUs"
     if runtime.use_gpu:
-        gpus_per_stage = max(runtime.num_workers, runtime.num_labellers)
+        gpus_per_stage = max(runtime.num_workers + teachers, runtime.num_labellers)
         slots = min(slots, int(gpus // gpus_per_stage))
         wanted += f" and {gpus_per_stage} GPUs"
-    # Not reserved in Ray (see `streams._with_memory_budget`), so counted here: streams beyond it would spill to disk.
+    # Not reserved in Ray (see `budget._as_seen`), so counted here: streams beyond it would spill to disk.
     memory_mb = resources.get("object_store_memory", 0.0) / 2**20
     slots = min(slots, int(memory_mb // (runtime.num_workers * runtime.stream_memory_mb)))
     wanted += f" and {runtime.num_workers * runtime.stream_memory_mb} MB of object store"
@@ -106,7 +110,7 @@ def stage_slots(runtime: RuntimeConfig, resources: dict[str, float], driver_cpus
         raise ValueError(
             f"runtime: one stage needs {wanted} (workers or labellers and their decoding tasks), Ray has {cpus:g} "
             f"CPUs, {gpus:g} GPUs and {memory_mb:.0f} MB: lower runtime.num_workers, runtime.cpus_per_worker, "
-            "runtime.cpus_per_read or runtime.stream_memory_mb"
+            "runtime.reads_per_stream, runtime.cpus_per_read or runtime.stream_memory_mb"
         )
     return min(slots, runtime.max_concurrent_stages) if runtime.max_concurrent_stages else slots
 

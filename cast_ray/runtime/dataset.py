@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
@@ -297,7 +298,16 @@ def _on_ray(make: MakeRows, blocks: list[pa.Table], *, num_tasks: int) -> Iterat
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    ends = list(accumulate(block.num_rows for block in blocks))
+    rows = partial(_read_rows, make=make, plan=pa.concat_tables(blocks))
     dataset = ray.data.read_datasource(
-        PlanSource(blocks, make), num_cpus=1, concurrency=num_tasks, override_num_blocks=len(blocks)
+        PlanSource(list(zip([0, *ends], ends)), ray.put(rows)),
+        num_cpus=1,
+        concurrency=num_tasks,
+        override_num_blocks=len(blocks),
     )
     yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+
+
+def _read_rows(start: int, stop: int, *, make: MakeRows, plan: pa.Table) -> pa.Table:
+    return make(plan.slice(start, stop - start))

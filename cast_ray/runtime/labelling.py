@@ -1,71 +1,184 @@
-"""The labelling job (1b, 2a): a Ray Data pipeline with the teacher in an actor pool, from images to Parquet."""
+"""The labelling stage (1b, 2a): images in, pseudo-labels out, in blocks that survive whoever made them.
+
+A block of images becomes one Parquet file below `<storage>/labels/<fingerprint>/`, which appears whole or not at all. A
+job that was killed goes on with the blocks that are missing. When none is, they are joined into one file of the stage's
+artifact, which is committed, and removed.
+
+An image that cannot be read is left out of the labels, and so of the training that uses them; its file and the reason
+are in the manifest (`skipped`). Above `data.max_bad_fraction` the stage fails.
+
+Who labels: by default the workers that train (`stage_loop._label`), one block after the other on each: the teacher's
+training has just ended there, so nothing has to start. With `runtime.num_labellers` a job of its own runs a Ray Data
+pipeline with the teacher in a pool of actors, for more devices than train. The blocks, and so the labels, are the same.
+"""
 
 from __future__ import annotations
 
+import io
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet
 import ray
 import ray.data
 from ray.util.placement_group import PlacementGroup
 
-from cast_ray.recipe import PseudoConfig, RuntimeConfig
+from cast_ray.recipe import RuntimeConfig
 from cast_ray.records import RECORD_SCHEMA
+from cast_ray.runtime.budget import configure_data, reserve, stream_bundle
 from cast_ray.runtime.store import ArtifactStore
-from cast_ray.runtime.streams import (
-    Images,
-    Pictures,
-    configure_data,
-    picture_dataset,
-    record_at,
-    reserve,
-    stream_bundle,
-)
-from cast_ray.stages.graph import Stage, artifact_key
+from cast_ray.runtime.streams import IMAGES_PER_TASK, Images, Pictures, Rows, picture_dataset
+from cast_ray.runtime.tables import record_at
+from cast_ray.stages.graph import Stage
+
+LABELS = "labels/labels.parquet"
+LABEL_SCHEMA = RECORD_SCHEMA.append(pa.field("position", pa.int64()))
+"""One row an image that was labelled, in the order of D_u."""
+BLOCK_SCHEMA = LABEL_SCHEMA.append(pa.field("error", pa.string()))
+BLOCKS_JOINED_AT_A_TIME = 64
 
 
 @dataclass(frozen=True)
 class LabelJob:
-    """What the actors of one labelling job share; small, sent to each."""
+    """What those who run one labelling stage share; small, sent to each."""
 
     store: ArtifactStore
     stage: Stage
     images: Images
     broker: Any
     owner: str
+    max_bad_fraction: float
 
     @property
     def image_px(self) -> tuple[int, int]:
         height, width = self.stage.config["data"]["image_px"]
         return height, width
 
+    @property
+    def folder(self) -> str:
+        """Of the blocks, below the storage path."""
+        return f"labels/{self.stage.fingerprint}"
 
-def label_images(job: LabelJob, runtime: RuntimeConfig) -> int:
-    """Runs the stage's teacher over D_u and writes its pseudo-labels below the stage's artifact (not committed).
+    @property
+    def blocks(self) -> list[Rows]:
+        """All of D_u in blocks of whole forward passes."""
+        batch = self.stage.config["batch"]
+        size = batch * max(1, IMAGES_PER_TASK // batch)
+        count = len(self.images.unlabelled)
+        return [(start, min(start + size, count)) for start in range(0, count, size)]
 
-    Returns:
-        Number of images labelled.
+    def missing(self, blocks: Iterable[Rows]) -> list[Rows]:
+        """Those of the blocks that nobody has written."""
+        found = set(self.store.list_names(self.folder))
+        return [rows for rows in blocks if _file_name(rows) not in found]
 
-    Raises:
-        RuntimeError: fewer rows came out than went in (nothing may be dropped silently).
-    """
-    labeller = {"CPU": runtime.cpus_per_labeller} | ({"GPU": 1.0} if runtime.use_gpu else {})
-    with reserve([stream_bundle(runtime), *[labeller] * runtime.num_labellers]) as group:
-        _run(job, runtime, group)
-    written = job.store.read_table(job.stage.key, "labels", columns=["position"]).num_rows
-    if written != len(job.images.unlabelled):
-        raise RuntimeError(
-            f"{job.stage.name}: {len(job.images.unlabelled)} images went in, {written} label rows came out"
-        )
-    return written
+    def start(self) -> None:
+        """Shows the stage as running, with what an earlier job has done."""
+        missing = sum(stop - start for start, stop in self.missing(self.blocks))
+        total = len(self.images.unlabelled)
+        facts = {"stage": self.stage.name, "fingerprint": self.stage.fingerprint, "unit": "image"}
+        self.broker.post.remote(self.owner, facts | {"step": total - missing, "steps": total})
+
+    def write(self, pictures: Pictures, labels: list[list[dict[str, Any]]]) -> None:
+        """One block's labels, in the order of its images."""
+        rows: list[dict[str, Any]] = []
+        for position, instances in zip(pictures.positions, labels):
+            record = record_at(self.images.records, self.images.unlabelled[position])
+            rows.append(record | {"instances": instances, "position": position, "error": None})
+        for position, reason in pictures.bad:
+            record = record_at(self.images.records, self.images.unlabelled[position])
+            rows.append(record | {"instances": [], "position": position, "error": reason})
+        rows.sort(key=lambda row: row["position"])
+        file = io.BytesIO()
+        pa.parquet.write_table(pa.Table.from_pylist(rows, schema=BLOCK_SCHEMA), file)
+        block = (rows[0]["position"], rows[-1]["position"] + 1)
+        self.store.write_bytes(f"{self.folder}/{_file_name(block)}", file.getvalue())
+        self.broker.advance.remote(self.owner, len(rows))
+
+    def facts(self, blocks: list[Rows], began: float) -> dict[str, Any]:
+        """Of a run that labelled these blocks since `began` (time.monotonic()), and found the others."""
+        seconds = time.monotonic() - began
+        labelled = sum(stop - start for start, stop in blocks)
+        found = len(self.images.unlabelled) - labelled
+        return {"seconds": seconds, "images_per_s": labelled / max(seconds, 1e-9), "num_found": found}
+
+    def join(self) -> dict[str, Any]:
+        """Makes the artifact's one file of all blocks (not committed), a few in memory at a time.
+
+        Returns:
+            num_images: labelled ones; skipped: position, file and reason of the others.
+
+        Raises:
+            RuntimeError: an image has no row (nothing may be dropped silently).
+            ValueError: too large a share could not be read; the message names the first.
+        """
+        skipped: list[dict[str, Any]] = []
+        num_images = 0
+        with (
+            self.store.open_to_add(self.stage, LABELS) as file,
+            pa.parquet.ParquetWriter(file, LABEL_SCHEMA) as writer,
+        ):
+            for table in self._written():
+                bad = table.filter(pa.compute.is_valid(table["error"]))
+                skipped += bad.select(["position", "uri", "error"]).to_pylist()
+                labelled = table.filter(pa.compute.is_null(table["error"])).drop_columns("error")
+                writer.write_table(labelled)
+                num_images += labelled.num_rows
+        wanted = len(self.images.unlabelled)
+        if num_images + len(skipped) != wanted:
+            raise RuntimeError(
+                f"{self.stage.name}: {wanted} images went in, {num_images} labelled and {len(skipped)} skipped came out"
+            )
+        if len(skipped) > self.max_bad_fraction * wanted:
+            raise ValueError(
+                f"{self.stage.name}: {len(skipped)} of {wanted} images could not be read, above "
+                f"data.max_bad_fraction={self.max_bad_fraction}: {'; '.join(row['error'] for row in skipped[:3])}"
+            )
+        return {"num_images": num_images, "skipped": skipped}
+
+    def _written(self) -> Iterator[pa.Table]:
+        names = [_file_name(rows) for rows in self.blocks]
+        for start in range(0, len(names), BLOCKS_JOINED_AT_A_TIME):
+            paths = [f"{self.folder}/{name}" for name in names[start : start + BLOCKS_JOINED_AT_A_TIME]]
+            yield pa.concat_tables(self.store.read_tables(paths))
+
+    def forget_blocks(self) -> None:
+        """Removes the blocks of a committed stage: its artifact has replaced them."""
+        self.store.delete(self.folder)
 
 
-def _run(job: LabelJob, runtime: RuntimeConfig, group: PlacementGroup) -> None:
-    configure_data(group, runtime)
-    pictures = picture_dataset(job.images.records, job.images.unlabelled, job.image_px, runtime.cpus_per_read)
-    labels = pictures.map_batches(
-        Labeller,
+def _file_name(rows: Rows) -> str:
+    return f"{rows[0]:08d}-{rows[1]:08d}.parquet"
+
+
+def label_images(job: LabelJob, runtime: RuntimeConfig) -> dict[str, Any]:
+    """Runs a labelling stage as a job of its own; see `LabelJob.facts` and `join` for what it returns and raises."""
+    began = time.monotonic()
+    job.start()
+    blocks = job.missing(job.blocks)
+    if blocks:
+        labeller = {"CPU": runtime.cpus_per_labeller} | ({"GPU": 1.0} if runtime.use_gpu else {})
+        with reserve([stream_bundle(runtime), *[labeller] * runtime.num_labellers]) as group:
+            _run(job, runtime, group, blocks)
+    return job.facts(blocks, began) | ray.get(_join.remote(job))
+
+
+# Rows in the making are kept out of the driver's memory; its trial's placement group holds nothing but the driver.
+@ray.remote(num_cpus=0.01, scheduling_strategy="DEFAULT")
+def _join(job: LabelJob) -> dict[str, Any]:
+    return job.join()
+
+
+def _run(job: LabelJob, runtime: RuntimeConfig, group: PlacementGroup, blocks: list[Rows]) -> None:
+    configure_data(group, runtime, -1)
+    images = job.images
+    pictures = picture_dataset(images.records, images.unlabelled, job.image_px, runtime, blocks, skip_bad=True)
+    labelled = pictures.map_batches(
+        _Labeller,
         fn_constructor_args=(job,),
         batch_size=None,
         batch_format="pyarrow",
@@ -73,49 +186,25 @@ def _run(job: LabelJob, runtime: RuntimeConfig, group: PlacementGroup) -> None:
         num_cpus=runtime.cpus_per_labeller,
         num_gpus=1 if runtime.use_gpu else 0,
     )
-    labels.write_parquet(
-        job.store.artifact(job.stage.key) + "/labels",
-        mode=ray.data.SaveMode.OVERWRITE,
-        ray_remote_args={"num_cpus": runtime.cpus_per_read},
-    )
+    for _ in labelled.iter_batches(batch_size=None, batch_format="pyarrow"):
+        pass
 
 
-class Labeller:
-    """An actor of the pool: holds the teacher on its device and turns images into pseudo-label records."""
+class _Labeller:
+    """An actor of the pool: holds the teacher on its device, writes each block's labels and passes on what it wrote."""
 
     def __init__(self, job: LabelJob):
         import torch
 
-        from cast_ray.runtime.models import load_model
-        from cast_ray.teachers.expert import ExpertTeacher
+        from cast_ray.runtime.labeller import PseudoLabeller
+        from cast_ray.runtime.processes import prepare_process
 
-        torch.set_num_threads(1)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        segmenter, self.categories = load_model(job.store, artifact_key("train", job.stage.parents["teacher"]))
-        self.teacher = ExpertTeacher(segmenter.to(device), job.image_px)
-        self.pseudo = PseudoConfig(**job.stage.config["pseudo"])
+        prepare_process()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.labeller = PseudoLabeller(job.store, job.stage, device)
         self.job = job
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        import torch
-
-        from cast_ray.teachers.pseudo import pseudo_labels
-
-        job = self.job
-        batch = Pictures.of(block, job.image_px)
-        found = self.teacher.predict(torch.from_numpy(batch.pixels), batch.image_hw, batch.resized_hw)
-        rows = []
-        for position, instances in zip(batch.positions, found):
-            record = record_at(job.images.records, job.images.unlabelled[position])
-            record["instances"] = [
-                {
-                    "category_id": self.categories[i["label"]].id,
-                    "rle": i["rle"],
-                    "score": i["score"],
-                    "is_crowd": False,
-                }
-                for i in pseudo_labels(instances, self.pseudo)
-            ]
-            rows.append(record | {"position": position})
-        job.broker.advance.remote(job.owner, len(rows))
-        return pa.Table.from_pylist(rows, schema=RECORD_SCHEMA.append(pa.field("position", pa.int64())))
+        pictures = Pictures.of(block, self.job.image_px)
+        self.job.write(pictures, self.labeller.label(pictures))
+        return block.select(["position"])

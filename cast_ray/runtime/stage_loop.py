@@ -10,6 +10,7 @@ import json
 import tempfile
 import time
 import traceback
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,20 @@ from ray.train import Checkpoint
 from ray.train.torch import get_device
 from ray.util.placement_group import PlacementGroup
 from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 
 from cast_ray.engine.checkpoint import TrainState
 from cast_ray.engine.world import World
 from cast_ray.evaluation.coco_ap import mask_ap
 from cast_ray.recipe import DataConfig, Recipe
+from cast_ray.runtime.budget import configure_data
+from cast_ray.runtime.labeller import PseudoLabeller
+from cast_ray.runtime.labelling import LABELS, LabelJob
 from cast_ray.runtime.models import WEIGHTS, load_model, save_model
+from cast_ray.runtime.online import Publisher, Teachers
+from cast_ray.runtime.processes import prepare_process
 from cast_ray.runtime.store import ArtifactStore
-from cast_ray.runtime.streams import configure_data, picture_dataset, pictures, training_stream
+from cast_ray.runtime.streams import Images, picture_dataset, pictures, training_stream
 from cast_ray.runtime.workers import Segment
 from cast_ray.stages.evaluate import coco_results
 from cast_ray.stages.graph import Stage, artifact_key
@@ -39,11 +46,15 @@ POST_EVERY_S = 1.0
 FATAL = (ValueError, TypeError, KeyError, AttributeError, AssertionError, FloatingPointError, torch.OutOfMemoryError)
 
 
-def run_stages(segment: Segment, group: PlacementGroup) -> None:
-    """The loop of one worker: every stage of the segment, skipping what an earlier attempt committed."""
+def run_stages(segment: Segment, group: PlacementGroup, teachers: Teachers | None) -> None:
+    """The loop of one worker: every stage of the segment, skipping what an earlier attempt committed.
+
+    Args:
+        teachers: who labels the images of stages that have them labelled online.
+    """
     if ray.get(segment.broker.failure.remote(segment.owner)):
         return  # a restart after a fatal error: nothing to try again
-    torch.set_num_threads(max(1, int(segment.recipe.runtime.cpus_per_worker)))
+    prepare_process(max(1, int(segment.recipe.runtime.cpus_per_worker)))
     context = ray.train.get_context()
     configure_data(group, segment.recipe.runtime, context.get_world_rank())
     world = World(context.get_world_rank(), context.get_world_size(), get_device())
@@ -53,7 +64,10 @@ def run_stages(segment: Segment, group: PlacementGroup) -> None:
             continue
         began = time.monotonic()
         try:
-            facts = _train(segment, stage, world) if stage.kind == "train" else _evaluate(segment, stage, world)
+            if stage.kind == "train":
+                facts = _train(segment, stage, world, teachers)
+            else:
+                facts = _label(segment, stage, world) if stage.kind == "label" else _evaluate(segment, stage, world)
         except FATAL:
             reason = f"{stage.name}: {traceback.format_exc()}"
             ray.get(segment.broker.fail.remote(segment.owner, reason))
@@ -63,16 +77,27 @@ def run_stages(segment: Segment, group: PlacementGroup) -> None:
             facts |= {"num_workers": world.size, "device": str(world.device)}
             startup_s = 0.0  # the group's start counts once, for its first stage
             segment.store.commit(stage, facts)
+            for folder in ("labels", "refresh"):  # of labelling that can go on, and of teachers' versions
+                segment.store.delete(f"{folder}/{stage.fingerprint}")
             ray.get(segment.broker.finish.remote(stage.fingerprint))
         world.barrier()
 
 
-def _train(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
+def _train(segment: Segment, stage: Stage, world: World, teachers: Teachers | None) -> dict[str, Any]:
     store, recipe = segment.store, segment.recipe
     every = _checkpoint_every(recipe, stage)
     config = train_config(stage, every)
-    images = segment.images[stage.name]
+    images = _with_labels(segment, stage)
+    online = teachers.labels(stage) if teachers is not None and stage.online is not None else None
     resume = _find_checkpoint(store, stage.fingerprint)
+    publisher = None
+    if online is not None and online.refresh_steps:
+        publisher = Publisher(store, stage.fingerprint, online)
+        if resume is not None and not publisher.can_resume(resume.step):
+            resume = None
+        if world.rank == 0:
+            publisher.start(resume.step if resume else 0)
+        world.barrier()
     weights = None
     if "init" in stage.parents:
         weights = load_tensors(store.read_bytes(artifact_key("train", stage.parents["init"]), WEIGHTS))
@@ -81,6 +106,7 @@ def _train(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
     batches = training_stream(
         images,
         data,
+        recipe.runtime,
         batch_labelled=config.batch_labelled,
         batch_unlabelled=config.batch_unlabelled if stage.config["unlabelled"] else 0,
         steps=config.steps,
@@ -90,7 +116,8 @@ def _train(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
         world_size=world.size,
         strong=bool(contrastive),
         oracle=bool(contrastive) and contrastive["sampler"] == "oracle",
-        cpus_per_read=recipe.runtime.cpus_per_read,
+        online=online,
+        device=world.device,
     )
     post = {"stage": stage.name, "fingerprint": stage.fingerprint, "steps": config.steps, "unit": "step"}
     posted = 0.0
@@ -114,6 +141,12 @@ def _train(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
         if world.rank == 0:
             run = ray.train.get_context().get_experiment_name()
             store.note_checkpoint(stage.fingerprint, store.uri("train", run, name), state.step)
+            if publisher is not None:
+                publisher.noted_checkpoint(state.step)
+
+    def on_refresh(step: int, weights: dict[str, torch.Tensor]) -> None:
+        if world.rank == 0 and publisher is not None:
+            publisher.publish(step, save_tensors({name: t.cpu().contiguous() for name, t in weights.items()}))
 
     if world.rank == 0:
         segment.broker.post.remote(segment.owner, post | {"step": resume.step if resume else 0})
@@ -128,6 +161,7 @@ def _train(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
         resume=resume,
         on_log=on_log,
         on_checkpoint=on_checkpoint,
+        on_refresh=on_refresh,
     )
     if world.rank == 0:
         save_model(store, stage, segmenter, segment.categories)
@@ -140,6 +174,35 @@ def _train(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
         "num_unlabelled": len(images.unlabelled),
         "resumed_at_step": resume.step if resume else None,
     }
+
+
+def _with_labels(segment: Segment, stage: Stage) -> Images:
+    """The stage's images, with the pseudo-labels that it reads; those that could not be labelled are left out."""
+    images = segment.images[stage.name]
+    if "labels" not in stage.parents:
+        return images
+    key = artifact_key("label", stage.parents["labels"])
+    (labels,) = ray.get(segment.broker.table.remote(segment.store, key, (LABELS,)))
+    positions = ray.get(labels).column("position").to_numpy()
+    return replace(images, unlabelled=images.unlabelled[positions], labels=labels)
+
+
+def _label(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
+    recipe, images = segment.recipe, segment.images[stage.name]
+    job = LabelJob(segment.store, stage, images, segment.broker, segment.owner, recipe.data.max_bad_fraction)
+    began = time.monotonic()
+    missing = job.missing(job.blocks)
+    world.barrier()  # every worker looks before any writes, so that all see the same blocks missing
+    if world.rank == 0:
+        job.start()
+    mine = missing[world.rank :: world.size]
+    if mine:
+        labeller = PseudoLabeller(segment.store, stage, world.device)
+        dataset = picture_dataset(images.records, images.unlabelled, job.image_px, recipe.runtime, mine, skip_bad=True)
+        for batch in pictures(dataset, job.image_px):
+            job.write(batch, labeller.label(batch))
+    world.barrier()
+    return job.facts(missing, began) | job.join() if world.rank == 0 else {}
 
 
 def _checkpoint_every(recipe: Recipe, stage: Stage) -> int:
@@ -177,7 +240,7 @@ def _evaluate(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
     began = time.monotonic()
     post = {"stage": "evaluate", "fingerprint": stage.fingerprint, "steps": len(mine), "unit": "image"}
     done, posted = 0, 0.0
-    for batch in pictures(picture_dataset(segment.val, mine, image_px, recipe.runtime.cpus_per_read), image_px):
+    for batch in pictures(picture_dataset(segment.val, mine, image_px, recipe.runtime), image_px):
         results += coco_results(
             segmenter,
             torch.from_numpy(batch.pixels).to(world.device),

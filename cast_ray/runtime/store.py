@@ -12,6 +12,9 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ import pyarrow.parquet
 from cast_ray.stages.graph import Stage
 
 MANIFEST = "manifest.json"
+NUM_READERS = 16
 
 
 def open_uri(uri: str) -> tuple[pa.fs.FileSystem, str]:
@@ -98,6 +102,15 @@ class ArtifactStore:
         """Writes one file of an artifact that is not yet committed."""
         self.write_bytes(f"artifacts/{stage.key}/{name}", data)
 
+    @contextmanager
+    def open_to_add(self, stage: Stage, name: str) -> Iterator[Any]:
+        """One file of an artifact that is not yet committed, to be written bit by bit."""
+        fs, root = self._fs
+        path = f"{root}/artifacts/{stage.key}/{name}"
+        fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
+        with fs.open_output_stream(path) as file:
+            yield file
+
     def commit(self, stage: Stage, facts: dict[str, Any]) -> None:
         """Makes an artifact exist: writes its manifest (stage, parents, config, `facts`) as the last file."""
         manifest = {
@@ -120,6 +133,12 @@ class ArtifactStore:
         fs, root = self._fs
         return pa.parquet.read_table(f"{root}/artifacts/{key}/{name}", filesystem=fs, columns=columns)
 
+    def read_tables(self, paths: list[str]) -> list[pa.Table]:
+        """Parquet files below the storage path, several at a time."""
+        fs, root = self._fs
+        with ThreadPoolExecutor(NUM_READERS) as pool:
+            return list(pool.map(lambda path: pa.parquet.read_table(f"{root}/{path}", filesystem=fs), paths))
+
     def note_checkpoint(self, fingerprint: str, uri: str, step: int) -> None:
         """Remembers where an unfinished train stage can continue, whichever row or run continues it."""
         self.write_json(f"checkpoints/{fingerprint}.json", {"uri": uri, "step": step})
@@ -137,6 +156,22 @@ class ArtifactStore:
                 fs.delete_file(path)
         if fs.get_file_info(f"{root}/train/{run_name}").type == pa.fs.FileType.Directory:
             fs.delete_dir(f"{root}/train/{run_name}")
+
+    def list_names(self, path: str) -> list[str]:
+        """Names of the files and folders directly below a path; none where there is no such folder."""
+        fs, root = self._fs
+        found = fs.get_file_info(pa.fs.FileSelector(f"{root}/{path}", allow_not_found=True))
+        return [info.base_name for info in found if not info.base_name.endswith(".partial")]
+
+    def delete(self, path: str) -> None:
+        """Removes a file or folder below the storage path, if there is one."""
+        fs, root = self._fs
+        kind = fs.get_file_info(f"{root}/{path}").type
+        with suppress(FileNotFoundError):
+            if kind == pa.fs.FileType.File:
+                fs.delete_file(f"{root}/{path}")
+            elif kind == pa.fs.FileType.Directory:
+                fs.delete_dir(f"{root}/{path}")
 
     def find_bytes(self, path: str) -> bytes | None:
         """One file below the storage path, or None when there is none."""

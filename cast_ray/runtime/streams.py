@@ -1,116 +1,70 @@
 """Ray Data streams: training steps, and images to label or evaluate.
 
-A training stream's dataset is the *sampling plan*: one row per step of one worker. Data tasks read, decode, make both
-views and collate; a worker receives whole steps in plan order. One streaming execution serves a whole stage: cycling,
-order, equal step counts and resuming at step k are properties of the plan, not of the stream.
+A stream's dataset is a *plan*: which images every row takes, known before anything runs. Of a training stream a row is
+one step of one worker; Data tasks read, decode, make both views and collate, and the worker receives whole steps in
+plan order. Cycling of the short side, shuffling per epoch, order, equal step counts and resuming at step k are
+properties of the plan (`stages/sampling.py`), not of the stream: it knows no epochs, and no barriers between them.
 
-Record tables live in the object store (one copy a node, shared by all its tasks); images are read by URI when needed.
+Record tables live in the object store (one copy a node, shared by all tasks there); images are read by URI when needed;
+nothing of the size of the dataset is held in a worker but its indices (8 bytes an image).
 
-Three facts of Ray Data 2.60 shape this file. Concurrent streams get equal *integer* shares of each node's idle CPUs
-(`amount // len(requesters)` in its autoscaling coordinator): with fewer whole CPUs than streams the share is 0 and all
-wait for ever, silently. So every stream runs in a placement group of its own, where the group is the budget. And
 `from_arrow` starts a task of 1 CPU for each block to learn its schema; a `Datasource` of our own starts none.
 """
 
 from __future__ import annotations
 
-import pickle
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import ray
 import ray.data
 from ray.data import DataContext
-from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
-from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cast_ray.recipe import DataConfig, RuntimeConfig
 from cast_ray.records import Batch, Category, ClassMap
-from cast_ray.runtime.store import ArtifactStore
+from cast_ray.runtime.budget import block_bytes, tasks_per_stream
+from cast_ray.runtime.tables import fetched, record_at
 from cast_ray.stages.sampling import view_seed, worker_slots
 
-STEPS_PER_TASK = 8
+if TYPE_CHECKING:
+    from cast_ray.runtime.online import OnlineLabels
+
+MAX_STEPS_PER_TASK = 32
+MAX_TASKS_PER_EXECUTION = 2000
+"""Ray Data stores every task's input before it starts the first, 0.8 ms each: 90,000 steps would begin after 70 s."""
 IMAGES_PER_TASK = 16
-LOOP_PAUSE_S = 0.02
-TASKS_PER_STREAM = 2
-"""Data tasks of one stream at a time: enough to decode while the last block is used, few enough for many trials."""
+BYTES_PER_PIXEL = 8
+"""Of one image of a step: two views, truth maps, some masks as bits."""
 
-
-def stream_bundle(runtime: RuntimeConfig) -> dict[str, float]:
-    """What one stream reserves: its decoding tasks' CPUs."""
-    return {"CPU": TASKS_PER_STREAM * runtime.cpus_per_read}
-
-
-class PacedLoop(ExecutionCallback):
-    """A pause in every turn of a stream's scheduling loop: 0.07 of a core instead of 0.8 while the stream is ahead."""
-
-    def on_execution_step(self, executor: Any) -> None:
-        time.sleep(LOOP_PAUSE_S)
-
-
-@contextmanager
-def reserve(bundles: list[dict[str, float]]) -> Iterator[PlacementGroup]:
-    """A placement group for the streams of one stage or segment, given back at the end."""
-    group = ray.util.placement_group(bundles, strategy="PACK")
-    try:
-        yield group
-    finally:
-        ray.util.remove_placement_group(group)
-
-
-def configure_data(group: PlacementGroup, runtime: RuntimeConfig, bundle: int = -1) -> None:
-    """Settings of every stream in this process.
-
-    Args:
-        group: where the streams' tasks run, see `reserve`.
-        runtime: `stream_memory_mb` is how far each may read ahead.
-        bundle: index of this process's bundle in it; -1: all of them.
-    """
-    context = ray.data.DataContext.get_current()
-    budget = _with_memory_budget(group, runtime.stream_memory_mb * 2**20, bundle)
-    strategy = PlacementGroupSchedulingStrategy(budget, placement_group_bundle_index=bundle)
-    context.scheduling_strategy = context.scheduling_strategy_large_args = strategy
-    context.execution_options.preserve_order = True
-    context.custom_execution_callback_classes = [PacedLoop]
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    # The default 128 MB blocks hold the first batch back until a task has made that much.
-    context.target_max_block_size = 8 << 20
-
-
-def _with_memory_budget(group: PlacementGroup, num_bytes: int, bundle: int) -> PlacementGroup:
-    """A handle of the same group that also tells Ray Data how much object-store memory its streams may fill.
-
-    Ray Data takes a group's bundles for its whole budget, memory included: without any it lets single blocks through.
-    But a bundle that really reserves `object_store_memory` aborts the raylet when it is returned, if objects are
-    stored meanwhile (ray-project/ray#45780, seen in 2.60). So the memory stands in the handle alone.
-    """
-    specs = [dict(spec) if bundle in (-1, i) else {} for i, spec in enumerate(group.bundle_specs)]
-    specs[max(bundle, 0)]["object_store_memory"] = num_bytes
-    return PlacementGroup(group.id, bundle_cache=specs)
+T = TypeVar("T")
+Drawn = tuple[np.ndarray, dict[str, Any]]
+"""An image, uint8 [h, w, 3], and its record."""
+Rows = tuple[int, int]
+"""First row of a plan's block and the one behind its last."""
 
 
 class PlanSource(Datasource):
-    """A stream's dataset: blocks of a plan, each turned into rows by one task.
+    """A stream's dataset: blocks of a plan, each turned into one table by one task.
 
     Args:
-        blocks: row groups of the plan, in order.
-        make: block -> rows; runs in a Data task. Its own data (index arrays, settings) is stored once, not per task.
+        blocks: rows of the plan, in order.
+        make: reference to a function, first row, row behind the last -> table, that runs in Data tasks. So its own data
+            (the plan, index arrays, settings) is stored once, not per task.
     """
 
-    def __init__(self, blocks: list[pa.Table], make: Callable[[pa.Table], pa.Table]):
+    def __init__(self, blocks: list[Rows], make: ray.ObjectRef):
         super().__init__()
         self.blocks = blocks
-        self.make = ray.put(make)
+        self.make = make
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
@@ -120,26 +74,28 @@ class PlanSource(Datasource):
     ) -> list[ReadTask]:
         return [
             ReadTask(
-                partial(_run_block, self.make, block),
-                BlockMetadata(num_rows=block.num_rows, size_bytes=None, exec_stats=None),
+                partial(_run_block, self.make, *rows),
+                BlockMetadata(num_rows=rows[1] - rows[0], size_bytes=None, exec_stats=None),
             )
-            for block in self.blocks
+            for rows in self.blocks
         ]
 
-    def dataset(self, cpus_per_read: float) -> ray.data.Dataset:
-        return ray.data.read_datasource(
-            self, num_cpus=cpus_per_read, concurrency=TASKS_PER_STREAM, override_num_blocks=len(self.blocks)
-        )
+
+def plan_dataset(blocks: list[Rows], make: ray.ObjectRef, runtime: RuntimeConfig) -> ray.data.Dataset:
+    """The dataset of a plan, see `PlanSource`."""
+    return ray.data.read_datasource(
+        PlanSource(blocks, make),
+        num_cpus=runtime.cpus_per_read,
+        concurrency=tasks_per_stream(runtime),
+        override_num_blocks=len(blocks),
+    )
 
 
-def _run_block(make: ray.ObjectRef, block: pa.Table) -> list[pa.Table]:
-    return [_fetched(make)(block)]
+def _run_block(make: ray.ObjectRef, start: int, stop: int) -> list[pa.Table]:
+    from cast_ray.runtime.processes import prepare_process
 
-
-@lru_cache(maxsize=16)
-def _fetched(ref: ray.ObjectRef) -> Any:
-    """An object of the store inside a Data task: record tables are zero-copy, plans' functions unpickled once."""
-    return ray.get(ref)
+    prepare_process()
+    return [fetched(make)(start, stop)]
 
 
 @dataclass(frozen=True)
@@ -156,30 +112,53 @@ class Images:
     labels: ray.ObjectRef | None = None
 
 
-# Not inside the placement group of the Tune trial that asks for it, which holds nothing but the driver.
-@ray.remote(num_cpus=0.01, scheduling_strategy="DEFAULT")
-def load_records(store: ArtifactStore, key: str, name: str) -> pa.Table:
-    """Reads a record table into the object store, past the driver's memory."""
-    table = store.read_table(key, name)
-    if "position" in table.column_names:  # pseudo-labels arrive in the order in which they were made
-        table = table.sort_by("position")
-    return table.combine_chunks()
+@dataclass(frozen=True)
+class StepPlan:
+    """What the tasks of one worker's training stream share: its sampling plan and how samples are made.
 
+    labelled, unlabelled: int64 [steps, share], positions in D_l and D_u; first_step: step of their first row;
+    first_slots: place of the worker's share in the global batch; strong: whether any term reads the strong view, and
+    with it the truth maps; oracle: give the hidden ground truth of D_u to the samplers (never to the set loss); online:
+    who labels D_u as it is drawn.
+    """
 
-@ray.remote(num_cpus=0.01, scheduling_strategy="DEFAULT")
-def join_records(*tables: pa.Table) -> pa.Table:
-    """Record tables, one after the other, as one."""
-    return pa.concat_tables(tables).combine_chunks()
+    images: Images
+    data: DataConfig
+    seed: int
+    labelled: np.ndarray
+    unlabelled: np.ndarray
+    first_step: int
+    first_slots: tuple[int, int]
+    strong: bool
+    oracle: bool
+    online: OnlineLabels | None
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether D_u has pseudo-labels."""
+        return self.images.labels is not None or self.online is not None
 
-def record_at(ref: ray.ObjectRef, index: int) -> dict[str, Any]:
-    """One record as Python values, inside a Data task or actor."""
-    return _fetched(ref).slice(int(index), 1).to_pylist()[0]
+    def groups(self, start: int, stop: int) -> Iterator[range]:
+        """Rows start..stop-1 in groups that are read together: so many that a teacher's forward pass is full."""
+        row = start
+        while row < stop:
+            end = row + 1
+            if self.online is not None and self.unlabelled.shape[1]:
+                version = self.online.version_of(self.first_step + row)
+                while (
+                    end < stop
+                    and (end - row) * self.unlabelled.shape[1] < self.online.batch
+                    and self.online.version_of(self.first_step + end) == version
+                ):
+                    end += 1
+            yield range(row, end)
+            row = end
 
 
 def training_stream(
     images: Images,
     data: DataConfig,
+    runtime: RuntimeConfig,
     *,
     batch_labelled: int,
     batch_unlabelled: int,
@@ -190,7 +169,8 @@ def training_stream(
     world_size: int,
     strong: bool,
     oracle: bool,
-    cpus_per_read: float,
+    online: OnlineLabels | None = None,
+    device: Any = None,
 ) -> Iterator[Batch]:
     """This worker's batches of steps start_step..steps-1, in order.
 
@@ -198,135 +178,233 @@ def training_stream(
         images: D_l, D_u and pseudo-labels.
         data: crop size and view settings.
         batch_labelled, batch_unlabelled: global batch sizes.
-        strong: whether any term reads the strong view (else it is not computed).
-        oracle: give the hidden ground truth of D_u to the samplers (upper bound; never to the set loss).
+        strong, oracle: see `StepPlan`.
+        online: who labels D_u as it is drawn; None: `images.labels`, or nobody.
+        device: torch device of the batches; None: the CPU.
     """
     if start_step >= steps:
         return
     slots = partial(worker_slots, start_step=start_step, stop_step=steps, seed=seed, rank=rank, world_size=world_size)
     labelled = slots(len(images.labelled), batch_labelled)
     unlabelled = slots(len(images.unlabelled), batch_unlabelled)
-    plan = pa.table(
-        {
-            "step": pa.array(np.arange(start_step, steps)),
-            "labelled": pa.array(list(labelled), type=pa.list_(pa.int64())),
-            "unlabelled": pa.array(list(unlabelled), type=pa.list_(pa.int64())),
-        }
+    plan = StepPlan(
+        images,
+        data,
+        seed,
+        labelled,
+        unlabelled,
+        start_step,
+        (rank * labelled.shape[1], batch_labelled + rank * unlabelled.shape[1]),
+        strong,
+        oracle,
+        online,
     )
-    # The first blocks are short, so that training starts before a full task is done.
-    cuts = [0, 1, 3, *range(STEPS_PER_TASK, plan.num_rows, STEPS_PER_TASK)]
-    cuts = [c for c in cuts if c < plan.num_rows]
-    blocks = [plan.slice(a, b - a) for a, b in zip(cuts, [*cuts[1:], plan.num_rows])]
-    make = partial(
-        _make_steps,
-        images=images,
-        data=data,
-        seed=seed,
-        strong=strong,
-        oracle=oracle,
-        first_slots=(rank * labelled.shape[1], batch_labelled + rank * unlabelled.shape[1]),
-    )
-    yield from _batches(PlanSource(blocks, make).dataset(cpus_per_read))
+    step_bytes = (labelled.shape[1] + unlabelled.shape[1]) * data.image_px[0] * data.image_px[1] * BYTES_PER_PIXEL
+    blocks = step_blocks(steps - start_step, max(1, min(block_bytes(runtime) // step_bytes, MAX_STEPS_PER_TASK)))
+    make = ray.put(partial(_make_steps, plan=plan))
+    parts = [blocks[i : i + MAX_TASKS_PER_EXECUTION] for i in range(0, len(blocks), MAX_TASKS_PER_EXECUTION)]
+    payloads = chain.from_iterable(_payloads(plan_dataset(part, make, runtime)) for part in parts)
+    yield from _ahead(partial(_to_batch, device=device), payloads)
 
 
-def _batches(dataset: ray.data.Dataset) -> Iterator[Batch]:
-    from cast_ray.views import to_batch
+def step_blocks(num_steps: int, max_size: int) -> list[Rows]:
+    """Rows 0..num_steps-1 in blocks of doubling size, so that training starts before a full task is done."""
+    blocks, start, size = [], 0, 1
+    while start < num_steps:
+        blocks.append((start, min(start + size, num_steps)))
+        start, size = start + size, min(2 * size, max_size)
+    return blocks
 
+
+def _payloads(dataset: ray.data.Dataset) -> Iterator[pa.Buffer]:
     for block in _blocks(dataset):
         for payload in block.column("batch"):
-            yield to_batch(pickle.loads(payload.as_buffer()))
+            yield payload.as_buffer()
 
 
-def _make_steps(
-    plan: pa.Table,
-    *,
-    images: Images,
-    data: DataConfig,
-    seed: int,
-    strong: bool,
-    oracle: bool,
-    first_slots: tuple[int, int],
-) -> pa.Table:
-    """Plan rows -> collated steps, one pickled dict of arrays a row. Runs in a Data task."""
-    import torch
+def _to_batch(payload: pa.Buffer, device: Any) -> Batch:
+    from cast_ray.batches import CPU, from_buffer, to_batch
 
-    from cast_ray.datasets.images import read_image
-    from cast_ray.views import collate, make_sample
+    return to_batch(from_buffer(payload), device or CPU)
 
-    torch.set_num_threads(1)
-    classes = ClassMap(images.categories)
+
+def _ahead(make: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
+    """`make` of each item, the next one on a thread while the consumer works on the last."""
+    iterator = iter(items)
+    end = object()
+
+    def advance() -> Any:
+        item = next(iterator, end)
+        return end if item is end else make(item)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        following = pool.submit(advance)
+        while (current := following.result()) is not end:
+            following = pool.submit(advance)
+            yield current
+
+
+def _make_steps(start: int, stop: int, *, plan: StepPlan) -> pa.Table:
+    """Rows of the plan -> collated steps, one buffer a row. Runs in a Data task."""
+    from cast_ray.batches import collate, to_buffer
+
+    classes = ClassMap(plan.images.categories)
     payloads = []
-    for row in plan.to_pylist():
-        samples = []
-        for kind, first_slot in zip(("labelled", "unlabelled"), first_slots):
-            is_labelled = kind == "labelled"
-            for i, position in enumerate(row[kind]):
-                index = (images.labelled if is_labelled else images.unlabelled)[position]
-                record = record_at(images.records, index)
-                if not is_labelled and images.labels is not None:
-                    record["truth_instances"] = record["instances"]
-                    record["instances"] = record_at(images.labels, position)["instances"]
-                samples.append(
-                    make_sample(
-                        read_image(record["uri"], (record["height"], record["width"])),
-                        record,
-                        classes,
-                        data,
-                        view_seed(seed, row["step"], first_slot + i),
-                        use_instances=is_labelled or images.labels is not None,
-                        truth=is_labelled or oracle,
-                        strong=strong,
-                    )
-                )
-        payloads.append(pickle.dumps(collate(samples, len(row["labelled"])), protocol=5))
-    return pa.table({"step": plan.column("step"), "batch": pa.array(payloads, type=pa.large_binary())})
+    for rows in plan.groups(start, stop):
+        unlabelled = {row: [_read(plan, position, False) for position in plan.unlabelled[row]] for row in rows}
+        if plan.online is not None:
+            _label_online(plan, plan.online, rows, [drawn for row in rows for drawn in unlabelled[row]])
+        for row in rows:
+            labelled = [_read(plan, position, True) for position in plan.labelled[row]]
+            samples = [_sample(plan, classes, row, i, drawn, True) for i, drawn in enumerate(labelled)]
+            samples += [_sample(plan, classes, row, i, drawn, False) for i, drawn in enumerate(unlabelled[row])]
+            payloads.append(to_buffer(collate(samples, len(labelled))))
+    return pa.table({"step": np.arange(start, stop) + plan.first_step, "batch": _binary(payloads)})
+
+
+def _read(plan: StepPlan, position: int, is_labelled: bool) -> Drawn:
+    from cast_ray.datasets.images import read_image
+
+    images = plan.images
+    record = record_at(images.records, (images.labelled if is_labelled else images.unlabelled)[position])
+    if not is_labelled:
+        record["truth_instances"] = record["instances"]
+        record["instances"] = [] if images.labels is None else record_at(images.labels, position)["instances"]
+    return read_image(record["uri"], (record["height"], record["width"])), record
+
+
+def _label_online(plan: StepPlan, online: OnlineLabels, rows: range, drawn: list[Drawn]) -> None:
+    """Puts a teacher's labels into the records of a group's unlabelled images."""
+    from cast_ray.views import fit_image
+
+    fitted = [fit_image(image, online.image_px) for image, _ in drawn]
+    pictures = Pictures(
+        list(range(len(drawn))),
+        np.stack([pixels for pixels, _ in fitted]),
+        [(image.shape[0], image.shape[1]) for image, _ in drawn],
+        [size for _, size in fitted],
+    )
+    version = online.version_of(plan.first_step + rows.start)
+    for (_, record), instances in zip(drawn, online.label(pictures, version, rows.start)):
+        record["instances"] = instances
+
+
+def _sample(
+    plan: StepPlan, classes: ClassMap, row: int, i: int, drawn: Drawn, is_labelled: bool
+) -> dict[str, np.ndarray]:
+    from cast_ray.views import make_sample
+
+    slot = plan.first_slots[0 if is_labelled else 1] + i
+    return make_sample(
+        *drawn,
+        classes,
+        plan.data,
+        view_seed(plan.seed, plan.first_step + row, slot),
+        use_instances=is_labelled or plan.has_labels,
+        truth=plan.strong and (is_labelled or plan.oracle),
+        strong=plan.strong,
+    )
+
+
+def _binary(payloads: list[np.ndarray]) -> pa.ChunkedArray:
+    """large_binary of one value a chunk: the buffers as they are, where `pa.array` would copy them."""
+    return pa.chunked_array(
+        [
+            pa.LargeBinaryArray.from_buffers(
+                pa.large_binary(), 1, [None, pa.py_buffer(np.array([0, p.nbytes])), pa.py_buffer(p)]
+            )
+            for p in payloads
+        ]
+    )
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """A few images ready for inference: positions [n], pixels uint8 [n, 3, H, W] and their sizes, pixels."""
+    """A few images ready for inference, in the order of their positions.
+
+    positions [n]; pixels: uint8 [n, 3, H, W]; image_hw, resized_hw: their own sizes and those inside the padding,
+    pixels; bad: position and reason (naming the file) of images that could not be read, where that was asked for.
+    """
 
     positions: list[int]
     pixels: np.ndarray
     image_hw: list[tuple[int, int]]
     resized_hw: list[tuple[int, int]]
+    bad: list[tuple[int, str]] = field(default_factory=list)
 
     @classmethod
     def of(cls, block: pa.Table, image_px: tuple[int, int]) -> Pictures:
-        pixels = np.stack([np.frombuffer(b.as_buffer(), np.uint8) for b in block.column("pixels")])
-        sizes = np.stack([block.column(n).to_numpy() for n in ("height", "width", "fit_height", "fit_width")], 1)
-        return cls(
-            block.column("position").to_pylist(),
-            pixels.reshape(-1, 3, *image_px),
-            [(int(h), int(w)) for h, w, _, _ in sizes],
-            [(int(h), int(w)) for _, _, h, w in sizes],
-        )
+        errors = zip(block.column("position").to_pylist(), block.column("error").to_pylist())
+        bad = [(position, error) for position, error in errors if error is not None]
+        good = block.filter(pa.compute.is_null(block.column("error"))) if bad else block
+        values = [np.frombuffer(b.as_buffer(), np.uint8) for b in good.column("pixels")]
+        pixels = np.concatenate(values or [np.zeros(0, np.uint8)]).reshape(-1, 3, *image_px)
+        sizes = zip(*(good.column(name).to_pylist() for name in ("height", "width", "fit_height", "fit_width")))
+        both = [((h, w), (fit_h, fit_w)) for h, w, fit_h, fit_w in sizes]
+        return cls(good.column("position").to_pylist(), pixels, [b[0] for b in both], [b[1] for b in both], bad)
+
+
+PICTURE_SCHEMA = pa.schema(
+    [
+        ("position", pa.int64()),
+        ("pixels", pa.large_binary()),
+        *((name, pa.int32()) for name in ("height", "width", "fit_height", "fit_width")),
+        ("error", pa.string()),
+    ]
+)
 
 
 def picture_dataset(
-    records: ray.ObjectRef, indices: np.ndarray, image_px: tuple[int, int], cpus_per_read: float
+    records: ray.ObjectRef,
+    indices: np.ndarray,
+    image_px: tuple[int, int],
+    runtime: RuntimeConfig,
+    blocks: list[Rows] | None = None,
+    skip_bad: bool = False,
 ) -> ray.data.Dataset:
-    """Images decoded and fitted to `image_px`: rows of position (in `indices`), pixels and sizes."""
-    blocks = [
-        pa.table({"position": np.arange(a, min(a + IMAGES_PER_TASK, len(indices)))})
-        for a in range(0, len(indices), IMAGES_PER_TASK)
-    ]
-    fit = partial(_fit_images, records=records, indices=indices, image_px=image_px)
-    return PlanSource(blocks, fit).dataset(cpus_per_read)
+    """Images decoded and fitted to `image_px`: rows of position (in `indices`), pixels and sizes (PICTURE_SCHEMA).
+
+    Args:
+        blocks: ranges of positions, each a block; None: all of them.
+        skip_bad: an image that cannot be read has its reason in the column `error`; else it ends the stream.
+    """
+    if blocks is None:
+        starts = range(0, len(indices), IMAGES_PER_TASK)
+        blocks = [(start, min(start + IMAGES_PER_TASK, len(indices))) for start in starts]
+    fit = partial(_fit_images, records=records, indices=indices, image_px=image_px, skip_bad=skip_bad)
+    return plan_dataset(blocks, ray.put(fit), runtime)
 
 
-def _fit_images(block: pa.Table, *, records: ray.ObjectRef, indices: np.ndarray, image_px: tuple[int, int]) -> pa.Table:
+def _fit_images(
+    start: int, stop: int, *, records: ray.ObjectRef, indices: np.ndarray, image_px: tuple[int, int], skip_bad: bool
+) -> pa.Table:
+    rows = []
+    for position in range(start, stop):
+        try:
+            rows.append(_fit_image(position, record_at(records, indices[position]), image_px))
+        except ValueError as error:
+            if not skip_bad:
+                raise
+            rows.append({"position": position, "error": str(error)})
+    return pa.Table.from_pylist(rows, schema=PICTURE_SCHEMA)
+
+
+def _fit_image(position: int, record: dict[str, Any], image_px: tuple[int, int]) -> dict[str, Any]:
     from cast_ray.datasets.images import read_image
     from cast_ray.views import fit_image
 
-    rows = []
-    for position in block.column("position").to_pylist():
-        record = record_at(records, indices[position])
-        image = read_image(record["uri"], (record["height"], record["width"]))
-        pixels, (fit_height, fit_width) = fit_image(image, image_px)
-        rows.append((position, pixels.tobytes(), image.shape[0], image.shape[1], fit_height, fit_width))
-    names = ("position", "pixels", "height", "width", "fit_height", "fit_width")
-    return pa.table({name: pa.array(column) for name, column in zip(names, zip(*rows))})
+    image = read_image(record["uri"], (record["height"], record["width"]))
+    pixels, (fit_height, fit_width) = fit_image(image, image_px)
+    height, width = image.shape[:2]
+    return {
+        "position": position,
+        "pixels": pixels.tobytes(),
+        "height": height,
+        "width": width,
+        "fit_height": fit_height,
+        "fit_width": fit_width,
+        "error": None,
+    }
 
 
 def pictures(dataset: ray.data.Dataset, image_px: tuple[int, int]) -> Iterator[Pictures]:

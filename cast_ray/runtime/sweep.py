@@ -173,7 +173,7 @@ def _run(request: SweepRequest, context: SweepContext, sweep: SweepPlan, rows: l
 
     try:
         # Rows beyond the slots only wait: a few more than can run, so that a free slot finds work at once.
-        slots = stage_slots(rows[0].recipe.runtime, cluster.resources, DRIVER_CPUS)
+        slots = stage_slots(rows[0].recipe, cluster.resources, DRIVER_CPUS)
         max_drivers = min(len(rows), 2 * slots + 2)
         context = dataclasses.replace(context, slots=slots)
         broker = broker_for(context.store.storage, slots, context.store.stored_fingerprints())

@@ -15,9 +15,9 @@ from cast_ray.runtime.broker import HEARTBEAT_S, Need, broker_for
 from cast_ray.runtime.label_splits import stored_split
 from cast_ray.runtime.labelling import LabelJob, label_images
 from cast_ray.runtime.results import SweepContext, assemble_result, row_name
-from cast_ray.runtime.streams import Images, join_records, load_records
+from cast_ray.runtime.streams import Images
 from cast_ray.runtime.workers import Segment, run_segment
-from cast_ray.stages.graph import RowPlan, Stage, artifact_key
+from cast_ray.stages.graph import RowPlan, Stage
 
 DRIVER_CPUS = 0.01
 """Of a row's driver, which only waits; Tune refuses 0."""
@@ -70,7 +70,6 @@ class _RowDriver:
         self.store = context.store
         self.broker = broker_for(self.store.storage, context.slots, set())
         self.ran: set[str] = set()
-        self.tables: dict[tuple[str, str], ray.ObjectRef] = {}
         self.stopped = threading.Event()
         threading.Thread(target=self._beat, daemon=True).start()
 
@@ -85,19 +84,25 @@ class _RowDriver:
     def run(self) -> None:
         stages = {s.fingerprint: s for s in self.row.stages}
         while stages:
-            needs = [Need(s.fingerprint, s.kind, tuple(s.parents.values()), s.steps) for s in stages.values()]
+            needs = [self._need(stage) for stage in stages.values()]
             answer = ray.get(self.broker.claim.remote(self.name, needs))
             for fingerprint in answer["done"]:
                 stages.pop(fingerprint)
             segment = [stages[f] for f in answer["run"]]
             if not segment:
                 continue
-            if segment[0].kind == "label":
+            if self._alone(segment[0]):
                 self._label(segment[0])
             else:
                 self._train(segment)
             self.ran.update(s.fingerprint for s in segment)
             ray.get(self.broker.settle.remote(self.name))
+
+    def _alone(self, stage: Stage) -> bool:
+        return stage.kind == "label" and self.row.recipe.runtime.num_labellers > 0
+
+    def _need(self, stage: Stage) -> Need:
+        return Need(stage.fingerprint, stage.kind, tuple(stage.parents.values()), stage.steps, self._alone(stage))
 
     def _train(self, stages: list[Stage]) -> None:
         segment = Segment(
@@ -107,7 +112,7 @@ class _RowDriver:
             store=self.store,
             broker=self.broker,
             categories=self.context.categories,
-            images={s.name: self._images(s) for s in stages if s.kind == "train"},
+            images={s.name: self._images(s) for s in stages if s.kind != "evaluate"},
             val=self._table("val.parquet"),
             num_val=self.context.dataset["num_val"],
             requested=time.time(),
@@ -116,43 +121,27 @@ class _RowDriver:
 
     def _label(self, stage: Stage) -> None:
         began = time.monotonic()
-        runtime = self.row.recipe.runtime
-        images = self._images(stage)
-        total = len(images.unlabelled)
-        post = {"stage": stage.name, "fingerprint": stage.fingerprint, "step": 0, "steps": total, "unit": "image"}
-        self.broker.post.remote(self.name, post)
-        num_images = label_images(LabelJob(self.store, stage, images, self.broker, self.name), runtime)
-        seconds = time.monotonic() - began
-        facts = {"seconds": seconds, "stage_seconds": seconds, "images_per_s": num_images / seconds}
-        self.store.commit(stage, facts | {"num_images": num_images, "num_workers": runtime.num_labellers})
+        recipe = self.row.recipe
+        bad = recipe.data.max_bad_fraction
+        job = LabelJob(self.store, stage, self._images(stage), self.broker, self.name, bad)
+        facts = label_images(job, recipe.runtime)
+        facts |= {"stage_seconds": time.monotonic() - began, "num_workers": recipe.runtime.num_labellers}
+        self.store.commit(stage, facts)
+        job.forget_blocks()
         ray.get(self.broker.finish.remote(stage.fingerprint))
 
-    def _table(self, name: str, key: str | None = None) -> ray.ObjectRef:
-        key = key or self.context.dataset_key
-        if (key, name) not in self.tables:
-            self.tables[key, name] = load_records.remote(self.store, key, name)
-        return self.tables[key, name]
+    def _table(self, *names: str) -> ray.ObjectRef:
+        return ray.get(self.broker.table.remote(self.store, self.context.dataset_key, names))[0]
 
     def _images(self, stage: Stage) -> Images:
-        """D_l and D_u of a stage, by reference."""
+        """D_l and D_u of a stage, by reference: all that a driver holds of a dataset is 8 bytes an image."""
         if stage.config.get("source"):
             everything = np.arange(self.context.dataset["num_source"])
             return Images(self._table("source.parquet"), everything, everything[:0], self.context.categories)
         chosen = stored_split(self.store, self.context.dataset["content_hash"], stage.config["split"])
-        labels = None
-        if "labels" in stage.parents:
-            labels = self._table("labels", artifact_key("label", stage.parents["labels"]))
-        records = self._table("train.parquet")
-        if stage.config["split"].get("pool", "rest") != "rest":
-            records = self._joined_with_extra(records)
-        return Images(records, chosen.labelled, chosen.unlabelled, self.context.categories, labels)
-
-    def _joined_with_extra(self, train: ray.ObjectRef) -> ray.ObjectRef:
-        """The training images and, after them, the extra unlabelled pool."""
-        key = self.context.dataset_key
-        if (key, "pool") not in self.tables:
-            self.tables[key, "pool"] = join_records.remote(train, self._table("extra.parquet"))
-        return self.tables[key, "pool"]
+        with_extra = stage.config["split"].get("pool", "rest") != "rest"
+        records = self._table("train.parquet", *(["extra.parquet"] if with_extra else []))
+        return Images(records, chosen.labelled, chosen.unlabelled, self.context.categories)
 
     def write_log(self, text: str) -> str:
         path = f"{self.context.runs_path}/{self.name}/error.log"

@@ -1,8 +1,8 @@
 """Ray Train: consecutive stages of a row run in one worker group.
 
-Starting a worker group costs more than a small stage, so a *segment* - train and evaluate stages whose inputs exist or
-are made by the segment itself - shares one. Each stage is committed to the store as soon as it is done, so rows that
-wait for it go on while the segment does.
+Starting a worker group costs more than a small stage, so a *segment* - train, label and evaluate stages whose inputs
+exist or are made by the segment itself - shares one. Each stage is committed to the store as soon as it is done, so
+rows that wait for it go on while the segment does.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from ray.util.placement_group import PlacementGroup
 
 from cast_ray.recipe import Recipe
 from cast_ray.records import Category
+from cast_ray.runtime.budget import reserve, stream_bundle
+from cast_ray.runtime.online import Teachers, start_teachers, teacher_bundles
 from cast_ray.runtime.store import ArtifactStore
-from cast_ray.runtime.streams import Images, reserve, stream_bundle
+from cast_ray.runtime.streams import Images
 from cast_ray.stages.graph import Stage
 
 
@@ -33,7 +35,7 @@ class Segment:
     broker: Any
     categories: tuple[Category, ...]
     images: dict[str, Images]
-    """Stage name -> its images (train stages)."""
+    """Stage name -> its images (train and label stages); pseudo-labels are added when the stage begins."""
     val: ray.ObjectRef | None
     num_val: int
     requested: float
@@ -55,18 +57,20 @@ def run_segment(segment: Segment, run_name: str) -> None:
     """
     runtime = segment.recipe.runtime
     reads = [stream_bundle(runtime)] * runtime.num_workers
-    with reserve(reads) as group:
-        _fit(segment, run_name, group)
+    online = any(stage.online for stage in segment.stages)
+    with reserve(reads + (teacher_bundles(runtime) if online else [])) as group:
+        teachers = start_teachers(segment.store, runtime, group, len(reads)) if online else None
+        _fit(segment, run_name, group, teachers)
     if reason := ray.get(segment.broker.failure.remote(segment.owner)):
         raise SegmentFailed(reason)
     segment.store.forget_run(run_name, [s.fingerprint for s in segment.stages])
 
 
-def _fit(segment: Segment, run_name: str, group: PlacementGroup) -> None:
+def _fit(segment: Segment, run_name: str, group: PlacementGroup, teachers: Teachers | None) -> None:
     runtime = segment.recipe.runtime
     trainer = TorchTrainer(
         _run_stages,
-        train_loop_config={"segment": segment, "group": group},
+        train_loop_config={"segment": segment, "group": group, "teachers": teachers},
         scaling_config=ScalingConfig(
             num_workers=runtime.num_workers,
             use_gpu=runtime.use_gpu,
@@ -86,4 +90,4 @@ def _run_stages(config: dict[str, Any]) -> None:
     """The loop of one worker."""
     from cast_ray.runtime.stage_loop import run_stages
 
-    run_stages(config["segment"], config["group"])
+    run_stages(config["segment"], config["group"], config["teachers"])

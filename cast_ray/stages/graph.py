@@ -12,14 +12,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from cast_ray.recipe import Recipe, TrainConfig
 
 Kind = Literal["train", "label", "evaluate", "dataset"]
 
-STAGE_VERSION: dict[str, int] = {"train": 2, "label": 1, "evaluate": 1}
+STAGE_VERSION: dict[str, int] = {"train": 2, "label": 2, "evaluate": 1}
 """Raise a kind's number when its code changes a result: its old artifacts are then no longer found."""
 
 
@@ -29,7 +29,8 @@ class Stage:
 
     name: unique within a row but for evaluations; kind: which code runs it (`dataset`: read before the sweep); config:
     its part of the recipe, as plain data; parents: role -> fingerprint of the artifact it reads; steps: optimiser steps
-    (0 unless train).
+    (0 unless train); online: the label stage that it does not read but makes as it goes, whose teacher is then its own
+    parent. The fingerprint is that of the stage that reads the labels: a frozen teacher's are the same.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Stage:
     parents: dict[str, str]
     fingerprint: str
     steps: int = 0
+    online: Stage | None = None
 
     @property
     def key(self) -> str:
@@ -211,33 +213,44 @@ class _Planner:
             "contrastive": recipe.contrastive.model_dump() if pxl > 0 else None,
             "seed": recipe.seed if seed is None else seed,
         }
-        return self._add(name, "train", config, {"init": init, "labels": labels}, train.steps)
+        refresh = recipe.labels.refresh_steps
+        if labels is not None and name == "selftrain" and refresh:
+            config["refresh_steps"] = refresh
+        stage = self._stage(name, "train", config, {"init": init, "labels": labels}, train.steps)
+        if labels is not None and recipe.labels.mode == "online":
+            parents = {"teacher": labels.parents["teacher"]} | ({"init": init.fingerprint} if init else {})
+            stage = replace(stage, parents=parents, online=labels)
+        return self._add(stage)
 
     def label(self, name: str, teacher: Stage) -> Stage:
         config = {
             "pseudo": self.recipe.pseudo.model_dump(),
             "data": self.recipe.data.model_dump(include={"image_px"}),
             "split": split_part(self.recipe, self.hashes, unlabelled=True),
+            "batch": self.recipe.labels.batch,
         }
-        return self._add(name, "label", config, {"teacher": teacher})
+        stage = self._stage(name, "label", config, {"teacher": teacher})
+        return stage if self.recipe.labels.mode == "online" else self._add(stage)
 
     def evaluate(self, role: str, model: Stage) -> Stage:
         config = {
             "evaluation": self.recipe.evaluation.model_dump(exclude={"batch"}),
             "data": self.recipe.data.model_dump(include={"image_px"}),
         }
-        stage = self._add("evaluate", "evaluate", config, {"model": model})
+        stage = self._add(self._stage("evaluate", "evaluate", config, {"model": model}))
         self.roles[role] = stage
         return stage
 
-    def _add(
+    def _stage(
         self, name: str, kind: Kind, config: dict[str, Any], parents: dict[str, Stage | None], steps: int = 0
     ) -> Stage:
         parent_prints = {role: parent.fingerprint for role, parent in parents.items() if parent is not None}
-        stage = Stage(name, kind, config, parent_prints, self._fingerprint(kind, config, parent_prints), steps)
+        return Stage(name, kind, config, parent_prints, self._fingerprint(kind, config, parent_prints), steps)
+
+    def _add(self, stage: Stage) -> Stage:
         self.stages.append(stage)
-        if kind != "evaluate":
-            self.roles[name] = stage
+        if stage.kind != "evaluate":
+            self.roles[stage.name] = stage
         return stage
 
     def _fingerprint(self, kind: Kind, config: dict[str, Any], parents: dict[str, str]) -> str:

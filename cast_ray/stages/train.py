@@ -36,6 +36,7 @@ def train_stage(
     resume: TrainState | None,
     on_log: Callable[[dict[str, float]], None],
     on_checkpoint: Callable[[TrainState], None],
+    on_refresh: Callable[[int, dict[str, torch.Tensor]], None] = lambda step, weights: None,
 ) -> tuple[Segmenter, TrainResult]:
     """Runs one train stage on this worker; see `engine.loop.train` for the callbacks.
 
@@ -74,5 +75,7 @@ def train_stage(
         resume=resume,
         on_log=on_log,
         on_checkpoint=on_checkpoint,
+        on_refresh=on_refresh,
+        refresh_every_steps=config.get("refresh_steps", 0),
     )
     return segmenter, result

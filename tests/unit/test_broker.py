@@ -11,7 +11,7 @@ from cast_ray.runtime.broker import LEASE_TIMEOUT_S, Broker, Leases, Need
 
 PRETRAIN = Need("pre", "train", (), 8)
 ADAPT = Need("ada", "train", ("pre",), 6)
-LABEL = Need("lab", "label", ("ada",), 0)
+LABEL = Need("lab", "label", ("ada",), 0, alone=True)
 DISTILL = Need("dis", "train", ("lab",), 8)
 REFINE = Need("ref", "train", ("dis",), 4)
 EVALUATE = Need("eva", "evaluate", ("ref",), 0)
@@ -34,10 +34,15 @@ def test_a_row_is_cut_into_segments() -> None:
         finish(leases, "a", answer)
     assert seen == [
         {"run": ["pre", "ada"], "done": []},
-        {"run": ["lab"], "done": ["pre", "ada"]},  # a label stage is a segment of its own
+        {"run": ["lab"], "done": ["pre", "ada"]},  # a labelling job of its own
         {"run": ["dis", "ref", "eva"], "done": ["pre", "ada", "lab"]},
     ]
     assert leases.grant("a", ROW, 9) == {"run": [], "done": [n.fingerprint for n in ROW]}
+
+
+def test_labels_by_the_training_workers_are_part_of_their_segment() -> None:
+    row = [PRETRAIN, ADAPT, Need("lab", "label", ("ada",), 0), DISTILL, REFINE, EVALUATE]
+    assert Leases(1, set()).grant("a", row, 0) == {"run": [n.fingerprint for n in row], "done": []}
 
 
 def test_a_stage_in_flight_is_not_given_twice() -> None:
@@ -185,7 +190,10 @@ def test_the_board_counts_from_where_a_stage_was_entered() -> None:
         await broker.advance("a", 4)
         await broker.advance("nobody", 4)
         post = (await broker.board())["posts"]["a"]
-        assert (post["first_step"], post["step"]) == (0, 4) and "loss" not in post
+        assert (post["first_step"], post["step"]) == (4, 4) and "loss" not in post  # the labellers' start is no pace
+        await broker.advance("a", 3)
+        post = (await broker.board())["posts"]["a"]
+        assert (post["first_step"], post["step"]) == (4, 7) and post["images_per_s"] > 0
 
     asyncio.run(asyncio.wait_for(scene(), 60))
 

@@ -194,6 +194,7 @@ RESULT_FIELDS = {
     "contrastive.projection_bias": ("false", {"adapt", "selftrain", "distill"}),
     "contrastive.gather": ("false", {"adapt", "selftrain", "distill"}),
     "pseudo.score_threshold": ("0.5", {"label-adapted", "label-teacher"}),
+    "labels.batch": ("4", {"label-adapted", "label-teacher"}),
     "evaluation.max_detections": ("50", {"zero_shot", "teacher", "student", "refined"}),
     "evaluation.num_images": ("5", {"zero_shot", "teacher", "student", "refined"}),
 }
@@ -215,6 +216,7 @@ UNTOUCHED = {
     "stages.refine.weight_decay": {"pretrain", "adapt", "selftrain", "distill", "student", "teacher"},
     "evaluation.num_images": {"pretrain", "adapt", "label-adapted", "selftrain", "label-teacher", "distill", "refine"},
     "pseudo.score_threshold": {"pretrain", "adapt", "zero_shot"},
+    "labels.batch": {"pretrain", "adapt", "zero_shot"},
 }
 
 
@@ -250,6 +252,7 @@ def test_where_and_how_it_runs_changes_nothing(key: str, value: str | None) -> N
         "runtime.num_labellers": "3",
         "runtime.cpus_per_labeller": "1.5",
         "runtime.cpus_per_read": "0.7",
+        "runtime.reads_per_stream": "4",
         "runtime.stream_memory_mb": "32",
         "runtime.max_concurrent_stages": "5",
         "runtime.max_failures": "9",
@@ -307,6 +310,29 @@ def test_a_switched_off_term_leaves_no_trace() -> None:
     assert prints(make(off)) == prints(make(off | {"contrastive": "released"}))
     assert prints(make(off)) == prints(make({"contrastive.kind": "none"}))
     assert prints(make(off)) == prints(make({"contrastive.kind": "none", "loss.lambda_pxl": "0.5"}))
+
+
+def test_online_labels_of_a_frozen_teacher_are_the_same_stages() -> None:
+    offline, online = make(), make({"labels.mode": "online"})
+    assert work(online) == [name for name in SEMI if not name.startswith("label-")]
+    for name, stage in online.roles.items():
+        assert stage.fingerprint == offline.roles[name].fingerprint, name
+    student, teacher = online.roles["distill"], online.roles["selftrain"]
+    assert student.parents == {"teacher": teacher.fingerprint}  # a stored student is found whoever made its labels
+    roles = prints(online)
+    assert teacher.parents == {"init": roles["pretrain"], "teacher": roles["adapt"]}
+    assert student.online == offline.roles["label-teacher"] and teacher.online == offline.roles["label-adapted"]
+    assert all(stage.online is None for name, stage in online.roles.items() if name not in ("distill", "selftrain"))
+
+
+def test_a_refreshed_teacher_is_another_stage() -> None:
+    frozen = make({"labels.mode": "online"})
+    refreshed = make({"labels.mode": "online", "labels.refresh_steps": "5"})
+    assert changed(frozen, refreshed) == {"selftrain", "teacher", "distill", "student", "refine", "refined"}
+    assert refreshed.roles["selftrain"].config["refresh_steps"] == 5
+    assert "refresh_steps" not in refreshed.roles["distill"].config  # the teacher of 2b is frozen
+    with pytest.raises(ValueError, match=r"labels\.refresh_steps is 5: expected labels\.mode=online"):
+        make({"labels.refresh_steps": "5"})
 
 
 def test_an_imported_foundation_takes_the_place_of_pre_training() -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import pickle
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from pycocotools import mask as coco_mask
 
+from cast_ray.batches import to_batch
 from cast_ray.datasets import images as image_files
 from cast_ray.recipe import DataConfig
 from cast_ray.records import Batch, Category
 from cast_ray.runtime import streams
-from cast_ray.views import to_batch
 
 SIZE = 32
 DATA = DataConfig(image_px=(SIZE, SIZE), scale_jitter=(1, 1), flip=False)
@@ -38,7 +36,7 @@ def steps(monkeypatch: pytest.MonkeyPatch, *, labels: bool, oracle: bool) -> Bat
     """One step of one labelled and one unlabelled image, as a Data task makes it."""
     tables = {"records": TRUTH, "labels": GUESSES}
     monkeypatch.setattr(streams, "record_at", lambda ref, index: dict(tables[ref][int(index)]))
-    monkeypatch.setattr(image_files, "read_image", lambda uri: np.zeros((SIZE, SIZE, 3), dtype=np.uint8))
+    monkeypatch.setattr(image_files, "read_image", lambda uri, image_hw: np.zeros((SIZE, SIZE, 3), dtype=np.uint8))
     images = streams.Images(
         "records",  # type: ignore[arg-type]
         np.array([0]),
@@ -46,9 +44,10 @@ def steps(monkeypatch: pytest.MonkeyPatch, *, labels: bool, oracle: bool) -> Bat
         (Category(1, "a"), Category(2, "b")),
         "labels" if labels else None,  # type: ignore[arg-type]
     )
-    plan = pa.table({"step": [0], "labelled": [[0]], "unlabelled": [[0]]})
-    made = streams._make_steps(plan, images=images, data=DATA, seed=0, strong=True, oracle=oracle, first_slots=(0, 1))
-    return to_batch(pickle.loads(made.column("batch")[0].as_buffer()))
+    first = np.zeros((1, 1), dtype=np.int64)  # of D_l and of D_u
+    plan = streams.StepPlan(images, DATA, 0, first, first, 0, (0, 1), strong=True, oracle=oracle, online=None)
+    made = streams._make_steps(0, 1, plan=plan)
+    return to_batch(made.column("batch")[0].as_buffer())
 
 
 @pytest.mark.parametrize("labels", [True, False])

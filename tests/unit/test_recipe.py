@@ -190,7 +190,9 @@ def test_a_single_field_wins_over_a_named_column_in_any_order() -> None:
 def test_hidden_truth_is_for_the_oracle_of_cast_alone(kind: str) -> None:
     with pytest.raises(ValueError) as error:
         build_recipe("shapes", overrides={"contrastive.kind": kind, "contrastive.sampler": "oracle"})
-    assert str(error.value).startswith(f"contrastive.sampler is oracle with contrastive.kind {kind}: expected kind cast")
+    assert str(error.value).startswith(
+        f"contrastive.sampler is oracle with contrastive.kind {kind}: expected kind cast"
+    )
 
 
 def test_named_columns_hold_known_fields_only() -> None:

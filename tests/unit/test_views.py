@@ -1,8 +1,6 @@
-"""Weak and strong views: shared geometry, seeds, masks at crop size, and the way to a batch and back."""
+"""Weak and strong views: shared geometry, seeds, masks at crop size."""
 
-import pickle
 import random
-import warnings
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +12,7 @@ from pycocotools import mask as mask_utils
 from cast_ray import views
 from cast_ray.recipe import DataConfig
 from cast_ray.records import INSTANCE_TYPE, Category, ClassMap
-from cast_ray.views import collate, fit_image, make_sample, to_batch
+from cast_ray.views import fit_image, make_sample
 
 CLASSES = ClassMap([Category(1, "disc"), Category(4, "square"), Category(9, "cross")])
 STILL = DataConfig(image_px=(32, 32), scale_jitter=(1.0, 1.0), flip=False, color_jitter=0)
@@ -94,6 +92,27 @@ def test_image_and_masks_share_geometry():
         assert sample["weak"].shape == sample["strong"].shape == (3, 48, 64)
 
 
+def test_masks_are_cut_as_if_drawn_at_the_images_size():
+    """Any run lengths, any crop (reduced, enlarged, padded, mirrored), against pycocotools and plain indexing."""
+    rng = np.random.default_rng(0)
+    for case in range(200):
+        height, width = rng.integers(1, 80, 2).tolist()
+        data = DataConfig(image_px=tuple(rng.integers(1, 70, 2).tolist()), scale_jitter=(0.3, 3.0))
+        g = views._random_geometry(height, width, data, rng)
+        rows = g.top + (np.arange(g.out_height) * 2 + 1) * g.height // (2 * g.out_height)
+        columns = g.left + (np.arange(g.out_width) * 2 + 1) * g.width // (2 * g.out_width)
+        if g.mirrored:
+            columns = columns[::-1]
+        cutter = views._MaskCutter(g, height, width)
+        for density in (0, 0.02, 0.5, 0.98, 1):
+            rle = _instance(rng.random((height, width)) < density)["rle"]
+            whole = mask_utils.decode({"size": [height, width], "counts": rle}).astype(bool)
+            found = np.zeros((g.out_height, g.out_width), dtype=bool)
+            place, strip = cutter.cut(rle)
+            found[:, place] = strip
+            np.testing.assert_array_equal(found, whole[np.ix_(rows, columns)], err_msg=f"{case} {density} {g}")
+
+
 def test_flip_mirrors_image_and_masks():
     image, mask = _image(), _box(32, 32, 3, 5, 20, 12)
     data = STILL.model_copy(update={"flip": True})
@@ -148,6 +167,29 @@ def test_strong_blur_is_torchvisions(monkeypatch):
     image = _image()
     expected = functional.gaussian_blur(torch.from_numpy(image).permute(2, 0, 1).float(), [5, 5], [1.3, 1.3])
     np.testing.assert_allclose(_sample(image, [])["strong"], expected.round(), atol=1)
+
+
+@pytest.mark.parametrize(
+    ("operation", "reference"),
+    [
+        (0, functional.adjust_brightness),
+        (1, functional.adjust_contrast),
+        (2, functional.adjust_saturation),
+        (3, functional.adjust_hue),
+    ],
+)
+def test_each_jitter_is_torchvisions(operation, reference):
+    """Within the rounding to 8 bits; a hue has 256 steps, of up to 6 levels of a colour each."""
+    image = _image(40, 48)
+    strength = tuple(0.4 if i == operation else 0.0 for i in range(4))
+    for seed in range(20):
+        changes = 0.4 * np.random.default_rng(seed).uniform(-1, 1, 4)
+        factor = float(changes[operation]) + (operation != 3)
+        expected = reference(torch.from_numpy(image).permute(2, 0, 1).float() / 255, factor).permute(1, 2, 0) * 255
+        found = views._jitter(image, strength, np.random.default_rng(seed))
+        difference = np.abs(found.astype(float) - expected.numpy())
+        assert difference.mean() < (1.5 if operation == 3 else 0.6)
+        assert difference.max() <= (12 if operation == 3 else 1.5)
 
 
 def test_weak_colour_jitter_has_its_strength():
@@ -211,70 +253,6 @@ def test_extreme_shapes(shape):
         assert sample["weak"].shape == (3, 32, 48) and sample["valid"].any()
     padded, size = fit_image(image, (32, 48))
     assert padded.shape == (3, 32, 48) and 1 <= size[0] <= 32 and 1 <= size[1] <= 48
-
-
-def _steps():
-    image = _image()
-    crowd = _instance(_box(32, 32, 0, 0, 8, 8), 1, is_crowd=True)
-    boxes = [_instance(_box(32, 32, 10 + i, 10, 30, 30), 1, score=0.5 + i / 10) for i in range(3)]
-    return [
-        _sample(image, boxes),
-        _sample(image, [], seed=1),
-        _sample(image, [crowd, *boxes[:1]], seed=2),
-        _sample(image, boxes, seed=3, use_instances=False, truth=False),
-    ]
-
-
-def _assert_batch_is(batch, samples, num_labelled):
-    assert batch.num_labelled == num_labelled and len(batch.targets) == len(samples)
-    assert batch.valid.dtype == torch.bool and batch.weak.dtype == torch.uint8
-    assert batch.truth_instance.dtype == batch.truth_class.dtype == torch.int16
-    for index, (sample, target) in enumerate(zip(samples, batch.targets)):
-        for name in ("weak", "strong", "valid", "truth_instance", "truth_class"):
-            np.testing.assert_array_equal(getattr(batch, name)[index].numpy(), sample[name])
-        np.testing.assert_array_equal(target.masks.numpy(), sample["masks"])
-        np.testing.assert_array_equal(target.labels.numpy(), sample["labels"])
-        np.testing.assert_array_equal(target.weights.numpy(), sample["weights"])
-        assert target.masks.dtype == torch.bool and target.labels.dtype == torch.int64
-        assert (target.ignore is None) == (not sample["ignore"].any())
-        if target.ignore is not None:
-            np.testing.assert_array_equal(target.ignore.numpy(), sample["ignore"])
-
-
-def test_collate_and_back_through_pickle():
-    samples = _steps()
-    arrays = collate(samples, 3)
-    assert arrays["masks"].shape == (4, 32 * 32 // 8) and arrays["num_instances"].tolist() == [3, 0, 1, 0]
-    _assert_batch_is(to_batch(pickle.loads(pickle.dumps(arrays))), samples, 3)
-
-
-def test_read_only_arrays_from_arrow():
-    samples = _steps()
-    arrays = collate(samples, 3)
-    readonly = {}
-    for name, array in arrays.items():
-        binary = pa.array([array.tobytes()], pa.binary())
-        readonly[name] = np.frombuffer(binary[0].as_buffer(), dtype=array.dtype).reshape(array.shape)
-        readonly[name].flags.writeable = False
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # torch warns of tensors that share memory nobody may write
-        batch = to_batch(readonly)
-    _assert_batch_is(batch, samples, 3)
-
-
-def test_writable_images_are_not_copied():
-    arrays = collate(_steps(), 3)
-    batch = to_batch(arrays)
-    arrays["weak"][0, 0, 0, 0] ^= 255
-    assert batch.weak[0, 0, 0, 0] == int(arrays["weak"][0, 0, 0, 0])
-
-
-def test_a_step_without_any_instance_and_with_odd_size():
-    data = STILL.model_copy(update={"image_px": (7, 9)})
-    samples = [_sample(_image(5, 5), [], data, seed) for seed in range(2)]
-    batch = to_batch(collate(samples, 0))
-    _assert_batch_is(batch, samples, 0)
-    assert batch.targets[0].masks.shape == (0, 7, 9)
 
 
 def test_records_as_arrow_hands_them_out():

@@ -1,0 +1,24 @@
+"""How pseudo-labels reach training."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from cast_ray.recipe.part import Part
+
+
+class LabelsConfig(Part):
+    """How pseudo-labels reach training (1b, 2a); which predictions become labels is the part `pseudo`."""
+
+    mode: Literal["offline", "online"] = "offline"
+    """offline: a labelling stage writes all of them once, for every stage and row that needs them. online: teachers on
+    devices of their own label each image as it is drawn, while the student trains. A frozen teacher's labels, and so
+    all results, are the same either way."""
+    refresh_steps: int = Field(0, ge=0)
+    """Online self-training (1c) as a mean teacher: every so many steps the weight average of the model in training
+    becomes the teacher of later steps. 0: theta_T' labels to the end, as in the method."""
+    batch: int = Field(8, ge=1)
+    """Images of a teacher's forward pass. Fewer are filled up: the shape of a pass decides how its sums are rounded, so
+    a fixed one makes an image's labels independent of the images beside it."""

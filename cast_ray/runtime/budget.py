@@ -1,0 +1,104 @@
+"""What a Ray Data stream may use: a placement group of its own for its tasks, and a share of the object store.
+
+Facts of Ray Data 2.60 that shape this file:
+
+- Concurrent executions get equal *integer* shares of each node's idle CPUs (`amount // len(requesters)` in its
+  autoscaling coordinator): with fewer whole CPUs than streams the share is 0 and all wait for ever, silently. So every
+  stream runs in a placement group of its own, where the group is the budget: concurrent trials cannot starve each
+  other, and one that finds no room waits for its group, not for its first block (tests/integration/test_streams.py).
+- Its scheduling loop looks up to 0.1 s late for finished tasks (`ray.wait` for all that run). A stream that may submit
+  only as many tasks as run at a time therefore leaves cores idle between two looks; ours may submit twice as many, of
+  which Ray Core starts the second half by itself as slots fall free.
+- When a stream is ahead of its consumer, the same call returns at once, and the loop turns as fast as it can: 0.8 of a
+  core, and the interpreter lock that training needs. `PacedLoop` pauses it where a turn has brought nothing.
+- A group's bundles are its whole budget, memory included: without any `object_store_memory` single blocks trickle
+  through. But a bundle that really reserves it aborts the raylet when it is returned while objects are stored
+  (ray-project/ray#45780). So memory, like the second half of the tasks, stands in the handle that Ray Data sees and not
+  in the group.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import ray.data
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cast_ray.recipe import RuntimeConfig
+
+LOOP_PAUSE_S = 0.02
+
+
+def stream_bundle(runtime: RuntimeConfig) -> dict[str, float]:
+    """What one stream reserves: the CPUs of its decoding tasks."""
+    return {"CPU": runtime.reads_per_stream * runtime.cpus_per_read}
+
+
+def tasks_per_stream(runtime: RuntimeConfig) -> int:
+    """Data tasks that a stream may have submitted: those that run, and as many that wait for a slot."""
+    return 2 * runtime.reads_per_stream
+
+
+def block_bytes(runtime: RuntimeConfig) -> int:
+    """Size at which the blocks of all tasks fill half of the stream's memory."""
+    return runtime.stream_memory_mb * 2**20 // (2 * tasks_per_stream(runtime))
+
+
+@contextmanager
+def reserve(bundles: list[dict[str, float]]) -> Iterator[PlacementGroup]:
+    """A placement group for the streams of one stage or segment, given back at the end."""
+    group = ray.util.placement_group(bundles, strategy="PACK")
+    try:
+        yield group
+    finally:
+        ray.util.remove_placement_group(group)
+
+
+def configure_data(group: PlacementGroup, runtime: RuntimeConfig, bundle: int) -> None:
+    """Settings of every stream in this process.
+
+    Args:
+        group: where the streams' tasks run, see `reserve`.
+        runtime: how many tasks, and how far each stream may read ahead.
+        bundle: index of this process's bundle in the group; -1: all of it, the stream's own bundle being the first.
+    """
+    context = ray.data.DataContext.get_current()
+    strategy = PlacementGroupSchedulingStrategy(_as_seen(group, runtime, bundle), placement_group_bundle_index=bundle)
+    context.scheduling_strategy = context.scheduling_strategy_large_args = strategy
+    context.execution_options.preserve_order = True
+    context.custom_execution_callback_classes = [PacedLoop]
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = None  # a task's block is neither cut nor joined with others
+
+
+def _as_seen(group: PlacementGroup, runtime: RuntimeConfig, bundle: int) -> PlacementGroup:
+    """A handle of the same group with the budget that Ray Data is to see."""
+    specs = [dict(spec) if bundle in (-1, i) else {} for i, spec in enumerate(group.bundle_specs)]
+    stream = specs[max(bundle, 0)]
+    stream["CPU"] += (tasks_per_stream(runtime) - runtime.reads_per_stream) * runtime.cpus_per_read
+    stream["object_store_memory"] = runtime.stream_memory_mb * 2**20
+    return PlacementGroup(group.id, bundle_cache=specs)
+
+
+class PacedLoop(ExecutionCallback):
+    """A pause after every turn of a stream's scheduling loop in which no task started, ended or gave a block."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int, int]] = []
+        self.turns = self.pauses = 0
+
+    def on_execution_step(self, executor: Any) -> None:
+        metrics = [op.metrics for op in executor._topology]
+        now = [(m.num_tasks_submitted, m.num_tasks_finished, m.num_task_outputs_generated) for m in metrics]
+        self.turns += 1
+        if now == self.seen:
+            self.pauses += 1
+            time.sleep(LOOP_PAUSE_S)
+        self.seen = now

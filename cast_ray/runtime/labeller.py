@@ -1,0 +1,74 @@
+"""A teacher on its device and the rules that turn its predictions into pseudo-labels; what a labelling process holds.
+
+Apart from `labelling.py` because it imports torch and transformers (some 8 s of CPU time), which row drivers do not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load as load_tensors
+
+from cast_ray.recipe import PseudoConfig
+from cast_ray.runtime.models import load_model
+from cast_ray.runtime.store import ArtifactStore
+from cast_ray.runtime.streams import Pictures
+from cast_ray.stages.graph import Stage, artifact_key
+from cast_ray.teachers.expert import ExpertTeacher
+from cast_ray.teachers.pseudo import pseudo_labels
+
+
+class PseudoLabeller:
+    """Labels images as one label stage says, the same whichever images come together.
+
+    Every forward pass has the shape that the stage's config names, the last one filled up, and on a CPU one thread: an
+    image's labels are then those of the same kernels on the same numbers, whether it is labelled offline, online, or by
+    how many processes (tests/integration/test_labels.py). On two CPU models a pass of 1 differed from one of 8 by 1e-6,
+    one of 2 threads from one of 1 by 1e-6, and passes of equal shape and threads not at all, whatever else they held.
+    Kinds of devices still differ.
+    """
+
+    def __init__(self, store: ArtifactStore, stage: Stage, device: torch.device):
+        segmenter, self.categories = load_model(store, artifact_key("train", stage.parents["teacher"]))
+        height, width = stage.config["data"]["image_px"]
+        self.segmenter = segmenter.to(device)
+        self.teacher = ExpertTeacher(self.segmenter, (height, width))
+        self.pseudo = PseudoConfig(**stage.config["pseudo"])
+        self.batch: int = stage.config["batch"]
+
+    def load(self, weights: bytes) -> None:
+        """Other weights of the same teacher (safetensors)."""
+        self.segmenter.load_state_dict(load_tensors(weights))
+
+    def label(self, pictures: Pictures) -> list[list[dict[str, Any]]]:
+        """Instances of each image as of RECORD_SCHEMA, at its own size."""
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return self._label(pictures)
+        finally:
+            torch.set_num_threads(num_threads)
+
+    def _label(self, pictures: Pictures) -> list[list[dict[str, Any]]]:
+        labels: list[list[dict[str, Any]]] = []
+        for start in range(0, len(pictures.positions), self.batch):
+            here = slice(start, start + self.batch)
+            count = len(pictures.positions[here])
+            pixels = np.zeros((self.batch, *pictures.pixels.shape[1:]), dtype=np.uint8)
+            pixels[:count] = pictures.pixels[here]
+            found = self.teacher.predict(torch.from_numpy(pixels), pictures.image_hw[here], pictures.resized_hw[here])
+            labels += [self._instances(instances) for instances in found]
+        return labels
+
+    def _instances(self, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            {
+                "category_id": self.categories[instance["label"]].id,
+                "rle": instance["rle"],
+                "score": instance["score"],
+                "is_crowd": False,
+            }
+            for instance in pseudo_labels(found, self.pseudo)
+        ]

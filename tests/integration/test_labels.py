@@ -1,0 +1,332 @@
+"""Pseudo-labels on a real Ray: the same offline and online, by whom and how often interrupted they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+import torch
+from safetensors.torch import save as save_tensors
+from stream_scenes import CATEGORIES, DATA, assert_same, write_images
+
+from cast_ray.models.student import build_segmenter
+from cast_ray.recipe import PseudoConfig, RuntimeConfig, build_recipe
+from cast_ray.records import Batch, Targets
+from cast_ray.runtime.budget import configure_data, reserve, stream_bundle
+from cast_ray.runtime.labeller import PseudoLabeller
+from cast_ray.runtime.labelling import LABELS, LabelJob, label_images
+from cast_ray.runtime.models import load_model, save_model
+from cast_ray.runtime.online import OnlineLabels, start_teachers, teacher_bundles
+from cast_ray.runtime.store import ArtifactStore
+from cast_ray.runtime.streams import Images, Pictures, picture_dataset, pictures, training_stream
+from cast_ray.stages.graph import Stage
+
+pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(900)]
+
+NUM_LABELLED, NUM_IMAGES = 4, 45
+IMAGE_PX = (32, 32)
+RUNTIME = RuntimeConfig(cpus_per_read=0.25, cpus_per_labeller=0.25, num_labellers=1, stream_memory_mb=64)
+PSEUDO = PseudoConfig(score_threshold=0.0, min_area_px=1, max_per_image=5, non_overlapping=False)
+TEACHER = Stage("adapt", "train", {"data": {"image_px": list(IMAGE_PX)}}, {}, "a" * 20)
+LABEL_CONFIG = {"pseudo": PSEUDO.model_dump(), "data": {"image_px": list(IMAGE_PX)}, "batch": 4}
+
+
+@ray.remote(num_cpus=0)
+class Board:
+    """Stands for the broker: counts the images that were labelled."""
+
+    def __init__(self) -> None:
+        self.step, self.counts = 0, []
+
+    def post(self, owner: str, facts: dict[str, Any]) -> None:
+        self.step = facts["step"]
+
+    def advance(self, owner: str, count: int) -> None:
+        self.counts.append(count)
+
+    def seen(self) -> tuple[int, list[int]]:
+        return self.step, self.counts
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
+    return write_images(tmp_path_factory.mktemp("images"), NUM_IMAGES)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ArtifactStore:
+    """With a teacher of random weights that is sure of something."""
+    store = ArtifactStore(str(tmp_path_factory.mktemp("storage")))
+    segmenter = build_segmenter(build_recipe("shapes", "smoke").teacher, len(CATEGORIES), seed=3)
+    save_model(store, TEACHER, segmenter, CATEGORIES)
+    store.commit(TEACHER, {})
+    return store
+
+
+def images_of(table: pa.Table) -> Images:
+    everything = np.arange(table.num_rows)
+    return Images(ray.put(table), everything[:NUM_LABELLED], everything[NUM_LABELLED:], CATEGORIES)
+
+
+def job_of(store: ArtifactStore, table: pa.Table, name: str, max_bad_fraction: float = 0.0) -> LabelJob:
+    stage = Stage("label-adapted", "label", LABEL_CONFIG, {"teacher": TEACHER.fingerprint}, name)
+    return LabelJob(store, stage, images_of(table), Board.remote(), "row", max_bad_fraction)  # type: ignore[attr-defined]
+
+
+def labels_of(job: LabelJob) -> list[dict[str, Any]]:
+    return job.store.read_table(job.stage.key, "labels").to_pylist()
+
+
+@pytest.fixture(scope="module")
+def offline(store: ArtifactStore, table: pa.Table) -> LabelJob:
+    """Labelled by a job of its own, in one go."""
+    job = job_of(store, table, "offline")
+    facts = label_images(job, RUNTIME)
+    assert facts["num_images"] == NUM_IMAGES - NUM_LABELLED and facts["skipped"] == [] and facts["num_found"] == 0
+    job.store.commit(job.stage, facts)
+    return job
+
+
+def test_labels_are_the_teachers_for_every_image(offline: LabelJob, store: ArtifactStore, table: pa.Table) -> None:
+    rows = labels_of(offline)
+    assert [row["position"] for row in rows] == list(range(NUM_IMAGES - NUM_LABELLED))
+    assert [row["uri"] for row in rows] == table.column("uri").to_pylist()[NUM_LABELLED:]
+    assert sum(len(row["instances"]) for row in rows) > NUM_IMAGES
+    assert {i["category_id"] for row in rows for i in row["instances"]} <= {c.id for c in CATEGORIES}
+    labeller = PseudoLabeller(store, offline.stage, torch.device("cpu"))
+    alone = [labeller.label(picture(table, i))[0] for i in range(NUM_LABELLED, NUM_IMAGES)]
+    assert instances(rows) == instances([{"instances": labels} for labels in alone])
+
+
+def picture(table: pa.Table, index: int) -> Pictures:
+    """One image by itself: the rest of the pass is filled up."""
+    from cast_ray.datasets.images import read_image
+    from cast_ray.views import fit_image
+
+    image = read_image(table.column("uri")[index].as_py())
+    pixels, size = fit_image(image, IMAGE_PX)
+    return Pictures([0], pixels[None], [(image.shape[0], image.shape[1])], [size])
+
+
+def instances(rows: list[dict[str, Any]]) -> list[list[tuple[int, bytes, float]]]:
+    return [[(i["category_id"], i["rle"], float(np.float32(i["score"]))) for i in r["instances"]] for r in rows]
+
+
+def test_the_workers_that_train_label_the_same(offline: LabelJob, store: ArtifactStore, table: pa.Table) -> None:
+    """As two Train workers do (`stage_loop._label`): every other block each, at any time."""
+    job = job_of(store, table, "in group")
+    labeller = PseudoLabeller(store, job.stage, torch.device("cpu"))
+    missing = job.missing(job.blocks)
+    for rank in (1, 0):
+        with reserve([stream_bundle(RUNTIME)]) as group:
+            configure_data(group, RUNTIME, 0)
+            dataset = picture_dataset(
+                job.images.records, job.images.unlabelled, IMAGE_PX, RUNTIME, missing[rank::2], skip_bad=True
+            )
+            for block in pictures(dataset, IMAGE_PX):
+                job.write(block, labeller.label(block))
+    assert job.missing(job.blocks) == []
+    job.join()
+    job.store.commit(job.stage, {})
+    assert labels_of(job) == labels_of(offline)
+
+
+def test_a_job_goes_on_with_the_blocks_that_are_missing(
+    offline: LabelJob, store: ArtifactStore, table: pa.Table
+) -> None:
+    job = job_of(store, table, "interrupted")
+    size = job.blocks[0][1]
+    assert len(job.blocks) == 3 and size % LABEL_CONFIG["batch"] == 0  # type: ignore[operator]
+    whole = label_images(job, RUNTIME)
+    folder = Path(store.uri(job.folder))
+    lost, *kept = sorted(folder.iterdir())
+    lost.unlink()
+    (folder / "00000000-00000016.parquet.0.partial").write_bytes(b"half of it")
+    written = {path: path.stat().st_mtime_ns for path in kept}
+
+    again = job_of(store, table, "interrupted")
+    facts = label_images(again, RUNTIME)
+    assert {path: path.stat().st_mtime_ns for path in kept} == written
+    assert facts["num_found"] == NUM_IMAGES - NUM_LABELLED - size and whole["num_found"] == 0
+    step, counts = ray.get(again.broker.seen.remote())
+    assert step == facts["num_found"] and counts == [size]
+    store.commit(again.stage, facts)
+    assert labels_of(again) == labels_of(offline)
+    again.forget_blocks()
+    assert not folder.exists()
+
+
+def test_images_that_cannot_be_read_are_skipped_by_name(tmp_path: Path, store: ArtifactStore) -> None:
+    table = write_images(tmp_path, NUM_IMAGES)
+    bad = [tmp_path / "image 9.png", tmp_path / "image 40.png"]
+    bad[0].write_bytes(bad[0].read_bytes()[:40])
+    bad[1].unlink()
+    job = job_of(store, table, "bad images", max_bad_fraction=0.1)
+    facts = label_images(job, RUNTIME)
+    assert [row["uri"] for row in facts["skipped"]] == [str(path) for path in bad]
+    assert all(row["uri"] in row["error"] for row in facts["skipped"])
+    assert facts["num_images"] == NUM_IMAGES - NUM_LABELLED - 2
+    store.commit(job.stage, facts)
+    assert not {9 - NUM_LABELLED, 40 - NUM_LABELLED} & {row["position"] for row in labels_of(job)}
+
+    strict = job_of(store, table, "bad images too many", max_bad_fraction=0.01)
+    with pytest.raises(ValueError, match=r"2 of 41 images .* data\.max_bad_fraction=0\.01: .*image 9\.png"):
+        label_images(strict, RUNTIME)
+    assert not store.has(strict.stage.key)
+    assert len(strict.missing(strict.blocks)) == 0  # nothing is labelled twice when the user has looked at them
+
+
+class Stream:
+    """A training stream over D_l and D_u with labels from a table or from teachers, and what it needs while it runs."""
+
+    def __init__(self, table: pa.Table, steps: int, **options: Any):
+        self.table, self.steps, self.options = table, steps, options
+
+    def run(self, store: ArtifactStore, read: Callable[[Any, Any], Any], stage: Stage | None, refresh_steps: int = 0):
+        bundles = [stream_bundle(RUNTIME)] + (teacher_bundles(RUNTIME) if stage else [])
+        with reserve(bundles) as group:
+            configure_data(group, RUNTIME, 0)
+            online = None
+            teachers = start_teachers(store, RUNTIME, group, 1) if stage else None
+            if stage is not None and teachers is not None:
+                online = OnlineLabels(stage, teachers.actors, teachers.versions, refresh_steps)
+            options = {"start_step": 0, "rank": 0, "world_size": 1, "batch_labelled": 2, "batch_unlabelled": 3}
+            batches = training_stream(
+                self.options.get("images") or images_of(self.table),
+                DATA.model_copy(update={"image_px": IMAGE_PX}),
+                RUNTIME,
+                steps=self.steps,
+                seed=1,
+                strong=False,
+                oracle=False,
+                online=online,
+                **{**options, **{k: v for k, v in self.options.items() if k != "images"}},
+            )
+            return read(batches, teachers)
+
+
+def read_all(batches: Any, teachers: Any) -> list[Batch]:
+    return list(batches)
+
+
+def test_online_labels_of_a_frozen_teacher_are_the_offline_ones(
+    offline: LabelJob, store: ArtifactStore, table: pa.Table
+) -> None:
+    labels = ray.put(store.read_table(offline.stage.key, "labels").combine_chunks())
+    images = images_of(table)
+    with_labels = Images(images.records, images.labelled, images.unlabelled, CATEGORIES, labels)
+    read_back = Stream(table, 20, images=with_labels).run(store, read_all, None)
+    asked = Stream(table, 20).run(store, read_all, offline.stage)
+    assert len(read_back) == len(asked) == 20
+    assert sum(len(target.labels) for batch in asked for target in batch.targets[2:]) > 20
+    for mine, theirs in zip(asked, read_back):
+        assert_same(mine, theirs)
+    shares = [
+        Stream(table, 20, rank=rank, world_size=2, batch_unlabelled=6).run(store, read_all, offline.stage)
+        for rank in range(2)
+    ]
+    both = Stream(table, 20, batch_unlabelled=6).run(store, read_all, offline.stage)
+    for rank, share in enumerate(shares):
+        for mine, theirs in zip(share, both):
+            assert_same(mine, theirs, [rank, *range(2 + 3 * rank, 5 + 3 * rank)])
+
+
+def test_a_refreshed_teacher_labels_by_the_step_and_not_by_the_clock(
+    offline: LabelJob, store: ArtifactStore, table: pa.Table
+) -> None:
+    """Windows of 4 steps: the weights published after step 4 label steps 8..11, those after step 8 label 12..15."""
+    segmenter, _ = load_model(store, TEACHER.key)
+    versions = []
+    for change in (1, 2):
+        other = {n: t + 0.01 * change * torch.ones_like(t) for n, t in segmenter.state_dict().items()}
+        versions.append(save_tensors(other))
+
+    def train(batches: Any, teachers: Any) -> list[Batch]:
+        found = []
+        for step in range(16):
+            if step in (4, 8):  # after that many steps, before the next batch is asked for
+                ray.get(teachers.versions.publish.remote(step // 4, [ray.put(versions[step // 4 - 1])]))
+            found.append(next(batches))
+        return found
+
+    frozen = Stream(table, 16).run(store, read_all, offline.stage)
+    refreshed = Stream(table, 16).run(store, train, offline.stage, refresh_steps=4)
+    for step, (mine, theirs) in enumerate(zip(refreshed, frozen)):
+        same = all(equal(a, b) for a, b in zip(mine.targets, theirs.targets))
+        assert same == (step < 8), step
+
+    def resume(batches: Any, teachers: Any) -> list[Batch]:
+        kept = {version + 1: [ray.put(weights)] for version, weights in enumerate(versions)}
+        ray.get(teachers.versions.start.remote(kept))
+        return list(batches)
+
+    resumed = Stream(table, 16, start_step=10).run(store, resume, offline.stage, refresh_steps=4)
+    assert len(resumed) == 6
+    for mine, theirs in zip(resumed, refreshed[10:]):
+        assert_same(mine, theirs)
+
+
+def equal(mine: Targets, theirs: Targets) -> bool:
+    return mine.masks.shape == theirs.masks.shape and torch.equal(mine.masks, theirs.masks)
+
+
+def test_a_slow_student_holds_its_teachers_back(
+    offline: LabelJob, store: ArtifactStore, table: pa.Table, wait_until: Callable[..., None]
+) -> None:
+    """At most what the stream's tasks and its memory hold is labelled ahead, however long the student takes."""
+
+    @ray.remote(num_cpus=0)
+    class Counting:
+        def __init__(self) -> None:
+            self.images = 0
+
+        def label(self, stage: Stage, version: int, weights: Any, asked: Pictures) -> list[list[dict[str, Any]]]:
+            self.images += len(asked.positions)
+            return [[] for _ in asked.positions]
+
+        def count(self) -> int:
+            return self.images
+
+    teacher: Any = Counting.remote()  # type: ignore[attr-defined]
+    runtime = RUNTIME.model_copy(update={"stream_memory_mb": 16})
+    steps, batch_unlabelled = 400, 4
+    large = DATA.model_copy(update={"image_px": (512, 512)})
+    with reserve([stream_bundle(runtime)]) as group:
+        configure_data(group, runtime, 0)
+        batches: Any = training_stream(
+            images_of(table),
+            large,
+            runtime,
+            steps=steps,
+            batch_labelled=2,
+            batch_unlabelled=batch_unlabelled,
+            start_step=0,
+            seed=0,
+            rank=0,
+            world_size=1,
+            strong=True,
+            oracle=False,
+            online=OnlineLabels(offline.stage, (teacher,), None, 0),
+        )
+        next(batches)
+        seen = [0, 0]
+
+        def rests() -> bool:
+            seen.append(ray.get(teacher.count.remote()))
+            return len(seen) > 60 and len(set(seen[-40:])) == 1
+
+        wait_until(rests, "the teachers never rest")
+        ahead = seen[-1] // batch_unlabelled
+        step_mb = 6 * 512 * 512 * 6 / 2**20
+        assert ahead <= 16 / step_mb + 2 * runtime.reads_per_stream + 4 < steps / 10
+        batches.close()
+
+
+def test_the_artifact_is_one_file(offline: LabelJob, store: ArtifactStore) -> None:
+    folder = Path(store.artifact(offline.stage.key))
+    assert [str(path.relative_to(folder)) for path in folder.rglob("*.parquet")] == [LABELS]
