@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from cast_ray.models.student import Segmenter, build_segmenter
+from cast_ray.models.segmenter import Segmenter, build_segmenter
 from cast_ray.recipe import ModelConfig
 from cast_ray.records import Category
 from cast_ray.runtime.store import ArtifactStore, open_uri

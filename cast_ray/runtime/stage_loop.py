@@ -69,8 +69,7 @@ def run_stages(segment: Segment, group: PlacementGroup) -> None:
 
 def _train(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
     store, recipe = segment.store, segment.recipe
-    every = _checkpoint_every(recipe, stage)
-    config = train_config(stage, every)
+    config = train_config(stage, recipe)
     images = segment.images[stage.name]
     resume = _find_checkpoint(store, stage.fingerprint)
     weights = None
@@ -123,8 +122,9 @@ def _train(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
         initial_weights=weights,
         batches=batches,
         world=world,
+        train_config=config,
         amp=recipe.runtime.amp,
-        checkpoint_every_steps=every,
+        gradient_checkpointing=recipe.runtime.gradient_checkpointing,
         resume=resume,
         on_log=on_log,
         on_checkpoint=on_checkpoint,
@@ -140,10 +140,6 @@ def _train(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
         "num_unlabelled": len(images.unlabelled),
         "resumed_at_step": resume.step if resume else None,
     }
-
-
-def _checkpoint_every(recipe: Recipe, stage: Stage) -> int:
-    return getattr(recipe.stages, stage.name).checkpoint_every_steps
 
 
 def _find_checkpoint(store: ArtifactStore, fingerprint: str) -> TrainState | None:

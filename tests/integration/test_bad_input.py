@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from cast_ray.models.student import build_segmenter
+from cast_ray.models.segmenter import build_segmenter
 from cast_ray.recipe import build_recipe
 from cast_ray.runtime import sweep as sweep_module
 from sweeps import ablate

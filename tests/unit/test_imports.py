@@ -103,7 +103,7 @@ PLANTED = [
 ]
 ALLOWED = [
     ("cast_ray/losses/good.py", "from cast_ray.losses import matching\nfrom cast_ray.recipe import LossConfig\n"),
-    ("cast_ray/engine/good.py", "import torch.distributed as dist\nfrom cast_ray.models.student import build\n"),
+    ("cast_ray/engine/good.py", "import torch.distributed as dist\nfrom cast_ray.models.segmenter import build\n"),
     ("cast_ray/runtime/good.py", "import ray\nfrom cast_ray.stages import graph\nimport raylike\n"),
     ("sweeps/good.py", "import ray\nfrom cast_ray.report.tables import write_report\n"),
 ]

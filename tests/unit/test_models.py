@@ -8,8 +8,9 @@ import torch
 from pycocotools import mask as coco_mask
 
 from cast_ray.losses.proposals import BACKGROUND, UNASSIGNED, assign_tokens, proposal_loss
+from cast_ray.models.heads import pick_proposals
 from cast_ray.models.postprocess import to_instances
-from cast_ray.models.student import build_segmenter, pick_proposals
+from cast_ray.models.segmenter import build_segmenter
 from cast_ray.recipe import EncoderConfig, LossConfig, ModelConfig
 from cast_ray.records import Predictions, Targets
 

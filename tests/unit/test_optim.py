@@ -8,7 +8,7 @@ from torch import nn
 
 from cast_ray.engine.optim import WeightAverage, build_optimizer, lr_factor, set_lr
 from cast_ray.models.network import CastNetwork
-from cast_ray.models.student import build_segmenter
+from cast_ray.models.segmenter import build_segmenter
 from cast_ray.recipe import ContrastiveConfig, EncoderConfig, ModelConfig, TrainConfig
 
 TINY = ModelConfig(

@@ -7,8 +7,8 @@ import torch
 from training_scenes import NUM_CLASSES, batches
 
 from cast_ray.engine.world import World
-from cast_ray.models.student import Segmenter, build_segmenter
-from cast_ray.recipe import build_recipe
+from cast_ray.models.segmenter import Segmenter, build_segmenter
+from cast_ray.recipe import TrainConfig, build_recipe
 from cast_ray.stages.graph import RowPlan, Stage, plan
 from cast_ray.stages.train import train_stage
 
@@ -36,8 +36,8 @@ def train(stage: Stage, steps: int, initial: Segmenter | None = None) -> Segment
         initial_weights=initial.state_dict() if initial else None,
         batches=batches(0, steps, num_labelled=1),
         world=World(),
+        train_config=TrainConfig(**{"batch_unlabelled": 0} | stage.config["train"]),
         amp="off",
-        checkpoint_every_steps=100,
         resume=None,
         on_log=lambda _: None,
         on_checkpoint=lambda _: None,
