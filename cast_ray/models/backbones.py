@@ -86,9 +86,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 """settings: what differs from the defaults of transformers' config class."""
 
 
-def build_backbone(
-    config: EncoderConfig, known: Architecture, saved: dict[str, Any] | None = None
-) -> PreTrainedModel:
+def build_backbone(config: EncoderConfig, known: Architecture, saved: dict[str, Any] | None = None) -> PreTrainedModel:
     """The transformers backbone of an encoder.
 
     Args:
@@ -135,7 +133,9 @@ def _load(config: EncoderConfig, known: Architecture) -> PreTrainedModel:
     inside = {Sam2Model: "vision_encoder.backbone", Sam2VisionModel: "backbone"}.get(kind, "")
     missing = sorted(k for k in report["missing_keys"] if k.startswith(inside) and _NEW_IN_A_BACKBONE not in k)
     if missing:  # transformers would train them from random values, with a warning
-        raise ValueError(f"{where} lacks {len(missing)} weights of the encoder {config.name!r}: {', '.join(missing[:3])}")
+        raise ValueError(
+            f"{where} lacks {len(missing)} weights of the encoder {config.name!r}: {', '.join(missing[:3])}"
+        )
     return model.get_submodule(inside) if inside else model
 
 

@@ -48,7 +48,7 @@ def draw_instances(
     for instance in sorted(instances, key=lambda i: float(i.get("score", 1.0))):
         label = int(instance["label"])
         if not 0 <= label < len(class_names):
-            raise ValueError(f"instance of label {label}, outside the {len(class_names)} classes")
+            raise ValueError(f"label {label} outside the {len(class_names)} classes")
         mask = _decode(instance, mask_size or picture.size)
         if mask_size not in (None, picture.size):
             mask = np.asarray(Image.fromarray(mask).resize(picture.size, Image.Resampling.NEAREST))

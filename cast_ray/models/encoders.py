@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -60,7 +60,7 @@ class Encoder(nn.Module):
         return grouped
 
 
-def checkpoint_blocks(blocks: Iterator[nn.Module] | Sequence[nn.Module]) -> None:
+def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
     """Makes each block forget its activations and compute them again in the backward pass."""
     for block in blocks:
         block.forward = partial(_checkpointed, block.forward)

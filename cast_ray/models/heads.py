@@ -125,7 +125,7 @@ class MaskedAttentionHead(nn.Module):
         class_logits_BTC = self.proposal_class(normed_BTD)
         embeddings_BTD = self.proposal_mask(normed_BTD)
         index_BQ = pick_proposals(class_logits_BTC.detach(), grid, self.num_queries)
-        rows = torch.arange(len(index_BQ), device=index_BQ.device)[:, None]
+        rows = torch.arange(index_BQ.shape[0], device=index_BQ.device)[:, None]
         num = index_BQ.shape[1]
         content = tokens_BTD[rows, index_BQ] + self.query_content.weight[:num]
         position_BTD = self._positions(level).flatten(2).transpose(1, 2)
@@ -214,7 +214,7 @@ class EomtHead(nn.Module):
             out. Masks are over the padded image, at the patch's stride / 2^U.
         """
         out = HeadOutput([], [])
-        states_BTD = torch.cat([self.query.weight.expand(len(states_BTD), -1, -1), states_BTD], dim=1)
+        states_BTD = torch.cat([self.query.weight.expand(states_BTD.shape[0], -1, -1), states_BTD], dim=1)
         for layer, prob in zip(encoder.transformer_layers[encoder.num_own_layers :], self.probs):
             mask = None
             if self.training or prob > 0:
@@ -241,7 +241,7 @@ class EomtHead(nn.Module):
         inside = F.interpolate(mask_logits.float(), size=grid, mode="bilinear", align_corners=False).flatten(2) > 0
         if prob < 1:
             inside |= (torch.rand(inside.shape[:2], device=inside.device) > prob)[..., None]
-        mask = inside.new_ones(len(inside), num_tokens, num_tokens)
+        mask = inside.new_ones(inside.shape[0], num_tokens, num_tokens)
         mask[:, : self.num_queries, -inside.shape[2] :] = inside
         return mask[:, None]
 

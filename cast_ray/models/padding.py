@@ -34,6 +34,7 @@ def cut_padding(map_BDHW: torch.Tensor, padded_hw: tuple[int, int], image_hw: tu
         return map_BDHW[..., : size[0], : size[1]]
     height, width = (own / padded for own, padded in zip(image_hw, padded_hw))
     theta = torch.tensor([[width, 0, width - 1], [0, height, height - 1]], device=map_BDHW.device, dtype=torch.float32)
-    grid = F.affine_grid(theta.expand(len(map_BDHW), 2, 3), [len(map_BDHW), 1, *size], align_corners=False)
+    batch = map_BDHW.shape[0]
+    grid = F.affine_grid(theta.expand(batch, 2, 3), [batch, 1, *size], align_corners=False)
     resampled = F.grid_sample(map_BDHW.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     return resampled.to(map_BDHW.dtype)

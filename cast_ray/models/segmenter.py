@@ -71,11 +71,17 @@ class Segmenter(nn.Module):
         if isinstance(self.head, EomtHead):
             self.head.anneal(progress)
 
-    def checkpoint_activations(self) -> None:
-        """Trades a second forward pass of each layer of encoder and head for the memory of its activations."""
-        checkpoint_blocks(self.encoder.blocks())
+    def checkpoint_activations(self) -> list[nn.Module]:
+        """Trades a second forward pass of each layer of encoder and head for the memory of its activations.
+
+        Returns:
+            these layers.
+        """
+        blocks = list(self.encoder.blocks())
         if isinstance(self.head, MaskedAttentionHead):
-            checkpoint_blocks(self.head.decoder.layers)
+            blocks += self.head.decoder.layers
+        checkpoint_blocks(blocks)
+        return blocks
 
     def encode(self, images: torch.Tensor) -> dict[int, torch.Tensor]:
         """The encoder's feature maps.
@@ -139,3 +145,17 @@ def build_segmenter(config: ModelConfig, num_classes: int, seed: int) -> Segment
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return Segmenter(config, num_classes)
+
+
+def outline(config: ModelConfig, num_classes: int) -> Segmenter:
+    """A segmenter without weights, on the meta device: parameter counts and shapes of any size at no memory.
+
+    Its encoder has the architecture of its name, also where `config` names a checkpoint.
+
+    Raises:
+        ValueError: see `Segmenter`.
+    """
+    bare = config.model_copy(update={"encoder": config.encoder.model_copy(update={"checkpoint": ""})})
+    with torch.device("meta"):
+        # A few parts of transformers ignore the context.
+        return Segmenter(bare, num_classes).to("meta")

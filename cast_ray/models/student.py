@@ -1,0 +1,185 @@
+"""A trained segmenter as it is kept and used: weights, architecture, classes, colours and input size in one folder.
+
+    student = Student.from_pretrained("folder")
+    instances = student.predict(images)
+
+The folder is laid out as transformers has it: `config.json`, `model.safetensors` and, for people, `README.md`. Loading
+needs torch, transformers and safetensors, and neither Ray nor a dataset.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import nn
+from transformers.utils import cached_file
+
+import cast_ray
+from cast_ray.models.card import model_card
+from cast_ray.models.drawing import class_colours
+from cast_ray.models.postprocess import predict_instances
+from cast_ray.models.segmenter import Segmenter
+from cast_ray.recipe import ModelConfig
+from cast_ray.records import Category, Predictions
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+MODEL_TYPE = "cast_ray"
+
+
+class Student(nn.Module):
+    """A segmenter with its classes and the size of its input. A teacher that is a segmenter is kept the same way.
+
+    Args:
+        segmenter: trained.
+        categories: C classes, in the order of its labels.
+        image_px: height and width that images were fitted to in training, pixels.
+        colours: C, of overlays; None: well separated ones.
+    """
+
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        categories: Sequence[Category],
+        image_px: tuple[int, int],
+        colours: Sequence[tuple[int, int, int]] | None = None,
+    ):
+        super().__init__()
+        assert segmenter.num_classes == len(categories)
+        self.segmenter = segmenter
+        self.categories = tuple(categories)
+        self.image_px = (image_px[0], image_px[1])
+        self.colours = [tuple(c) for c in colours] if colours is not None else class_colours(len(categories))
+
+    @property
+    def class_names(self) -> list[str]:
+        return [c.name for c in self.categories]
+
+    def forward(self, images: torch.Tensor) -> Predictions:
+        """As `Segmenter.forward`."""
+        return self.segmenter(images)
+
+    def predict(
+        self,
+        images: torch.Tensor,
+        image_hw: Sequence[tuple[int, int]] | None = None,
+        resized_hw: Sequence[tuple[int, int]] | None = None,
+        max_detections: int = 100,
+    ) -> list[list[dict[str, Any]]]:
+        """Instances of each image, as `predict_instances`; `cast_ray.views.fit_image` makes its inputs."""
+        return predict_instances(
+            self.segmenter, images.to(self.segmenter.pixel_mean.device), image_hw, resized_hw, max_detections
+        )
+
+    def config(self) -> dict[str, Any]:
+        """What `config.json` holds."""
+        encoder, names = self.segmenter.encoder, self.class_names
+        return {
+            "model_type": MODEL_TYPE,
+            "architectures": ["Student"],
+            "cast_ray_version": cast_ray.__version__,
+            "model": self.segmenter.config.model_dump(mode="json"),
+            "encoder_config": encoder.architecture,
+            "categories": [{"id": c.id, "name": c.name} for c in self.categories],
+            "id2label": {str(i): name for i, name in enumerate(names)},
+            "colours": [list(c) for c in self.colours],
+            "image_px": list(self.image_px),
+            "preprocessing": {
+                "channels": "RGB",
+                "resize": "to fit into image_px, aspect kept, bilinear with antialias",
+                "pad": "below and right, with 0",
+                "rescale_factor": 1 / 255,
+                "image_mean": list(encoder.mean),
+                "image_std": list(encoder.std),
+            },
+        }
+
+    def files(self, result: Mapping[str, Any] | None = None) -> dict[str, bytes]:
+        """Name -> content of each file of the folder; `result`: a row's result.json, for the model card."""
+        tensors = {k: v.detach().cpu().contiguous() for k, v in self.segmenter.state_dict().items()}
+        config = self.config()
+        return {
+            CONFIG: json.dumps(config, indent=1).encode(),
+            WEIGHTS: save_tensors(tensors, metadata={"format": "pt"}),
+            CARD: model_card(config, sum(p.numel() for p in self.segmenter.parameters()), result).encode(),
+        }
+
+    def save_pretrained(self, folder: str | Path, result: Mapping[str, Any] | None = None) -> None:
+        """Writes the folder.
+
+        Args:
+            folder: made where it is missing.
+            result: result.json of the row that made the student: its numbers go into the model card.
+        """
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, content in self.files(result).items():
+            (Path(folder) / name).write_bytes(content)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> Student:
+        """A saved student, in evaluation mode on the CPU.
+
+        Args:
+            source: a folder, or a model's name on the Hugging Face hub.
+
+        Raises:
+            ValueError: nothing there, not a student, or weights that do not fit; one line that names the file.
+        """
+        contents = []
+        for name in (CONFIG, WEIGHTS):
+            try:
+                path = cached_file(str(source), name)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"no saved student in {str(source)!r}: {_first_line(error)}") from None
+            contents.append(Path(path).read_bytes())
+        return cls.from_files(*contents, source=str(source))
+
+    @classmethod
+    def from_files(cls, config: bytes, weights: bytes, source: str) -> Student:
+        """As `from_pretrained`, from the contents of the two files; `source` names them in errors."""
+        spec = read_config(config, source)
+        try:
+            model = ModelConfig(**spec["model"])
+            categories = [Category(**c) for c in spec["categories"]]
+            with torch.random.fork_rng(devices=[]):  # random weights, overwritten below
+                segmenter = Segmenter(model, len(categories), spec["encoder_config"])
+            student = cls(segmenter, categories, spec["image_px"], spec["colours"])
+        except (KeyError, TypeError, ValidationError, ValueError) as error:
+            raise ValueError(f"{source}/{CONFIG}: cannot be read: {_first_line(error)}") from None
+        try:
+            segmenter.load_state_dict(load_tensors(weights))
+        except Exception as error:  # safetensors raises its own, torch a RuntimeError of many lines
+            lines = " ".join(str(error).split())
+            raise ValueError(f"{source}/{WEIGHTS}: does not fit {CONFIG}: {lines[:300]}") from None
+        return student.eval()
+
+
+def read_config(config: bytes, source: str) -> dict[str, Any]:
+    """The content of a `config.json`.
+
+    Raises:
+        ValueError: not JSON, or another kind of model's.
+    """
+    try:
+        spec = json.loads(config)
+    except ValueError as error:
+        raise ValueError(f"{source}/{CONFIG}: not JSON: {error}") from None
+    kind = spec.get("model_type") if isinstance(spec, dict) else None
+    if kind != MODEL_TYPE:
+        raise ValueError(
+            f"{source}/{CONFIG}: model_type is {kind!r}: expected {MODEL_TYPE!r}, as Student.save_pretrained writes it"
+        )
+    return spec
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
