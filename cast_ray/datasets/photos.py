@@ -37,15 +37,15 @@ def output_names(paths: Sequence[str]) -> list[str]:
 
     Where two would be equal (`3.jpg` and `3.png`), both keep their suffix.
     """
-    folder = (
-        posixpath.commonpath([posixpath.dirname(p) for p in paths]) if len(paths) > 1 else posixpath.dirname(paths[0])
-    )
-    relative = [p[len(folder) :].lstrip("/") for p in paths]
+    whole = [p if is_uri(p) else os.path.abspath(p) for p in paths]  # without .., which would leave the folder
+    folders = [posixpath.dirname(p) for p in whole]
+    shared = posixpath.commonpath(folders) if len({posixpath.isabs(f) for f in folders}) == 1 else ""
+    relative = [p[len(shared) :].lstrip("/") for p in whole]
     stems = [posixpath.splitext(p)[0] for p in relative]
     seen: dict[str, int] = {}
     for stem in stems:
         seen[stem] = seen.get(stem, 0) + 1
-    return [stem if seen[stem] == 1 else whole for stem, whole in zip(stems, relative)]
+    return [stem if seen[stem] == 1 else name for stem, name in zip(stems, relative)]
 
 
 def _local(source: str) -> list[str]:

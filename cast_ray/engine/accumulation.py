@@ -46,7 +46,7 @@ class PartedForward:
         self.parts = list(zip(weak.chunk(self.num_parts), strong_parts))
         with torch.no_grad():
             outputs = [self._run(self.network, i) for i in range(len(self.parts))]
-        tensors = [_tensors(output) for output in outputs]
+        tensors = [loss_inputs(output) for output in outputs]
         self.joined = [torch.cat(same).requires_grad_() for same in zip(*tensors)]
         return _rebuilt(outputs[0], self.joined)
 
@@ -58,7 +58,7 @@ class PartedForward:
         for i, (weak, _) in enumerate(self.parts):
             stop = start + len(weak)
             with self._without_sync(last=i == len(self.parts) - 1):
-                outputs = _tensors(self._run(self.wrapped, i))
+                outputs = loss_inputs(self._run(self.wrapped, i))
                 # An output that no term read gets zeros: DDP waits for every weight that it saw in the graph.
                 pairs = [
                     (out, torch.zeros_like(out) if whole.grad is None else whole.grad[start:stop])
@@ -78,7 +78,7 @@ class PartedForward:
         return nullcontext() if last or no_sync is None else no_sync()
 
 
-def _tensors(output: Output) -> list[torch.Tensor]:
+def loss_inputs(output: Output) -> list[torch.Tensor]:
     """What a loss may read of an output, in a fixed order."""
     predictions = output.predictions
     found = [*predictions.class_logits, *predictions.mask_logits, *predictions.auxiliary.values()]
@@ -86,7 +86,7 @@ def _tensors(output: Output) -> list[torch.Tensor]:
 
 
 def _rebuilt(like: Output, tensors: list[torch.Tensor]) -> Output:
-    """The inverse of `_tensors`, for an output of the same structure."""
+    """The inverse of `loss_inputs`, for an output of the same structure."""
     left = iter(tensors)
     predictions = Predictions(
         class_logits=[next(left) for _ in like.predictions.class_logits],

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cast_ray.engine.accumulation import loss_inputs
 from cast_ray.models.network import CastNetwork
 from cast_ray.models.segmenter import outline
 from cast_ray.recipe import ContrastiveConfig, ModelConfig, TrainConfig
@@ -109,14 +110,9 @@ def _per_image(
             torch.autocast("cpu", torch.bfloat16, enabled=half),
         ):
             output = network(image, image if contrastive is not None else None)
-    tensors = [
-        *output.predictions.class_logits,
-        *output.predictions.mask_logits,
-        *output.predictions.auxiliary.values(),
-    ]
-    tensors += [z for z in (output.z_weak, output.z_strong) if z is not None]
     num_parameters = sum(p.numel() for p in network.parameters())
-    return _PerImage(num_parameters, kept.num_bytes, sum(t.numel() * t.element_size() for t in tensors))
+    num_bytes = sum(t.numel() * t.element_size() for t in loss_inputs(output))
+    return _PerImage(num_parameters, kept.num_bytes, num_bytes)
 
 
 class _Kept:

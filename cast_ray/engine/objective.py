@@ -21,7 +21,7 @@ class Objective:
     """The loss of every stage. `weights` holds the weight of each term by exact name.
 
     Terms: `sup/<term>` on D_l, `semi/<term>` on pseudo-labels (both the set loss and, for models with proposals, their
-    auxiliary loss), `pxl` on all images of the step.
+    auxiliary loss), `pxl` on all images of the step. `proposals`: as the model's config has it.
     """
 
     def __init__(
@@ -29,9 +29,12 @@ class Objective:
         loss: LossConfig,
         contrastive: ContrastiveConfig | None,
         gather: Gather | None = None,
+        proposals: bool = True,
     ):
         self.loss, self.contrastive, self.gather = loss, contrastive, gather
-        own = {"class": loss.class_weight, "mask": loss.mask_weight, "dice": loss.dice_weight, **proposal_weights(loss)}
+        own = {"class": loss.class_weight, "mask": loss.mask_weight, "dice": loss.dice_weight}
+        if proposals:
+            own |= proposal_weights(loss)
         self.weights = {f"sup/{name}": weight for name, weight in own.items()}
         if loss.lambda_semi > 0:
             self.weights |= {f"semi/{name}": loss.lambda_semi * weight for name, weight in own.items()}

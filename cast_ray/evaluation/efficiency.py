@@ -57,8 +57,8 @@ def measure_seconds(
 class PeakMemory:
     """Highest memory inside a `with` block, above that at its start, in `num_bytes`; None where nothing can tell.
 
-    On a GPU what torch allocated; on Linux's CPUs the growth of this process's resident memory, with which the allocator
-    may have been generous.
+    On a GPU what torch allocated; on Linux's CPUs the growth of this process's resident memory, which the allocator
+    rounds up.
     """
 
     num_bytes: int | None = None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     ConvNextBackbone,
@@ -128,7 +129,7 @@ def _load(config: EncoderConfig, known: Architecture) -> PreTrainedModel:
         model, report = kind.from_pretrained(
             source, config=_with_stages(settings), dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{where}: the weights cannot be loaded: {_first_line(error)}") from None
     inside = {Sam2Model: "vision_encoder.backbone", Sam2VisionModel: "backbone"}.get(kind, "")
     missing = sorted(k for k in report["missing_keys"] if k.startswith(inside) and _NEW_IN_A_BACKBONE not in k)

@@ -42,7 +42,7 @@ def model_card(config: Mapping[str, Any], num_parameters: int, result: Mapping[s
     more = f" and {len(names) - MAX_CLASSES} more" if len(names) > MAX_CLASSES else ""
     height, width = config["image_px"]
     parts = [
-        "---\nlibrary_name: cast_ray\npipeline_tag: image-segmentation\ntags: [instance-segmentation, distillation]\n---",
+        "---\nlibrary_name: cast_ray\npipeline_tag: image-segmentation\ntags: [instance-segmentation]\n---",
         "# Instance segmentation student\n",
         f"- architecture: {model['encoder']['name']} encoder, "
         + (f"{model['decoder']} decoder, " if model["head"] != "eomt" else "")

@@ -6,6 +6,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -156,7 +157,7 @@ def _doubling_strides(name: str, channels: dict[int, int]) -> list[int]:
     strides = sorted((s for s in channels if s >= MASK_STRIDE), reverse=True)
     if not strides or strides[-1] != MASK_STRIDE:
         raise ValueError(f"decoder {name!r} needs an encoder map of stride {MASK_STRIDE}: got {sorted(channels)}")
-    for coarse, fine in zip(strides, strides[1:]):
+    for coarse, fine in pairwise(strides):
         if coarse != 2 * fine:
             raise ValueError(f"decoder {name!r} needs strides that double: got {sorted(channels)}")
     return strides

@@ -79,9 +79,9 @@ def _boxes(inside_BQHW: torch.Tensor) -> torch.Tensor:
 
 
 def export_onnx(student: Student, path: str | Path, max_detections: int = 100) -> dict[str, str]:
-    """Writes a student as an ONNX model: input `images` uint8 [batch, 3, H, W] of its `image_px`, outputs as `Detector`.
+    """Writes a student as an ONNX model: images uint8 [batch, 3, H, W] of its `image_px` in, `Detector`'s outputs out.
 
-    Class names and input size are in the model's metadata, as JSON.
+    The batch size is free. Class names and input size are in the model's metadata, as JSON.
 
     Args:
         student: on the CPU.

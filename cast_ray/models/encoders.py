@@ -57,7 +57,7 @@ class Encoder(nn.Module):
         for parameter in self.pretrained().parameters():
             depth = depth_of.get(id(parameter), depth)
             grouped[depth].append(parameter)
-        return grouped
+        return [parameters for parameters in grouped if parameters]
 
 
 def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
@@ -92,6 +92,8 @@ class HierarchicalEncoder(Encoder):
         for module in self.backbone.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.requires_grad_(False)
+        if settings.model_type == "swin":
+            self.backbone.swin.layernorm.requires_grad_(False)  # of the pooled output, which nothing reads
 
     @property
     def _is_hiera(self) -> bool:

@@ -127,7 +127,7 @@ class Segmenter(nn.Module):
     def _cut(
         self, maps: dict[int, torch.Tensor], pixels: torch.Tensor, images: torch.Tensor
     ) -> dict[int, torch.Tensor]:
-        padded, own = tuple(pixels.shape[-2:]), tuple(images.shape[-2:])
+        padded, own = (pixels.shape[-2], pixels.shape[-1]), (images.shape[-2], images.shape[-1])
         return {stride: cut_padding(x_BDHW, padded, own) for stride, x_BDHW in maps.items()}
 
 

@@ -55,7 +55,7 @@ class Student(nn.Module):
         self.segmenter = segmenter
         self.categories = tuple(categories)
         self.image_px = (image_px[0], image_px[1])
-        self.colours = [tuple(c) for c in colours] if colours is not None else class_colours(len(categories))
+        self.colours = [(c[0], c[1], c[2]) for c in colours or class_colours(len(categories))]
 
     @property
     def class_names(self) -> list[str]:
@@ -131,14 +131,11 @@ class Student(nn.Module):
         Raises:
             ValueError: nothing there, not a student, or weights that do not fit; one line that names the file.
         """
-        contents = []
-        for name in (CONFIG, WEIGHTS):
-            try:
-                path = cached_file(str(source), name)
-            except (OSError, ValueError) as error:
-                raise ValueError(f"no saved student in {str(source)!r}: {_first_line(error)}") from None
-            contents.append(Path(path).read_bytes())
-        return cls.from_files(*contents, source=str(source))
+        try:
+            config, weights = (Path(cached_file(str(source), name)).read_bytes() for name in (CONFIG, WEIGHTS))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"no saved student in {str(source)!r}: {_first_line(error)}") from None
+        return cls.from_files(config, weights, source=str(source))
 
     @classmethod
     def from_files(cls, config: bytes, weights: bytes, source: str) -> Student:

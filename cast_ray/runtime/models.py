@@ -72,9 +72,8 @@ def _row_of_run(path: Path) -> Path | None:
     """`runs/<name>/<row>` as the folder `<table>__<row>__s<seed>`; None where the run itself does not exist."""
     if not path.parent.is_dir():
         return None
-    found = sorted(
-        p.parent for p in path.parent.glob("*__*__s*/result.json") if p.parent.name.split("__")[1] == path.name
-    )
+    rows = sorted(p.parent for p in path.parent.glob("*__*__s*/result.json"))
+    found = [row for row in rows if row.name.split("__")[1] == path.name]
     if len(found) > 1:
         raise ValueError(f"{str(path)!r} has several seeds: expected one of {', '.join(p.name for p in found)}")
     return found[0] if found else None

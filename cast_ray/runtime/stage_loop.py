@@ -24,7 +24,7 @@ from safetensors.torch import load as load_tensors
 from cast_ray.engine.checkpoint import TrainState
 from cast_ray.engine.world import World
 from cast_ray.evaluation.coco_ap import mask_ap
-from cast_ray.recipe import DataConfig, Recipe
+from cast_ray.recipe import DataConfig
 from cast_ray.runtime.models import WEIGHTS, load_model, save_model
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.streams import configure_data, picture_dataset, pictures, training_stream

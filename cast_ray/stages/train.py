@@ -69,7 +69,7 @@ def train_stage(
     contrastive = ContrastiveConfig(**config["contrastive"]) if config["contrastive"] else None
     network = CastNetwork(segmenter, contrastive)
     gather = WorkerGather(world.rank, world.size) if world.size > 1 else None
-    objective = Objective(LossConfig(**config["loss"]), contrastive, gather)
+    objective = Objective(LossConfig(**config["loss"]), contrastive, gather, segmenter.config.proposals)
     result = train(
         network,
         objective,
