@@ -228,6 +228,13 @@ def _run(arguments: argparse.Namespace, errors: Console) -> int:
     return 0 if done else EXIT_NOTHING
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: expected 1 or more")
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m cast_ray.predict",
@@ -240,8 +247,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", required=True, help="folder, made where missing")
     parser.add_argument("--threshold", type=float, default=0.3, help="least score (default: %(default)s)")
-    parser.add_argument("--max-detections", type=int, default=100, help="per image (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="images at a time (default: %(default)s)")
+    parser.add_argument("--max-detections", type=_positive, default=100, help="per image (default: %(default)s)")
+    parser.add_argument("--batch", type=_positive, default=8, help="images at a time (default: %(default)s)")
     parser.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="autocast")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--no-overlays", action="store_true", help="results only")

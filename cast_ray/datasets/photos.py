@@ -37,7 +37,8 @@ def output_names(paths: Sequence[str]) -> list[str]:
 
     Where two would be equal (`3.jpg` and `3.png`), both keep their suffix.
     """
-    whole = [p if is_uri(p) else os.path.abspath(p) for p in paths]  # without .., which would leave the folder
+    # Without .., which would leave the folder, and without the empty part of s3://, which commonpath drops.
+    whole = [p.replace("://", "/", 1) if is_uri(p) else os.path.abspath(p) for p in paths]
     folders = [posixpath.dirname(p) for p in whole]
     shared = posixpath.commonpath(folders) if len({posixpath.isabs(f) for f in folders}) == 1 else ""
     relative = [p[len(shared) :].lstrip("/") for p in whole]

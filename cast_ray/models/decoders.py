@@ -130,6 +130,12 @@ class MSDeformDecoder(nn.Module):
             nn.Conv2d(width, config.hidden_dim, 1) if width != config.hidden_dim else nn.Identity() for _ in range(3)
         )
 
+    def train(self, mode: bool = True) -> MSDeformDecoder:
+        super().train(mode)
+        # Without dropout the modes differ in one thing: in training each layer asks the device whether all is finite.
+        self.pixel_decoder.eval()
+        return self
+
     def forward(self, maps: dict[int, torch.Tensor]) -> DecodedFeatures:
         """As `DPTDecoder.forward`, with the three coarsest levels."""
         device = maps[self.strides[0]].device

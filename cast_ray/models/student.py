@@ -132,7 +132,7 @@ class Student(nn.Module):
             ValueError: nothing there, not a student, or weights that do not fit; one line that names the file.
         """
         try:
-            config, weights = (Path(cached_file(str(source), name)).read_bytes() for name in (CONFIG, WEIGHTS))
+            config, weights = (_locate(str(source), name).read_bytes() for name in (CONFIG, WEIGHTS))
         except (OSError, ValueError) as error:
             raise ValueError(f"no saved student in {str(source)!r}: {_first_line(error)}") from None
         return cls.from_files(config, weights, source=str(source))
@@ -173,6 +173,17 @@ def read_config(config: bytes, source: str) -> dict[str, Any]:
             f"{source}/{CONFIG}: model_type is {kind!r}: expected {MODEL_TYPE!r}, as Student.save_pretrained writes it"
         )
     return spec
+
+
+def _locate(source: str, name: str) -> Path:
+    """A file of a folder, or of a model on the hub, downloaded once."""
+    path = Path(source).expanduser() / name
+    if path.parent.is_dir():
+        return path
+    owner, _, model = source.partition("/")
+    if not owner or not model or "/" in model or Path(owner).exists():  # asking the hub for a mistyped path takes long
+        raise FileNotFoundError("no such folder")
+    return Path(cached_file(source, name))
 
 
 def _first_line(error: Exception) -> str:
