@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from statistics import median
+from typing import Any
+from weakref import WeakSet, finalize
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 WARM_UPS = 2
@@ -54,44 +57,44 @@ def measure_seconds(
     return median(seconds[WARM_UPS:])
 
 
-class PeakMemory:
-    """Highest memory inside a `with` block, above that at its start, in `num_bytes`; None where nothing can tell.
+def peak_memory(run: Callable[[], object], device: torch.device) -> int:
+    """Most bytes that a call without gradients holds at a time, above what was there before.
 
-    On a GPU what torch allocated; on Linux's CPUs the growth of this process's resident memory, which the allocator
-    rounds up.
+    On a GPU what torch allocated. Elsewhere what the operations returned: resident memory would tell of the allocator
+    and of all that the process did before.
     """
-
-    num_bytes: int | None = None
-
-    def __init__(self, device: torch.device):
-        self.device = device
-
-    def __enter__(self) -> PeakMemory:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.before: int | None = torch.cuda.memory_allocated(self.device)
-        else:
-            self.before = _resident("VmRSS") if _forget_peak() else None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        after = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _resident("VmHWM")
-        if self.before is not None and after is not None:
-            self.num_bytes = max(0, after - self.before)
+    with torch.inference_mode():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            run()
+            return torch.cuda.max_memory_allocated(device) - before
+        with _LiveTensors() as live:
+            run()
+        return live.most
 
 
-def _forget_peak() -> bool:
-    """Sets this process's highest resident memory back to the present one."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
+class _LiveTensors(TorchDispatchMode):
+    """Bytes of the storages that operations made and that are still in use, and their highest sum."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: WeakSet[torch.UntypedStorage] = WeakSet()
 
-def _resident(field: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for given in tree_leaves((args, kwargs)):
+            if isinstance(given, torch.Tensor):  # not made by an operation here: it was there before
+                self.known.add(given.untyped_storage())
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.known:
+                self.known.add(storage)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                finalize(storage, self._forget, storage.nbytes())
+        return out
+
+    def _forget(self, num_bytes: int) -> None:
+        self.now -= num_bytes

@@ -128,9 +128,7 @@ def test_a_resumed_run_draws_what_it_would_have_drawn() -> None:
         torch.manual_seed(before)
         objective = Objective(LOSS, None, proposals=False)
         batch = iter([make_batch((2, 3), num_labelled=2)])
-        result = train(
-            network, objective, batch, TrainConfig(steps=1, ema=0), fingerprint="f", seed=0, world=World()
-        )
+        result = train(network, objective, batch, TrainConfig(steps=1, ema=0), fingerprint="f", seed=0, world=World())
         return [{k: v for k, v in entry.items() if k != "images_per_s"} for entry in result.curve]
 
     assert step(1) == step(2)

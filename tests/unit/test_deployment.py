@@ -81,6 +81,7 @@ def test_full_size_encoders_export(encoder: str, decoder: str, tmp_path: Path) -
     check(make(encoder, decoder=decoder), tmp_path / "student.onnx")
 
 
+@torch.no_grad()
 def test_the_detector_finds_what_the_student_finds() -> None:
     student = make()
     boxes, labels, scores, masks = Detector(student, NUM)(images(2))

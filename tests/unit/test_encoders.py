@@ -18,6 +18,7 @@ from cast_ray.models.backbones import ARCHITECTURES
 from cast_ray.models.network import CastNetwork
 from cast_ray.models.segmenter import Segmenter, build_segmenter, outline
 from cast_ray.models.student import Student
+from cast_ray.models.vit_encoders import ViTEncoder
 from cast_ray.recipe import ContrastiveConfig, EncoderConfig, ModelConfig, TrainConfig
 from cast_ray.records import Category
 from cast_ray.registry import ROWS
@@ -113,6 +114,7 @@ def test_the_checkpoints_weights_are_the_encoders(name: str, tmp_path: Path) -> 
 def test_vit_maps_are_the_backbones_own(name: str, size: tuple[int, int], tmp_path: Path) -> None:
     save_folder(name, tmp_path)
     encoder = build_segmenter(tiny(name, tmp_path, head="eomt", num_layers=1), NUM_CLASSES, 0).encoder.eval()
+    assert isinstance(encoder, ViTEncoder)
     kind = {"dinov2": Dinov2Backbone, "dinov2_with_registers": Dinov2WithRegistersBackbone}
     backbone = kind.get(ARCHITECTURES[name].model_type, DINOv3ViTBackbone).from_pretrained(
         tmp_path, out_features=["stage1", "stage2", "stage3", "stage4"]
@@ -152,19 +154,22 @@ def test_full_size_architectures_need_no_download(name: str) -> None:
     assert {p.device.type for p in model.parameters()} == {"meta"}
     encoder = sum(p.numel() for p in model.encoder.pretrained().parameters())
     assert encoder == PUBLISHED.get(name, encoder)
-    assert round(encoder / 1e6) == {
-        "dinov2-s": 22,
-        "dinov2-b": 87,
-        "dinov2-l": 304,
-        "dinov2-s-reg": 22,
-        "dinov2-b-reg": 87,
-        "dinov2-l-reg": 304,
-        "dinov3-s": 22,
-        "resnet50": 24,  # 24, 35 and 22 of dinov2-s are the paper's
-        "sam2-s": 34,
-        "swin-t": 28,
-        "convnext-t": 28,
-    }[name]
+    assert (
+        round(encoder / 1e6)
+        == {
+            "dinov2-s": 22,
+            "dinov2-b": 87,
+            "dinov2-l": 304,
+            "dinov2-s-reg": 22,
+            "dinov2-b-reg": 87,
+            "dinov2-l-reg": 304,
+            "dinov3-s": 22,
+            "resnet50": 24,  # 24, 35 and 22 of dinov2-s are the paper's
+            "sam2-s": 34,
+            "swin-t": 28,
+            "convnext-t": 28,
+        }[name]
+    )
     out = model.eval().requires_grad_(False)(torch.empty(1, 3, 512, 1024, dtype=torch.uint8, device="meta"))
     strides = [4, 8, 16, 32]
     assert list(out.features) == list(model.feature_dims) == strides

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch import nn
 from cast_ray.engine.optim import WeightAverage, build_optimizer, lr_factor, set_lr
 from cast_ray.models.network import CastNetwork
 from cast_ray.models.segmenter import build_segmenter, outline
+from cast_ray.models.vit_encoders import ViTEncoder
 from cast_ray.recipe import ContrastiveConfig, EncoderConfig, ModelConfig, TrainConfig
 
 TINY = ModelConfig(
@@ -94,7 +97,8 @@ def test_each_layer_learns_slower_than_the_next() -> None:
     config = TrainConfig(lr=1e-2, encoder_lr_factor=0.1, layer_decay=0.5)
     optimizer = build_optimizer(CastNetwork(model, None), config)
     rates = {id(p): group["base_lr"] for group in optimizer.param_groups for p in group["params"]}
-    backbone = model.encoder.backbone
+    assert isinstance(model.encoder, ViTEncoder)
+    backbone: Any = model.encoder.backbone
     for depth, layer in enumerate(backbone.encoder.layer):
         found = {rates[id(p)] for p in layer.parameters()}
         assert len(found) == 1 and found.pop() == pytest.approx(1e-3 * 0.5 ** (3 - depth))

@@ -34,7 +34,7 @@ def test_a_cut_inside_a_pixel_stays_aligned(image_hw: tuple[int, int]) -> None:
     """Patches of 14 px: the map of the padded 532 x 1036 image has 38 x 74 pixels, and 3.5 px apart four times more."""
     padded = (-(-image_hw[0] // 28) * 28, -(-image_hw[1] // 28) * 28)
     for per_patch in (0.5, 1, 4):
-        size = [int(n / 14 * per_patch) for n in padded]
+        size = (int(padded[0] / 14 * per_patch), int(padded[1] / 14 * per_patch))
         found = cut_padding(ramps(*size, padded), padded, image_hw)
         rows, columns = (-(-n * own // whole) for n, own, whole in zip(size, image_hw, padded))
         assert found.shape == (1, 2, rows, columns)
@@ -49,4 +49,5 @@ def test_gradients_flow_through_both_cuts() -> None:
     for image_hw in ((40, 52), (41, 53)):
         whole = torch.randn(1, 2, 16, 24, requires_grad=True)
         cut_padding(whole, (64, 96), image_hw).sum().backward()
+        assert whole.grad is not None
         assert whole.grad.abs().sum() > 0 and not whole.grad[..., 12:, :].any()

@@ -58,7 +58,11 @@ def test_what_is_saved_comes_back(folder: Path) -> None:
 
 
 def test_the_folder_is_laid_out_as_transformers_has_it(folder: Path) -> None:
-    assert {p.name for p in folder.iterdir()} == {CONFIG, WEIGHTS, CARD} == {"config.json", "model.safetensors", "README.md"}
+    assert (
+        {p.name for p in folder.iterdir()}
+        == {CONFIG, WEIGHTS, CARD}
+        == {"config.json", "model.safetensors", "README.md"}
+    )
     config = json.loads((folder / CONFIG).read_text())
     assert config["id2label"] == {"0": "disc", "1": "büchse"}
     assert config["categories"] == [{"id": 3, "name": "disc"}, {"id": 7, "name": "büchse"}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -159,14 +160,14 @@ def converted(theirs: torch.nn.Module, names: dict[str, str], renames: dict[str,
     return weights
 
 
-def eomt_segmenter(name: str, backbone: object, folder: Path) -> Segmenter:
-    backbone.save_pretrained(folder)  # type: ignore[attr-defined]
+def eomt_segmenter(name: str, backbone: Any, folder: Path) -> Segmenter:
+    backbone.save_pretrained(folder)
     encoder = EncoderConfig(name=name, checkpoint=str(folder))
     config = ModelConfig(encoder=encoder, head="eomt", num_queries=NUM_QUERIES, num_layers=3, proposals=False)
     return Segmenter(config, NUM_CLASSES).eval()
 
 
-def assert_same_eomt(ours: Segmenter, theirs: torch.nn.Module, probs: list[float]) -> None:
+def assert_same_eomt(ours: Segmenter, theirs: Any, probs: list[float]) -> None:
     theirs.attn_mask_probs.copy_(torch.tensor(probs))
     state = ours.state_dict() | {"head.attn_mask_probs": torch.tensor(probs)}
     ours.load_state_dict(state)
