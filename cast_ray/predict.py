@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cast_ray.datasets.images import read_image
 from cast_ray.datasets.photos import find_images, output_names
 from cast_ray.engine.loop import amp_dtype
+from cast_ray.engine.world import pick_device
 from cast_ray.models.drawing import draw_instances
 from cast_ray.models.student import CONFIG, WEIGHTS, Student
 from cast_ray.runtime.models import open_student
@@ -166,19 +167,6 @@ def make_predictor(config: bytes, weights: bytes, device: str, **settings: Any) 
     torch.set_num_threads(1)
     student = Student.from_files(config, weights, source="student").to(pick_device(device))
     return Predictor(student, **settings)
-
-
-def pick_device(wanted: str) -> torch.device:
-    """auto: the GPU where there is one.
-
-    Raises:
-        ValueError: a GPU that is not there.
-    """
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {wanted}: no GPU here")
-    return torch.device(wanted)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,9 +23,9 @@ from rich.table import Table as Grid
 from torch import nn
 
 from cast_ray.engine.loop import amp_dtype
+from cast_ray.engine.world import pick_device
 from cast_ray.evaluation.efficiency import count_gmacs, count_parameters, measure_seconds, peak_memory
 from cast_ray.models.segmenter import build_segmenter, outline
-from cast_ray.predict import pick_device
 from cast_ray.recipe import SCALES, Recipe, parse_overrides, preset_names
 from cast_ray.stages.table import load_table
 

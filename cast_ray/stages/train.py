@@ -9,6 +9,7 @@ import torch
 from cast_ray.engine.checkpoint import TrainState
 from cast_ray.engine.collectives import WorkerGather
 from cast_ray.engine.loop import TrainResult, train
+from cast_ray.engine.memory import MemoryEstimate, estimate_memory
 from cast_ray.engine.objective import Objective
 from cast_ray.engine.world import World
 from cast_ray.models.network import CastNetwork
@@ -26,6 +27,23 @@ def train_config(stage: Stage, recipe: Recipe) -> TrainConfig:
     how: TrainConfig = getattr(recipe.stages, stage.name)
     part = {"batch_unlabelled": 0} | stage.config["train"]
     return TrainConfig(**part, **how.model_dump(include=set(HOW_IT_RUNS)))
+
+
+def stage_memory(stage: Stage, recipe: Recipe, num_classes: int) -> MemoryEstimate:
+    """What one worker of a train stage needs, for a plan; see `estimate_memory`."""
+    config, runtime = stage.config, recipe.runtime
+    height, width = config["data"]["image_px"]
+    return estimate_memory(
+        ModelConfig(**config["model"]),
+        train_config(stage, recipe),
+        num_classes=num_classes,
+        image_px=(height, width),
+        contrastive=ContrastiveConfig(**config["contrastive"]) if config["contrastive"] else None,
+        unlabelled=config["unlabelled"],
+        num_workers=runtime.num_workers,
+        half=runtime.amp in ("bf16", "fp16") or (runtime.amp == "auto" and runtime.use_gpu),
+        gradient_checkpointing=runtime.gradient_checkpointing,
+    )
 
 
 def train_stage(

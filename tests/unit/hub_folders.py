@@ -20,6 +20,8 @@ from transformers import (
     ResNetForImageClassification,
     Sam2Config,
     Sam2Model,
+    Sam2VideoConfig,
+    Sam2VideoModel,
     SwinConfig,
     SwinForImageClassification,
 )
@@ -37,15 +39,30 @@ HIERA = {
 }
 
 
-def _sam2() -> Sam2Model:
-    vision = {
+SAM2: dict[str, Any] = {
+    "vision_config": {
         "backbone_config": {"model_type": "sam2_hiera_det_model", **HIERA},
         "backbone_channel_list": [64, 32, 16, 8],
         "fpn_hidden_size": 16,
-    }
-    prompts = {"hidden_size": 16, "mask_input_channels": 4}
-    decoder = {"hidden_size": 16, "num_attention_heads": 2, "mlp_dim": 16, "iou_head_hidden_dim": 16}
-    return Sam2Model(Sam2Config(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder))
+    },
+    "prompt_encoder_config": {"hidden_size": 16, "mask_input_channels": 4},
+    "mask_decoder_config": {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "mlp_dim": 16,
+        "iou_head_hidden_dim": 16,
+    },
+}
+
+
+def make_sam2_video() -> Sam2VideoModel:
+    """SAM2 with its memory, as which the hub's configs of the image models name themselves."""
+    torch.manual_seed(3)
+    sizes = ("memory_attention_hidden_size", "memory_attention_feed_forward_hidden_size", "memory_encoder_hidden_size")
+    more = ("mask_downsampler_embed_dim", "memory_fuser_embed_dim", "memory_fuser_intermediate_dim")
+    small = dict.fromkeys((*sizes, *more), 16) | {"memory_encoder_output_channels": 8}
+    heads = {"memory_attention_num_layers": 1, "memory_attention_downsample_rate": 1}
+    return Sam2VideoModel(Sam2VideoConfig(**SAM2, **small, **heads, memory_attention_num_attention_heads=1))
 
 
 def make_model(name: str) -> PreTrainedModel:
@@ -68,7 +85,7 @@ def make_model(name: str) -> PreTrainedModel:
         sizes = {"hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1]}
         return ConvNextForImageClassification(ConvNextConfig(**sizes, num_labels=5))
     assert kind == "sam2_hiera_det_model", kind
-    return _sam2()
+    return Sam2Model(Sam2Config(**SAM2))
 
 
 def save_folder(name: str, folder: Path) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_folders import make_model, save_folder
+from hub_folders import make_model, make_sam2_video, save_folder
 from training_scenes import LOSS, make_batch
 from transformers import Dinov2Backbone, Dinov2WithRegistersBackbone, DINOv3ViTBackbone, Sam2VisionModel
 
@@ -252,13 +252,14 @@ def test_half_precision_checkpoints_are_trained_in_full(tmp_path: Path) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_the_encoder_of_a_saved_sam2_vision_model(tmp_path: Path) -> None:
-    whole = make_model("sam2-s")
-    vision: Sam2VisionModel = whole.vision_encoder  # type: ignore[assignment]
+def test_the_encoder_inside_every_form_of_sam2(tmp_path: Path) -> None:
+    video = make_sam2_video()
+    vision: Sam2VisionModel = video.vision_encoder
+    video.save_pretrained(tmp_path / "video")
     vision.save_pretrained(tmp_path / "vision")
     vision.backbone.save_pretrained(tmp_path / "hiera")
     wanted = vision.backbone.state_dict()
-    for folder in ("vision", "hiera"):
+    for folder in ("video", "vision", "hiera"):
         found = build_segmenter(tiny("sam2-s", tmp_path / folder), NUM_CLASSES, 0).encoder.backbone.state_dict()
         assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)
 
