@@ -16,10 +16,11 @@ from cast_ray.engine.objective import Objective
 from cast_ray.engine.world import World
 from cast_ray.models.backbones import ARCHITECTURES
 from cast_ray.models.network import CastNetwork
+from cast_ray.models.projector import select_stride
 from cast_ray.models.segmenter import Segmenter, build_segmenter, outline
 from cast_ray.models.student import Student
 from cast_ray.models.vit_encoders import ViTEncoder
-from cast_ray.recipe import ContrastiveConfig, EncoderConfig, ModelConfig, TrainConfig
+from cast_ray.recipe import CONTRASTIVE_PRESETS, ContrastiveConfig, EncoderConfig, ModelConfig, TrainConfig
 from cast_ray.records import Category
 from cast_ray.registry import ROWS
 
@@ -301,3 +302,43 @@ def test_the_tiny_vit_needs_widths_that_double() -> None:
     encoder = config.encoder.model_copy(update={"widths": (8, 16, 24, 32)})
     with pytest.raises(ValueError, match=r"encoder.widths is \[8, 16, 24, 32\]: the encoder 'vit' expects four"):
         Segmenter(config.model_copy(update={"encoder": encoder}), NUM_CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"), [("dinov2-s", (3, 6, 9, 12)), ("dinov2-l", (5, 12, 18, 24)), ("dinov3-s", (3, 6, 9, 12))]
+)
+def test_hidden_layers_are_taken_as_in_dpt(name: str, layers: tuple[int, ...]) -> None:
+    encoder = outline(tiny(name), NUM_CLASSES).encoder
+    assert isinstance(encoder, ViTEncoder) and encoder.taken == layers
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "column", "stride", "width"),
+    [
+        ("dinov2-s", "masked-attention", "released", 32, 768),  # 28 px: what the released code projects
+        ("dinov2-s", "masked-attention", "paper", 8, 192),
+        ("dinov2-s", "eomt", "released", 16, 384),  # all there is
+        ("dinov2-s", "eomt", "paper", 16, 384),
+        ("resnet50", "masked-attention", "released", 32, 2048),
+    ],
+)
+def test_the_contrast_finds_its_map(name: str, head: str, column: str, stride: int, width: int) -> None:
+    config = ContrastiveConfig(**CONTRASTIVE_PRESETS[column])
+    dims = outline(tiny(name, head=head), NUM_CLASSES).feature_dims
+    assert select_stride(dims, config) == stride and dims[stride] == width
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("change", [{"decoder": "dpt"}, {"decoder": "fpn"}, {"decoder": "msdeform"}, {"head": "eomt"}])
+def test_half_precision_trains_and_agrees(change: dict, half: torch.dtype) -> None:
+    model = build_segmenter(tiny("vit", **change), NUM_CLASSES, 0).train()
+    wanted = model(images())
+    with torch.autocast("cpu", half):
+        out = model(images(60, 90))
+        found = model(images())
+    assert out.mask_logits[-1].isfinite().all()
+    spread = wanted.mask_logits[0].std()
+    assert (found.mask_logits[0].float() - wanted.mask_logits[0]).abs().mean() < 0.1 * spread
+    sum(x.float().square().mean() for x in (*found.class_logits, *found.mask_logits)).backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert grads and all(g.isfinite().all() and g.dtype == torch.float32 for g in grads)
