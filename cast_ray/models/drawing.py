@@ -58,7 +58,7 @@ def draw_instances(
         ys, xs = np.nonzero(mask)
         score = instance.get("score")
         text = class_names[label] + (f" {score:.2f}" if score is not None else "")
-        labels.append((text, int(xs.mean()), int(ys.mean()), colours[label]))
+        labels.append((text, int(xs.mean()), (int(ys.min()), int(ys.mean()), int(ys.max())), colours[label]))
     drawn = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     _draw_labels(drawn, labels)
     return drawn
@@ -87,14 +87,20 @@ def _decode(instance: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
     return coco_mask.decode({"size": [size[1], size[0]], "counts": counts}).astype(bool)
 
 
-def _draw_labels(picture: Image.Image, labels: Sequence[tuple[str, int, int, tuple[int, int, int]]]) -> None:
-    """Writes each label at its instance's middle, moved down or up where it would cover another."""
+def _draw_labels(
+    picture: Image.Image, labels: Sequence[tuple[str, int, tuple[int, int, int], tuple[int, int, int]]]
+) -> None:
+    """Writes (text, x, top and middle and bottom y, colour) at the middle of its instance, above a small one.
+
+    Where it would cover another label it moves down or up.
+    """
     draw = ImageDraw.Draw(picture)
     face = font(12 if picture.width >= 160 else 9)
     taken: list[tuple[int, int, int, int]] = []
-    for text, x, y, colour in reversed(labels):  # the surest keeps its place
+    for text, x, (highest, middle, lowest), colour in reversed(labels):  # the surest keeps its place
         left, top, right, bottom = draw.textbbox((0, 0), text, font=face)
         width, height = int(right - left) + 5, int(bottom - top) + 4
+        y = middle if lowest - highest > 4 * height else highest - height // 2 - 2
         x0 = min(max(x - width // 2, 0), max(picture.width - width, 0))
         room = max(picture.height - height, 0)
         tries = [min(max(y - height // 2 + sign * k * (height + 1), 0), room) for k in range(12) for sign in (1, -1)]
