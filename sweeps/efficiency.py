@@ -119,7 +119,7 @@ def _grid(costs: list[Cost], title: str) -> Grid:
         grid.add_column(column, justify="left" if column == "model" else "right")
     for cost in costs:
         cells = (cost.params_m, cost.gmacs, cost.latency_ms, cost.images_per_s, cost.peak_gib)
-        grid.add_row(cost.row, *("-" if v is None else f"{v:.1f}" if v < 100 else f"{v:.0f}" for v in cells))
+        grid.add_row(cost.row, *("-" if v is None else f"{v:.3g}" if v < 100 else f"{v:.0f}" for v in cells))
     published = json.loads((resources.files("cast_ray") / "paper" / "tables.json").read_text())["efficiency"]
     for name, params, gflops, latency, fps in published["rows"]:
         grid.add_row(f"paper: {name}", str(params), str(gflops), str(latency), str(fps), "-", style="dim")

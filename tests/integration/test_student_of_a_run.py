@@ -12,7 +12,16 @@ import pytest
 from cast_ray import export, predict
 from cast_ray.runtime.models import open_student
 
+pytestmark = pytest.mark.timeout(1800)
+
 SETTINGS = {
+    "data.shapes.num_source": "8",
+    "data.shapes.num_train": "16",
+    "data.shapes.num_val": "6",
+    "stages.use_adapt": "false",
+    "teacher.num_layers": "1",
+    **{f"stages.{stage}.batch_labelled": "2" for stage in ("pretrain", "distill", "refine")},
+    "stages.distill.batch_unlabelled": "2",
     "student.encoder.name": "vit",
     "student.encoder.widths": "[8, 16, 32, 64]",
     "student.head": "eomt",
