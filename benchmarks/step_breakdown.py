@@ -39,7 +39,7 @@ from cast_ray.engine.world import CPU, World
 from cast_ray.losses import set_criterion
 from cast_ray.models.encoders import Encoder
 from cast_ray.models.network import CastNetwork, Output
-from cast_ray.models.student import build_segmenter
+from cast_ray.models.segmenter import build_segmenter
 from cast_ray.recipe import EncoderConfig, ModelConfig, Recipe, build_recipe
 from cast_ray.records import Batch, Predictions, Targets
 

@@ -44,7 +44,7 @@ from torch.utils.data import DataLoader, Dataset
 from cast_ray.batches import collate, join, to_batch
 from cast_ray.datasets.images import read_image
 from cast_ray.datasets.segmentations import encode_mask
-from cast_ray.models.student import build_segmenter
+from cast_ray.models.segmenter import build_segmenter
 from cast_ray.recipe import DataConfig, LabelsConfig, PseudoConfig, RuntimeConfig, build_recipe
 from cast_ray.records import RECORD_SCHEMA, Category, ClassMap, encode_image_id
 from cast_ray.runtime.budget import configure_data, reserve, stream_bundle

@@ -16,9 +16,23 @@ ROWS: dict[str, dict[str, str]] = {
     "encoders": {
         "convnext": "cast_ray.models.encoders:convnext",
         "conv": "cast_ray.models.encoders:conv",
+        "vit": "cast_ray.models.vit_encoders:vit",
+        "dinov2-s": "cast_ray.models.vit_encoders:vision_transformer",
+        "dinov2-b": "cast_ray.models.vit_encoders:vision_transformer",
+        "dinov2-l": "cast_ray.models.vit_encoders:vision_transformer",
+        "dinov2-s-reg": "cast_ray.models.vit_encoders:vision_transformer",
+        "dinov2-b-reg": "cast_ray.models.vit_encoders:vision_transformer",
+        "dinov2-l-reg": "cast_ray.models.vit_encoders:vision_transformer",
+        "dinov3-s": "cast_ray.models.vit_encoders:vision_transformer",
+        "resnet50": "cast_ray.models.encoders:hierarchical",
+        "sam2-s": "cast_ray.models.encoders:hierarchical",
+        "swin-t": "cast_ray.models.encoders:hierarchical",
+        "convnext-t": "cast_ray.models.encoders:hierarchical",
     },
     "decoders": {
         "dpt": "cast_ray.models.decoders:DPTDecoder",
+        "fpn": "cast_ray.models.decoders:FPNDecoder",
+        "msdeform": "cast_ray.models.decoders:MSDeformDecoder",
     },
     "teachers": {
         "expert": "cast_ray.teachers.expert:ExpertTeacher",

@@ -25,11 +25,15 @@ EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
     errors = Console(stderr=True)
+    console = Console(width=None if sys.stdout.isatty() else 120)
     try:
-        request, out = _request(arguments)
-        console = Console(width=None if sys.stdout.isatty() else 120)
+        if argv[:1] == ["efficiency"]:  # no table of training runs
+            from sweeps.efficiency import main as measure
+
+            return measure(argv[1:], console)
+        request, out = _request(_parser().parse_args(argv))
         sweep = run_sweep(request, console)
         return publish(sweep, request.table, out, console) if sweep else 0
     except ValueError as error:
@@ -79,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "stages.distill.steps=800, contrastive=released, runtime.num_workers=4, runtime.use_gpu=true.",
     )
     parser.add_argument(
-        "table", help=f"a table of sweeps/tables ({', '.join(table_names())}) or a YAML file of your own"
+        "table", help=f"a table of sweeps/tables ({', '.join(table_names())}), a YAML file of your own, or `efficiency`"
     )
     parser.add_argument("--preset", default="shapes", help=f"one of {', '.join(preset_names())} (default: %(default)s)")
     parser.add_argument("--scale", default="demo", help=f"one of {', '.join(SCALES)} (default: %(default)s)")

@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 
+from cast_ray.engine.accumulation import PartedForward
 from cast_ray.engine.checkpoint import TrainState
 from cast_ray.engine.objective import Objective, weighted_sum
 from cast_ray.engine.optim import WeightAverage, averaged_weights, build_optimizer, set_lr
@@ -41,11 +43,16 @@ def amp_dtype(setting: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}[setting]
 
 
-def step_generator(seed: int, step: int, rank: int, device: torch.device) -> torch.Generator:
-    """The random source of one step of one worker: the same after a resume as without one."""
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Of everything random in one step of one worker: the same after a resume as without one."""
     entropy = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
+    return int(entropy) & 0x7FFF_FFFF_FFFF_FFFF
+
+
+def step_generator(seed: int, step: int, rank: int, device: torch.device) -> torch.Generator:
+    """The losses' random source in one step of one worker."""
     generator = torch.Generator(device=device)
-    generator.manual_seed(int(entropy) & 0x7FFF_FFFF_FFFF_FFFF)
+    generator.manual_seed(step_seed(seed, step, rank))
     return generator
 
 
@@ -90,6 +97,7 @@ def train(
     optimizer = build_optimizer(network, config)
     average = WeightAverage(network, config.ema) if config.ema > 0 else None
     dtype = amp_dtype(amp, device)
+    autocast = partial(torch.autocast, device.type, dtype) if dtype else nullcontext
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     start, seconds_before = 0, 0.0
     curve: list[dict[str, float]] = []
@@ -116,9 +124,11 @@ def train(
         batch = batch.to(device)
         factor = set_lr(optimizer, step, config)
         generator = step_generator(seed, step, world.rank, device)
-        context = torch.autocast(device.type, dtype) if dtype else nullcontext()
-        with context:
-            output = wrapped(batch.weak, batch.strong if objective.contrastive else None)
+        network.segmenter.anneal(step / config.steps)
+        # A seed of its own: dropped paths must not repeat the losses' draws.
+        own = step_seed(seed, step, world.rank) + 1
+        forward = PartedForward(wrapped, network, min(config.accumulate, len(batch.weak)), autocast, own)
+        output = forward(batch.weak, batch.strong if objective.contrastive else None)
         done = step + 1
         due = every > 0 and (done % every == 0 or done == config.steps)
         try:
@@ -130,6 +140,7 @@ def train(
         loss, means = weighted_sum(terms, objective.weights, world.all_reduce_sum, world.size)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
+        forward.backward()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
         scaler.step(optimizer)
@@ -172,6 +183,8 @@ def train(
             )
     if average is not None:
         average.write_to(network)
+    if config.steps:
+        network.segmenter.anneal(1.0)
     seconds = time.monotonic() - began
     return TrainResult(curve, diagnostics, seconds_before + seconds, images / max(seconds, 1e-9))
 

@@ -8,26 +8,51 @@ from torch import nn
 from cast_ray.models.network import CastNetwork
 from cast_ray.recipe import TrainConfig
 
+_EMBEDDING_NAMES = ("embed", "token", "position_bias_table")
+"""In the last part of a bare parameter's name: class and register tokens, learnt positions, Swin's bias tables."""
+
 
 def build_optimizer(network: CastNetwork, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; the encoder's rate is `encoder_lr_factor` of the rest; vectors (norms, biases) are not decayed."""
-    encoder = {id(p) for p in network.segmenter.encoder_parameters()}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    """AdamW; encoder layer l of n learns at `encoder_lr_factor * layer_decay^(n - l)` of the rest.
+
+    Not decayed, as in Mask2Former: vectors (norms, biases) and embeddings, learnt positions included.
+    """
+    factors = _encoder_lr_factors(network, config)
+    embeddings = _embeddings(network)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for parameter in network.parameters():
         if parameter.requires_grad:
-            groups.setdefault((id(parameter) in encoder, parameter.ndim > 1), []).append(parameter)
+            decayed = parameter.ndim > 1 and id(parameter) not in embeddings
+            groups.setdefault((factors.get(id(parameter), 1.0), decayed), []).append(parameter)
     return torch.optim.AdamW(
         [
             {
                 "params": parameters,
-                "base_lr": config.lr * (config.encoder_lr_factor if in_encoder else 1.0),
+                "base_lr": config.lr * factor,
                 "weight_decay": config.weight_decay if decayed else 0.0,
             }
-            for (in_encoder, decayed), parameters in groups.items()
+            for (factor, decayed), parameters in groups.items()
         ],
         lr=config.lr,
         fused=True,
     )
+
+
+def _encoder_lr_factors(network: CastNetwork, config: TrainConfig) -> dict[int, float]:
+    """id of each pretrained parameter of the encoder -> its learning rate relative to the rest's."""
+    layers = network.segmenter.encoder_layers()
+    return {
+        id(parameter): config.encoder_lr_factor * config.layer_decay ** (len(layers) - 1 - depth)
+        for depth, parameters in enumerate(layers)
+        for parameter in parameters
+    }
+
+
+def _embeddings(network: nn.Module) -> set[int]:
+    """ids of the weights that are looked up or added, not multiplied with."""
+    found = {id(p) for m in network.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    leaves = ((name.rpartition(".")[2], p) for name, p in network.named_parameters())
+    return found | {id(p) for leaf, p in leaves if any(part in leaf for part in _EMBEDDING_NAMES)}
 
 
 def lr_factor(step: int, config: TrainConfig) -> float:

@@ -12,6 +12,23 @@ from torch.nn.parallel import DistributedDataParallel
 CPU = torch.device("cpu")
 
 
+def pick_device(wanted: str) -> torch.device:
+    """auto: the GPU where there is one.
+
+    Raises:
+        ValueError: no such device, or a GPU that is not there.
+    """
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise ValueError(f"--device {wanted}: expected auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {wanted}: no GPU here")
+    return device
+
+
 @dataclass(frozen=True)
 class World:
     """Rank, size and device of this worker."""

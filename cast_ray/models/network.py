@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cast_ray.models.projector import Projector, select_stride
-from cast_ray.models.student import Segmenter
+from cast_ray.models.segmenter import Segmenter
 from cast_ray.recipe import ContrastiveConfig
 from cast_ray.records import Predictions
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,31 @@ from cast_ray.records import Predictions
 
 CHUNK_PIXELS = 1 << 24
 """Float pixels held at once while masks are brought to an image's size (64 MiB)."""
+
+
+@torch.inference_mode()
+def predict_instances(
+    segmenter: Callable[[torch.Tensor], Predictions],
+    images: torch.Tensor,
+    image_hw: Sequence[tuple[int, int]] | None = None,
+    resized_hw: Sequence[tuple[int, int]] | None = None,
+    max_detections: int = 100,
+) -> list[list[dict[str, Any]]]:
+    """Instances of each image at its own size.
+
+    Args:
+        segmenter: in evaluation mode.
+        images: uint8 [B, 3, H, W] on its device, resized and padded to one size.
+        image_hw: B original sizes, pixels; None: as given.
+        resized_hw: B sizes inside the padding, pixels; None: no padding.
+        max_detections: at most so many per image.
+
+    Returns:
+        As `to_instances`.
+    """
+    crop = (images.shape[-2], images.shape[-1])
+    given = [crop] * len(images)
+    return to_instances(segmenter(images), image_hw or given, resized_hw or given, crop, max_detections)
 
 
 @torch.no_grad()

@@ -2,33 +2,54 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Literal
+
+from pydantic import Field, model_validator
 
 from cast_ray.recipe.part import Part
 
 
 class EncoderConfig(Part):
-    """One encoder by registry name, with what its builder takes."""
+    """One encoder by registry name, with what its builder takes.
+
+    `conv`, `vit` and `convnext` have the widths and depths given here; every other name has the architecture of its
+    published weights, or of the checkpoint's own config.
+    """
 
     name: str = "convnext"
     widths: tuple[int, ...] = (16, 32, 64, 128)
+    """Channels of the maps, finest first; `vit` has the third of its four as the width of its tokens."""
     depths: tuple[int, ...] = (1, 1, 1, 1)
+    """Blocks of each stage; `vit` has their sum as the number of its layers."""
     stem_stride: int = Field(4, ge=1)
     """Stride of the first stage; each further one halves. 2 suits images of 64 px, 4 is the usual."""
     checkpoint: str = ""
-    """Folder or hub name for `from_pretrained`; empty: random weights."""
+    """Folder or hub name for `from_pretrained`; `hub`: the published weights of `name`; empty: random weights."""
 
 
 class ModelConfig(Part):
-    """A mask-classification segmenter: encoder, decoder, masked-attention head."""
+    """A mask-classification segmenter: encoder, pixel decoder, head."""
 
     encoder: EncoderConfig = EncoderConfig()
     decoder: str = "dpt"
+    """dpt, fpn or msdeform (Mask2Former's deformable attention); head `eomt` has none."""
+    decoder_layers: int = Field(6, ge=1)
+    """Deformable-attention layers of decoder `msdeform`."""
+    decoder_feedforward_dim: int = Field(1024, ge=8)
+    """Of those layers."""
+    head: Literal["masked-attention", "eomt"] = "masked-attention"
+    """eomt: no decoder; the queries join the last layers of a ViT encoder (encoder-only mask transformer)."""
     hidden_dim: int = Field(48, ge=8)
     num_queries: int = Field(16, ge=1)
     num_layers: int = Field(3, ge=1)
-    """Masked-attention layers."""
+    """Masked-attention layers; with head `eomt`: encoder layers that the queries join."""
     num_heads: int = Field(4, ge=1)
     feedforward_dim: int = Field(128, ge=8)
     proposals: bool = True
     """Initialise the queries from dense location-assigned proposals (else learnt queries, as in Mask2Former)."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> ModelConfig:
+        if self.head == "eomt" and self.proposals:
+            raise ValueError("head 'eomt' has learnt queries only: expected proposals=false")
+        return self

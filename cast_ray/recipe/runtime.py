@@ -16,6 +16,9 @@ class RuntimeConfig(Part):
     use_gpu: bool = False
     cpus_per_worker: float = Field(0.5, gt=0)
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    """Autocast; auto: bfloat16 on GPUs that have it, else float16, and none on a CPU."""
+    gradient_checkpointing: bool = False
+    """Compute the layers' activations again in the backward pass instead of keeping them."""
     num_labellers: int = Field(0, ge=0)
     """Actors of a labelling job of its own, for more (or fewer) devices than train. 0: the workers that train also
     label, which costs no start of actors. Of online labels: the number of teachers, 0: one."""

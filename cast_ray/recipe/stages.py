@@ -18,6 +18,9 @@ class TrainConfig(Part):
     """Unlabelled images added to every step where the row uses them; never swapped for labelled ones."""
     lr: float = Field(2e-3, gt=0)
     encoder_lr_factor: float = Field(1.0, gt=0)
+    """Learning rate of the encoder's last layer, relative to that of decoder and head."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Each layer of the encoder learns at this share of the rate of the layer after it."""
     weight_decay: float = Field(0.05, ge=0)
     clip_norm: float = Field(1.0, gt=0)
     warmup_steps: int = Field(0, ge=0)
@@ -28,13 +31,16 @@ class TrainConfig(Part):
     ema: float = Field(0.995, ge=0, lt=1)
     """Decay of the weight average that is evaluated and handed on; 0: the raw weights."""
     checkpoint_every_steps: int = Field(200, ge=1)
+    accumulate: int = Field(1, ge=1)
+    """Parts in which a worker's images of a step go through the network: less memory, one more forward pass, and the
+    same result."""
 
 
 class StagesConfig(Part):
     """The six steps of CAST and which of them a row takes."""
 
     foundation: str = ""
-    """Folder of a saved teacher (`model.json`, `model.safetensors`) to use as theta_T0 instead of `pretrain`."""
+    """Folder of a saved teacher (`config.json`, `model.safetensors`) to use as theta_T0 instead of `pretrain`."""
     pretrain: TrainConfig = TrainConfig(steps=1000, batch_unlabelled=0)
     """theta_T0 of the embedded experiment: the teacher trained on the source style, in place of a foundation model."""
     adapt: TrainConfig = TrainConfig(steps=300, batch_unlabelled=0)

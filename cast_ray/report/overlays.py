@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
-from pycocotools import mask as coco_mask
-from scipy import ndimage
+from PIL import Image, ImageDraw
+
+from cast_ray.models.drawing import class_colours, draw_instances, font
 
 CONTACT_SHEET = "samples.png"
 """Where a run folder keeps its sheet; the report shows a file of this name."""
-FILL_OPACITY = 0.28
 GAP_PX = 6
 HEADER_PX = 26
 MAX_CELL_PX = 420
 MAX_LEGEND = 12
 PAPER = (250, 250, 250)
 INK = (25, 25, 25)
-
-
-def class_colours(num_classes: int) -> list[tuple[int, int, int]]:
-    """One well-separated colour per class: steps of the golden angle round the hue circle, alternating brightness."""
-    colours = []
-    for i in range(num_classes):
-        r, g, b = colorsys.hsv_to_rgb((0.02 + i * 0.618034) % 1.0, (0.95, 0.75)[i // 5 % 2], (1.0, 0.85)[i // 3 % 2])
-        colours.append((round(255 * r), round(255 * g), round(255 * b)))
-    return colours
 
 
 def contact_sheet(
@@ -67,7 +56,7 @@ def contact_sheet(
         size = _panel_size(base.size, upscale)
         # nearest: a 64 px image stays what the model saw, instead of a blur
         plain = base.resize(size, Image.Resampling.NEAREST if size[0] >= base.size[0] else Image.Resampling.LANCZOS)
-        panels.append([plain, *(_draw_panel(plain, base.size, per[i], class_names, colours) for _, per in columns)])
+        panels.append([plain, *(draw_instances(plain, per[i], class_names, colours, base.size) for _, per in columns)])
     sheet = _assemble(panels, ["image", *(title for title, _ in columns)])
     drawn = {int(instance["label"]) for _, per_image in columns for each in per_image for instance in each}
     # eighty classes would bury the few that are on the sheet
@@ -82,70 +71,6 @@ def _panel_size(size: tuple[int, int], upscale: int) -> tuple[int, int]:
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
-def _decode(instance: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
-    rle = instance["rle"]
-    if isinstance(rle, Mapping):
-        height, width = rle.get("size", (size[1], size[0]))
-        if (height, width) != (size[1], size[0]):
-            raise ValueError(f"contact sheet: an RLE of {height}x{width} on an image of {size[1]}x{size[0]}")
-        rle = rle["counts"]
-    counts = rle.encode() if isinstance(rle, str) else bytes(rle)
-    return coco_mask.decode({"size": [size[1], size[0]], "counts": counts}).astype(bool)
-
-
-def _draw_panel(
-    plain: Image.Image,
-    size: tuple[int, int],
-    instances: Sequence[Mapping[str, Any]],
-    class_names: Sequence[str],
-    colours: Sequence[tuple[int, int, int]],
-) -> Image.Image:
-    pixels = np.asarray(plain).astype(np.float32)
-    labels = []
-    # weakest first, so that the surest answer lies on top
-    for instance in sorted(instances, key=lambda i: float(i.get("score", 1.0))):
-        label = int(instance["label"])
-        if not 0 <= label < len(class_names):
-            raise ValueError(f"contact sheet: label {label} outside the {len(class_names)} classes")
-        mask = np.asarray(Image.fromarray(_decode(instance, size)).resize(plain.size, Image.Resampling.NEAREST))
-        if not mask.any():
-            continue
-        colour = np.array(colours[label], np.float32)
-        pixels[mask] += FILL_OPACITY * (colour - pixels[mask])
-        # one dark pixel outside the coloured edge: the contour shows on any background
-        pixels[ndimage.binary_dilation(mask) & ~mask] = 20
-        pixels[mask & ~ndimage.binary_erosion(mask, border_value=1)] = colour
-        ys, xs = np.nonzero(mask)
-        score = instance.get("score")
-        text = class_names[label] + (f" {score:.2f}" if score is not None else "")
-        labels.append((text, int(xs.mean()), int(ys.mean()), colours[label]))
-    panel = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    _draw_labels(panel, labels)
-    return panel
-
-
-def _draw_labels(panel: Image.Image, labels: Sequence[tuple[str, int, int, tuple[int, int, int]]]) -> None:
-    """Writes each label at its instance's middle, moved down or up where it would cover another."""
-    draw = ImageDraw.Draw(panel)
-    font = _font(12 if panel.width >= 160 else 9)
-    taken: list[tuple[int, int, int, int]] = []
-    for text, x, y, colour in reversed(labels):  # the surest keeps its place
-        left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
-        width, height = int(right - left) + 5, int(bottom - top) + 4
-        x0 = min(max(x - width // 2, 0), max(panel.width - width, 0))
-        room = max(panel.height - height, 0)
-        tries = [min(max(y - height // 2 + sign * k * (height + 1), 0), room) for k in range(12) for sign in (1, -1)]
-        boxes = [(x0, y0, x0 + width, y0 + height) for y0 in tries]
-        place = next((b for b in boxes if not any(_overlap(b, t) for t in taken)), boxes[0])
-        taken.append(place)
-        draw.rectangle(place, fill=(20, 20, 20), outline=colour)
-        draw.text((place[0] + 3 - left, place[1] + 2 - top), text, fill=(255, 255, 255), font=font)
-
-
-def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
 def _assemble(panels: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> Image.Image:
     column_width = max(p.width for row in panels for p in row)
     row_heights = [max(p.height for p in row) for row in panels]
@@ -153,7 +78,7 @@ def _assemble(panels: Sequence[Sequence[Image.Image]], titles: Sequence[str]) ->
     sheet = Image.new("RGB", (width, HEADER_PX + sum(h + GAP_PX for h in row_heights)), PAPER)
     draw = ImageDraw.Draw(sheet)
     for i, title in enumerate(titles):
-        draw.text((GAP_PX + i * (column_width + GAP_PX), 6), title, fill=INK, font=_font(14))
+        draw.text((GAP_PX + i * (column_width + GAP_PX), 6), title, fill=INK, font=font(14))
     y = HEADER_PX
     for row, height in zip(panels, row_heights):
         for i, panel in enumerate(row):
@@ -166,10 +91,10 @@ def _draw_legend(
     sheet: Image.Image, class_names: Sequence[str], colours: Sequence[tuple[int, int, int]]
 ) -> Image.Image:
     """The sheet with the classes' colours below, wrapped into lines."""
-    font, line_px = _font(12), 20
+    small, line_px = font(12), 20
     entries, x, y = [], GAP_PX, sheet.height
     for name, colour in zip(class_names, colours):
-        entry_px = 20 + int(font.getlength(name)) + 12
+        entry_px = 20 + int(small.getlength(name)) + 12
         if x + entry_px > sheet.width and x > GAP_PX:
             x, y = GAP_PX, y + line_px
         entries.append((name, colour, x, y))
@@ -179,9 +104,5 @@ def _draw_legend(
     draw = ImageDraw.Draw(full)
     for name, colour, left, top in entries:
         draw.rectangle((left, top + 2, left + 13, top + 15), fill=colour, outline=INK)
-        draw.text((left + 19, top + 2), name, fill=INK, font=font)
+        draw.text((left + 19, top + 2), name, fill=INK, font=small)
     return full
-
-
-def _font(size_px: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size_px)

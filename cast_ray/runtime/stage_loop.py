@@ -26,7 +26,7 @@ from safetensors.torch import save as save_tensors
 from cast_ray.engine.checkpoint import TrainState
 from cast_ray.engine.world import World
 from cast_ray.evaluation.coco_ap import mask_ap
-from cast_ray.recipe import DataConfig, Recipe
+from cast_ray.recipe import DataConfig
 from cast_ray.runtime.budget import configure_data
 from cast_ray.runtime.labeller import PseudoLabeller
 from cast_ray.runtime.labelling import LABELS, LabelJob
@@ -85,8 +85,7 @@ def run_stages(segment: Segment, group: PlacementGroup, teachers: Teachers | Non
 
 def _train(segment: Segment, stage: Stage, world: World, teachers: Teachers | None) -> dict[str, Any]:
     store, recipe = segment.store, segment.recipe
-    every = _checkpoint_every(recipe, stage)
-    config = train_config(stage, every)
+    config = train_config(stage, recipe)
     images = _with_labels(segment, stage)
     online = teachers.labels(stage) if teachers is not None and stage.online is not None else None
     resume = _find_checkpoint(store, stage.fingerprint)
@@ -156,8 +155,9 @@ def _train(segment: Segment, stage: Stage, world: World, teachers: Teachers | No
         initial_weights=weights,
         batches=batches,
         world=world,
+        train_config=config,
         amp=recipe.runtime.amp,
-        checkpoint_every_steps=every,
+        gradient_checkpointing=recipe.runtime.gradient_checkpointing,
         resume=resume,
         on_log=on_log,
         on_checkpoint=on_checkpoint,
@@ -203,10 +203,6 @@ def _label(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
             job.write(batch, labeller.label(batch))
     world.barrier()
     return job.facts(missing, began) | job.join() if world.rank == 0 else {}
-
-
-def _checkpoint_every(recipe: Recipe, stage: Stage) -> int:
-    return getattr(recipe.stages, stage.name).checkpoint_every_steps
 
 
 def _find_checkpoint(store: ArtifactStore, fingerprint: str) -> TrainState | None:

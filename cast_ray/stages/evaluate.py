@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cast_ray.models.postprocess import to_instances
-from cast_ray.models.student import Segmenter
+from cast_ray.models.segmenter import Segmenter
 from cast_ray.records import Category, decode_image_id
 
 

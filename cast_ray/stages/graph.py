@@ -23,6 +23,10 @@ STAGE_VERSION: dict[str, int] = {"train": 2, "label": 2, "evaluate": 1}
 """Raise a kind's number when its code changes a result: its old artifacts are then no longer found."""
 
 
+HOW_IT_RUNS = ("checkpoint_every_steps", "accumulate")
+"""Fields of TrainConfig that change no result and so enter no fingerprint."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """One node of the graph.
@@ -195,7 +199,7 @@ class _Planner:
         pxl = 0.0 if recipe.contrastive.kind == "none" else pxl
         # D_u enters a step only where a term reads it; 1a and 3 are on D_l alone by definition.
         unlabelled = labels is not None or (pxl > 0 and name == "distill")
-        train_part = train.model_dump(exclude={"checkpoint_every_steps"})
+        train_part = train.model_dump(exclude=set(HOW_IT_RUNS))
         if not unlabelled:
             train_part.pop("batch_unlabelled")
         data_part = recipe.data.model_dump(include={"image_px", "scale_jitter", "flip", "color_jitter"})

@@ -9,19 +9,41 @@ import torch
 from cast_ray.engine.checkpoint import TrainState
 from cast_ray.engine.collectives import WorkerGather
 from cast_ray.engine.loop import TrainResult, train
+from cast_ray.engine.memory import MemoryEstimate, estimate_memory
 from cast_ray.engine.objective import Objective
 from cast_ray.engine.world import World
 from cast_ray.models.network import CastNetwork
-from cast_ray.models.student import Segmenter, build_segmenter
-from cast_ray.recipe import ContrastiveConfig, LossConfig, ModelConfig, TrainConfig
+from cast_ray.models.segmenter import Segmenter, build_segmenter
+from cast_ray.recipe import ContrastiveConfig, LossConfig, ModelConfig, Recipe, TrainConfig
 from cast_ray.records import Batch
-from cast_ray.stages.graph import Stage
+from cast_ray.stages.graph import HOW_IT_RUNS, Stage
 
 
-def train_config(stage: Stage, checkpoint_every_steps: int) -> TrainConfig:
-    """The optimisation part of a train stage; a stage without D_u takes no unlabelled images."""
+def train_config(stage: Stage, recipe: Recipe) -> TrainConfig:
+    """The optimisation part of a train stage, and of the recipe what changes no result.
+
+    A stage without D_u takes no unlabelled images.
+    """
+    how: TrainConfig = getattr(recipe.stages, stage.name)
     part = {"batch_unlabelled": 0} | stage.config["train"]
-    return TrainConfig(**part, checkpoint_every_steps=checkpoint_every_steps)
+    return TrainConfig(**part, **how.model_dump(include=set(HOW_IT_RUNS)))
+
+
+def stage_memory(stage: Stage, recipe: Recipe, num_classes: int) -> MemoryEstimate:
+    """What one worker of a train stage needs, for a plan; see `estimate_memory`."""
+    config, runtime = stage.config, recipe.runtime
+    height, width = config["data"]["image_px"]
+    return estimate_memory(
+        ModelConfig(**config["model"]),
+        train_config(stage, recipe),
+        num_classes=num_classes,
+        image_px=(height, width),
+        contrastive=ContrastiveConfig(**config["contrastive"]) if config["contrastive"] else None,
+        unlabelled=config["unlabelled"],
+        num_workers=runtime.num_workers,
+        half=runtime.amp in ("bf16", "fp16") or (runtime.amp == "auto" and runtime.use_gpu),
+        gradient_checkpointing=runtime.gradient_checkpointing,
+    )
 
 
 def train_stage(
@@ -31,8 +53,9 @@ def train_stage(
     initial_weights: Mapping[str, torch.Tensor] | None,
     batches: Iterator[Batch],
     world: World,
-    amp: str,
-    checkpoint_every_steps: int,
+    train_config: TrainConfig,
+    amp: str = "auto",
+    gradient_checkpointing: bool = False,
     resume: TrainState | None,
     on_log: Callable[[dict[str, float]], None],
     on_checkpoint: Callable[[TrainState], None],
@@ -43,6 +66,8 @@ def train_stage(
     Args:
         stage: from `stages.graph`.
         num_classes: C.
+        train_config: of `train_config(stage, recipe)`.
+        amp, gradient_checkpointing: of the recipe's `runtime`.
         initial_weights: of the parent (theta_T0 for 1a and 1c, theta_s* for 3); None: seeded random weights.
         batches: this worker's batches from the resumed step on.
 
@@ -59,15 +84,17 @@ def train_stage(
             segmenter.load_state_dict(initial_weights)
         except RuntimeError as error:
             raise ValueError(f"{stage.name}: the parent's weights do not fit this model: {error}") from None
+    if gradient_checkpointing:
+        segmenter.checkpoint_activations()
     contrastive = ContrastiveConfig(**config["contrastive"]) if config["contrastive"] else None
     network = CastNetwork(segmenter, contrastive)
     gather = WorkerGather(world.rank, world.size) if world.size > 1 else None
-    objective = Objective(LossConfig(**config["loss"]), contrastive, gather, model.proposals)
+    objective = Objective(LossConfig(**config["loss"]), contrastive, gather, segmenter.config.proposals)
     result = train(
         network,
         objective,
         batches,
-        train_config(stage, checkpoint_every_steps),
+        train_config,
         fingerprint=stage.fingerprint,
         seed=seed,
         world=world,

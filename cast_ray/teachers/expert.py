@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from cast_ray.models.postprocess import to_instances
-from cast_ray.models.student import Segmenter
+from cast_ray.models.postprocess import predict_instances
+from cast_ray.models.segmenter import Segmenter
 
 
 class ExpertTeacher:
@@ -19,7 +19,6 @@ class ExpertTeacher:
         self.image_px = image_px
         self.max_detections = max_detections
 
-    @torch.inference_mode()
     def predict(
         self,
         images: torch.Tensor,
@@ -36,7 +35,5 @@ class ExpertTeacher:
         Returns:
             Per image, in falling score order, dicts as from `to_instances`.
         """
-        device = self.segmenter.pixel_mean.device
-        given: list[tuple[int, int]] = [(images.shape[-2], images.shape[-1])] * len(images)
-        predictions = self.segmenter(images.to(device))
-        return to_instances(predictions, image_hw or given, resized_hw or given, self.image_px, self.max_detections)
+        images = images.to(self.segmenter.pixel_mean.device)
+        return predict_instances(self.segmenter, images, image_hw, resized_hw, self.max_detections)

@@ -83,8 +83,16 @@ def train(name: str, world: World) -> dict[str, Any]:
         objective=objective,
         resume=trained.states[0],
     )
+    parted = run(
+        CONFIG.model_copy(update={"accumulate": 2}),
+        (share(b, world.rank, world.size) for b in batches(0, STEPS, COUNTS, NUM_LABELLED)),
+        contrastive=contrastive,
+        world=world,
+        objective=objective,
+    )
     return {
         "weights": trained.network.state_dict(),
+        "parted": parted.network.state_dict(),
         "resumed": resumed.network.state_dict(),
         "curve": trained.curve,
         "diagnostics": trained.result.diagnostics,
@@ -141,6 +149,16 @@ def test_two_workers_end_where_one_does(workers: Any, alone: Any, name: str) -> 
         for n, weight in wanted["weights"].items():
             # AdamW divides by the gradient's size, so that rounding of a tiny gradient shows in the weight.
             torch.testing.assert_close(workers[rank][name][1]["weights"][n], weight, rtol=0, atol=0.05 * moved, msg=n)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_workers_that_take_their_images_in_parts_end_there_too(workers: Any, name: str) -> None:
+    found, other = workers[0][name][1], workers[1][name][1]["parted"]
+    first = make_network(CASES[name]).state_dict()
+    moved = max(float((found["weights"][n] - first[n]).abs().max()) for n in first)
+    for n, weight in found["weights"].items():
+        torch.testing.assert_close(found["parted"][n], weight, rtol=0, atol=0.05 * moved, msg=n)
+        assert torch.equal(found["parted"][n], other[n]), n
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import ray
-import torch
 from PIL import Image
-from safetensors.torch import save_file
 
-from cast_ray.models.student import build_segmenter
+from cast_ray.models.segmenter import build_segmenter
+from cast_ray.models.student import Student
 from cast_ray.recipe import build_recipe
+from cast_ray.records import Category
 from cast_ray.runtime import sweep as sweep_module
 from sweeps import ablate
 
@@ -183,12 +183,8 @@ def test_storage_that_cannot_be_written(refused: Callable[..., str], tmp_path: P
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved teacher of the smoke recipe, trained on two classes that the drawn scenes do not have."""
     folder = tmp_path_factory.mktemp("teacher")
-    config = build_recipe("shapes", "smoke").teacher
-    with torch.no_grad():
-        save_file(build_segmenter(config, 2, seed=0).state_dict(), folder / "model.safetensors")
-    categories = [{"id": 1, "name": "person"}, {"id": 2, "name": "rider"}]
-    card = {"model": config.model_dump(), "categories": categories, "image_px": [64, 64]}
-    (folder / "model.json").write_text(json.dumps(card))
+    segmenter = build_segmenter(build_recipe("shapes", "smoke").teacher, 2, seed=0)
+    Student(segmenter, [Category(1, "person"), Category(2, "rider")], (64, 64)).save_pretrained(folder)
     return folder
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save as save_tensors
 from stream_scenes import CATEGORIES, DATA, assert_same, write_images
 
-from cast_ray.models.student import build_segmenter
+from cast_ray.models.segmenter import build_segmenter
 from cast_ray.recipe import PseudoConfig, RuntimeConfig, build_recipe
 from cast_ray.records import Batch, Targets
 from cast_ray.runtime.budget import configure_data, reserve, stream_bundle

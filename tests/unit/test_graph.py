@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cast_ray.recipe import Recipe, TrainConfig, build_recipe, recipe_keys
-from cast_ray.stages.graph import DataHashes, RowPlan, Stage, artifact_key, plan, plan_sweep
+from cast_ray.stages.graph import HOW_IT_RUNS, DataHashes, RowPlan, Stage, artifact_key, plan, plan_sweep
 from cast_ray.stages.table import load_table
 from cast_ray.stages.train import train_config
 
@@ -157,6 +157,9 @@ RESULT_FIELDS = {
     "student.num_queries": ("9", {"distill", "refine"}),
     "student.encoder.widths": ("[8, 16, 32, 64]", {"distill", "refine"}),
     "student.proposals": ("false", {"distill", "refine"}),
+    "student.encoder.checkpoint": ("hub", {"distill", "refine"}),
+    "student.decoder": ("fpn", {"distill", "refine"}),
+    "student.decoder_layers": ("2", {"distill", "refine"}),
     "stages.pretrain.steps": ("9", {"pretrain"}),
     "stages.adapt.lr": ("3e-4", {"adapt"}),
     "stages.selftrain.ema": ("0.9", {"selftrain"}),
@@ -166,6 +169,7 @@ RESULT_FIELDS = {
     "stages.distill.batch_unlabelled": ("4", {"distill"}),
     "stages.distill.schedule": ("poly", {"distill"}),
     "stages.distill.clip_norm": ("0.5", {"distill"}),
+    "stages.distill.layer_decay": ("0.8", {"distill"}),
     "stages.refine.weight_decay": ("0.1", {"refine"}),
     "loss.lambda_semi": ("0.5", {"distill"}),
     "loss.lambda_pxl": ("0.2", {"adapt", "selftrain", "distill"}),
@@ -236,7 +240,11 @@ def test_a_field_that_changes_a_result_changes_its_stages(key: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [(k, None) for k in recipe_keys() if k.startswith("runtime.")]
-    + [(f"stages.{s}.checkpoint_every_steps", "3") for s in ("pretrain", "adapt", "selftrain", "distill", "refine")]
+    + [
+        (f"stages.{s}.{field}", "3")
+        for s in ("pretrain", "adapt", "selftrain", "distill", "refine")
+        for field in HOW_IT_RUNS
+    ]
     + [("evaluation.batch", "3"), ("data.root", "/elsewhere"), ("data.max_bad_fraction", "0.5")]
     # what these change is in the hash of the dataset's content
     + [("data.verify", "none"), ("data.max_image_pixels", "9"), ("data.annotations", "a.json"), ("data.image_dir", "b")]
@@ -248,6 +256,7 @@ def test_where_and_how_it_runs_changes_nothing(key: str, value: str | None) -> N
         "runtime.num_workers": "2",
         "runtime.use_gpu": "true",
         "runtime.amp": "bf16",
+        "runtime.gradient_checkpointing": "true",
         "runtime.cpus_per_worker": "2",
         "runtime.num_labellers": "3",
         "runtime.cpus_per_labeller": "1.5",
@@ -389,8 +398,8 @@ def test_steps_and_keys() -> None:
 def test_a_train_stage_gives_its_config_back(losses: dict[str, RowPlan]) -> None:
     recipe: Recipe = losses["sup"].recipe
     stage: Stage = losses["sup"].roles["distill"]
-    wanted = recipe.stages.distill.model_copy(update={"batch_unlabelled": 0, "checkpoint_every_steps": 3})
-    assert train_config(stage, 3) == wanted
+    wanted = recipe.stages.distill.model_copy(update={"batch_unlabelled": 0})
+    assert train_config(stage, recipe) == wanted
     semi = losses["sup+semi"]
-    config: TrainConfig = train_config(semi.roles["distill"], semi.recipe.stages.distill.checkpoint_every_steps)
+    config: TrainConfig = train_config(semi.roles["distill"], semi.recipe)
     assert config == semi.recipe.stages.distill

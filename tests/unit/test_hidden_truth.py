@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from cast_ray.batches import to_batch
+from cast_ray.batches import from_buffer, to_batch
 from cast_ray.datasets import images as image_files
 from cast_ray.recipe import DataConfig
 from cast_ray.records import Batch, Category
@@ -47,7 +47,7 @@ def steps(monkeypatch: pytest.MonkeyPatch, *, labels: bool, oracle: bool) -> Bat
     first = np.zeros((1, 1), dtype=np.int64)  # of D_l and of D_u
     plan = streams.StepPlan(images, DATA, 0, first, first, 0, (0, 1), strong=True, oracle=oracle, online=None)
     made = streams._make_steps(0, 1, plan=plan)
-    return to_batch(made.column("batch")[0].as_buffer())
+    return to_batch(from_buffer(made.column("batch")[0].as_buffer()))
 
 
 @pytest.mark.parametrize("labels", [True, False])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 
+from cast_ray.models.heads import pick_proposals
 from cast_ray.models.postprocess import to_instances
-from cast_ray.models.student import build_segmenter, pick_proposals
+from cast_ray.models.segmenter import build_segmenter
 from cast_ray.recipe import EncoderConfig, ModelConfig
 from cast_ray.records import Predictions
 
@@ -64,18 +66,23 @@ def test_weights_depend_on_the_seed_only_and_the_global_state_is_kept():
     torch.rand(7)
     again, other = build_segmenter(tiny(), 3, seed=1).state_dict(), build_segmenter(tiny(), 3, seed=2).state_dict()
     assert all(torch.equal(first[k], again[k]) for k in first)
-    assert not torch.equal(first["class_head.weight"], other["class_head.weight"])
+    assert not torch.equal(first["head.class_head.weight"], other["head.class_head.weight"])
 
 
-def test_encoder_parameters_are_the_encoders_alone():
-    model = build_segmenter(tiny(), 3, 0)
-    own = {id(p) for p in model.encoder_parameters()}
-    assert own == {id(p) for n, p in model.named_parameters() if n.startswith("encoder.")}
-
-
-def test_an_image_size_off_the_stride_is_refused():
-    with pytest.raises(ValueError, match=r"40x48 px: expected multiples .* 16"):
-        build_segmenter(tiny(), 3, 0)(images(1, 40, 48))
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("proposals", [True, False])
+def test_an_image_off_the_stride_is_padded_and_its_masks_are_cut(encoder: str, proposals: bool):
+    model = build_segmenter(tiny(encoder, proposals), 3, 0)
+    out = model(images(2, 40, 52))
+    assert out.mask_logits[-1].shape[2:] == (10, 13)
+    assert {s: tuple(x.shape[2:]) for s, x in out.features.items()} == {
+        s: (-(-40 // s), -(-52 // s)) for s in model.feature_dims
+    }
+    # What lies under the padding is cut off: only the encoder and the pixel decoder see it.
+    padded = F.pad(images(2, 40, 52), (0, 12, 0, 8))
+    for stride, features in model.encode(padded).items():
+        if 40 % stride == 0 and 52 % stride == 0:
+            torch.testing.assert_close(out.features[stride], features[..., : 40 // stride, : 52 // stride])
 
 
 def test_bad_parts_are_refused():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from cast_ray.engine.optim import WeightAverage, build_optimizer, lr_factor, set_lr
 from cast_ray.models.network import CastNetwork
-from cast_ray.models.student import build_segmenter
+from cast_ray.models.segmenter import build_segmenter, outline
+from cast_ray.models.vit_encoders import ViTEncoder
 from cast_ray.recipe import ContrastiveConfig, EncoderConfig, ModelConfig, TrainConfig
 
 TINY = ModelConfig(
@@ -18,6 +21,7 @@ TINY = ModelConfig(
     num_layers=1,
     feedforward_dim=16,
 )
+VIT = {"widths": (8, 16, 32, 64), "depths": (1, 1, 1, 1), "stem_stride": 2}
 
 
 def factors(**options) -> list[float]:
@@ -61,12 +65,47 @@ def test_groups_cover_every_trainable_weight_once() -> None:
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in network.parameters() if p.requires_grad)
     assert any(not p.requires_grad for p in network.parameters())  # the frozen head
-    encoder = {id(p) for p in network.segmenter.encoder_parameters()}
+    encoder = {id(p) for p in network.segmenter.encoder.parameters()}
     assert encoder
     for group in optimizer.param_groups:
         for p in group["params"]:
-            assert group["weight_decay"] == (0.3 if p.ndim > 1 else 0.0)
+            assert group["weight_decay"] == (0.3 if p.ndim > 1 and id(p) not in embeddings(network) else 0.0)
             assert group["base_lr"] == pytest.approx(1e-3 if id(p) in encoder else 1e-2)
+
+
+def embeddings(network: nn.Module) -> set[int]:
+    return {id(m.weight) for m in network.modules() if isinstance(m, nn.Embedding)}
+
+
+@pytest.mark.parametrize("name", ["vit", "swin-t", "sam2-s", "dinov2-s-reg"])
+def test_learnt_positions_and_tokens_are_not_decayed(name: str) -> None:
+    model = outline(TINY.model_copy(update={"encoder": EncoderConfig(name=name, **VIT)}), 3)
+    optimizer = build_optimizer(CastNetwork(model, None), TrainConfig(weight_decay=0.3))
+    free = {id(p) for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
+    names = {n for n, p in model.encoder.named_parameters() if p.ndim > 1 and id(p) in free}
+    wanted = {
+        "vit": {"cls_token", "position_embeddings"},
+        "dinov2-s-reg": {"cls_token", "position_embeddings", "register_tokens"},
+        "swin-t": {"relative_position_bias_table"},
+        "sam2-s": {"pos_embed", "pos_embed_window"},
+    }
+    assert {n.rpartition(".")[2] for n in names} == wanted[name]
+
+
+def test_each_layer_learns_slower_than_the_next() -> None:
+    model = build_segmenter(TINY.model_copy(update={"encoder": EncoderConfig(name="vit", **VIT)}), 3, seed=0)
+    config = TrainConfig(lr=1e-2, encoder_lr_factor=0.1, layer_decay=0.5)
+    optimizer = build_optimizer(CastNetwork(model, None), config)
+    rates = {id(p): group["base_lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert isinstance(model.encoder, ViTEncoder)
+    backbone: Any = model.encoder.backbone
+    for depth, layer in enumerate(backbone.encoder.layer):
+        found = {rates[id(p)] for p in layer.parameters()}
+        assert len(found) == 1 and found.pop() == pytest.approx(1e-3 * 0.5 ** (3 - depth))
+    assert rates[id(backbone.layernorm.weight)] == pytest.approx(1e-3)  # after the last layer
+    assert rates[id(backbone.embeddings.cls_token)] == pytest.approx(1e-3 * 0.5**4)
+    # DPT's reassemble stage is new, as decoder and head are.
+    assert {rates[id(p)] for p in model.encoder.pyramid.parameters()} == {1e-2}
 
 
 def test_vectors_are_not_decayed() -> None:
@@ -77,7 +116,8 @@ def test_vectors_are_not_decayed() -> None:
         p.grad = torch.zeros_like(p)
     optimizer.step()
     for name, p in network.named_parameters():
-        factor = 1 - 1e-2 * 0.5 if p.ndim > 1 and p.requires_grad else 1.0
+        decayed = p.ndim > 1 and p.requires_grad and id(p) not in embeddings(network)
+        factor = 1 - 1e-2 * 0.5 if decayed else 1.0
         torch.testing.assert_close(p.detach(), before[name] * factor)
 
 

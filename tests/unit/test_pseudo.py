@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
-from cast_ray.models.student import build_segmenter
+from cast_ray.models.segmenter import build_segmenter
 from cast_ray.recipe import EncoderConfig, ModelConfig, PseudoConfig
 from cast_ray.teachers.expert import ExpertTeacher
 from cast_ray.teachers.pseudo import pseudo_labels

@@ -13,8 +13,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from rich.console import Console
 
+from cast_ray.models.drawing import class_colours
 from cast_ray.report.content import Report
-from cast_ray.report.overlays import CONTACT_SHEET, class_colours, contact_sheet
+from cast_ray.report.overlays import CONTACT_SHEET, contact_sheet
 from cast_ray.report.plots import SHARED, _lines
 from cast_ray.report.results import read_results, summarise
 from cast_ray.report.tables import markdown_page, print_report, terminal_table, write_report

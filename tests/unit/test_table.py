@@ -56,6 +56,19 @@ def test_rows_of_the_other_tables_reach_the_recipe() -> None:
         assert margins.row_recipe(row, "coco").loss.lambda_pxl == float(row)
 
 
+def test_rows_of_student_are_encoders_and_decoders() -> None:
+    table = load_table("student")
+    found = {
+        row: (m.encoder.name, m.head if m.head == "eomt" else m.decoder)
+        for row in table.rows
+        for m in [table.row_recipe(row, "cityscapes", "full").student]
+    }
+    assert found["dinov2-s"] == ("dinov2-s", "dpt") and found["fpn"] == ("dinov2-s", "fpn")
+    assert found["resnet50"] == ("resnet50", "dpt") and found["eomt"] == ("dinov2-s", "eomt")
+    assert len(set(found.values())) == len(table.rows)
+    assert table.paper_values()["student/mask_ap"] == {"dinov2-s": 30.7, "resnet50": 25.5, "sam2-s": 22.1, "fpn": 28.9}
+
+
 def test_paper_values_stand_beside_our_metrics() -> None:
     assert load_table("losses").paper_values() == {
         "teacher/mask_ap": {"sup": 28.7, "sup+semi": 29.7, "sup+pxl": 29.6, "sup+semi+pxl": 30.5},

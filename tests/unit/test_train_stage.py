@@ -7,10 +7,10 @@ import torch
 from training_scenes import NUM_CLASSES, batches
 
 from cast_ray.engine.world import World
-from cast_ray.models.student import Segmenter, build_segmenter
-from cast_ray.recipe import build_recipe
+from cast_ray.models.segmenter import Segmenter, build_segmenter
+from cast_ray.recipe import TrainConfig, build_recipe
 from cast_ray.stages.graph import RowPlan, Stage, plan
-from cast_ray.stages.train import train_stage
+from cast_ray.stages.train import stage_memory, train_stage
 
 TINY = {
     "student.encoder.widths": "[8, 8, 16, 16]",
@@ -36,14 +36,29 @@ def train(stage: Stage, steps: int, initial: Segmenter | None = None) -> Segment
         initial_weights=initial.state_dict() if initial else None,
         batches=batches(0, steps, num_labelled=1),
         world=World(),
+        train_config=TrainConfig(**{"batch_unlabelled": 0} | stage.config["train"]),
         amp="off",
-        checkpoint_every_steps=100,
         resume=None,
         on_log=lambda _: None,
         on_checkpoint=lambda _: None,
     )
     assert result.curve[-1]["step"] == steps
     return segmenter
+
+
+def test_the_memory_of_a_stage_follows_its_recipe() -> None:
+    def total(stage: str, **overrides: str) -> int:
+        row = make_plan(**overrides)
+        return stage_memory(row.roles[stage], row.recipe, NUM_CLASSES).total
+
+    base = total("distill")
+    assert total("refine") < base  # D_l alone, and no strong view
+    assert total("distill", loss__lambda_pxl="0") < base
+    assert total("distill", runtime__num_workers="4") < base
+    assert total("distill", stages__distill__accumulate="4") < base
+    assert total("distill", runtime__use_gpu="true") < base  # in half precision there
+    assert total("distill", runtime__gradient_checkpointing="true") < base
+    assert total("distill", stages__refine__accumulate="4") == base
 
 
 def same(a: Segmenter, b: Segmenter) -> bool:

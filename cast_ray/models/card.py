@@ -1,0 +1,80 @@
+"""README.md of a saved model, as model hubs show it: what it is, how good it is, where it comes from, how to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+MAX_CLASSES = 20
+ROLES = {"refined": "refined student (step 3)", "student": "distilled student (step 2b)", "teacher": "its teacher"}
+
+_USE = """
+## Use
+
+```sh
+python -m cast_ray.predict PHOTOS --student THIS_FOLDER --out OUT
+```
+
+```python
+import torch
+from cast_ray.models.student import Student
+from cast_ray.views import fit_image
+
+student = Student.from_pretrained("THIS_FOLDER")
+pixels, inside = fit_image(image, student.image_px)  # image: uint8 [height, width, 3], RGB
+(instances,) = student.predict(torch.from_numpy(pixels)[None], [image.shape[:2]], [inside])
+```
+
+Each instance has a `label`, a `score` and a mask at the image's own size (`rle`, `size`: COCO run lengths).
+"""
+
+
+def model_card(config: Mapping[str, Any], num_parameters: int, result: Mapping[str, Any] | None) -> str:
+    """The card in Markdown, with the hub's YAML header.
+
+    Args:
+        config: content of `config.json`.
+        num_parameters: of the segmenter.
+        result: result.json of the row that made the model; None: the card says that there are no measurements.
+    """
+    model = config["model"]
+    names = [c["name"] for c in config["categories"]]
+    more = f" and {len(names) - MAX_CLASSES} more" if len(names) > MAX_CLASSES else ""
+    height, width = config["image_px"]
+    parts = [
+        "---\nlibrary_name: cast_ray\npipeline_tag: image-segmentation\ntags: [instance-segmentation]\n---",
+        "# Instance segmentation student\n",
+        f"- architecture: {model['encoder']['name']} encoder, "
+        + (f"{model['decoder']} decoder, " if model["head"] != "eomt" else "")
+        + f"{model['head']} head, {model['num_queries']} queries, {num_parameters / 1e6:.1f} M parameters",
+        f"- input: RGB, fitted into {height} x {width} px",
+        f"- {len(names)} classes: {', '.join(names[:MAX_CLASSES])}{more}",
+        "- trained by CAST (arXiv 2505.21904) as implemented in cast_ray " + config["cast_ray_version"],
+    ]
+    parts += _measured(result) if result else ["\nNo measurements were saved with this model."]
+    return "\n".join(parts) + "\n" + _USE
+
+
+def _measured(result: Mapping[str, Any]) -> list[str]:
+    metrics, dataset, recipe = result["metrics"], result["dataset"], result["recipe"]
+    lines = ["\n## Measured\n"]
+    rows = [(label, role) for role, label in ROLES.items() if f"{role}/mask_ap" in metrics]
+    if rows:
+        lines += ["| model | mask AP | AP50 |", "|---|---:|---:|"]
+        for label, role in rows:
+            ap50 = metrics.get(f"{role}/ap50")
+            lines.append(
+                f"| {label} | {metrics[f'{role}/mask_ap']:.1f} | {'' if ap50 is None else format(ap50, '.1f')} |"
+            )
+        images = f"{dataset['num_val']} validation images"
+        lines.append(f"\nCOCO mask AP in percent on {images}, one run with seed {result['seed']}.")
+    else:
+        lines.append("The run has no evaluation.")
+    lines += [
+        "\n## Made by\n",
+        f"- row `{result['row']}` of table `{result['table']}`, preset {recipe['preset']} at scale {recipe['scale']}",
+        f"- labelled images: {dataset.get('num_labelled')}, unlabelled: {dataset.get('num_unlabelled')}",
+        f"- `{result['command']}`",
+        f"- code {result['code_version']}, {result['device_hours']:.2f} device-hours",
+    ]
+    return lines

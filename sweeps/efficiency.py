@@ -1,0 +1,158 @@
+"""What each student costs on this device: parameters, operations, latency, throughput, memory, beside the paper's.
+
+python sweeps/ablate.py efficiency
+python sweeps/ablate.py efficiency --rows dinov2-s eomt --set "data.image_px=[1024, 2048]"
+
+No weights are needed: models are full-size, from their configs, with random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table as Grid
+from torch import nn
+
+from cast_ray.engine.loop import amp_dtype
+from cast_ray.engine.world import pick_device
+from cast_ray.evaluation.efficiency import count_gmacs, count_parameters, measure_seconds, peak_memory
+from cast_ray.models.segmenter import build_segmenter, outline
+from cast_ray.recipe import SCALES, Recipe, parse_overrides, preset_names
+from cast_ray.stages.table import load_table
+
+TABLE, PRESET, SCALE = "student", "cityscapes", "full"
+NUM_CLASSES = 8
+"""Cityscapes' thing classes; more of them change the class head alone."""
+PAPER_ROWS = {"dinov2-s": "student"}
+"""Row of ours -> the paper's row of its own efficiency table."""
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One row: parameters in 10^6; of one image multiply-adds in 10^9 and memory in GiB; None: not measured."""
+
+    row: str
+    params_m: float
+    gmacs: float
+    latency_ms: float | None = None
+    images_per_s: float | None = None
+    peak_gib: float | None = None
+
+
+def main(argv: list[str], console: Console) -> int:
+    """The command `ablate.py efficiency`.
+
+    Raises:
+        ValueError: an unknown row, preset or key, or a device that is not there.
+    """
+    arguments = _parser().parse_args(argv)
+    table = load_table(TABLE)
+    overrides = parse_overrides(arguments.set)
+    recipes = {
+        row: table.row_recipe(row, arguments.preset, arguments.scale, overrides=overrides)
+        for row in arguments.rows or table.rows
+    }
+    device = pick_device(arguments.device)
+    costs = []
+    with console.status("") as status:
+        for row, recipe in recipes.items():
+            status.update(f"{row} on {device}")
+            costs.append(_cost(row, recipe, arguments, device))
+    height, width = next(iter(recipes.values())).data.image_px
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    console.print(_grid(costs, f"Students at {height} x {width} px" + ("" if arguments.count_only else f" on {where}")))
+    console.print(_notes(arguments), highlight=False)
+    if arguments.out:
+        path = Path(arguments.out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"device": where, "image_px": [height, width], "rows": list(map(asdict, costs))}))
+        console.print(f"Written: {path}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _cost(row: str, recipe: Recipe, arguments: argparse.Namespace, device: torch.device) -> Cost:
+    bare = recipe.student.encoder.model_copy(update={"checkpoint": ""})
+    config = recipe.student.model_copy(update={"encoder": bare})
+    model = outline(config, NUM_CLASSES)
+    model.anneal(1.0)
+    shape = (3, *recipe.data.image_px)
+    counted = Cost(
+        row,
+        count_parameters(model) / 1e6,
+        count_gmacs(model, torch.empty((1, *shape), dtype=torch.uint8, device="meta")),
+    )
+    if arguments.count_only:
+        return counted
+    trained = build_segmenter(config, NUM_CLASSES, seed=0)
+    trained.anneal(1.0)
+    measured = measure(trained.eval().to(device), shape, arguments.batch, arguments.repeats, arguments.amp, device)
+    return Cost(row, counted.params_m, counted.gmacs, *measured)
+
+
+def measure(
+    model: nn.Module, shape: tuple[int, ...], batch: int, repeats: int, amp: str, device: torch.device
+) -> tuple[float, float, float]:
+    """(latency of one image in ms, images per second in batches, peak memory of one image in GiB, without weights)."""
+    dtype = amp_dtype(amp, device)
+    autocast: Any = partial(torch.autocast, device.type, dtype) if dtype else nullcontext
+    images = torch.randint(0, 256, (batch, *shape), dtype=torch.uint8, device=device)
+    latency = measure_seconds(lambda: model(images[:1]), device, repeats, autocast)
+    seconds = measure_seconds(lambda: model(images), device, repeats, autocast) if batch > 1 else latency
+    with autocast():
+        num_bytes = peak_memory(lambda: model(images[:1]), device)
+    return 1e3 * latency, batch / seconds, num_bytes / GIB
+
+
+def _grid(costs: list[Cost], title: str) -> Grid:
+    grid = Grid(title=title, title_justify="left")
+    for column in ("model", "M params", "GMACs", "ms/image", "images/s", "GiB/image"):
+        grid.add_column(column, justify="left" if column == "model" else "right")
+    for cost in costs:
+        cells = (cost.params_m, cost.gmacs, cost.latency_ms, cost.images_per_s, cost.peak_gib)
+        grid.add_row(cost.row, *("-" if v is None else f"{v:.3g}" if v < 100 else f"{v:.0f}" for v in cells))
+    published = json.loads((resources.files("cast_ray") / "paper" / "tables.json").read_text())["efficiency"]
+    for name, params, gflops, latency, fps in published["rows"]:
+        grid.add_row(f"paper: {name}", str(params), str(gflops), str(latency), str(fps), "-", style="dim")
+    return grid
+
+
+def _notes(arguments: argparse.Namespace) -> str:
+    lines = [
+        "GMACs: multiply-adds. The paper gives GFLOPs without the image size or the device of its table.",
+        "dinov2-s is the paper's student: encoder 22.1 M, reassemble stage 6.2 M, DPT fusion 10.5 M, head 14.5 M. The",
+        "paper's 52 M has 22 M for its decoder; it does not give the widths.",
+    ]
+    if not arguments.count_only:
+        lines.append(
+            f"Medians of {arguments.repeats} forward passes, amp {arguments.amp}; images/s in batches of "
+            f"{arguments.batch}; memory without weights."
+        )
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ablate.py efficiency",
+        description="Prints what each student of the table `student` costs on this device. Needs no weights or data.",
+    )
+    parser.add_argument("--preset", default=PRESET, help=f"one of {', '.join(preset_names())} (default: %(default)s)")
+    parser.add_argument("--scale", default=SCALE, help=f"one of {', '.join(SCALES)} (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    parser.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="autocast")
+    parser.add_argument("--batch", type=int, default=4, help="images of the throughput column (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed passes (default: %(default)s)")
+    parser.add_argument("--count-only", action="store_true", help="parameters and operations, nothing timed")
+    parser.add_argument("--out", metavar="FILE.json", help="also write the numbers")
+    return parser

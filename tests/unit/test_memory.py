@@ -1,0 +1,88 @@
+"""The memory estimate against what autograd really keeps, and how it follows the settings."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cast_ray.engine.memory import estimate_memory
+from cast_ray.models.network import CastNetwork
+from cast_ray.models.segmenter import build_segmenter
+from cast_ray.recipe import ContrastiveConfig, EncoderConfig, ModelConfig, TrainConfig, build_recipe
+
+VIT = EncoderConfig(name="vit", widths=(8, 16, 32, 64), depths=(1, 1, 2, 2), stem_stride=2)
+MODEL = ModelConfig(encoder=VIT, hidden_dim=32, num_queries=10, num_layers=3, num_heads=2, proposals=False)
+TRAIN = TrainConfig(batch_labelled=2, batch_unlabelled=2)
+CONTRAST = ContrastiveConfig(projection_dims=(8, 8))
+SIZE = (64, 96)
+
+
+def estimate(model: ModelConfig = MODEL, train: TrainConfig = TRAIN, **options):
+    return estimate_memory(model, train, num_classes=3, image_px=SIZE, **options)
+
+
+def really_kept(model: ModelConfig, contrastive: ContrastiveConfig | None, half: bool) -> int:
+    """Bytes of the storages that a real forward pass of one image leaves for the backward pass."""
+    network = CastNetwork(build_segmenter(model, 3, 0), contrastive).train()
+    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    image = torch.zeros(1, 3, *SIZE, dtype=torch.uint8)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=half),
+    ):
+        output = network(image, image)
+    assert output.predictions.mask_logits
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("contrastive", [None, CONTRAST], ids=["set loss", "both views"])
+@pytest.mark.parametrize(
+    "change", [{}, {"decoder": "msdeform"}, {"head": "eomt"}, {"proposals": True}], ids=["dpt", "msdeform", "eomt", "+"]
+)
+def test_activations_are_what_autograd_keeps(change: dict, contrastive: ContrastiveConfig | None, half: bool) -> None:
+    model = MODEL.model_copy(update=change)
+    found = estimate(model, contrastive=contrastive, half=half).activations / 4
+    assert found == pytest.approx(really_kept(model, contrastive, half), rel=0.05)
+
+
+def test_weights_count_gradients_moments_and_the_average() -> None:
+    num = sum(p.numel() for p in build_segmenter(MODEL, 3, 0).parameters())
+    assert estimate().weights == 5 * 4 * num
+    assert estimate(train=TRAIN.model_copy(update={"ema": 0.0})).weights == 4 * 4 * num
+
+
+def test_it_follows_the_settings() -> None:
+    base = estimate()
+    assert base.total == base.weights + base.activations + base.outputs
+    assert estimate(num_workers=2).activations == base.activations / 2
+    assert estimate(unlabelled=False).activations == base.activations / 2
+    parted = estimate(train=TRAIN.model_copy(update={"accumulate": 4}))
+    assert (parted.activations, parted.outputs) == (base.activations / 4, base.outputs)
+    assert estimate(half=True).activations < base.activations
+    assert estimate(gradient_checkpointing=True).activations < 0.7 * base.activations
+    assert estimate(contrastive=CONTRAST).activations > 1.2 * base.activations
+    assert "GiB" in str(base)
+
+
+def test_the_papers_student_on_one_gpu() -> None:
+    recipe = build_recipe("cityscapes", "full")
+    found = estimate_memory(
+        recipe.student,
+        recipe.stages.distill,
+        num_classes=8,
+        image_px=(512, 1024),
+        contrastive=recipe.contrastive,
+        half=True,
+    )
+    # Weights, gradients and two moments of 53 M parameters in float32, and a projector.
+    assert found.weights / 2**30 == pytest.approx(0.80, abs=0.01)
+    assert 10 < found.total / 2**30 < 24
