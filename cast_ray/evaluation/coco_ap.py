@@ -50,7 +50,7 @@ def mask_ap(
     Source: pycocotools' COCOeval. Deviations: none in the measure. An object's size is its mask's, not the `area` of
     the annotation file; ids may be strings; a match with annotation 0 counts.
     """
-    return coco_metrics(match_results(ground_truth, results, categories, max_detections), categories, max_detections)
+    return coco_metrics(match_results(ground_truth, results, categories, max_detections), categories)
 
 
 def match_results(
@@ -68,7 +68,7 @@ def match_results(
     return join(parts, rows, tie_order(ground_truth.column("image_id").to_pylist()))
 
 
-def coco_metrics(matches: Matches, categories: Sequence[Category], max_detections: int = 100) -> dict[str, Any]:
+def coco_metrics(matches: Matches, categories: Sequence[Category]) -> dict[str, Any]:
     """All of COCO's measures.
 
     Returns:
@@ -89,7 +89,6 @@ def coco_metrics(matches: Matches, categories: Sequence[Category], max_detection
     return {
         "metric": "coco",
         **{name: _mean_percent(values) for name, values in measures.items()},
-        "max_detections": max_detections,
         "per_class": {name: _mean_percent(everything[..., k]) for k, name in enumerate(names)},
         "per_class_ap50": {name: _mean_percent(everything[0, :, k]) for k, name in enumerate(names)},
         "num_images": matches.num_images,
@@ -102,10 +101,9 @@ def match_coco(
 ) -> Matches:
     """Gives each detection of a batch of images the object it takes, by COCO's rules.
 
-    In falling score order each detection takes, of the objects of its class that are free, the one it overlaps most, at
-    each IoU threshold for itself; of equal overlaps the last. Only where it reaches none of those to be found it takes a
-    crowd, which stays free, or an object outside the size range, and is then ignored; so is a detection without a match
-    outside the size range.
+    At each IoU threshold, in falling score order, a detection takes of the free objects of its class the one it
+    overlaps most; of equal overlaps the last. Where it reaches none of those to be found, it takes a crowd, which stays
+    free, or an object outside the size range, and is ignored; so is a detection of another size without a match.
 
     Args:
         truth, found: of each image.
@@ -174,7 +172,7 @@ def _take(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which detections take an object, and which of them one that does not count.
 
-    Detections of different groups (images and classes) do not compete, so the n-th ones of all groups are served at once.
+    Detections of different groups (images and classes) do not compete: the n-th ones of all groups are served at once.
 
     Args:
         group_D: non-decreasing; within a group detections stand in falling score order.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -83,7 +84,12 @@ class Matches:
         """The rows of each class in one size range, prepared for counting."""
         if area not in self._rankings:
             self._rankings[area] = precision.Ranking(
-                self.image, self.label, self.score, self.matched[:, area], self.ignored[:, area], self.num_truth[..., area]
+                self.image,
+                self.label,
+                self.score,
+                self.matched[:, area],
+                self.ignored[:, area],
+                self.num_truth[..., area],
             )
         return self._rankings[area]
 
@@ -116,7 +122,7 @@ def load_matches(source: str | Path | bytes | BinaryIO) -> Matches:
         with np.load(io.BytesIO(source) if isinstance(source, bytes) else source, allow_pickle=False) as arrays:
             columns = {name: arrays[name] for name in ("image", "label", "score", "matched", "ignored", "num_truth")}
             metric = str(arrays["metric"])
-    except (KeyError, ValueError, OSError) as error:
+    except (KeyError, ValueError, OSError, EOFError, BadZipFile) as error:
         raise ValueError(f"{_name(source)}: not a file of matches: {error}") from None
     return Matches(metric, **columns | {"score": columns["score"].astype(np.float64)})  # type: ignore[arg-type]
 

@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from cast_ray.records import RECORD_SCHEMA, Category, encode_image_id
+from cast_ray.records import RECORD_SCHEMA, Category, decode_image_id, encode_image_id
 
 CATEGORIES = (Category(2, "disc"), Category(5, "cross"), Category(9, "star"))
 HEIGHT, WIDTH = 60, 120
@@ -72,7 +72,7 @@ def coco_document(ground_truth: pa.Table, categories: Sequence[Category] = CATEG
     """The records as an instances JSON."""
     images, annotations = [], []
     for row in ground_truth.to_pylist():
-        image_id = int(row["image_id"])
+        image_id = decode_image_id(row["image_id"])
         images.append({"id": image_id, "height": row["height"], "width": row["width"]})
         for instance in row["instances"]:
             rle = {"size": [row["height"], row["width"]], "counts": instance["rle"].decode()}
