@@ -30,14 +30,16 @@ from cast_ray.records import RECORD_SCHEMA, Category
 
 NUM_IMAGES, NUM_DETECTIONS, NUM_CLASSES, SIZE = 500, 100, 8, (256, 512)
 CATEGORIES = tuple(Category(k, f"class {k}") for k in range(1, NUM_CLASSES + 1))
-NAMES = ("mask_ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
-NAMES += ("ar_1", "ar_10", "ar", "ar_small", "ar_medium", "ar_large")
+NAMES = ["mask_ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"]
+NAMES += ["ar_1", "ar_10", "ar", "ar_small", "ar_medium", "ar_large"]
 
 
 def make_problem(num_images: int = NUM_IMAGES) -> tuple[pa.Table, dict[str, Any], list[dict[str, Any]]]:
     """Records, the same as an instances JSON, and results: 4-16 objects an image, most detections near one of them."""
     rng = np.random.default_rng(0)
-    rows, annotations, results = [], [], []
+    rows: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for image in range(1, num_images + 1):
         objects = [_blob(rng) for _ in range(rng.integers(4, 17))]
         labels = rng.integers(1, NUM_CLASSES + 1, len(objects))
@@ -68,8 +70,8 @@ def make_problem(num_images: int = NUM_IMAGES) -> tuple[pa.Table, dict[str, Any]
             score = float(np.float32(rng.random()))
             results.append({"image_id": image, "category_id": label, "segmentation": segmentation, "score": score})
     images = [{"id": i, "height": SIZE[0], "width": SIZE[1]} for i in range(1, num_images + 1)]
-    document = {"info": {}, "images": images, "annotations": annotations}
-    document["categories"] = [{"id": c.id, "name": c.name} for c in CATEGORIES]
+    listed = [{"id": c.id, "name": c.name} for c in CATEGORIES]
+    document = {"info": {}, "images": images, "annotations": annotations, "categories": listed}
     return pa.Table.from_pylist(rows, schema=RECORD_SCHEMA), document, results
 
 
@@ -106,7 +108,9 @@ def repeated(
     document: dict[str, Any], results: list[dict[str, Any]], counts: np.ndarray
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The dataset of a bootstrap sample: each image followed by its copies."""
-    images, annotations, copies = [], [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    copies: list[dict[str, Any]] = []
     by_image: dict[int, tuple[list, list]] = {image["id"]: ([], []) for image in document["images"]}
     for annotation in document["annotations"]:
         by_image[annotation["image_id"]][0].append(annotation)

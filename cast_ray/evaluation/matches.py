@@ -29,7 +29,7 @@ NUM_THRESHOLDS = 10
 class Matches:
     """N detections on I images of C classes, for A ranges of object size (the first: all sizes).
 
-    Rows are sorted by label and falling score; of equal scores the earlier image comes first, then the earlier detection.
+    Rows are sorted by label and falling score; of equal scores the earlier image comes first, in it the earlier row.
 
     Args:
         metric: whose rules matched them, and make AP of them.

@@ -23,5 +23,5 @@ def match_images(
 
 
 def metrics_of(matches: Matches, categories: Sequence[Category]) -> dict[str, Any]:
-    """The measures of matched detections, see `coco_metrics` and `cityscapes_metrics`; `metric` names which they are."""
+    """The measures of matched detections, see `coco_metrics`, `cityscapes_metrics`; `metric` says which they are."""
     return (cityscapes_metrics if matches.metric == "cityscapes" else coco_metrics)(matches, categories)

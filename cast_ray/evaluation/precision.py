@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -34,7 +35,7 @@ class Ranking:
         bounds = np.searchsorted(self.label, np.arange(self.num_truth.shape[1] + 1))
         return [
             ClassRanking(*(column[a:b] for column in (self.image, self.score, self.matched, self.ignored)))
-            for a, b in zip(bounds[:-1], bounds[1:])
+            for a, b in pairwise(bounds)
         ]
 
     def num_positives(self, image_counts: np.ndarray) -> np.ndarray:

@@ -135,8 +135,8 @@ def test_results_files_are_read_by_pycocotools_unchanged(tmp_path) -> None:
     evaluation.summarize()
     ours = mask_ap(ground_truth, results, CLASSES)
     assert 0 < ours["mask_ap"] < 100
-    names = ("mask_ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
-    names += ("ar_1", "ar_10", "ar", "ar_small", "ar_medium", "ar_large")
+    names = ["mask_ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"]
+    names += ["ar_1", "ar_10", "ar", "ar_small", "ar_medium", "ar_large"]
     assert [ours[n] if ours[n] is not None else -100 for n in names] == [100 * s for s in evaluation.stats]
 
 

@@ -63,7 +63,7 @@ def test_nothing_to_find_is_nan() -> None:
 @pytest.mark.parametrize("counts", [np.ones(5, dtype=int), np.ones(6), -np.ones(6, dtype=int)])
 def test_other_counts_are_refused(counts: np.ndarray) -> None:
     table, results = random_scenes(1, IDS)
-    with pytest.raises(ValueError, match="image_counts is .* expected counts from 0 up of 6 images"):
+    with pytest.raises(ValueError, match=r"image_counts is .* expected counts from 0 up of 6 images"):
         match_results(table, results, CATEGORIES).mask_ap(counts)
 
 
