@@ -62,6 +62,8 @@ def train(
     resume: TrainState | None = None,
     on_log: Callable[[dict[str, float]], None] = lambda facts: None,
     on_checkpoint: Callable[[TrainState], None] = lambda state: None,
+    snapshot_every_steps: int = 0,
+    on_snapshot: Callable[[int, dict[str, torch.Tensor]], None] = lambda step, weights: None,
 ) -> TrainResult:
     """Trains `network` in place for `config.steps` optimiser steps.
 
@@ -76,6 +78,9 @@ def train(
         resume: state to continue from.
         on_log: called on every worker each LOG_EVERY_STEPS steps with step, loss, each term, lr, images_per_s.
         on_checkpoint: called on every worker each `checkpoint_every_steps` steps, not after the last.
+        snapshot_every_steps: 0: never.
+        on_snapshot: called on the first worker each so many steps, not after the last, with the step and a copy on the
+            CPU of the segmenter's weights as they would be handed on then. It cannot change the training.
 
     Raises:
         FloatingPointError: the loss is not finite, naming the step and the terms.
@@ -147,6 +152,8 @@ def train(
             curve.append(entry)
             on_log(entry)
             logged, images_logged, means_since = now, images, []
+        if snapshot_every_steps and done % snapshot_every_steps == 0 and done < config.steps and world.rank == 0:
+            on_snapshot(done, _segmenter_weights(network, average))
         if done % config.checkpoint_every_steps == 0 and done < config.steps:
             if means_since:
                 _finite_means(means_since, names, done)  # a state that cannot go on must not replace one that can
@@ -168,6 +175,13 @@ def train(
         average.write_to(network)
     seconds = time.monotonic() - began
     return TrainResult(curve, diagnostics, seconds_before + seconds, images / max(seconds, 1e-9))
+
+
+def _segmenter_weights(network: CastNetwork, average: WeightAverage | None) -> dict[str, torch.Tensor]:
+    """A copy on the CPU of what a stage that ended here would hand on."""
+    state = average.state_of(network) if average is not None else network.state_dict()
+    prefix = "segmenter."
+    return {n.removeprefix(prefix): t.detach().cpu().clone() for n, t in state.items() if n.startswith(prefix)}
 
 
 def _finite_means(recent: list[torch.Tensor], names: list[str], done: int) -> list[float]:

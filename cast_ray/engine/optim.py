@@ -79,6 +79,11 @@ class WeightAverage:
         for mine, theirs in zip(self.average, state["average"], strict=True):
             mine.copy_(theirs)
 
+    def state_of(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        """`module`'s state with the average in place of its parameters; the tensors are not copied."""
+        names = [name for name, _ in module.named_parameters()]
+        return module.state_dict() | dict(zip(names, self.average, strict=True))
+
     @torch.no_grad()
     def write_to(self, module: nn.Module) -> None:
         """Puts the average into `module` (of the same architecture)."""

@@ -16,6 +16,8 @@ class RuntimeConfig(Part):
     use_gpu: bool = False
     cpus_per_worker: float = Field(0.5, gt=0)
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    validate_on_gpu: bool = True
+    """Where validation beside training (`evaluation.every_steps`) runs when `use_gpu`: on a GPU more, or on the CPU."""
     num_labellers: int = Field(1, ge=1)
     cpus_per_labeller: float = Field(0.5, gt=0)
     cpus_per_read: float = Field(0.2, gt=0)

@@ -9,13 +9,17 @@ that the next writer overwrites.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.dataset
 import pyarrow.fs
 import pyarrow.parquet
 
@@ -98,6 +102,26 @@ class ArtifactStore:
         """Writes one file of an artifact that is not yet committed."""
         self.write_bytes(f"artifacts/{stage.key}/{name}", data)
 
+    @contextmanager
+    def write_stream(self, stage: Stage, name: str) -> Iterator[Any]:
+        """A file of an artifact that is not yet committed, open for writing piece by piece."""
+        fs, root = self._fs
+        path = f"{root}/artifacts/{stage.key}/{name}"
+        fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
+        with fs.open_output_stream(path) as file:
+            yield file
+
+    @contextmanager
+    def read_stream(self, stage: Stage, name: str) -> Iterator[Any]:
+        """A file of an artifact that is not yet committed, open for reading line by line."""
+        fs, root = self._fs
+        with fs.open_input_stream(f"{root}/artifacts/{stage.key}/{name}") as file, io.BufferedReader(file) as lines:
+            yield lines
+
+    def discard(self, stage: Stage, name: str) -> None:
+        """Removes one file of an artifact that is not yet committed."""
+        self.delete(f"artifacts/{stage.key}/{name}")
+
     def commit(self, stage: Stage, facts: dict[str, Any]) -> None:
         """Makes an artifact exist: writes its manifest (stage, parents, config, `facts`) as the last file."""
         manifest = {
@@ -120,6 +144,11 @@ class ArtifactStore:
         fs, root = self._fs
         return pa.parquet.read_table(f"{root}/artifacts/{key}/{name}", filesystem=fs, columns=columns)
 
+    def open_dataset(self, key: str, name: str) -> pa.dataset.Dataset:
+        """A folder of Parquet files inside an artifact, to be read piece by piece."""
+        fs, root = self._fs
+        return pa.dataset.dataset(f"{root}/artifacts/{key}/{name}", filesystem=fs, format="parquet")
+
     def note_checkpoint(self, fingerprint: str, uri: str, step: int) -> None:
         """Remembers where an unfinished train stage can continue, whichever row or run continues it."""
         self.write_json(f"checkpoints/{fingerprint}.json", {"uri": uri, "step": step})
@@ -137,6 +166,15 @@ class ArtifactStore:
                 fs.delete_file(path)
         if fs.get_file_info(f"{root}/train/{run_name}").type == pa.fs.FileType.Directory:
             fs.delete_dir(f"{root}/train/{run_name}")
+
+    def delete(self, path: str) -> None:
+        """Removes a file or folder below the storage path, if there is one."""
+        fs, root = self._fs
+        kind = fs.get_file_info(f"{root}/{path}").type
+        if kind == pa.fs.FileType.File:
+            fs.delete_file(f"{root}/{path}")
+        elif kind == pa.fs.FileType.Directory:
+            fs.delete_dir(f"{root}/{path}")
 
     def find_bytes(self, path: str) -> bytes | None:
         """One file below the storage path, or None when there is none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 import traceback
@@ -13,9 +14,10 @@ from ray import tune
 
 from cast_ray.datasets.fractions import split
 from cast_ray.recipe import DataConfig
+from cast_ray.runtime.audit import audit_labels
 from cast_ray.runtime.broker import HEARTBEAT_S, Need, broker_for
 from cast_ray.runtime.labelling import LabelJob, label_images
-from cast_ray.runtime.results import SweepContext, assemble_result, row_name
+from cast_ray.runtime.results import AUDIT, SweepContext, assemble_result, row_name
 from cast_ray.runtime.streams import Images, load_records
 from cast_ray.runtime.workers import Segment, run_segment
 from cast_ray.stages.graph import RowPlan, Stage, artifact_key
@@ -124,6 +126,8 @@ class _RowDriver:
         self.broker.post.remote(self.name, post)
         num_images = label_images(LabelJob(self.store, stage, images, self.broker, self.name), runtime)
         seconds = time.monotonic() - began
+        if (audit := audit_labels(self.store, stage, images, runtime)) is not None:
+            self.store.add(stage, AUDIT, json.dumps(audit).encode())
         facts = {"seconds": seconds, "stage_seconds": seconds, "images_per_s": num_images / seconds}
         self.store.commit(stage, facts | {"num_images": num_images, "num_workers": runtime.num_labellers})
         ray.get(self.broker.finish.remote(stage.fingerprint))

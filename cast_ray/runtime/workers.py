@@ -19,6 +19,7 @@ from cast_ray.recipe import Recipe
 from cast_ray.records import Category
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.streams import Images, reserve, stream_bundle
+from cast_ray.runtime.validation import validation_bundles
 from cast_ray.stages.graph import Stage
 
 
@@ -55,7 +56,7 @@ def run_segment(segment: Segment, run_name: str) -> None:
     """
     runtime = segment.recipe.runtime
     reads = [stream_bundle(runtime)] * runtime.num_workers
-    with reserve(reads) as group:
+    with reserve(reads + validation_bundles(segment.recipe, segment.stages)) as group:
         _fit(segment, run_name, group)
     if reason := ray.get(segment.broker.failure.remote(segment.owner)):
         raise SegmentFailed(reason)

@@ -36,6 +36,8 @@ def train_stage(
     resume: TrainState | None,
     on_log: Callable[[dict[str, float]], None],
     on_checkpoint: Callable[[TrainState], None],
+    snapshot_every_steps: int = 0,
+    on_snapshot: Callable[[int, dict[str, torch.Tensor]], None] = lambda step, weights: None,
 ) -> tuple[Segmenter, TrainResult]:
     """Runs one train stage on this worker; see `engine.loop.train` for the callbacks.
 
@@ -73,5 +75,7 @@ def train_stage(
         resume=resume,
         on_log=on_log,
         on_checkpoint=on_checkpoint,
+        snapshot_every_steps=snapshot_every_steps,
+        on_snapshot=on_snapshot,
     )
     return segmenter, result

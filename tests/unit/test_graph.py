@@ -170,6 +170,9 @@ RESULT_FIELDS = {
     "contrastive.sampler": ("uniform", {"adapt", "selftrain", "distill"}),
     "contrastive.temperature": ("0.2", {"adapt", "selftrain", "distill"}),
     "pseudo.score_threshold": ("0.5", {"label-adapted", "label-teacher"}),
+    "pseudo.mask_quality_threshold": ("0.5", {"label-adapted", "label-teacher"}),
+    "pseudo.order": ("detector", {"label-adapted", "label-teacher"}),
+    "evaluation.metric": ("cityscapes", {"zero_shot", "teacher", "student", "refined"}),
     "evaluation.max_detections": ("50", {"zero_shot", "teacher", "student", "refined"}),
     "evaluation.num_images": ("5", {"zero_shot", "teacher", "student", "refined"}),
 }
@@ -185,6 +188,7 @@ UNTOUCHED = {
     "loss.lambda_pxl": {"pretrain", "zero_shot"},
     "contrastive.sampler": {"pretrain", "zero_shot"},
     "stages.refine.weight_decay": {"pretrain", "adapt", "selftrain", "distill", "student", "teacher"},
+    "evaluation.metric": {"pretrain", "adapt", "label-adapted", "selftrain", "label-teacher", "distill", "refine"},
     "evaluation.num_images": {"pretrain", "adapt", "label-adapted", "selftrain", "label-teacher", "distill", "refine"},
     "pseudo.score_threshold": {"pretrain", "adapt", "zero_shot"},
 }
@@ -207,7 +211,7 @@ def test_a_field_that_changes_a_result_changes_its_stages(key: str) -> None:
     ("key", "value"),
     [(k, None) for k in recipe_keys() if k.startswith("runtime.")]
     + [(f"stages.{s}.checkpoint_every_steps", "3") for s in ("pretrain", "adapt", "selftrain", "distill", "refine")]
-    + [("evaluation.batch", "3"), ("data.root", "/elsewhere"), ("data.max_bad_fraction", "0.5")],
+    + [("evaluation.batch", "3"), ("evaluation.every_steps", "2"), ("data.root", "/elsewhere"), ("data.max_bad_fraction", "0.5")],
 )
 def test_where_and_how_it_runs_changes_nothing(key: str, value: str | None) -> None:
     others = {
@@ -215,6 +219,7 @@ def test_where_and_how_it_runs_changes_nothing(key: str, value: str | None) -> N
         "runtime.use_gpu": "true",
         "runtime.amp": "bf16",
         "runtime.cpus_per_worker": "2",
+        "runtime.validate_on_gpu": "false",
         "runtime.num_labellers": "3",
         "runtime.cpus_per_labeller": "1.5",
         "runtime.cpus_per_read": "0.7",
