@@ -128,7 +128,8 @@ class _RowDriver:
         seconds = time.monotonic() - began
         if (audit := audit_labels(self.store, stage, images, runtime)) is not None:
             self.store.add(stage, AUDIT, json.dumps(audit).encode())
-        facts = {"seconds": seconds, "stage_seconds": seconds, "images_per_s": num_images / seconds}
+        whole = time.monotonic() - began
+        facts = {"seconds": seconds, "stage_seconds": whole, "images_per_s": num_images / seconds}
         self.store.commit(stage, facts | {"num_images": num_images, "num_workers": runtime.num_labellers})
         ray.get(self.broker.finish.remote(stage.fingerprint))
 

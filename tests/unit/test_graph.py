@@ -211,7 +211,12 @@ def test_a_field_that_changes_a_result_changes_its_stages(key: str) -> None:
     ("key", "value"),
     [(k, None) for k in recipe_keys() if k.startswith("runtime.")]
     + [(f"stages.{s}.checkpoint_every_steps", "3") for s in ("pretrain", "adapt", "selftrain", "distill", "refine")]
-    + [("evaluation.batch", "3"), ("evaluation.every_steps", "2"), ("data.root", "/elsewhere"), ("data.max_bad_fraction", "0.5")],
+    + [
+        ("evaluation.batch", "3"),
+        ("evaluation.every_steps", "2"),
+        ("data.root", "/elsewhere"),
+        ("data.max_bad_fraction", "0.5"),
+    ],
 )
 def test_where_and_how_it_runs_changes_nothing(key: str, value: str | None) -> None:
     others = {
