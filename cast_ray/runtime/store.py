@@ -84,6 +84,11 @@ class ArtifactStore:
     def read_json(self, key: str, name: str) -> Any:
         return json.loads(self.read_bytes(key, name))
 
+    def find_json(self, key: str, name: str) -> Any | None:
+        """A file of an artifact that not every one has; None where it has not."""
+        found = self.find_bytes(f"artifacts/{key}/{name}")
+        return json.loads(found) if found else None
+
     def write_bytes(self, path: str, data: bytes) -> None:
         """Writes one file below the storage path. Local files appear whole or not at all."""
         fs, root = self._fs
