@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -132,8 +133,8 @@ def worst_cases(context: SweepContext, row: RowPlan, path: Path) -> bool:
 
 def _draw_worst(context: SweepContext, stage: Stage) -> bytes | None:
     store = context.store
-    audit = store.find_json(stage.key, AUDIT)
-    cases = audit["worst"][:NUM_WORST] if audit else []
+    audit = store.find_file(stage.key, AUDIT)
+    cases = json.loads(audit)["worst"][:NUM_WORST] if audit else []
     if not cases:
         return None
     classes = ClassMap(context.categories)

@@ -89,8 +89,8 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[
         if stage.kind == "train":
             history = store.read_json(stage.key, "curves.json")
             curves[stage.name], diagnostics[stage.name] = history["curve"], history["diagnostics"]
-        if stage.kind == "label" and (audit := store.find_json(stage.key, AUDIT)) is not None:
-            pseudo_labels[stage.name] = audit
+        if stage.kind == "label" and (audit := store.find_file(stage.key, AUDIT)) is not None:
+            pseudo_labels[stage.name] = json.loads(audit)
     for role, stage in row.roles.items():
         if stage.kind == "evaluate" and stage.fingerprint in facts_of:
             measured = store.read_json(stage.key, "metrics.json")
@@ -134,7 +134,7 @@ def read_matches(context: SweepContext, row: RowPlan) -> Iterator[tuple[str, byt
     """(role, content of `evaluation.matches.load_matches`' file) of every evaluation of a row that is stored."""
     for role, stage in row.roles.items():
         if stage.kind == "evaluate":
-            content = context.store.find_bytes(f"artifacts/{stage.key}/{MATCHES}")
+            content = context.store.find_file(stage.key, MATCHES)
             if content is not None:
                 yield role, content
 

@@ -40,7 +40,7 @@ def test_a_file_is_written_and_read_piece_by_piece(store: ArtifactStore) -> None
     with store.read_stream(STAGE, "results.jsonl") as file:
         assert list(file) == [b"0\n", b"1\n", b"2\n"]
     store.discard(STAGE, "results.jsonl")
-    assert store.find_bytes(f"artifacts/{STAGE.key}/results.jsonl") is None
+    assert store.find_file(STAGE.key, "results.jsonl") is None
     store.discard(STAGE, "results.jsonl")  # again: nothing to do
 
 
