@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,17 @@ def test_two_workers_measure_what_one_does(plain: Outcome, start_sweep: Any) -> 
             assert (getattr(mine, column) == getattr(wanted, column)).all(), column
         files = {path.name for path in (plain.folder / "storage/artifacts" / key).iterdir()}
         assert files == {"metrics.json", "results.json", "matches.npz", "manifest.json"}
+
+
+def test_another_metric_is_another_evaluation_of_the_same_models(plain: Outcome, start_sweep: Any) -> None:
+    again = Outcome(plain.folder, start_sweep, "evaluation.metric=cityscapes")
+    ran = [s["kind"] for s in again.result["stages"] if not s["reused"]]
+    assert ran and set(ran) == {"evaluate"}
+    for _, key in again.stages("evaluate"):
+        numbers = again.store.read_json(key, "metrics.json")
+        matches = load_matches(again.store.read_bytes(key, "matches.npz"))
+        assert numbers["metric"] == matches.metric == "cityscapes"
+        assert numbers["mask_ap"] == (None if math.isnan(matches.mask_ap()) else matches.mask_ap())
 
 
 def test_stored_results_and_matches_give_the_metrics(plain: Outcome) -> None:
