@@ -106,9 +106,15 @@ def test_two_workers_measure_what_one_does(plain: Outcome, start_sweep: Any) -> 
 
 
 def test_another_metric_is_another_evaluation_of_the_same_models(plain: Outcome, start_sweep: Any) -> None:
-    again = Outcome(plain.folder, start_sweep, "evaluation.metric=cityscapes")
-    ran = [s["kind"] for s in again.result["stages"] if not s["reused"]]
-    assert ran and set(ran) == {"evaluate"}
+    """And a lost stage is trained again, validated beside two workers."""
+    distill = dict(plain.stages("train"))["distill"]
+    (plain.folder / "storage/artifacts" / distill / "manifest.json").unlink()
+    changes = ("evaluation.metric=cityscapes", "evaluation.every_steps=2", "runtime.num_workers=2")
+    again = Outcome(plain.folder, start_sweep, *changes)
+    ran = [s["name"] for s in again.result["stages"] if not s["reused"]]
+    assert sorted(ran) == ["distill"] + ["evaluate"] * 4
+    assert again.store.manifest(distill)["validation"] == {"validated": 3, "skipped": [], "failed": {}}
+    assert [e["step"] for e in again.result["curves"]["distill"] if "val/mask_ap" in e or "loss" in e] == [2, 4, 6, 7]
     for _, key in again.stages("evaluate"):
         numbers = again.store.read_json(key, "metrics.json")
         matches = load_matches(again.store.read_bytes(key, "matches.npz"))
