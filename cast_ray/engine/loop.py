@@ -71,6 +71,8 @@ def train(
     on_checkpoint: Callable[[TrainState], None] = lambda state: None,
     on_refresh: Callable[[int, dict[str, torch.Tensor]], None] = lambda step, weights: None,
     refresh_every_steps: int = 0,
+    snapshot_every_steps: int = 0,
+    on_snapshot: Callable[[int, dict[str, torch.Tensor]], None] = lambda step, weights: None,
 ) -> TrainResult:
     """Trains `network` in place for `config.steps` optimiser steps.
 
@@ -87,6 +89,9 @@ def train(
         on_checkpoint: called on every worker each `checkpoint_every_steps` steps, not after the last.
         on_refresh: called on every worker each `refresh_every_steps` steps (0: never), not after the last, with the
             segmenter's averaged weights, which are to be copied at once.
+        snapshot_every_steps: 0: never.
+        on_snapshot: called on the first worker each so many steps, not after the last, with the step and a copy on the
+            CPU of the segmenter's weights as they would be handed on then. It cannot change the training.
 
     Raises:
         FloatingPointError: the loss is not finite, naming the step and the terms.
@@ -164,6 +169,8 @@ def train(
             logged, images_logged, means_since = now, images, []
         if refresh_every_steps and done % refresh_every_steps == 0 and done < config.steps:
             on_refresh(done, averaged_weights(network.segmenter, average))
+        if snapshot_every_steps and done % snapshot_every_steps == 0 and done < config.steps and world.rank == 0:
+            on_snapshot(done, _copied_weights(network, average))
         if done % config.checkpoint_every_steps == 0 and done < config.steps:
             if means_since:
                 _finite_means(means_since, names, done)  # a state that cannot go on must not replace one that can
@@ -187,6 +194,12 @@ def train(
         network.segmenter.anneal(1.0)
     seconds = time.monotonic() - began
     return TrainResult(curve, diagnostics, seconds_before + seconds, images / max(seconds, 1e-9))
+
+
+def _copied_weights(network: CastNetwork, average: WeightAverage | None) -> dict[str, torch.Tensor]:
+    """A copy on the CPU of what a stage that ended here would hand on."""
+    weights = averaged_weights(network.segmenter, average)
+    return {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
 
 
 def _finite_means(recent: list[torch.Tensor], names: list[str], done: int) -> list[float]:

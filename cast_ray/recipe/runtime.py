@@ -19,6 +19,8 @@ class RuntimeConfig(Part):
     """Autocast; auto: bfloat16 on GPUs that have it, else float16, and none on a CPU."""
     gradient_checkpointing: bool = False
     """Compute the layers' activations again in the backward pass instead of keeping them."""
+    validate_on_gpu: bool = True
+    """Where validation beside training (`evaluation.every_steps`) runs when `use_gpu`: on a GPU more, or on the CPU."""
     num_labellers: int = Field(0, ge=0)
     """Actors of a labelling job of its own, for more (or fewer) devices than train. 0: the workers that train also
     label, which costs no start of actors. Of online labels: the number of teachers, 0: one."""

@@ -62,14 +62,30 @@ class PseudoConfig(Part):
     """From teacher predictions to pseudo-labels (1b, 2a)."""
 
     score_threshold: float = Field(0.3, ge=0, le=1)
+    """A prediction is trusted when its score lies above."""
+    mask_quality_threshold: float = Field(0.0, ge=0, le=1)
+    """A prediction is trusted when its mask quality, as the teacher estimates it, is at least this; 0: not asked."""
+    order: Literal["score", "detector"] = "score"
+    """In which predictions are counted and painted: falling score, or as the teacher's detector returns them (the
+    released code's). The embedded teacher returns them in falling score order."""
     max_per_image: int = Field(100, ge=1)
     min_area_px: int = Field(12, ge=0)
+    """A label with fewer pixels, after painting, is dropped."""
     non_overlapping: bool = True
-    """Paint the masks in falling score order; a pixel belongs to the first that takes it."""
+    """Paint the masks in `order`; a pixel belongs to the first that takes it."""
 
 
 class EvaluationConfig(Part):
+    """How trained models are measured."""
+
+    metric: Literal["coco", "cityscapes"] = "coco"
+    """COCO's mask AP or Cityscapes' own instance AP: two numbers that cannot be compared with each other."""
     max_detections: int = Field(100, ge=1)
+    """Of an image, and with COCO's AP of each class of it: the highest scores."""
     batch: int = Field(16, ge=1)
+    """Images of one forward pass, at most 16."""
     num_images: int | None = Field(None, ge=1)
     """Evaluate on the first so many validation images (None: all)."""
+    every_steps: int = Field(0, ge=0)
+    """Also validate each so many steps of a train stage, beside it and on resources of its own; 0: at its end only.
+    It changes no weight; stages found in the store are not validated again."""

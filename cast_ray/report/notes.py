@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from cast_ray.report.content import Report, Result
 
 NEAR_ZERO_AP = 1.0
+AP_NAMES = {"coco": "COCO mask AP", "cityscapes": "Cityscapes' instance AP (not comparable with COCO's)"}
 DATASET_COUNTS = {"num_labelled": "labelled", "num_unlabelled": "unlabelled", "num_val": "validation"}
 
 
@@ -28,6 +29,8 @@ def context_of(results: Sequence[Result]) -> dict[str, str]:
         context["code"] = ", ".join(sorted(versions))
     if recipe := first.get("recipe"):
         context["recipe"] = f"preset {recipe.get('preset')}, scale {recipe.get('scale')}"
+    if metrics := {(r.get("recipe") or {}).get("evaluation", {}).get("metric") for r in results} - {None}:
+        context["AP"] = " and ".join(AP_NAMES[metric] for metric in sorted(metrics))
     if data := first.get("dataset"):
         context["dataset"] = (
             ", ".join(f"{data[key]} {what}" for key, what in DATASET_COUNTS.items() if data.get(key) is not None)
@@ -74,6 +77,7 @@ def notes_of(report: Report) -> list[str]:
     for what, values in (
         ("datasets", {(r.get("dataset") or {}).get("content_hash") for r in report.results} - {None}),
         ("code versions", {r.get("code_version") for r in report.results} - {None}),
+        ("kinds of AP", {(r.get("recipe") or {}).get("evaluation", {}).get("metric") for r in report.results} - {None}),
         ("scales", {(r.get("recipe") or {}).get("scale") for r in report.results} - {None}),
     ):
         if len(values) > 1:

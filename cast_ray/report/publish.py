@@ -12,7 +12,7 @@ from cast_ray.report.overlays import CONTACT_SHEET
 from cast_ray.report.picture import draw_samples
 from cast_ray.report.results import read_results, summarise
 from cast_ray.report.tables import print_report, write_report
-from cast_ray.runtime.results import read_result, row_name
+from cast_ray.runtime.results import read_matches, read_result, row_name
 from cast_ray.runtime.sweep import Sweep
 from cast_ray.stages.table import Table
 
@@ -33,6 +33,8 @@ def publish(sweep: Sweep, table: Table, out: Path, console: Console) -> int:
         target = out / row_name(context.table, row) / "result.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(result, indent=1))
+        for role, matches in read_matches(context, row):
+            (target.parent / f"matches-{role}.npz").write_bytes(matches)
         complete &= result["status"] == "done"
     if (data_report := context.store.find_bytes(f"{context.runs_path}/{REPORT_FILE}")) is not None:
         (out / REPORT_FILE).write_bytes(data_report)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,9 +79,17 @@ def connect(address: str | None, num_cpus: int | None = None) -> Cluster:
     return Cluster(f"Ray {ray.__version__} {where}: {size}{dashboard}", resources)
 
 
-def stage_slots(recipe: Recipe, resources: dict[str, float], driver_cpus: float) -> int:
+def stage_slots(
+    recipe: Recipe,
+    resources: dict[str, float],
+    driver_cpus: float,
+    beside_training: Sequence[dict[str, float]] = (),
+) -> int:
     """How many stages can run at a time: row drivers, workers, teachers and decoding tasks must fit, or reads never
     start.
+
+    Args:
+        beside_training: what else a train stage reserves, see `validation.validation_bundles`.
 
     Raises:
         ValueError: not even one fits; the message gives the sum.
@@ -92,6 +101,7 @@ def stage_slots(recipe: Recipe, resources: dict[str, float], driver_cpus: float)
     teachers = num_teachers(runtime) if recipe.labels.mode == "online" else 0
     reads = stream_bundle(runtime)["CPU"]
     training = runtime.num_workers * (runtime.cpus_per_worker + reads) + teachers * runtime.cpus_per_labeller
+    training += sum(bundle["CPU"] for bundle in beside_training)
     labelling = runtime.num_labellers * runtime.cpus_per_labeller + reads
     # Two drivers a slot: one runs, one waits for its turn (see `run_sweep`).
     per_stage = max(training, labelling) + 2 * driver_cpus
@@ -99,18 +109,21 @@ def stage_slots(recipe: Recipe, resources: dict[str, float], driver_cpus: float)
     slots = int((cpus + 1e-9) // per_stage)
     wanted = f"{per_stage:g} CPUs"
     if runtime.use_gpu:
-        gpus_per_stage = max(runtime.num_workers + teachers, runtime.num_labellers)
+        gpus_for_training = runtime.num_workers + teachers + sum(b.get("GPU", 0.0) for b in beside_training)
+        gpus_per_stage = max(gpus_for_training, runtime.num_labellers)
         slots = min(slots, int(gpus // gpus_per_stage))
-        wanted += f" and {gpus_per_stage} GPUs"
+        wanted += f" and {gpus_per_stage:g} GPUs"
     # Not reserved in Ray (see `budget._as_seen`), so counted here: streams beyond it would spill to disk.
     memory_mb = resources.get("object_store_memory", 0.0) / 2**20
-    slots = min(slots, int(memory_mb // (runtime.num_workers * runtime.stream_memory_mb)))
-    wanted += f" and {runtime.num_workers * runtime.stream_memory_mb} MB of object store"
+    num_streams = runtime.num_workers + bool(beside_training)
+    slots = min(slots, int(memory_mb // (num_streams * runtime.stream_memory_mb)))
+    wanted += f" and {num_streams * runtime.stream_memory_mb} MB of object store"
+    others = "; validation beside training needs its share (evaluation.every_steps)" if beside_training else ""
     if slots < 1:
         raise ValueError(
             f"runtime: one stage needs {wanted} (workers or labellers and their decoding tasks), Ray has {cpus:g} "
             f"CPUs, {gpus:g} GPUs and {memory_mb:.0f} MB: lower runtime.num_workers, runtime.cpus_per_worker, "
-            "runtime.reads_per_stream, runtime.cpus_per_read or runtime.stream_memory_mb"
+            f"runtime.reads_per_stream, runtime.cpus_per_read or runtime.stream_memory_mb{others}"
         )
     return min(slots, runtime.max_concurrent_stages) if runtime.max_concurrent_stages else slots
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from cast_ray.records import Category
 from cast_ray.runtime.label_splits import stored_split
 from cast_ray.runtime.store import ArtifactStore
-from cast_ray.stages.graph import RowPlan
+from cast_ray.stages.graph import RowPlan, Stage
+
+MATCHES, AUDIT = "matches.npz", "audit.json"
+"""Files of an evaluation and of a labelling stage."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[
     metrics: dict[str, float] = {}
     curves: dict[str, Any] = {}
     diagnostics: dict[str, Any] = {}
+    pseudo_labels: dict[str, Any] = {}
+    per_class: dict[str, Any] = {}
     device_seconds = 0.0
     facts_of: dict[str, dict[str, Any]] = {}
     for stage in row.stages:
@@ -84,10 +90,14 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[
         if stage.kind == "train":
             history = store.read_json(stage.key, "curves.json")
             curves[stage.name], diagnostics[stage.name] = history["curve"], history["diagnostics"]
+        if stage.kind == "label" and (audit := store.find_file(stage.key, AUDIT)) is not None:
+            pseudo_labels[stage.name] = json.loads(audit)
     for role, stage in row.roles.items():
         if stage.kind == "evaluate" and stage.fingerprint in facts_of:
             measured = store.read_json(stage.key, "metrics.json")
             metrics |= {f"{role}/{k}": v for k, v in measured.items() if isinstance(v, (int, float))}
+            per_class[role] = measured["per_class"]
+            _add_final_point(row, curves, stage, measured)
     last = facts_of.get(row.roles["distill"].fingerprint, {})
     return {
         "table": context.table,
@@ -103,9 +113,33 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[
         | {"split": stored_split(store, context.dataset["content_hash"], row.roles["distill"].config["split"]).facts},
         "stages": stages,
         "metrics": metrics,
+        "per_class": per_class,
         "curves": curves,
         "diagnostics": diagnostics,
+        "pseudo_labels": pseudo_labels,
     }
+
+
+def _add_final_point(
+    row: RowPlan, curves: dict[str, list[dict[str, float]]], evaluation: Stage, measured: dict[str, Any]
+) -> None:
+    """Ends the curve of a stage that was validated while it trained with what its evaluation measured."""
+    for stage in row.stages:
+        if stage.fingerprint != evaluation.parents["model"] or stage.name not in curves:
+            continue
+        curve = curves[stage.name]
+        if any("val/mask_ap" in entry for entry in curve) and curve[-1]["step"] == stage.steps:
+            final = {f"val/{k}": measured[k] for k in ("mask_ap", "ap50") if measured[k] is not None}
+            curves[stage.name] = [*curve[:-1], curve[-1] | final]
+
+
+def read_matches(context: SweepContext, row: RowPlan) -> Iterator[tuple[str, bytes]]:
+    """(role, content of `evaluation.matches.load_matches`' file) of every evaluation of a row that is stored."""
+    for role, stage in row.roles.items():
+        if stage.kind == "evaluate":
+            content = context.store.find_file(stage.key, MATCHES)
+            if content is not None:
+                yield role, content
 
 
 def result_from_store(context: SweepContext, row: RowPlan) -> dict[str, Any]:

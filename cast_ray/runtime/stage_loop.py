@@ -11,9 +11,9 @@ import tempfile
 import time
 import traceback
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import numpy as np
 import ray
 import ray.train
 import torch
@@ -25,22 +25,23 @@ from safetensors.torch import save as save_tensors
 
 from cast_ray.engine.checkpoint import TrainState
 from cast_ray.engine.world import World
-from cast_ray.evaluation.coco_ap import mask_ap
 from cast_ray.recipe import DataConfig
+from cast_ray.runtime.audit import audit_labels
 from cast_ray.runtime.budget import configure_data
+from cast_ray.runtime.evaluation import POST_EVERY_S, evaluate_stage
 from cast_ray.runtime.labeller import PseudoLabeller
 from cast_ray.runtime.labelling import LABELS, LabelJob
-from cast_ray.runtime.models import WEIGHTS, load_model, save_model
+from cast_ray.runtime.models import WEIGHTS, save_model
 from cast_ray.runtime.online import Publisher, Teachers
 from cast_ray.runtime.processes import prepare_process
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.streams import Images, picture_dataset, pictures, training_stream
+from cast_ray.runtime.validation import SideValidation, validation_bundles
 from cast_ray.runtime.workers import Segment
-from cast_ray.stages.evaluate import coco_results
 from cast_ray.stages.graph import Stage, artifact_key
 from cast_ray.stages.train import train_config, train_stage
 
-POST_EVERY_S = 1.0
+VALIDATION_LOOK_S = 20.0
 
 # Met again by every restart of the workers, unlike a lost process, a broken connection or a full disk.
 FATAL = (ValueError, TypeError, KeyError, AttributeError, AssertionError, FloatingPointError, torch.OutOfMemoryError)
@@ -59,15 +60,19 @@ def run_stages(segment: Segment, group: PlacementGroup, teachers: Teachers | Non
     configure_data(group, segment.recipe.runtime, context.get_world_rank())
     world = World(context.get_world_rank(), context.get_world_size(), get_device())
     startup_s = time.time() - segment.requested
+    has_validation = world.rank == 0 and bool(validation_bundles(segment.recipe, segment.stages))
+    validation = SideValidation(segment, group) if has_validation else None
     for stage in segment.stages:
         if segment.store.has(stage.key):
             continue
         began = time.monotonic()
         try:
             if stage.kind == "train":
-                facts = _train(segment, stage, world, teachers)
+                facts = _train(segment, stage, world, teachers, validation)
+            elif stage.kind == "label":
+                facts = _label(segment, stage, world)
             else:
-                facts = _label(segment, stage, world) if stage.kind == "label" else _evaluate(segment, stage, world)
+                facts = evaluate_stage(segment, stage, world)
         except FATAL:
             reason = f"{stage.name}: {traceback.format_exc()}"
             ray.get(segment.broker.fail.remote(segment.owner, reason))
@@ -80,10 +85,16 @@ def run_stages(segment: Segment, group: PlacementGroup, teachers: Teachers | Non
             for folder in ("labels", "refresh"):  # of labelling that can go on, and of teachers' versions
                 segment.store.delete(f"{folder}/{stage.fingerprint}")
             ray.get(segment.broker.finish.remote(stage.fingerprint))
+            if validation is not None:
+                validation.forget(stage)
         world.barrier()
+    if validation is not None:
+        validation.close()
 
 
-def _train(segment: Segment, stage: Stage, world: World, teachers: Teachers | None) -> dict[str, Any]:
+def _train(
+    segment: Segment, stage: Stage, world: World, teachers: Teachers | None, validation: SideValidation | None
+) -> dict[str, Any]:
     store, recipe = segment.store, segment.recipe
     config = train_config(stage, recipe)
     images = _with_labels(segment, stage)
@@ -162,18 +173,34 @@ def _train(segment: Segment, stage: Stage, world: World, teachers: Teachers | No
         on_log=on_log,
         on_checkpoint=on_checkpoint,
         on_refresh=on_refresh,
+        snapshot_every_steps=recipe.evaluation.every_steps if validation else 0,
+        on_snapshot=partial(validation.snapshot, stage) if validation else lambda step, weights: None,
     )
+    if validation_bundles(recipe, [stage]):
+        _wait_for_validation(validation, world)
+    facts: dict[str, Any] = {}
     if world.rank == 0:
         save_model(store, stage, segmenter, segment.categories)
-        curves = {"curve": result.curve, "diagnostics": result.diagnostics}
+        curve = result.curve
+        if validation is not None:
+            curve, facts = validation.finish(stage, curve)
+        curves = {"curve": curve, "diagnostics": result.diagnostics}
         store.add(stage, "curves.json", json.dumps(curves).encode())
-    return {
+    return facts | {
         "seconds": result.seconds,
         "images_per_s": result.images_per_s,
         "num_labelled": len(images.labelled),
         "num_unlabelled": len(images.unlabelled),
         "resumed_at_step": resume.step if resume else None,
     }
+
+
+def _wait_for_validation(validation: SideValidation | None, world: World) -> None:
+    """Until the last snapshots are measured; all workers look in turn, for one barrier that long would time out."""
+    is_waiting = True
+    while is_waiting:
+        mine = validation is not None and validation.is_waiting(VALIDATION_LOOK_S)
+        is_waiting = bool(world.all_reduce_sum(torch.tensor(float(mine), device=world.device)) > 0)
 
 
 def _with_labels(segment: Segment, stage: Stage) -> Images:
@@ -202,7 +229,11 @@ def _label(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
         for batch in pictures(dataset, job.image_px):
             job.write(batch, labeller.label(batch))
     world.barrier()
-    return job.facts(missing, began) | job.join() if world.rank == 0 else {}
+    if world.rank > 0:
+        return {}
+    facts = job.facts(missing, began) | job.join()
+    audit_labels(segment.store, stage, images, recipe.runtime)
+    return facts
 
 
 def _find_checkpoint(store: ArtifactStore, fingerprint: str) -> TrainState | None:
@@ -219,48 +250,3 @@ def _find_checkpoint(store: ArtifactStore, fingerprint: str) -> TrainState | Non
         if state is not None:
             return state
     return None
-
-
-def _evaluate(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
-    store, recipe = segment.store, segment.recipe
-    image_px = tuple(stage.config["data"]["image_px"])
-    settings = stage.config["evaluation"]
-    segmenter, categories = load_model(store, artifact_key("train", stage.parents["model"]))
-    segmenter = segmenter.to(world.device).eval()
-    num_images = min(segment.num_val, settings["num_images"] or segment.num_val)
-    mine = np.arange(num_images)[world.rank :: world.size]
-    assert segment.val is not None
-    table = ray.get(segment.val).slice(0, num_images)
-    ids = table.column("image_id").to_pylist()
-    results: list[dict[str, Any]] = []
-    began = time.monotonic()
-    post = {"stage": "evaluate", "fingerprint": stage.fingerprint, "steps": len(mine), "unit": "image"}
-    done, posted = 0, 0.0
-    for batch in pictures(picture_dataset(segment.val, mine, image_px, recipe.runtime), image_px):
-        results += coco_results(
-            segmenter,
-            torch.from_numpy(batch.pixels).to(world.device),
-            [ids[mine[p]] for p in batch.positions],
-            batch.image_hw,
-            batch.resized_hw,
-            image_px,
-            categories,
-            settings["max_detections"],
-        )
-        done += len(batch.positions)
-        if world.rank == 0 and time.monotonic() - posted > POST_EVERY_S:
-            posted = time.monotonic()
-            rate = done * world.size / max(posted - began, 1e-9)
-            segment.broker.post.remote(segment.owner, post | {"step": done, "images_per_s": rate})
-    seconds = time.monotonic() - began
-    if done != len(mine):
-        raise RuntimeError(f"evaluate: {len(mine)} images went in, {done} came out")
-    store.add(stage, f"results-{world.rank:03d}.json", json.dumps(results).encode())
-    world.barrier()
-    if world.rank != 0:
-        return {}
-    for rank in range(1, world.size):
-        results += store.read_json(stage.key, f"results-{rank:03d}.json")
-    metrics = mask_ap(table, results, categories)
-    store.add(stage, "metrics.json", json.dumps(metrics).encode())
-    return {"seconds": seconds, "images_per_s": num_images / max(seconds, 1e-9)}

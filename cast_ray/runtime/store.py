@@ -9,6 +9,7 @@ that the next writer overwrites.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.dataset
 import pyarrow.fs
 import pyarrow.parquet
 
@@ -60,7 +62,10 @@ class ArtifactStore:
 
     def artifact(self, key: str) -> str:
         """URI of an artifact's directory."""
-        return self.uri("artifacts", key)
+        return self.uri(self._folder(key))
+
+    def _folder(self, key: str) -> str:
+        return f"artifacts/{key}"
 
     def has(self, key: str) -> bool:
         fs, root = self._fs
@@ -78,11 +83,18 @@ class ArtifactStore:
 
     def read_bytes(self, key: str, name: str) -> bytes:
         fs, root = self._fs
-        with fs.open_input_file(f"{root}/artifacts/{key}/{name}") as file:
+        with fs.open_input_file(f"{root}/{self._folder(key)}/{name}") as file:
             return file.read()
 
     def read_json(self, key: str, name: str) -> Any:
         return json.loads(self.read_bytes(key, name))
+
+    def find_file(self, key: str, name: str) -> bytes | None:
+        """A file of an artifact that not every one has; None where it has not."""
+        try:
+            return self.read_bytes(key, name)
+        except FileNotFoundError:
+            return None
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Writes one file below the storage path. Local files appear whole or not at all."""
@@ -106,10 +118,21 @@ class ArtifactStore:
     def open_to_add(self, stage: Stage, name: str) -> Iterator[Any]:
         """One file of an artifact that is not yet committed, to be written bit by bit."""
         fs, root = self._fs
-        path = f"{root}/artifacts/{stage.key}/{name}"
+        path = f"{root}/{self._folder(stage.key)}/{name}"
         fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
         with fs.open_output_stream(path) as file:
             yield file
+
+    @contextmanager
+    def read_stream(self, stage: Stage, name: str) -> Iterator[Any]:
+        """A file of an artifact that is not yet committed, open for reading line by line."""
+        fs, root = self._fs
+        with fs.open_input_stream(f"{root}/{self._folder(stage.key)}/{name}") as file, io.BufferedReader(file) as lines:
+            yield lines
+
+    def discard(self, stage: Stage, name: str) -> None:
+        """Removes one file of an artifact that is not yet committed."""
+        self.delete(f"{self._folder(stage.key)}/{name}")
 
     def commit(self, stage: Stage, facts: dict[str, Any]) -> None:
         """Makes an artifact exist: writes its manifest (stage, parents, config, `facts`) as the last file."""
@@ -131,7 +154,12 @@ class ArtifactStore:
     def read_table(self, key: str, name: str, columns: list[str] | None = None) -> pa.Table:
         """A Parquet file, or a folder of them, inside an artifact."""
         fs, root = self._fs
-        return pa.parquet.read_table(f"{root}/artifacts/{key}/{name}", filesystem=fs, columns=columns)
+        return pa.parquet.read_table(f"{root}/{self._folder(key)}/{name}", filesystem=fs, columns=columns)
+
+    def open_dataset(self, key: str, name: str) -> pa.dataset.Dataset:
+        """A folder of Parquet files inside an artifact, to be read piece by piece."""
+        fs, root = self._fs
+        return pa.dataset.dataset(f"{root}/{self._folder(key)}/{name}", filesystem=fs, format="parquet")
 
     def read_tables(self, paths: list[str]) -> list[pa.Table]:
         """Parquet files below the storage path, several at a time."""

@@ -170,10 +170,12 @@ def _run(request: SweepRequest, context: SweepContext, sweep: SweepPlan, rows: l
     from cast_ray.runtime.broker import broker_for
     from cast_ray.runtime.telemetry import ProgressDisplay
     from cast_ray.runtime.trials import DRIVER_CPUS, run_trials
+    from cast_ray.runtime.validation import validation_bundles
 
     try:
         # Rows beyond the slots only wait: a few more than can run, so that a free slot finds work at once.
-        slots = stage_slots(rows[0].recipe, cluster.resources, DRIVER_CPUS)
+        recipe = rows[0].recipe
+        slots = stage_slots(recipe, cluster.resources, DRIVER_CPUS, validation_bundles(recipe))
         max_drivers = min(len(rows), 2 * slots + 2)
         context = dataclasses.replace(context, slots=slots)
         broker = broker_for(context.store.storage, slots, context.store.stored_fingerprints())

@@ -11,6 +11,7 @@ import numpy as np
 import ray
 from ray import tune
 
+from cast_ray.runtime.audit import audit_labels
 from cast_ray.runtime.broker import HEARTBEAT_S, Need, broker_for
 from cast_ray.runtime.label_splits import stored_split
 from cast_ray.runtime.labelling import LabelJob, label_images
@@ -121,10 +122,10 @@ class _RowDriver:
 
     def _label(self, stage: Stage) -> None:
         began = time.monotonic()
-        recipe = self.row.recipe
-        bad = recipe.data.max_bad_fraction
-        job = LabelJob(self.store, stage, self._images(stage), self.broker, self.name, bad)
+        recipe, images = self.row.recipe, self._images(stage)
+        job = LabelJob(self.store, stage, images, self.broker, self.name, recipe.data.max_bad_fraction)
         facts = label_images(job, recipe.runtime)
+        audit_labels(self.store, stage, images, recipe.runtime)
         facts |= {"stage_seconds": time.monotonic() - began, "num_workers": recipe.runtime.num_labellers}
         self.store.commit(stage, facts)
         job.forget_blocks()

@@ -21,6 +21,7 @@ from cast_ray.runtime.budget import reserve, stream_bundle
 from cast_ray.runtime.online import Teachers, start_teachers, teacher_bundles
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.streams import Images
+from cast_ray.runtime.validation import validation_bundles
 from cast_ray.stages.graph import Stage
 
 
@@ -57,9 +58,11 @@ def run_segment(segment: Segment, run_name: str) -> None:
     """
     runtime = segment.recipe.runtime
     reads = [stream_bundle(runtime)] * runtime.num_workers
+    beside = validation_bundles(segment.recipe, segment.stages)
     online = any(stage.online for stage in segment.stages)
-    with reserve(reads + (teacher_bundles(runtime) if online else [])) as group:
-        teachers = start_teachers(segment.store, runtime, group, len(reads)) if online else None
+    with reserve([*reads, *beside, *(teacher_bundles(runtime) if online else [])]) as group:
+        num_others = len(reads) + len(beside)
+        teachers = start_teachers(segment.store, runtime, group, num_others) if online else None
         _fit(segment, run_name, group, teachers)
     if reason := ray.get(segment.broker.failure.remote(segment.owner)):
         raise SegmentFailed(reason)

@@ -1,10 +1,12 @@
-"""An evaluate stage: predictions of a trained model as COCO results, and their mask AP."""
+"""An evaluate stage: predictions of a trained model, and the same as COCO results."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from cast_ray.models.postprocess import to_instances
@@ -13,34 +15,63 @@ from cast_ray.records import Category, decode_image_id
 
 
 @torch.inference_mode()
-def coco_results(
+def predict(
     segmenter: Segmenter,
     images: torch.Tensor,
-    image_ids: Sequence[str],
     image_hw: Sequence[tuple[int, int]],
     resized_hw: Sequence[tuple[int, int]],
     image_px: tuple[int, int],
-    categories: Sequence[Category],
     max_detections: int,
-) -> list[dict[str, Any]]:
-    """Detections of a batch in COCO results form, with the dataset's own image and category ids.
+    batch: int,
+) -> list[list[dict[str, Any]]]:
+    """Instances of each image at its own size, as from `to_instances`, with scores in single precision.
+
+    A score is single precision wherever it goes, so that the results file and what is stored of the matches rank alike.
 
     Args:
         images: uint8 [B, 3, H, W], fitted to `image_px`.
-        image_ids: B record ids (JSON of the dataset's own).
         image_hw, resized_hw: B original sizes and sizes inside the padding, pixels.
+        batch: images of one forward pass.
+    """
+    found = []
+    for start in range(0, len(images), batch):
+        part = slice(start, start + batch)
+        found += to_instances(segmenter(images[part]), image_hw[part], resized_hw[part], image_px, max_detections)
+    return [[i | {"score": float(np.float32(i["score"]))} for i in instances] for instances in found]
 
-    Returns:
+
+def coco_results(
+    image_ids: Sequence[str], found: Sequence[Sequence[dict[str, Any]]], categories: Sequence[Category]
+) -> Iterator[dict[str, Any]]:
+    """Detections of a batch in COCO results form, with the dataset's own image and category ids.
+
+    Args:
+        image_ids: B record ids (JSON of the dataset's own).
+        found: of each image, as from `predict`.
+
+    Yields:
         One dict a detection: image_id, category_id, segmentation (RLE at the image's own size), score.
     """
-    found = to_instances(segmenter(images), image_hw, resized_hw, image_px, max_detections)
-    return [
-        {
-            "image_id": decode_image_id(image_id),
-            "category_id": categories[i["label"]].id,
-            "segmentation": {"size": list(i["size"]), "counts": i["rle"].decode()},
-            "score": i["score"],
-        }
-        for image_id, instances in zip(image_ids, found)
-        for i in instances
-    ]
+    for image_id, instances in zip(image_ids, found, strict=True):
+        for i in instances:
+            yield {
+                "image_id": decode_image_id(image_id),
+                "category_id": categories[i["label"]].id,
+                "segmentation": {"size": list(i["size"]), "counts": i["rle"].decode()},
+                "score": i["score"],
+            }
+
+
+def results_lines(results: Iterable[dict[str, Any]]) -> bytes:
+    """One line of JSON a detection: what workers write piece by piece; see `results_document`."""
+    return b"".join(json.dumps(result).encode() + b"\n" for result in results)
+
+
+def results_document(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Pieces of the results JSON, one list, of the lines of all workers."""
+    yield b"["
+    separator = b"\n"
+    for line in lines:
+        yield separator + line.rstrip(b"\n")
+        separator = b",\n"
+    yield b"\n]\n"

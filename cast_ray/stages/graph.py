@@ -238,7 +238,7 @@ class _Planner:
 
     def evaluate(self, role: str, model: Stage) -> Stage:
         config = {
-            "evaluation": self.recipe.evaluation.model_dump(exclude={"batch"}),
+            "evaluation": self.recipe.evaluation.model_dump(exclude={"batch", "every_steps"}),
             "data": self.recipe.data.model_dump(include={"image_px"}),
         }
         stage = self._add(self._stage("evaluate", "evaluate", config, {"model": model}))

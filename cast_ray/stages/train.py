@@ -60,6 +60,8 @@ def train_stage(
     on_log: Callable[[dict[str, float]], None],
     on_checkpoint: Callable[[TrainState], None],
     on_refresh: Callable[[int, dict[str, torch.Tensor]], None] = lambda step, weights: None,
+    snapshot_every_steps: int = 0,
+    on_snapshot: Callable[[int, dict[str, torch.Tensor]], None] = lambda step, weights: None,
 ) -> tuple[Segmenter, TrainResult]:
     """Runs one train stage on this worker; see `engine.loop.train` for the callbacks.
 
@@ -104,5 +106,7 @@ def train_stage(
         on_checkpoint=on_checkpoint,
         on_refresh=on_refresh,
         refresh_every_steps=config.get("refresh_steps", 0),
+        snapshot_every_steps=snapshot_every_steps,
+        on_snapshot=on_snapshot,
     )
     return segmenter, result

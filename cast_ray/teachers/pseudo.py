@@ -14,24 +14,28 @@ from cast_ray.recipe import PseudoConfig
 def pseudo_labels(instances: Sequence[dict[str, Any]], config: PseudoConfig) -> list[dict[str, Any]]:
     """The instances of one image that are trusted as labels.
 
-    Instances above `score_threshold`, in falling score order and at most `max_per_image`, are painted one by one:
-    with `non_overlapping` each keeps only the pixels that none before it took, whatever its class; one that keeps
-    fewer than `min_area_px` pixels is dropped and its pixels stay free. A mask predicted with several classes keeps
-    the best class only.
+    Instances above `score_threshold` and, where it is asked, of at least `mask_quality_threshold` are painted one by
+    one, in `order` and at most `max_per_image`: with `non_overlapping` each keeps only the pixels that none before it
+    took, whatever its class; one that keeps fewer than `min_area_px` pixels is dropped and its pixels stay free. A mask
+    predicted with several classes keeps the first of them in `order`, by score the best.
 
     Args:
-        instances: as from `to_instances`: label, score, rle, size.
-        config: the thresholds.
+        instances: as from `to_instances`, in the order of the teacher's detector: label, score, rle, size, and
+            mask_quality where a threshold asks for it.
+        config: the thresholds and the order.
 
     Returns:
-        The same dicts with their masks as painted, in falling score order.
+        The same dicts with their masks as painted, in the order in which they were painted.
 
-    Source: the method's labelling rule, score > .3, at most 100, non-overlapping, first wins. Deviations: the released
-    ADE20K painter restarts instance ids per class and then merges ids across classes; here each instance keeps its own.
+    Source: the method's labelling rule, score > .3, at most 100, non-overlapping, first wins; the released code's order
+    is the detector's. Deviations: the released ADE20K painter restarts instance ids per class and then merges ids
+    across classes; here each instance keeps its own.
     """
-    trusted = sorted(
-        (i for i in instances if i["score"] > config.score_threshold), key=lambda i: i["score"], reverse=True
-    )
+    trusted = [i for i in instances if i["score"] > config.score_threshold]
+    if config.mask_quality_threshold > 0:
+        trusted = [i for i in trusted if i["mask_quality"] >= config.mask_quality_threshold]
+    if config.order == "score":
+        trusted.sort(key=lambda i: -i["score"])
     kept: list[dict[str, Any]] = []
     seen: set[bytes] = set()
     taken_HW: np.ndarray | None = None

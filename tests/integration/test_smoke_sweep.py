@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from cast_ray.evaluation.pseudo_labels import audit_images, summarise_audit
 from cast_ray.recipe import Recipe
+from cast_ray.records import Category, ClassMap
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.stages.graph import artifact_key, plan
 from cast_ray.stages.table import load_table
@@ -158,6 +160,22 @@ def test_labels_are_of_every_unlabelled_image_in_the_plans_order(folder: Path, f
         assert sorted(labels.column("position").to_pylist()) == list(range(12))
         assert len(set(labels.column("image_id").to_pylist())) == 12
         assert sum(map(len, labels.column("instances").to_pylist())) > 0
+
+
+def test_labels_are_audited_against_the_hidden_truth(folder: Path, first: Outcome) -> None:
+    store = ArtifactStore(str(folder / "storage"))
+    result = first.results["sup+semi"]
+    assert first.results["sup"]["pseudo_labels"] == {}
+    assert list(result["pseudo_labels"]) == ["label-adapted", "label-teacher"]
+    (dataset,) = (key for key in first.committed if key.startswith("dataset-"))
+    hidden = {row["image_id"]: row for row in store.read_table(dataset, "train.parquet").to_pylist()}
+    classes = ClassMap([Category(**c) for c in store.manifest(dataset)["categories"]])
+    for name, audit in result["pseudo_labels"].items():
+        key = artifact_key("label", stage(result, name)["fingerprint"])
+        labels = store.read_table(key, "labels").sort_by("position").to_pylist()
+        whole = audit_images([hidden[row["image_id"]] for row in labels], labels, classes)
+        assert audit == summarise_audit(whole, classes)
+        assert (audit["num_images"], audit["num_labels"]) == (12, sum(len(row["instances"]) for row in labels))
 
 
 def test_a_second_run_needs_no_ray(first: Outcome, second: Outcome) -> None:

@@ -8,6 +8,8 @@ import math
 import numpy as np
 import pyarrow as pa
 import pytest
+from evaluation_scenes import CATEGORIES as CLASSES
+from evaluation_scenes import coco_document, random_scenes, referee, referee_numbers
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -76,44 +78,76 @@ def test_nothing_found_is_zero_and_nothing_to_find_is_none():
     assert mask_ap(table({1: []}), [], CATEGORIES)["mask_ap"] is None
 
 
-def test_numbers_equal_pycocotools_on_its_own_files(tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    images, results, annotations = {}, [], []
-    for image_id in (5, 9, 12):
-        images[image_id] = []
-        for _ in range(4):
-            top, left, height, width = rng.integers(4, 20, 4)
-            category = int(rng.choice([3, 7]))
-            counts = rle(top, left, height, width)
-            images[image_id].append(truth(category, counts))
-            segmentation = {"size": [40, 50], "counts": counts.decode()}
-            annotations.append(
-                {"id": len(annotations) + 1, "image_id": image_id, "category_id": category, "iscrowd": 0}
-                | {"segmentation": segmentation, "area": int(coco_mask.area(segmentation))}
-            )
-            shifted = rle(top + rng.integers(0, 3), left, height, width)
-            results.append(found(image_id, category, shifted, float(rng.random())))
-    ours = mask_ap(table(images), results, CATEGORIES)
-    (tmp_path / "truth.json").write_text(
-        json.dumps(
-            {
-                "images": [{"id": i, "height": 40, "width": 50} for i in images],
-                "annotations": annotations,
-                "categories": [{"id": c.id, "name": c.name} for c in CATEGORIES],
-                "info": {},
-            }
-        )
-    )
-    (tmp_path / "results.json").write_text(json.dumps(results))
+INT_IDS, STRING_IDS, HUGE_IDS = (
+    (5, 30, 12, 7, 0, 9, 41),
+    ("b", "a 10", "a 9", "z/1", "ä", ""),
+    (2**53, 3, 2**53 - 1, 2**31),
+)
+
+
+@pytest.mark.parametrize("ids", [INT_IDS, STRING_IDS, HUGE_IDS], ids=["int", "string", "huge"])
+@pytest.mark.parametrize("tied_scores", [False, True], ids=["", "tied"])
+@pytest.mark.parametrize("seed", range(8))
+def test_numbers_are_pycocotools_to_the_last_bit(seed: int, tied_scores: bool, ids: tuple, capsys) -> None:
+    """Crowds, copies, images without objects or detections, images listed in any order."""
+    ground_truth, results = random_scenes(seed, ids, tied_scores=tied_scores)
+    ours = mask_ap(ground_truth, results, CLASSES)
     assert capsys.readouterr().out == ""
+    wanted = referee_numbers(referee(coco_document(ground_truth), results))
+    assert {name: ours[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("max_detections", [1, 3, 7])
+def test_only_the_best_detections_of_an_image_and_class_count(max_detections: int) -> None:
+    ground_truth, results = random_scenes(1, INT_IDS, tied_scores=True)
+    ours = mask_ap(ground_truth, results, CLASSES, max_detections)
+    wanted = referee_numbers(
+        referee(coco_document(ground_truth), results, (1, min(10, max_detections), max_detections))
+    )
+    assert {name: ours[name] for name in wanted} == wanted
+
+
+def test_numbers_of_each_class_are_those_of_it_alone() -> None:
+    ground_truth, results = random_scenes(4, INT_IDS)
+    ours = mask_ap(ground_truth, results, CLASSES)
+    for k, category in enumerate(CLASSES):
+        alone = referee(coco_document(ground_truth), results).eval["precision"][:, :, k, 0, -1]
+        assert ours["per_class"][category.name] == pytest.approx(100 * alone.mean(), rel=1e-12)
+        assert ours["per_class_ap50"][category.name] == pytest.approx(100 * alone[0].mean(), rel=1e-12)
+
+
+def test_more_masks_than_pycocotools_counts_in_a_call() -> None:
+    ground_truth, results = random_scenes(5, (1, 2), num_objects=4, num_detections=300)
+    wanted = referee_numbers(referee(coco_document(ground_truth), results))
+    ours = mask_ap(ground_truth, results, CLASSES)
+    assert {name: ours[name] for name in wanted} == wanted
+
+
+def test_results_files_are_read_by_pycocotools_unchanged(tmp_path) -> None:
+    """The files of an evaluation, ids and all; numbers through pycocotools' own readers."""
+    ground_truth, results = random_scenes(6, INT_IDS)
+    (tmp_path / "truth.json").write_text(json.dumps(coco_document(ground_truth)))
+    (tmp_path / "results.json").write_text(json.dumps(results))
     coco = COCO(str(tmp_path / "truth.json"))
-    reference = COCOeval(coco, coco.loadRes(str(tmp_path / "results.json")), "segm")
-    reference.evaluate()
-    reference.accumulate()
-    reference.summarize()
+    evaluation = COCOeval(coco, coco.loadRes(str(tmp_path / "results.json")), "segm")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    ours = mask_ap(ground_truth, results, CLASSES)
     assert 0 < ours["mask_ap"] < 100
-    for name, index in (("mask_ap", 0), ("ap50", 1), ("ap75", 2), ("ap_small", 3)):
-        assert ours[name] == pytest.approx(reference.stats[index] * 100)
+    names = ["mask_ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"]
+    names += ["ar_1", "ar_10", "ar", "ar_small", "ar_medium", "ar_large"]
+    assert [ours[n] if ours[n] is not None else -100 for n in names] == [100 * s for s in evaluation.stats]
+
+
+def test_a_match_with_annotation_zero_counts() -> None:
+    """pycocotools stores the annotation's id as the mark of a match, so that id 0 is none there."""
+    ground_truth = table({1: [truth(3, rle(0, 0, 10, 10))]})
+    results = [found(1, 3, rle(0, 0, 10, 10), 0.5)]
+    document = coco_document(ground_truth, CATEGORIES)
+    document["annotations"][0]["id"] = 0
+    assert referee_numbers(referee(document, results))["mask_ap"] == 0
+    assert mask_ap(ground_truth, results, CATEGORIES)["mask_ap"] == pytest.approx(100)
 
 
 @pytest.mark.parametrize(

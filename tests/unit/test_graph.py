@@ -199,6 +199,9 @@ RESULT_FIELDS = {
     "contrastive.gather": ("false", {"adapt", "selftrain", "distill"}),
     "pseudo.score_threshold": ("0.5", {"label-adapted", "label-teacher"}),
     "labels.batch": ("4", {"label-adapted", "label-teacher"}),
+    "pseudo.mask_quality_threshold": ("0.5", {"label-adapted", "label-teacher"}),
+    "pseudo.order": ("detector", {"label-adapted", "label-teacher"}),
+    "evaluation.metric": ("cityscapes", {"zero_shot", "teacher", "student", "refined"}),
     "evaluation.max_detections": ("50", {"zero_shot", "teacher", "student", "refined"}),
     "evaluation.num_images": ("5", {"zero_shot", "teacher", "student", "refined"}),
 }
@@ -218,6 +221,7 @@ UNTOUCHED = {
     "contrastive.sampler": {"pretrain", "zero_shot"},
     "loss.pseudo_weighting": {"pretrain", "adapt", "zero_shot", "label-adapted"},
     "stages.refine.weight_decay": {"pretrain", "adapt", "selftrain", "distill", "student", "teacher"},
+    "evaluation.metric": {"pretrain", "adapt", "label-adapted", "selftrain", "label-teacher", "distill", "refine"},
     "evaluation.num_images": {"pretrain", "adapt", "label-adapted", "selftrain", "label-teacher", "distill", "refine"},
     "pseudo.score_threshold": {"pretrain", "adapt", "zero_shot"},
     "labels.batch": {"pretrain", "adapt", "zero_shot"},
@@ -245,7 +249,8 @@ def test_a_field_that_changes_a_result_changes_its_stages(key: str) -> None:
         for s in ("pretrain", "adapt", "selftrain", "distill", "refine")
         for field in HOW_IT_RUNS
     ]
-    + [("evaluation.batch", "3"), ("data.root", "/elsewhere"), ("data.max_bad_fraction", "0.5")]
+    + [("evaluation.batch", "3"), ("evaluation.every_steps", "2")]
+    + [("data.root", "/elsewhere"), ("data.max_bad_fraction", "0.5")]
     # what these change is in the hash of the dataset's content
     + [("data.verify", "none"), ("data.max_image_pixels", "9"), ("data.annotations", "a.json"), ("data.image_dir", "b")]
     + [("data.extra_annotations", "c.json"), ("data.extra_image_dir", "d"), ("data.val_fraction", "0.5")]
@@ -258,6 +263,7 @@ def test_where_and_how_it_runs_changes_nothing(key: str, value: str | None) -> N
         "runtime.amp": "bf16",
         "runtime.gradient_checkpointing": "true",
         "runtime.cpus_per_worker": "2",
+        "runtime.validate_on_gpu": "false",
         "runtime.num_labellers": "3",
         "runtime.cpus_per_labeller": "1.5",
         "runtime.cpus_per_read": "0.7",

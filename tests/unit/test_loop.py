@@ -48,6 +48,37 @@ def test_the_loss_falls_on_one_batch_and_the_average_is_handed_on() -> None:
     assert total(trained.network) < 0.5 * total(make_network(CONTRAST))
 
 
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_snapshots_are_what_would_be_handed_on_and_change_nothing(ema: float) -> None:
+    config = SHORT.model_copy(update={"ema": ema, "checkpoint_every_steps": 5})
+    alone = run(config, batches(0, 16, num_labelled=1), loss=SEMI, contrastive=CONTRAST)
+    snapshots: dict[int, dict[str, torch.Tensor]] = {}
+
+    def disturb(step: int, weights: dict[str, torch.Tensor]) -> None:
+        snapshots[step] = {name: tensor.clone() for name, tensor in weights.items()}
+        for tensor in weights.values():  # a copy: whatever is done to it is nothing to the training
+            tensor.zero_()
+
+    watched = run(
+        config,
+        batches(0, 16, num_labelled=1),
+        loss=SEMI,
+        contrastive=CONTRAST,
+        snapshot_every_steps=5,
+        on_snapshot=disturb,
+    )
+    assert_same(watched.network.state_dict(), alone.network.state_dict())
+    assert watched.curve == alone.curve
+    assert list(snapshots) == [5, 10, 15]
+    for state in watched.states:
+        network = make_network(CONTRAST)
+        network.load_state_dict(state.network)
+        if state.average is not None:
+            for parameter, average in zip(network.parameters(), state.average["average"], strict=True):
+                parameter.data.copy_(average)
+        assert_same(snapshots[state.step], network.segmenter.state_dict())
+
+
 @pytest.mark.parametrize(
     ("loss", "contrastive"),
     [(LOSS, None), (SEMI, CONTRAST), (LOSS, EMA_HEAD), (LOSS, FROZEN_HEAD)],

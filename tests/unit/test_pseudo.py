@@ -12,7 +12,7 @@ from cast_ray.teachers.expert import ExpertTeacher
 from cast_ray.teachers.pseudo import pseudo_labels
 
 
-def instance(label: int, score: float, left: int, right: int) -> dict:
+def instance(label: int, score: float, left: int, right: int, mask_quality: float = 0.9) -> dict:
     mask = np.zeros((10, 20), np.uint8)
     mask[:, left:right] = 1
     return {
@@ -20,7 +20,7 @@ def instance(label: int, score: float, left: int, right: int) -> dict:
         "score": score,
         "rle": coco_mask.encode(np.asfortranarray(mask))["counts"],
         "size": [10, 20],
-        "mask_quality": 0.9,
+        "mask_quality": mask_quality,
     }
 
 
@@ -39,6 +39,50 @@ def test_masks_are_painted_in_falling_score_order_across_classes():
 def test_two_instances_of_one_class_stay_two():
     labels = pseudo_labels([instance(1, 0.5, 0, 5), instance(1, 0.6, 5, 9)], PseudoConfig())
     assert sorted(len(columns(i)) for i in labels) == [4, 5]
+
+
+def test_detector_order_paints_as_the_detector_returns():
+    found = [instance(1, 0.5, 0, 10), instance(0, 0.9, 6, 14), instance(2, 0.2, 0, 20), instance(2, 0.7, 6, 20)]
+    labels = pseudo_labels(found, PseudoConfig(order="detector"))
+    assert [i["label"] for i in labels] == [1, 0, 2]  # as they came, not by score
+    assert [columns(i) for i in labels] == [list(range(10)), list(range(10, 14)), list(range(14, 20))]
+    first = pseudo_labels(found, PseudoConfig(order="detector", max_per_image=1))
+    assert [(i["label"], i["score"]) for i in first] == [(1, 0.5)]
+    doubled = [instance(0, 0.5, 0, 10), instance(1, 0.8, 0, 10)]
+    assert [i["label"] for i in pseudo_labels(doubled, PseudoConfig(order="detector"))] == [0]
+    assert [i["label"] for i in pseudo_labels(doubled, PseudoConfig(order="score"))] == [1]
+
+
+def test_equal_scores_stay_in_the_detectors_order():
+    found = [instance(2, 0.5, 0, 6), instance(0, 0.5, 4, 10), instance(1, 0.5, 8, 14)]
+    assert [i["label"] for i in pseudo_labels(found, PseudoConfig())] == [2, 0, 1]
+
+
+def test_masks_of_low_quality_are_dropped_where_asked():
+    found = [instance(0, 0.9, 0, 6, mask_quality=0.4), instance(1, 0.5, 4, 10, mask_quality=0.7)]
+    (label,) = pseudo_labels(found, PseudoConfig(mask_quality_threshold=0.7))
+    assert label["label"] == 1 and columns(label) == list(range(4, 10))  # it takes no pixels either
+    assert len(pseudo_labels(found, PseudoConfig(mask_quality_threshold=0.4))) == 2
+    for bare in found:  # a teacher without such an estimate
+        del bare["mask_quality"]
+    assert len(pseudo_labels(found, PseudoConfig())) == 2
+
+
+def test_ids_are_never_merged_across_classes():
+    """The released ADE20K painter numbers instances from 1 in each class: the first ones of two classes become one."""
+    found = [instance(label, 0.9 - 0.1 * k, 4 * k, 4 * k + 4) for k, label in enumerate((0, 0, 3, 3, 7))]
+    for painting in (True, False):
+        labels = pseudo_labels(found, PseudoConfig(non_overlapping=painting))
+        assert [(i["label"], columns(i)) for i in labels] == [
+            (label, list(range(4 * k, 4 * k + 4))) for k, label in enumerate((0, 0, 3, 3, 7))
+        ]
+
+
+def test_the_minimum_area_holds_without_painting_too():
+    found = [instance(0, 0.9, 0, 1), instance(1, 0.8, 0, 2)]  # 10 and 20 pixels
+    for painting in (True, False):
+        config = PseudoConfig(min_area_px=12, non_overlapping=painting)
+        assert [i["label"] for i in pseudo_labels(found, config)] == [1]
 
 
 def test_low_scores_are_dropped_and_the_limit_keeps_the_best():

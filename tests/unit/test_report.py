@@ -201,6 +201,17 @@ def test_mixed_results_are_flagged(tmp_path: Path) -> None:
     assert "WARNING: results of 2 different code versions are mixed in this table." in report.notes
 
 
+def test_the_report_says_which_ap_it_is(tmp_path: Path) -> None:
+    def recipe(metric: str) -> dict[str, Any]:
+        return {"preset": "shapes", "scale": "demo", "evaluation": {"metric": metric}}
+
+    rows = [result("sup", recipe=recipe("coco")), result("sup+semi", recipe=recipe("cityscapes"))]
+    assert report_of(tmp_path / "one", rows[:1]).context["AP"] == "COCO mask AP"
+    assert report_of(tmp_path / "other", rows[1:]).context["AP"].startswith("Cityscapes")
+    both = report_of(tmp_path / "both", rows)
+    assert "WARNING: results of 2 different kinds of AP are mixed in this table." in both.notes
+
+
 def test_write_report_leaves_files_that_agree(tmp_path: Path) -> None:
     run = save(tmp_path / "run", [result(row) for row in ROWS[:3]] + [failed("sup+semi+pxl")])
     Image.new("RGB", (4, 4)).save(run / CONTACT_SHEET)

@@ -33,6 +33,24 @@ def test_without_manifest_an_artifact_does_not_exist(store: ArtifactStore) -> No
     assert not store.has(OTHER.key)
 
 
+def test_a_file_is_written_and_read_piece_by_piece(store: ArtifactStore) -> None:
+    with store.open_to_add(STAGE, "results.jsonl") as file:
+        for k in range(3):
+            file.write(b"%d\n" % k)
+    with store.read_stream(STAGE, "results.jsonl") as file:
+        assert list(file) == [b"0\n", b"1\n", b"2\n"]
+    store.discard(STAGE, "results.jsonl")
+    assert store.find_file(STAGE.key, "results.jsonl") is None
+    store.discard(STAGE, "results.jsonl")  # again: nothing to do
+
+
+def test_a_folder_is_deleted(store: ArtifactStore) -> None:
+    store.write_json("validations/x/1.json", {})
+    store.delete("validations/x")
+    assert store.find_bytes("validations/x/1.json") is None
+    store.delete("validations/x")
+
+
 def test_a_half_written_artifact_is_overwritten(store: ArtifactStore) -> None:
     store.add(STAGE, "model.safetensors", b"half of the wei")
     store.add(STAGE, "model.safetensors", b"all")

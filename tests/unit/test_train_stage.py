@@ -78,8 +78,8 @@ def test_kind_none_runs_none_of_the_terms_code(monkeypatch: pytest.MonkeyPatch) 
         raise AssertionError("the contrastive term ran")
 
     views = []
-    real = Segmenter.encode
-    monkeypatch.setattr(Segmenter, "encode", lambda self, images: views.append(images) or real(self, images))
+    real = Segmenter._normalised  # before every pass of the encoder
+    monkeypatch.setattr(Segmenter, "_normalised", lambda self, images: views.append(images) or real(self, images))
     monkeypatch.setattr("cast_ray.engine.objective.contrastive_loss", refuse)
     monkeypatch.setattr("cast_ray.models.network.Projector", refuse)
     train(make_plan(contrastive__kind="none").roles["distill"], 3)

@@ -1,0 +1,133 @@
+"""Detections and ground truth of one image, as the matchers read them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pycocotools import mask as coco_mask
+
+from cast_ray.records import Category, ClassMap, decode_image_id
+
+VOID_LABEL = -1
+"""Label of an ignore region that belongs to no class."""
+
+_MOST_RLES = 255  # pycocotools 2.0.11 counts the masks of one `area` call in 8 bits
+
+
+@dataclass(frozen=True, eq=False)
+class Detections:
+    """What was found on one image: labels int64 [D], scores float64 [D], D RLEs ({"size", "counts"})."""
+
+    labels: np.ndarray
+    scores: np.ndarray
+    rles: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, instances: Sequence[dict[str, Any]]) -> Detections:
+        """Of instances as a teacher or `to_instances` gives them: label, score, rle, size."""
+        return cls(
+            np.array([i["label"] for i in instances], dtype=np.int64),
+            np.array([i["score"] for i in instances], dtype=np.float64),
+            [{"size": list(i["size"]), "counts": i["rle"]} for i in instances],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """What is to be found on one image: labels int64 [G], crowd bool [G], areas [G] in pixels, G RLEs."""
+
+    labels: np.ndarray
+    crowd: np.ndarray
+    areas: np.ndarray
+    rles: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, row: dict[str, Any], classes: ClassMap) -> Truth:
+        """Of a record: its instances and ignore regions. Instances of no class of the list are left out."""
+        labels, crowd, rles = [], [], []
+        for instance in row["instances"]:
+            try:
+                label = classes.label(instance["category_id"])
+            except KeyError:
+                if not instance["is_crowd"]:
+                    continue
+                label = VOID_LABEL
+            labels.append(label)
+            crowd.append(instance["is_crowd"])
+            rles.append({"size": [row["height"], row["width"]], "counts": instance["rle"]})
+        return cls(np.array(labels, dtype=np.int64), np.array(crowd, dtype=bool), areas(rles), rles)
+
+
+def areas(rles: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Pixels of each mask: float64 [n]."""
+    parts = [coco_mask.area(list(rles[i : i + _MOST_RLES])) for i in range(0, len(rles), _MOST_RLES)]
+    return np.concatenate([np.zeros(0), *parts])
+
+
+def overlaps(detections: Detections, truth: Truth) -> np.ndarray:
+    """IoU of all pairs, with a crowd the share of the detection inside it: float64 [D, G]."""
+    if not detections.rles or not truth.rles:
+        return np.zeros((len(detections.rles), len(truth.rles)))
+    return coco_mask.iou(detections.rles, truth.rles, truth.crowd.astype(np.uint8))
+
+
+def intersections(detections: Detections, detection_areas: np.ndarray, rles: list[dict[str, Any]]) -> np.ndarray:
+    """Common pixels of all pairs: float64 [D, G], whole numbers."""
+    if not detections.rles or not rles:
+        return np.zeros((len(detections.rles), len(rles)))
+    shares = coco_mask.iou(detections.rles, rles, np.ones(len(rles), dtype=np.uint8))
+    return np.rint(shares * detection_areas[:, None])
+
+
+def by_image(
+    ground_truth: pa.Table, results: Sequence[dict[str, Any]], categories: Sequence[Category]
+) -> list[Detections]:
+    """COCO results, grouped by the rows of `ground_truth`.
+
+    Raises:
+        ValueError: a score that is not finite, an image or category id that the ground truth does not have, or a mask
+            whose size is not its image's.
+    """
+    ids = [decode_image_id(i) for i in ground_truth.column("image_id").to_pylist()]
+    number = {image_id: row for row, image_id in enumerate(ids)}
+    sizes = list(zip(ground_truth.column("height").to_pylist(), ground_truth.column("width").to_pylist()))
+    label_of = {c.id: label for label, c in enumerate(categories)}
+    grouped: list[tuple[list[int], list[float], list[dict[str, Any]]]] = [([], [], []) for _ in ids]
+    for i, result in enumerate(results):
+        image_id, score, segmentation = result["image_id"], result["score"], result["segmentation"]
+        row, label = number.get(image_id), label_of.get(result["category_id"])
+        if not math.isfinite(score):
+            raise ValueError(f"results[{i}].score is {score} (image {image_id!r}): expected a finite number")
+        if row is None:
+            raise ValueError(f"results[{i}].image_id is {image_id!r}: not an image of the ground truth")
+        if label is None:
+            raise ValueError(
+                f"results[{i}].category_id is {result['category_id']!r}: expected one of {sorted(label_of)[:12]}"
+            )
+        if tuple(segmentation["size"]) != sizes[row]:
+            raise ValueError(
+                f"results[{i}].segmentation.size is {list(segmentation['size'])} (image {image_id!r}): "
+                f"expected {list(sizes[row])}"
+            )
+        labels, scores, rles = grouped[row]
+        labels.append(label)
+        scores.append(score)
+        rles.append(segmentation)
+    return [
+        Detections(np.array(labels, dtype=np.int64), np.array(scores, dtype=np.float64), rles)
+        for labels, scores, rles in grouped
+    ]
+
+
+def tie_order(image_ids: Sequence[str]) -> np.ndarray:
+    """Place of each image where scores are equal: int64 [I]. pycocotools takes images in the order of their ids."""
+    ids = [decode_image_id(i) for i in image_ids]
+    order = sorted(range(len(ids)), key=lambda i: (isinstance(ids[i], str), ids[i]))
+    place = np.empty(len(ids), dtype=np.int64)
+    place[order] = np.arange(len(ids))
+    return place
