@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from cast_ray.records import Category
-from cast_ray.runtime.store import ArtifactStore
-from cast_ray.stages.graph import RowPlan
+from cast_ray.runtime.store import ArtifactStore, read_each
+from cast_ray.stages.graph import RowPlan, Stage
 
 
 @dataclass(frozen=True)
 class SweepContext:
-    """What every row of a sweep shares; small, sent to each trial."""
+    """What the rows of one table and dataset share; small, sent to each trial."""
 
     name: str
+    """Of the run: `<table>-<preset>-<scale>` unless the user chose one."""
     table: str
     command: str
     code_version: str
     hardware: dict[str, Any]
     store: ArtifactStore
-    slots: int
     dataset_key: str
     """Artifact that holds the record tables (train, val and, where there is one, source)."""
     dataset: dict[str, Any]
@@ -47,31 +49,61 @@ def read_result(context: SweepContext, row: RowPlan) -> dict[str, Any] | None:
     return json.loads(stored) if stored else None
 
 
+@lru_cache(maxsize=64)
+def _read_committed(storage: str, key: str) -> dict[str, Any]:
+    """Manifest, place and numbers of an artifact, which never change once it is committed.
+
+    Raises:
+        FileNotFoundError: it is not (the next call looks again).
+    """
+    store = ArtifactStore(storage)
+    manifest = store.manifest(key)
+    numbers = {"train": "curves.json", "evaluate": "metrics.json"}.get(manifest["kind"])
+    return {
+        "manifest": manifest,
+        "artifact": store.artifact(key),
+        "numbers": store.read_json(key, numbers) if numbers else {},
+    }
+
+
+def _find_committed(storage: str, stages: Sequence[Stage]) -> dict[str, dict[str, Any]]:
+    """Fingerprint -> what is committed, of those stages that are."""
+
+    def read(stage: Stage) -> dict[str, Any] | None:
+        try:
+            return _read_committed(storage, stage.key)
+        except FileNotFoundError:
+            return None
+
+    found = zip(stages, read_each(read, stages))
+    return {stage.fingerprint: artifact for stage, artifact in found if artifact is not None}
+
+
 def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[str, Any]:
     """result.json of a row from the artifacts in the store, without the outcome (status, error, seconds).
 
     Args:
         ran: fingerprints of the stages that this row ran itself; the others it shared.
     """
-    store = context.store
+    committed = _find_committed(context.store.storage, row.stages)
     stages: list[dict[str, Any]] = []
     metrics: dict[str, float] = {}
     curves: dict[str, Any] = {}
     diagnostics: dict[str, Any] = {}
     device_seconds = 0.0
-    facts_of: dict[str, dict[str, Any]] = {}
     for stage in row.stages:
-        if not store.has(stage.key):
+        if stage.fingerprint not in committed:
             continue
-        facts = facts_of[stage.fingerprint] = store.manifest(stage.key)
-        if stage.fingerprint in ran:
+        artifact = committed[stage.fingerprint]
+        facts = artifact["manifest"]
+        if facts.get("owner") == row_name(context.table, row):  # in this run or one before it
             device_seconds += facts["stage_seconds"] * facts["num_workers"]
         stages.append(
             {
                 "name": stage.name,
                 "kind": stage.kind,
                 "fingerprint": stage.fingerprint,
-                "artifact": store.artifact(stage.key),
+                "artifact": artifact["artifact"],
                 "reused": stage.fingerprint not in ran,
                 "steps": stage.steps,
                 **{
@@ -81,13 +113,13 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[
             }
         )
         if stage.kind == "train":
-            history = store.read_json(stage.key, "curves.json")
-            curves[stage.name], diagnostics[stage.name] = history["curve"], history["diagnostics"]
+            curves[stage.name] = artifact["numbers"]["curve"]
+            diagnostics[stage.name] = artifact["numbers"]["diagnostics"]
     for role, stage in row.roles.items():
-        if stage.kind == "evaluate" and stage.fingerprint in facts_of:
-            measured = store.read_json(stage.key, "metrics.json")
+        if stage.kind == "evaluate" and stage.fingerprint in committed:
+            measured = committed[stage.fingerprint]["numbers"]
             metrics |= {f"{role}/{k}": v for k, v in measured.items() if isinstance(v, (int, float))}
-    last = facts_of.get(row.roles["distill"].fingerprint, {})
+    last = committed.get(row.roles["distill"].fingerprint, {"manifest": {}})["manifest"]
     return {
         "table": context.table,
         "row": row.row,
@@ -109,3 +141,10 @@ def result_from_store(context: SweepContext, row: RowPlan) -> dict[str, Any]:
     """The result of a row all of whose stages were already stored."""
     outcome = {"status": "done", "error": None, "log": None, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     return assemble_result(context, row, ran=set()) | outcome | {"seconds": 0.0}
+
+
+def is_current(result: dict[str, Any] | None, row: RowPlan) -> bool:
+    """Whether a stored result is a finished one, made from exactly this row's stages."""
+    if result is None or result["status"] != "done":
+        return False
+    return {s["fingerprint"] for s in result["stages"]} == {s.fingerprint for s in row.stages}

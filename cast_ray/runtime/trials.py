@@ -2,130 +2,254 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 import time
 import traceback
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 from ray import tune
 
 from cast_ray.datasets.fractions import split
 from cast_ray.recipe import DataConfig
-from cast_ray.runtime.broker import HEARTBEAT_S, Need, broker_for
+from cast_ray.runtime.broker import HEARTBEAT_S, MAX_ENTRIES, Answer, Need
 from cast_ray.runtime.labelling import LabelJob, label_images
 from cast_ray.runtime.results import SweepContext, assemble_result, row_name
+from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.streams import Images, load_records
-from cast_ray.runtime.workers import Segment, run_segment
+from cast_ray.runtime.workers import Segment, SegmentFailed, run_segment
 from cast_ray.stages.graph import RowPlan, Stage, artifact_key
 
 DRIVER_CPUS = 0.01
 """Of a row's driver, which only waits; Tune refuses 0."""
+MAX_DRIVER_FAILURES = 3
+"""Times that a row's driver is started again after its process or node was lost."""
+REPORT_EVERY_S = 2.0
 
 
-def run_trials(context: SweepContext, rows: list[RowPlan], max_drivers: int) -> None:
-    """Runs all rows through Tune; a row that fails leaves its reason in its result.json and the others go on."""
-    by_name = {row_name(context.table, row): row for row in rows}
-    trainable = tune.with_resources(tune.with_parameters(_run_row, context=context, rows=by_name), {"CPU": DRIVER_CPUS})
+@dataclass(frozen=True)
+class Job:
+    """A row to run and what it shares with others."""
+
+    context: SweepContext
+    row: RowPlan
+
+    @property
+    def name(self) -> str:
+        return row_name(self.context.table, self.row)
+
+    def packed(self) -> bytes:
+        return zlib.compress(pickle.dumps(self), level=1)
+
+    @staticmethod
+    def unpacked(data: bytes) -> Job:
+        return pickle.loads(zlib.decompress(data))
+
+
+def run_trials(
+    name: str, store: ArtifactStore, jobs: Sequence[Job], broker: Any, max_drivers: int, callbacks: Sequence[Any] = ()
+) -> dict[str, str]:
+    """Runs all rows through Tune; a row that fails leaves its reason in its result.json and the others go on.
+
+    Args:
+        name: of the sweep.
+        callbacks: of Tune; they see each row's curves while it runs and its metrics at the end.
+
+    Returns:
+        name -> done, failed or stopped (it was not finished because nothing more may start).
+    """
+    ray.get(broker.load.remote({job.name: job.packed() for job in jobs}))
+    experiment = f"{name}-{int(time.time())}-{store.attempt}"
+    trainable = tune.with_resources(
+        tune.with_parameters(_run_row, broker=broker, record=bool(callbacks)), {"CPU": DRIVER_CPUS}
+    )
     tuner = tune.Tuner(
         trainable,
-        param_space={"row": tune.grid_search(list(by_name))},
+        param_space={"row": tune.grid_search([job.name for job in jobs])},
         tune_config=tune.TuneConfig(
-            max_concurrent_trials=max_drivers, reuse_actors=True, trial_dirname_creator=_trial_dirname
+            max_concurrent_trials=max_drivers, reuse_actors=True, trial_dirname_creator=trial_dirname
         ),
         run_config=tune.RunConfig(
-            name=f"{context.name}-{int(time.time())}", storage_path=context.store.uri("tune"), verbose=0
+            name=experiment,
+            storage_path=store.uri("tune"),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=MAX_DRIVER_FAILURES),
+            callbacks=list(callbacks),
         ),
     )
-    tuner.fit()
+    grid = tuner.fit()
+    by_name = {job.name: job for job in jobs}
+    outcomes = {}
+    for result in (grid[i] for i in range(len(grid))):
+        row = (result.config or {})["row"]
+        outcomes[row] = (result.metrics or {}).get("status", "failed")
+        if result.error is not None:
+            outcomes[row] = "failed"
+            _write_lost(by_name[row], result.error)
+    store.delete(f"tune/{experiment}")  # all that is worth keeping is in the results
+    return outcomes
 
 
-def _trial_dirname(trial: Any) -> str:
+def trial_dirname(trial: Any) -> str:
     return str(trial.config["row"])
 
 
-def _run_row(config: dict[str, Any], context: SweepContext, rows: dict[str, RowPlan]) -> None:
+def _run_row(config: dict[str, Any], broker: Any, record: bool) -> None:
     """Driver of one trial: claims, runs and commits stages until the row has all of them, then writes its result."""
-    name = config["row"]
-    row = rows[name]
-    began, started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    driver = _RowDriver(context, row, name)
-    error, log = None, None
-    try:
-        driver.run()
-    except Exception as reason:
-        error = _one_line(reason)
-        log = driver.write_log(traceback.format_exc())
-    finally:
-        driver.close()
-    outcome = {"status": "failed" if error else "done", "error": error, "log": log, "started": started}
-    result = assemble_result(context, row, driver.ran) | outcome | {"seconds": time.monotonic() - began}
-    context.store.write_json(context.result_path(row), result)
+    job = Job.unpacked(ray.get(broker.job.remote(config["row"])))
+    result = run_row(job, broker, record)
     tune.report({"status": result["status"], **result["metrics"]})
 
 
-class _RowDriver:
-    def __init__(self, context: SweepContext, row: RowPlan, name: str):
-        self.context, self.row, self.name = context, row, name
-        self.store = context.store
-        self.broker = broker_for(self.store.storage, context.slots, set())
+def run_row(job: Job, broker: Any, record: bool) -> dict[str, Any]:
+    """Runs one row inside a Tune trial and returns its result; a stopped row's is not written."""
+    began, started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    driver = RowDriver(job, broker, record)
+    status, error, log = "done", None, None
+    try:
+        if reason := driver.run():
+            status, error = "stopped", reason
+    except Exception as failure:
+        status, error = "failed", one_line(failure)
+        log = write_log(job, traceback.format_exc())
+    finally:
+        driver.close(status)
+    outcome = {"status": status, "error": error, "log": log, "started": started}
+    result = assemble_result(job.context, job.row, driver.ran) | outcome | {"seconds": time.monotonic() - began}
+    if status != "stopped":
+        job.context.store.write_json(job.context.result_path(job.row), result)
+    return result
+
+
+class RowDriver:
+    """Walks one row's stages: asks the broker for each in turn and runs what it is given.
+
+    Args:
+        record: report the curves of the row's stages to Tune, its own while they grow.
+    """
+
+    def __init__(self, job: Job, broker: Any, record: bool = False):
+        self.job, self.context, self.row, self.name = job, job.context, job.row, job.name
+        self.store = self.context.store
+        self.broker = broker
         self.ran: set[str] = set()
         self.tables: dict[tuple[str, str], ray.ObjectRef] = {}
         self.stopped = threading.Event()
+        self.record = record
+        self.reporting = threading.Lock()
+        self.recorder = threading.Thread(target=self._record, daemon=True) if record else None
         threading.Thread(target=self._beat, daemon=True).start()
+        if self.recorder is not None:
+            self.recorder.start()
 
     def _beat(self) -> None:
         while not self.stopped.wait(HEARTBEAT_S):
             self.broker.heartbeat.remote(self.name)
 
-    def close(self) -> None:
-        self.stopped.set()
-        ray.get(self.broker.release.remote(self.name))
+    def _record(self) -> None:
+        """Reports what is new in the curves of the running stages. Its thread ends before the row's last report."""
+        over = False
+        while not over:
+            over = self.stopped.wait(REPORT_EVERY_S)
+            by_stage: dict[str, list[dict[str, Any]]] = {}
+            for entry in ray.get(self.broker.collect.remote(self.name)):
+                by_stage.setdefault(entry["stage"], []).append(entry)
+            for stage, entries in by_stage.items():
+                self._report(stage, entries)
 
-    def run(self) -> None:
+    def _report(self, stage: str, entries: Sequence[Mapping[str, Any]]) -> None:
+        with self.reporting:  # Tune takes one report at a time
+            tune.report(curve_report(stage, entries))
+
+    def close(self, status: str) -> None:
+        self.stopped.set()
+        if self.recorder is not None:
+            self.recorder.join()
+        ray.get(self.broker.release.remote(self.name, status))
+
+    def run(self) -> str | None:
+        """Runs the row to its end; returns why it was stopped before, if it was.
+
+        Raises:
+            SegmentFailed: a stage cannot succeed.
+            ray.train.TrainingFailedError: workers were lost more often than `runtime.max_failures`.
+        """
         stages = {s.fingerprint: s for s in self.row.stages}
+        devices = self.row.recipe.runtime.num_workers
         while stages:
             needs = [Need(s.fingerprint, s.kind, tuple(s.parents.values()), s.steps) for s in stages.values()]
-            answer = ray.get(self.broker.claim.remote(self.name, needs))
+            answer: Answer = ray.get(self.broker.claim.remote(self.name, needs, devices))
             for fingerprint in answer["done"]:
-                stages.pop(fingerprint)
-            segment = [stages[f] for f in answer["run"]]
-            if not segment:
-                continue
-            if segment[0].kind == "label":
-                self._label(segment[0])
-            else:
-                self._train(segment)
-            self.ran.update(s.fingerprint for s in segment)
-            ray.get(self.broker.settle.remote(self.name))
+                self._record_shared(stages.pop(fingerprint))
+            if reason := answer.get("failed"):
+                raise SegmentFailed(reason)
+            if reason := answer.get("stop"):
+                return reason
+            if segment := [stages[f] for f in answer["run"]]:
+                self._run_segment(segment)
+                ray.get(self.broker.settle.remote(self.name))
+        return None
 
-    def _train(self, stages: list[Stage]) -> None:
-        segment = Segment(
-            owner=self.name,
-            stages=stages,
-            recipe=self.row.recipe,
-            store=self.store,
-            broker=self.broker,
-            categories=self.context.categories,
-            images={s.name: self._images(s) for s in stages if s.kind == "train"},
-            val=self._table("val.parquet"),
-            num_val=self.context.dataset["num_val"],
-            requested=time.time(),
+    def _record_shared(self, stage: Stage) -> None:
+        """Reports the curve of a stage that this row did not run itself."""
+        if self.record and stage.kind == "train" and stage.fingerprint not in self.ran:
+            curve = self.store.read_json(stage.key, "curves.json")["curve"]
+            if curve:
+                self._report(stage.name, curve[:: 1 + len(curve) // MAX_ENTRIES])
+
+    def _run_segment(self, stages: list[Stage]) -> None:
+        """Runs stages that were granted together, into a folder of their own in the store."""
+        store = self.store.new_attempt()
+        try:
+            self._execute(stages, store)
+        except Exception:
+            # Another sweep took them over, while this one was thought to be dead, and has finished them.
+            if not all(self.store.has(s.key) for s in stages):
+                raise
+        manifests = {s.fingerprint: self.store.find_manifest(s.key) for s in stages}
+        self.ran |= {f for f, manifest in manifests.items() if manifest and manifest["attempt"] == store.attempt}
+
+    def _execute(self, stages: list[Stage], store: ArtifactStore) -> None:
+        if stages[0].kind == "label":
+            self._label(stages[0], store)
+        else:
+            self._train(stages, store)
+
+    def _train(self, stages: list[Stage], store: ArtifactStore) -> None:
+        run_segment(
+            Segment(
+                owner=self.name,
+                stages=stages,
+                recipe=self.row.recipe,
+                store=store,
+                broker=self.broker,
+                categories=self.context.categories,
+                images={s.name: self._images(s) for s in stages if s.kind == "train"},
+                val=self._table("val.parquet"),
+                num_val=self.context.dataset["num_val"],
+                requested=time.time(),
+            )
         )
-        run_segment(segment, f"{self.name}-{stages[0].fingerprint[:8]}")
 
-    def _label(self, stage: Stage) -> None:
+    def _label(self, stage: Stage, store: ArtifactStore) -> None:
         began = time.monotonic()
         runtime = self.row.recipe.runtime
         images = self._images(stage)
         total = len(images.unlabelled)
         post = {"stage": stage.name, "fingerprint": stage.fingerprint, "step": 0, "steps": total, "unit": "image"}
         self.broker.post.remote(self.name, post)
-        num_images = label_images(LabelJob(self.store, stage, images, self.broker, self.name), runtime)
+        num_images = label_images(LabelJob(store, stage, images, self.broker, self.name), runtime)
         seconds = time.monotonic() - began
         facts = {"seconds": seconds, "stage_seconds": seconds, "images_per_s": num_images / seconds}
-        self.store.commit(stage, facts | {"num_images": num_images, "num_workers": runtime.num_labellers})
+        where = {"num_workers": runtime.num_labellers, "device": "cuda" if runtime.use_gpu else "cpu"}
+        store.commit(stage, {**facts, **where, "num_images": num_images, "owner": self.name})
         ray.get(self.broker.finish.remote(stage.fingerprint))
 
     def _table(self, name: str, key: str | None = None) -> ray.ObjectRef:
@@ -140,7 +264,7 @@ class _RowDriver:
             everything = np.arange(self.context.dataset["num_source"])
             return Images(self._table("source.parquet"), everything, everything[:0], self.context.categories)
         data = DataConfig(**self.row.recipe.data.model_dump() | stage.config["data"])
-        ids = self.store.read_table(self.context.dataset_key, "train.parquet", columns=["image_id"])
+        ids = _image_ids(self.store.storage, self.context.dataset_key)
         labelled, unlabelled = split(
             ids, data.label_fraction, stage.config["seed"], data.num_unlabelled, self.row.recipe.runtime.num_workers
         )
@@ -156,13 +280,34 @@ class _RowDriver:
             labels,
         )
 
-    def write_log(self, text: str) -> str:
-        path = f"{self.context.runs_path}/{self.name}/error.log"
-        self.store.write_bytes(path, text.encode())
-        return self.store.uri(path)
+
+@lru_cache(maxsize=4)
+def _image_ids(storage: str, dataset_key: str) -> pa.Table:
+    """Ids of the training images; a driver process serves many rows and reads them once."""
+    return ArtifactStore(storage).read_table(dataset_key, "train.parquet", columns=["image_id"])
 
 
-def _one_line(error: BaseException) -> str:
+def curve_report(stage: str, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What Tune's callbacks are told of a stage: the last entry as metrics, all of them under `curve`."""
+    newest = {f"{stage}/{name}": value for name, value in entries[-1].items() if isinstance(value, int | float)}
+    return {"stage": stage, "curve": [dict(entry) for entry in entries], **newest}
+
+
+def write_log(job: Job, text: str) -> str:
+    """Keeps a row's traceback beside its result; returns where."""
+    path = f"{job.context.runs_path}/{job.name}/error.log"
+    job.context.store.write_bytes(path, text.encode())
+    return job.context.store.uri(path)
+
+
+def _write_lost(job: Job, error: BaseException) -> None:
+    """The result of a row whose driver died too often to write one."""
+    outcome = {"status": "failed", "error": one_line(error), "log": write_log(job, str(error))}
+    result = assemble_result(job.context, job.row, set()) | outcome | {"started": None, "seconds": None}
+    job.context.store.write_json(job.context.result_path(job.row), result)
+
+
+def one_line(error: BaseException) -> str:
     """The cause of a failure, past Ray's wrappers, on one line."""
     cause = error
     while isinstance(cause, (ray.exceptions.RayTaskError, ray.train.TrainingFailedError)):

@@ -44,8 +44,8 @@ class SegmentFailed(RuntimeError):
     """A stage raised an error that restarting its workers cannot mend; carries the workers' traceback."""
 
 
-def run_segment(segment: Segment, run_name: str) -> None:
-    """Runs a segment's stages through a TorchTrainer; returns when all are committed.
+def run_segment(segment: Segment) -> None:
+    """Runs a segment's stages through a TorchTrainer; returns when all are committed, or no further one may start.
 
     Workers that die are restarted up to `runtime.max_failures` times; a stage then continues from its last checkpoint.
 
@@ -54,6 +54,8 @@ def run_segment(segment: Segment, run_name: str) -> None:
         ray.train.TrainingFailedError: the workers failed more often than that.
     """
     runtime = segment.recipe.runtime
+    # A name of its own: an interrupted run of the same stages may still be going down.
+    run_name = f"{segment.stages[0].fingerprint[:8]}-{segment.store.attempt}"
     reads = [stream_bundle(runtime)] * runtime.num_workers
     with reserve(reads) as group:
         _fit(segment, run_name, group)

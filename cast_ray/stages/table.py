@@ -103,7 +103,7 @@ class Table(BaseModel):
 
     def _parts(self) -> list[tuple[str, dict[str, Any]]]:
         """What the table's author wrote, piece by piece: a grid of 10,000 rows is checked along its axes."""
-        parts = [("base", {})]
+        parts: list[tuple[str, dict[str, Any]]] = [("base", {})]
         if not self.grid:
             parts += [(f"row {row!r}", overrides) for row, overrides in self.rows.items()]
         else:
@@ -193,7 +193,9 @@ def _axis(name: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
     if not isinstance(values, list):
         return []
     short = name.rpartition(".")[2]
-    return [(f"{short}={value:g}" if isinstance(value, float) else f"{short}={value}", {name: value}) for value in values]
+    return [
+        (f"{short}={value:g}" if isinstance(value, float) else f"{short}={value}", {name: value}) for value in values
+    ]
 
 
 def _recipe(preset: str, scale: str, base: Mapping[str, Any], row: Mapping[str, Any]) -> Recipe:
