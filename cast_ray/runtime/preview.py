@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console
+from rich.text import Text
 from rich.tree import Tree
 
 from cast_ray.records import DatasetSplits
@@ -136,12 +137,12 @@ def _grow(tree: Tree, node: _Node, preview: Preview, depth: int) -> None:
         _grow(branch, child, preview, depth + 1)
 
 
-def _line(node: _Node, preview: Preview, depth: int) -> str:
+def _line(node: _Node, preview: Preview, depth: int) -> Text:
     plan, stages = preview.plan, node.stages
     name = node.name if len(stages) == 1 else f"{node.name} ×{len(stages):,}"
     left = [stage for stage in stages if stage.fingerprint not in plan.stored]
     steps = sum(stage.steps for stage in left)
-    mark = "[green]stored[/green]" if not left else f"{steps:,} steps" if steps else "to run"
+    mark = "stored" if not left else f"{steps:,} steps" if steps else "to run"
     if 0 < len(left) < len(stages):
         mark += f", {len(stages) - len(left):,} stored"
     if left and preview.cost is not None:
@@ -153,7 +154,8 @@ def _line(node: _Node, preview: Preview, depth: int) -> str:
     used_by = ", ".join(names) if len(names) <= MAX_USERS else f"{len(names):,} of {number:,} rows"
     used_by = "all rows" if len(names) == number > 1 else used_by
     # One column for all depths: a level is indented by four.
-    return f"{name:{max(40 - 4 * depth, len(name))}} {mark:<27} [dim]{used_by}[/dim]"
+    line = Text(f"{name:{max(40 - 4 * depth, len(name))}} ", no_wrap=True, overflow="ellipsis")
+    return line.append(f"{mark:<24} ", "" if left else "green").append(used_by, "dim")
 
 
 def _few(names: Sequence[str]) -> str:

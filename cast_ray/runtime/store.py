@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +43,12 @@ def open_uri(uri: str) -> tuple[pa.fs.FileSystem, str]:
     """Filesystem and path of a local path or URI (s3://, gs://, file://, hdfs://)."""
     if "://" not in uri:
         return pa.fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+    return _open_remote(uri)
+
+
+@lru_cache(maxsize=64)
+def _open_remote(uri: str) -> tuple[pa.fs.FileSystem, str]:
+    """Kept, because each opening of an S3 bucket asks for its region first."""
     return pa.fs.FileSystem.from_uri(uri)
 
 
