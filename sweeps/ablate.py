@@ -20,7 +20,7 @@ from rich.console import Console
 
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
 from cast_ray.report.publish import publish
-from cast_ray.runtime.sweep import SweepRequest, TableRequest, run_sweep
+from cast_ray.runtime.sweep import SweepRequest, TableRequest, has_results, run_sweep, write_events
 from cast_ray.runtime.trackers import Trackers
 from cast_ray.stages.table import load_table, table_names
 
@@ -53,7 +53,11 @@ def _ablate(argv: list[str]) -> int:
     outcome = run_sweep(request, console)
     if outcome is None:
         return 0
-    codes = [publish(s, t.table, out / t.name, console) for s, t in zip(outcome.sweeps, request.tables)]
+    codes = [0]
+    for sweep, table in zip(outcome.sweeps, request.tables):
+        if not outcome.stopped or has_results(sweep):
+            codes.append(publish(sweep, table.table, out / table.name, console))
+    write_events(outcome.sweeps, request.trackers)
     return EXIT_STOPPED if outcome.stopped else max(codes)
 
 

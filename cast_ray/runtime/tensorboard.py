@@ -64,9 +64,7 @@ class EventWriter:
 
 
 def write_finished(folder: Path, result: Mapping[str, Any]) -> None:
-    """The event file of a row that was answered from the store, unless it has one."""
-    if folder.is_dir():
-        return
+    """The event file of a row that was answered from the store."""
     writer = EventWriter(folder)
     for stage, entries in (result.get("curves") or {}).items():
         writer.write_curve(stage, entries)

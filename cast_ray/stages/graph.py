@@ -118,7 +118,7 @@ class _Planner:
         if use_labels and teacher is None:
             raise ValueError(
                 "stages.use_adapt is false and there is no pre-trained teacher (stages.pretrain.steps is 0 or the "
-                "dataset has no source images): nothing can label the unlabelled images"
+                "dataset has no source images): nothing can label the unlabelled images (stages.foundation=DIR)"
             )
         labels = self.label("label-teacher", teacher) if use_labels and teacher is not None else None
         student = self.train(

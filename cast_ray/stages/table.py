@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -81,22 +81,22 @@ class Table(BaseModel):
     @model_validator(mode="after")
     def _names_exist(self) -> Table:
         if self.baseline not in self.rows:
-            raise ValueError(f"baseline {self.baseline!r} is not a row{_nearest(self.baseline, list(self.rows))}")
+            raise ValueError(f"baseline {self.baseline!r} is not a row{nearest(self.baseline, list(self.rows))}")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds: expected different ones, got {list(self.seeds)}")
         for key, known in (("preset", preset_names()), ("scale", SCALES)):
             if key in self.base and self.base[key] not in known:
-                raise ValueError(f"base: {key}: unknown {self.base[key]!r}{_nearest(str(self.base[key]), known)}")
+                raise ValueError(f"base: {key}: unknown {self.base[key]!r}{nearest(str(self.base[key]), known)}")
         for where, overrides in self._parts():
             try:
-                _recipe(DEFAULT_PRESET, DEFAULT_SCALE, self._base_overrides, overrides)
+                resolve_recipe(DEFAULT_PRESET, DEFAULT_SCALE, self._base_overrides, overrides)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
         if self.paper_columns and not self.paper:
             raise ValueError("paper_columns without paper: expected the paper's table to be named")
         for row in self.paper_rows:
             if row not in self.rows:
-                raise ValueError(f"paper_rows: {row!r} is not a row{_nearest(row, list(self.rows))}")
+                raise ValueError(f"paper_rows: {row!r} is not a row{nearest(row, list(self.rows))}")
         if self.paper:
             self.paper_values()
         return self
@@ -142,7 +142,7 @@ class Table(BaseModel):
             column = template.replace("{dataset}", "ade20k" if preset == "ade20k" else "cityscapes")
             known = sorted({name for cells in published.values() for name in cells})
             if column not in known:
-                raise ValueError(f"paper_columns: no column {column!r} in {self.paper!r}{_nearest(column, known)}")
+                raise ValueError(f"paper_columns: no column {column!r} in {self.paper!r}{nearest(column, known)}")
             for metric in [metrics] if isinstance(metrics, str) else metrics:
                 values[metric] = {}
                 for row in self.rows:
@@ -150,7 +150,7 @@ class Table(BaseModel):
                     theirs = named if isinstance(named, str) else named.get(metric, "")
                     if row in self.paper_rows and theirs and theirs not in published:
                         raise ValueError(
-                            f"paper_rows: no row {theirs!r} in {self.paper!r}{_nearest(theirs, list(published))}"
+                            f"paper_rows: no row {theirs!r} in {self.paper!r}{nearest(theirs, list(published))}"
                         )
                     if column in published.get(theirs, {}):
                         values[metric][row] = float(published[theirs][column])
@@ -181,9 +181,9 @@ class Table(BaseModel):
             ValueError: unknown row (the message names the nearest) or a bad override.
         """
         if row not in self.rows:
-            raise ValueError(f"unknown row {row!r} of table {self.name!r}{_nearest(row, list(self.rows))}")
+            raise ValueError(f"unknown row {row!r} of table {self.name!r}{nearest(row, list(self.rows))}")
         base = {**self._base_overrides, **(overrides or {}), "seed": seed}
-        return _recipe(preset or self.preset, scale or self.scale, base, self.rows[row])
+        return resolve_recipe(preset or self.preset, scale or self.scale, base, self.rows[row])
 
 
 def _axis(name: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -198,7 +198,7 @@ def _axis(name: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def _recipe(preset: str, scale: str, base: Mapping[str, Any], row: Mapping[str, Any]) -> Recipe:
+def resolve_recipe(preset: str, scale: str, base: Mapping[str, Any], row: Mapping[str, Any]) -> Recipe:
     """The recipe of a row's overrides on top of the base's, with `x2` resolved."""
     resolved = dict(row)
     for key, value in row.items():
@@ -244,17 +244,29 @@ def load_table(name_or_path: str | Path) -> Table:
     if not path.is_file():
         if path.suffix in (".yaml", ".yml"):
             raise ValueError(f"no table file {str(path)!r}")
-        raise ValueError(f"unknown table {str(name_or_path)!r}{_nearest(str(name_or_path), table_names())}")
+        raise ValueError(f"unknown table {str(name_or_path)!r}{nearest(str(name_or_path), table_names())}")
+    return read_spec(path, Table, "title, metric, baseline and rows")
+
+
+Spec = TypeVar("Spec", bound=BaseModel)
+
+
+def read_spec(path: Path, model: type[Spec], expected: str) -> Spec:
+    """A YAML file as a checked model whose `name` is the file's.
+
+    Raises:
+        ValueError: not YAML, not a mapping (the message gives the `expected` keys) or not valid (it names the key).
+    """
     try:
         spec = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(spec, dict):
-        raise ValueError(f"{path}: expected a mapping with title, metric, baseline and rows, got {type(spec).__name__}")
+        raise ValueError(f"{path}: expected a mapping with {expected}, got {type(spec).__name__}")
     try:
-        return Table.model_validate({"name": path.stem, **spec})
+        return model.model_validate({"name": path.stem, **spec})
     except ValidationError as error:
-        raise ValueError(f"{path}: {_explain(error)}") from None
+        raise ValueError(f"{path}: {explain(error, model)}") from None
 
 
 @cache
@@ -270,7 +282,7 @@ def _paper_rows(key: str) -> dict[str, dict[str, float]]:
     tables = _paper_tables()
     known = [name for name, table in tables.items() if isinstance(table, dict)]
     if key not in known:
-        raise ValueError(f"paper: unknown table {key!r}{_nearest(key, known)}")
+        raise ValueError(f"paper: unknown table {key!r}{nearest(key, known)}")
     table = tables[key]
     if "rows" in table:
         groups = {"": table["rows"]}
@@ -289,18 +301,20 @@ def _paper_rows(key: str) -> dict[str, dict[str, float]]:
     return published
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The end of an error message: the known word that was probably meant, else those there are."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
     return f": did you mean {close[0]!r}?" if close else f": expected one of {', '.join(known[:12])}"
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """What is wrong with a YAML file that was read into `model`, on one line."""
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key!r}{_nearest(key, list(Table.model_fields))}")
+            lines.append(f"unknown key {key!r}{nearest(key, list(model.model_fields))}")
         elif problem["type"] == "missing":
             lines.append(f"{key} is missing")
         elif problem["type"] == "value_error":

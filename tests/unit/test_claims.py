@@ -31,9 +31,9 @@ def store(tmp_path: Path) -> ArtifactStore:
     return ArtifactStore(str(tmp_path))
 
 
-def show(store: ArtifactStore, holder: str, beat: int = 1, **facts: object) -> Holder:
+def show(store: ArtifactStore, holder: str, beat: int = 1) -> Holder:
     """A holder's file, as if it ran on another machine."""
-    shown = replace(Holder.of_this_process("test"), id=holder, host="elsewhere", **facts)
+    shown = replace(Holder.of_this_process("test"), id=holder, host="elsewhere", since=-1e9)
     store.write_json(f"claims/holders/{holder}.json", asdict(shown) | {"beat": beat})
     return shown
 
@@ -80,11 +80,11 @@ def test_two_that_claim_at_once_are_never_both_alone(store: ArtifactStore) -> No
 def test_a_holder_that_falls_silent_is_dead_by_our_own_clock(store: ArtifactStore) -> None:
     clock = Clock()
     watch = Watch(store, clock)
-    show(store, "a", beat=1, since=-1e9)  # its own clock means nothing
+    show(store, "a", beat=1)  # since when it runs, by its own clock, means nothing
     assert watch.is_alive("a")
     clock.now = DEAD_AFTER_S - 1
     assert watch.is_alive("a")
-    show(store, "a", beat=2, since=-1e9)
+    show(store, "a", beat=2)
     clock.now = DEAD_AFTER_S + 1
     assert watch.is_alive("a")  # it moved
     clock.now += DEAD_AFTER_S

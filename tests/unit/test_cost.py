@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -23,7 +24,10 @@ def sweep(overrides: dict[str, Any] | None = None, stored: Any = ()) -> SweepPla
 
 
 def manifest(stage: Stage, seconds: float, **facts: Any) -> dict[str, Any]:
-    count = {"label": {"num_images": 36}, "evaluate": {"images_per_s": 16 / seconds, "seconds": seconds}}
+    count: dict[str, dict[str, Any]] = {
+        "label": {"num_images": 36},
+        "evaluate": {"images_per_s": 16 / seconds, "seconds": seconds},
+    }
     return {
         **vars(stage),
         "stage_seconds": seconds,
@@ -83,9 +87,7 @@ def test_without_history_operations_are_counted(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_model_that_cannot_be_built_here_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     cost_module._forward_flops.cache_clear()
-    monkeypatch.setattr(
-        "cast_ray.models.student.build_segmenter", lambda *a, **k: (_ for _ in ()).throw(OSError("hub"))
-    )
+    monkeypatch.setattr("cast_ray.models.student.build_segmenter", Mock(side_effect=OSError("no hub")))
     found = estimates(sweep(), CostModel([], "cpu"))
     cost_module._forward_flops.cache_clear()
     assert {e.source for e in found.values()} == {"unknown"} and all(e.device_s == 0 for e in found.values())
