@@ -75,8 +75,7 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
         )
         if value is not None
     }
-    home = _home()
-    out = Path(arguments.out or home / "runs")
+    out = Path(arguments.out or home() / "runs")
     requests = []
     for table in tables:
         rows = _rows(table.name, list(table.rows), arguments.rows, several=len(tables) > 1)
@@ -103,7 +102,7 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
     trackers.check_installed()
     request = SweepRequest(
         tables=tuple(requests),
-        storage=arguments.storage or os.environ.get("CAST_RAY_STORAGE") or str(home / "storage"),
+        storage=arguments.storage or os.environ.get("CAST_RAY_STORAGE") or str(home() / "storage"),
         address=arguments.address,
         num_cpus=arguments.num_cpus,
         dry_run=arguments.dry_run,
@@ -124,7 +123,7 @@ def _rows(table: str, known: list[str], wanted: list[str] | None, several: bool)
     return [row for row in known if row in wanted or f"{table}:{row}" in wanted]
 
 
-def _home() -> Path:
+def home() -> Path:
     """Where results go by default: here; inside a Ray job, whose folder is thrown away, the user's home."""
     return Path.home() / "cast_ray" if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") else Path()
 

@@ -149,6 +149,7 @@ class Limits:
         self.budget_s = None if budget_hours is None else budget_hours * 3600
         self.keep_going = keep_going
         self.spent_s = 0.0
+        self.spent_by: dict[str, float] = {}
         self.running: dict[str, tuple[float, int]] = {}
         self.outcomes: list[bool] = []
 
@@ -158,6 +159,7 @@ class Limits:
     def stop(self, owner: str, now: float) -> None:
         since, devices = self.running.pop(owner, (now, 0))
         self.spent_s += (now - since) * devices
+        self.spent_by[owner] = self.spent_by.get(owner, 0.0) + (now - since) * devices
 
     def spent(self, now: float) -> float:
         """Device-seconds up to now."""
@@ -326,13 +328,17 @@ class Broker:
         self._serve()
 
     async def release(self, owner: str, status: str) -> None:
-        """`owner` has ended, done, failed or stopped, and asks for nothing more."""
+        """`owner` has ended, done, failed, stopped or pruned, and asks for nothing more."""
         self.ended[owner] = status
-        if status != "stopped":
+        if status in ("done", "failed"):
             self.limits.outcomes.append(status == "done")
         self.jobs.pop(owner, None)
         self.entries.pop(owner, None)
         await self.settle(owner)
+
+    async def spent(self, owner: str) -> float:
+        """Device-seconds that `owner` has used up."""
+        return self.limits.spent_by.get(owner, 0.0)
 
     async def fail(self, owner: str, fingerprint: str, reason: str) -> None:
         """A stage of `owner`'s segment met an error that a restart would meet again, in this row or in another."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import threading
 import time
@@ -26,20 +27,31 @@ from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.streams import Images, load_records
 from cast_ray.runtime.workers import Segment, SegmentFailed, run_segment
 from cast_ray.stages.graph import RowPlan, Stage, artifact_key
+from cast_ray.stages.search_spec import RUNG_METRIC
 
 DRIVER_CPUS = 0.01
 """Of a row's driver, which only waits; Tune refuses 0."""
 MAX_DRIVER_FAILURES = 3
 """Times that a row's driver is started again after its process or node was lost."""
 REPORT_EVERY_S = 2.0
+LATENCY_WARMUP, LATENCY_REPEATS = 5, 30
+RUNG_STEP = "rung_step"
+"""Of a rung's report: the stage's step, counted from its checkpoints. It goes on where a driver is started again, which
+Tune's `training_iteration` does not."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A row to run and what it shares with others."""
+    """A row to run and what it shares with others.
+
+    rungs_of: a train stage whose validation points are reported to Tune while it runs, for early stopping; measure:
+    metrics that are not in the artifacts and are measured at the end (`<role>/latency_ms`).
+    """
 
     context: SweepContext
     row: RowPlan
+    rungs_of: str | None = None
+    measure: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -67,11 +79,8 @@ def run_trials(
     """
     ray.get(broker.load.remote({job.name: job.packed() for job in jobs}))
     experiment = f"{name}-{int(time.time())}-{store.attempt}"
-    trainable = tune.with_resources(
-        tune.with_parameters(_run_row, broker=broker, record=bool(callbacks)), {"CPU": DRIVER_CPUS}
-    )
     tuner = tune.Tuner(
-        trainable,
+        make_trainable(broker, record=bool(callbacks)),
         param_space={"row": tune.grid_search([job.name for job in jobs])},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=max_drivers, reuse_actors=True, trial_dirname_creator=trial_dirname
@@ -92,9 +101,14 @@ def run_trials(
         outcomes[row] = (result.metrics or {}).get("status", "failed")
         if result.error is not None:
             outcomes[row] = "failed"
-            _write_lost(by_name[row], result.error)
+            write_lost(by_name[row], result.error)
     store.delete(f"tune/{experiment}")  # all that is worth keeping is in the results
     return outcomes
+
+
+def make_trainable(broker: Any, record: bool) -> Any:
+    """What Tune runs for each row: its driver, which holds next to nothing."""
+    return tune.with_resources(tune.with_parameters(_run_row, broker=broker, record=record), {"CPU": DRIVER_CPUS})
 
 
 def trial_dirname(trial: Any) -> str:
@@ -105,7 +119,7 @@ def _run_row(config: dict[str, Any], broker: Any, record: bool) -> None:
     """Driver of one trial: claims, runs and commits stages until the row has all of them, then writes its result."""
     job = Job.unpacked(ray.get(broker.job.remote(config["row"])))
     result = run_row(job, broker, record)
-    tune.report({"status": result["status"], **result["metrics"]})
+    tune.report({"status": result["status"], "error": result["error"], **result["metrics"]})
 
 
 def run_row(job: Job, broker: Any, record: bool) -> dict[str, Any]:
@@ -123,6 +137,8 @@ def run_row(job: Job, broker: Any, record: bool) -> dict[str, Any]:
         driver.close(status)
     outcome = {"status": status, "error": error, "log": log, "started": started}
     result = assemble_result(job.context, job.row, driver.ran) | outcome | {"seconds": time.monotonic() - began}
+    if status == "done":
+        result["metrics"] |= {name: measure_metric(job, name) for name in job.measure}
     if status != "stopped":
         job.context.store.write_json(job.context.result_path(job.row), result)
     return result
@@ -144,6 +160,7 @@ class RowDriver:
         self.stopped = threading.Event()
         self.record = record
         self.reporting = threading.Lock()
+        self.rungs: set[str] = set()
         self.recorder = threading.Thread(target=self._record, daemon=True) if record else None
         threading.Thread(target=self._beat, daemon=True).start()
         if self.recorder is not None:
@@ -162,11 +179,27 @@ class RowDriver:
             for entry in ray.get(self.broker.collect.remote(self.name)):
                 by_stage.setdefault(entry["stage"], []).append(entry)
             for stage, entries in by_stage.items():
-                self._report(stage, entries)
+                self._report(curve_report(stage, entries))
+            self._report_rungs()
 
-    def _report(self, stage: str, entries: Sequence[Mapping[str, Any]]) -> None:
-        with self.reporting:  # Tune takes one report at a time
-            tune.report(curve_report(stage, entries))
+    def _report_rungs(self) -> None:
+        """Reports the validation points of the stage that early stopping looks at, each once."""
+        if self.job.rungs_of is None:
+            return
+        folder = f"validations/{self.row.roles[self.job.rungs_of].fingerprint}"
+        for name in sorted(set(self.store.list_names(folder)) - self.rungs):
+            self.rungs.add(name)
+            point = json.loads(self.store.find_bytes(f"{folder}/{name}") or b"{}")
+            if point.get(RUNG_METRIC) is not None:
+                self._report({RUNG_STEP: point["step"], RUNG_METRIC: point[RUNG_METRIC]})
+
+    def _report(self, metrics: dict[str, Any]) -> None:
+        try:
+            with self.reporting:  # Tune takes one report at a time
+                tune.report(metrics)
+        except SystemExit:  # Tune's scheduler stops this trial, and kills this process next: its slot is free
+            ray.get(self.broker.release.remote(self.name, "pruned"))
+            raise
 
     def close(self, status: str) -> None:
         self.stopped.set()
@@ -202,7 +235,7 @@ class RowDriver:
         if self.record and stage.kind == "train" and stage.fingerprint not in self.ran:
             curve = self.store.read_json(stage.key, "curves.json")["curve"]
             if curve:
-                self._report(stage.name, curve[:: 1 + len(curve) // MAX_ENTRIES])
+                self._report(curve_report(stage.name, curve[:: 1 + len(curve) // MAX_ENTRIES]))
 
     def _run_segment(self, stages: list[Stage]) -> None:
         """Runs stages that were granted together, into a folder of their own in the store."""
@@ -293,6 +326,44 @@ def curve_report(stage: str, entries: Sequence[Mapping[str, Any]]) -> dict[str, 
     return {"stage": stage, "curve": [dict(entry) for entry in entries], **newest}
 
 
+def measure_metric(job: Job, name: str) -> float:
+    """A metric that only the running model can tell: `<role>/latency_ms` of one image on the stages' device.
+
+    Raises:
+        ValueError: there is no such metric.
+    """
+    role, _, metric = name.rpartition("/")
+    if metric != "latency_ms" or role not in job.row.roles:
+        raise ValueError(f"metric {name!r} is not known: expected one of a result, or <role>/latency_ms")
+    runtime = job.row.recipe.runtime
+    key = artifact_key("train", job.row.roles[role].parents["model"])
+    task = measure_latency.options(num_gpus=1 if runtime.use_gpu else 0)
+    return ray.get(task.remote(job.context.store, key, job.row.recipe.data.image_px))
+
+
+@ray.remote(num_cpus=0.01, scheduling_strategy="DEFAULT")
+def measure_latency(store: ArtifactStore, key: str, image_px: tuple[int, int]) -> float:
+    """Median milliseconds of one image through a stored model, after a warm-up; one thread on a CPU."""
+    import torch
+
+    from cast_ray.runtime.models import load_model
+
+    torch.set_num_threads(1)
+    device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+    segmenter, _ = load_model(store, key)
+    segmenter = segmenter.to(device).eval()
+    image = torch.zeros(1, 3, *image_px, dtype=torch.uint8, device=device)
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(LATENCY_WARMUP + LATENCY_REPEATS):
+            began = time.perf_counter()
+            segmenter(image)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+    return 1000 * float(np.median(seconds[LATENCY_WARMUP:]))
+
+
 def write_log(job: Job, text: str) -> str:
     """Keeps a row's traceback beside its result; returns where."""
     path = f"{job.context.runs_path}/{job.name}/error.log"
@@ -300,7 +371,7 @@ def write_log(job: Job, text: str) -> str:
     return job.context.store.uri(path)
 
 
-def _write_lost(job: Job, error: BaseException) -> None:
+def write_lost(job: Job, error: BaseException) -> None:
     """The result of a row whose driver died too often to write one."""
     outcome = {"status": "failed", "error": one_line(error), "log": write_log(job, str(error))}
     result = assemble_result(job.context, job.row, set()) | outcome | {"started": None, "seconds": None}
