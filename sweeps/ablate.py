@@ -180,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     trackers = parser.add_argument_group("trackers")
     trackers.add_argument("--no-tensorboard", action="store_true", help=f"no event files in <run>/{TENSORBOARD}")
     trackers.add_argument("--wandb", metavar="PROJECT", help="log rows to this Weights & Biases project")
-    trackers.add_argument("--mlflow", metavar="URI", help="log rows to this MLflow tracking server or folder")
+    trackers.add_argument("--mlflow", metavar="URI", help="log rows to MLflow: http://SERVER, sqlite:///FILE")
     return parser
 
 

@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--keep-going", action="store_true", help="go on though the first three trials failed")
     parser.add_argument("--no-tensorboard", action="store_true", help=f"no event files in <run>/{TENSORBOARD}")
     parser.add_argument("--wandb", metavar="PROJECT", help="log trials to this Weights & Biases project")
-    parser.add_argument("--mlflow", metavar="URI", help="log trials to this MLflow tracking server or folder")
+    parser.add_argument("--mlflow", metavar="URI", help="log trials to MLflow: http://SERVER, sqlite:///FILE")
     return parser
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -81,6 +82,26 @@ def _is_alive(folder: Path) -> bool:
 def _wait_until() -> Callable[..., None]:
     """`wait_until(condition, what, patience_s)`."""
     return wait_until
+
+
+@pytest.fixture(scope="session")
+def read_events() -> Callable[[Path], dict[str, list[tuple[int, float]]]]:
+    """`read_events(folder)`: tag -> (step, value) of TensorBoard's files in a folder."""
+    from tensorboardX.proto import event_pb2
+
+    def read(folder: Path) -> dict[str, list[tuple[int, float]]]:
+        found: dict[str, list[tuple[int, float]]] = {}
+        for path in sorted(folder.glob("events*")):
+            data, at = path.read_bytes(), 0
+            while at < len(data):  # records of length, checksum, event, checksum
+                (length,) = struct.unpack_from("<Q", data, at)
+                event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
+                for value in event.summary.value:
+                    found.setdefault(value.tag, []).append((event.step, value.simple_value))
+                at += length + 16
+        return found
+
+    return read
 
 
 StartSweep = Callable[..., SweepProcess]

@@ -32,6 +32,8 @@ from cast_ray.stages.graph import Stage
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 """Ending of a local file that is being written."""
+OBJECT_STORES = ("s3", "gcs", "abfs")
+"""Where folders are only a way of speaking, and making one costs a request."""
 NUM_READERS = 16
 """Small files read at a time: an object store answers in tens of milliseconds, whatever the size."""
 
@@ -169,7 +171,8 @@ class ArtifactStore:
         """Writes one file below the storage path, which appears whole or not at all (object stores do so anyway)."""
         fs, root = self._fs
         target = f"{root}/{path}"
-        fs.create_dir(target.rsplit("/", 1)[0], recursive=True)
+        if fs.type_name not in OBJECT_STORES:
+            fs.create_dir(target.rsplit("/", 1)[0], recursive=True)
         partial = f"{target}.{uuid.uuid4().hex[:8]}{PARTIAL}" if isinstance(fs, pa.fs.LocalFileSystem) else target
         with fs.open_output_stream(partial) as file:
             file.write(data)

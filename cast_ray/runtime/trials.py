@@ -66,13 +66,20 @@ class Job:
 
 
 def run_trials(
-    name: str, store: ArtifactStore, jobs: Sequence[Job], broker: Any, max_drivers: int, callbacks: Sequence[Any] = ()
+    name: str,
+    store: ArtifactStore,
+    jobs: Sequence[Job],
+    broker: Any,
+    max_drivers: int,
+    callbacks: Sequence[Any] = (),
+    driver: type[RowDriver] | None = None,
 ) -> dict[str, str]:
     """Runs all rows through Tune; a row that fails leaves its reason in its result.json and the others go on.
 
     Args:
         name: of the sweep.
         callbacks: of Tune; they see each row's curves while it runs and its metrics at the end.
+        driver: another `RowDriver`.
 
     Returns:
         name -> done, failed or stopped (it was not finished because nothing more may start).
@@ -80,7 +87,7 @@ def run_trials(
     ray.get(broker.load.remote({job.name: job.packed() for job in jobs}))
     experiment = f"{name}-{int(time.time())}-{store.attempt}"
     tuner = tune.Tuner(
-        make_trainable(broker, record=bool(callbacks)),
+        make_trainable(broker, record=bool(callbacks), driver=driver),
         param_space={"row": tune.grid_search([job.name for job in jobs])},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=max_drivers, reuse_actors=True, trial_dirname_creator=trial_dirname
@@ -106,26 +113,27 @@ def run_trials(
     return outcomes
 
 
-def make_trainable(broker: Any, record: bool) -> Any:
+def make_trainable(broker: Any, record: bool, driver: type[RowDriver] | None = None) -> Any:
     """What Tune runs for each row: its driver, which holds next to nothing."""
-    return tune.with_resources(tune.with_parameters(_run_row, broker=broker, record=record), {"CPU": DRIVER_CPUS})
+    parameters = {"broker": broker, "record": record, "driver": driver or RowDriver}
+    return tune.with_resources(tune.with_parameters(_run_row, **parameters), {"CPU": DRIVER_CPUS})
 
 
 def trial_dirname(trial: Any) -> str:
     return str(trial.config["row"])
 
 
-def _run_row(config: dict[str, Any], broker: Any, record: bool) -> None:
+def _run_row(config: dict[str, Any], broker: Any, record: bool, driver: type[RowDriver]) -> None:
     """Driver of one trial: claims, runs and commits stages until the row has all of them, then writes its result."""
     job = Job.unpacked(ray.get(broker.job.remote(config["row"])))
-    result = run_row(job, broker, record)
+    result = run_row(driver(job, broker, record))
     tune.report({"status": result["status"], "error": result["error"], **result["metrics"]})
 
 
-def run_row(job: Job, broker: Any, record: bool) -> dict[str, Any]:
+def run_row(driver: RowDriver) -> dict[str, Any]:
     """Runs one row inside a Tune trial and returns its result; a stopped row's is not written."""
     began, started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    driver = RowDriver(job, broker, record)
+    job = driver.job
     status, error, log = "done", None, None
     try:
         if reason := driver.run():
@@ -226,7 +234,7 @@ class RowDriver:
             if reason := answer.get("stop"):
                 return reason
             if segment := [stages[f] for f in answer["run"]]:
-                self._run_segment(segment)
+                self.run_segment(segment)
                 ray.get(self.broker.settle.remote(self.name))
         return None
 
@@ -237,11 +245,11 @@ class RowDriver:
             if curve:
                 self._report(curve_report(stage.name, curve[:: 1 + len(curve) // MAX_ENTRIES]))
 
-    def _run_segment(self, stages: list[Stage]) -> None:
+    def run_segment(self, stages: list[Stage]) -> None:
         """Runs stages that were granted together, into a folder of their own in the store."""
         store = self.store.new_attempt()
         try:
-            self._execute(stages, store)
+            self.execute(stages, store)
         except Exception:
             # Another sweep took them over, while this one was thought to be dead, and has finished them.
             if not all(self.store.has(s.key) for s in stages):
@@ -249,7 +257,8 @@ class RowDriver:
         manifests = {s.fingerprint: self.store.find_manifest(s.key) for s in stages}
         self.ran |= {f for f, manifest in manifests.items() if manifest and manifest["attempt"] == store.attempt}
 
-    def _execute(self, stages: list[Stage], store: ArtifactStore) -> None:
+    def execute(self, stages: list[Stage], store: ArtifactStore) -> None:
+        """Makes and commits the artifacts of stages that were granted together."""
         if stages[0].kind == "label":
             self._label(stages[0], store)
         else:
