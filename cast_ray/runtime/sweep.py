@@ -227,7 +227,7 @@ def _run(
         )
         jobs = [Job(context, row) for context, row in pairs]
         with ProgressDisplay(console, broker, whole, [job.name for job in jobs]):
-            callbacks = request.trackers.callbacks()
+            callbacks = request.trackers.callbacks(lambda message: console.print(f"[yellow]{message}[/yellow]"))
             name = "+".join(table.name for table in request.tables)
             outcomes = run_trials(name, store, jobs, broker, min(len(jobs), 2 * slots + 2), callbacks)
         board = ray.get(broker.board.remote())

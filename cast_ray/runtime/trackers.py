@@ -7,9 +7,15 @@ metrics named `<stage>/<term>`, and under `curve` all entries since the last rep
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+HOOKS = (
+    *("on_step_begin", "on_step_end", "on_trial_start", "on_trial_restore", "on_trial_save", "on_trial_result"),
+    *("on_trial_complete", "on_trial_recover", "on_trial_error", "on_checkpoint", "on_experiment_end"),
+)
+"""What Tune calls of a callback while it runs."""
 
 
 @dataclass(frozen=True)
@@ -31,19 +37,52 @@ class Trackers:
             if wanted is not None and importlib.util.find_spec(package) is None:
                 raise ValueError(f"{flag}: the package {package!r} is not installed: pip install 'cast_ray[trackers]'")
 
-    def callbacks(self) -> list[Any]:
-        """Tune callbacks of the trackers that are switched on."""
-        callbacks: list[Any] = []
+    def callbacks(self, on_failure: Callable[[str], None] = lambda message: None) -> list[Any]:
+        """Tune callbacks of the trackers that are switched on.
+
+        A tracker that cannot be set up (no login, no server) ends the command before anything runs; one that fails
+        later is switched off, and the sweep goes on without it.
+
+        Args:
+            on_failure: is told, once, which tracker was switched off and why.
+        """
+        callbacks: dict[str, Any] = {}
         if self.tensorboard:
             from cast_ray.runtime.tensorboard import TensorBoardCallback
 
-            callbacks.append(TensorBoardCallback(self.tensorboard))
+            callbacks["TensorBoard"] = TensorBoardCallback(self.tensorboard)
         if self.wandb is not None:
             from ray.air.integrations.wandb import WandbLoggerCallback
 
-            callbacks.append(WandbLoggerCallback(project=self.wandb, group=self.group, excludes=["curve"]))
+            callbacks["Weights & Biases"] = WandbLoggerCallback(
+                project=self.wandb, group=self.group, excludes=["curve"]
+            )
         if self.mlflow is not None:
             from ray.air.integrations.mlflow import MLflowLoggerCallback
 
-            callbacks.append(MLflowLoggerCallback(tracking_uri=self.mlflow, experiment_name=self.group))
-        return callbacks
+            callbacks["MLflow"] = MLflowLoggerCallback(tracking_uri=self.mlflow, experiment_name=self.group)
+        return [_guarded(name, callback, on_failure) for name, callback in callbacks.items()]
+
+
+def _guarded(name: str, callback: Any, on_failure: Callable[[str], None]) -> Any:
+    """The callback, switched off by its first error: in Tune's own loop any error of a callback ends all trials."""
+    failed = False
+
+    def guard(hook: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal failed
+            if failed:
+                return None
+            try:
+                return hook(*args, **kwargs)
+            except Exception as error:
+                failed = True
+                on_failure(f"{name} is switched off, the sweep goes on: {type(error).__name__}: {error}")
+                return None
+
+        return call
+
+    for hook in HOOKS:
+        if hasattr(callback, hook):
+            setattr(callback, hook, guard(getattr(callback, hook)))
+    return callback

@@ -399,4 +399,6 @@ def one_line(error: BaseException) -> str:
             break
         cause = inner
     text = str(cause).strip().splitlines() or [""]
+    if isinstance(cause, SegmentFailed):  # "<stage>: Traceback ...", whose last line names the error
+        return f"{text[0].partition(':')[0]}: {text[-1]}"
     return f"{type(cause).__name__}: {text[-1]}"

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,6 +84,18 @@ def test_wandb_has_an_offline_run_for_each_row(folder: Path) -> None:
     content = [path.read_bytes() for path in runs]
     assert all(b"distill/loss" in data and b"student/mask_ap" in data for data in content)
     assert all(any(row.encode() in data for data in content) for row in ROWS)
+
+
+def test_a_tracker_that_fails_is_switched_off(tmp_path: Path) -> None:
+    """Not the sweep: a full disk, a server that is gone."""
+    (tmp_path / "file").write_text("where a folder should be")
+    told: list[str] = []
+    (callback,) = Trackers({"losses": str(tmp_path / "file")}).callbacks(told.append)
+    trial = SimpleNamespace(config={"row": ROWS[0]})
+    for _ in range(2):
+        callback.on_trial_result(iteration=1, trials=[], trial=trial, result={"student/mask_ap": 1.0})
+    callback.on_trial_complete(iteration=1, trials=[], trial=trial)
+    assert len(told) == 1 and told[0].startswith("TensorBoard is switched off, the sweep goes on: NotADirectoryError")
 
 
 def test_a_missing_package_is_told_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
