@@ -16,7 +16,8 @@ class RuntimeConfig(Part):
     use_gpu: bool = False
     cpus_per_worker: float = Field(0.5, gt=0)
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
-    num_labellers: int = Field(1, ge=1)
+    num_labellers: int = Field(0, ge=0)
+    """Actors of a labelling job of its own; 0: a row's Train workers label, each a part, without a further start."""
     cpus_per_labeller: float = Field(0.5, gt=0)
     cpus_per_read: float = Field(0.2, gt=0)
     """Of one decoding task; a stream runs two at a time."""

@@ -39,12 +39,13 @@ nothing is started any more."""
 
 @dataclass
 class Need:
-    """One missing stage as a row's driver names it to the broker."""
+    """One missing stage as a row's driver names it to the broker. `alone`: it does not run in a worker group."""
 
     fingerprint: str
     kind: str
     parents: tuple[str, ...]
     steps: int
+    alone: bool = False
 
     @property
     def key(self) -> str:
@@ -105,8 +106,8 @@ class Leases:
     def grant(self, owner: str, needs: list[Need], now: float) -> Answer | None:
         """What `owner` may run now, or None when it has to wait.
 
-        Train and evaluate stages whose parents are done, or granted just before, form one segment (one worker group);
-        a label stage is a segment of its own. Stages that finished meanwhile come back under "done".
+        Stages whose parents are done, or granted just before, form one segment (one worker group); one that runs alone
+        is a segment of its own. Stages that finished meanwhile come back under "done".
         """
         missing = [n for n in needs if n.fingerprint not in self.done]
         finished = [n.fingerprint for n in needs if n.fingerprint in self.done]
@@ -123,7 +124,7 @@ class Leases:
             ready = all(p in self.done or p in segment for p in need.parents)
             if not ready:
                 continue
-            if need.kind == "label":
+            if need.alone:
                 if segment:
                     break
                 segment = [need.fingerprint]
@@ -203,6 +204,7 @@ class Broker:
         self.ended: dict[str, str] = {}
         self.fatal: dict[str, str] = {}
         self.admitted: dict[tuple[str, str], bool] = {}
+        self.shared: dict[tuple[str, str], list[Any]] = {}
         self.orders = 0
         self.looked = 0.0
 
@@ -314,6 +316,13 @@ class Broker:
         """Whether the next stage of a segment may start; the same answer to every worker of the group."""
         return self.admitted.setdefault((owner, fingerprint), self.limits.reason(time.monotonic()) is None)
 
+    async def share(self, owner: str, key: str, refs: list[Any]) -> None:
+        """Keeps references of `owner`'s first worker for the others of its group, until the segment is over."""
+        self.shared[owner, key] = refs
+
+    async def shared_refs(self, owner: str, key: str) -> list[Any]:
+        return self.shared[owner, key]
+
     async def finish(self, fingerprint: str) -> None:
         """A stage's artifact is committed."""
         self.leases.finish(fingerprint)
@@ -324,6 +333,7 @@ class Broker:
     async def settle(self, owner: str) -> None:
         """`owner`'s segment is over and its worker group is gone: its slot is free."""
         self.posts.pop(owner, None)
+        self.shared = {key: refs for key, refs in self.shared.items() if key[0] != owner}
         await self._end_grant(owner)
         self._serve()
 

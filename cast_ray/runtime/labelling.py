@@ -1,11 +1,14 @@
-"""The labelling job (1b, 2a): a Ray Data pipeline with the teacher in an actor pool, from images to Parquet."""
+"""Labelling (1b, 2a), from images to Parquet: in a row's own workers, or as a job with an actor pool of its own."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import io
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
+import pyarrow.parquet
 import ray
 import ray.data
 from ray.util.placement_group import PlacementGroup
@@ -23,6 +26,16 @@ from cast_ray.runtime.streams import (
     stream_bundle,
 )
 from cast_ray.stages.graph import Stage, artifact_key
+
+if TYPE_CHECKING:
+    import torch
+
+    from cast_ray.engine.world import World
+    from cast_ray.runtime.workers import Segment
+
+ROWS_PER_FILE = 4096
+POSITION = pa.field("position", pa.int64())
+"""Row of D_u that a label record belongs to."""
 
 
 @dataclass(frozen=True)
@@ -80,17 +93,65 @@ def _run(job: LabelJob, runtime: RuntimeConfig, group: PlacementGroup) -> None:
     )
 
 
-class Labeller:
-    """An actor of the pool: holds the teacher on its device and turns images into pseudo-label records."""
+def label_stage(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
+    """Labels D_u in the worker group that also trains: each worker a part, with the teacher on its own device.
 
-    def __init__(self, job: LabelJob):
+    Raises:
+        RuntimeError: fewer rows came out than images went in.
+    """
+    import torch
+
+    images, runtime = segment.images[stage.name], segment.recipe.runtime
+    mine = images.unlabelled[world.rank :: world.size]
+    job = LabelJob(segment.store, stage, replace(images, unlabelled=mine), segment.broker, segment.owner)
+    labeller = Labeller(job, world.device)
+    total = len(images.unlabelled)
+    if world.rank == 0:
+        post = {"stage": stage.name, "fingerprint": stage.fingerprint, "step": 0, "steps": total, "unit": "image"}
+        segment.broker.post.remote(segment.owner, post)
+    began = time.monotonic()
+    written, pending = 0, []
+    dataset = picture_dataset(images.records, mine, job.image_px, runtime.cpus_per_read)
+    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+        labels = labeller(cast(pa.Table, block))
+        positions = pa.array(world.rank + world.size * labels.column("position").to_numpy())
+        pending.append(labels.set_column(labels.column_names.index("position"), "position", positions))
+        if sum(table.num_rows for table in pending) >= ROWS_PER_FILE:
+            written += _write_part(job, f"{world.rank:03d}-{written:08d}", pending)
+    written += _write_part(job, f"{world.rank:03d}-{written:08d}", pending)
+    everywhere = int(world.all_reduce_sum(torch.tensor(float(written), device=world.device)))
+    if everywhere != total:
+        raise RuntimeError(f"{stage.name}: {total} images went in, {everywhere} label rows came out")
+    seconds = time.monotonic() - began
+    return {"seconds": seconds, "images_per_s": total / max(seconds, 1e-9), "num_images": total}
+
+
+def _write_part(job: LabelJob, name: str, pending: list[pa.Table]) -> int:
+    """Writes label rows as one file of the artifact; returns their number."""
+    table = pa.concat_tables(pending) if pending else RECORD_SCHEMA.append(POSITION).empty_table()
+    buffer = io.BytesIO()
+    pa.parquet.write_table(table, buffer)
+    job.store.add(job.stage, f"labels/{name}.parquet", buffer.getvalue())
+    pending.clear()
+    return table.num_rows
+
+
+class Labeller:
+    """Holds the teacher on a device and turns images into pseudo-label records; an actor of the pool, or in a worker.
+
+    Args:
+        device: None: this process's GPU, if it has one.
+    """
+
+    def __init__(self, job: LabelJob, device: torch.device | None = None):
         import torch
 
         from cast_ray.runtime.models import load_model
         from cast_ray.teachers.expert import ExpertTeacher
 
-        torch.set_num_threads(1)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device is None:  # in a worker the stage loop has set it
+            torch.set_num_threads(1)
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         segmenter, self.categories = load_model(job.store, artifact_key("train", job.stage.parents["teacher"]))
         self.teacher = ExpertTeacher(segmenter.to(device), job.image_px)
         self.pseudo = PseudoConfig(**job.stage.config["pseudo"])
@@ -118,4 +179,4 @@ class Labeller:
             ]
             rows.append(record | {"position": position})
         job.broker.advance.remote(job.owner, len(rows))
-        return pa.Table.from_pylist(rows, schema=RECORD_SCHEMA.append(pa.field("position", pa.int64())))
+        return pa.Table.from_pylist(rows, schema=RECORD_SCHEMA.append(POSITION))

@@ -10,6 +10,7 @@ import json
 import tempfile
 import time
 import traceback
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,17 @@ from cast_ray.engine.checkpoint import TrainState
 from cast_ray.engine.world import World
 from cast_ray.evaluation.coco_ap import mask_ap
 from cast_ray.recipe import DataConfig, Recipe
+from cast_ray.runtime.labelling import label_stage
 from cast_ray.runtime.models import WEIGHTS, load_model, save_model
 from cast_ray.runtime.store import ArtifactStore
-from cast_ray.runtime.streams import configure_data, picture_dataset, pictures, training_stream
+from cast_ray.runtime.streams import (
+    Images,
+    configure_data,
+    load_records,
+    picture_dataset,
+    pictures,
+    training_stream,
+)
 from cast_ray.runtime.workers import Segment
 from cast_ray.stages.evaluate import coco_results
 from cast_ray.stages.graph import Stage, artifact_key
@@ -55,7 +64,7 @@ def run_stages(segment: Segment, group: PlacementGroup) -> None:
             return
         began = time.monotonic()
         try:
-            facts = _train(segment, stage, world) if stage.kind == "train" else _evaluate(segment, stage, world)
+            facts = RUN[stage.kind](segment, stage, world)
         except FATAL:
             reason = f"{stage.name}: {traceback.format_exc()}"
             ray.get(segment.broker.fail.remote(segment.owner, stage.fingerprint, reason))
@@ -73,7 +82,7 @@ def _train(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
     store, recipe = segment.store, segment.recipe
     every = _checkpoint_every(recipe, stage)
     config = train_config(stage, every)
-    images = segment.images[stage.name]
+    images = _with_labels(segment, stage, world)
     resume = _find_checkpoint(store, stage.fingerprint)
     weights = None
     if "init" in stage.parents:
@@ -148,6 +157,20 @@ def _train(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
     }
 
 
+def _with_labels(segment: Segment, stage: Stage, world: World) -> Images:
+    """The stage's images; pseudo-labels that this segment has made are read once, for all of its workers."""
+    images = segment.images[stage.name]
+    if "labels" not in stage.parents or images.labels is not None:
+        return images
+    key = artifact_key("label", stage.parents["labels"])
+    if world.rank == 0:
+        labels = [load_records.remote(segment.store, key, "labels")]
+        ray.get(segment.broker.share.remote(segment.owner, key, labels))
+    world.barrier()
+    (labels_ref,) = ray.get(segment.broker.shared_refs.remote(segment.owner, key))
+    return replace(images, labels=labels_ref)
+
+
 def _checkpoint_every(recipe: Recipe, stage: Stage) -> int:
     return getattr(recipe.stages, stage.name).checkpoint_every_steps
 
@@ -211,3 +234,7 @@ def _evaluate(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
     metrics = mask_ap(table, results, categories)
     store.add(stage, "metrics.json", json.dumps(metrics).encode())
     return {"seconds": seconds, "images_per_s": num_images / max(seconds, 1e-9)}
+
+
+RUN = {"train": _train, "label": label_stage, "evaluate": _evaluate}
+"""Kind of a stage -> what runs it on every worker and returns, on the first, the facts of its manifest."""

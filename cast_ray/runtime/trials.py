@@ -225,7 +225,7 @@ class RowDriver:
         stages = {s.fingerprint: s for s in self.row.stages}
         devices = self.row.recipe.runtime.num_workers
         while stages:
-            needs = [Need(s.fingerprint, s.kind, tuple(s.parents.values()), s.steps) for s in stages.values()]
+            needs = [self._need(stage) for stage in stages.values()]
             answer: Answer = ray.get(self.broker.claim.remote(self.name, needs, devices))
             for fingerprint in answer["done"]:
                 self._record_shared(stages.pop(fingerprint))
@@ -237,6 +237,10 @@ class RowDriver:
                 self.run_segment(segment)
                 ray.get(self.broker.settle.remote(self.name))
         return None
+
+    def _need(self, stage: Stage) -> Need:
+        alone = stage.kind == "label" and self.row.recipe.runtime.num_labellers > 0
+        return Need(stage.fingerprint, stage.kind, tuple(stage.parents.values()), stage.steps, alone)
 
     def _record_shared(self, stage: Stage) -> None:
         """Reports the curve of a stage that this row did not run itself."""
@@ -259,7 +263,7 @@ class RowDriver:
 
     def execute(self, stages: list[Stage], store: ArtifactStore) -> None:
         """Makes and commits the artifacts of stages that were granted together."""
-        if stages[0].kind == "label":
+        if self._need(stages[0]).alone:
             self._label(stages[0], store)
         else:
             self._train(stages, store)
@@ -273,7 +277,9 @@ class RowDriver:
                 store=store,
                 broker=self.broker,
                 categories=self.context.categories,
-                images={s.name: self._images(s) for s in stages if s.kind == "train"},
+                images={
+                    s.name: self._images(s, {t.fingerprint for t in stages}) for s in stages if s.kind != "evaluate"
+                },
                 val=self._table("val.parquet"),
                 num_val=self.context.dataset["num_val"],
                 requested=time.time(),
@@ -283,7 +289,7 @@ class RowDriver:
     def _label(self, stage: Stage, store: ArtifactStore) -> None:
         began = time.monotonic()
         runtime = self.row.recipe.runtime
-        images = self._images(stage)
+        images = self._images(stage, set())
         total = len(images.unlabelled)
         post = {"stage": stage.name, "fingerprint": stage.fingerprint, "step": 0, "steps": total, "unit": "image"}
         self.broker.post.remote(self.name, post)
@@ -300,8 +306,8 @@ class RowDriver:
             self.tables[key, name] = load_records.remote(self.store, key, name)
         return self.tables[key, name]
 
-    def _images(self, stage: Stage) -> Images:
-        """D_l and D_u of a stage, by reference."""
+    def _images(self, stage: Stage, segment: set[str]) -> Images:
+        """D_l and D_u of a stage, by reference; without labels that are made in the same segment."""
         if stage.config.get("source"):
             everything = np.arange(self.context.dataset["num_source"])
             return Images(self._table("source.parquet"), everything, everything[:0], self.context.categories)
@@ -312,7 +318,7 @@ class RowDriver:
         )
         wanted = stage.kind == "label" or stage.config["unlabelled"]
         labels = None
-        if "labels" in stage.parents:
+        if "labels" in stage.parents and stage.parents["labels"] not in segment:
             labels = self._table("labels", artifact_key("label", stage.parents["labels"]))
         return Images(
             self._table("train.parquet"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from cast_ray.stages.graph import Stage
 
 PRETRAIN = Need("pre", "train", (), 8)
 ADAPT = Need("ada", "train", ("pre",), 6)
-LABEL = Need("lab", "label", ("ada",), 0)
+LABEL = Need("lab", "label", ("ada",), 0, alone=True)
 DISTILL = Need("dis", "train", ("lab",), 8)
 REFINE = Need("ref", "train", ("dis",), 4)
 EVALUATE = Need("eva", "evaluate", ("ref",), 0)
@@ -39,7 +40,7 @@ def test_a_row_is_cut_into_segments() -> None:
         finish(leases, "a", answer)
     assert seen == [
         {"run": ["pre", "ada"], "done": []},
-        {"run": ["lab"], "done": ["pre", "ada"]},  # a label stage is a segment of its own
+        {"run": ["lab"], "done": ["pre", "ada"]},  # a labelling job is a segment of its own
         {"run": ["dis", "ref", "eva"], "done": ["pre", "ada", "lab"]},
     ]
     assert leases.grant("a", ROW, 9) == {"run": [], "done": [n.fingerprint for n in ROW]}
@@ -70,7 +71,13 @@ def test_a_committed_stage_frees_its_children_before_its_segment_is_over() -> No
     assert leases.grant("b", [PRETRAIN, other], 0) == {"run": ["ada2"], "done": ["pre"]}
 
 
-def test_a_label_stage_does_not_join_what_is_before_it() -> None:
+def test_without_a_labelling_job_a_row_is_one_segment() -> None:
+    leases = Leases(1, set())
+    row = [replace(need, alone=False) for need in ROW]
+    assert leases.grant("a", row, 0) == {"run": ["pre", "ada", "lab", "dis", "ref", "eva"], "done": []}
+
+
+def test_a_labelling_job_does_not_join_what_is_before_it() -> None:
     leases = Leases(1, {"ada"})
     train = Need("other", "train", (), 3)
     assert leases.grant("a", [train, LABEL], 0) == {"run": ["other"], "done": []}
