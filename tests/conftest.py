@@ -111,14 +111,21 @@ StartSweep = Callable[..., SweepProcess]
 def start_sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSweep]:
     """`start(folder, *arguments)`: the losses table at smoke scale on a Ray of its own, all files below `folder`.
 
-    `tables` in place of losses; `out`: folder of results below `folder`, where two sweeps share a storage.
+    `tables` in place of losses; `out`: folder of results below `folder`, where two sweeps share a storage; `script`:
+    another command.
     """
     started: list[SweepProcess] = []
 
-    def start(folder: Path, *arguments: str, tables: tuple[str, ...] = ("losses",), out: str = "runs") -> SweepProcess:
+    def start(
+        folder: Path,
+        *arguments: str,
+        tables: tuple[str, ...] = ("losses",),
+        out: str = "runs",
+        script: str = "sweeps/ablate.py",
+    ) -> SweepProcess:
         mark = uuid.uuid4().hex
         log = tmp_path_factory.mktemp("log") / "output.txt"
-        command = [sys.executable, "sweeps/ablate.py", *tables, "--preset", "shapes", "--scale", "smoke"]
+        command = [sys.executable, script, *tables, "--preset", "shapes", "--scale", "smoke"]
         command += ["--address", "local", "--storage", str(folder / "storage"), "--out", str(folder / out)]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         with log.open("w") as file:
