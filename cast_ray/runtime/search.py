@@ -356,6 +356,9 @@ class StudySearch(OptunaSearch):
             trial.set_user_attr("error", reason)
         self.study.tell(trial, values, state=state)
 
+    def __reduce__(self) -> Any:
+        return str, (self._study_name,)  # Tune pickles its settings for a restore that is not used here
+
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the study is the state, and it is on disk already."""
         Path(checkpoint_path).write_text(json.dumps({"study": self._study_name}))

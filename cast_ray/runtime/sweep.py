@@ -112,7 +112,7 @@ def write_events(sweeps: Sequence[Sweep], trackers: Trackers) -> None:
                 continue
             folder = Path(trackers.tensorboard[context.table]) / row_name(context.table, row)
             if not folder.is_dir() and (result := read_result(context, row)) is not None:
-                from cast_ray.runtime.tensorboard import write_finished
+                from cast_ray.runtime.callbacks import write_finished
 
                 write_finished(folder, result)
 

@@ -11,12 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-HOOKS = (
-    *("on_step_begin", "on_step_end", "on_trial_start", "on_trial_restore", "on_trial_save", "on_trial_result"),
-    *("on_trial_complete", "on_trial_recover", "on_trial_error", "on_checkpoint", "on_experiment_end"),
-)
-"""What Tune calls of a callback while it runs."""
-
 
 @dataclass(frozen=True)
 class Trackers:
@@ -46,10 +40,10 @@ class Trackers:
         Args:
             on_failure: is told, once, which tracker was switched off and why.
         """
+        from cast_ray.runtime.callbacks import GuardedCallback, TensorBoardCallback
+
         callbacks: dict[str, Any] = {}
         if self.tensorboard:
-            from cast_ray.runtime.tensorboard import TensorBoardCallback
-
             callbacks["TensorBoard"] = TensorBoardCallback(self.tensorboard)
         if self.wandb is not None:
             from ray.air.integrations.wandb import WandbLoggerCallback
@@ -61,28 +55,4 @@ class Trackers:
             from ray.air.integrations.mlflow import MLflowLoggerCallback
 
             callbacks["MLflow"] = MLflowLoggerCallback(tracking_uri=self.mlflow, experiment_name=self.group)
-        return [_guarded(name, callback, on_failure) for name, callback in callbacks.items()]
-
-
-def _guarded(name: str, callback: Any, on_failure: Callable[[str], None]) -> Any:
-    """The callback, switched off by its first error: in Tune's own loop any error of a callback ends all trials."""
-    failed = False
-
-    def guard(hook: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal failed
-            if failed:
-                return None
-            try:
-                return hook(*args, **kwargs)
-            except Exception as error:
-                failed = True
-                on_failure(f"{name} is switched off, the sweep goes on: {type(error).__name__}: {error}")
-                return None
-
-        return call
-
-    for hook in HOOKS:
-        if hasattr(callback, hook):
-            setattr(callback, hook, guard(getattr(callback, hook)))
-    return callback
+        return [GuardedCallback(name, callback, on_failure) for name, callback in callbacks.items()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -187,6 +188,10 @@ def test_a_point_without_a_valid_recipe_is_ended_and_another_asked_for(storage: 
     assert search.suggest("a") == {"row": "t2"}
     assert [t.state for t in search.study.trials] == [TrialState.FAIL, TrialState.FAIL, TrialState.RUNNING]
     assert "num_heads" in search.study.trials[0].user_attrs["error"]
+
+
+def test_tune_may_pickle_its_settings(storage: Any) -> None:
+    assert pickle.loads(pickle.dumps(searcher(storage(), spec_of()))) == "mine-tpe"
 
 
 @pytest.mark.parametrize("kind", ["tpe", "random"])

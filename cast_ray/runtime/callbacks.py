@@ -1,8 +1,9 @@
-"""TensorBoard event files: one folder a row, its stages' curves against their own steps, its metrics at the end."""
+"""Tune callbacks: TensorBoard's event files, and the guard around every tracker."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,46 @@ from ray import tune
 from tensorboardX import SummaryWriter
 
 
+HOOKS = (
+    *("on_step_begin", "on_step_end", "on_trial_start", "on_trial_restore", "on_trial_save", "on_trial_result"),
+    *("on_trial_complete", "on_trial_recover", "on_trial_error", "on_checkpoint", "on_experiment_end"),
+)
+"""What Tune calls of a callback while it runs."""
+
+
+class GuardedCallback(tune.Callback):
+    """A tracker's callback, switched off by its first error: in Tune's own loop any error of one ends all trials.
+
+    Args:
+        on_failure: is told, once, that the tracker is switched off and why.
+    """
+
+    def __init__(self, name: str, callback: tune.Callback, on_failure: Callable[[str], None]):
+        self.name, self.callback, self.on_failure = name, callback, on_failure
+        self.is_off = False
+
+    def __reduce__(self) -> Any:
+        return tune.Callback, ()  # Tune pickles its settings for a restore that is not used here
+
+    def setup(self, *args: Any, **info: Any) -> None:
+        self.callback.setup(*args, **info)
+
+    def _call(self, hook: str, *args: Any, **info: Any) -> None:
+        if self.is_off:
+            return
+        try:
+            getattr(self.callback, hook)(*args, **info)
+        except Exception as error:
+            self.is_off = True
+            self.on_failure(f"{self.name} is switched off, the sweep goes on: {type(error).__name__}: {error}")
+
+
+for _hook in HOOKS:
+    setattr(GuardedCallback, _hook, partialmethod(GuardedCallback._call, _hook))
+
+
 class TensorBoardCallback(tune.Callback):
-    """Writes what the rows' drivers report to Tune.
+    """Writes what the rows' drivers report to Tune: one folder a row, its stages' curves against their own steps.
 
     Args:
         folders: table -> folder of its rows.
