@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -258,7 +259,9 @@ def _draw_importances(spec: SearchSpec, studies: Mapping[str, optuna.Study], pat
     figure = Figure(figsize=(6, 1.2 + 0.4 * len(spec.space) * len(spec.objectives)), layout="constrained")
     panels = figure.subplots(len(spec.objectives), 1, squeeze=False)[:, 0]
     for i, (axes, (name, goal)) in enumerate(zip(panels, spec.objectives.items())):
-        shares = optuna.importance.get_param_importances(together, target=partial(_loss, i, goal))
+        with warnings.catch_warnings():  # that it takes less for better, which `_loss` sees to
+            warnings.simplefilter("ignore", UserWarning)
+            shares = optuna.importance.get_param_importances(together, target=partial(_loss, i, goal))
         keys = list(reversed(shares))
         axes.barh(keys, [shares[key] for key in keys], color=COLOURS["tpe"])
         axes.set_xlim(0, 1)
