@@ -1,7 +1,9 @@
-"""Runs an ablation table: every row and seed, each stage that several rows need once.
+"""Runs ablation tables: every row and seed, each stage that several rows need once.
 
 python sweeps/ablate.py losses --preset shapes
+python sweeps/ablate.py losses stages negatives labels --dry-run
 python sweeps/ablate.py losses --preset coco --set data.root=DIR --scale smoke
+python sweeps/ablate.py store ls
 """
 
 from __future__ import annotations
@@ -18,10 +20,13 @@ from rich.console import Console
 
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
 from cast_ray.report.publish import publish
-from cast_ray.runtime.sweep import SweepRequest, run_sweep
+from cast_ray.runtime.sweep import SweepRequest, TableRequest, has_results, run_sweep, write_events
+from cast_ray.runtime.trackers import Trackers
 from cast_ray.stages.table import load_table, table_names
 
-EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_INTERRUPTED = 2, 3, 130
+TENSORBOARD = "tensorboard"
+"""Folder of the event files inside a run's folder."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,9 +38,11 @@ def main(argv: list[str] | None = None) -> int:
             from sweeps.efficiency import main as measure
 
             return measure(argv[1:], console)
-        request, out = _request(_parser().parse_args(argv))
-        sweep = run_sweep(request, console)
-        return publish(sweep, request.table, out, console) if sweep else 0
+        if argv[:1] == ["store"]:
+            from sweeps.store import main as store_command
+
+            return store_command(argv[1:])
+        return _ablate(argv, console)
     except ValueError as error:
         errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return EXIT_BAD_INPUT
@@ -44,32 +51,82 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
+def _ablate(argv: list[str], console: Console) -> int:
+    request, out = _request(_parser().parse_args(argv))
+    outcome = run_sweep(request, console)
+    if outcome is None:
+        return 0
+    codes = [0]
+    for sweep, table in zip(outcome.sweeps, request.tables):
+        if not outcome.stopped or has_results(sweep):
+            codes.append(publish(sweep, table.table, out / table.name, console))
+    write_events(outcome.sweeps, request.trackers)
+    return EXIT_STOPPED if outcome.stopped else max(codes)
+
+
 def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
-    """The validated request and the folder of its results and reports."""
-    table = load_table(arguments.table)
-    overrides = parse_overrides(arguments.set)
-    rows = arguments.rows or list(table.rows)
-    seeds = arguments.seeds if arguments.seeds is not None else list(table.seeds)
-    recipes = {
-        (row, seed): table.row_recipe(row, arguments.preset, arguments.scale, seed, overrides)
-        for seed in seeds
-        for row in rows
+    """The validated request and the folder of its runs."""
+    tables = [load_table(name) for name in arguments.tables]
+    names = [table.name for table in tables]
+    if len(set(names)) != len(names):
+        raise ValueError(f"tables: expected different names, got {', '.join(names)}")
+    overrides = parse_overrides(arguments.set) | {
+        key: str(value)
+        for key, value in (
+            ("runtime.num_workers", arguments.workers_per_trial),
+            ("runtime.max_concurrent_stages", arguments.max_concurrent),
+        )
+        if value is not None
     }
-    name = arguments.name or f"{table.name}-{arguments.preset}-{arguments.scale}"
-    home = _home()
+    out = Path(arguments.out or home() / "runs")
+    requests = []
+    for table in tables:
+        rows = _rows(table.name, list(table.rows), arguments.rows, several=len(tables) > 1)
+        if not rows:
+            continue
+        seeds = arguments.seeds if arguments.seeds is not None else list(table.seeds)
+        recipes = {
+            (row, seed): table.row_recipe(row, arguments.preset, arguments.scale, seed, overrides)
+            for seed in seeds
+            for row in rows
+        }
+        of = f"{table.name}-{arguments.preset or table.preset}-{arguments.scale or table.scale}"
+        name = of if not arguments.name else arguments.name if len(tables) == 1 else f"{arguments.name}-{table.name}"
+        requests.append(TableRequest(table, recipes, name))
+    if not requests:
+        raise ValueError(f"--rows: no row of {', '.join(names)} is called {', '.join(arguments.rows)}")
+    events = {} if arguments.no_tensorboard else {r.table.name: str(out / r.name / TENSORBOARD) for r in requests}
+    trackers = Trackers(
+        tensorboard=events,
+        wandb=arguments.wandb,
+        mlflow=arguments.mlflow,
+        group="+".join(request.name for request in requests),
+    )
+    trackers.check_installed()
     request = SweepRequest(
-        table=table,
-        recipes=recipes,
-        name=name,
-        storage=arguments.storage or os.environ.get("CAST_RAY_STORAGE") or str(home / "storage"),
+        tables=tuple(requests),
+        storage=arguments.storage or os.environ.get("CAST_RAY_STORAGE") or str(home() / "storage"),
         address=arguments.address,
         num_cpus=arguments.num_cpus,
         dry_run=arguments.dry_run,
+        budget_hours=arguments.budget_hours,
+        price_per_hour=arguments.price_per_gpu_hour,
+        keep_going=arguments.keep_going,
+        trackers=trackers,
     )
-    return request, Path(arguments.out or home / "runs") / name
+    return request, out
 
 
-def _home() -> Path:
+def _rows(table: str, known: list[str], wanted: list[str] | None, several: bool) -> list[str]:
+    """The rows to run. Of several tables `TABLE:ROW` means one table's, a plain name every table's that has it."""
+    if wanted is None:
+        return known
+    if not several:
+        return wanted  # an unknown one is refused with the nearest
+    return [row for row in known if row in wanted or f"{table}:{row}" in wanted]
+
+
+def home() -> Path:
     """Where results go by default: here; inside a Ray job, whose folder is thrown away, the user's home."""
     return Path.home() / "cast_ray" if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") else Path()
 
@@ -77,18 +134,26 @@ def _home() -> Path:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ablate.py",
-        description="Runs an ablation table of CAST on Ray. Stages that rows share run once; the same command goes on "
-        "with an interrupted run and finishes in seconds when everything is stored.",
+        description="Runs ablation tables of CAST on Ray. Stages that rows share run once, also those of several "
+        "tables; the same command goes on with an interrupted run, tries failed rows again and ends in seconds when "
+        "all is stored. `ablate.py store --help`: the artifacts of earlier runs.",
         epilog="A recipe key for --set is any field of cast_ray/recipe/, for example loss.lambda_pxl=0.2, "
-        "stages.distill.steps=800, contrastive=released, runtime.num_workers=4, runtime.use_gpu=true.",
+        "stages.distill.steps=800, contrastive=released, runtime.use_gpu=true. Exit codes: 0 all rows done, 1 a row "
+        "failed (the others ran), 2 bad input, 3 stopped by a limit, 130 interrupted.",
     )
     parser.add_argument(
-        "table", help=f"a table of sweeps/tables ({', '.join(table_names())}), a YAML file of your own, or `efficiency`"
+        "tables",
+        nargs="+",
+        metavar="TABLE",
+        help=f"tables of sweeps/tables ({', '.join(table_names())}) or YAML files of your own; several run as one "
+        "plan. Also `store` and `efficiency`",
     )
-    parser.add_argument("--preset", default="shapes", help=f"one of {', '.join(preset_names())} (default: %(default)s)")
-    parser.add_argument("--scale", default="demo", help=f"one of {', '.join(SCALES)} (default: %(default)s)")
+    parser.add_argument("--preset", help=f"one of {', '.join(preset_names())} (default: the table's, else shapes)")
+    parser.add_argument("--scale", help=f"one of {', '.join(SCALES)} (default: the table's, else demo)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
-    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows")
+    parser.add_argument(
+        "--rows", nargs="+", metavar="ROW", help="only these rows; TABLE:ROW where several tables have one of that name"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds instead of the table's")
     parser.add_argument("--name", help="name of the run (default: TABLE-PRESET-SCALE)")
     parser.add_argument("--out", help="folder for results and reports (default: runs)")
@@ -99,7 +164,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--address", help="Ray cluster; 'local' for one of its own (default: $RAY_ADDRESS, else local)")
     parser.add_argument("--num-cpus", type=int, help="logical CPUs of a local Ray (default: the machine's)")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--max-concurrent", type=int, metavar="N", help="stages at a time (default: as many as fit)")
+    parser.add_argument("--workers-per-trial", type=int, metavar="N", help="Train workers of a stage (default: 1)")
+    plan = parser.add_argument_group("what it costs")
+    plan.add_argument("--dry-run", action="store_true", help="print the plan, its device-hours and cost, and stop")
+    plan.add_argument("--price-per-gpu-hour", type=float, metavar="P", help="price of a device-hour, for the plan")
+    plan.add_argument(
+        "--budget-hours",
+        type=float,
+        metavar="H",
+        help="device-hours (hours x workers) after which no further stage is started; the command says what is left",
+    )
+    plan.add_argument(
+        "--keep-going",
+        action="store_true",
+        help="a failed row never stops the others, but when the first three rows to end have all failed, the rest is "
+        "not started: with this flag it is",
+    )
+    trackers = parser.add_argument_group("trackers")
+    trackers.add_argument("--no-tensorboard", action="store_true", help=f"no event files in <run>/{TENSORBOARD}")
+    trackers.add_argument("--wandb", metavar="PROJECT", help="log rows to this Weights & Biases project")
+    trackers.add_argument("--mlflow", metavar="URI", help="log rows to MLflow: http://SERVER, sqlite:///FILE")
     return parser
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -89,19 +90,49 @@ def _wait_until() -> Callable[..., None]:
     return wait_until
 
 
+@pytest.fixture(scope="session")
+def read_events() -> Callable[[Path], dict[str, list[tuple[int, float]]]]:
+    """`read_events(folder)`: tag -> (step, value) of TensorBoard's files in a folder."""
+    from tensorboardX.proto import event_pb2
+
+    def read(folder: Path) -> dict[str, list[tuple[int, float]]]:
+        found: dict[str, list[tuple[int, float]]] = {}
+        for path in sorted(folder.glob("events*")):
+            data, at = path.read_bytes(), 0
+            while at < len(data):  # records of length, checksum, event, checksum
+                (length,) = struct.unpack_from("<Q", data, at)
+                event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
+                for value in event.summary.value:
+                    found.setdefault(value.tag, []).append((event.step, value.simple_value))
+                at += length + 16
+        return found
+
+    return read
+
+
 StartSweep = Callable[..., SweepProcess]
 
 
 @pytest.fixture(scope="module")
 def start_sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSweep]:
-    """`start(folder, *arguments)`: the losses table at smoke scale on a Ray of its own, all files below `folder`."""
+    """`start(folder, *arguments)`: the losses table at smoke scale on a Ray of its own, all files below `folder`.
+
+    `tables` in place of losses; `out`: folder of results below `folder`, where two sweeps share a storage; `script`:
+    another command.
+    """
     started: list[SweepProcess] = []
 
-    def start(folder: Path, *arguments: str) -> SweepProcess:
+    def start(
+        folder: Path,
+        *arguments: str,
+        tables: tuple[str, ...] = ("losses",),
+        out: str = "runs",
+        script: str = "sweeps/ablate.py",
+    ) -> SweepProcess:
         mark = uuid.uuid4().hex
         log = tmp_path_factory.mktemp("log") / "output.txt"
-        command = [sys.executable, "sweeps/ablate.py", "losses", "--preset", "shapes", "--scale", "smoke"]
-        command += ["--address", "local", "--storage", str(folder / "storage"), "--out", str(folder / "runs")]
+        command = [sys.executable, script, *tables, "--preset", "shapes", "--scale", "smoke"]
+        command += ["--address", "local", "--storage", str(folder / "storage"), "--out", str(folder / out)]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         with log.open("w") as file:
             process = subprocess.Popen(

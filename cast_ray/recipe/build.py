@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import resources
 from typing import Any, Literal
 
@@ -69,6 +70,7 @@ class Recipe(Part):
         return self
 
 
+@cache
 def preset_names() -> list[str]:
     """Names of the presets that ship with the package."""
     folder = resources.files("cast_ray") / "presets"
@@ -91,8 +93,7 @@ def build_recipe(preset: str, scale: str = "demo", overrides: Mapping[str, Any] 
         raise ValueError(f"unknown preset {preset!r}{_nearest(preset, preset_names())}")
     if scale not in SCALES:
         raise ValueError(f"unknown scale {scale!r}: expected one of {', '.join(SCALES)}")
-    text = (resources.files("cast_ray") / "presets" / f"{preset}.yaml").read_text()
-    spec = yaml.safe_load(text)
+    spec = _preset(preset)
     tree: dict[str, Any] = {"preset": preset, "scale": scale}
     _merge(tree, spec.get("recipe", {}))
     _merge(tree, spec.get("scales", {}).get(scale, {}))
@@ -102,6 +103,11 @@ def build_recipe(preset: str, scale: str = "demo", overrides: Mapping[str, Any] 
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise ValueError(_explain(error)) from None
+
+
+@cache
+def _preset(name: str) -> dict[str, Any]:
+    return yaml.safe_load((resources.files("cast_ray") / "presets" / f"{name}.yaml").read_text())
 
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
@@ -140,6 +146,7 @@ def apply_override(tree: dict[str, Any], key: str, value: Any) -> None:
     node[leaf] = value
 
 
+@cache
 def recipe_keys() -> list[str]:
     """Every dotted key of a recipe, leaves only."""
     return list(_leaf_keys(Recipe, ""))

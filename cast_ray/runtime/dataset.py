@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -72,6 +72,10 @@ class StoredDataset:
     _lists: dict[str, LabelList] = field(default_factory=dict)
 
     @property
+    def fingerprint(self) -> str:
+        return self.key.partition("-")[2]
+
+    @property
     def has_source(self) -> bool:
         return "source" in self.num_images
 
@@ -114,12 +118,17 @@ class StoredDataset:
 
 
 def read_dataset(
-    recipes: Iterable[Recipe], store: ArtifactStore, console: Console, run_path: str, connect: Callable[[], Cluster]
+    recipes: Iterable[Recipe],
+    store: ArtifactStore,
+    console: Console,
+    run_paths: Sequence[str],
+    connect: Callable[[], Cluster],
 ) -> StoredDataset:
     """The dataset that all recipes of a sweep share: from the store where it was read before and has not changed.
 
     Args:
-        run_path: folder of the run below the storage path; gets `data_report.json`, also when the dataset is refused.
+        run_paths: folders of the runs below the storage path; they get `data_report.json`, also when the dataset is
+            refused.
         connect: starts or joins Ray; called for datasets of many images, which is given back when they are read.
 
     Raises:
@@ -130,9 +139,9 @@ def read_dataset(
     if data.format == "shapes":
         data = _draw(data, store, console)
     asked = hashlib.sha256(json.dumps([READER_VERSION, _read_part(data)], sort_keys=True).encode()).hexdigest()[:20]
-    report_path = f"{run_path}/{REPORT_FILE}"
-    dataset = _find(data, asked, store) or _read(data, asked, store, console, report_path, connect)
-    _check(dataset.report, data, store, report_path)
+    report_paths = [f"{run_path}/{REPORT_FILE}" for run_path in run_paths]
+    dataset = _find(data, asked, store) or _read(data, asked, store, console, report_paths, connect)
+    _check(dataset.report, data, store, report_paths)
     if skipped := dataset.report["skipped"]:
         statement = f"[yellow]{dataset.report['statement']}[/yellow]"
         console.print(f"{statement} ({REPORT_FILE}), first: {escape(describe(skipped, 1))}", highlight=False)
@@ -181,13 +190,14 @@ def _find(data: DataConfig, asked: str, store: ArtifactStore) -> StoredDataset |
     return _stored(store, key)
 
 
-def _check(report: dict[str, Any], data: DataConfig, store: ArtifactStore, report_path: str) -> None:
+def _check(report: dict[str, Any], data: DataConfig, store: ArtifactStore, report_paths: Sequence[str]) -> None:
     """Writes `data_report.json`, then refuses a dataset that is too bad."""
-    store.write_json(report_path, report)
+    for path in report_paths:
+        store.write_json(path, report)
     try:
         check_report(report, data.max_bad_fraction)
     except ValueError as error:
-        raise ValueError(f"{error} (all of them: {store.uri(report_path)})") from None
+        raise ValueError(f"{error} (all of them: {store.uri(report_paths[0])})") from None
 
 
 def _stored(store: ArtifactStore, key: str) -> StoredDataset:
@@ -208,7 +218,7 @@ def _read(
     asked: str,
     store: ArtifactStore,
     console: Console,
-    report_path: str,
+    report_paths: Sequence[str],
     connect: Callable[[], Cluster],
 ) -> StoredDataset:
     """Reads every file once and commits the records, however few are usable: another limit needs no other read."""
@@ -216,7 +226,7 @@ def _read(
         index: DatasetIndex = registry.lookup("datasets", data.format)(data, progress)
     stage = _stage(asked, index.listing.state())
     reading = Reading(index, data)
-    _check(reading.report(), data, store, report_path)  # before images are read for nothing
+    _check(reading.report(), data, store, report_paths)  # before images are read for nothing
     parts = _Parts(store, stage)
     total = sum(table.num_rows for table in index.splits.values())
     with track(console, "reading images") as progress, _readers(total, index, connect) as run:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from cast_ray.records import Category
 from cast_ray.runtime.label_splits import stored_split
-from cast_ray.runtime.store import ArtifactStore
+from cast_ray.runtime.store import ArtifactStore, read_each
 from cast_ray.stages.graph import RowPlan, Stage
 
 MATCHES, AUDIT = "matches.npz", "audit.json"
@@ -19,15 +20,15 @@ MATCHES, AUDIT = "matches.npz", "audit.json"
 
 @dataclass(frozen=True)
 class SweepContext:
-    """What every row of a sweep shares; small, sent to each trial."""
+    """What the rows of one table and dataset share; small, sent to each trial."""
 
     name: str
+    """Of the run: `<table>-<preset>-<scale>` unless the user chose one."""
     table: str
     command: str
     code_version: str
     hardware: dict[str, Any]
     store: ArtifactStore
-    slots: int
     dataset_key: str
     """Artifact that holds the record tables (train, val and, where there is one, source)."""
     dataset: dict[str, Any]
@@ -52,13 +53,40 @@ def read_result(context: SweepContext, row: RowPlan) -> dict[str, Any] | None:
     return json.loads(stored) if stored else None
 
 
+@lru_cache(maxsize=64)
+def _read_committed(storage: str, key: str) -> dict[str, Any]:
+    """Manifest, place and numbers of an artifact, which never change once it is committed.
+
+    Raises:
+        FileNotFoundError: it is not (the next call looks again).
+    """
+    store = ArtifactStore(storage)
+    manifest = store.manifest(key)
+    numbers = {"train": "curves.json", "evaluate": "metrics.json", "label": AUDIT}.get(manifest["kind"])
+    found = store.find_file(key, numbers) if numbers else None  # not every labelling stage has an audit
+    return {"manifest": manifest, "artifact": store.artifact(key), "numbers": json.loads(found) if found else {}}
+
+
+def _find_committed(storage: str, stages: Sequence[Stage]) -> dict[str, dict[str, Any]]:
+    """Fingerprint -> what is committed, of those stages that are."""
+
+    def read(stage: Stage) -> dict[str, Any] | None:
+        try:
+            return _read_committed(storage, stage.key)
+        except FileNotFoundError:
+            return None
+
+    found = zip(stages, read_each(read, stages))
+    return {stage.fingerprint: artifact for stage, artifact in found if artifact is not None}
+
+
 def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[str, Any]:
     """result.json of a row from the artifacts in the store, without the outcome (status, error, seconds).
 
     Args:
         ran: fingerprints of the stages that this row ran itself; the others it shared.
     """
-    store = context.store
+    committed = _find_committed(context.store.storage, row.stages)
     stages: list[dict[str, Any]] = []
     metrics: dict[str, float] = {}
     curves: dict[str, Any] = {}
@@ -66,19 +94,19 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[
     pseudo_labels: dict[str, Any] = {}
     per_class: dict[str, Any] = {}
     device_seconds = 0.0
-    facts_of: dict[str, dict[str, Any]] = {}
     for stage in row.stages:
-        if not store.has(stage.key):
+        if stage.fingerprint not in committed:
             continue
-        facts = facts_of[stage.fingerprint] = store.manifest(stage.key)
-        if stage.fingerprint in ran:
+        artifact = committed[stage.fingerprint]
+        facts = artifact["manifest"]
+        if facts.get("owner") == row_name(context.table, row):  # in this run or one before it
             device_seconds += facts["stage_seconds"] * facts["num_workers"]
         stages.append(
             {
                 "name": stage.name,
                 "kind": stage.kind,
                 "fingerprint": stage.fingerprint,
-                "artifact": store.artifact(stage.key),
+                "artifact": artifact["artifact"],
                 "reused": stage.fingerprint not in ran,
                 "steps": stage.steps,
                 **{
@@ -88,17 +116,17 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[
             }
         )
         if stage.kind == "train":
-            history = store.read_json(stage.key, "curves.json")
-            curves[stage.name], diagnostics[stage.name] = history["curve"], history["diagnostics"]
-        if stage.kind == "label" and (audit := store.find_file(stage.key, AUDIT)) is not None:
-            pseudo_labels[stage.name] = json.loads(audit)
+            curves[stage.name] = artifact["numbers"]["curve"]
+            diagnostics[stage.name] = artifact["numbers"]["diagnostics"]
+        if stage.kind == "label" and artifact["numbers"]:
+            pseudo_labels[stage.name] = artifact["numbers"]
     for role, stage in row.roles.items():
-        if stage.kind == "evaluate" and stage.fingerprint in facts_of:
-            measured = store.read_json(stage.key, "metrics.json")
+        if stage.kind == "evaluate" and stage.fingerprint in committed:
+            measured = committed[stage.fingerprint]["numbers"]
             metrics |= {f"{role}/{k}": v for k, v in measured.items() if isinstance(v, (int, float))}
             per_class[role] = measured["per_class"]
             _add_final_point(row, curves, stage, measured)
-    last = facts_of.get(row.roles["distill"].fingerprint, {})
+    last = committed.get(row.roles["distill"].fingerprint, {"manifest": {}})["manifest"]
     return {
         "table": context.table,
         "row": row.row,
@@ -110,7 +138,7 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[
         "hardware": context.hardware,
         "dataset": context.dataset
         | {k: last.get(k) for k in ("num_labelled", "num_unlabelled")}
-        | {"split": stored_split(store, context.dataset["content_hash"], row.roles["distill"].config["split"]).facts},
+        | {"split": _split_facts(context, row)},
         "stages": stages,
         "metrics": metrics,
         "per_class": per_class,
@@ -118,6 +146,12 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[
         "diagnostics": diagnostics,
         "pseudo_labels": pseudo_labels,
     }
+
+
+def _split_facts(context: SweepContext, row: RowPlan) -> dict[str, Any]:
+    """How the row's D_l and D_u were chosen."""
+    part = row.roles["distill"].config["split"]
+    return stored_split(context.store, context.dataset["content_hash"], part).facts
 
 
 def _add_final_point(
@@ -146,3 +180,10 @@ def result_from_store(context: SweepContext, row: RowPlan) -> dict[str, Any]:
     """The result of a row all of whose stages were already stored."""
     outcome = {"status": "done", "error": None, "log": None, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     return assemble_result(context, row, ran=set()) | outcome | {"seconds": 0.0}
+
+
+def is_current(result: dict[str, Any] | None, row: RowPlan) -> bool:
+    """Whether a stored result is a finished one, made from exactly this row's stages."""
+    if result is None or result["status"] != "done":
+        return False
+    return {s["fingerprint"] for s in result["stages"]} == {s.fingerprint for s in row.stages}

@@ -65,6 +65,8 @@ def run_stages(segment: Segment, group: PlacementGroup, teachers: Teachers | Non
     for stage in segment.stages:
         if segment.store.has(stage.key):
             continue
+        if not ray.get(segment.broker.admit.remote(segment.owner, stage.fingerprint)):
+            return
         began = time.monotonic()
         try:
             if stage.kind == "train":
@@ -75,11 +77,11 @@ def run_stages(segment: Segment, group: PlacementGroup, teachers: Teachers | Non
                 facts = evaluate_stage(segment, stage, world)
         except FATAL:
             reason = f"{stage.name}: {traceback.format_exc()}"
-            ray.get(segment.broker.fail.remote(segment.owner, reason))
+            ray.get(segment.broker.fail.remote(segment.owner, stage.fingerprint, reason))
             raise
         if world.rank == 0:
             facts |= {"stage_seconds": time.monotonic() - began, "startup_seconds": startup_s}
-            facts |= {"num_workers": world.size, "device": str(world.device)}
+            facts |= {"num_workers": world.size, "device": str(world.device), "owner": segment.owner}
             startup_s = 0.0  # the group's start counts once, for its first stage
             segment.store.commit(stage, facts)
             for folder in ("labels", "refresh"):  # of labelling that can go on, and of teachers' versions
@@ -131,13 +133,17 @@ def _train(
     )
     post = {"stage": stage.name, "fingerprint": stage.fingerprint, "steps": config.steps, "unit": "step"}
     posted = 0.0
+    entries: list[dict[str, float]] = []
 
     def on_log(entry: dict[str, float]) -> None:
         nonlocal posted
         now = time.monotonic()
+        entries.append(entry)
         if world.rank == 0 and (now - posted > POST_EVERY_S or entry["step"] == config.steps):
             posted = now
-            segment.broker.post.remote(segment.owner, post | {k: entry[k] for k in ("step", "loss", "images_per_s")})
+            facts = post | {k: entry[k] for k in ("step", "loss", "images_per_s")}
+            segment.broker.post.remote(segment.owner, facts, tuple(entries))
+            entries.clear()
 
     def on_checkpoint(state: TrainState) -> None:
         name = f"{stage.fingerprint}-{state.step:08d}"

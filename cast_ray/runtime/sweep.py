@@ -1,51 +1,77 @@
-"""A sweep from the user's command to its report: dataset, plan, run, tables."""
+"""A sweep from the user's command to its results: datasets, one plan of all tables, run."""
 
 from __future__ import annotations
 
-import dataclasses
-import shlex
-import subprocess
-import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-import cast_ray
 from cast_ray.recipe import Recipe
-from cast_ray.runtime.cluster import connect, hardware, stage_slots
-from cast_ray.runtime.dataset import StoredDataset, read_dataset
-from cast_ray.runtime.label_splits import store_splits
-from cast_ray.runtime.results import SweepContext, read_result, result_from_store, row_name
-from cast_ray.runtime.store import ArtifactStore
-from cast_ray.stages.graph import RowPlan, SweepPlan, plan, plan_sweep
+from cast_ray.runtime.claims import Holder, Presence
+from cast_ray.runtime.cluster import connect, stage_slots
+from cast_ray.runtime.planner import RowPlanner, command_line
+from cast_ray.runtime.preview import Preview, hours, print_plan, row_labels, titles_of
+from cast_ray.runtime.results import SweepContext, is_current, read_result, result_from_store, row_name
+from cast_ray.runtime.store import ArtifactStore, Listed, committed, read_each
+from cast_ray.runtime.trackers import Trackers
+from cast_ray.stages.cost import CostModel, PlanCost, Size, cost_of
+from cast_ray.stages.graph import RowPlan, SweepPlan, plan_sweep
 from cast_ray.stages.table import Table
+
+MAX_MANIFESTS = 400
+"""Manifests of earlier stages that an estimate is made from, newest first."""
+
+
+@dataclass(frozen=True)
+class TableRequest:
+    """One table of a sweep, already validated."""
+
+    table: Table
+    recipes: dict[tuple[str, int], Recipe]
+    """(row, seed) -> recipe."""
+    name: str
+    """Of the run: the folder of its results."""
 
 
 @dataclass(frozen=True)
 class SweepRequest:
     """What the user asked for, already validated."""
 
-    table: Table
-    recipes: dict[tuple[str, int], Recipe]
-    """(row, seed) -> recipe."""
-    name: str
+    tables: tuple[TableRequest, ...]
     storage: str
     address: str | None
     num_cpus: int | None
     dry_run: bool = False
+    budget_hours: float | None = None
+    """Device-hours after which no stage is started."""
+    price_per_hour: float | None = None
+    keep_going: bool = False
+    """Start further rows though the first ones all failed."""
+    trackers: Trackers = field(default_factory=Trackers)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep as planned and, where it was run, with its results in the store."""
+    """One table of a sweep, with its results in the store."""
 
     context: SweepContext
     rows: tuple[RowPlan, ...]
+    contexts: tuple[SweepContext, ...] = ()
+    """Of each row: they differ where rows are on different datasets."""
 
 
-def run_sweep(request: SweepRequest, console: Console) -> Sweep | None:
+@dataclass(frozen=True)
+class SweepOutcome:
+    """What became of a sweep. `stopped`: why some rows were not finished, if they were not."""
+
+    sweeps: tuple[Sweep, ...]
+    stopped: str | None = None
+
+
+def run_sweep(request: SweepRequest, console: Console) -> SweepOutcome | None:
     """Plans a sweep and runs what is missing; rows that failed say so in their result. None after a dry run.
 
     Raises:
@@ -53,147 +79,172 @@ def run_sweep(request: SweepRequest, console: Console) -> Sweep | None:
     """
     store = ArtifactStore(request.storage)
     store.check_writable()
-    recipes = request.recipes.values()
-    dataset = read_dataset(
-        recipes, store, console, _run_path(request), lambda: connect(request.address, request.num_cpus)
-    )
-    store_splits(dataset, recipes, store)
-    rows = _plan_rows(request, store, dataset)
-    sweep = plan_sweep(rows, store.stored_fingerprints())
-    print_plan(request, sweep, dataset, store, console)
+    runs = {table.name: list(table.recipes.values()) for table in request.tables}
+    planner = RowPlanner(runs, store, console, lambda: connect(request.address, request.num_cpus))
+    sweeps = [_plan_table(table, planner) for table in request.tables]
+    rows = [row for sweep in sweeps for row in sweep.rows]
     if request.dry_run:
+        listed = store.list_artifacts()
+        _preview(request, plan_sweep(rows, committed(listed)), planner, listed, store, console)
         return None
-    context = _context(request, store, dataset)
-    missing = _rows_without_result(context, sweep)
-    if missing:
-        _run(request, context, sweep, missing, console)
-    return Sweep(context, tuple(rows))
+    with Presence(store, command_line()) as presence:
+        needed = {stage.fingerprint for row in rows for stage in row.stages}
+        presence.need(needed | planner.fingerprints(), on_wait=lambda holder: say_pruning(holder, console))
+        listed = store.list_artifacts()
+        whole = plan_sweep(rows, committed(listed))
+        _preview(request, whole, planner, listed, store, console)
+        jobs = _rows_without_result(sweeps, whole)
+        stopped = _run(request, whole, jobs, presence.holder, store, console) if jobs else None
+    return SweepOutcome(tuple(sweeps), stopped)
 
 
-def _run_path(request: SweepRequest) -> str:
-    """Where the run's files go, below the storage path."""
-    return f"runs/{request.name}"
+def has_results(sweep: Sweep) -> bool:
+    """Whether any row of a table has ended, now or in an earlier run."""
+    return any(read_result(context, row) is not None for context, row in zip(sweep.contexts, sweep.rows))
 
 
-def _plan_rows(request: SweepRequest, store: ArtifactStore, dataset: StoredDataset) -> list[RowPlan]:
-    foundations: dict[str, str] = {}
-    rows = []
-    for (row, _), recipe in request.recipes.items():
-        folder = recipe.stages.foundation
-        if folder and folder not in foundations:
-            from cast_ray.runtime.models import import_foundation
+def write_events(sweeps: Sequence[Sweep], trackers: Trackers) -> None:
+    """TensorBoard's files of the rows that have none, because they were answered from the store."""
+    for sweep in sweeps:
+        for context, row in zip(sweep.contexts, sweep.rows):
+            if context.table not in trackers.tensorboard:
+                continue
+            folder = Path(trackers.tensorboard[context.table]) / row_name(context.table, row)
+            if not folder.is_dir() and (result := read_result(context, row)) is not None:
+                from cast_ray.runtime.callbacks import write_finished
 
-            foundations[folder] = import_foundation(store, folder, recipe.teacher, dataset.categories)
-        rows.append(
-            plan(
-                recipe,
-                dataset.content_hash,
-                row=row,
-                has_source=dataset.has_source,
-                foundation=foundations.get(folder),
-                hashes=dataset.hashes(recipe.data),
-            )
-        )
-    return rows
+                write_finished(folder, result)
 
 
-def print_plan(
-    request: SweepRequest, sweep: SweepPlan, dataset: StoredDataset, store: ArtifactStore, console: Console
+def say_pruning(holder: Holder, console: Console) -> None:
+    """Says what a sweep waits for before it begins."""
+    console.print(f"waiting for `store gc` of {holder.user} on {holder.host} (process {holder.pid})")
+
+
+def _plan_table(request: TableRequest, planner: RowPlanner) -> Sweep:
+    """The rows of a table, each with the context of its dataset."""
+    pairs = [
+        planner.plan(recipe, table=request.table.name, run=request.name, row=row)
+        for (row, _), recipe in request.recipes.items()
+    ]
+    return Sweep(pairs[0][0], plan_sweep([row for _, row in pairs], []).rows, tuple(context for context, _ in pairs))
+
+
+def _preview(
+    request: SweepRequest,
+    whole: SweepPlan,
+    planner: RowPlanner,
+    listed: dict[str, Listed],
+    store: ArtifactStore,
+    console: Console,
 ) -> None:
-    """Says what will run before it runs."""
-    seeds = sorted({row.seed for row in sweep.rows})
-    names = list(dict.fromkeys(row.row for row in sweep.rows))
-    recipe = sweep.rows[0].recipe
-    console.print(f"[bold]{request.table.title}[/bold]  ({request.table.name}, {recipe.preset} at {recipe.scale})")
-    console.print(f"  rows     {len(names)}: {', '.join(names)}")
-    console.print(f"  seeds    {len(seeds)}: {', '.join(map(str, seeds))}")
-    num = dataset.num_images
-    others = "".join(f" + {num[split]} {split}" for split in ("source", "extra") if split in num)
-    console.print(f"  images   {num['train']} train{others}, {num['val']} val, {len(dataset.categories)} classes")
-    total = sum(len(row.stages) for row in sweep.rows)
-    stored = len(sweep.stored)
-    console.print(f"  stages   {len(sweep.unique)} unique of {total}, {stored} found in the store")
-    saved = sweep.steps_from_scratch - sweep.steps_to_run
-    share = 100 * saved / max(sweep.steps_from_scratch, 1)
-    scratch = f"{sweep.steps_from_scratch} from scratch ({share:.0f} %)"
-    console.print(f"  steps    {sweep.steps_to_run} to run, {saved} saved of {scratch}")
-    console.print(f"  storage  {store.storage}", soft_wrap=True)
-    for stage in sweep.unique.values():
-        users = [row.row for row in sweep.rows if any(s.fingerprint == stage.fingerprint for s in row.stages)]
-        if stage.kind != "evaluate":
-            mark = (
-                "stored" if stage.fingerprint in sweep.stored else f"{stage.steps} steps" if stage.steps else "to run"
-            )
-            used_by = "all rows" if len(set(users)) == len(names) else ", ".join(dict.fromkeys(users))
-            console.print(f"    {stage.name:15} {mark:>11}  {used_by}", highlight=False)
-
-
-def _context(request: SweepRequest, store: ArtifactStore, dataset: StoredDataset) -> SweepContext:
-    return SweepContext(
-        name=request.name,
-        table=request.table.name,
-        command=shlex.join(["python", *sys.argv]),
-        code_version=_code_version(),
-        hardware=hardware(),
-        store=store,
-        slots=1,
-        dataset_key=dataset.key,
-        dataset=dataset.facts(),
-        categories=dataset.categories,
-        runs_path=_run_path(request),
+    titles = {}
+    for table in request.tables:
+        recipe = next(iter(table.recipes.values()))
+        titles[table.table.name] = (table.table.title, recipe.preset, recipe.scale)
+    named = [(table.table.name, row) for table in request.tables for row, _ in table.recipes]
+    print_plan(
+        Preview(
+            plan=whole,
+            titles=titles_of(titles),
+            labels=row_labels(named),
+            datasets=list(planner.datasets.values()),
+            storage=store.storage,
+            cost=_cost(request, whole, planner, listed, store),
+            price_per_hour=request.price_per_hour,
+            budget_hours=request.budget_hours,
+        ),
+        console,
     )
 
 
-def _rows_without_result(context: SweepContext, sweep: SweepPlan) -> list[RowPlan]:
-    """Rows that still need Ray; a row whose stages are all stored gets its result from the store at once."""
+def _cost(
+    request: SweepRequest, whole: SweepPlan, planner: RowPlanner, listed: dict[str, Listed], store: ArtifactStore
+) -> PlanCost:
+    """Device-hours from the store's newest manifests; where there are none, from FLOPs, if the user asked."""
+    newest = sorted(listed.values(), key=lambda a: -(a.committed or 0.0))[:MAX_MANIFESTS]
+    keys = [a.key for a in newest if a.committed is not None]
+    manifests = [m for m in read_each(store.find_manifest, keys) if m is not None]
+    sizes: dict[str, Size] = {}
+    for row in whole.rows:
+        sizes |= dict.fromkeys((s.fingerprint for s in row.stages), planner.size(row.recipe))
+    device = "cuda" if whole.rows[0].recipe.runtime.use_gpu else "cpu"
+    asked = request.dry_run or request.price_per_hour is not None or request.budget_hours is not None
+    return cost_of(whole, CostModel(manifests, device), lambda stage: sizes[stage.fingerprint], count_flops=asked)
+
+
+def _rows_without_result(sweeps: Sequence[Sweep], whole: SweepPlan) -> list[tuple[SweepContext, RowPlan]]:
+    """Rows that still need Ray; a row whose stages are all stored gets its result from the store at once.
+
+    A finished result of the same name but of other stages (another recipe, other data) is removed: it must not stand
+    in this sweep's report if the row does not get as far.
+    """
+    pairs = [pair for sweep in sweeps for pair in zip(sweep.contexts, sweep.rows)]
     missing = []
-    for row in sweep.rows:
-        if any(s.fingerprint not in sweep.stored for s in row.stages):
-            missing.append(row)
-        elif not _is_current(read_result(context, row), row):
+    for (context, row), result in zip(pairs, read_each(lambda pair: read_result(*pair), pairs)):
+        if any(s.fingerprint not in whole.stored for s in row.stages):
+            missing.append((context, row))
+            if result is not None and result["status"] == "done":
+                context.store.delete(context.result_path(row))
+        elif not is_current(result, row):
             context.store.write_json(context.result_path(row), result_from_store(context, row))
-    return missing
+    return _spread(missing, whole)
 
 
-def _is_current(result: dict[str, Any] | None, row: RowPlan) -> bool:
-    """Whether a stored result is a finished one, made from exactly this row's stages."""
-    if result is None or result["status"] != "done":
-        return False
-    return {s["fingerprint"] for s in result["stages"]} == {s.fingerprint for s in row.stages}
+def slots_of(recipes: Sequence[Recipe], resources: dict[str, float], driver_cpus: float) -> int:
+    """How many stages of any of these recipes can run at a time; raises ValueError when one does not fit at all."""
+    from cast_ray.runtime.validation import validation_bundles
+
+    alike = {(r.runtime, r.labels.mode, r.evaluation.every_steps): r for r in recipes}
+    return min(stage_slots(r, resources, driver_cpus, validation_bundles(r)) for r in alike.values())
 
 
-def _run(request: SweepRequest, context: SweepContext, sweep: SweepPlan, rows: list[RowPlan], console: Console) -> None:
+def _spread(pairs: Sequence[tuple[SweepContext, RowPlan]], whole: SweepPlan) -> list[tuple[SweepContext, RowPlan]]:
+    """Rows in turn from each group that waits for the same stage, so that the first ones do not wait for each other."""
+    groups: dict[str, list[tuple[SweepContext, RowPlan]]] = {}
+    for pair in pairs:
+        first = next(s.fingerprint for s in pair[1].stages if s.fingerprint not in whole.stored)
+        groups.setdefault(first, []).append(pair)
+    return [pair for turn in zip_longest(*groups.values()) for pair in turn if pair is not None]
+
+
+def _run(
+    request: SweepRequest,
+    whole: SweepPlan,
+    pairs: Sequence[tuple[SweepContext, RowPlan]],
+    holder: Holder,
+    store: ArtifactStore,
+    console: Console,
+) -> str | None:
+    """Runs rows on Ray; returns why some were not finished, if they were not."""
     cluster = connect(request.address, request.num_cpus)
     console.print(cluster.description, highlight=False)
     import ray
 
-    from cast_ray.runtime.broker import broker_for
+    from cast_ray.runtime.broker import MAX_CALLS, Broker
     from cast_ray.runtime.telemetry import ProgressDisplay
-    from cast_ray.runtime.trials import DRIVER_CPUS, run_trials
-    from cast_ray.runtime.validation import validation_bundles
+    from cast_ray.runtime.trials import DRIVER_CPUS, Job, run_trials
 
     try:
         # Rows beyond the slots only wait: a few more than can run, so that a free slot finds work at once.
-        recipe = rows[0].recipe
-        slots = stage_slots(recipe, cluster.resources, DRIVER_CPUS, validation_bundles(recipe))
-        max_drivers = min(len(rows), 2 * slots + 2)
-        context = dataclasses.replace(context, slots=slots)
-        broker = broker_for(context.store.storage, slots, context.store.stored_fingerprints())
-        names = [row_name(context.table, row) for row in rows]
-        with ProgressDisplay(console, broker, sweep, names):
-            run_trials(context, rows, max_drivers)
+        slots = slots_of([row.recipe for _, row in pairs], cluster.resources, DRIVER_CPUS)
+        broker = Broker.options(max_concurrency=MAX_CALLS).remote(  # type: ignore[attr-defined]
+            slots, set(whole.stored), store.storage, holder.id, request.budget_hours, request.keep_going
+        )
+        jobs = [Job(context, row) for context, row in pairs]
+        with ProgressDisplay(console, broker, whole, [job.name for job in jobs]):
+            callbacks = request.trackers.callbacks(lambda message: console.print(f"[yellow]{message}[/yellow]"))
+            name = "+".join(table.name for table in request.tables)
+            outcomes = run_trials(name, store, jobs, broker, min(len(jobs), 2 * slots + 2), callbacks)
+        board = ray.get(broker.board.remote())
     finally:
         ray.shutdown()
-
-
-def _code_version() -> str:
-    """The package's version and, in a git checkout, its commit."""
-    folder = Path(cast_ray.__file__).parent
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return cast_ray.__version__
-    commit = described.stdout.strip()
-    return f"{cast_ray.__version__}+{commit}" if described.returncode == 0 and commit else cast_ray.__version__
+    left = [job.row for job in jobs if outcomes[job.name] == "stopped"]
+    if not left:
+        return None
+    rest = plan_sweep(left, board["done"])
+    console.print(
+        f"[yellow]stopped[/yellow]: {board['stop']}. Left: {len(left)} rows, {len(rest.to_run)} stages, "
+        f"{rest.steps_to_run:,} steps; used {hours(board['device_s'] / 3600)}. The same command goes on."
+    )
+    return board["stop"]

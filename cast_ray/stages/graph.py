@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from cast_ray.recipe import Recipe, TrainConfig
@@ -58,7 +59,10 @@ def artifact_key(kind: str, fingerprint: str) -> str:
 
 @dataclass(frozen=True)
 class RowPlan:
-    """The stages of one row and seed, parents before children; roles name the artifacts the result is read from."""
+    """The stages of one row and seed, parents before children; roles name the artifacts the result is read from.
+
+    `final` is the evaluation of the row's last student, refined or not.
+    """
 
     row: str
     seed: int
@@ -166,7 +170,7 @@ class _Planner:
         if use_labels and teacher is None:
             raise ValueError(
                 "stages.use_adapt is false and there is no pre-trained teacher (stages.pretrain.steps is 0 or the "
-                "dataset has no source images): nothing can label the unlabelled images"
+                "dataset has no source images): nothing can label the unlabelled images (stages.foundation=DIR)"
             )
         labels = self.label("label-teacher", teacher) if use_labels and teacher is not None else None
         student = self.train(
@@ -177,9 +181,10 @@ class _Planner:
             semi=semi if use_labels else 0.0,
             pxl=pxl if stages.use_distill else 0.0,
         )
-        self.evaluate("student", student)
+        self.roles["final"] = self.evaluate("student", student)
         if stages.use_refine and stages.refine.steps > 0:
-            self.evaluate("refined", self.train("refine", "student", stages.refine, init=student))
+            refined = self.train("refine", "student", stages.refine, init=student)
+            self.roles["final"] = self.evaluate("refined", refined)
         return RowPlan(self.row, recipe.seed, recipe, tuple(self.stages), self.roles)
 
     def train(
@@ -275,11 +280,26 @@ class SweepPlan:
     rows: tuple[RowPlan, ...]
     stored: frozenset[str]
 
-    @property
+    @cached_property
     def unique(self) -> dict[str, Stage]:
+        """Fingerprint -> stage, parents before children."""
         return {stage.fingerprint: stage for row in self.rows for stage in row.stages}
 
+    @cached_property
+    def users(self) -> dict[str, tuple[int, ...]]:
+        """Fingerprint -> indices of the rows that need the stage."""
+        users: dict[str, list[int]] = {fingerprint: [] for fingerprint in self.unique}
+        for i, row in enumerate(self.rows):
+            for fingerprint in {stage.fingerprint for stage in row.stages}:
+                users[fingerprint].append(i)
+        return {fingerprint: tuple(rows) for fingerprint, rows in users.items()}
+
     @property
+    def to_run(self) -> list[Stage]:
+        """Unique stages that the store does not hold, parents before children."""
+        return [stage for fingerprint, stage in self.unique.items() if fingerprint not in self.stored]
+
+    @cached_property
     def steps_from_scratch(self) -> int:
         """Optimiser steps if every row ran all of its stages by itself."""
         return sum(stage.steps for row in self.rows for stage in row.stages)
@@ -290,11 +310,17 @@ class SweepPlan:
 
     @property
     def steps_to_run(self) -> int:
-        return sum(s.steps for s in self.unique.values() if s.fingerprint not in self.stored)
+        return sum(stage.steps for stage in self.to_run)
 
 
 def plan_sweep(rows: Iterable[RowPlan], stored: Iterable[str]) -> SweepPlan:
-    """Joins the plans of all rows; `stored`: fingerprints that the artifact store holds."""
-    rows = tuple(rows)
-    known = {stage.fingerprint for row in rows for stage in row.stages}
-    return SweepPlan(rows, frozenset(known & set(stored)))
+    """Joins the plans of all rows; `stored`: fingerprints that the artifact store holds.
+
+    Equal stages become one object, so that the memory of a plan grows with its unique stages.
+    """
+    known: dict[str, Stage] = {}
+    joined = []
+    for row in rows:
+        stages = tuple(known.setdefault(stage.fingerprint, stage) for stage in row.stages)
+        joined.append(replace(row, stages=stages, roles={r: known[s.fingerprint] for r, s in row.roles.items()}))
+    return SweepPlan(tuple(joined), frozenset(known.keys() & set(stored)))

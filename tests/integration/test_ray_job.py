@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -137,3 +138,24 @@ def test_a_stopped_job_leaves_no_actor_behind(head: Head, wait_until: Callable[.
     wait_until(lambda: not head.living_actors(), f"actors left behind: {head.living_actors()}", 120)
     groups = head.ask("/api/v0/placement_groups?detail=1")["data"]["result"]["result"]
     assert {group["state"] for group in groups} <= {"REMOVED"}
+
+
+def test_two_jobs_at_once_share_the_cluster_and_the_store(head: Head, wait_until: Callable[..., None]) -> None:
+    """More workers than the cluster holds: who has no room waits, and no stage is run twice."""
+    wide = ["--set", "runtime.cpus_per_worker=2", "--set", "runtime.cpus_per_read=1", "--seeds", "3", "4"]
+    names = ["third", "fourth"]
+    for name in names:
+        options = ["--no-wait", "--submission-id", name, "--working-dir", ".", "--"]
+        submit_when_possible(head, wait_until, *options, *SWEEP, *wide, "--name", name)
+    wait_until(lambda: all(status(head, name) != "RUNNING" for name in names), "a job hangs", 900)
+    assert [status(head, name) for name in names] == ["SUCCEEDED"] * 2, head.job("logs", names[0]).stdout
+    runs = Path(head.environment["HOME"]) / "cast_ray/runs"
+    found = [json.loads(path.read_text()) for name in names for path in (runs / name).glob("*/result.json")]
+    assert len(found) == 4
+    ran = Counter(s["fingerprint"] for result in found for s in result["stages"] if not s["reused"])
+    assert set(ran.values()) == {1}
+
+
+def status(head: Head, name: str) -> str:
+    found = head.ask(f"/api/jobs/{name}")["status"]
+    return "RUNNING" if found == "PENDING" else found

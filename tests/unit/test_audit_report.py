@@ -130,7 +130,7 @@ def swept(tmp_path: Path) -> tuple[SweepContext, RowPlan]:
         f"labels/{k}.parquet": pa.Table.from_pylist(labels[k::3], schema=schema) for k in range(3)
     }
     write(store, row_plan.roles["label-teacher"], files | {"audit.json": json.dumps(audit_of(0)).encode()})
-    context = SweepContext("run", "losses", "", "", {}, store, 1, dataset.key, {}, CATEGORIES, "runs/run")
+    context = SweepContext("run", "losses", "", "", {}, store, dataset.key, {}, CATEGORIES, "runs/run")
     return context, row_plan
 
 

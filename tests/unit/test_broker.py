@@ -1,13 +1,19 @@
-"""The broker's bookkeeping without Ray: single flight, segments, slots, priority, dead owners."""
+"""The broker without Ray: single flight, segments, slots, priority, dead owners, limits, other sweeps' stages."""
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cast_ray.runtime.broker import LEASE_TIMEOUT_S, Broker, Leases, Need
+from cast_ray.runtime import broker as broker_module
+from cast_ray.runtime.broker import LEASE_TIMEOUT_S, Broker, Leases, Limits, Need
+from cast_ray.runtime.claims import Presence
+from cast_ray.runtime.store import ArtifactStore
+from cast_ray.stages.graph import Stage
 
 PRETRAIN = Need("pre", "train", (), 8)
 ADAPT = Need("ada", "train", ("pre",), 6)
@@ -34,7 +40,7 @@ def test_a_row_is_cut_into_segments() -> None:
         finish(leases, "a", answer)
     assert seen == [
         {"run": ["pre", "ada"], "done": []},
-        {"run": ["lab"], "done": ["pre", "ada"]},  # a labelling job of its own
+        {"run": ["lab"], "done": ["pre", "ada"]},  # a labelling job is a segment of its own
         {"run": ["dis", "ref", "eva"], "done": ["pre", "ada", "lab"]},
     ]
     assert leases.grant("a", ROW, 9) == {"run": [], "done": [n.fingerprint for n in ROW]}
@@ -70,7 +76,13 @@ def test_a_committed_stage_frees_its_children_before_its_segment_is_over() -> No
     assert leases.grant("b", [PRETRAIN, other], 0) == {"run": ["ada2"], "done": ["pre"]}
 
 
-def test_a_label_stage_does_not_join_what_is_before_it() -> None:
+def test_without_a_labelling_job_a_row_is_one_segment() -> None:
+    leases = Leases(1, set())
+    row = [replace(need, alone=False) for need in ROW]
+    assert leases.grant("a", row, 0) == {"run": ["pre", "ada", "lab", "dis", "ref", "eva"], "done": []}
+
+
+def test_a_labelling_job_does_not_join_what_is_before_it() -> None:
     leases = Leases(1, {"ada"})
     train = Need("other", "train", (), 3)
     assert leases.grant("a", [train, LABEL], 0) == {"run": ["other"], "done": []}
@@ -100,7 +112,7 @@ def test_the_lease_of_a_dead_owner_passes_on() -> None:
     leases.beat("a", now=20)
     assert leases.expire(now=20 + LEASE_TIMEOUT_S) == []
     assert leases.grant("b", [PRETRAIN, ADAPT], now=40) is None
-    assert leases.expire(now=20 + LEASE_TIMEOUT_S + 1) == ["a"]
+    assert leases.expire(now=20 + LEASE_TIMEOUT_S + 1) == ["a"] and leases.release("a") == ["ada"]
     assert leases.grant("b", [PRETRAIN, ADAPT], now=60) == {"run": ["ada"], "done": ["pre"]}
     leases.beat("a", now=100)  # a late heartbeat of the dead gives nothing back
     assert leases.leased == {"ada": "b"} and "a" not in leases.heartbeat
@@ -168,12 +180,10 @@ def test_a_row_that_ends_frees_what_it_held() -> None:
         await broker.claim("a", [PRETRAIN])
         await broker.post("a", {"stage": "pretrain", "fingerprint": "pre", "step": 0, "steps": 8, "unit": "step"})
         (waiting,) = await started(broker.claim("b", [PRETRAIN]))
-        await broker.fail("a", "out of memory")
-        await broker.release("a")  # failed: the stage was not finished
+        await broker.release("a", "failed")  # the stage was not finished, and may succeed in another row
         assert await waiting == {"run": ["pre"], "done": []}
-        assert await broker.failure("a") == "out of memory" and await broker.failure("b") is None
         board = await broker.board()
-        assert board["ended"] == ["a"] and board["posts"] == {}
+        assert board["ended"] == {"a": "failed"} and board["posts"] == {}
 
     asyncio.run(asyncio.wait_for(scene(), 60))
 
@@ -198,12 +208,125 @@ def test_the_board_counts_from_where_a_stage_was_entered() -> None:
     asyncio.run(asyncio.wait_for(scene(), 60))
 
 
-def test_a_second_driver_widens_the_broker() -> None:
+def test_a_stage_that_cannot_succeed_fails_every_row_that_needs_it() -> None:
     async def scene() -> None:
-        broker = make_broker(1, {"pre"})
-        await broker.join(3, {"ada"})
-        await broker.join(2, set())
-        assert broker.leases.slots == 3 and broker.leases.done == {"pre", "ada"}
+        broker = make_broker(1, set())
+        await broker.claim("a", [PRETRAIN])
+        (waiting,) = await started(broker.claim("b", ROW))
+        await broker.fail("a", "pre", "pretrain: out of memory")
+        await broker.settle("a")
+        assert await waiting == {"run": [], "done": [], "failed": "pretrain: out of memory"}
+        assert await broker.failure("a") == "pretrain: out of memory" and await broker.failure("b") is None
+        other = Need("other", "train", (), 1)
+        assert await broker.claim("c", [other]) == {"run": ["other"], "done": []}
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+def test_the_next_driver_of_a_lost_row_gets_its_stages_back() -> None:
+    async def scene() -> None:
+        broker = make_broker(1, set())
+        await broker.claim("a", [PRETRAIN, ADAPT])
+        await broker.finish("pre")
+        assert await broker.claim("a", [PRETRAIN, ADAPT]) == {"run": ["ada"], "done": ["pre"]}
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+def test_a_spent_budget_starts_nothing_more() -> None:
+    limits = Limits(budget_hours=2.0, keep_going=False)
+    limits.start("a", devices=2, now=0)
+    assert limits.reason(now=3599) is None
+    assert "budget of 2 device-hours" in (limits.reason(now=3600) or "")  # running stages count
+    limits.stop("a", now=1800)
+    assert limits.spent(now=9999) == 3600 and limits.reason(now=9999) is None
+    limits.stop("never started", now=0)
+
+    async def scene() -> None:
+        broker = make_broker(1, {"pre"}, budget_hours=0.0)
+        answer = await broker.claim("a", [PRETRAIN, ADAPT])
+        assert answer["run"] == [] and answer["done"] == ["pre"] and "budget" in answer["stop"]
+        assert await broker.claim("b", [PRETRAIN]) == {"run": [], "done": ["pre"]}  # it needs nothing more
+        assert not await broker.admit("a", "ada")
+        assert "budget" in (await broker.board())["stop"]
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+def test_every_worker_of_a_group_gets_the_same_answer() -> None:
+    async def scene() -> None:
+        broker = make_broker(1, set(), budget_hours=1.0)
+        assert await broker.admit("a", "ada")
+        broker.limits.spent_s = 3600
+        assert await broker.admit("a", "ada") and not await broker.admit("a", "dis")
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+@pytest.mark.parametrize(
+    ("keep_going", "outcomes", "stops"),
+    [
+        (False, [False, False], False),  # one failed row never stops the others, nor do two
+        (False, [False, False, False], True),
+        (False, [False, False, True, False, False, False], False),  # something works
+        (True, [False, False, False], False),
+    ],
+)
+def test_when_everything_fails_the_rest_is_not_started(keep_going: bool, outcomes: list[bool], stops: bool) -> None:
+    limits = Limits(None, keep_going)
+    limits.outcomes = outcomes
+    assert (limits.reason(0) is not None) == stops
+
+
+def test_curve_entries_are_collected_once() -> None:
+    async def scene() -> None:
+        broker = make_broker(1, set())
+        distill = {"stage": "distill", "fingerprint": "dis", "step": 20, "steps": 60, "unit": "step"}
+        await broker.post("a", distill, ({"step": 10, "loss": 3.0}, {"step": 20, "loss": 2.0}))
+        assert [(e["stage"], e["step"]) for e in await broker.collect("a")] == [("distill", 10), ("distill", 20)]
+        assert await broker.collect("a") == [] == await broker.collect("nobody")
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+def sweep_of(store: ArtifactStore) -> tuple[Any, Presence]:
+    """A broker that claims in a store, with the presence that keeps its claims alive."""
+    presence = Presence(store, "test")
+    presence.__enter__()
+    return make_broker(2, set(), store.storage, presence.holder.id), presence
+
+
+def test_two_sweeps_on_one_store_share_their_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broker_module, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(broker_module, "FOREIGN_POLL_S", 0.05)
+    store = ArtifactStore(str(tmp_path))
+
+    async def scene() -> None:
+        (first, here), (second, there) = sweep_of(store), sweep_of(store)
+        assert await first.claim("a", [PRETRAIN, ADAPT]) == {"run": ["pre", "ada"], "done": []}
+        (waiting,) = await started(second.claim("b", [PRETRAIN, ADAPT, DISTILL]))
+        alone = Need("alone", "train", (), 1)
+        assert await second.claim("c", [alone]) == {"run": ["alone"], "done": []}
+        store.commit(Stage("pretrain", "train", {}, {}, "pre"), {})
+        await first.finish("pre")
+        await first.settle("a")  # it did not get as far as `ada`
+        assert await waiting == {"run": ["ada"], "done": ["pre"]}
+        for presence in (here, there):
+            presence.__exit__()
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+def test_a_stage_that_was_stored_meanwhile_is_not_run(tmp_path: Path) -> None:
+    store = ArtifactStore(str(tmp_path))
+    store.commit(Stage("pretrain", "train", {}, {}, "pre"), {})
+
+    async def scene() -> None:
+        broker, presence = sweep_of(store)
+        assert await broker.claim("a", [PRETRAIN, ADAPT]) == {"run": ["ada"], "done": ["pre"]}
+        await broker.finish("ada")
+        assert store.list_names("claims/stages") == []
+        presence.__exit__()
 
     asyncio.run(asyncio.wait_for(scene(), 60))
 

@@ -41,7 +41,7 @@ class Reader:
     def __call__(self, *rows: dict[str, Any], root: str = "data") -> StoredDataset:
         self.output = io.StringIO()
         console = Console(file=self.output, width=200)
-        return read_dataset(self.recipes(*rows, root=root), self.store, console, "runs/test", self.no_ray)
+        return read_dataset(self.recipes(*rows, root=root), self.store, console, ["runs/test"], self.no_ray)
 
     def no_ray(self) -> Any:
         raise AssertionError("Ray was asked for a handful of images")
@@ -137,7 +137,7 @@ def test_drawn_scenes_are_drawn_and_not_verified(tmp_path: Path, monkeypatch: py
     sizes = {"data.shapes.num_source": 8, "data.shapes.num_train": 12, "data.shapes.num_val": 4}
     reader = Reader(tmp_path, monkeypatch)
     recipe = build_recipe("shapes", "smoke", sizes)
-    found = read_dataset([recipe], reader.store, Console(file=io.StringIO()), "runs/test", reader.no_ray)
+    found = read_dataset([recipe], reader.store, Console(file=io.StringIO()), ["runs/test"], reader.no_ray)
     assert found.num_images == {"train": 12, "val": 4, "source": 8} and found.has_source and reader.num_read == 0
 
 

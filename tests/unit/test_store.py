@@ -68,6 +68,59 @@ def test_a_manifest_that_was_being_written_does_not_count(tmp_path: Path) -> Non
     assert store.has(STAGE.key)
 
 
+def test_writers_of_one_artifact_do_not_share_files(store: ArtifactStore) -> None:
+    """Two make the same stage: what a reader gets is one's files, whole, whichever commits first or last."""
+    first, second = store.new_attempt(), store.new_attempt()
+    first.add(STAGE, "model.safetensors", b"first")
+    second.add(STAGE, "model.safetensors", b"second")
+    assert first.commit(STAGE, {})
+    second.add(STAGE, "curves.json", b"{}")
+    assert store.read_bytes(STAGE.key, "model.safetensors") == b"first"
+    assert not second.commit(STAGE, {})  # its files are gone, the first's are not
+    assert store.read_bytes(STAGE.key, "model.safetensors") == b"first"
+    assert set(store.list_names(f"artifacts/{STAGE.key}")) == {"manifest.json", first.attempt}
+    assert not first.commit(STAGE, {}) and store.read_bytes(STAGE.key, "model.safetensors") == b"first"
+
+
+def test_a_reader_stays_with_the_attempt_it_found(store: ArtifactStore) -> None:
+    """Both saw no manifest and wrote theirs: the later one counts, and who read the earlier one can go on."""
+    first, second = store.new_attempt(), store.new_attempt()
+    for attempt in (first, second):
+        attempt.add(STAGE, "model.safetensors", attempt.attempt.encode())
+        attempt.add(STAGE, "curves.json", attempt.attempt.encode())
+    first.commit(STAGE, {})
+    reader = store.new_attempt()
+    assert reader.read_bytes(STAGE.key, "model.safetensors") == first.attempt.encode()
+    store.write_json(f"artifacts/{STAGE.key}/manifest.json", store.manifest(STAGE.key) | {"attempt": second.attempt})
+    assert reader.read_bytes(STAGE.key, "curves.json") == first.attempt.encode()
+    assert store.new_attempt().read_bytes(STAGE.key, "curves.json") == second.attempt.encode()
+
+
+def test_workers_of_one_attempt_read_what_the_others_wrote(store: ArtifactStore) -> None:
+    other = pickle.loads(pickle.dumps(store))
+    other.add(STAGE, "results-001.json", b"[1]")
+    store.add(STAGE, "results-000.json", b"[0]")
+    assert store.read_json(STAGE.key, "results-001.json") == [1]
+    with pytest.raises(FileNotFoundError):
+        store.new_attempt().read_json(STAGE.key, "results-001.json")
+
+
+def test_artifacts_without_attempts_are_read(store: ArtifactStore) -> None:
+    """As they were written before there were attempts."""
+    store.write_bytes(f"artifacts/{STAGE.key}/model.safetensors", b"old")
+    store.write_json(f"artifacts/{STAGE.key}/manifest.json", {"stage": "distill", "kind": "train"})
+    assert store.read_bytes(STAGE.key, "model.safetensors") == b"old"
+
+
+def test_a_listing_tells_finished_from_unfinished(store: ArtifactStore) -> None:
+    store.add(STAGE, "model.safetensors", b"12345")
+    listed = store.list_artifacts()[STAGE.key]
+    assert (listed.fingerprint, listed.num_bytes, listed.committed) == (STAGE.fingerprint, 5, None)
+    store.commit(STAGE, {})
+    listed = store.list_artifacts()[STAGE.key]
+    assert listed.committed == listed.changed and abs(listed.changed - store.now()) < 60
+
+
 def test_local_files_appear_whole(tmp_path: Path) -> None:
     store = ArtifactStore(str(tmp_path))
     store.write_bytes("runs/a/result.json", b"1")
@@ -113,23 +166,29 @@ def test_tables_in_one_file_or_several(store: ArtifactStore) -> None:
 
 def test_checkpoint_notes(store: ArtifactStore) -> None:
     assert store.find_checkpoint(STAGE.fingerprint) is None
-    store.note_checkpoint(STAGE.fingerprint, "somewhere/4", 4)
-    store.note_checkpoint(STAGE.fingerprint, "somewhere/8", 8)
-    assert store.find_checkpoint(STAGE.fingerprint) == {"uri": "somewhere/8", "step": 8}
+    uris = [store.uri("train", "run-1", "a-4"), store.uri("train", "run-1", "a-8"), store.uri("train", "run-2", "a-9")]
+    for step, uri in zip((4, 8, 9), uris):
+        store.note_checkpoint(STAGE.fingerprint, uri, step)
+    note = store.find_checkpoint(STAGE.fingerprint)
+    assert note == {"uri": uris[-1], "step": 9, "runs": ["run-1", "run-2"]}
     assert store.find_checkpoint(OTHER.fingerprint) is None
     assert not store.has(STAGE.key)
+    for run in ("run-1", "run-2", "another"):
+        store.write_bytes(f"train/{run}/state", b"")
+    store.forget_run("run-2", [STAGE.fingerprint, OTHER.fingerprint])  # with the interrupted one before it
+    assert store.list_names("train") == ["another"] and store.find_checkpoint(STAGE.fingerprint) is None
 
 
 def test_a_store_travels_by_its_path(store: ArtifactStore) -> None:
     store.commit(STAGE, {})
     copy = pickle.loads(pickle.dumps(store))
-    assert copy.storage == store.storage and copy.has(STAGE.key)
+    assert (copy.storage, copy.attempt) == (store.storage, store.attempt) and copy.has(STAGE.key)
 
 
 def test_paths_below_the_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert ArtifactStore("storage").storage == str(tmp_path / "storage")
-    assert ArtifactStore("s3://bucket/run/").artifact("train-1") == "s3://bucket/run/artifacts/train-1"
+    assert ArtifactStore("s3://bucket/run/").uri("tune", "x") == "s3://bucket/run/tune/x"
     assert ArtifactStore("storage").uri("tune", "x") == f"{tmp_path}/storage/tune/x"
     assert open_uri("storage")[1] == f"{tmp_path}/storage"
 

@@ -1,0 +1,130 @@
+"""Searches over recipe keys with Optuna: TPE beside random search, early stopping, Pareto fronts.
+
+python sweeps/search.py losses --preset shapes
+python sweeps/search.py latency --trials 40
+optuna-dashboard runs/losses-search-shapes-demo/study.journal     # pip install optuna-dashboard
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+# Run from a checkout without installing, and inside `ray job submit --working-dir .`.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from cast_ray.recipe import SCALES, parse_overrides, preset_names
+from cast_ray.runtime.trackers import Trackers
+from cast_ray.stages.search_spec import load_search, search_names
+from sweeps.ablate import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_STOPPED, TENSORBOARD, home
+
+STUDY = "study.journal"
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    errors = Console(stderr=True)
+    try:
+        return _search(arguments)
+    except ValueError as error:
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        errors.print("stopped; trials that were running are tried again by the same command, from what they stored")
+        return EXIT_INTERRUPTED
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    spec = load_search(arguments.search)
+    changes = {"num_trials": arguments.trials, "samplers": arguments.samplers, "scheduler": arguments.scheduler}
+    spec = type(spec).model_validate(
+        spec.model_dump() | {key: value for key, value in changes.items() if value is not None}
+    )
+    overrides = parse_overrides(arguments.set) | {
+        key: str(value)
+        for key, value in (
+            ("runtime.num_workers", arguments.workers_per_trial),
+            ("runtime.max_concurrent_stages", arguments.max_concurrent),
+        )
+        if value is not None
+    }
+    preset, scale = arguments.preset or spec.preset, arguments.scale or spec.scale
+    name = arguments.name or f"{spec.name}-search-{preset}-{scale}"
+    out = Path(arguments.out or home() / "runs") / name
+    events = {} if arguments.no_tensorboard else {f"{spec.name}-{s}": str(out / TENSORBOARD) for s in spec.samplers}
+    trackers = Trackers(tensorboard=events, wandb=arguments.wandb, mlflow=arguments.mlflow, group=name)
+    trackers.check_installed()
+    spec.recipe({}, preset, scale, arguments.seed, overrides)  # refused before Ray and Optuna are loaded
+
+    from cast_ray.report.search import write_search_report
+    from cast_ray.runtime.search import SearchRequest, run_search
+
+    request = SearchRequest(
+        spec=spec,
+        preset=preset,
+        scale=scale,
+        overrides=overrides,
+        seed=arguments.seed,
+        name=name,
+        study=arguments.study or str(out / STUDY),
+        storage=arguments.storage or os.environ.get("CAST_RAY_STORAGE") or str(home() / "storage"),
+        address=arguments.address,
+        num_cpus=arguments.num_cpus,
+        budget_hours=arguments.budget_hours,
+        keep_going=arguments.keep_going,
+        trackers=trackers,
+    )
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(f"[bold]{spec.title}[/bold]  ({spec.name}, {preset} at {scale})", highlight=False)
+    outcome = run_search(request, console)
+    report = write_search_report(spec, outcome.studies, out, {"preset": preset, "scale": scale, **overrides})
+    console.print(Markdown(report.text))
+    console.print(f"Written: {report.markdown}", soft_wrap=True, highlight=False)
+    if report.best is not None:
+        console.print(
+            f"Go on with: python sweeps/ablate.py {report.best} --seeds 0 1 2", soft_wrap=True, highlight=False
+        )
+    if outcome.stopped:
+        console.print(f"[yellow]stopped[/yellow]: {outcome.stopped}; the same command goes on")
+        return EXIT_STOPPED
+    return 0 if report.best is not None else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="search.py",
+        description="Searches recipe keys with Optuna on Ray. Trials share stages with each other and with all tables; "
+        "the same command goes on with an interrupted search, and with more --trials it extends a finished one.",
+        epilog="Exit codes as of ablate.py: 0 done, 1 no trial finished, 2 bad input, 3 stopped by a limit.",
+    )
+    parser.add_argument("search", help=f"a search of sweeps/search ({', '.join(search_names())}) or a YAML file")
+    parser.add_argument("--preset", help=f"one of {', '.join(preset_names())} (default: the search's, else shapes)")
+    parser.add_argument("--scale", help=f"one of {', '.join(SCALES)} (default: the search's, else demo)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
+    parser.add_argument("--trials", type=int, metavar="N", help="trials of each sampler, those before included")
+    parser.add_argument("--samplers", nargs="+", metavar="S", help="tpe, random: a study each (default: the search's)")
+    parser.add_argument("--scheduler", metavar="S", help="asha: stop trials early; none (default: the search's)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the recipes (default: 0)")
+    parser.add_argument("--study", help=f"sqlite:///FILE or a journal file (default: <out>/<name>/{STUDY})")
+    parser.add_argument("--name", help="name of the run (default: SEARCH-search-PRESET-SCALE)")
+    parser.add_argument("--out", help="folder for results and reports (default: runs)")
+    parser.add_argument("--storage", help="as of ablate.py")
+    parser.add_argument("--address", help="Ray cluster; 'local' for one of its own (default: $RAY_ADDRESS, else local)")
+    parser.add_argument("--num-cpus", type=int, help="logical CPUs of a local Ray (default: the machine's)")
+    parser.add_argument("--max-concurrent", type=int, metavar="N", help="stages at a time (default: as many as fit)")
+    parser.add_argument("--workers-per-trial", type=int, metavar="N", help="Train workers of a stage (default: 1)")
+    parser.add_argument("--budget-hours", type=float, metavar="H", help="device-hours after which no stage is started")
+    parser.add_argument("--keep-going", action="store_true", help="go on though the first three trials failed")
+    parser.add_argument("--no-tensorboard", action="store_true", help=f"no event files in <run>/{TENSORBOARD}")
+    parser.add_argument("--wandb", metavar="PROJECT", help="log trials to this Weights & Biases project")
+    parser.add_argument("--mlflow", metavar="URI", help="log trials to MLflow: http://SERVER, sqlite:///FILE")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

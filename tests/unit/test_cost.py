@@ -1,0 +1,105 @@
+"""Device-hours of a plan: from what earlier stages took, scaled from them, or counted."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from cast_ray.recipe import build_recipe
+from cast_ray.stages import cost as cost_module
+from cast_ray.stages.cost import ASSUMED_FLOPS, CostModel, Size, cost_of
+from cast_ray.stages.graph import RowPlan, Stage, SweepPlan, plan, plan_sweep
+
+SIZE = Size(num_unlabelled=36, num_val=16)
+
+
+def row(overrides: dict[str, Any] | None = None) -> RowPlan:
+    return plan(build_recipe("shapes", "smoke", overrides), "0" * 64, row="row")
+
+
+def sweep(overrides: dict[str, Any] | None = None, stored: Any = ()) -> SweepPlan:
+    return plan_sweep([row(overrides)], stored)
+
+
+def manifest(stage: Stage, seconds: float, **facts: Any) -> dict[str, Any]:
+    count: dict[str, dict[str, Any]] = {
+        "label": {"num_images": 36},
+        "evaluate": {"images_per_s": 16 / seconds, "seconds": seconds},
+    }
+    return {
+        **vars(stage),
+        "stage_seconds": seconds,
+        "num_workers": 1,
+        "device": "cpu",
+        **count.get(stage.kind, {}),
+        **facts,
+    }
+
+
+def history(plan_: RowPlan, **facts: Any) -> list[dict[str, Any]]:
+    """Every stage took a second a step, or a tenth of one an image."""
+    seconds = {"label": 3.6, "evaluate": 1.6}
+    return [manifest(s, seconds.get(s.kind, float(s.steps)), **facts) for s in plan_.stages]
+
+
+def estimates(plan_: SweepPlan, model: CostModel, **options: Any) -> dict[str, Any]:
+    cost = cost_of(plan_, model, lambda stage: SIZE, **options)
+    return {s.name: cost.by_stage[s.fingerprint] for s in plan_.unique.values()}
+
+
+def test_the_same_work_on_other_seeds_is_measured() -> None:
+    found = estimates(sweep({"seed": "7"}), CostModel(history(row()), "cpu"))
+    assert {e.source for e in found.values()} == {"measured"}
+    assert found["distill"].device_s == pytest.approx(8) and found["label-teacher"].device_s == pytest.approx(3.6)
+    assert found["evaluate"].device_s == pytest.approx(1.6)
+
+
+def test_other_lengths_are_measured_by_the_step_and_other_batches_scaled_by_the_image() -> None:
+    model = CostModel(history(row()), "cpu")
+    longer = estimates(sweep({"stages.distill.steps": "80"}), model)["distill"]
+    assert (longer.source, longer.device_s) == ("measured", pytest.approx(80))
+    wider = estimates(sweep({"stages.distill.batch_labelled": "24"}), model)["distill"]  # 24 + 8 instead of 8 + 8
+    # refinement, of the same student, took a second for each 8 images; the median of both is taken
+    assert wider.source == "scaled" and 8 * 32 / 16 <= wider.device_s <= 8 * 32 / 8
+
+
+def test_workers_and_their_start_count_as_device_time() -> None:
+    twice = CostModel(history(row(), num_workers=2, startup_seconds=4.0), "cpu")
+    assert estimates(sweep(), twice)["distill"].device_s == pytest.approx(2 * (8 + 4))
+
+
+def test_other_devices_do_not_count() -> None:
+    model = CostModel(history(row(), device="cuda:0"), "cpu")
+    assert {e.source for e in estimates(sweep(), model, count_flops=False).values()} == {"unknown"}
+    assert estimates(sweep(), CostModel(history(row(), device="cuda:0"), "cuda"))["distill"].source == "measured"
+
+
+def test_without_history_operations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = estimates(sweep(), CostModel([], "cpu"))
+    assert {e.source for e in found.values()} == {"estimated"} and all(e.device_s > 0 for e in found.values())
+    monkeypatch.setitem(ASSUMED_FLOPS, "cpu", ASSUMED_FLOPS["cpu"] * 2)
+    again = estimates(sweep(), CostModel([], "cpu"))
+    assert again["distill"].device_s == pytest.approx(found["distill"].device_s / 2)
+    assert found["pretrain"].device_s > found["refine"].device_s
+
+
+def test_a_model_that_cannot_be_built_here_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost_module._forward_flops.cache_clear()
+    monkeypatch.setattr("cast_ray.models.segmenter.outline", Mock(side_effect=OSError("no hub")))
+    found = estimates(sweep(), CostModel([], "cpu"))
+    cost_module._forward_flops.cache_clear()
+    assert {e.source for e in found.values()} == {"unknown"} and all(e.device_s == 0 for e in found.values())
+
+
+def test_a_plan_adds_up() -> None:
+    rows = [row(), row({"loss.lambda_semi": "0", "loss.lambda_pxl": "0"})]
+    stored = [rows[0].roles["pretrain"].fingerprint]
+    whole = plan_sweep(rows, stored)
+    cost = cost_of(whole, CostModel(history(rows[0]) + history(rows[1]), "cpu"), lambda stage: SIZE)
+    by_hand = {s.fingerprint: cost.by_stage[s.fingerprint].device_s for r in rows for s in r.stages}
+    assert cost.to_run_h * 3600 == pytest.approx(sum(s for f, s in by_hand.items() if f not in stored))
+    alone = sum(by_hand[f] for r in rows for f in {s.fingerprint for s in r.stages})
+    assert cost.from_scratch_h * 3600 == pytest.approx(alone)
+    assert sum(cost.sources.values()) == len(whole.to_run)
