@@ -12,6 +12,7 @@ from cast_ray.report.statistics import NUM_REPLICATES
 NEAR_ZERO_AP = 1.0
 MAX_NAMED = 8
 SEED_FIELDS = {"split_seed": "label split", "init_seed": "initial weights", "order_seed": "order of images"}
+"""Recipe fields by which a part of the randomness stays the same for all seeds, and what they fix."""
 
 
 def context_of(results: Sequence[Result]) -> dict[str, str]:
@@ -27,7 +28,8 @@ def context_of(results: Sequence[Result]) -> dict[str, str]:
         context["code"] = ", ".join(sorted(versions))
     if recipe := next((r["recipe"] for r in results if r.get("recipe")), None):
         context["recipe"] = f"preset {recipe.get('preset')}, scale {recipe.get('scale')}"
-        fixed = [f"{what} {recipe[key]}" for key, what in SEED_FIELDS.items() if recipe.get(key) is not None]
+        own = {**(recipe.get("data") or {}), **recipe}
+        fixed = [f"{what} {own[key]}" for key, what in SEED_FIELDS.items() if own.get(key) is not None]
         if fixed:
             context["fixed seeds"] = ", ".join(fixed)
     if with_data := [r for r in results if r.get("dataset")]:

@@ -146,18 +146,13 @@ def read_results(run_dir: str | Path, may_be_empty: bool = False) -> list[Result
         missing = [key for key in ("table", "row", "seed", "status") if key not in result]
         if missing:
             raise ValueError(f"{path}: not a result: no {', '.join(missing)}")
-        results.append(result | {"metrics": _flat_metrics(result), "folder": str(path.parent)})
+        results.append(result | {"metrics": _with_diagnostics(result), "folder": str(path.parent)})
     return sorted(results, key=lambda r: (r.get("started") or "", r["seed"]))
 
 
-def _flat_metrics(result: dict[str, Any]) -> dict[str, Any]:
-    """Metrics with per-class ones as `student/per_class/<name>` and the last diagnostics as `distill/margin`."""
-    metrics: dict[str, Any] = {}
-    for name, value in (result.get("metrics") or {}).items():
-        if isinstance(value, dict):
-            metrics |= {f"{name}/{key}": each for key, each in value.items()}
-        else:
-            metrics[name] = value
+def _with_diagnostics(result: dict[str, Any]) -> dict[str, Any]:
+    """Metrics, with the last diagnostics of each stage among them as `distill/margin`."""
+    metrics = dict(result.get("metrics") or {})
     for stage, points in (result.get("diagnostics") or {}).items():
         for point in reversed(points):  # not each point has each key: FNR needs labelled pixels among the anchors
             for key, value in point.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from cast_ray.report.tables import (
     stage_grid,
 )
 
+AUDIT = "cast_ray.report.pseudo_labels"
 MAX_DETAILS = 200
 """Results whose recipe a page spells out; of more, the files say it."""
 
@@ -65,11 +67,9 @@ def learning_section(report: Report, folder: Path) -> Section | None:
 
 def audit_section(report: Report, folder: Path) -> Section | None:
     """How good the pseudo-labels were against the hidden ground truth, where results hold the audit."""
-    if importlib.util.find_spec("cast_ray.report.pseudo_labels") is None:
+    if importlib.util.find_spec(AUDIT) is None:
         return None
-    from cast_ray.report import pseudo_labels
-
-    return pseudo_labels.audit_section(report, folder)
+    return importlib.import_module(AUDIT).audit_section(report, folder)
 
 
 def samples_section(report: Report, folder: Path) -> Section | None:

@@ -56,6 +56,7 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[
     store = context.store
     stages: list[dict[str, Any]] = []
     metrics: dict[str, float] = {}
+    evaluations: dict[str, str] = {}
     curves: dict[str, Any] = {}
     diagnostics: dict[str, Any] = {}
     device_seconds = 0.0
@@ -76,7 +77,14 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[
                 "steps": stage.steps,
                 **{
                     k: facts.get(k)
-                    for k in ("seconds", "stage_seconds", "startup_seconds", "images_per_s", "resumed_at_step")
+                    for k in (
+                        "seconds",
+                        "stage_seconds",
+                        "startup_seconds",
+                        "images_per_s",
+                        "resumed_at_step",
+                        "num_workers",
+                    )
                 },
             }
         )
@@ -86,7 +94,8 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[
     for role, stage in row.roles.items():
         if stage.kind == "evaluate" and stage.fingerprint in facts_of:
             measured = store.read_json(stage.key, "metrics.json")
-            metrics |= {f"{role}/{k}": v for k, v in measured.items() if isinstance(v, (int, float))}
+            metrics |= {f"{role}/{k}": v for k, v in _numbers(measured).items()}
+            evaluations[role] = stage.fingerprint
     last = facts_of.get(row.roles["distill"].fingerprint, {})
     return {
         "table": context.table,
@@ -100,9 +109,21 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[
         "dataset": context.dataset | {k: last.get(k) for k in ("num_labelled", "num_unlabelled")},
         "stages": stages,
         "metrics": metrics,
+        "evaluations": evaluations,
         "curves": curves,
         "diagnostics": diagnostics,
     }
+
+
+def _numbers(measured: dict[str, Any]) -> dict[str, float]:
+    """The numbers of an evaluation, those of a class as `per_class/<name>`."""
+    flat = {
+        f"{group}/{name}": value
+        for group, values in measured.items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+    }
+    return {k: v for k, v in {**measured, **flat}.items() if isinstance(v, int | float)}
 
 
 def result_from_store(context: SweepContext, row: RowPlan) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from cast_ray.runtime.streams import configure_data, picture_dataset, pictures, 
 from cast_ray.runtime.workers import Segment
 from cast_ray.stages.evaluate import coco_results
 from cast_ray.stages.graph import Stage, artifact_key
-from cast_ray.stages.train import train_config, train_stage
+from cast_ray.stages.train import order_seed, train_config, train_stage
 
 POST_EVERY_S = 1.0
 
@@ -85,7 +85,7 @@ def _train(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
         batch_unlabelled=config.batch_unlabelled if stage.config["unlabelled"] else 0,
         steps=config.steps,
         start_step=resume.step if resume else 0,
-        seed=stage.config["seed"],
+        seed=order_seed(stage),
         rank=world.rank,
         world_size=world.size,
         strong=bool(contrastive),

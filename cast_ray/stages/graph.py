@@ -166,6 +166,9 @@ class _Planner:
             "contrastive": recipe.contrastive.model_dump() if pxl > 0 else None,
             "seed": recipe.seed if seed is None else seed,
         }
+        if seed is None:  # only where they differ, so that naming the default changes no fingerprint
+            own = {"init_seed": recipe.init_seed, "order_seed": recipe.order_seed}
+            config |= {name: value for name, value in own.items() if value not in (None, recipe.seed)}
         return self._add(name, "train", config, {"init": init, "labels": labels}, train.steps)
 
     def label(self, name: str, teacher: Stage) -> Stage:

@@ -24,6 +24,11 @@ def train_config(stage: Stage, checkpoint_every_steps: int) -> TrainConfig:
     return TrainConfig(**part, checkpoint_every_steps=checkpoint_every_steps)
 
 
+def order_seed(stage: Stage) -> int:
+    """Seed of the order of a train stage's images, of their views and of the points its losses sample."""
+    return stage.config.get("order_seed", stage.config["seed"])
+
+
 def train_stage(
     stage: Stage,
     *,
@@ -49,9 +54,9 @@ def train_stage(
         The trained segmenter (averaged weights) and the curves.
     """
     config = stage.config
-    seed = config["seed"]
-    torch.manual_seed(seed)
-    segmenter = build_segmenter(ModelConfig(**config["model"]), num_classes, seed)
+    init_seed = config.get("init_seed", config["seed"])
+    torch.manual_seed(init_seed)
+    segmenter = build_segmenter(ModelConfig(**config["model"]), num_classes, init_seed)
     if initial_weights is not None:
         try:
             segmenter.load_state_dict(initial_weights)
@@ -67,7 +72,7 @@ def train_stage(
         batches,
         train_config(stage, checkpoint_every_steps),
         fingerprint=stage.fingerprint,
-        seed=seed,
+        seed=order_seed(stage),
         world=world,
         amp=amp,
         resume=resume,

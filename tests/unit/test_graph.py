@@ -143,6 +143,8 @@ def test_a_sweep_counts_shared_and_stored_steps(losses: dict[str, RowPlan]) -> N
 # Recipe field -> another value, and stages of sup+semi+pxl whose artifacts it changes first (children follow).
 RESULT_FIELDS = {
     "seed": ("1", {"adapt", "label-adapted", "selftrain", "label-teacher", "distill", "refine"}),
+    "init_seed": ("1", {"adapt", "selftrain", "distill", "refine"}),
+    "order_seed": ("1", {"adapt", "selftrain", "distill", "refine"}),
     "data.label_fraction": ("0.5", {"adapt", "label-adapted", "selftrain", "label-teacher", "distill", "refine"}),
     "data.num_unlabelled": ("9", {"label-adapted", "selftrain", "distill"}),
     "data.image_px": ("[32, 32]", {"pretrain", "adapt", "distill", "zero_shot"}),
@@ -176,6 +178,8 @@ RESULT_FIELDS = {
 # theta_T0 stands for a foundation model: one for all seeds and fractions.
 UNTOUCHED = {
     "seed": {"pretrain", "zero_shot"},
+    "init_seed": {"pretrain", "zero_shot"},
+    "order_seed": {"pretrain", "zero_shot"},
     "data.label_fraction": {"pretrain", "zero_shot"},
     "data.num_unlabelled": {"pretrain", "adapt", "zero_shot"},
     "teacher.hidden_dim": set(),
@@ -226,6 +230,10 @@ def test_where_and_how_it_runs_changes_nothing(key: str, value: str | None) -> N
     before, after = make(), make({key: value})
     assert before.recipe != after.recipe
     assert not changed(before, after)
+
+
+def test_naming_the_default_seed_changes_nothing() -> None:
+    assert prints(make({"seed": "3", "init_seed": "3", "order_seed": "3"})) == prints(make({"seed": "3"}))
 
 
 def test_the_dataset_is_in_every_fingerprint() -> None:
