@@ -38,12 +38,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Difference:
-    """A row minus the baseline row in one metric, paired by seed and image. `paper`: the published difference.
+    """A row minus another one in one metric, paired by seed and image. `paper`: the published difference.
 
     same_artifact: both rows were measured on the very same models (a shared stage), so that nothing differs.
     """
 
     row: str
+    against: str
     metric: str
     mean: float
     interval: Interval | None
@@ -142,6 +143,9 @@ class Report:
     """Shown in the main table, in this order."""
     rows: tuple[RowSummary, ...]
     differences: tuple[Difference, ...]
+    """To the baseline, in every metric that is compared."""
+    pairs: tuple[Difference, ...]
+    """Of every two rows in the ranking metric; none in a large table."""
     failures: tuple[Failure, ...]
     stages: tuple[StageSummary, ...]
     steps: Compute

@@ -283,4 +283,6 @@ def _is_finite(value: Any) -> bool:
 
 def _figure(name: str, caption: str, panels: Sequence[Panel | None]) -> Figure | None:
     there = tuple(panel for panel in panels if panel is not None)
+    if any(series.low and panel.x_label == "step" for panel in there for series in panel.series):
+        caption += "; line: mean over seeds, band: lowest to highest"
     return Figure(name, caption, there) if there else None

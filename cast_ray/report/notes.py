@@ -130,7 +130,7 @@ def _seed_notes(report: Report) -> list[str]:
     }
     methods = " or ".join(text for way, text in how.items() if way in ways)
     note = f"Up to {most} seeds per row: mean ± standard deviation over seeds; differences are paired by seed"
-    note += f", with 95 % intervals ({methods}), each by itself." if methods else "."
+    note += f", with 95 % intervals ({methods}), not corrected for the number of rows." if methods else "."
     return [note] + ([f"* a single run, whose seed noise is unknown: {_named(singles)}."] if singles else [])
 
 

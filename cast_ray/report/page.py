@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,10 +61,11 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    places = itertools.count()
     environment.filters["signs"] = lambda text: MINUS.sub("−", text)
     environment.globals |= {
         "kind_of": lambda block: type(block).__name__.lower(),
-        "draw_svg": lambda panel: Markup(draw_svg(panel)),
+        "draw_svg": lambda panel: Markup(draw_svg(panel, next(places))),
         "legend_of": legend_of,
         "legend_mark": _legend_mark,
         "data_uri": _data_uri,

@@ -83,7 +83,9 @@ def draws_line(series: Series) -> bool:
 
 def legend_of(figure: Figure) -> list[Series]:
     """One series of each name, in the order they appear; none where a single name says nothing."""
-    named = {s.name: s for panel in figure.panels if panel.kind != "bars" for s in panel.series}
+    series = [s for panel in figure.panels if panel.kind != "bars" for s in panel.series]
+    named = {s.name: s for s in sorted(series, key=lambda s: not s.has_markers)}  # plain lines come last and stay
+    named = {s.name: named[s.name] for s in series}
     return list(named.values()) if len(named) > 1 else []
 
 
@@ -112,9 +114,13 @@ def draw_png(figure: Figure, path: Path) -> None:
     canvas.savefig(path, dpi=110)
 
 
-def draw_svg(panel: Panel) -> str:
-    """One panel as an `<svg>` element in the colours of the page, with a title for those who do not see it."""
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": panel.title + panel.x_label}):
+def draw_svg(panel: Panel, place: int = 0) -> str:
+    """One panel as an `<svg>` element in the colours of the page, with a label for those who do not see it.
+
+    Args:
+        place: of the panel on its page: no two elements of a page may have one id.
+    """
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"panel {place}"}):
         canvas = Canvas(figsize=(PANEL_INCHES[0], _height(panel)), layout="constrained")
         FigureCanvasSVG(canvas)
         _draw_panel(canvas.subplots(), panel, PAGE)
@@ -124,6 +130,7 @@ def draw_svg(panel: Panel) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r"[ \t]*\n[ \t]*", "\n", text)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # figure_1, axes_1, ...: the same in every panel
     title = f'<svg role="img" aria-label="{escape(panel.title)}"'
     return STAND_IN.sub(lambda m: f"var({_VARIABLE_OF[int(m[1], 16)]})", text.replace("<svg", title, 1))
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from cast_ray.report.overlays import CONTACT_SHEET
 from cast_ray.report.picture import draw_samples
-from cast_ray.report.run_folder import RESULT, write_atomically, write_plan
+from cast_ray.report.run_folder import RESULT, matches_file, write_atomically, write_plan
 from cast_ray.report.samples import SAMPLES, row_samples
 from cast_ray.report.tables import print_report
 from cast_ray.report.write import Written, write_report
@@ -47,7 +47,7 @@ def publish(sweep: Sweep, table: Table, out: Path, console: Console) -> int:
 
 
 def publish_row(context: SweepContext, row: RowPlan, out: Path, with_samples: bool = True) -> bool:
-    """Copies a row's result into `out`, draws its worst and best images; False unless it is done."""
+    """Copies a row's result and per-image data into `out`, draws its worst and best images; False unless it is done."""
     result = read_result(context, row)
     if result is None:
         return False
@@ -55,6 +55,10 @@ def publish_row(context: SweepContext, row: RowPlan, out: Path, with_samples: bo
     write_atomically(folder / RESULT, json.dumps(result, indent=1))
     if result["status"] != "done":
         return False
+    for role, stage in row.roles.items():
+        matches = context.store.find_bytes(f"artifacts/{stage.key}/matches.npz") if stage.kind == "evaluate" else None
+        if matches is not None:
+            write_atomically(folder / matches_file(role), matches)
     if with_samples and (samples := row_samples(context, row)) is not None:
         write_atomically(folder / SAMPLES, samples)
     return True

@@ -6,6 +6,7 @@ Ray, after the cluster is gone.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,8 @@ from cast_ray.report.statistics import Resampling, cell_of, value_of
 from cast_ray.stages.table import Table, load_table
 
 MAIN_METRICS = tuple(f"{role}/{ap}" for role in ("teacher", "student", "refined") for ap in ("mask_ap", "ap50"))
+
+MAX_PAIRED_ROWS = 8
 
 
 def summarise_run(run: Run) -> list[Report]:
@@ -93,6 +96,12 @@ def summarise(
     )
     others = [row for row in order if row != baseline]
     differences = [d for m in compared for row in others if (d := _difference(row, baseline, m, done, resampling))]
+    finished = [row for row in order if done[row]]
+    pairs = [
+        d
+        for row, against in itertools.permutations(finished if 2 < len(finished) <= MAX_PAIRED_ROWS else [], 2)
+        if (d := _difference(row, against, metric, done, resampling))
+    ]
     stages = _unique_stages(results)
     report = Report(
         table=names[0],
@@ -101,7 +110,8 @@ def summarise(
         baseline=baseline,
         metrics=metrics,
         rows=rows,
-        differences=tuple(replace(d, paper=_paper_difference(d, baseline, paper)) for d in differences),
+        differences=tuple(replace(d, paper=_paper_difference(d, paper)) for d in differences),
+        pairs=tuple(pairs),
         failures=tuple(
             Failure(r["row"], r["seed"], _one_line(r.get("error")), r.get("log"))
             for r in results
@@ -158,10 +168,10 @@ def _summarise_row(
 
 
 def _difference(
-    row: str, baseline: str, metric: str, done: Mapping[str, Mapping[int, Result]], resampling: Resampling
+    row: str, against: str, metric: str, done: Mapping[str, Mapping[int, Result]], resampling: Resampling
 ) -> Difference | None:
     ours = {seed: r for seed, r in done[row].items() if value_of(r, metric) is not None}
-    theirs = {seed: r for seed, r in done.get(baseline, {}).items() if value_of(r, metric) is not None}
+    theirs = {seed: r for seed, r in done.get(against, {}).items() if value_of(r, metric) is not None}
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return None
@@ -171,7 +181,7 @@ def _difference(
     interval = None
     if not same:
         interval = resampling.difference({s: ours[s] for s in seeds}, {s: theirs[s] for s in seeds}, metric)
-    return Difference(row, metric, statistics.fmean(pairs), interval, len(pairs), same_artifact=same)
+    return Difference(row, against, metric, statistics.fmean(pairs), interval, len(pairs), same_artifact=same)
 
 
 def _evaluated(result: Result, metric: str) -> str | None:
@@ -179,11 +189,11 @@ def _evaluated(result: Result, metric: str) -> str | None:
     return (result.get("evaluations") or {}).get(split_metric(metric)[0])
 
 
-def _paper_difference(difference: Difference, baseline: str, paper: Mapping[str, Mapping[str, float]]) -> float | None:
+def _paper_difference(difference: Difference, paper: Mapping[str, Mapping[str, float]]) -> float | None:
     values = paper.get(difference.metric, {})
-    if difference.row not in values or baseline not in values:
+    if difference.row not in values or difference.against not in values:
         return None
-    return values[difference.row] - values[baseline]
+    return values[difference.row] - values[difference.against]
 
 
 def _unique_stages(results: Sequence[Result]) -> tuple[StageSummary, ...]:

@@ -23,6 +23,11 @@ PLAN = "sweep.json"
 RESULT = "result.json"
 
 
+def matches_file(role: str) -> str:
+    """Name of the per-image data of one of a row's models, beside its result."""
+    return f"matches-{role}.npz"
+
+
 @dataclass(frozen=True)
 class RunPlan:
     """What a sweep was asked for. results_uri: folder in the store that a row's result appears in when it ends."""
@@ -104,7 +109,7 @@ def read_plan(run_dir: str | Path) -> RunPlan:
         content = json.loads(path.read_text())
         expected = tuple((str(table), str(row), int(seed)) for table, row, seed in content["expected"])
         tables = tuple(table for spec in content["tables"] if (table := _table_of(spec)) is not None)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the plan of a sweep: {error}") from None
     return RunPlan(tables, expected, content.get("results_uri", ""))
 
@@ -112,7 +117,7 @@ def read_plan(run_dir: str | Path) -> RunPlan:
 def _table_of(spec: dict[str, Any]) -> Table | None:
     # as it was written: a grid is expanded already, and rows of 10,000 recipes need no second look
     missing = Table.model_fields.keys() - spec.keys()
-    return None if missing else Table.model_construct(**spec)
+    return None if missing else Table.model_construct(**spec | {"seeds": tuple(spec["seeds"])})
 
 
 def read_run(run_dir: str | Path) -> Run:

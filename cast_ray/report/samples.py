@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,17 +127,26 @@ def _draw(context: SweepContext, row: RowPlan, student: Stage, teacher: Stage | 
 def _detections(store: ArtifactStore, evaluation: Stage, classes: ClassMap) -> dict[Any, list[dict[str, Any]]]:
     """Image id -> what a model found there above the score that is shown."""
     found: dict[Any, list[dict[str, Any]]] = {}
-    for rank in range(store.manifest(evaluation.key).get("num_workers") or 1):
-        for each in store.read_json(evaluation.key, f"results-{rank:03d}.json"):
-            if each["score"] > MIN_SCORE:
-                instance = {
-                    "rle": each["segmentation"]["counts"],
-                    "size": each["segmentation"]["size"],
-                    "label": classes.label(each["category_id"]),
-                    "score": each["score"],
-                }
-                found.setdefault(each["image_id"], []).append(instance)
+    for each in _results(store, evaluation):
+        if each["score"] > MIN_SCORE:
+            instance = {
+                "rle": each["segmentation"]["counts"],
+                "size": each["segmentation"]["size"],
+                "label": classes.label(each["category_id"]),
+                "score": each["score"],
+            }
+            found.setdefault(each["image_id"], []).append(instance)
     return found
+
+
+def _results(store: ArtifactStore, evaluation: Stage) -> Iterator[dict[str, Any]]:
+    """COCO results of an evaluation: one document, or one of each of its workers."""
+    document = store.find_bytes(f"artifacts/{evaluation.key}/results.json")
+    if document is not None:
+        yield from json.loads(document)
+        return
+    for rank in range(store.manifest(evaluation.key)["num_workers"]):
+        yield from store.read_json(evaluation.key, f"results-{rank:03d}.json")
 
 
 def _truth(record: Mapping[str, Any], classes: ClassMap) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from cast_ray.report.tables import (
     main_grid,
     measures_grid,
     other_grid,
+    pairs_grid,
     results_grid,
     stage_grid,
 )
@@ -46,7 +47,7 @@ def comparison_section(report: Report, folder: Path) -> Section | None:
     """Every AP against the baseline, the ranking one first and drawn."""
     metrics = dict.fromkeys([report.metric, *(d.metric for d in report.differences)])
     grids = [comparison_grid(report, metric) for metric in metrics]
-    return section(f"Against {report.baseline}", [comparison(report), *grids])
+    return section(f"Against {report.baseline}", [comparison(report), *grids, pairs_grid(report)])
 
 
 def axis_section(report: Report, folder: Path) -> Section | None:

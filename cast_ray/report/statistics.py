@@ -20,6 +20,7 @@ from scipy import stats
 
 from cast_ray.report.content import Cell, Interval, Result
 from cast_ray.report.metrics import split_metric
+from cast_ray.report.run_folder import matches_file
 
 NUM_REPLICATES = 1000
 LEVEL = 0.95
@@ -161,7 +162,7 @@ class Resampling:
             return None
         # the final model is the refined student where there is one
         for name in (role, "refined", "student") if role == "final" else (role,):
-            path = Path(result["folder"]) / f"matches-{name}.npz"
+            path = Path(result["folder"]) / matches_file(name)
             if path not in self.loaded:
                 self.loaded[path] = self._load(path)
             if self.loaded[path] is not None:

@@ -79,6 +79,25 @@ def comparison_grid(report: Report, metric: str) -> Grid | None:
     return Grid(caption, tuple(columns), tuple(body), tuple(row.name for row in report.rows), tuple(marks))
 
 
+def pairs_grid(report: Report) -> Grid | None:
+    """Every row against every other in the ranking metric, with intervals."""
+    if not report.pairs:
+        return None
+    by_pair = {(d.row, d.against): d for d in report.pairs}
+    names = list(dict.fromkeys(d.row for d in report.pairs))
+
+    def cell(row: str, against: str) -> str:
+        difference = by_pair.get((row, against))
+        interval = interval_text(difference)
+        if difference is None:
+            return ""
+        return format_signed(report.metric, difference.mean) + (f" ({interval})" if interval else "")
+
+    columns = (Column("row", False), *(Column(f"against {name}", False) for name in names))
+    body = tuple((row, *(cell(row, against) for against in names)) for row in names)
+    return Grid(f"{label_of(report.metric)}: every row against every other", columns, body, tuple(names))
+
+
 def verdict_of(difference: Difference | None) -> str:
     """`better`, `worse` or `noise`: what an interval lets one say; empty where there is none."""
     if difference is None or difference.interval is None:

@@ -75,16 +75,10 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[
                 "artifact": store.artifact(stage.key),
                 "reused": stage.fingerprint not in ran,
                 "steps": stage.steps,
+                "num_workers": facts["num_workers"],
                 **{
                     k: facts.get(k)
-                    for k in (
-                        "seconds",
-                        "stage_seconds",
-                        "startup_seconds",
-                        "images_per_s",
-                        "resumed_at_step",
-                        "num_workers",
-                    )
+                    for k in ("seconds", "stage_seconds", "startup_seconds", "images_per_s", "resumed_at_step")
                 },
             }
         )
