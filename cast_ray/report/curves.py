@@ -18,6 +18,8 @@ MAX_ROWS = 12
 """More lines than that cannot be told apart."""
 MAX_POINTS = 200
 MAX_INTERVALS = 40
+MAX_CLASSES = 25
+"""Of more, those with most objects are drawn."""
 NOT_AN_AXIS = ("seed", "preset", "scale", "runtime", "split_seed", "init_seed", "order_seed")
 
 
@@ -87,6 +89,54 @@ def compute_bars(report: Report) -> Figure | None:
             series = Series(title, tuple(values), tuple(values.values()))
             panels.append(Panel(title, "", (series,), kind="bars", names=tuple(values)))
     return _figure("compute", "Compute with and without sharing", panels)
+
+
+def audit_curves(report: Report) -> Figure | None:
+    """How far the scores of pseudo-labels can be trusted, and their precision and recall by class."""
+    audits = _last_audits(report)
+    if not audits:
+        return None
+    lines = [Series("as sure as right", (0.0, 1.0), (0.0, 1.0), colour="shared", is_dashed=True)]
+    panels: list[Panel] = []
+    for i, (rows, audit) in enumerate(audits.items()):
+        points = audit["calibration"]
+        known = [(s, p) for s, p in zip(points["score"], points["precision"]) if s is not None and p is not None]
+        if known:
+            x, y = zip(*known)
+            lines.append(Series(rows, x, y, colour=i, has_markers=True))
+    panels.append(Panel("reliability of pseudo-labels", "score", tuple(lines), y_label="share that is right"))
+    counts: dict[str, int] = {}
+    for audit in audits.values():
+        for name, numbers in audit["per_class"].items():
+            counts[name] = max(counts.get(name, 0), numbers["num_objects"])
+    names = tuple(sorted(counts, key=lambda name: -counts[name])[:MAX_CLASSES])
+    for key in ("precision", "recall"):
+        series = []
+        for i, (rows, audit) in enumerate(audits.items()):
+            values = {n: audit["per_class"][n][key] for n in names if n in audit["per_class"]}
+            there = {name: value for name, value in values.items() if value is not None}
+            if there:
+                series.append(Series(rows, tuple(there), tuple(there.values()), colour=i, has_markers=True))
+        if series:
+            panels.append(Panel(f"{key} by class (%)", "", tuple(series), kind="intervals", names=names))
+    return _figure("pseudo_labels", "Pseudo-labels against the hidden ground truth", panels)
+
+
+def _last_audits(report: Report) -> dict[str, dict[str, Any]]:
+    """Rows that share it -> audit of each row's last labelling stage, of its first seed."""
+    shared: dict[Any, tuple[dict[str, None], dict[str, Any]]] = {}
+    seen: set[str] = set()
+    for i, result in enumerate(report.results):
+        audits = result.get("pseudo_labels") or {}
+        if not audits or result["row"] in seen:
+            continue
+        seen.add(result["row"])
+        name = list(audits)[-1]
+        prints = [s["fingerprint"] for s in result.get("stages") or [] if s["name"] == name]
+        rows, _ = shared.setdefault(prints[0] if prints else i, ({}, audits[name]))
+        rows[result["row"]] = None
+    chosen = list(shared.values())[:MAX_ROWS]
+    return {" & ".join(rows) if len(rows) < 3 else SHARED: audit for rows, audit in chosen}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from cast_ray.report.blocks import Block, Figure, Grid, Picture, Samples, Section, Words
 from cast_ray.report.content import Difference, Report
-from cast_ray.report.metrics import format_signed, format_value, label_of
+from cast_ray.report.metrics import format_signed, format_value, label_of, split_metric
 
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -103,10 +103,11 @@ def latex_page(reports: Sequence[Report]) -> str:
 
 
 def _latex_table(report: Report) -> str:
-    with_paper = [m for m in report.metrics if any(m in row.paper for row in report.rows)]
+    metrics = [m for m in report.metrics if m == report.metric or not split_metric(m)[1].startswith("ap")]
+    with_paper = [m for m in metrics if any(m in row.paper for row in report.rows)]
     differences = report.differences_in(report.metric)
     head, align = ["", "seeds"], "lr"
-    for metric in report.metrics:
+    for metric in metrics:
         head += [_latex(label_of(metric)), "paper"] if metric in with_paper else [_latex(label_of(metric))]
         align += "rr" if metric in with_paper else "r"
         if metric == report.metric and differences:
@@ -116,7 +117,7 @@ def _latex_table(report: Report) -> str:
     for row in report.rows:
         done = len(row.seeds_done)
         cells = [_latex(row.name), str(done) if done or not row.num_failed else "failed"]
-        for metric in report.metrics:
+        for metric in metrics:
             cell = row.cells.get(metric)
             spread = rf" \pm {format_value(metric, cell.sd)}" if cell and cell.sd is not None else ""
             cells.append(f"${format_value(metric, cell.mean)}{spread}$" if cell else "--")
@@ -125,11 +126,15 @@ def _latex_table(report: Report) -> str:
             if metric == report.metric and differences:
                 cells += _latex_difference(differences.get(row.name))
         lines.append(" & ".join(cells) + r" \\")
-    caption = " ".join([f"{report.title}.", *(note for note in report.notes if not note.startswith("Compute"))])
+    # a caption says how the numbers were made; what they show is for the text around it
+    told = [note for note in report.notes if note.startswith(("Up to", "*", "The paper"))]
+    left = [f"% {note}" for note in report.notes if note not in told]
+    caption = " ".join([f"{report.title}.", *told])
     return "\n".join(
         [
+            *left,
             r"\begin{table}",
-            r"  \centering",
+            r"  \centering\small",
             rf"  \caption{{{_latex(caption)}}}",
             rf"  \label{{tab:{re.sub('[^a-z0-9-]', '-', report.table.lower())}}}",
             rf"  \begin{{tabular}}{{{align}}}",

@@ -11,6 +11,7 @@ from cast_ray.report.overlays import CONTACT_SHEET
 from cast_ray.report.picture import draw_samples
 from cast_ray.report.run_folder import RESULT, matches_file, write_atomically, write_plan
 from cast_ray.report.samples import SAMPLES, row_samples
+from cast_ray.report.sections import audit_module
 from cast_ray.report.tables import print_report
 from cast_ray.report.write import Written, write_report
 from cast_ray.runtime.results import SweepContext, read_result, row_name
@@ -43,6 +44,7 @@ def publish(sweep: Sweep, table: Table, out: Path, console: Console) -> int:
         if publish_row(context, row, out, with_samples=row.row not in is_drawn):
             is_drawn.add(row.row)
     draw_samples(sweep, out / CONTACT_SHEET)
+    _draw_worst_labels(sweep, out)
     return show(write_report(out), console)
 
 
@@ -62,6 +64,12 @@ def publish_row(context: SweepContext, row: RowPlan, out: Path, with_samples: bo
     if with_samples and (samples := row_samples(context, row)) is not None:
         write_atomically(folder / SAMPLES, samples)
     return True
+
+
+def _draw_worst_labels(sweep: Sweep, out: Path) -> None:
+    audit = audit_module()
+    if audit is not None:
+        any(audit.worst_cases(sweep.context, row, out / audit.WORST_SHEET) for row in reversed(sweep.rows))
 
 
 def show(written: Written, console: Console) -> int:

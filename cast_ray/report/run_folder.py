@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cast_ray.report.content import Result
+from cast_ray.report.metrics import PER_CLASS
 from cast_ray.stages.table import Table, load_table
 
 PLAN = "sweep.json"
@@ -151,13 +152,15 @@ def read_results(run_dir: str | Path, may_be_empty: bool = False) -> list[Result
         missing = [key for key in ("table", "row", "seed", "status") if key not in result]
         if missing:
             raise ValueError(f"{path}: not a result: no {', '.join(missing)}")
-        results.append(result | {"metrics": _with_diagnostics(result), "folder": str(path.parent)})
+        results.append(result | {"metrics": _all_metrics(result), "folder": str(path.parent)})
     return sorted(results, key=lambda r: (r.get("started") or "", r["seed"]))
 
 
-def _with_diagnostics(result: dict[str, Any]) -> dict[str, Any]:
-    """Metrics, with the last diagnostics of each stage among them as `distill/margin`."""
+def _all_metrics(result: dict[str, Any]) -> dict[str, Any]:
+    """Metrics, those of a class as `student/per_class/<name>`, and the last diagnostics as `distill/margin`."""
     metrics = dict(result.get("metrics") or {})
+    for role, values in (result.get("per_class") or {}).items():
+        metrics |= {f"{role}/{PER_CLASS}/{name}": value for name, value in values.items()}
     for stage, points in (result.get("diagnostics") or {}).items():
         for point in reversed(points):  # not each point has each key: FNR needs labelled pixels among the anchors
             for key, value in point.items():

@@ -8,9 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cast_ray.report.blocks import Details, Picture, Section, Words, section
+from cast_ray.report.blocks import Column, Details, Grid, Picture, Section, Words, section
 from cast_ray.report.content import Report, Result
-from cast_ray.report.curves import axis_curves, axis_of, comparison, compute_bars, learning_curves, margin_curves
+from cast_ray.report.curves import (
+    audit_curves,
+    axis_curves,
+    axis_of,
+    comparison,
+    compute_bars,
+    learning_curves,
+    margin_curves,
+)
 from cast_ray.report.metrics import format_value
 from cast_ray.report.notes import failure_text, hardware_text
 from cast_ray.report.overlays import CONTACT_SHEET
@@ -26,7 +34,6 @@ from cast_ray.report.tables import (
     stage_grid,
 )
 
-AUDIT = "cast_ray.report.pseudo_labels"
 MAX_DETAILS = 200
 """Results whose recipe a page spells out; of more, the files say it."""
 
@@ -68,9 +75,38 @@ def learning_section(report: Report, folder: Path) -> Section | None:
 
 def audit_section(report: Report, folder: Path) -> Section | None:
     """How good the pseudo-labels were against the hidden ground truth, where results hold the audit."""
-    if importlib.util.find_spec(AUDIT) is None:
+    audit = audit_module()
+    sheet = folder / audit.WORST_SHEET if audit else None
+    caption = "Unlabelled images with most wrong pseudo-labels, and their hidden ground truth"
+    picture = Picture(caption, sheet) if sheet is not None and sheet.is_file() else None
+    grids = [_audit_grid(report, audit.audit_table, True), _audit_grid(report, audit.coverage_table)] if audit else []
+    return section("Pseudo-labels", [audit_curves(report), *grids, picture])
+
+
+def audit_module() -> Any:
+    """`pseudo_labels`, where this version has it."""
+    name = "cast_ray.report.pseudo_labels"
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+
+
+def _audit_grid(
+    report: Report, table_of: Callable[[Result], tuple[list[str], list[list[str]]]], only_all: bool = False
+) -> Grid | None:
+    """One of the audit's tables for the first seed of each row; `only_all`: without its lines by size and class."""
+    firsts: dict[str, Result] = {}
+    for result in report.results:
+        if result.get("pseudo_labels"):
+            firsts.setdefault(result["row"], result)
+    if not firsts:
         return None
-    return importlib.import_module(AUDIT).audit_section(report, folder)
+    head: list[str] = []
+    lines: dict[tuple[str, ...], None] = {}
+    for row, result in firsts.items():
+        head, body = table_of(result)
+        lines |= {(row, str(result["seed"]), *line): None for line in body if not only_all or line[1] == "all"}
+    columns = (Column("row", False), Column("seed"), *(Column(n, n not in ("labels of", "group")) for n in head))
+    caption = "Pseudo-labels, percent" if only_all else "What pseudo-labels cover, percent"
+    return Grid(caption, columns, tuple(lines), tuple(line[0] for line in lines))
 
 
 def samples_section(report: Report, folder: Path) -> Section | None:

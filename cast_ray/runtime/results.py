@@ -88,7 +88,7 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[
     for role, stage in row.roles.items():
         if stage.kind == "evaluate" and stage.fingerprint in facts_of:
             measured = store.read_json(stage.key, "metrics.json")
-            metrics |= {f"{role}/{k}": v for k, v in _numbers(measured).items()}
+            metrics |= {f"{role}/{k}": v for k, v in measured.items() if isinstance(v, (int, float))}
             evaluations[role] = stage.fingerprint
     last = facts_of.get(row.roles["distill"].fingerprint, {})
     return {
@@ -107,17 +107,6 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[
         "curves": curves,
         "diagnostics": diagnostics,
     }
-
-
-def _numbers(measured: dict[str, Any]) -> dict[str, float]:
-    """The numbers of an evaluation, those of a class as `per_class/<name>`."""
-    flat = {
-        f"{group}/{name}": value
-        for group, values in measured.items()
-        if isinstance(values, dict)
-        for name, value in values.items()
-    }
-    return {k: v for k, v in {**measured, **flat}.items() if isinstance(v, int | float)}
 
 
 def result_from_store(context: SweepContext, row: RowPlan) -> dict[str, Any]:
