@@ -55,7 +55,7 @@ def report(words: list[str], console: Console) -> int:
     parser.add_argument("--every", type=float, default=WATCH_EVERY_S, metavar="S", help="seconds between two looks")
     arguments = parser.parse_args(words)
     if not arguments.watch:
-        return show(write_report(arguments.run_dir), console)
+        return show(write_report(arguments.run_dir, tell=console.print), console)
     written = watch_report(arguments.run_dir, console, every_s=arguments.every)
     return show(written, console) if written else 1
 

@@ -26,6 +26,13 @@ class Grid:
     rows: tuple[str, ...] = ()
     marks: tuple[str, ...] = ()
 
+    def first(self, num_lines: int) -> Grid:
+        """The same table with at most so many lines; one that is cut says so."""
+        if len(self.body) <= num_lines:
+            return self
+        caption = f"{self.caption} (the first {num_lines} of {len(self.body)} lines)"
+        return Grid(caption, self.columns, self.body[:num_lines], self.rows[:num_lines], self.marks[:num_lines])
+
 
 @dataclass(frozen=True)
 class Words:

@@ -198,23 +198,25 @@ def _common_name(rows: Sequence[str]) -> str:
 
 def axis_curves(report: Report, axis: Axis) -> Figure | None:
     """Metrics over the number that rows sweep, with a band of one standard deviation, and the paper's curves."""
-    metrics = [m for m in report.metrics if split_metric(m)[1] == "mask_ap" or not is_ap(m)]
     panels = []
-    if len(axis.lines) == 1:
-        aps = [m for m in metrics if is_ap(m)]
-        (rows,) = axis.lines.values()
-        lines = [_axis_series(report, axis, label_of(m), m, rows, i) for i, m in enumerate(aps)]
-        paper = _paper_series(report, axis, aps, rivals=axis.is_fraction)
-        panels.append(_axis_panel(axis, "mask AP", [*lines, *paper], "AP"))
-        for metric in [m for m in metrics if not is_ap(m)]:
-            series = [_axis_series(report, axis, label_of(metric), metric, rows, 0)]
-            panels.append(_axis_panel(axis, label_of(metric), [*series, *_paper_series(report, axis, [metric])]))
-    else:
-        for metric in metrics:
-            lines = [_axis_series(report, axis, n, metric, rows, i) for i, (n, rows) in enumerate(axis.lines.items())]
-            paper = _paper_series(report, axis, [metric], rivals=axis.is_fraction and metric == report.metric)
-            panels.append(_axis_panel(axis, label_of(metric), [*lines, *paper]))
-    return _figure("axis", f"Along {axis.label}; band: one standard deviation over seeds", panels)
+    for metric in report.metrics:
+        if is_ap(metric) and split_metric(metric)[1] != "mask_ap":
+            continue
+        lines = [
+            _axis_series(report, axis, name or "measured", metric, rows, i)
+            for i, (name, rows) in enumerate(axis.lines.items())
+        ]
+        there = [line for line in lines if line is not None]
+        if there:
+            with_rivals = axis.is_fraction and metric == report.metric
+            paper = _paper_series(report, axis, metric, len(axis.lines) if with_rivals else None)
+            xs = [x for line in (*there, *paper) for x in line.x]
+            is_log = min(xs) > 0 and max(xs) / min(xs) >= 20
+            panels.append(Panel(label_of(metric), axis.label, (*there, *paper), is_log=is_log))
+    caption = f"Along {axis.label}; band: one standard deviation over seeds"
+    if any(series.is_dashed for panel in panels for series in panel.series):
+        caption += f"; dashed: published{f' ({report.paper_dataset})' if report.paper_dataset else ''}"
+    return _figure("axis", caption, panels)
 
 
 def _axis_series(report: Report, axis: Axis, name: str, metric: str, rows: Sequence[str], colour: int) -> Series | None:
@@ -236,24 +238,21 @@ def _axis_series(report: Report, axis: Axis, name: str, metric: str, rows: Seque
     )
 
 
-def _paper_series(report: Report, axis: Axis, metrics: Sequence[str], rivals: bool = False) -> list[Series]:
-    """The paper's curves over the same axis; `rivals`: those of other methods too."""
+def _paper_series(report: Report, axis: Axis, metric: str, first_rival: int | None) -> list[Series]:
+    """The paper's curve over the same axis; `first_rival`: colour from which those of other methods are drawn too."""
     series = []
-    for i, (name, points) in enumerate(report.paper_curves.items()):
-        is_ours = name in metrics
-        if is_ours or (rivals and "/" not in name):
-            x, y = zip(*sorted((axis.scale(x), y) for x, y in points.items()))
-            label = label_of(name) if is_ours else name.replace("_", " ")
-            colour: int = metrics.index(name) if is_ours else len(metrics) + i
-            series.append(Series(f"paper: {label}", x, y, colour=colour, is_dashed=True, has_markers=True))
+    for name, points in report.paper_curves.items():
+        is_rival = "/" not in name  # columns beside a metric of ours are called by it
+        if name != metric and not (is_rival and first_rival is not None):
+            continue
+        x, y = zip(*sorted((axis.scale(x), y) for x, y in points.items()))
+        label = f"paper: {name.replace('_', ' ')}" if is_rival else "paper"
+        colour: int | Literal["paper"] = "paper"
+        if is_rival and first_rival is not None:
+            colour = first_rival
+            first_rival += 1
+        series.append(Series(label, x, y, colour=colour, is_dashed=True, has_markers=True))
     return series
-
-
-def _axis_panel(axis: Axis, title: str, series: Sequence[Series | None], y_label: str = "") -> Panel | None:
-    there = tuple(s for s in series if s is not None)
-    xs = [x for s in there for x in s.x]
-    is_log = bool(xs) and min(xs) > 0 and max(xs) / min(xs) >= 20
-    return Panel(title, axis.label, there, y_label=y_label, is_log=is_log) if there else None
 
 
 def _flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -29,7 +29,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 Dash = Literal["-", "--", ":", ""]
 DASHES: tuple[Dash, ...] = ("-", "--", ":")
 PANEL_INCHES = (4.4, 3.1)
-BAR_INCHES = 0.3
+BAR_INCHES, LINE_INCHES, LETTER_INCHES = 0.3, 0.24, 0.085
 STAND_IN = re.compile("#fe00([0-9a-f]{2})")
 VARIABLES = {"ink": 0xA0, "grid": 0xA1, "paper": 0xA2, "shared": 0xA3}
 
@@ -94,8 +94,13 @@ def draw_png(figure: Figure, path: Path) -> None:
     columns = min(len(figure.panels), 3)
     height = -(-len(figure.panels) // columns)
     legend = legend_of(figure)
+    is_wide = columns == 3  # else the legend stands beside the panels and does not press on them
+    longest = max((len(series.name) for series in legend), default=0)
+    num_columns = max(1, int(PANEL_INCHES[0] * columns / (0.5 + LETTER_INCHES * longest)))
+    below = LINE_INCHES * -(-len(legend) // num_columns) if is_wide else 0.0
+    beside = 0.7 + LETTER_INCHES * longest if legend and not is_wide else 0.0
+    size = (PANEL_INCHES[0] * columns + beside, max(map(_height, figure.panels)) * height + below)
     # The canvas is named, so that no display and no global pyplot state is needed inside a worker or a thread.
-    size = (PANEL_INCHES[0] * columns, max(_height(p) for p in figure.panels) * height + 0.4 * bool(legend))
     canvas = Canvas(figsize=size, layout="constrained")
     FigureCanvasAgg(canvas)
     all_axes = list(canvas.subplots(height, columns, squeeze=False).flat)
@@ -107,8 +112,8 @@ def draw_png(figure: Figure, path: Path) -> None:
         canvas.legend(
             [_handle(series, PRINT) for series in legend],
             [series.name for series in legend],
-            loc="outside lower center",
-            ncols=min(len(legend), 2 * columns if max(len(s.name) for s in legend) < 20 else columns),
+            loc="outside lower center" if is_wide else "outside right upper",
+            ncols=num_columns if is_wide else 1,
             frameon=False,
         )
     canvas.savefig(path, dpi=110)

@@ -45,7 +45,7 @@ def publish(sweep: Sweep, table: Table, out: Path, console: Console) -> int:
             is_drawn.add(row.row)
     draw_samples(sweep, out / CONTACT_SHEET)
     _draw_worst_labels(sweep, out)
-    return show(write_report(out), console)
+    return show(write_report(out, tell=console.print), console)
 
 
 def publish_row(context: SweepContext, row: RowPlan, out: Path, with_samples: bool = True) -> bool:

@@ -34,6 +34,8 @@ from cast_ray.report.tables import (
     stage_grid,
 )
 
+MAX_LINES = 500
+"""Of a table on a page; `report.csv` has all."""
 MAX_DETAILS = 200
 """Results whose recipe a page spells out; of more, the files say it."""
 
@@ -105,7 +107,9 @@ def _audit_grid(
         head, body = table_of(result)
         lines |= {(row, str(result["seed"]), *line): None for line in body if not only_all or line[1] == "all"}
     columns = (Column("row", False), Column("seed"), *(Column(n, n not in ("labels of", "group")) for n in head))
-    caption = "Pseudo-labels, percent" if only_all else "What pseudo-labels cover, percent"
+    caption = "What pseudo-labels cover, percent"
+    if only_all:
+        caption = "Pseudo-labels, percent; errors: duplicate / other class / poor mask / background"
     return Grid(caption, columns, tuple(lines), tuple(line[0] for line in lines))
 
 
@@ -173,8 +177,9 @@ SECTIONS: tuple[Callable[[Report, Path], Section | None], ...] = (
 
 
 def sections_of(report: Report, folder: Path) -> list[Section]:
-    """All sections that have something to say, in the order of the page."""
-    return [made for make in SECTIONS if (made := make(report, folder)) is not None]
+    """All sections that have something to say, in the order of the page; long tables are cut to what one reads."""
+    made = [section for make in SECTIONS if (section := make(report, folder)) is not None]
+    return [Section(s.title, tuple(b.first(MAX_LINES) if isinstance(b, Grid) else b for b in s.blocks)) for s in made]
 
 
 def _facts(result: Result, recipe: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
+import time
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +25,7 @@ from cast_ray.report.run_folder import matches_file
 
 NUM_REPLICATES = 1000
 LEVEL = 0.95
+TELL_EVERY_S = 10.0
 REPLICATES_FILE = "replicates.npz"
 
 
@@ -109,7 +111,20 @@ class Resampling:
     while a sweep runs computes only what is new.
     """
 
-    def __init__(self, run_dir: str | Path | None, num_replicates: int = NUM_REPLICATES):
+    def __init__(
+        self,
+        run_dir: str | Path | None,
+        num_replicates: int = NUM_REPLICATES,
+        tell: Callable[[str], None] = lambda text: None,
+    ):
+        """See the class.
+
+        Args:
+            run_dir: where the draws are kept; None: nowhere.
+            num_replicates: 0: images are not resampled, intervals are over seeds alone.
+            tell: called with a line now and then while many evaluations are resampled.
+        """
+        self.tell, self.told, self.num_new = tell, time.monotonic(), 0
         self.file = Path(run_dir) / REPLICATES_FILE if run_dir is not None else None
         self.num_replicates = num_replicates
         self.replicates: dict[str, np.ndarray] = {}
@@ -158,7 +173,7 @@ class Resampling:
     def _replicates(self, result: Result, metric: str) -> np.ndarray | None:
         """AP [replicates] of one result's model, or None without per-image data (AP only: other metrics have none)."""
         role, measure = split_metric(metric)
-        if measure != "mask_ap" or not result.get("folder"):
+        if measure != "mask_ap" or not result.get("folder") or not self.num_replicates:
             return None
         # the final model is the refined student where there is one
         for name in (role, "refined", "student") if role == "final" else (role,):
@@ -179,6 +194,10 @@ class Resampling:
                 return None
             counts = image_counts(matches.num_images, self.num_replicates)
             self.replicates[key] = np.array([matches.mask_ap(count) for count in counts], np.float32)
+            self.num_new += 1
+            if time.monotonic() - self.told > TELL_EVERY_S:
+                self.told = time.monotonic()
+                self.tell(f"intervals: images of {self.num_new} evaluations resampled so far")
         self.used.add(key)
         return self.replicates[key]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,19 +41,22 @@ class Written:
         return any(report.failures for report in self.reports)
 
 
-def write_report(run_dir: str | Path, refresh_s: int | None = None) -> Written:
+def write_report(
+    run_dir: str | Path, refresh_s: int | None = None, tell: Callable[[str], None] = lambda text: None
+) -> Written:
     """Writes `report.html`, `.md`, `.csv`, `.tex`, `.json` and the figures of a run folder, from its files alone.
 
     Args:
         run_dir: holds `<table>__<row>__s<seed>/result.json` and, where a sweep left them, `sweep.json`, per-image data
             and pictures (see `run_folder`); the report is written into it.
         refresh_s: the page reloads itself every so many seconds while results are missing.
+        tell: called with a line now and then while it takes long.
 
     Raises:
         ValueError: as `read_run`.
     """
     run = read_run(run_dir)
-    reports = summarise_run(run)
+    reports = summarise_run(run, tell)
     sections = [sections_of(report, run.folder) for report in reports]
     _draw_figures(run, reports, sections)
     is_complete = not any(report.num_pending for report in reports)

@@ -15,6 +15,7 @@ from cast_ray.report.content import Report
 from cast_ray.report.curves import (
     MAX_POINTS,
     SHARED,
+    audit_curves,
     axis_curves,
     axis_of,
     comparison,
@@ -111,14 +112,37 @@ def test_label_fractions_have_bands_and_the_papers_curves(tmp_path: Path) -> Non
     axis = axis_of(report)
     assert axis is not None and axis.label == "labelled images (%)"
     figure = axis_curves(report, axis)
-    series = series_of(panels_of(figure)["mask AP"])
-    ours = series["student AP"]
+    series = series_of(panels_of(figure)["student AP"])
+    ours = series["measured"]
     assert ours.x == pytest.approx((2, 4, 8)) and ours.y == pytest.approx((10.5, 20.5, 30.5))
     assert ours.low[0] == pytest.approx(10.5 - 0.5**0.5) and ours.high[0] == pytest.approx(10.5 + 0.5**0.5)
-    paper = series["paper: student AP"]
+    paper = series["paper"]
     assert paper.x == pytest.approx((5, 10, 30)) and paper.y == (29.2, 32.2, 38.5)
-    assert paper.colour == ours.colour and paper.is_dashed
+    assert paper.colour == "paper" and paper.is_dashed
     assert series["paper: guided distillation"].y == (23.0, 30.8, 35.6) and "paper: s4m" in series
+    assert list(series_of(panels_of(figure)["teacher AP"])) == ["measured"]
+
+
+def audit(score: float) -> dict[str, Any]:
+    numbers = {"num_objects": 9, "precision": 100 * score, "recall": None}
+    calibration = {"score": [None, score], "precision": [None, 0.5], "ece": 0.1}
+    return {"per_class": {"disc": numbers, "rare": numbers | {"num_objects": 1}}, "calibration": calibration}
+
+
+def test_audits_of_pseudo_labels_are_drawn_once_for_rows_that_share_them(tmp_path: Path) -> None:
+    results = [result(row, seed) for row in ROWS for seed in range(2)]
+    for r in results[2:]:
+        r["pseudo_labels"] = {"label-adapted": audit(0.1), "label": audit(0.7 if r["row"] != "sup+semi+pxl" else 0.9)}
+        r["stages"][1]["fingerprint"] = "other" if r["row"] == "sup+semi+pxl" else "label"
+    panels = panels_of(audit_curves(report_of(tmp_path, results)))
+    assert list(panels) == ["reliability of pseudo-labels", "precision by class (%)"]
+    lines = series_of(panels["reliability of pseudo-labels"])
+    assert list(lines) == ["as sure as right", "sup+semi & sup+pxl", "sup+semi+pxl"]
+    assert (lines["sup+semi+pxl"].x, lines["sup+semi+pxl"].y) == ((0.9,), (0.5,))
+    precision = panels["precision by class (%)"]
+    assert precision.names == ("disc", "rare")
+    assert series_of(precision)["sup+semi & sup+pxl"].y == pytest.approx((70, 70))
+    assert audit_curves(report_of(tmp_path / "b", [result("sup")])) is None
 
 
 def test_other_differences_between_rows_make_lines(tmp_path: Path) -> None:
@@ -156,8 +180,8 @@ def test_weights_are_an_axis_with_the_papers_margins(tmp_path: Path) -> None:
     axis = axis_of(report)
     assert axis is not None and axis.label == "loss.lambda_pxl"
     panels = panels_of(axis_curves(report, axis))
-    assert series_of(panels["margin"])["paper: margin"].y == (0.55, 0.59, 0.64, 0.69)
-    assert panels["margin"].is_log and "paper: margin" not in series_of(panels["mask AP"])
+    assert series_of(panels["margin"])["paper"].y == (0.55, 0.59, 0.64, 0.69)
+    assert panels["margin"].is_log and "paper" not in series_of(panels["student AP"])
 
 
 def test_the_comparison_keeps_the_order_of_rows_and_shows_the_papers_differences(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 from PIL import Image
 from report_scenes import ROWS, failed, result, save
 
+from cast_ray.report import sections
 from cast_ray.report.overlays import CONTACT_SHEET
 from cast_ray.report.run_folder import write_plan
 from cast_ray.report.samples import SAMPLES
@@ -137,12 +139,29 @@ def save_as(run: Path, results: list[dict[str, Any]]) -> Path:
     return run
 
 
+def test_the_audit_of_pseudo_labels_has_its_tables(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def table(audited: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+        lines = [["label", "all", "44.1"], ["label", "disc", "50.0"]]
+        return ["labels of", "group", "precision"], lines if audited["row"] == "sup+semi" else lines[1:]
+
+    Image.new("RGB", (40, 40)).save(run / "worst.png")
+    module = SimpleNamespace(audit_table=table, coverage_table=table, WORST_SHEET="worst.png")
+    monkeypatch.setattr(sections, "audit_module", lambda: module)
+    audit = {"per_class": {}, "calibration": {"score": [0.5], "precision": [0.4], "ece": 0.1}}
+    save(run, [result(row, seed, pseudo_labels={"label": audit}) for row in ROWS[1:3] for seed in range(2)])
+    text = page_of(run)
+    assert text.count("44.1") == 2 * 2 and text.count(">50.0<") == 2  # whole labels, and what they cover
+    section = text[text.index('id="losses-pseudo-labels"') :]
+    assert "reliability of pseudo-labels" in section and 'alt="Unlabelled images with most wrong' in section
+
+
 def test_a_large_sweep_makes_a_page_of_some_megabytes(tmp_path: Path) -> None:
-    results = [result("sup", ap=10 + i / 50, table="many") | {"row": f"lr {i}"} for i in range(400)]
+    results = [result("sup", ap=10 + i / 50, table="many") | {"row": f"lr {i}"} for i in range(600)]
     text = page_of(save_as(tmp_path, results))
     assert len(text) < 4_000_000
     outline = Outline(text)
-    assert len(outline.of("details")) == 201 and "200 more results" in text
+    assert len(outline.of("details")) == 201 and "400 more results" in text
+    assert "(the first 500 of 600 lines)" in text
 
 
 @pytest.fixture
