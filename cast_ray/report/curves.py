@@ -20,7 +20,7 @@ MAX_POINTS = 200
 MAX_INTERVALS = 40
 MAX_CLASSES = 25
 """Of more, those with most objects are drawn."""
-NOT_AN_AXIS = ("seed", "preset", "scale", "runtime", "split_seed", "init_seed", "order_seed")
+NOT_AN_AXIS = ("preset", "scale", "runtime")
 
 
 def learning_curves(report: Report) -> Figure | None:
@@ -258,7 +258,7 @@ def _paper_series(report: Report, axis: Axis, metric: str, first_rival: int | No
 def _flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in recipe.items():
-        if not prefix and key in NOT_AN_AXIS:
+        if (not prefix and key in NOT_AN_AXIS) or key.endswith("seed"):
             continue
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat
