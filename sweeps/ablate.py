@@ -19,7 +19,7 @@ from rich.console import Console
 
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
 from cast_ray.report.publish import announce, publish, show
-from cast_ray.report.write import WATCH_EVERY_S, watch_report, write_report
+from cast_ray.report.write import WATCH_EVERY_S, rebuild_report, watch_report
 from cast_ray.runtime.sweep import SweepRequest, run_sweep
 from cast_ray.stages.table import load_table, table_names
 
@@ -34,9 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         if words[:1] == ["report"]:
             return report(words[1:], console)
         request, out = _request(_parser().parse_args(words))
-        if not request.dry_run:
-            announce(request, out, console)
-        sweep = run_sweep(request, console)
+        sweep = run_sweep(request, console, on_start=lambda: announce(request, out, console))
         return publish(sweep, request.table, out, console) if sweep else 0
     except ValueError as error:
         errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -55,7 +53,7 @@ def report(words: list[str], console: Console) -> int:
     parser.add_argument("--every", type=float, default=WATCH_EVERY_S, metavar="S", help="seconds between two looks")
     arguments = parser.parse_args(words)
     if not arguments.watch:
-        return show(write_report(arguments.run_dir, tell=console.print), console)
+        return show(rebuild_report(arguments.run_dir, console), console)
     written = watch_report(arguments.run_dir, console, every_s=arguments.every)
     return show(written, console) if written else 1
 

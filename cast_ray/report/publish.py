@@ -25,8 +25,8 @@ def announce(request: SweepRequest, out: Path, console: Console) -> None:
     """Notes in the run folder what a sweep is about to run, so that its report can be watched from the start."""
     expected = [(request.table.name, row, seed) for row, seed in request.recipes]
     write_plan(out, [request.table], expected, ArtifactStore(request.storage).uri("runs", request.name))
-    live = f"python sweeps/ablate.py report {out} --watch"
-    console.print(f"Report: {out / 'report.html'}; live: {live}", soft_wrap=True, highlight=False)
+    console.print(f"  report   {out / 'report.html'}", soft_wrap=True, highlight=False)
+    console.print(f"    live: python sweeps/ablate.py report {out} --watch", soft_wrap=True, highlight=False)
 
 
 def publish(sweep: Sweep, table: Table, out: Path, console: Console) -> int:

@@ -78,6 +78,22 @@ def _draw_figures(run: Run, reports: Sequence[Report], sections: Sequence[Sequen
             draw_png(figure, run.folder / figure_file(report, figure, len(reports)))
 
 
+def rebuild_report(run_dir: str | Path, console: Console) -> Written:
+    """Writes the report of a run folder again; of a sweep that was stopped, with the results that its store has.
+
+    Raises:
+        ValueError: as `read_run`.
+    """
+    run = read_run(run_dir)
+    if run.pending() and run.plan.results_uri:
+        console.print(f"Asking {run.plan.results_uri} for results that are not here yet", soft_wrap=True)
+        try:
+            fetch_results(run_dir)
+        except (OSError, pa.ArrowException) as error:  # the cluster may be gone
+            console.print(f"The sweep's store does not answer, so its results here only: {error}", soft_wrap=True)
+    return write_report(run_dir, tell=console.print)
+
+
 def watch_report(
     run_dir: str | Path, console: Console, stopped: threading.Event | None = None, every_s: float = WATCH_EVERY_S
 ) -> Written | None:
@@ -128,7 +144,7 @@ def _stamps(folder: Path) -> dict[Path, int]:
 
 
 def fetch_results(run_dir: str | Path) -> int:
-    """Copies results that a running sweep has put into its store but not yet into the run folder; returns how many."""
+    """Copies results that a sweep has put into its store but not yet into the run folder; returns how many."""
     plan = read_plan(run_dir)
     if not plan.results_uri:
         return 0

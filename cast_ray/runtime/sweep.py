@@ -7,6 +7,7 @@ import io
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,11 @@ class Sweep:
     rows: tuple[RowPlan, ...]
 
 
-def run_sweep(request: SweepRequest, console: Console) -> Sweep | None:
+def run_sweep(request: SweepRequest, console: Console, on_start: Callable[[], None] = lambda: None) -> Sweep | None:
     """Plans a sweep and runs what is missing; rows that failed say so in their result. None after a dry run.
+
+    Args:
+        on_start: called once the request has turned out to be sound, before anything runs.
 
     Raises:
         ValueError: the user's data, storage or resources do not fit, before any compute is spent.
@@ -65,6 +69,7 @@ def run_sweep(request: SweepRequest, console: Console) -> Sweep | None:
     print_plan(request, sweep, splits, store, console)
     if request.dry_run:
         return None
+    on_start()
     context = _context(request, store, splits)
     _save_dataset(store, splits)
     missing = _rows_without_result(context, sweep)

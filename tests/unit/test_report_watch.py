@@ -13,7 +13,7 @@ from report_scenes import ROWS, result, save
 from rich.console import Console
 
 from cast_ray.report.run_folder import write_atomically, write_plan
-from cast_ray.report.write import fetch_results, watch_report
+from cast_ray.report.write import fetch_results, rebuild_report, watch_report
 from cast_ray.stages.table import load_table
 
 EXPECTED = [("losses", row, 0) for row in ROWS[:2]]
@@ -31,9 +31,9 @@ def test_the_report_follows_results_until_the_last(plan: tuple[Path, Path], wait
     run, store = plan
     output = io.StringIO()
     page = run / "report.html"
-    watching = threading.Thread(
-        target=watch_report, args=(run, Console(file=output, width=200)), kwargs={"every_s": 0.1}
-    )
+    stopped = threading.Event()
+    console = Console(file=output, width=200)
+    watching = threading.Thread(target=watch_report, args=(run, console, stopped, 0.1), daemon=True)
     watching.start()
     wait_until(lambda: page.is_file() and "0 of 2 results" in page.read_text(), "a page before the first result", 60)
     assert 'http-equiv="refresh"' in page.read_text()
@@ -44,7 +44,9 @@ def test_the_report_follows_results_until_the_last(plan: tuple[Path, Path], wait
     wait_until(lambda: "waiting: " in output.getvalue(), "a word on the broken file", 60)
     write_atomically(store / "losses__sup+semi__s0" / "result.json", json.dumps(result("sup+semi")))
     watching.join(60)
-    assert not watching.is_alive()
+    ended_by_itself = not watching.is_alive()
+    stopped.set()
+    assert ended_by_itself
     assert 'http-equiv="refresh"' not in page.read_text() and "15.8" in page.read_text()
     lines = output.getvalue().splitlines()
     assert lines[0].startswith("0 of 2 results: ") and lines[-1].startswith("2 of 2 results: ")
@@ -67,6 +69,17 @@ def test_results_are_fetched_once_and_again_when_they_change(plan: tuple[Path, P
     assert fetch_results(run) == 1
     stored = json.loads((run / "losses__sup__s0" / "result.json").read_text())
     assert stored["metrics"]["student/mask_ap"] == 99.0
+
+
+def test_a_stopped_sweep_is_reported_with_what_its_store_has(plan: tuple[Path, Path]) -> None:
+    run, store = plan
+    save(store, [result("sup")])
+    (report,) = rebuild_report(run, Console(file=io.StringIO())).reports
+    assert (report.num_expected, report.num_pending) == (2, 1)
+    output = io.StringIO()
+    write_plan(run, [load_table("losses")], EXPECTED, str(run / "sweep.json"))
+    (report,) = rebuild_report(run, Console(file=output)).reports
+    assert report.num_pending == 1 and "store does not answer" in output.getvalue()
 
 
 def test_a_folder_without_a_plan_has_no_store_to_ask(tmp_path: Path) -> None:
