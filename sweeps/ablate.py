@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
-from cast_ray.report.publish import announce, publish, show
-from cast_ray.report.write import WATCH_EVERY_S, rebuild_report, watch_report
+from cast_ray.report.publish import announce, publish
+from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.sweep import SweepRequest, run_sweep
 from cast_ray.stages.table import load_table, table_names
 
@@ -27,35 +27,24 @@ EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 
 
 def main(argv: list[str] | None = None) -> int:
-    words = sys.argv[1:] if argv is None else argv
+    argv = sys.argv[1:] if argv is None else argv
     errors = Console(stderr=True)
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:
-        if words[:1] == ["report"]:
-            return report(words[1:], console)
-        request, out = _request(_parser().parse_args(words))
-        sweep = run_sweep(request, console, on_start=lambda: announce(request, out, console))
+        if argv[:1] == ["report"]:
+            from sweeps.report import main as report_command
+
+            return report_command(argv[1:], console)
+        request, out = _request(_parser().parse_args(argv))
+        uri = ArtifactStore(request.storage).uri("runs", request.name)
+        sweep = run_sweep(request, console, lambda: announce(out, request.table, request.recipes, uri, console))
         return publish(sweep, request.table, out, console) if sweep else 0
     except ValueError as error:
         errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        if words[:1] != ["report"]:
-            errors.print("stopped; finished stages are stored, the same command goes on from here")
+        errors.print("stopped; finished stages are stored, the same command goes on from here")
         return EXIT_INTERRUPTED
-
-
-def report(words: list[str], console: Console) -> int:
-    """`ablate.py report RUN_DIR`: writes a run folder's report again; needs no Ray, no store and no table file."""
-    parser = argparse.ArgumentParser(prog="ablate.py report", description="Writes the report of a run folder again.")
-    parser.add_argument("run_dir", help="folder with <table>__<row>__s<seed>/result.json files, such as runs/NAME")
-    parser.add_argument("--watch", action="store_true", help="again whenever a result is new, until all are there")
-    parser.add_argument("--every", type=float, default=WATCH_EVERY_S, metavar="S", help="seconds between two looks")
-    arguments = parser.parse_args(words)
-    if not arguments.watch:
-        return show(rebuild_report(arguments.run_dir, console), console)
-    written = watch_report(arguments.run_dir, console, every_s=arguments.every)
-    return show(written, console) if written else 1
 
 
 def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:

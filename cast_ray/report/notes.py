@@ -11,6 +11,7 @@ from cast_ray.report.statistics import NUM_REPLICATES
 
 NEAR_ZERO_AP = 1.0
 MAX_NAMED = 8
+AP_NAMES = {"coco": "COCO mask AP", "cityscapes": "Cityscapes' instance AP (not comparable with COCO's)"}
 SEED_FIELDS = {"split_seed": "label split", "init_seed": "initial weights", "order_seed": "order of images"}
 """Recipe fields by which a part of the randomness stays the same for all seeds, and what they fix."""
 
@@ -32,11 +33,17 @@ def context_of(results: Sequence[Result]) -> dict[str, str]:
         fixed = [f"{what} {own[key]}" for key, what in SEED_FIELDS.items() if own.get(key) is not None]
         if fixed:
             context["fixed seeds"] = ", ".join(fixed)
+    if kinds := _kinds_of_ap(results):
+        context["AP"] = " and ".join(AP_NAMES.get(kind, kind) for kind in sorted(kinds))
     if with_data := [r for r in results if r.get("dataset")]:
         context["dataset"] = _dataset_text(with_data)
         hashes = dict.fromkeys(str(r["dataset"]["content_hash"]) for r in with_data if r["dataset"].get("content_hash"))
         context["data hash"] = ", ".join(h[:16] for h in hashes)
     return {key: text for key, text in context.items() if text}
+
+
+def _kinds_of_ap(results: Sequence[Result]) -> set[str]:
+    return {str((r.get("recipe") or {}).get("evaluation", {}).get("metric")) for r in results} - {"None"}
 
 
 def hardware_text(hardware: dict[str, Any]) -> str:
@@ -63,8 +70,11 @@ def _dataset_text(results: Sequence[Result]) -> str:
         if without:
             counts[-1] += f" (unused by {_named(list(without))})"
     classes = results[0]["dataset"].get("classes") or []
-    skipped = max(r["dataset"].get("skipped") or 0 for r in results)
-    return ", ".join(counts) + f" images, {len(classes)} classes" + (f", {skipped} unusable skipped" if skipped else "")
+    skipped = max((r["dataset"] for r in results), key=lambda dataset: dataset.get("skipped") or 0)
+    text = ", ".join(counts) + f" images, {len(classes)} classes"
+    if not skipped.get("skipped"):
+        return text
+    return f"{text}; {skipped.get('skipped_statement') or str(skipped['skipped']) + ' unusable skipped'}"
 
 
 def notes_of(report: Report) -> list[str]:
@@ -88,6 +98,7 @@ def notes_of(report: Report) -> list[str]:
     for what, values in (
         ("datasets", {(r.get("dataset") or {}).get("content_hash") for r in report.results} - {None}),
         ("code versions", {r.get("code_version") for r in report.results} - {None}),
+        ("kinds of AP", _kinds_of_ap(report.results)),
         ("scales", {(r.get("recipe") or {}).get("scale") for r in report.results} - {None}),
     ):
         if len(values) > 1:
@@ -106,6 +117,12 @@ def _progress_notes(report: Report) -> list[str]:
         steps = max(sum(s.get("steps") or 0 for s in r.get("stages") or []) for r in report.results)
         notes.append(
             f"AP near 0: {steps:,} training steps are too few to learn; this run only proves that the path works."
+        )
+    empty = {s["name"] for r in report.results for s in r.get("stages") or [] if s.get("num_pseudo_labels", 1) == 0}
+    if empty:
+        notes.append(
+            f"WARNING: no pseudo-label at all from {', '.join(sorted(empty))}: nothing reached pseudo.score_threshold; "
+            "rows that learn from pseudo-labels learnt nothing from them."
         )
     return notes
 

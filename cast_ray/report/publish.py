@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
 
+from cast_ray.recipe import Recipe
 from cast_ray.report.overlays import CONTACT_SHEET
 from cast_ray.report.picture import draw_samples
-from cast_ray.report.run_folder import RESULT, matches_file, write_atomically, write_plan
+from cast_ray.report.run_folder import RESULT, matches_file, recipe_digest, write_atomically, write_plan
 from cast_ray.report.samples import SAMPLES, row_samples
 from cast_ray.report.sections import audit_module
 from cast_ray.report.tables import print_report
 from cast_ray.report.write import Written, write_report
 from cast_ray.runtime.results import SweepContext, read_result, row_name
-from cast_ray.runtime.store import ArtifactStore
-from cast_ray.runtime.sweep import Sweep, SweepRequest
+from cast_ray.runtime.sweep import Sweep
 from cast_ray.stages.graph import RowPlan
 from cast_ray.stages.table import Table
 
 
-def announce(request: SweepRequest, out: Path, console: Console) -> None:
-    """Notes in the run folder what a sweep is about to run, so that its report can be watched from the start."""
-    expected = [(request.table.name, row, seed) for row, seed in request.recipes]
-    write_plan(out, [request.table], expected, ArtifactStore(request.storage).uri("runs", request.name))
+def announce(
+    out: Path, table: Table, recipes: Mapping[tuple[str, int], Recipe], results_uri: str, console: Console
+) -> None:
+    """Notes in the run folder what a sweep is about to run, so that its report can be watched from the start.
+
+    Args:
+        recipes: (row, seed) -> recipe.
+        results_uri: folder of the store that each row's result appears in when it ends.
+    """
+    expected = [(table.name, row, seed) for row, seed in recipes]
+    digests = [recipe_digest(json.loads(recipe.model_dump_json())) for recipe in recipes.values()]
+    write_plan(out, [table], expected, results_uri, digests)
     console.print(f"  report   {out / 'report.html'}", soft_wrap=True, highlight=False)
     console.print(f"    live: python sweeps/ablate.py report {out} --watch", soft_wrap=True, highlight=False)
 

@@ -8,10 +8,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,14 @@ class RunPlan:
     tables: tuple[Table, ...] = ()
     expected: tuple[tuple[str, str, int], ...] = ()
     """(table, row, seed)."""
+    recipes: tuple[str, ...] = ()
+    """Digest of the recipe of each; empty: any. Results of another recipe are of an earlier command."""
     results_uri: str = ""
+
+    @property
+    def digests(self) -> dict[tuple[str, str, int], str]:
+        """(table, row, seed) -> digest of its recipe, where that matters."""
+        return {key: digest for key, digest in zip(self.expected, self.recipes) if digest}
 
     def table(self, name: str) -> Table | None:
         """A table of the plan, else the one of that name in `sweeps/tables`; None where its YAML is gone."""
@@ -76,21 +84,40 @@ def write_atomically(path: Path, text: str | bytes) -> None:
     partial.replace(path)
 
 
+def recipe_digest(recipe: Mapping[str, Any]) -> str:
+    """Of all that a recipe says but where it runs."""
+    content = {key: value for key, value in recipe.items() if key != "runtime"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=list).encode()).hexdigest()[:16]
+
+
 def write_plan(
-    run_dir: str | Path, tables: Sequence[Table], expected: Iterable[tuple[str, str, int]], results_uri: str = ""
+    run_dir: str | Path,
+    tables: Sequence[Table],
+    expected: Iterable[tuple[str, str, int]],
+    results_uri: str = "",
+    recipes: Iterable[str] = (),
 ) -> Path:
     """Notes in a run folder what a sweep is about to run, before its first result is there.
 
     What an earlier command asked for of other tables stays; of these tables its results do.
+
+    Args:
+        expected: (table, row, seed).
+        results_uri: see `RunPlan`.
+        recipes: digest of each expected recipe: until they are there, results of other recipes are not shown; none:
+            whatever lies in the folder counts.
     """
     path = Path(run_dir) / PLAN
     before = read_plan(run_dir)
     names = {table.name for table in tables}
+    digests = before.digests
     others = [key for key in before.expected if key[0] not in names]
+    expected, recipes = list(expected), list(recipes)
     merged = {table.name: table for table in (*before.tables, *tables)}
     content = {
         "tables": [table.model_dump(mode="json") for table in merged.values()],
         "expected": [list(key) for key in (*others, *expected)],
+        "recipes": [digests.get(key, "") for key in others] + (recipes or [""] * len(expected)),
         "results_uri": results_uri or before.results_uri,
     }
     write_atomically(path, json.dumps(content, indent=1))
@@ -112,7 +139,7 @@ def read_plan(run_dir: str | Path) -> RunPlan:
         tables = tuple(table for spec in content["tables"] if (table := _table_of(spec)) is not None)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the plan of a sweep: {error}") from None
-    return RunPlan(tables, expected, content.get("results_uri", ""))
+    return RunPlan(tables, expected, tuple(content.get("recipes", ())), content.get("results_uri", ""))
 
 
 def _table_of(spec: dict[str, Any]) -> Table | None:
@@ -122,7 +149,7 @@ def _table_of(spec: dict[str, Any]) -> Table | None:
 
 
 def read_run(run_dir: str | Path) -> Run:
-    """Plan and results of a run folder.
+    """Plan and results of a run folder; results of a recipe that is about to be replaced are left out.
 
     Raises:
         ValueError: neither a result nor a plan, or a file that is not one (the message names it and the missing key).
@@ -131,7 +158,14 @@ def read_run(run_dir: str | Path) -> Run:
     if not folder.is_dir():
         raise ValueError(f"{run_dir}: no such folder")
     plan = read_plan(folder)
-    return Run(folder, plan, tuple(read_results(folder, may_be_empty=bool(plan.expected))))
+    digests = plan.digests
+    results = [
+        result
+        for result in read_results(folder, may_be_empty=bool(plan.expected))
+        for wanted in [digests.get((result["table"], result["row"], result["seed"]))]
+        if wanted is None or wanted == recipe_digest(result.get("recipe") or {})
+    ]
+    return Run(folder, plan, tuple(results))
 
 
 def read_results(run_dir: str | Path, may_be_empty: bool = False) -> list[Result]:

@@ -18,6 +18,7 @@ from rich.console import Console
 from cast_ray.report.content import Report
 from cast_ray.report.exports import latex_page
 from cast_ray.report.overlays import CONTACT_SHEET
+from cast_ray.report.publish import announce
 from cast_ray.report.results import summarise, summarise_run
 from cast_ray.report.run_folder import read_plan, read_results, read_run, write_plan
 from cast_ray.report.tables import comparison_grid, print_report, results_grid, stage_grid, terminal_table
@@ -186,6 +187,28 @@ def test_the_stage_table_joins_seeds(tmp_path: Path) -> None:
     assert ("distill", "sup+semi", "3", "0", "1,200", "150", "0.06", "80") in grid.body
 
 
+def test_the_report_says_which_ap_it_is(tmp_path: Path) -> None:
+    def recipe(metric: str) -> dict[str, Any]:
+        return {"preset": "shapes", "scale": "demo", "evaluation": {"metric": metric}}
+
+    rows = [result("sup", recipe=recipe("coco")), result("sup+semi", recipe=recipe("cityscapes"))]
+    assert report_of(tmp_path / "one", rows[:1]).context["AP"] == "COCO mask AP"
+    assert report_of(tmp_path / "other", rows[1:]).context["AP"].startswith("Cityscapes")
+    both = report_of(tmp_path / "both", rows)
+    assert "WARNING: results of 2 different kinds of AP are mixed in this table." in both.notes
+
+
+def test_skipped_images_and_missing_pseudo_labels_are_said(tmp_path: Path) -> None:
+    results = [result("sup"), result("sup+semi")]
+    results[1]["dataset"]["skipped"] = 3
+    assert report_of(tmp_path, results).context["dataset"].endswith("4 classes; 3 unusable skipped")
+    results[1]["dataset"]["skipped_statement"] = "3 images left out"
+    results[1]["stages"][1]["num_pseudo_labels"] = 0
+    report = report_of(tmp_path, results)
+    assert report.context["dataset"].endswith("4 classes; 3 images left out")
+    assert any("no pseudo-label at all from label" in note for note in report.notes)
+
+
 def test_a_run_without_a_finished_row_still_reports(tmp_path: Path) -> None:
     report = report_of(tmp_path, [failed("sup")])
     assert report.metrics == ("teacher/mask_ap", "student/mask_ap") and report.differences == report.pairs == ()
@@ -298,6 +321,23 @@ def test_a_repeated_command_asks_for_its_own_rows_only(tmp_path: Path) -> None:
     write_plan(tmp_path, [load_table("losses")], [("losses", row, 0) for row in ROWS])
     write_plan(tmp_path, [load_table("losses")], [("losses", "sup", 1)])
     assert read_plan(tmp_path).expected == (("losses", "sup", 1),)
+
+
+def test_results_of_an_earlier_recipe_do_not_count_as_those_of_a_running_one(tmp_path: Path) -> None:
+    table, console = load_table("losses"), Console(file=io.StringIO())
+    before, now = (
+        {(row, 0): table.row_recipe(row, "shapes", overrides={"stages.distill.steps": steps}) for row in ROWS[:2]}
+        for steps in (10, 20)
+    )
+    run = save(tmp_path, [result(row, recipe=recipe.model_dump(mode="json")) for (row, _), recipe in before.items()])
+    announce(run, table, before, "", console)
+    assert len(read_run(run).results) == 2 and read_run(run).pending() == []
+    announce(run, table, now, "", console)
+    assert read_run(run).results == () and len(read_run(run).pending()) == 2
+    save(run, [result("sup", recipe=now["sup", 0].model_dump(mode="json"))])
+    assert [r["row"] for r in read_run(run).results] == ["sup"]
+    write_plan(run, [table], [("losses", row, 0) for row in ROWS[:2]])  # as when the sweep is over
+    assert len(read_run(run).results) == 2
 
 
 def test_a_broken_plan_is_named(tmp_path: Path) -> None:
