@@ -4,6 +4,7 @@ python sweeps/ablate.py losses --preset shapes
 python sweeps/ablate.py losses stages negatives labels --dry-run
 python sweeps/ablate.py losses --preset coco --set data.root=DIR --scale smoke
 python sweeps/ablate.py store ls
+python sweeps/ablate.py report runs/losses-shapes-demo     # its report again, from its files alone (--watch: live)
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
-from cast_ray.report.publish import publish
+from cast_ray.report.publish import announce, publish
+from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.sweep import SweepRequest, TableRequest, has_results, run_sweep, write_events
 from cast_ray.runtime.trackers import Trackers
 from cast_ray.stages.table import load_table, table_names
@@ -42,6 +44,10 @@ def main(argv: list[str] | None = None) -> int:
             from sweeps.store import main as store_command
 
             return store_command(argv[1:])
+        if argv[:1] == ["report"]:
+            from sweeps.report import main as report_command
+
+            return report_command(argv[1:], console)
         return _ablate(argv, console)
     except ValueError as error:
         errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -53,7 +59,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _ablate(argv: list[str], console: Console) -> int:
     request, out = _request(_parser().parse_args(argv))
-    outcome = run_sweep(request, console)
+    store = ArtifactStore(request.storage)
+
+    def on_start() -> None:
+        for table in request.tables:
+            announce(out / table.name, table.table, table.recipes, store.uri("runs", table.name), console)
+
+    outcome = run_sweep(request, console, on_start)
     if outcome is None:
         return 0
     codes = [0]

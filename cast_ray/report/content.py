@@ -1,24 +1,29 @@
-"""What a report consists of: plain data, made by `results`, printed by `tables`."""
+"""What a report consists of: plain data, made by `results`, laid out by `sections`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 Result = dict[str, Any]
-"""One `result.json`."""
+"""One `result.json`, with its `folder` and the last diagnostics of each stage among its metrics."""
 
-METRIC_LABELS = {
-    "teacher/mask_ap": "teacher AP",
-    "teacher/ap50": "teacher AP50",
-    "student/mask_ap": "student AP",
-    "student/ap50": "student AP50",
-    "refined/mask_ap": "refined AP",
-    "refined/ap50": "refined AP50",
-    "distill/margin": "margin",
-    "distill/fnr": "FNR",
-}
+Resampled = Literal["images and seeds", "seeds", "images"]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A 95 % interval and what varies in it.
+
+    images and seeds: joint bootstrap; seeds: Student's t over seeds (no per-image data); images: bootstrap over
+    images of a single seed, which says nothing about other seeds.
+    """
+
+    low: float
+    high: float
+    resampled: Resampled
 
 
 @dataclass(frozen=True)
@@ -28,17 +33,30 @@ class Cell:
     mean: float
     sd: float | None
     num_seeds: int
+    interval: Interval | None = None
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A row minus the baseline row, paired by seed; the 95 % interval (Student's t) needs two seeds."""
+    """A row minus another one in one metric, paired by seed and image. `paper`: the published difference.
+
+    same_artifact: both rows were measured on the very same models (a shared stage), so that nothing differs.
+    """
 
     row: str
+    against: str
+    metric: str
     mean: float
-    low: float | None
-    high: float | None
+    interval: Interval | None
     num_seeds: int
+    paper: float | None = None
+    same_artifact: bool = False
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves out 0, over seeds; a single seed's interval cannot show that."""
+        interval = self.interval
+        return interval is not None and interval.resampled != "images" and (interval.low > 0 or interval.high < 0)
 
 
 @dataclass(frozen=True)
@@ -56,6 +74,7 @@ class RowSummary:
     name: str
     seeds_done: tuple[int, ...]
     num_failed: int
+    num_pending: int
     cells: Mapping[str, Cell]
     paper: Mapping[str, float]
     seconds: float | None
@@ -63,17 +82,23 @@ class RowSummary:
 
     @property
     def num_seeds(self) -> int:
-        return len(self.seeds_done) + self.num_failed
+        return len(self.seeds_done) + self.num_failed + self.num_pending
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether there is nothing to show but a failure."""
+        return bool(self.num_failed) and not self.seeds_done
 
     @property
     def seeds_text(self) -> str:
-        """`1 seed`, `3 seeds`, `2 of 3 seeds`, `FAILED, 1 seed` or `not run`."""
+        """`1 seed*`, `3 seeds`, `2 of 3 seeds`, `FAILED, 1 seed`, `pending` or `not run`; * marks a single run."""
         if not self.num_seeds:
             return "not run"
         total = f"{self.num_seeds} seed{'s' if self.num_seeds > 1 else ''}"
         if not self.seeds_done:
-            return f"FAILED, {total}"
-        return f"{len(self.seeds_done)} of {total}" if self.num_failed else total
+            return f"FAILED, {total}" if self.num_failed else "pending"
+        text = f"{len(self.seeds_done)} of {total}" if len(self.seeds_done) < self.num_seeds else total
+        return f"{text}*" if len(self.seeds_done) == 1 else text
 
 
 @dataclass(frozen=True)
@@ -85,34 +110,69 @@ class StageSummary:
     fingerprint: str
     rows: tuple[str, ...]
     seeds: tuple[int, ...]
+    num_uses: int
     steps: int
     seconds: float
+    device_hours: float
     images_per_s: float | None
     was_stored: bool
 
 
 @dataclass(frozen=True)
+class Compute:
+    """What the stages cost: `scratch` if each row ran all of its own, `unique` each stage once, `ran` by these rows."""
+
+    scratch: float
+    unique: float
+    ran: float
+
+    @property
+    def saved_percent(self) -> float:
+        return 100 * (1 - self.unique / self.scratch) if self.scratch else 0.0
+
+
+@dataclass(frozen=True)
 class Report:
-    """All that the renderers print."""
+    """All that is said about the results of one table."""
 
     table: str
     title: str
     metric: str
     baseline: str
     metrics: tuple[str, ...]
+    """Shown in the main table, in this order."""
     rows: tuple[RowSummary, ...]
     differences: tuple[Difference, ...]
+    """To the baseline, in every metric that is compared."""
+    pairs: tuple[Difference, ...]
+    """Of every two rows in the ranking metric; none in a large table."""
     failures: tuple[Failure, ...]
     stages: tuple[StageSummary, ...]
-    steps_unique: int
-    steps_from_scratch: int
+    steps: Compute
+    device_hours: Compute
     zero_shot: Mapping[str, float]
+    paper_curves: Mapping[str, Mapping[float, float]]
+    """What the paper's table has over a number: metric of ours, or its own column's name -> number -> value."""
     paper_dataset: str
     context: Mapping[str, str]
     notes: tuple[str, ...]
     results: tuple[Result, ...] = field(repr=False, default=())
 
+    @property
+    def num_expected(self) -> int:
+        return sum(row.num_seeds for row in self.rows)
 
-def label_of(metric: str) -> str:
-    """How a metric is called in a heading."""
-    return METRIC_LABELS.get(metric, metric)
+    @property
+    def num_pending(self) -> int:
+        return sum(row.num_pending for row in self.rows)
+
+    def differences_in(self, metric: str) -> dict[str, Difference]:
+        """Row -> its difference to the baseline in one metric."""
+        return self._by_metric.get(metric, {})
+
+    @cached_property
+    def _by_metric(self) -> dict[str, dict[str, Difference]]:
+        by_metric: dict[str, dict[str, Difference]] = {}
+        for difference in self.differences:
+            by_metric.setdefault(difference.metric, {})[difference.row] = difference
+        return by_metric

@@ -49,25 +49,38 @@ def contact_sheet(
     for title, per_image in columns:
         if len(per_image) != len(images):
             raise ValueError(f"contact sheet: column {title!r} has {len(per_image)} entries for {len(images)} images")
-    colours = class_colours(len(class_names))
-    panels = []
-    for i, image in enumerate(images):
-        base = Image.fromarray(np.ascontiguousarray(image)).convert("RGB")
-        size = _panel_size(base.size, upscale)
-        # nearest: a 64 px image stays what the model saw, instead of a blur
-        plain = base.resize(size, Image.Resampling.NEAREST if size[0] >= base.size[0] else Image.Resampling.LANCZOS)
-        panels.append([plain, *(draw_instances(plain, per[i], class_names, colours, base.size) for _, per in columns)])
+    panels = [
+        draw_panels(image, [per_image[i] for _, per_image in columns], class_names, upscale)
+        for i, image in enumerate(images)
+    ]
     sheet = _assemble(panels, ["image", *(title for title, _ in columns)])
     drawn = {int(instance["label"]) for _, per_image in columns for each in per_image for instance in each}
     # eighty classes would bury the few that are on the sheet
     shown = range(len(class_names)) if len(class_names) <= MAX_LEGEND else sorted(drawn)
+    colours = class_colours(len(class_names))
     _draw_legend(sheet, [class_names[i] for i in shown], [colours[i] for i in shown]).save(path)
     return Path(path)
 
 
-def _panel_size(size: tuple[int, int], upscale: int) -> tuple[int, int]:
+def draw_panels(
+    image: np.ndarray,
+    answers: Sequence[Sequence[Mapping[str, Any]]],
+    class_names: Sequence[str],
+    upscale: int = 4,
+    max_px: int = MAX_CELL_PX,
+) -> list[Image.Image]:
+    """The image, then once more for each answer with its instances drawn on it; see `contact_sheet`."""
+    base = Image.fromarray(np.ascontiguousarray(image)).convert("RGB")
+    size = _panel_size(base.size, upscale, max_px)
+    # nearest: a 64 px image stays what the model saw, instead of a blur
+    plain = base.resize(size, Image.Resampling.NEAREST if size[0] >= base.size[0] else Image.Resampling.LANCZOS)
+    colours = class_colours(len(class_names))
+    return [plain, *(draw_instances(plain, instances, class_names, colours, base.size) for instances in answers)]
+
+
+def _panel_size(size: tuple[int, int], upscale: int, max_px: int) -> tuple[int, int]:
     longest = max(size)
-    factor = max(1, min(upscale, MAX_CELL_PX // longest)) if longest <= MAX_CELL_PX else MAX_CELL_PX / longest
+    factor = max(1, min(upscale, max_px // longest)) if longest <= max_px else max_px / longest
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 

@@ -1,116 +1,228 @@
-"""Figures of a report: the paper's Fig. 3 (margin and false negatives over steps) and learning curves."""
+"""Figures drawn by matplotlib: one PNG beside `report.md`, or one SVG a panel inside the page.
+
+The SVGs hold no colours of their own: a stand-in for each is replaced by a variable of the page's style sheet, so that
+one picture is readable on a light and on a dark page.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure as Canvas
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+from cast_ray.report.blocks import Figure, Panel, Series
 
 # Rows in black-and-white print and for colour-blind readers: the Okabe-Ito colours, then dashes.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", "--", ":")
-SHARED = "shared by rows"
-PANEL_INCHES = (4.6, 3.4)
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+Dash = Literal["-", "--", ":", ""]
+DASHES: tuple[Dash, ...] = ("-", "--", ":")
+PANEL_INCHES = (4.4, 3.1)
+BAR_INCHES, LINE_INCHES, LETTER_INCHES = 0.3, 0.24, 0.085
+STAND_IN = re.compile("#fe00([0-9a-f]{2})")
+VARIABLES = {"ink": 0xA0, "grid": 0xA1, "paper": 0xA2, "shared": 0xA3}
 
 
-def margins_figure(results: Sequence[dict[str, Any]], path: str | Path) -> bool:
-    """Draws empirical margin and FNR of the sampled negatives over training steps, one line per row and seed.
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a drawing: of text and axes, of the grid, of the paper's values, of shared stages, of rows."""
+
+    ink: str
+    grid: str
+    paper: str
+    shared: str
+    rows: tuple[str, ...]
+
+    def colour(self, which: int | Literal["paper", "shared"]) -> str:
+        if isinstance(which, int):
+            return self.rows[which % len(self.rows)]
+        return self.paper if which == "paper" else self.shared
+
+
+PRINT = Theme("#222222", "#dddddd", "#444444", "#777777", COLOURS)
+PAGE = Theme(
+    **{name: f"#fe00{code:02x}" for name, code in VARIABLES.items()},
+    rows=tuple(f"#fe00{i:02x}" for i in range(len(COLOURS))),
+)
+
+
+def css_variable(colour: int | Literal["paper", "shared"]) -> str:
+    """Name of the style sheet's variable that a series is drawn in."""
+    return f"--series-{colour % len(COLOURS)}" if isinstance(colour, int) else f"--{colour}"
+
+
+def dash_of(series: Series) -> Dash:
+    turn = series.colour // len(COLOURS) if isinstance(series.colour, int) else 0
+    return DASHES[(turn + series.is_dashed) % len(DASHES)]
+
+
+def is_paper(series: Series) -> bool:
+    """Whether a series is of published values, which are drawn as hollow diamonds."""
+    return series.name.startswith("paper")
+
+
+def marks_hollow(series: Series) -> bool:
+    return is_paper(series) or series.is_dashed
+
+
+def draws_line(series: Series) -> bool:
+    """Whether points are joined: numbers are, names are not."""
+    return bool(series.x) and not isinstance(series.x[0], str)
+
+
+def legend_of(figure: Figure) -> list[Series]:
+    """One series of each name, in the order they appear; none where a single name says nothing."""
+    series = [s for panel in figure.panels if panel.kind != "bars" for s in panel.series]
+    named = {s.name: s for s in sorted(series, key=lambda s: not s.has_markers)}  # plain lines come last and stay
+    named = {s.name: named[s.name] for s in series}
+    return list(named.values()) if len(named) > 1 else []
+
+
+def draw_png(figure: Figure, path: Path) -> None:
+    """Draws all panels of a figure and its legend into one PNG."""
+    columns = min(len(figure.panels), 3)
+    height = -(-len(figure.panels) // columns)
+    legend = legend_of(figure)
+    is_wide = columns == 3  # else the legend stands beside the panels and does not press on them
+    longest = max((len(series.name) for series in legend), default=0)
+    num_columns = max(1, int(PANEL_INCHES[0] * columns / (0.5 + LETTER_INCHES * longest)))
+    below = LINE_INCHES * -(-len(legend) // num_columns) if is_wide else 0.0
+    beside = 0.7 + LETTER_INCHES * longest if legend and not is_wide else 0.0
+    size = (PANEL_INCHES[0] * columns + beside, max(map(_height, figure.panels)) * height + below)
+    # The canvas is named, so that no display and no global pyplot state is needed inside a worker or a thread.
+    canvas = Canvas(figsize=size, layout="constrained")
+    FigureCanvasAgg(canvas)
+    all_axes = list(canvas.subplots(height, columns, squeeze=False).flat)
+    for panel, axes in zip(figure.panels, all_axes):
+        _draw_panel(axes, panel, PRINT)
+    for axes in all_axes[len(figure.panels) :]:
+        axes.remove()
+    if legend:
+        canvas.legend(
+            [_handle(series, PRINT) for series in legend],
+            [series.name for series in legend],
+            loc="outside lower center" if is_wide else "outside right upper",
+            ncols=num_columns if is_wide else 1,
+            frameon=False,
+        )
+    canvas.savefig(path, dpi=110)
+
+
+def draw_svg(panel: Panel, place: int = 0) -> str:
+    """One panel as an `<svg>` element in the colours of the page, with a label for those who do not see it.
 
     Args:
-        results: as from `read_results`; points lie in `diagnostics["distill"]`.
-        path: PNG to write.
-
-    Returns:
-        False, and no file, when no result holds diagnostics.
-
-    Source: paper, Fig. 3 (there p = 1 - FNR).
+        place: of the panel on its page: no two elements of a page may have one id.
     """
-    panels = [
-        ("margin", "margin: mean positive - mean negative cosine"),
-        ("fnr", "FNR: negatives of the anchor's own instance"),
-    ]
-    return _draw(results, "diagnostics", "distill", panels, path)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"panel {place}"}):
+        canvas = Canvas(figsize=(PANEL_INCHES[0], _height(panel)), layout="constrained")
+        FigureCanvasSVG(canvas)
+        _draw_panel(canvas.subplots(), panel, PAGE)
+        buffer = io.StringIO()
+        canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r"[ \t]*\n[ \t]*", "\n", text)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # figure_1, axes_1, ...: the same in every panel
+    title = f'<svg role="img" aria-label="{escape(panel.title)}"'
+    return STAND_IN.sub(lambda m: f"var({_VARIABLE_OF[int(m[1], 16)]})", text.replace("<svg", title, 1))
 
 
-def curves_figure(results: Sequence[dict[str, Any]], path: str | Path) -> bool:
-    """Draws the loss of each training stage over steps: a panel per stage, a line per run of it (shared ones once).
-
-    Returns False, and writes no file, when no result holds curves.
-    """
-    stages = dict.fromkeys(stage for r in results for stage, points in (r.get("curves") or {}).items() if points)
-    return _draw_panels([(list(_lines(results, "curves", s, "loss")), f"{s}: loss") for s in stages], path)
+_VARIABLE_OF = {code: f"--{name}" for name, code in VARIABLES.items()} | {
+    i: css_variable(i) for i in range(len(COLOURS))
+}
 
 
-def _draw(
-    results: Sequence[dict[str, Any]], section: str, stage: str, panels: Sequence[tuple[str, str]], path: str | Path
-) -> bool:
-    return _draw_panels([(list(_lines(results, section, stage, key)), label) for key, label in panels], path)
+def _height(panel: Panel) -> float:
+    if panel.kind == "lines":
+        return PANEL_INCHES[1]
+    return max(1.2, 0.7 + BAR_INCHES * len(panel.names))
 
 
-def _lines(
-    results: Sequence[dict[str, Any]], section: str, stage: str, key: str
-) -> Iterator[tuple[str, list[int], list[float]]]:
-    """(name, steps, values) of each run of a stage: its row, or the rows that shared it."""
-    runs: dict[Any, tuple[dict[str, None], list[dict[str, Any]]]] = {}
-    for i, result in enumerate(results):
-        points = [p for p in (result.get(section) or {}).get(stage) or [] if p.get(key) is not None]
-        prints = [s["fingerprint"] for s in result.get("stages") or [] if s["name"] == stage]
-        if points:
-            rows, _ = runs.setdefault(prints[0] if prints else i, ({}, points))
-            rows[result["row"]] = None
-    for rows, points in runs.values():
-        yield " & ".join(rows) if len(rows) < 3 else SHARED, [p["step"] for p in points], [p[key] for p in points]
-
-
-def _draw_panels(panels: Sequence[tuple[list[tuple[str, list[int], list[float]]], str]], path: str | Path) -> bool:
-    panels = [(lines, label) for lines, label in panels if lines]
-    if not panels:
-        return False
-    rows = sorted(dict.fromkeys(row for lines, _ in panels for row, _, _ in lines), key=lambda row: row == SHARED)
-    columns = min(len(panels), 3)
-    height = -(-len(panels) // columns)
-    # The canvas is named, so that no display and no global pyplot state is needed inside a worker or a thread.
-    figure = Figure(figsize=(PANEL_INCHES[0] * columns, PANEL_INCHES[1] * height + 0.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    all_axes = figure.subplots(height, columns, squeeze=False).flat
-    for (lines, label), axes in zip(panels, all_axes):
-        _draw_lines(axes, lines, rows)
-        axes.set(xlabel="step", title=label)
-        axes.title.set_fontsize(10)
-    for axes in list(figure.axes)[len(panels) :]:
-        axes.remove()
-    handles = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels())))
-    for axes in figure.axes[1:]:
-        handles |= dict(zip(*reversed(axes.get_legend_handles_labels())))
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside lower center",
-        ncols=min(len(rows), 2 * columns if max(map(len, rows)) < 20 else columns),
-        frameon=False,
+def _handle(series: Series, theme: Theme) -> Line2D:
+    return Line2D(
+        [], [], linestyle=dash_of(series) if draws_line(series) else "", **_marker_style(series, theme), markersize=5
     )
-    figure.savefig(path, dpi=110)
-    return True
 
 
-def _draw_lines(axes: Axes, lines: Sequence[tuple[str, list[int], list[float]]], rows: Sequence[str]) -> None:
-    seen: set[str] = set()
-    for row, steps, values in lines:
-        i = rows.index(row)
-        axes.plot(
-            steps,
-            values,
-            color="#777777" if row == SHARED else COLOURS[i % len(COLOURS)],
-            linestyle=DASHES[i // len(COLOURS) % len(DASHES)],
-            linewidth=1.4,
-            marker="." if len(steps) == 1 else "",
-            alpha=0.85,
-            label="_nolegend_" if row in seen else row,
-        )
-        seen.add(row)
-    axes.grid(alpha=0.25, linewidth=0.6)
+def _marker_style(series: Series, theme: Theme) -> dict[str, Any]:
+    colour = theme.colour(series.colour)
+    return {
+        "color": colour,
+        "marker": ("D" if is_paper(series) else "o") if series.has_markers else "",
+        "markerfacecolor": "none" if marks_hollow(series) else colour,
+    }
+
+
+def _draw_panel(axes: Axes, panel: Panel, theme: Theme) -> None:
+    draw = {"lines": _draw_lines, "intervals": _draw_intervals, "bars": _draw_bars}[panel.kind]
+    draw(axes, panel, theme)
+    axes.set_title(panel.title, fontsize=10, color=theme.ink)
+    axes.set_xlabel("" if panel.kind == "bars" else panel.x_label, color=theme.ink)
+    axes.set_ylabel(panel.y_label, color=theme.ink)
     axes.spines[["top", "right"]].set_visible(False)
+    for spine in axes.spines.values():
+        spine.set_color(theme.ink)
+    axes.tick_params(colors=theme.ink, which="both")
+    axes.set_axisbelow(True)
+
+
+def _draw_lines(axes: Axes, panel: Panel, theme: Theme) -> None:
+    for series in panel.series:
+        style = _marker_style(series, theme)
+        axes.plot(series.x, series.y, linestyle=dash_of(series), linewidth=1.5, markersize=4, **style)
+        if series.low:
+            axes.fill_between(series.x, series.low, series.high, color=style["color"], alpha=0.16, linewidth=0)
+    if panel.is_log:
+        axes.set_xscale("log")
+    axes.grid(color=theme.grid, linewidth=0.6)
+
+
+def _draw_intervals(axes: Axes, panel: Panel, theme: Theme) -> None:
+    for series in panel.series:
+        places = [panel.names.index(name) + (0.22 if is_paper(series) else 0.0) for name in series.x]
+        style = _marker_style(series, theme)
+        if series.low:
+            dashes = {"color": style["color"], "linestyle": dash_of(series), "linewidth": 1.8, "zorder": 1}
+            axes.hlines(places, series.low, series.high, **dashes)
+        axes.plot(series.y, places, linestyle="", markersize=5, **style)
+    if panel.zero_line:
+        axes.axvline(0, color=theme.ink, linewidth=0.8)
+    _name_rows(axes, panel.names, theme)
+
+
+def _draw_bars(axes: Axes, panel: Panel, theme: Theme) -> None:
+    (series,) = panel.series
+    axes.barh(range(len(series.x)), series.y, color=[theme.shared, theme.colour(0)][: len(series.x)], height=0.6)
+    for i, value in enumerate(series.y):
+        axes.annotate(
+            f"{value:,.0f}" if value >= 10 else f"{value:.3g}",
+            (value, i),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color=theme.ink,
+        )
+    axes.margins(x=0.18)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    _name_rows(axes, panel.names, theme)
+
+
+def _name_rows(axes: Axes, names: Sequence[str], theme: Theme) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(color=theme.grid, linewidth=0.6, axis="x")

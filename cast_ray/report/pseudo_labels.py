@@ -1,31 +1,25 @@
-"""The audit of pseudo-labels in a report: a table, a figure and a page of the images with most errors."""
+"""The audit of pseudo-labels in a report: tables and a page of the images with most errors."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.dataset
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from cast_ray.datasets.images import read_image
 from cast_ray.records import ClassMap, encode_image_id, instances_of
 from cast_ray.report.content import Result
 from cast_ray.report.overlays import contact_sheet
-from cast_ray.report.plots import COLOURS, PANEL_INCHES
 from cast_ray.runtime.results import AUDIT, SweepContext
 from cast_ray.stages.graph import RowPlan, Stage
 
 WORST_SHEET = "pseudo_labels_worst.png"
 """Where a run folder keeps the page of worst cases."""
 NUM_WORST = 6
-MAX_CLASSES = 25
-"""On the figure; of more, those with most objects."""
 
 Grid = tuple[list[str], list[list[str]]]
 
@@ -59,52 +53,6 @@ def coverage_table(result: Result) -> Grid:
         counts = [str(audit["num_images"]), str(coverage["images_without_label"])]
         body.append([stage, *counts, f"{coverage['labels_per_image']:.1f}", *map(_number, shares)])
     return head, body
-
-
-def audit_figure(results: Sequence[Result], path: str | Path) -> bool:
-    """Draws how far scores can be trusted, and precision and recall by class, of each row's last labelling stage.
-
-    Args:
-        results: as from `read_results`; a labelling stage that several rows share is drawn once.
-        path: PNG to write.
-
-    Returns:
-        False, and no file, when no result holds an audit.
-    """
-    audits = list(_last_audits(results))
-    if not audits:
-        return False
-    columns = 3
-    # The canvas is named, so that no display and no global pyplot state is needed inside a worker or a thread.
-    figure = Figure(figsize=(PANEL_INCHES[0] * columns, PANEL_INCHES[1] + 0.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    reliability, precision, recall = figure.subplots(1, columns)
-    reliability.plot([0, 1], [0, 1], color="#777777", linewidth=0.8, linestyle=":")
-    names = _classes_to_show([audit for _, audit in audits])
-    for i, (row, audit) in enumerate(audits):
-        colour = COLOURS[i % len(COLOURS)]
-        points = audit["calibration"]
-        known = [(s, p) for s, p in zip(points["score"], points["precision"]) if s is not None]
-        label = row if points["ece"] is None else f"{row} (ECE {points['ece']:.2f})"
-        reliability.plot(*(zip(*known) if known else ([], [])), color=colour, marker=".", label=label)
-        for axes, key in ((precision, "precision"), (recall, "recall")):
-            values = [audit["per_class"][name][key] if name in audit["per_class"] else None for name in names]
-            shown = [(k, v) for k, v in enumerate(values) if v is not None]
-            if shown:  # beside each other where rows agree
-                shift = (i - (len(audits) - 1) / 2) * min(0.08, 0.6 / len(audits))
-                axes.scatter([v for _, v in shown], [k + shift for k, _ in shown], color=colour, s=18, alpha=0.85)
-    reliability.set(xlabel="score", ylabel="share of labels that are right", xlim=(0, 1), ylim=(0, 1))
-    reliability.set_title("reliability of pseudo-labels", fontsize=10)
-    for axes, title in ((precision, "precision by class, percent"), (recall, "recall by class, percent")):
-        axes.set_yticks(range(len(names)), names)
-        axes.set(xlim=(-2, 102), ylim=(len(names) - 0.5, -0.5))
-        axes.set_title(title, fontsize=10)
-    for axes in (reliability, precision, recall):
-        _plain(axes)
-    handles, labels = reliability.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False)
-    figure.savefig(path, dpi=110)
-    return True
 
 
 def worst_cases(context: SweepContext, row: RowPlan, path: Path) -> bool:
@@ -163,31 +111,6 @@ def _drawable(record: dict[str, Any], classes: ClassMap, *, scores: bool) -> lis
     ]
 
 
-def _last_audits(results: Sequence[Result]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(rows that share it, audit) of each result's last labelling stage."""
-    shared: dict[Any, tuple[dict[str, None], dict[str, Any]]] = {}
-    for i, result in enumerate(results):
-        audits = result.get("pseudo_labels") or {}
-        if not audits:
-            continue
-        name = list(audits)[-1]
-        prints = [s["fingerprint"] for s in result.get("stages") or [] if s["name"] == name]
-        rows, _ = shared.setdefault(prints[0] if prints else i, ({}, audits[name]))
-        rows[result["row"]] = None
-    for rows, audit in shared.values():
-        yield " & ".join(rows), audit
-
-
-def _classes_to_show(audits: Sequence[dict[str, Any]]) -> list[str]:
-    counts: dict[str, int] = {}
-    for audit in audits:
-        for name, numbers in audit["per_class"].items():
-            counts[name] = max(counts.get(name, 0), numbers["num_objects"])
-    if len(counts) <= MAX_CLASSES:
-        return list(counts)
-    return sorted(counts, key=lambda name: -counts[name])[:MAX_CLASSES]
-
-
 def _cells(numbers: dict[str, Any]) -> list[str]:
     values = (numbers["precision"], numbers["recall"], numbers["ap"], numbers.get("ap50"))
     return [str(numbers["num_labels"]), str(numbers["num_objects"]), *map(_number, values)]
@@ -195,8 +118,3 @@ def _cells(numbers: dict[str, Any]) -> list[str]:
 
 def _number(value: float | None) -> str:
     return f"{value:.1f}" if value is not None else ""
-
-
-def _plain(axes: Axes) -> None:
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)

@@ -1,45 +1,87 @@
-"""From a finished sweep to what its user looks at: result files, picture, report, table on the terminal."""
+"""From a sweep to what its user looks at: result files, pictures, report, table on the terminal."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
 
 from cast_ray.datasets.data_report import REPORT_FILE
+from cast_ray.recipe import Recipe
 from cast_ray.report.overlays import CONTACT_SHEET
 from cast_ray.report.picture import draw_samples
-from cast_ray.report.results import read_results, summarise
-from cast_ray.report.tables import print_report, write_report
-from cast_ray.runtime.results import read_matches, read_result, row_name
+from cast_ray.report.pseudo_labels import WORST_SHEET, worst_cases
+from cast_ray.report.run_folder import RESULT, matches_file, recipe_digest, write_atomically, write_plan
+from cast_ray.report.samples import SAMPLES, row_samples
+from cast_ray.report.tables import print_report
+from cast_ray.report.write import Written, write_report
+from cast_ray.runtime.results import SweepContext, read_matches, read_result, row_name
 from cast_ray.runtime.sweep import Sweep
+from cast_ray.stages.graph import RowPlan
 from cast_ray.stages.table import Table
 
 
+def announce(
+    out: Path, table: Table, recipes: Mapping[tuple[str, int], Recipe], results_uri: str, console: Console
+) -> None:
+    """Notes in the run folder what a sweep is about to run, so that its report can be watched from the start.
+
+    Args:
+        recipes: (row, seed) -> recipe.
+        results_uri: folder of the store that each row's result appears in when it ends.
+    """
+    expected = [(table.name, row, seed) for row, seed in recipes]
+    digests = [recipe_digest(json.loads(recipe.model_dump_json())) for recipe in recipes.values()]
+    write_plan(out, [table], expected, results_uri, digests)
+    console.print(f"  report   {out / 'report.html'}", soft_wrap=True, highlight=False)
+    console.print(f"    live: python sweeps/ablate.py report {out} --watch", soft_wrap=True, highlight=False)
+
+
 def publish(sweep: Sweep, table: Table, out: Path, console: Console) -> int:
-    """Writes result.json of each row, the contact sheet and the report into `out` and prints the table.
+    """Writes each row's result and pictures and the report into `out` and prints the table.
 
     Returns:
         Exit code: 0 when every row is done, 1 when one failed or did not end.
     """
-    context = sweep.context
-    complete = True
-    for row in sweep.rows:
-        result = read_result(context, row)
-        if result is None:  # the run was stopped before this row ended
-            complete = False
-            continue
-        target = out / row_name(context.table, row) / "result.json"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(result, indent=1))
-        for role, matches in read_matches(context, row):
-            (target.parent / f"matches-{role}.npz").write_bytes(matches)
-        complete &= result["status"] == "done"
-    if (data_report := context.store.find_bytes(f"{context.runs_path}/{REPORT_FILE}")) is not None:
+    expected = [(sweep.context.table, row.row, row.seed) for row in sweep.rows]
+    write_plan(out, [table], expected, sweep.context.store.uri(sweep.context.runs_path))
+    is_drawn: set[str] = set()
+    for context, row in zip(sweep.contexts, sweep.rows):
+        # a run that was stopped before this row ended has no result of it
+        if publish_row(context, row, out, with_samples=row.row not in is_drawn):
+            is_drawn.add(row.row)
+    if (data_report := sweep.context.store.find_bytes(f"{sweep.context.runs_path}/{REPORT_FILE}")) is not None:
         (out / REPORT_FILE).write_bytes(data_report)
     draw_samples(sweep, out / CONTACT_SHEET)
-    paths = write_report(out, table)
-    print_report(summarise(read_results(out), table), console)
-    console.print("Written: " + ", ".join(str(path) for path in paths.values()), soft_wrap=True, highlight=False)
-    return 0 if complete else 1
+    any(
+        worst_cases(context, row, out / WORST_SHEET) for context, row in reversed(list(zip(sweep.contexts, sweep.rows)))
+    )
+    return show(write_report(out, tell=console.print), console)
+
+
+def publish_row(context: SweepContext, row: RowPlan, out: Path, with_samples: bool = True) -> bool:
+    """Copies a row's result and per-image data into `out`, draws its worst and best images; False unless it is done."""
+    result = read_result(context, row)
+    if result is None:
+        return False
+    folder = out / row_name(context.table, row)
+    write_atomically(folder / RESULT, json.dumps(result, indent=1))
+    if result["status"] != "done":
+        return False
+    for role, matches in read_matches(context, row):
+        write_atomically(folder / matches_file(role), matches)
+    if with_samples and (samples := row_samples(context, row)) is not None:
+        write_atomically(folder / SAMPLES, samples)
+    return True
+
+
+def show(written: Written, console: Console) -> int:
+    """Prints the tables of a written report and where it lies; returns the command's exit code."""
+    for report in written.reports:
+        print_report(report, console)
+    console.print(f"\nReport: {written.files['html']}", soft_wrap=True, highlight=False)
+    others = ", ".join(path.name for kind, path in written.files.items() if kind != "html")
+    console.print(f"  beside it: {others}, figures", soft_wrap=True, highlight=False)
+    return 1 if written.has_failures or not written.is_complete else 0

@@ -1,82 +1,111 @@
 """From `result.json` files to what a report says: means over seeds, differences, failures, compute saved.
 
-Everything a report shows comes from the files of one run folder (`<table>__<row>__s<seed>/result.json`) and the table's
-YAML, so that it can be rebuilt on any machine, without Ray, after the cluster is gone.
+Everything a report shows comes from the files of one run folder, so that it can be rebuilt on any machine, without
+Ray, after the cluster is gone.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import itertools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
-from cast_ray.report.content import METRIC_LABELS, Cell, Difference, Failure, Report, Result, RowSummary, StageSummary
+from cast_ray.report.content import Compute, Difference, Failure, Report, Result, RowSummary, StageSummary
+from cast_ray.report.metrics import split_metric
 from cast_ray.report.notes import context_of, notes_of
+from cast_ray.report.run_folder import Run
+from cast_ray.report.statistics import NUM_REPLICATES, Resampling, cell_of, value_of
 from cast_ray.stages.table import Table, load_table
 
+MAIN_METRICS = tuple(f"{role}/{ap}" for role in ("teacher", "student", "refined") for ap in ("mask_ap", "ap50"))
 
-def read_results(run_dir: str | Path) -> list[Result]:
-    """The results of one run folder, in the order in which they were started.
-
-    Raises:
-        ValueError: no result in the folder, or a file that is not a result (the message names it and the missing key).
-    """
-    paths = sorted(Path(run_dir).glob("*/result.json"))
-    if not paths:
-        raise ValueError(f"{run_dir}: expected <table>__<row>__s<seed>/result.json files, found none")
-    results = []
-    for path in paths:
-        try:
-            result = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not a JSON file: {error}") from None
-        missing = [key for key in ("table", "row", "seed", "status") if key not in result]
-        if missing:
-            raise ValueError(f"{path}: not a result: no {', '.join(missing)}")
-        results.append(_with_final_diagnostics(result))
-    return sorted(results, key=lambda r: (r.get("started") or "", r["seed"]))
+MAX_PAIRED_ROWS = 8
+MAX_RESAMPLED = 500
+"""Results whose images are resampled: half a second each on 200 images, a quarter of a minute on 5,000."""
 
 
-def summarise(results: Sequence[Result], table: Table | None = None) -> Report:
+def summarise_run(run: Run, tell: Callable[[str], None] = lambda text: None) -> list[Report]:
+    """One report for each table of a run folder, in the order of the plan; `tell`: see `Resampling`."""
+    num_replicates = NUM_REPLICATES if len(run.results) <= MAX_RESAMPLED else 0
+    resampling = Resampling(run.folder, num_replicates, tell)
+    reports = []
+    for name in run.table_names:
+        results = [r for r in run.results if r["table"] == name]
+        pending = [(row, seed) for _, row, seed in run.pending(name)]
+        reports.append(summarise(results, run.plan.table(name), name=name, pending=pending, resampling=resampling))
+    resampling.save()
+    return reports
+
+
+def summarise(
+    results: Sequence[Result],
+    table: Table | None = None,
+    *,
+    name: str | None = None,
+    pending: Iterable[tuple[str, int]] = (),
+    resampling: Resampling | None = None,
+) -> Report:
     """Everything the report of some results says.
 
     Args:
         results: as from `read_results`, all of one table.
         table: title, order of rows, baseline and paper values; None: the table that the results name, if it is one of
             `sweeps/tables`, else the rows in the order they come with the first as baseline.
+        name: of the table; None: the results say it.
+        pending: (row, seed) that are still to come.
+        resampling: per-image data of the results; None: intervals are over seeds alone.
 
     Raises:
         ValueError: results of more than one table.
     """
-    names = sorted({r["table"] for r in results})
+    names = sorted({r["table"] for r in results} | ({name} if name else set()))
     if len(names) != 1:
         raise ValueError(f"expected the results of one table, got {', '.join(names) or 'none'}")
     if table is None:
         table = _table_of(names[0])
-    found = list(dict.fromkeys(r["row"] for r in results))
-    order = [*table.rows, *(row for row in found if row not in table.rows)] if table else found
-    results = sorted(results, key=lambda r: (order.index(r["row"]), r["seed"]))
+    pending = list(pending)
+    found = [*(r["row"] for r in results), *(row for row, _ in pending)]
+    order = list(dict.fromkeys([*(table.rows if table else ()), *found]))
+    place = {row: i for i, row in enumerate(order)}
+    results = sorted(results, key=lambda r: (place[r["row"]], r["seed"]))
     paper = table.paper_values() if table else {}
+    by_row: dict[str, list[Result]] = {row: [] for row in order}
+    for result in results:
+        by_row[result["row"]].append(result)
+    num_pending = Counter(row for row, _ in pending)
     metric = table.metric if table else "student/mask_ap"
     baseline = table.baseline if table else order[0]
+    resampling = resampling or Resampling(None)
 
-    rows = tuple(_summarise_row(row, [r for r in results if r["row"] == row], paper) for row in order)
-    extra = [
-        m for m in (metric, *paper) if m not in METRIC_LABELS or not m.startswith(("teacher", "student", "refined"))
-    ]
-    shown = [m for m in METRIC_LABELS if m.startswith(("teacher", "student", "refined"))] + list(dict.fromkeys(extra))
-    metrics = tuple(m for m in shown if any(m in row.cells for row in rows)) or tuple(dict.fromkeys((*paper, metric)))
-    failures = tuple(
-        Failure(r["row"], r["seed"], _one_line(r.get("error")), r.get("log")) for r in results if not _is_done(r)
+    done = {row: {r["seed"]: r for r in each if r["status"] == "done"} for row, each in by_row.items()}
+    known = {m for by_seed in done.values() for r in by_seed.values() for m in r["metrics"]}
+    extra = list(dict.fromkeys(m for m in (metric, *paper) if m not in MAIN_METRICS))
+    metrics = tuple(m for m in (*MAIN_METRICS, *extra) if m in known) or tuple(dict.fromkeys((*paper, metric)))
+    compared = [m for m in metrics if m == metric or m in paper or split_metric(m)[1] == "mask_ap"]
+    compared = sorted(compared, key=lambda m: m != metric)  # the ranking one first
+
+    rows = tuple(
+        _summarise_row(
+            row,
+            by_row[row],
+            num_pending[row],
+            {m: values[row] for m, values in paper.items() if row in values},
+            resampling,
+        )
+        for row in order
     )
+    others = [row for row in order if row != baseline]
+    differences = [d for m in compared for row in others if (d := _difference(row, baseline, m, done, resampling))]
+    finished = [row for row in order if done[row]]
+    pairs = [
+        d
+        for row, against in itertools.permutations(finished if 2 < len(finished) <= MAX_PAIRED_ROWS else [], 2)
+        if (d := _difference(row, against, metric, done, resampling))
+    ]
     stages = _unique_stages(results)
-    zero_shot = _agreed_metrics(results, "zero_shot/")
     report = Report(
         table=names[0],
         title=table.title if table else names[0],
@@ -84,14 +113,18 @@ def summarise(results: Sequence[Result], table: Table | None = None) -> Report:
         baseline=baseline,
         metrics=metrics,
         rows=rows,
-        differences=_differences(results, order, baseline, metric),
-        failures=failures,
-        stages=stages,
-        steps_unique=sum(s.steps for s in stages if s.kind == "train"),
-        steps_from_scratch=sum(
-            s.get("steps") or 0 for r in results for s in r.get("stages", []) if s["kind"] == "train"
+        differences=tuple(replace(d, paper=_paper_difference(d, paper)) for d in differences),
+        pairs=tuple(pairs),
+        failures=tuple(
+            Failure(r["row"], r["seed"], _one_line(r.get("error")), r.get("log"))
+            for r in results
+            if r["status"] != "done"
         ),
-        zero_shot=zero_shot,
+        stages=stages,
+        steps=_compute([(s.steps if s.kind == "train" else 0, s) for s in stages]),
+        device_hours=_compute([(s.device_hours, s) for s in stages]),
+        zero_shot=_agreed_metrics(results, "zero_shot/"),
+        paper_curves=table.paper_curves() if table else {},
         paper_dataset=table.paper_dataset() if table else "",
         context=context_of(results),
         notes=(),
@@ -107,69 +140,63 @@ def _table_of(name: str) -> Table | None:
         return None
 
 
-def _is_done(result: Result) -> bool:
-    return result["status"] == "done"
-
-
 def _one_line(text: str | None) -> str:
     """The telling line of an error: the last one of a traceback."""
     lines = [line.strip() for line in (text or "").splitlines() if line.strip()]
     return lines[-1] if lines else "no reason recorded"
 
 
-def _with_final_diagnostics(result: Result) -> Result:
-    """Adds the last diagnostics of a stage to the metrics: `distill/margin`, `distill/fnr`."""
-    metrics = dict(result.get("metrics") or {})
-    for stage, points in (result.get("diagnostics") or {}).items():
-        for point in reversed(points):  # not each point has each key: FNR needs labelled pixels among the anchors
-            for key, value in point.items():
-                if key != "step" and isinstance(value, int | float) and math.isfinite(value):
-                    metrics.setdefault(f"{stage}/{key}", value)
-    return {**result, "metrics": metrics}
-
-
-def _value(result: Result, metric: str) -> float | None:
-    value = result["metrics"].get(metric)
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _summarise_row(row: str, results: Sequence[Result], paper: Mapping[str, Mapping[str, float]]) -> RowSummary:
-    done = [r for r in results if _is_done(r)]
+def _summarise_row(
+    row: str, results: Sequence[Result], num_pending: int, paper: Mapping[str, float], resampling: Resampling
+) -> RowSummary:
+    done = [r for r in results if r["status"] == "done"]
     cells = {}
     for metric in dict.fromkeys(m for r in done for m in r["metrics"]):
-        values = [v for r in done if (v := _value(r, metric)) is not None]
+        by_seed = {r["seed"]: r for r in done if value_of(r, metric) is not None}
+        values = [v for r in by_seed.values() if (v := value_of(r, metric)) is not None]
         if values:
-            sd = statistics.stdev(values) if len(values) > 1 else None
-            cells[metric] = Cell(statistics.fmean(values), sd, len(values))
+            is_ap = split_metric(metric)[1] == "mask_ap"
+            cells[metric] = cell_of(values, resampling.interval(by_seed, metric) if is_ap else None)
     seconds = [r["seconds"] for r in done if r.get("seconds") is not None]
     return RowSummary(
         name=row,
         seeds_done=tuple(sorted(r["seed"] for r in done)),
         num_failed=len(results) - len(done),
+        num_pending=num_pending,
         cells=cells,
-        paper={metric: values[row] for metric, values in paper.items() if row in values},
+        paper=paper,
         seconds=statistics.fmean(seconds) if seconds else None,
         device_hours=sum(r.get("device_hours") or 0.0 for r in results),
     )
 
 
-def _differences(results: Sequence[Result], order: Sequence[str], baseline: str, metric: str) -> tuple[Difference, ...]:
-    values = {(r["row"], r["seed"]): v for r in results if _is_done(r) for v in [_value(r, metric)] if v is not None}
-    differences = []
-    for row in order:
-        pairs = [
-            v - values[baseline, seed]
-            for (name, seed), v in values.items()
-            if name == row and (baseline, seed) in values
-        ]
-        if row == baseline or not pairs:
-            continue
-        mean, low, high = statistics.fmean(pairs), None, None
-        if len(pairs) > 1:
-            half = float(stats.t.ppf(0.975, len(pairs) - 1)) * statistics.stdev(pairs) / math.sqrt(len(pairs))
-            low, high = mean - half, mean + half
-        differences.append(Difference(row, mean, low, high, len(pairs)))
-    return tuple(differences)
+def _difference(
+    row: str, against: str, metric: str, done: Mapping[str, Mapping[int, Result]], resampling: Resampling
+) -> Difference | None:
+    ours = {seed: r for seed, r in done[row].items() if value_of(r, metric) is not None}
+    theirs = {seed: r for seed, r in done.get(against, {}).items() if value_of(r, metric) is not None}
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return None
+    pairs = [(value_of(ours[s], metric) or 0.0) - (value_of(theirs[s], metric) or 0.0) for s in seeds]
+    models = [(_evaluated(ours[s], metric), _evaluated(theirs[s], metric)) for s in seeds]
+    same = all(a is not None and a == b for a, b in models)
+    interval = None
+    if not same:
+        interval = resampling.difference({s: ours[s] for s in seeds}, {s: theirs[s] for s in seeds}, metric)
+    return Difference(row, against, metric, statistics.fmean(pairs), interval, len(pairs), same_artifact=same)
+
+
+def _evaluated(result: Result, metric: str) -> str | None:
+    """Fingerprint of the evaluation that a metric comes from, where the result says so."""
+    return (result.get("evaluations") or {}).get(split_metric(metric)[0])
+
+
+def _paper_difference(difference: Difference, paper: Mapping[str, Mapping[str, float]]) -> float | None:
+    values = paper.get(difference.metric, {})
+    if difference.row not in values or difference.against not in values:
+        return None
+    return values[difference.row] - values[difference.against]
 
 
 def _unique_stages(results: Sequence[Result]) -> tuple[StageSummary, ...]:
@@ -180,7 +207,7 @@ def _unique_stages(results: Sequence[Result]) -> tuple[StageSummary, ...]:
     summaries = []
     for fingerprint, entries in users.items():
         # the row that ran it knows how long it took; a row that reused it waited or copied numbers
-        ran = next((s for _, s in entries if not s.get("reused")), entries[0][1])
+        result, ran = next(((r, s) for r, s in entries if not s.get("reused")), entries[0])
         summaries.append(
             StageSummary(
                 name=ran["name"],
@@ -188,8 +215,10 @@ def _unique_stages(results: Sequence[Result]) -> tuple[StageSummary, ...]:
                 fingerprint=fingerprint,
                 rows=tuple(dict.fromkeys(r["row"] for r, _ in entries)),
                 seeds=tuple(sorted({r["seed"] for r, _ in entries})),
+                num_uses=len(entries),
                 steps=max(s.get("steps") or 0 for _, s in entries),
                 seconds=float(ran.get("seconds") or 0.0),
+                device_hours=_device_hours(result, ran),
                 images_per_s=ran.get("images_per_s"),
                 was_stored=all(s.get("reused") for _, s in entries),
             )
@@ -197,9 +226,23 @@ def _unique_stages(results: Sequence[Result]) -> tuple[StageSummary, ...]:
     return tuple(summaries)
 
 
+def _device_hours(result: Result, stage: Mapping[str, Any]) -> float:
+    runtime = (result.get("recipe") or {}).get("runtime") or {}
+    workers = stage.get("num_workers") or runtime.get("num_labellers" if stage["kind"] == "label" else "num_workers", 1)
+    return float(stage.get("stage_seconds") or stage.get("seconds") or 0.0) * workers / 3600
+
+
+def _compute(costs: Sequence[tuple[float, StageSummary]]) -> Compute:
+    return Compute(
+        scratch=sum(cost * stage.num_uses for cost, stage in costs),
+        unique=sum(cost for cost, _ in costs),
+        ran=sum(cost for cost, stage in costs if not stage.was_stored),
+    )
+
+
 def _agreed_metrics(results: Sequence[Result], prefix: str) -> dict[str, float]:
     """Metrics under a prefix, averaged over the finished results (the zero-shot teacher is the same in all rows)."""
-    done = [r for r in results if _is_done(r)]
+    done = [r for r in results if r["status"] == "done"]
     names = sorted({m for r in done for m in r["metrics"] if m.startswith(prefix)})
-    values = {m: [v for r in done if (v := _value(r, m)) is not None] for m in names}
+    values = {m: [v for r in done if (v := value_of(r, m)) is not None] for m in names}
     return {m: statistics.fmean(v) for m, v in values.items() if v}

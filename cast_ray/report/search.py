@@ -16,7 +16,7 @@ import yaml
 from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
 
-from cast_ray.report.content import label_of
+from cast_ray.report.metrics import label_of
 from cast_ray.runtime.study import best_trials
 from cast_ray.stages.search_spec import SearchSpec
 

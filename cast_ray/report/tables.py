@@ -1,12 +1,9 @@
-"""One report, three forms: a table for the terminal, `report.md` for people, `report.json` for programs."""
+"""The tables of a report as text, and the one that fits a terminal."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from pathlib import Path
+from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -14,189 +11,319 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from cast_ray.report.content import Cell, Difference, Failure, Report, RowSummary, StageSummary, label_of
-from cast_ray.report.overlays import CONTACT_SHEET
-from cast_ray.report.plots import curves_figure, margins_figure
-from cast_ray.report.results import read_results, summarise
-from cast_ray.stages.table import Table
+from cast_ray.report.blocks import Column, Grid
+from cast_ray.report.content import Difference, Report, Result, RowSummary, StageSummary
+from cast_ray.report.metrics import (
+    MEASURES,
+    PER_CLASS,
+    ROLES,
+    format_signed,
+    format_spread,
+    format_value,
+    is_lower_better,
+    label_of,
+    split_metric,
+)
+from cast_ray.report.notes import failure_text
 
 TERMINAL_COLUMNS = 100
+MAX_TERMINAL_ROWS = 60
 # Left out of the terminal first when the table gets too wide; the files always have all.
-DISPENSABLE = ("refined/ap50", "teacher/ap50", "student/ap50", "refined/mask_ap")
+DISPENSABLE = (
+    "refined/ap50",
+    "teacher/ap50",
+    "student/ap50",
+    "seconds",
+    "refined/mask_ap",
+    "teacher/mask_ap paper",
+    "student/mask_ap",
+    "teacher/mask_ap",
+)
+MIN_ROW_NAME = 16
+
+
+def main_grid(report: Report) -> Grid:
+    """Every main metric of every row, the paper's value beside those that it has."""
+    keys = _main_keys(report)
+    return Grid(
+        "Mean over seeds ± standard deviation",
+        tuple(Column(_heading(key, report), is_number=key not in ("row", "seeds")) for key in keys),
+        tuple(tuple(_cell(key, row, report) for key in keys) for row in report.rows),
+        tuple(row.name for row in report.rows),
+        tuple("failed" if row.has_failed else "" for row in report.rows),
+    )
+
+
+def comparison_grid(report: Report, metric: str) -> Grid | None:
+    """One metric against the baseline: paper, measured, differences, 95 % interval, seeds."""
+    differences = report.differences_in(metric)
+    if not any(metric in row.cells for row in report.rows) or len(report.rows) < 2:
+        return None
+    paper = {row.name: row.paper[metric] for row in report.rows if metric in row.paper}
+    base = paper.get(report.baseline)
+    columns = [Column("row", False), Column("seeds", False), Column("measured")]
+    columns += [Column(f"difference to {report.baseline}"), Column("95 % interval", False)]
+    columns += [Column("paper"), Column("paper's difference")] if paper else []
+    body, marks = [], []
+    for row in report.rows:
+        difference, cell = differences.get(row.name), row.cells.get(metric)
+        line = [row.name, row.seeds_text, format_spread(metric, cell.mean, cell.sd) if cell else ""]
+        line += [difference_text(difference, row, report), interval_text(difference)]
+        if paper:
+            value = paper.get(row.name)
+            line += [format_value(metric, value) if value is not None else ""]
+            line += [format_signed(metric, value - base) if value is not None and base not in (None, value) else ""]
+        body.append(tuple(line))
+        marks.append("failed" if row.has_failed else verdict_of(difference))
+    caption = f"{label_of(metric)} against {report.baseline}, paired by seed and image"
+    return Grid(caption, tuple(columns), tuple(body), tuple(row.name for row in report.rows), tuple(marks))
+
+
+def pairs_grid(report: Report) -> Grid | None:
+    """Every row against every other in the ranking metric, with intervals."""
+    if not report.pairs:
+        return None
+    by_pair = {(d.row, d.against): d for d in report.pairs}
+    names = list(dict.fromkeys(d.row for d in report.pairs))
+
+    def cell(row: str, against: str) -> str:
+        difference = by_pair.get((row, against))
+        interval = interval_text(difference)
+        if difference is None:
+            return ""
+        return format_signed(report.metric, difference.mean) + (f" ({interval})" if interval else "")
+
+    columns = (Column("row", False), *(Column(f"against {name}", False) for name in names))
+    body = tuple((row, *(cell(row, against) for against in names)) for row in names)
+    return Grid(f"{label_of(report.metric)}: every row against every other", columns, body, tuple(names))
+
+
+def verdict_of(difference: Difference | None) -> str:
+    """`better`, `worse` or `noise`: what an interval lets one say; empty where there is none."""
+    if difference is None or difference.interval is None:
+        return ""
+    if not difference.is_clear:
+        return "noise"
+    return "better" if (difference.mean > 0) != is_lower_better(difference.metric) else "worse"
+
+
+def difference_text(difference: Difference | None, row: RowSummary, report: Report) -> str:
+    if difference is None:
+        return "baseline" if row.name == report.baseline and row.seeds_done else ""
+    return format_signed(difference.metric, difference.mean)
+
+
+def interval_text(difference: Difference | None) -> str:
+    """`+5.4 to +9.1`; a single seed's is marked as of the images alone."""
+    if difference is None or difference.interval is None:
+        return "same model" if difference is not None and difference.same_artifact else ""
+    low, high = (format_signed(difference.metric, v) for v in (difference.interval.low, difference.interval.high))
+    return f"{low} to {high}" + (" (images)" if difference.interval.resampled == "images" else "")
+
+
+def measures_grid(report: Report, role: str) -> Grid | None:
+    """AP, AP50, AP75, AP by size and the recalls of one of the models that rows evaluate."""
+    measures = {measure: label for measure, label in MEASURES.items() if measure.startswith(("mask_ap", "ap", "ar"))}
+    return _metrics_grid(
+        report,
+        [f"{role}/{measure}" for measure in measures],
+        f"{ROLES[role]}: AP and AR at more thresholds and by size",
+        [
+            label_of(f"{role}/{m}").removeprefix(f"{ROLES[role]} ")
+            for m in MEASURES
+            if m.startswith(("mask_ap", "ap", "ar"))
+        ],
+    )
+
+
+def classes_grid(report: Report) -> Grid | None:
+    """AP of each class, of the model that rows are ranked by."""
+    role = split_metric(report.metric)[0]
+    prefix = f"{role}/{PER_CLASS}/"
+    known = dict.fromkeys(m for row in report.rows for m in row.cells if m.startswith(prefix))
+    label = ROLES.get(role, role)
+    return _metrics_grid(report, list(known), f"{label}: AP of each class", [m.removeprefix(prefix) for m in known])
+
+
+def other_grid(report: Report) -> Grid | None:
+    """Whatever else the models were measured by (latency, size, detections), and the contrast's last diagnostics."""
+    shown = {"mask_ap", "num_images", *(m for m in MEASURES if m.startswith(("ap", "ar")))}
+    known = dict.fromkeys(
+        metric
+        for row in report.rows
+        for metric in row.cells
+        for role, measure in [split_metric(metric)]
+        if (role in ROLES and role != "zero_shot" and measure not in shown and not measure.startswith(PER_CLASS))
+        or metric in ("distill/margin", "distill/fnr")
+    )
+    return _metrics_grid(report, list(known), "Other measures: latency, size, last diagnostics of the pixel contrast")
+
+
+def _metrics_grid(
+    report: Report, metrics: Sequence[str], caption: str, names: Sequence[str] | None = None
+) -> Grid | None:
+    there = [(m, n) for m, n in zip(metrics, names or map(label_of, metrics)) if any(m in r.cells for r in report.rows)]
+    if not there:
+        return None
+    rows = [row for row in report.rows if row.seeds_done]
+    columns = (Column("row", False), Column("seeds", False), *(Column(name) for _, name in there))
+    body = tuple((row.name, row.seeds_text, *(_value(row, metric) for metric, _ in there)) for row in rows)
+    return Grid(caption, columns, body, tuple(row.name for row in rows))
+
+
+def stage_grid(report: Report) -> Grid | None:
+    """Unique stages, those of one name that the same rows use (one per seed, or per model evaluated) on one line."""
+    groups: dict[tuple[str, tuple[str, ...]], list[StageSummary]] = {}
+    for stage in report.stages:
+        groups.setdefault((stage.name, stage.rows), []).append(stage)
+    if not groups:
+        return None
+    num_rows = sum(bool(row.seeds_done or row.num_failed) for row in report.rows)
+    names = ("unique", "found in the store", "steps", "seconds", "device-hours", "images/s")
+    body = []
+    for (name, rows), stages in groups.items():
+        speeds = [s.images_per_s for s in stages if s.images_per_s]
+        steps, hours = sum(s.steps for s in stages), sum(s.device_hours for s in stages)
+        body.append(
+            (
+                name,
+                "all" if len(rows) == num_rows > 1 else ", ".join(rows),
+                str(len(stages)),
+                str(sum(s.was_stored for s in stages)),
+                f"{steps:,}" if steps else "",
+                f"{sum(s.seconds for s in stages):,.0f}",
+                format_value("device_hours", hours),
+                f"{fmean(speeds):.0f}" if speeds else "",
+            )
+        )
+    columns = (Column("stage", False), Column("used by", False), *(Column(name) for name in names))
+    return Grid("Every stage that rows needed, once", columns, tuple(body))
+
+
+def results_grid(report: Report) -> Grid | None:
+    """One line a result: what it was made from, where, when, how long."""
+    if not report.results:
+        return None
+    columns = (
+        Column("row", False),
+        Column("seed"),
+        Column("status", False),
+        Column(label_of(report.metric)),
+        Column("labelled"),
+        Column("unlabelled"),
+        Column("wall time (s)"),
+        Column("device-hours"),
+        Column("started", False),
+        Column("code", False),
+        Column("data hash", False),
+    )
+    body = tuple(_result_line(result, report.metric) for result in report.results)
+    marks = tuple("failed" if r["status"] != "done" else "" for r in report.results)
+    return Grid("Every result", columns, body, tuple(r["row"] for r in report.results), marks)
+
+
+def _result_line(result: Result, metric: str) -> tuple[str, ...]:
+    dataset = result.get("dataset") or {}
+    value = result["metrics"].get(metric)
+    hours = result.get("device_hours")
+    return (
+        result["row"],
+        str(result["seed"]),
+        "done" if result["status"] == "done" else "FAILED",
+        format_value(metric, value) if isinstance(value, int | float) else "",
+        *("" if dataset.get(k) is None else str(dataset[k]) for k in ("num_labelled", "num_unlabelled")),
+        f"{result['seconds']:,.0f}" if result.get("seconds") is not None else "",
+        format_value("device_hours", hours) if hours is not None else "",
+        (result.get("started") or "")[:19].replace("T", " "),
+        str(result.get("code_version") or ""),
+        str(dataset.get("content_hash") or "")[:12],
+    )
 
 
 def terminal_table(report: Report, width: int = TERMINAL_COLUMNS) -> RenderableType:
     """The table with its notes, for a terminal of `width` columns."""
-    metrics = list(report.metrics)
-    table = _rich_table(report, metrics)
+    keys = _main_keys(report)
+    if differences := report.differences_in(report.metric):
+        at = keys.index(report.metric) + 1
+        keys[at:at] = ["difference", "interval"] if any(d.interval for d in differences.values()) else ["difference"]
+    table = _rich_table(report, keys)
     probe = Console(width=10 * width)
-    for name in DISPENSABLE:
+    for key in DISPENSABLE:
         if Measurement.get(probe, probe.options, table).maximum <= width:
             break
-        if name in metrics and name != report.metric:
-            metrics.remove(name)
-            table = _rich_table(report, metrics)
-    lines: list[RenderableType] = [table, ""]
-    lines += [Text(f"FAILED  {_failure_text(f)}", style="bold red") for f in report.failures]
+        if key in keys and key != report.metric:
+            keys = [k for k in keys if k not in (key, f"{key} paper")]
+            table = _rich_table(report, keys)
+    lines: list[RenderableType] = [table]
+    if len(report.rows) > MAX_TERMINAL_ROWS:
+        lines.append(Text(f"{len(report.rows) - MAX_TERMINAL_ROWS} more rows: see the report", style="dim"))
+    lines.append("")
+    lines += [Text(f"FAILED  {text}", style="bold red") for text in failure_text(report)]
     lines += [Text(note) for note in report.notes]
-    lines += [Text(f"  {_difference_text(d, report)}") for d in report.differences]
     return Group(*lines)
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
     """Prints the table and its notes."""
     console = console or Console()
-    console.print(terminal_table(report, min(console.width, TERMINAL_COLUMNS)))
+    width = min(console.width, TERMINAL_COLUMNS)
+    console.print(terminal_table(report, width), width=width)
 
 
-def markdown_page(report: Report, figures: dict[str, str] | None = None) -> str:
-    """`report.md`: the table, what to know about it, the stages behind it, the figures (caption -> file name)."""
-    lines = [f"# {report.title}", ""]
-    lines += [
-        f"- {name}: `{text}`" if name == "command" else f"- {name}: {text}" for name, text in report.context.items()
-    ]
-    lines += ["", *_markdown_rows(*_grid(report, list(report.metrics), line_break=" ")), ""]
-    lines += [f"**FAILED** {_failure_text(f)}\n" for f in report.failures]
-    lines += [f"{note}\n" for note in report.notes]
-    if report.differences:
-        lines += [f"## {label_of(report.metric)} against `{report.baseline}`", ""]
-        lines += [f"- {_difference_text(d, report)}" for d in report.differences] + [""]
-    if report.stages:
-        lines += ["## Stages", "", *_markdown_rows(*_stage_grid(report)), ""]
-    for caption, file in (figures or {}).items():
-        lines += [f"## {caption}", "", f"![{caption}]({file})", ""]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def json_page(report: Report) -> dict[str, Any]:
-    """`report.json`: the same as plain data, without the raw results it was made from."""
-    page = dataclasses.asdict(dataclasses.replace(report, results=()))
-    page.pop("results")
-    return page
-
-
-def write_report(run_dir: str | Path, table: Table | None = None) -> dict[str, Path]:
-    """Writes `report.md`, `report.json` and the figures of a run folder, from its `result.json` files alone.
-
-    Args:
-        run_dir: holds `<table>__<row>__s<seed>/result.json`; the report is written into it. A contact sheet that
-            lies there under its usual name is shown in the report.
-        table: see `summarise`.
-
-    Returns:
-        what was written: `markdown`, `json`, and where there is something to draw `margins` and `curves`.
-
-    Raises:
-        ValueError: as `read_results` and `summarise`.
-    """
-    run_dir = Path(run_dir)
-    report = summarise(read_results(run_dir), table)
-    written: dict[str, Path] = {}
-    figures = {}
-    if (run_dir / CONTACT_SHEET).is_file():
-        figures["Images, ground truth, pseudo-labels, student"] = CONTACT_SHEET
-    for key, caption, draw in (
-        ("margins", "Margin and false negatives of the pixel contrast", margins_figure),
-        ("curves", "Learning curves", curves_figure),
-    ):
-        path = run_dir / f"{key}.png"
-        if draw(report.results, path):
-            written[key] = path
-            figures[caption] = path.name
-    written["markdown"], written["json"] = run_dir / "report.md", run_dir / "report.json"
-    written["markdown"].write_text(markdown_page(report, figures))
-    written["json"].write_text(json.dumps(json_page(report), indent=1, allow_nan=False) + "\n")
-    return written
-
-
-def _rich_table(report: Report, metrics: list[str]) -> RichTable:
-    head, body = _grid(report, metrics, line_break="\n")
+def _rich_table(report: Report, keys: Sequence[str]) -> RichTable:
     table = RichTable(
         title=report.title, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), title_justify="left"
     )
-    for i, name in enumerate(head):
-        table.add_column(
-            name, justify="left" if i < 2 else "right", no_wrap=True, style="dim" if name == "paper" else ""
+    for key in keys:
+        heading = (
+            _heading(key, report).replace(" ", "\n", 1) if key not in ("row", "interval") else _heading(key, report)
         )
-    for row, cells in zip(report.rows, body):
-        table.add_row(*cells, style="red" if row.num_failed and not row.seeds_done else "")
+        table.add_column(
+            heading,
+            justify="left" if key in ("row", "seeds") else "right",
+            no_wrap=key != "row",
+            overflow="fold",
+            min_width=min(MIN_ROW_NAME, max(len(row.name) for row in report.rows)) if key == "row" else None,
+            style="dim" if key.endswith(" paper") else "",
+        )
+    for row in report.rows[:MAX_TERMINAL_ROWS]:
+        table.add_row(*(_cell(key, row, report) for key in keys), style="red" if row.has_failed else "")
     return table
 
 
-def _grid(report: Report, metrics: list[str], line_break: str) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells; a metric that the paper has is followed by the paper's value."""
+def _main_keys(report: Report) -> list[str]:
     with_paper = {m for row in report.rows for m in row.paper}
-    head = ["row", "seeds"]
-    for metric in metrics:
-        head.append(label_of(metric).replace(" ", line_break))
-        if metric in with_paper:
-            head.append("paper")
-    head.append("seconds")
-    body = []
-    for row in report.rows:
-        cells = [row.name, row.seeds_text]
-        for metric in metrics:
-            cells.append(_cell_text(row, metric))
-            if metric in with_paper:
-                cells.append(_number(metric, row.paper[metric]) if metric in row.paper else "")
-        cells.append(f"{row.seconds:.0f}" if row.seconds is not None else "")
-        body.append(cells)
-    return head, body
+    keys = ["row", "seeds"]
+    for metric in report.metrics:
+        keys += [metric, f"{metric} paper"] if metric in with_paper else [metric]
+    return [*keys, "seconds"]
 
 
-def _stage_grid(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Unique stages, those of one name that the same rows use (one per seed, or per model evaluated) on one line."""
-    groups: dict[tuple[str, tuple[str, ...]], list[StageSummary]] = {}
-    for stage in report.stages:
-        groups.setdefault((stage.name, stage.rows), []).append(stage)
-    num_rows = sum(bool(row.num_seeds) for row in report.rows)
-    body = []
-    for (name, rows), stages in groups.items():
-        speeds = [s.images_per_s for s in stages if s.images_per_s]
-        steps = sum(s.steps for s in stages)
-        body.append(
-            [
-                name,
-                "all" if len(rows) == num_rows > 1 else ", ".join(rows),
-                str(len(stages)),
-                str(sum(s.was_stored for s in stages)),
-                f"{steps:,}" if steps else "",
-                f"{sum(s.seconds for s in stages):.0f}",
-                f"{fmean(speeds):.0f}" if speeds else "",
-            ]
-        )
-    return ["stage", "rows", "unique", "of them stored before", "steps", "seconds", "images/s"], body
+def _heading(key: str, report: Report) -> str:
+    fixed = {"row": "row", "seeds": "seeds", "seconds": "wall time (s)", "interval": "95 % interval"}
+    if key == "difference":
+        return f"to {report.baseline}" if len(report.baseline) < 10 else "difference"
+    return "paper" if key.endswith(" paper") else fixed.get(key) or label_of(key)
 
 
-def _cell_text(row: RowSummary, metric: str) -> str:
-    cell: Cell | None = row.cells.get(metric)
-    if cell is None:
-        return ""
-    spread = f" ±{_number(metric, cell.sd)}" if cell.sd is not None else ""
-    return _number(metric, cell.mean) + spread
+def _cell(key: str, row: RowSummary, report: Report) -> str:
+    if key == "row":
+        return row.name
+    if key == "seeds":
+        return row.seeds_text
+    if key == "seconds":
+        return f"{row.seconds:,.0f}" if row.seconds is not None else ""
+    difference = report.differences_in(report.metric).get(row.name) if key in ("difference", "interval") else None
+    if key == "difference":
+        return difference_text(difference, row, report)
+    if key == "interval":
+        return interval_text(difference).replace(" (images)", "*")
+    metric = key.removesuffix(" paper")
+    if metric != key:
+        return format_value(metric, row.paper[metric]) if metric in row.paper else ""
+    return _value(row, metric)
 
 
-def _number(metric: str, value: float) -> str:
-    return f"{value:.1f}" if metric.endswith(("ap", "ap50")) else f"{value:.2f}"
-
-
-def _difference_text(difference: Difference, report: Report) -> str:
-    def signed(value: float) -> str:
-        return ("+" if value >= 0 else "-") + _number(report.metric, abs(value))
-
-    mean, low, high = difference.mean, difference.low, difference.high
-    text = f"{difference.row} against {report.baseline}: {signed(mean)} {label_of(report.metric)}"
-    if low is None or high is None:
-        return f"{text} (1 seed)"
-    verdict = "" if low > 0 or high < 0 else ": not distinguishable from seed noise"
-    return f"{text}, 95 % interval {signed(low)} to {signed(high)} ({difference.num_seeds} seeds){verdict}"
-
-
-def _failure_text(failure: Failure) -> str:
-    log = f" (log: {failure.log})" if failure.log else ""
-    return f"{failure.row}, seed {failure.seed}: {failure.reason}{log}"
-
-
-def _markdown_rows(head: list[str], body: list[list[str]]) -> list[str]:
-    rule = ["---" if i < 2 else "---:" for i in range(len(head))]
-    return [f"| {' | '.join(cells)} |" for cells in (head, rule, *body)]
+def _value(row: RowSummary, metric: str) -> str:
+    cell = row.cells.get(metric)
+    return format_spread(metric, cell.mean, cell.sd) if cell else ""

@@ -25,14 +25,13 @@ from cast_ray.models.segmenter import Segmenter
 from cast_ray.recipe import EvaluationConfig, Recipe, RuntimeConfig
 from cast_ray.records import Category, ClassMap
 from cast_ray.runtime.models import load_model
-from cast_ray.runtime.results import MATCHES
+from cast_ray.runtime.results import MATCHES, METRICS, RESULTS
 from cast_ray.runtime.streams import picture_dataset, pictures
 from cast_ray.runtime.tables import record_at
 from cast_ray.runtime.workers import Segment
 from cast_ray.stages.evaluate import coco_results, predict, results_document, results_lines
 from cast_ray.stages.graph import Stage, artifact_key
 
-METRICS, RESULTS = "metrics.json", "results.json"
 POST_EVERY_S = 1.0
 
 

@@ -14,8 +14,10 @@ from cast_ray.runtime.label_splits import stored_split
 from cast_ray.runtime.store import ArtifactStore, read_each
 from cast_ray.stages.graph import RowPlan, Stage
 
-MATCHES, AUDIT = "matches.npz", "audit.json"
-"""Files of an evaluation and of a labelling stage."""
+METRICS, RESULTS, MATCHES = "metrics.json", "results.json", "matches.npz"
+"""Files of an evaluation."""
+AUDIT = "audit.json"
+"""File of a labelling stage."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def _read_committed(storage: str, key: str) -> dict[str, Any]:
     """
     store = ArtifactStore(storage)
     manifest = store.manifest(key)
-    numbers = {"train": "curves.json", "evaluate": "metrics.json", "label": AUDIT}.get(manifest["kind"])
+    numbers = {"train": "curves.json", "evaluate": METRICS, "label": AUDIT}.get(manifest["kind"])
     found = store.find_file(key, numbers) if numbers else None  # not every labelling stage has an audit
     return {"manifest": manifest, "artifact": store.artifact(key), "numbers": json.loads(found) if found else {}}
 
@@ -89,6 +91,7 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[
     committed = _find_committed(context.store.storage, row.stages)
     stages: list[dict[str, Any]] = []
     metrics: dict[str, float] = {}
+    evaluations: dict[str, str] = {}
     curves: dict[str, Any] = {}
     diagnostics: dict[str, Any] = {}
     pseudo_labels: dict[str, Any] = {}
@@ -109,6 +112,7 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[
                 "artifact": artifact["artifact"],
                 "reused": stage.fingerprint not in ran,
                 "steps": stage.steps,
+                "num_workers": facts["num_workers"],
                 **{
                     k: facts.get(k)
                     for k in ("seconds", "stage_seconds", "startup_seconds", "images_per_s", "resumed_at_step")
@@ -125,6 +129,7 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[
             measured = committed[stage.fingerprint]["numbers"]
             metrics |= {f"{role}/{k}": v for k, v in measured.items() if isinstance(v, (int, float))}
             per_class[role] = measured["per_class"]
+            evaluations[role] = stage.fingerprint
             _add_final_point(row, curves, stage, measured)
     last = committed.get(row.roles["distill"].fingerprint, {"manifest": {}})["manifest"]
     return {
@@ -142,6 +147,7 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[
         "stages": stages,
         "metrics": metrics,
         "per_class": per_class,
+        "evaluations": evaluations,
         "curves": curves,
         "diagnostics": diagnostics,
         "pseudo_labels": pseudo_labels,

@@ -39,7 +39,7 @@ from cast_ray.runtime.streams import Images, picture_dataset, pictures, training
 from cast_ray.runtime.validation import SideValidation, validation_bundles
 from cast_ray.runtime.workers import Segment
 from cast_ray.stages.graph import Stage, artifact_key
-from cast_ray.stages.train import train_config, train_stage
+from cast_ray.stages.train import order_seed, train_config, train_stage
 
 VALIDATION_LOOK_S = 20.0
 
@@ -123,7 +123,7 @@ def _train(
         batch_unlabelled=config.batch_unlabelled if stage.config["unlabelled"] else 0,
         steps=config.steps,
         start_step=resume.step if resume else 0,
-        seed=stage.config["seed"],
+        seed=order_seed(stage),
         rank=world.rank,
         world_size=world.size,
         strong=bool(contrastive),

@@ -208,7 +208,7 @@ class ArtifactStore:
 
     @contextlib.contextmanager
     def read_stream(self, stage: Stage, name: str) -> Iterator[Any]:
-        """A file of an artifact that is not yet committed, open for reading line by line."""
+        """A file of an artifact, also of one that is not yet committed, open for reading line by line."""
         fs, root = self._fs
         with fs.open_input_stream(f"{root}/{self._folder(stage.key)}/{name}") as file, io.BufferedReader(file) as lines:
             yield lines

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -71,8 +71,13 @@ class SweepOutcome:
     stopped: str | None = None
 
 
-def run_sweep(request: SweepRequest, console: Console) -> SweepOutcome | None:
+def run_sweep(
+    request: SweepRequest, console: Console, on_start: Callable[[], None] = lambda: None
+) -> SweepOutcome | None:
     """Plans a sweep and runs what is missing; rows that failed say so in their result. None after a dry run.
+
+    Args:
+        on_start: called once the request has turned out to be sound, before anything runs.
 
     Raises:
         ValueError: the user's data, storage or resources do not fit, before any compute is spent.
@@ -93,6 +98,7 @@ def run_sweep(request: SweepRequest, console: Console) -> SweepOutcome | None:
         listed = store.list_artifacts()
         whole = plan_sweep(rows, committed(listed))
         _preview(request, whole, planner, listed, store, console)
+        on_start()
         jobs = _rows_without_result(sweeps, whole)
         stopped = _run(request, whole, jobs, presence.holder, store, console) if jobs else None
     return SweepOutcome(tuple(sweeps), stopped)

@@ -75,3 +75,11 @@ def results_document(lines: Iterable[bytes]) -> Iterator[bytes]:
         yield separator + line.rstrip(b"\n")
         separator = b",\n"
     yield b"\n]\n"
+
+
+def results_of(document: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The detections of a results JSON, line by line, as `results_document` writes it: one on each line."""
+    for line in document:
+        text = line.strip().rstrip(b",")
+        if text not in (b"", b"[", b"]"):
+            yield json.loads(text)

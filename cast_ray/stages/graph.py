@@ -222,6 +222,9 @@ class _Planner:
             "contrastive": recipe.contrastive.model_dump() if pxl > 0 else None,
             "seed": recipe.seed if seed is None else seed,
         }
+        if seed is None:  # only where they differ, so that naming the default changes no fingerprint
+            own = {"init_seed": recipe.init_seed, "order_seed": recipe.order_seed}
+            config |= {name: value for name, value in own.items() if value not in (None, recipe.seed)}
         refresh = recipe.labels.refresh_steps
         if labels is not None and name == "selftrain" and refresh:
             config["refresh_steps"] = refresh

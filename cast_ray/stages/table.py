@@ -160,6 +160,23 @@ class Table(BaseModel):
         """What the published values were measured on, or an empty string."""
         return str(_paper_tables()[self.paper].get("dataset", "")) if self.paper else ""
 
+    def paper_curves(self) -> dict[str, dict[float, float]]:
+        """The paper's table where its rows are numbers (label fractions, weights): metric or column -> number -> value.
+
+        Columns that stand beside a metric of ours are called by it; the others (other methods) keep their own name.
+        """
+        curves: dict[str, dict[float, float]] = {}
+        for row, cells in _paper_rows(self.paper).items() if self.paper else ():
+            try:
+                x = float(row)
+            except ValueError:
+                continue
+            for column, value in cells.items():
+                metrics = self.paper_columns.get(column, column)
+                for name in [metrics] if isinstance(metrics, str) else metrics:
+                    curves.setdefault(name, {})[x] = value
+        return curves
+
     def row_recipe(
         self,
         row: str,
@@ -215,7 +232,7 @@ def resolve_recipe(preset: str, scale: str, base: Mapping[str, Any], row: Mappin
 
 
 def _in_turn(first: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, Any]:
-    """Overrides applied one after the other: a column of `then` (`contrastive`) also replaces single fields of `first`."""
+    """Overrides applied one after the other: a column (`contrastive`) also replaces fields before it."""
     return {key: value for key, value in first.items() if key not in then} | dict(then)
 
 

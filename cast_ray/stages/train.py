@@ -46,6 +46,11 @@ def stage_memory(stage: Stage, recipe: Recipe, num_classes: int) -> MemoryEstima
     )
 
 
+def order_seed(stage: Stage) -> int:
+    """Seed of the order of a train stage's images, of their views and of the points its losses sample."""
+    return stage.config.get("order_seed", stage.config["seed"])
+
+
 def train_stage(
     stage: Stage,
     *,
@@ -77,10 +82,9 @@ def train_stage(
         The trained segmenter (averaged weights) and the curves.
     """
     config = stage.config
-    seed = config["seed"]
-    torch.manual_seed(seed)
-    model = ModelConfig(**config["model"])
-    segmenter = build_segmenter(model, num_classes, seed)
+    init_seed = config.get("init_seed", config["seed"])
+    torch.manual_seed(init_seed)
+    segmenter = build_segmenter(ModelConfig(**config["model"]), num_classes, init_seed)
     if initial_weights is not None:
         try:
             segmenter.load_state_dict(initial_weights)
@@ -98,7 +102,7 @@ def train_stage(
         batches,
         train_config,
         fingerprint=stage.fingerprint,
-        seed=seed,
+        seed=order_seed(stage),
         world=world,
         amp=amp,
         resume=resume,

@@ -17,7 +17,7 @@ from PIL import Image
 from cast_ray.evaluation.pseudo_labels import audit_images, summarise_audit
 from cast_ray.recipe import build_recipe
 from cast_ray.records import RECORD_SCHEMA, ClassMap, encode_image_id
-from cast_ray.report.pseudo_labels import NUM_WORST, audit_figure, audit_table, coverage_table, worst_cases
+from cast_ray.report.pseudo_labels import NUM_WORST, audit_table, coverage_table, worst_cases
 from cast_ray.runtime.results import SweepContext
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.stages.graph import RowPlan, Stage, plan
@@ -74,34 +74,6 @@ def test_no_labels_leave_empty_cells() -> None:
     assert empty is not None
     head, body = audit_table(result("a", label_teacher=empty))
     assert dict(zip(head, body[0]))["precision"] == dict(zip(head, body[0]))["ECE"] == ""
-
-
-def test_the_figure_draws_shared_labels_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib.axes import Axes
-
-    drawn: list[str] = []
-    plot = Axes.plot
-
-    def record(self: Axes, *args: Any, **options: Any) -> Any:
-        drawn.append(options.get("label", ""))
-        return plot(self, *args, **options)
-
-    monkeypatch.setattr(Axes, "plot", record)
-    one, other = audit_of(0), audit_of(1)
-    results = [
-        result("a", label_adapted=other, label_teacher=one),
-        result("b", label_teacher=one),
-        result("c", label_teacher=other),
-        {"row": "sup", "pseudo_labels": {}},
-    ]
-    assert audit_figure(results, tmp_path / "audit.png")
-    assert [label.split(" (ECE")[0] for label in drawn if label] == ["a & b", "c"]
-    assert np.asarray(Image.open(tmp_path / "audit.png")).std() > 1
-
-
-def test_no_audit_no_figure(tmp_path: Path) -> None:
-    assert not audit_figure([{"row": "sup"}], tmp_path / "audit.png")
-    assert not (tmp_path / "audit.png").exists()
 
 
 def write(store: ArtifactStore, stage: Stage, files: dict[str, pa.Table | bytes]) -> None:

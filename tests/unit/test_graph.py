@@ -31,7 +31,8 @@ def work(row: RowPlan) -> list[str]:
 
 
 def prints(row: RowPlan) -> dict[str, str]:
-    return {role: stage.fingerprint for role, stage in row.roles.items()}
+    """Role -> fingerprint, without `final`, a second name of one of them."""
+    return {role: stage.fingerprint for role, stage in row.roles.items() if role != "final"}
 
 
 def changed(before: RowPlan, after: RowPlan) -> set[str]:
@@ -143,6 +144,8 @@ def test_a_sweep_counts_shared_and_stored_steps(losses: dict[str, RowPlan]) -> N
 # Recipe field -> another value, and stages of sup+semi+pxl whose artifacts it changes first (children follow).
 RESULT_FIELDS = {
     "seed": ("1", {"adapt", "label-adapted", "selftrain", "label-teacher", "distill", "refine"}),
+    "init_seed": ("1", {"adapt", "selftrain", "distill", "refine"}),
+    "order_seed": ("1", {"adapt", "selftrain", "distill", "refine"}),
     "data.label_fraction": ("0.5", {"adapt", "label-adapted", "selftrain", "label-teacher", "distill", "refine"}),
     "data.label_family": ("per-class", {"adapt", "label-adapted", "selftrain", "label-teacher", "distill", "refine"}),
     "data.split_seed": ("5", {"adapt", "label-adapted", "selftrain", "label-teacher", "distill", "refine"}),
@@ -208,6 +211,8 @@ RESULT_FIELDS = {
 # theta_T0 stands for a foundation model: one for all seeds and fractions.
 UNTOUCHED = {
     "seed": {"pretrain", "zero_shot"},
+    "init_seed": {"pretrain", "zero_shot"},
+    "order_seed": {"pretrain", "zero_shot"},
     "data.label_fraction": {"pretrain", "zero_shot"},
     "data.split_seed": {"pretrain", "zero_shot"},
     "data.num_unlabelled": {"pretrain", "adapt", "zero_shot"},
@@ -276,6 +281,10 @@ def test_where_and_how_it_runs_changes_nothing(key: str, value: str | None) -> N
     before, after = make(), make({key: value})
     assert before.recipe != after.recipe
     assert not changed(before, after)
+
+
+def test_naming_the_default_seed_changes_nothing() -> None:
+    assert prints(make({"seed": "3", "init_seed": "3", "order_seed": "3"})) == prints(make({"seed": "3"}))
 
 
 def test_the_dataset_is_in_every_fingerprint() -> None:

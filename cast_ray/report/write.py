@@ -1,0 +1,161 @@
+"""A run folder's report, written from its files alone, once or again and again while a sweep runs."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.fs
+from rich.console import Console
+
+from cast_ray.report.blocks import Figure, Section
+from cast_ray.report.content import Report
+from cast_ray.report.exports import csv_page, figure_file, json_page, latex_page, markdown_page
+from cast_ray.report.page import html_page
+from cast_ray.report.plots import draw_png
+from cast_ray.report.results import summarise_run
+from cast_ray.report.run_folder import PLAN, RESULT, Run, read_plan, read_run, write_atomically
+from cast_ray.report.sections import sections_of
+from cast_ray.runtime.store import open_uri
+
+WATCH_EVERY_S = 5
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written: one report a table, and the files (`html`, `markdown`, `csv`, `latex`, `json`)."""
+
+    reports: tuple[Report, ...]
+    files: dict[str, Path]
+
+    @property
+    def is_complete(self) -> bool:
+        return not any(report.num_pending for report in self.reports)
+
+    @property
+    def has_failures(self) -> bool:
+        return any(report.failures for report in self.reports)
+
+
+def write_report(
+    run_dir: str | Path, refresh_s: int | None = None, tell: Callable[[str], None] = lambda text: None
+) -> Written:
+    """Writes `report.html`, `.md`, `.csv`, `.tex`, `.json` and the figures of a run folder, from its files alone.
+
+    Args:
+        run_dir: holds `<table>__<row>__s<seed>/result.json` and, where a sweep left them, `sweep.json`, per-image data
+            and pictures (see `run_folder`); the report is written into it.
+        refresh_s: the page reloads itself every so many seconds while results are missing.
+        tell: called with a line now and then while it takes long.
+
+    Raises:
+        ValueError: as `read_run`.
+    """
+    run = read_run(run_dir)
+    reports = summarise_run(run, tell)
+    sections = [sections_of(report, run.folder) for report in reports]
+    _draw_figures(run, reports, sections)
+    is_complete = not any(report.num_pending for report in reports)
+    pages = {
+        "html": ("report.html", html_page(reports, sections, None if is_complete else refresh_s)),
+        "markdown": ("report.md", markdown_page(reports, sections)),
+        "csv": ("report.csv", csv_page(reports)),
+        "latex": ("report.tex", latex_page(reports)),
+        "json": ("report.json", json.dumps(json_page(reports), indent=1, allow_nan=False) + "\n"),
+    }
+    for name, text in pages.values():
+        write_atomically(run.folder / name, text)
+    return Written(tuple(reports), {kind: run.folder / name for kind, (name, _) in pages.items()})
+
+
+def _draw_figures(run: Run, reports: Sequence[Report], sections: Sequence[Sequence[Section]]) -> None:
+    for report, each in zip(reports, sections):
+        for figure in (block for made in each for block in made.blocks if isinstance(block, Figure)):
+            draw_png(figure, run.folder / figure_file(report, figure, len(reports)))
+
+
+def rebuild_report(run_dir: str | Path, console: Console) -> Written:
+    """Writes the report of a run folder again; of a sweep that was stopped, with the results that its store has.
+
+    Raises:
+        ValueError: as `read_run`.
+    """
+    run = read_run(run_dir)
+    if run.pending() and run.plan.results_uri:
+        console.print(f"Asking {run.plan.results_uri} for results that are not here yet", soft_wrap=True)
+        try:
+            fetch_results(run_dir)
+        except (OSError, pa.ArrowException) as error:  # the cluster may be gone
+            console.print(f"The sweep's store does not answer, so its results here only: {error}", soft_wrap=True)
+    return write_report(run_dir, tell=console.print)
+
+
+def watch_report(
+    run_dir: str | Path, console: Console, stopped: threading.Event | None = None, every_s: float = WATCH_EVERY_S
+) -> Written | None:
+    """Writes the report again whenever a result is new, until all that the sweep was asked for are there.
+
+    Results are taken from the run folder and, while the sweep runs, from the store that it writes to.
+
+    Args:
+        stopped: ends the watch early; None: only the last result does.
+        every_s: how often to look, and how often the page reloads itself.
+
+    Returns:
+        The last report; None when there was never one.
+    """
+    stopped = stopped or threading.Event()
+    written: Written | None = None
+    seen: dict[Path, int] | None = None
+    told = ""
+    while True:
+        try:
+            fetch_results(run_dir)
+            files = _stamps(Path(run_dir))
+            if files != seen:
+                written = write_report(run_dir, refresh_s=max(1, round(every_s)))
+                seen = files
+                told = _tell(console, told, _progress(written))
+        except (ValueError, OSError, pa.ArrowException) as error:  # nothing there yet, or a store that does not answer
+            told = _tell(console, told, f"waiting: {error}")
+        if (written is not None and written.is_complete) or stopped.wait(every_s):
+            return written
+
+
+def _tell(console: Console, before: str, now: str) -> str:
+    if now != before:
+        console.print(now, markup=False, highlight=False, soft_wrap=True)
+    return now
+
+
+def _progress(written: Written) -> str:
+    expected = sum(report.num_expected for report in written.reports)
+    there = expected - sum(report.num_pending for report in written.reports)
+    failed = sum(len(report.failures) for report in written.reports)
+    return f"{there} of {expected} results{f', {failed} FAILED' if failed else ''}: {written.files['html']}"
+
+
+def _stamps(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in [folder / PLAN, *folder.glob("*/*.*")] if path.is_file()}
+
+
+def fetch_results(run_dir: str | Path) -> int:
+    """Copies results that a sweep has put into its store but not yet into the run folder; returns how many."""
+    plan = read_plan(run_dir)
+    if not plan.results_uri:
+        return 0
+    filesystem, root = open_uri(plan.results_uri)
+    selector = pa.fs.FileSelector(root, recursive=True, allow_not_found=True)
+    num_new = 0
+    for info in filesystem.get_file_info(selector):
+        target = Path(run_dir) / info.path.rsplit("/", 2)[-2] / RESULT
+        if info.base_name != RESULT or (target.is_file() and target.stat().st_mtime_ns >= (info.mtime_ns or 0)):
+            continue
+        with filesystem.open_input_file(info.path) as file:
+            write_atomically(target, file.read())
+        num_new += 1
+    return num_new

@@ -1,0 +1,31 @@
+"""`ablate.py report RUN_DIR`: writes a run folder's report again; needs no Ray and no table file."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+
+from cast_ray.report.publish import show
+from cast_ray.report.write import WATCH_EVERY_S, rebuild_report, watch_report
+
+
+def main(argv: list[str], console: Console) -> int:
+    """Runs the sub-command; returns its exit code: 0 when every row is done, 1 when one failed or is missing.
+
+    Raises:
+        ValueError: the folder holds neither results nor a plan, or a file that is not one.
+    """
+    parser = argparse.ArgumentParser(prog="ablate.py report", description="Writes the report of a run folder again.")
+    parser.add_argument("run_dir", help="folder with <table>__<row>__s<seed>/result.json files, such as runs/NAME")
+    parser.add_argument("--watch", action="store_true", help="again whenever a result is new, until all are there")
+    parser.add_argument("--every", type=float, default=WATCH_EVERY_S, metavar="S", help="seconds between two looks")
+    arguments = parser.parse_args(argv)
+    if not arguments.watch:
+        return show(rebuild_report(arguments.run_dir, console), console)
+    try:
+        written = watch_report(arguments.run_dir, console, every_s=arguments.every)
+    except KeyboardInterrupt:
+        console.print("no longer watched; the page stays as it is")
+        return 1
+    return show(written, console) if written else 1
