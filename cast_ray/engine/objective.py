@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
@@ -17,11 +18,28 @@ from cast_ray.records import Batch, Predictions, Targets
 Terms = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
+class Criterion(Protocol):
+    """The supervised terms of a network that is not a segmenter, by exact name."""
+
+    weights: dict[str, float]
+
+    def __call__(self, output: Output, targets: Sequence[Targets]) -> Terms:
+        """Per term (sum [B], count [B]), one entry per image."""
+        ...
+
+
 class Objective:
     """The loss of every stage. `weights` holds the weight of each term by exact name.
 
     Terms: `sup/<term>` on D_l, `semi/<term>` on pseudo-labels (both the set loss and, for models with proposals, their
-    auxiliary loss), `pxl` on all images of the step. `proposals`: as the model's config has it.
+    auxiliary loss, or the terms of `criterion`), `pxl` on all images of the step.
+
+    Args:
+        loss: weights of the terms.
+        contrastive: None: without L_pxl.
+        gather: of the contrastive term's candidates.
+        criterion: of a network that is not a segmenter.
+        proposals: whether the segmenter has any, as its config says.
     """
 
     def __init__(
@@ -29,11 +47,14 @@ class Objective:
         loss: LossConfig,
         contrastive: ContrastiveConfig | None,
         gather: Gather | None = None,
+        criterion: Criterion | None = None,
         proposals: bool = True,
     ):
-        self.loss, self.contrastive, self.gather = loss, contrastive, gather
+        self.loss, self.contrastive, self.gather, self.criterion = loss, contrastive, gather, criterion
         own = {"class": loss.class_weight, "mask": loss.mask_weight, "dice": loss.dice_weight}
-        if proposals:
+        if criterion is not None:
+            own = criterion.weights
+        elif proposals:
             own |= proposal_weights(loss)
         self.weights = {f"sup/{name}": weight for name, weight in own.items()}
         if loss.lambda_semi > 0:
@@ -46,9 +67,12 @@ class Objective:
     ) -> tuple[Terms, dict[str, torch.Tensor]]:
         """Terms of one worker's share of a step and, with `diagnose`, the contrastive diagnostics (0-d tensors)."""
         n, total = batch.num_labelled, len(batch.weak)
-        terms = self._set_terms("sup", output.predictions, batch.targets, batch.valid, 0, n, generator)
-        if self.loss.lambda_semi > 0:
-            terms |= self._set_terms("semi", output.predictions, batch.targets, batch.valid, n, total, generator)
+        if self.criterion is not None:
+            terms = self._criterion_terms(output, batch)
+        else:
+            terms = self._set_terms("sup", output.predictions, batch.targets, batch.valid, 0, n, generator)
+            if self.loss.lambda_semi > 0:
+                terms |= self._set_terms("semi", output.predictions, batch.targets, batch.valid, n, total, generator)
         diagnostics: dict[str, torch.Tensor] = {}
         if self.contrastive is not None:
             assert output.z_weak is not None and output.z_strong is not None
@@ -69,6 +93,22 @@ class Objective:
             terms["pxl"] = (pxl.sum, pxl.count)
             diagnostics = pxl.diagnostics
         return terms, diagnostics
+
+    def _criterion_terms(self, output: Output, batch: Batch) -> Terms:
+        """The criterion's terms of each image, added up over D_l and over D_u."""
+        assert self.criterion is not None
+        parts = {"sup": slice(0, batch.num_labelled)}
+        if self.loss.lambda_semi > 0:
+            parts["semi"] = slice(batch.num_labelled, len(batch.weak))
+        targets = batch.targets
+        if self.loss.pseudo_weighting == "hard":
+            targets = [Targets(t.masks, t.labels, torch.ones_like(t.weights), t.ignore) for t in targets]
+        of_image = self.criterion(output, targets)
+        return {
+            f"{part}/{name}": (of_image[name][0][images].sum(), of_image[name][1][images].sum())
+            for part, images in parts.items()
+            for name in self.criterion.weights
+        }
 
     def _set_terms(
         self,
