@@ -16,6 +16,7 @@ from cast_ray.recipe.models import ModelConfig
 from cast_ray.recipe.part import Part
 from cast_ray.recipe.runtime import RuntimeConfig
 from cast_ray.recipe.stages import EvaluationConfig, PseudoConfig, StagesConfig, TrainConfig
+from cast_ray.recipe.teachers import TeacherConfig
 
 SCALES = ("smoke", "demo", "full")
 
@@ -27,7 +28,7 @@ class Recipe(Part):
     scale: Literal["smoke", "demo", "full"]
     seed: int = 0
     data: DataConfig = DataConfig()
-    teacher: ModelConfig = ModelConfig()
+    teacher: TeacherConfig = TeacherConfig()
     student: ModelConfig = ModelConfig()
     stages: StagesConfig = StagesConfig()
     loss: LossConfig = LossConfig()
@@ -46,6 +47,21 @@ class Recipe(Part):
                     raise ValueError(
                         f"stages.{name}.{field} is {size}: expected a multiple of runtime.num_workers ({workers})"
                     )
+        return self
+
+    @property
+    def needs_foundation(self) -> bool:
+        """Whether theta_T0 is imported: a saved teacher, or published checkpoints."""
+        return bool(self.stages.foundation) or self.teacher.kind != "expert"
+
+    @model_validator(mode="after")
+    def _teacher_can_be_adapted(self) -> Recipe:
+        if self.teacher.kind == "ensemble" and self.stages.use_adapt:
+            raise ValueError(
+                "teacher.kind is ensemble and stages.use_adapt is true: an ensemble is not fine-tuned as a whole; "
+                "expected use_adapt=false, or adapt each member in a run of its own and name the adapted teachers' "
+                "folders in teacher.ensemble.members"
+            )
         return self
 
 
