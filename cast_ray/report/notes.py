@@ -47,6 +47,12 @@ def notes_of(report: Report) -> list[str]:
         notes.append(
             f"AP near 0: {steps:,} training steps are too few to learn; this run only proves that the path works."
         )
+    empty = {s["name"] for r in report.results for s in r.get("stages") or [] if s.get("num_pseudo_labels", 1) == 0}
+    if empty:
+        notes.append(
+            f"WARNING: no pseudo-label at all from {', '.join(sorted(empty))}: nothing reached pseudo.score_threshold; "
+            "rows that learn from pseudo-labels learnt nothing from them."
+        )
     most = max((len(row.seeds_done) for row in done), default=0)
     if most == 1 and len(done) > 1:
         notes.append("1 seed per row: differences below are single runs and may be seed noise.")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
 from ray.util.placement_group import PlacementGroup
 
-from cast_ray.recipe import PseudoConfig, RuntimeConfig
-from cast_ray.records import RECORD_SCHEMA
+from cast_ray.recipe import PseudoConfig, Recipe, RuntimeConfig
+from cast_ray.records import RECORD_SCHEMA, Category
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.streams import (
     Images,
@@ -22,7 +24,7 @@ from cast_ray.runtime.streams import (
     reserve,
     stream_bundle,
 )
-from cast_ray.stages.graph import Stage, artifact_key
+from cast_ray.stages.graph import Stage
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class LabelJob:
     images: Images
     broker: Any
     owner: str
+    amp: str = "auto"
 
     @property
     def image_px(self) -> tuple[int, int]:
@@ -61,6 +64,27 @@ def label_images(job: LabelJob, runtime: RuntimeConfig) -> int:
     return written
 
 
+def count_labels(store: ArtifactStore, stage: Stage) -> int:
+    """How many pseudo-labels a labelling job wrote for all of its images."""
+    table = store.read_table(stage.key, "labels", columns=["instances.list.element.is_crowd"])
+    return pc.sum(pc.list_value_length(table.column("instances"))).as_py() or 0
+
+
+def nothing_found(stage: Stage, recipe: Recipe, num_images: int, categories: Sequence[Category]) -> str:
+    """What to say when a teacher gave no label at all."""
+    teacher, names = recipe.teacher, [c.name for c in categories]
+    threshold = f"pseudo.score_threshold {recipe.pseudo.score_threshold}"
+    asked = ""
+    if "teacher" in stage.config:
+        threshold += f" and teacher.inference.score_threshold {teacher.inference.score_threshold}"
+        words = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        asked = f" It was asked for {words}: other words go into teacher.prompt.synonyms."
+    return (
+        f"{stage.name}: the teacher ({teacher.kind}) found nothing above {threshold} in any of {num_images} images."
+        f"{asked} Lower the thresholds or train the teacher longer; pseudo.on_empty=warn goes on without labels"
+    )
+
+
 def _run(job: LabelJob, runtime: RuntimeConfig, group: PlacementGroup) -> None:
     configure_data(group, runtime)
     pictures = picture_dataset(job.images.records, job.images.unlabelled, job.image_px, runtime.cpus_per_read)
@@ -86,13 +110,12 @@ class Labeller:
     def __init__(self, job: LabelJob):
         import torch
 
-        from cast_ray.runtime.models import load_model
-        from cast_ray.teachers.expert import ExpertTeacher
+        from cast_ray.runtime.models import load_labeller
 
         torch.set_num_threads(1)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        segmenter, self.categories = load_model(job.store, artifact_key("train", job.stage.parents["teacher"]))
-        self.teacher = ExpertTeacher(segmenter.to(device), job.image_px)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.teacher = load_labeller(job.store, job.stage, "teacher", device, job.amp)
+        self.categories = self.teacher.categories
         self.pseudo = PseudoConfig(**job.stage.config["pseudo"])
         self.job = job
 

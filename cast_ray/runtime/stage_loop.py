@@ -25,7 +25,7 @@ from cast_ray.engine.checkpoint import TrainState
 from cast_ray.engine.world import World
 from cast_ray.evaluation.coco_ap import mask_ap
 from cast_ray.recipe import DataConfig
-from cast_ray.runtime.models import WEIGHTS, load_model, save_model
+from cast_ray.runtime.models import WEIGHTS, load_labeller, load_teacher, save_model
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.streams import configure_data, picture_dataset, pictures, training_stream
 from cast_ray.runtime.workers import Segment
@@ -72,8 +72,11 @@ def _train(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
     config = train_config(stage, recipe)
     images = segment.images[stage.name]
     resume = _find_checkpoint(store, stage.fingerprint)
-    weights = None
-    if "init" in stage.parents:
+    weights, teacher = None, None
+    if "kind" in stage.config["model"]:  # a teacher that starts from checkpoints, not from a segmenter's fields
+        key = artifact_key("train", stage.parents["init"])
+        teacher = load_teacher(store, key, stage.config["model"], tuple(stage.config["data"]["image_px"]))
+    elif "init" in stage.parents:
         weights = load_tensors(store.read_bytes(artifact_key("train", stage.parents["init"]), WEIGHTS))
     data = DataConfig(**recipe.data.model_dump() | stage.config["data"])
     contrastive = stage.config["contrastive"]
@@ -116,10 +119,11 @@ def _train(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
 
     if world.rank == 0:
         segment.broker.post.remote(segment.owner, post | {"step": resume.step if resume else 0})
-    segmenter, result = train_stage(
+    model, result = train_stage(
         stage,
         num_classes=len(segment.categories),
         initial_weights=weights,
+        teacher=teacher,
         batches=batches,
         world=world,
         train_config=config,
@@ -130,7 +134,7 @@ def _train(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
         on_checkpoint=on_checkpoint,
     )
     if world.rank == 0:
-        save_model(store, stage, segmenter, segment.categories)
+        save_model(store, stage, model, segment.categories)
         curves = {"curve": result.curve, "diagnostics": result.diagnostics}
         store.add(stage, "curves.json", json.dumps(curves).encode())
     return {
@@ -162,8 +166,7 @@ def _evaluate(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
     store, recipe = segment.store, segment.recipe
     image_px = tuple(stage.config["data"]["image_px"])
     settings = stage.config["evaluation"]
-    segmenter, categories = load_model(store, artifact_key("train", stage.parents["model"]))
-    segmenter = segmenter.to(world.device).eval()
+    teacher = load_labeller(store, stage, "model", world.device, recipe.runtime.amp)
     num_images = min(segment.num_val, settings["num_images"] or segment.num_val)
     mine = np.arange(num_images)[world.rank :: world.size]
     assert segment.val is not None
@@ -175,13 +178,12 @@ def _evaluate(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
     done, posted = 0, 0.0
     for batch in pictures(picture_dataset(segment.val, mine, image_px, recipe.runtime.cpus_per_read), image_px):
         results += coco_results(
-            segmenter,
+            teacher,
             torch.from_numpy(batch.pixels).to(world.device),
             [ids[mine[p]] for p in batch.positions],
             batch.image_hw,
             batch.resized_hw,
-            image_px,
-            categories,
+            teacher.categories,
             settings["max_detections"],
         )
         done += len(batch.positions)
@@ -198,6 +200,6 @@ def _evaluate(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
         return {}
     for rank in range(1, world.size):
         results += store.read_json(stage.key, f"results-{rank:03d}.json")
-    metrics = mask_ap(table, results, categories)
+    metrics = mask_ap(table, results, teacher.categories)
     store.add(stage, "metrics.json", json.dumps(metrics).encode())
     return {"seconds": seconds, "images_per_s": num_images / max(seconds, 1e-9)}

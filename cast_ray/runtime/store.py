@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,18 @@ def open_uri(uri: str) -> tuple[pa.fs.FileSystem, str]:
     if "://" not in uri:
         return pa.fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
     return pa.fs.FileSystem.from_uri(uri)
+
+
+@contextmanager
+def local_copy(uri: str) -> Iterator[Path]:
+    """A folder's files on this machine: the folder itself where it is local, else a temporary copy."""
+    fs, path = open_uri(uri)
+    if isinstance(fs, pa.fs.LocalFileSystem):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        pa.fs.copy_files(path, folder, source_filesystem=fs, destination_filesystem=pa.fs.LocalFileSystem())
+        yield Path(folder)
 
 
 class ArtifactStore:
@@ -72,6 +87,11 @@ class ArtifactStore:
             if info.base_name == MANIFEST
         }
 
+    def holds(self, key: str, name: str) -> bool:
+        """Whether an artifact has a file of that name."""
+        fs, root = self._fs
+        return fs.get_file_info(f"{root}/artifacts/{key}/{name}").type == pa.fs.FileType.File
+
     def read_bytes(self, key: str, name: str) -> bytes:
         fs, root = self._fs
         with fs.open_input_file(f"{root}/artifacts/{key}/{name}") as file:
@@ -97,6 +117,19 @@ class ArtifactStore:
     def add(self, stage: Stage, name: str, data: bytes) -> None:
         """Writes one file of an artifact that is not yet committed."""
         self.write_bytes(f"artifacts/{stage.key}/{name}", data)
+
+    def add_folder(self, stage: Stage, folder: Path) -> None:
+        """Copies the files of a local folder into an artifact that is not yet committed, without reading them whole."""
+        fs, root = self._fs
+        target = f"{root}/artifacts/{stage.key}"
+        fs.create_dir(target, recursive=True)
+        pa.fs.copy_files(str(folder), target, source_filesystem=pa.fs.LocalFileSystem(), destination_filesystem=fs)
+
+    @contextmanager
+    def local_folder(self, key: str) -> Iterator[Path]:
+        """An artifact as a local folder, see `local_copy`."""
+        with local_copy(self.artifact(key)) as folder:
+            yield folder
 
     def commit(self, stage: Stage, facts: dict[str, Any]) -> None:
         """Makes an artifact exist: writes its manifest (stage, parents, config, `facts`) as the last file."""

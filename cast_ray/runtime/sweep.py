@@ -115,21 +115,21 @@ def _check_fractions(request: SweepRequest, splits: DatasetSplits) -> None:
 
 
 def _plan_rows(request: SweepRequest, store: ArtifactStore, splits: DatasetSplits) -> list[RowPlan]:
-    foundations: dict[str, str] = {}
+    foundations: dict[tuple[str, str], str | None] = {}
     rows = []
     for (row, _), recipe in request.recipes.items():
-        folder = recipe.stages.foundation
-        if folder and folder not in foundations:
-            from cast_ray.runtime.models import import_foundation
+        source = (recipe.stages.foundation, recipe.teacher.model_dump_json())
+        if source not in foundations and recipe.needs_foundation:
+            from cast_ray.runtime.models import import_foundation  # torch and transformers
 
-            foundations[folder] = import_foundation(store, folder, recipe.teacher, splits.categories)
+            foundations[source] = import_foundation(store, recipe, splits.categories, dry_run=request.dry_run)
         rows.append(
             plan(
                 recipe,
                 splits.content_hash,
                 row=row,
                 has_source=splits.source is not None,
-                foundation=foundations.get(folder),
+                foundation=foundations.get(source),
             )
         )
     return rows

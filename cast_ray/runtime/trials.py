@@ -14,7 +14,7 @@ from ray import tune
 from cast_ray.datasets.fractions import split
 from cast_ray.recipe import DataConfig
 from cast_ray.runtime.broker import HEARTBEAT_S, Need, broker_for
-from cast_ray.runtime.labelling import LabelJob, label_images
+from cast_ray.runtime.labelling import LabelJob, count_labels, label_images, nothing_found
 from cast_ray.runtime.results import SweepContext, assemble_result, row_name
 from cast_ray.runtime.streams import Images, load_records
 from cast_ray.runtime.workers import Segment, run_segment
@@ -122,9 +122,14 @@ class _RowDriver:
         total = len(images.unlabelled)
         post = {"stage": stage.name, "fingerprint": stage.fingerprint, "step": 0, "steps": total, "unit": "image"}
         self.broker.post.remote(self.name, post)
-        num_images = label_images(LabelJob(self.store, stage, images, self.broker, self.name), runtime)
+        job = LabelJob(self.store, stage, images, self.broker, self.name, runtime.amp)
+        num_images = label_images(job, runtime)
+        num_labels = count_labels(self.store, stage)
+        if num_labels == 0 and self.row.recipe.pseudo.on_empty == "stop":
+            raise ValueError(nothing_found(stage, self.row.recipe, num_images, self.context.categories))
         seconds = time.monotonic() - began
         facts = {"seconds": seconds, "stage_seconds": seconds, "images_per_s": num_images / seconds}
+        facts |= {"num_pseudo_labels": num_labels}
         self.store.commit(stage, facts | {"num_images": num_images, "num_workers": runtime.num_labellers})
         ray.get(self.broker.finish.remote(stage.fingerprint))
 

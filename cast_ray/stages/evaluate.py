@@ -7,25 +7,23 @@ from typing import Any
 
 import torch
 
-from cast_ray.models.postprocess import to_instances
-from cast_ray.models.segmenter import Segmenter
 from cast_ray.records import Category, decode_image_id
+from cast_ray.teachers.protocol import Teacher
 
 
-@torch.inference_mode()
 def coco_results(
-    segmenter: Segmenter,
+    teacher: Teacher,
     images: torch.Tensor,
     image_ids: Sequence[str],
     image_hw: Sequence[tuple[int, int]],
     resized_hw: Sequence[tuple[int, int]],
-    image_px: tuple[int, int],
     categories: Sequence[Category],
     max_detections: int,
 ) -> list[dict[str, Any]]:
     """Detections of a batch in COCO results form, with the dataset's own image and category ids.
 
     Args:
+        teacher: a teacher, or a student as one.
         images: uint8 [B, 3, H, W], fitted to `image_px`.
         image_ids: B record ids (JSON of the dataset's own).
         image_hw, resized_hw: B original sizes and sizes inside the padding, pixels.
@@ -33,7 +31,7 @@ def coco_results(
     Returns:
         One dict a detection: image_id, category_id, segmentation (RLE at the image's own size), score.
     """
-    found = to_instances(segmenter(images), image_hw, resized_hw, image_px, max_detections)
+    found = teacher.predict(images, image_hw, resized_hw, max_detections)
     return [
         {
             "image_id": decode_image_id(image_id),

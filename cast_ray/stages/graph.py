@@ -75,7 +75,8 @@ def plan(
         content_hash: identity of images and annotations (`DatasetSplits.content_hash`).
         row: name of the row, for display.
         has_source: whether the dataset has a source style to pre-train the teacher on.
-        foundation: fingerprint of an imported theta_T0 (`stages.foundation`), which takes the place of pre-training.
+        foundation: fingerprint of an imported theta_T0 (a teacher's checkpoints, or `stages.foundation`), which takes
+            the place of pre-training; needed by every kind of teacher but `expert`.
 
     Raises:
         ValueError: the recipe needs pseudo-labels and has no teacher to make them.
@@ -92,16 +93,17 @@ class _Planner:
 
     def build(self) -> RowPlan:
         recipe, stages = self.recipe, self.recipe.stages
+        assert self.foundation is not None or recipe.teacher.kind == "expert"
         semi, pxl = recipe.loss.lambda_semi, recipe.loss.lambda_pxl
 
         foundation: Stage | None = None
         if self.foundation is not None:
             foundation = Stage("foundation", "train", {}, {}, self.foundation)
-            self.evaluate("zero_shot", foundation)
+            self.evaluate("zero_shot", foundation, by_teacher=True)
         elif self.has_source and stages.pretrain.steps > 0:
             # theta_T0 stands for a published foundation model: one for all seeds, as a downloaded checkpoint would be.
             foundation = self.train("pretrain", "teacher", stages.pretrain, data="source", seed=0)
-            self.evaluate("zero_shot", foundation)
+            self.evaluate("zero_shot", foundation, by_teacher=True)
 
         teacher = foundation
         if stages.use_adapt:
@@ -112,7 +114,7 @@ class _Planner:
                     "selftrain", "teacher", stages.selftrain, init=foundation, labels=adapted, semi=1.0, pxl=pxl
                 )
         if teacher is not None:
-            self.evaluate("teacher", teacher)
+            self.evaluate("teacher", teacher, by_teacher=True)
 
         use_labels = stages.use_distill and semi > 0
         if use_labels and teacher is None:
@@ -148,19 +150,22 @@ class _Planner:
         pxl: float = 0.0,
     ) -> Stage:
         recipe = self.recipe
-        pxl = 0.0 if recipe.contrastive.kind == "none" else pxl
+        by_teacher = model == "teacher"
+        if recipe.contrastive.kind == "none" or (by_teacher and not recipe.teacher.has_contrast):
+            pxl = 0.0
         # D_u enters a step only where a term reads it; 1a and 3 are on D_l alone by definition.
         unlabelled = labels is not None or (pxl > 0 and name == "distill")
         train_part = train.model_dump(exclude=set(HOW_IT_RUNS))
         if not unlabelled:
             train_part.pop("batch_unlabelled")
-        data_part = recipe.data.model_dump(include={"image_px", "scale_jitter", "flip", "color_jitter"})
+        data_part = recipe.data.model_dump(include={"scale_jitter", "flip", "color_jitter"})
+        data_part["image_px"] = self.image_px(by_teacher)
         if data == "target":
             data_part["label_fraction"] = recipe.data.label_fraction
             if unlabelled:
                 data_part["num_unlabelled"] = recipe.data.num_unlabelled
         config = {
-            "model": getattr(recipe, model).model_dump(),
+            "model": recipe.teacher.training_part() if by_teacher else recipe.student.model_dump(),
             "train": train_part,
             "data": data_part,
             "source": data == "source",
@@ -174,20 +179,30 @@ class _Planner:
 
     def label(self, name: str, teacher: Stage) -> Stage:
         config = {
-            "pseudo": self.recipe.pseudo.model_dump(),
-            "data": self.recipe.data.model_dump(include={"image_px", "label_fraction", "num_unlabelled"}),
+            "pseudo": self.recipe.pseudo.model_dump(exclude={"on_empty"}),
+            "data": self.recipe.data.model_dump(include={"label_fraction", "num_unlabelled"})
+            | {"image_px": self.image_px(by_teacher=True)},
             "seed": self.recipe.seed,
         }
+        if part := self.recipe.teacher.inference_part():
+            config["teacher"] = part
         return self._add(name, "label", config, {"teacher": teacher})
 
-    def evaluate(self, role: str, model: Stage) -> Stage:
-        config = {
+    def evaluate(self, role: str, model: Stage, by_teacher: bool = False) -> Stage:
+        config: dict[str, Any] = {
             "evaluation": self.recipe.evaluation.model_dump(exclude={"batch"}),
-            "data": self.recipe.data.model_dump(include={"image_px"}),
+            "data": {"image_px": self.image_px(by_teacher)},
         }
+        if by_teacher and (part := self.recipe.teacher.inference_part()):
+            # Average precision is an area over all scores: a threshold would only cut it off.
+            config["teacher"] = {"inference": part["inference"] | {"score_threshold": 0.0}}
         stage = self._add("evaluate", "evaluate", config, {"model": model})
         self.roles[role] = stage
         return stage
+
+    def image_px(self, by_teacher: bool) -> tuple[int, int]:
+        """The size that images are fitted to for the model of a stage."""
+        return (self.recipe.teacher.image_px if by_teacher else None) or self.recipe.data.image_px
 
     def _add(
         self, name: str, kind: Kind, config: dict[str, Any], parents: dict[str, Stage | None], steps: int = 0
