@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ FOUNDATION_VERSION = 1
 
 STUDENT_STAGES = ("refine", "distill")
 """Whose model a row's student is: the first of these that it has."""
+TEACHER_STAGES = ("selftrain", "adapt", "pretrain")
+"""The same of a row's teacher."""
 
 
 def save_model(
@@ -66,16 +69,43 @@ def open_student(path: str) -> tuple[Student, dict[str, Any] | None]:
     Raises:
         ValueError: no student there; the message says what was looked for, or which rows there are.
     """
-    folder, result = _follow(path)
+    folder, result = _follow(path, "student", STUDENT_STAGES)
     if "://" not in folder:
         return Student.from_pretrained(folder), result
     return Student.from_files(*_read_files(folder), source=folder), result
 
 
-def _follow(path: str) -> tuple[str, dict[str, Any] | None]:
-    """From a row of a run to the artifact of its student; any other path as it is."""
+@contextmanager
+def open_teacher(
+    path: str, part: dict[str, Any], image_px: tuple[int, int] | None, categories: Sequence[Category] | None
+) -> Iterator[Teacher]:
+    """The teacher that a user means, on the CPU.
+
+    Args:
+        path: a folder or URI of a saved teacher or student (an artifact of the store is one), or a row's folder, as of
+            `open_student`.
+        part: fields of TeacherConfig that replace the saved ones.
+        image_px: size that images are fitted to; None: as saved.
+        categories: to look for; None: as saved.
+
+    Raises:
+        ValueError: no teacher there, or one that does not know these classes.
+    """
+    folder, _ = _follow(path, "teacher", TEACHER_STAGES)
+    with local_copy(folder) as local:
+        if (local / CONFIG).is_file() and not (local / TEACHER_CARD).is_file():
+            student = Student.from_pretrained(local)
+            if categories is not None and [c.name for c in categories] != student.class_names:
+                raise ValueError(f"{path!r} only knows its own classes: {', '.join(student.class_names[:12])}")
+            yield ExpertTeacher(student.segmenter, student.categories, image_px or student.image_px)
+            return
+        yield read_teacher(local, part, image_px, categories)
+
+
+def _follow(path: str, what: str, wanted: Sequence[str]) -> tuple[str, dict[str, Any] | None]:
+    """From a row of a run to the artifact of the first stage in `wanted` that it has; any other path as it is."""
     local = Path(path).expanduser()
-    if "://" in path or (local / CONFIG).is_file():
+    if "://" in path or (local / CONFIG).is_file() or (local / TEACHER_CARD).is_file():
         return path if "://" in path else str(local), None
     row = local if local.is_dir() else _row_of_run(local)
     if row is None:
@@ -83,13 +113,13 @@ def _follow(path: str) -> tuple[str, dict[str, Any] | None]:
     if not (row / "result.json").is_file():
         rows = sorted(p.parent.name for p in row.glob("*/result.json"))
         hint = f"expected one of its rows: {', '.join(rows)}" if rows else f"expected {CONFIG} or result.json in it"
-        raise ValueError(f"no student in {path!r}: {hint}")
+        raise ValueError(f"no {what} in {path!r}: {hint}")
     result = json.loads((row / "result.json").read_text())
     artifacts = {s["name"]: s["artifact"] for s in result["stages"] if s["kind"] == "train"}
-    for stage in STUDENT_STAGES:
+    for stage in wanted:
         if stage in artifacts:
             return artifacts[stage], result
-    raise ValueError(f"no student in {path!r}: the row has not finished one ({result.get('error') or 'no error'})")
+    raise ValueError(f"no {what} in {path!r}: the row has not finished one ({result.get('error') or 'no error'})")
 
 
 def _row_of_run(path: Path) -> Path | None:

@@ -40,6 +40,7 @@ class GroundedSamTeacher(Teacher):
     """
 
     kind = "grounded_sam"
+    takes_any_class = True
 
     def __init__(
         self,

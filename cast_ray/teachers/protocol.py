@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -45,6 +46,8 @@ class Teacher(nn.Module, ABC):
     """
 
     kind: ClassVar[str]
+    takes_any_class: ClassVar[bool] = False
+    """Whether a saved one can be asked for other classes than those it was saved with."""
     why_not_trained: ClassVar[str] = ""
     """Of a kind that the stages cannot fine-tune: why, and what to do instead."""
 
@@ -93,9 +96,9 @@ class Teacher(nn.Module, ABC):
         given = [(images.shape[-2], images.shape[-1])] * len(images)
         images = images.to(self.device)
         limit = max_detections or self.config.inference.max_detections
-        kind = self.device.type
+        half = torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
         try:
-            with torch.autocast(kind, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            with half:
                 return self.find(images, image_hw or given, resized_hw or given, limit)
         except torch.OutOfMemoryError as error:
             raise ValueError(
@@ -189,24 +192,32 @@ def read_card(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder / CARD}: not a saved teacher: {str(error).splitlines()[0]}") from None
 
 
-def load_teacher(folder: Path, part: dict[str, Any] | None = None, image_px: tuple[int, int] | None = None) -> Teacher:
+def load_teacher(
+    folder: Path,
+    part: dict[str, Any] | None = None,
+    image_px: tuple[int, int] | None = None,
+    categories: Sequence[Category] | None = None,
+) -> Teacher:
     """A saved teacher, in evaluation mode on the CPU.
 
     Args:
         folder: as `save_teacher` writes it.
         part: fields of TeacherConfig that replace the saved ones (a stage's part of the recipe).
         image_px: size that images are fitted to; None: as saved.
+        categories: to look for; None: as saved.
 
     Raises:
-        ValueError: see `read_card` and `Teacher.load`.
+        ValueError: see `read_card` and `Teacher.load`; other classes of a teacher that only knows its own.
     """
     card = read_card(folder)
     config = TeacherConfig(**_merged(card["config"], part or {}))
     kind: type[Teacher] = registry.lookup("teachers", card["kind"])
     folders = {field: folder / name for field, name in kind.parts(config).items()}
-    categories = [Category(**c) for c in card["categories"]]
+    saved = [Category(**c) for c in card["categories"]]
+    if categories is not None and not kind.takes_any_class and [c.name for c in categories] != [c.name for c in saved]:
+        raise ValueError(f"{str(folder)!r} only knows its own classes: {', '.join(c.name for c in saved[:12])}")
     size = image_px or (card["image_px"][0], card["image_px"][1])
-    return kind.load(folders, config, categories, size).eval()
+    return kind.load(folders, config, categories or saved, size).eval()
 
 
 def _merged(saved: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:

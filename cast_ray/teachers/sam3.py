@@ -129,6 +129,7 @@ class Sam3Teacher(Teacher):
     """
 
     kind = "sam3"
+    takes_any_class = True
 
     def __init__(
         self, model: PromptedSam3, config: TeacherConfig, categories: Sequence[Category], image_px: tuple[int, int]

@@ -15,7 +15,7 @@ LEAVES = ("datasets", "views", "models", "losses", "evaluation")
 UPPER = ("teachers", "engine", "stages", "runtime", "report", "sweeps")
 LAYER = {name: 0 for name in CONTRACTS} | {name: 1 for name in LEAVES} | {name: i + 2 for i, name in enumerate(UPPER)}
 LAYER["sweeps"] = LAYER["report"] + 1  # sweeps print reports; a report never starts a sweep
-LAYER |= {"predict": LAYER["sweeps"], "export": LAYER["sweeps"]}  # commands
+LAYER |= {"predict": LAYER["sweeps"], "export": LAYER["sweeps"], "label": LAYER["sweeps"] + 1}  # commands
 # What a contract may use of the others: the recipe knows nothing, the rest may read it.
 WITHIN_CONTRACTS = {"recipe": set(), "records": {"recipe"}, "registry": {"recipe", "records"}}
 RAY_AT_HOME = {"runtime", "sweeps"}

@@ -64,6 +64,7 @@ def detector_settings(**changes: Any) -> dict[str, Any]:
         "text_config": text,
         "d_model": 32,
         "num_queries": 20,
+        "num_feature_levels": 3,  # a fourth is 1x1 at 64 px, of which a group norm of single channels is undefined
         "encoder_layers": 1,
         "decoder_layers": 2,
         "encoder_ffn_dim": 32,
