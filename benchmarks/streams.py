@@ -212,12 +212,13 @@ def bench_labelling(arguments: argparse.Namespace, table: pa.Table, folder: Path
     image_px = tuple(arguments.image_px)
     store = ArtifactStore(str(folder / "storage"))
     teacher = Stage("adapt", "train", {"data": {"image_px": list(image_px)}}, {}, "a" * 20)
-    segmenter = build_segmenter(build_recipe("coco").teacher, len(CATEGORIES), seed=0)
+    segmenter = build_segmenter(build_recipe("coco").teacher.segmenter, len(CATEGORIES), seed=0)
     save_model(store, teacher, segmenter, CATEGORIES)
     store.commit(teacher, {})
     pseudo = PseudoConfig(score_threshold=0.02)
     config = {"pseudo": pseudo.model_dump(), "data": {"image_px": list(image_px)}, "batch": LabelsConfig().batch}
-    runtime = RuntimeConfig(num_labellers=1, cpus_per_labeller=0.5, cpus_per_read=0.5)
+    runtime = {"runtime.num_labellers": 1, "runtime.cpus_per_labeller": 0.5, "runtime.cpus_per_read": 0.5}
+    recipe = build_recipe("coco", overrides=runtime)
     repeated = pa.concat_tables([table] * -(-arguments.num_labelled // table.num_rows)).slice(0, arguments.num_labelled)
     records = ray.put(repeated.combine_chunks())
     images = Images(records, np.zeros(0, np.int64), np.arange(repeated.num_rows), CATEGORIES)
@@ -226,7 +227,7 @@ def bench_labelling(arguments: argparse.Namespace, table: pa.Table, folder: Path
     def stage() -> Stage:
         return Stage("label", "label", config, {"teacher": teacher.fingerprint}, f"{next(runs):020d}")
 
-    labeller = PseudoLabeller(store, stage(), torch.device("cpu"))
+    labeller = PseudoLabeller(store, stage(), torch.device("cpu"), "off")
     fitted = [fit_image(read_image(uri), image_px) for uri in table.column("uri").to_pylist()[: 2 * labeller.batch]]
     size = (table.column("height")[0].as_py(), table.column("width")[0].as_py())
 
@@ -244,7 +245,7 @@ def bench_labelling(arguments: argparse.Namespace, table: pa.Table, folder: Path
     def job() -> tuple[float, ...]:
         board = Board.remote()  # type: ignore[attr-defined]
         began = time.monotonic()
-        label_images(LabelJob(store, stage(), images, board, "", 0.0), runtime)
+        label_images(LabelJob(store, stage(), images, board, "", recipe))
         wall = time.monotonic() - began
         rate, first = ray.get(board.pace.remote(began))
         print(f"    whole job {wall:.1f} s for {repeated.num_rows} images")

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from cast_ray.engine.loop import amp_dtype
 from cast_ray.engine.world import pick_device
 from cast_ray.models.drawing import draw_instances
 from cast_ray.models.student import CONFIG, WEIGHTS, Student
+from cast_ray.records import Category
 from cast_ray.runtime.models import open_student
 from cast_ray.views import fit_image
 
@@ -38,11 +39,35 @@ NUM_THREADS = 4
 MAX_REPORTED = 10
 
 
+class InstanceModel(Protocol):
+    """What finds instances: a student, or a teacher."""
+
+    categories: tuple[Category, ...]
+    image_px: tuple[int, int]
+
+    @property
+    def class_names(self) -> list[str]: ...
+
+    @property
+    def colours(self) -> list[tuple[int, int, int]]: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def predict(
+        self,
+        images: torch.Tensor,
+        image_hw: Sequence[tuple[int, int]],
+        resized_hw: Sequence[tuple[int, int]],
+        max_detections: int,
+    ) -> list[list[dict[str, Any]]]: ...
+
+
 class Predictor:
-    """A student with its settings: image files in, rows out.
+    """A model with its settings: image files in, rows out.
 
     Args:
-        student: on its device.
+        model: on its device.
         threshold: least score of an instance.
         max_detections: at most so many per image.
         amp: as `runtime.amp`.
@@ -50,13 +75,13 @@ class Predictor:
     """
 
     def __init__(
-        self, student: Student, *, threshold: float, max_detections: int, amp: str = "auto", overlays: bool = True
+        self, model: InstanceModel, *, threshold: float, max_detections: int, amp: str = "auto", overlays: bool = True
     ):
-        self.student, self.threshold, self.max_detections = student, threshold, max_detections
+        self.model, self.threshold, self.max_detections = model, threshold, max_detections
         self.overlays = overlays
-        self.device = student.segmenter.pixel_mean.device
-        dtype = amp_dtype(amp, self.device)
-        self.autocast = partial(torch.autocast, self.device.type, dtype) if dtype else nullcontext
+        kind = model.device.type
+        dtype = amp_dtype(amp, model.device)
+        self.autocast = partial(torch.autocast, kind, dtype) if dtype else nullcontext
         self.threads = ThreadPoolExecutor(NUM_THREADS)
 
     def __call__(self, paths: Sequence[str]) -> list[dict[str, Any]]:
@@ -66,19 +91,23 @@ class Predictor:
             path; height, width (pixels, 0 of a bad image); error ("" or why the image was skipped); results (JSON of
             COCO results without an image_id); overlay (PNG bytes, b"" without).
         """
-        read = list(self.threads.map(_read, paths))
+        read = list(self.threads.map(read_or_reason, paths))
         good = [image for image in read if isinstance(image, np.ndarray)]
         found = iter(self._predict(good) if good else [])
         work = [(path, image, next(found) if isinstance(image, np.ndarray) else []) for path, image in zip(paths, read)]
         return list(self.threads.map(self._row, work))
 
     def _predict(self, images: list[np.ndarray]) -> list[list[dict[str, Any]]]:
-        fitted = [fit_image(image, self.student.image_px) for image in images]
+        fitted = [fit_image(image, self.model.image_px) for image in images]
         pixels = torch.from_numpy(np.stack([pixels for pixels, _ in fitted]))
         sizes = [(image.shape[0], image.shape[1]) for image in images]
         with self.autocast():
-            found = self.student.predict(pixels, sizes, [size for _, size in fitted], self.max_detections)
-        return [[i for i in instances if i["score"] >= self.threshold] for instances in found]
+            found = self.model.predict(pixels, sizes, [size for _, size in fitted], self.max_detections)
+        return [self.choose(instances) for instances in found]
+
+    def choose(self, instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those of an image that are kept."""
+        return [i for i in instances if i["score"] >= self.threshold]
 
     def _row(self, work: tuple[str, np.ndarray | str, list[dict[str, Any]]]) -> dict[str, Any]:
         path, image, instances = work
@@ -87,7 +116,7 @@ class Predictor:
         overlay = b""
         if self.overlays:
             buffer = io.BytesIO()
-            names, colours = self.student.class_names, self.student.colours
+            names, colours = self.model.class_names, self.model.colours
             draw_instances(Image.fromarray(image), instances, names, colours).save(buffer, "PNG", compress_level=1)
             overlay = buffer.getvalue()
         results = json.dumps([self._result(i) for i in instances])
@@ -97,14 +126,14 @@ class Predictor:
     def _result(self, instance: dict[str, Any]) -> dict[str, Any]:
         rle = {"size": list(instance["size"]), "counts": instance["rle"]}
         return {
-            "category_id": self.student.categories[instance["label"]].id,
+            "category_id": self.model.categories[instance["label"]].id,
             "segmentation": rle | {"counts": instance["rle"].decode()},
             "bbox": [round(float(v), 2) for v in coco_mask.toBbox(rle)],
             "score": round(instance["score"], 5),
         }
 
 
-def _read(path: str) -> np.ndarray | str:
+def read_or_reason(path: str) -> np.ndarray | str:
     """The pixels of an image, or why it has none."""
     try:
         return read_image(path)
@@ -125,7 +154,7 @@ def write_predictions(
     out.mkdir(parents=True, exist_ok=True)
     categories = json.dumps([{"id": c.id, "name": c.name} for c in student.categories])
     head = f'{{"categories": {categories}, "annotations": [], "images": ['
-    with _JsonList(out / "results.json") as results, _JsonList(out / "images.json", head, "]}") as images:
+    with JsonList(out / "results.json") as results, JsonList(out / "images.json", head, "]}") as images:
         for number, row in enumerate(rows, 1):
             advance()
             if row["error"]:
@@ -134,21 +163,26 @@ def write_predictions(
             images.add({"id": number, "file_name": row["path"], "height": row["height"], "width": row["width"]})
             for result in json.loads(row["results"]):
                 results.add({"image_id": number, **result})
-            if row["overlay"]:
-                path = out / "overlays" / f"{names[row['path']]}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(row["overlay"])
+            write_overlay(row, names, out)
     return skipped
 
 
-class _JsonList:
+def write_overlay(row: dict[str, Any], names: dict[str, str], out: Path) -> None:
+    """`overlays/<name>.png` of a row that has one."""
+    if row["overlay"]:
+        path = out / "overlays" / f"{names[row['path']]}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(row["overlay"])
+
+
+class JsonList:
     """A JSON list written element by element, so that a million results never meet in memory."""
 
     def __init__(self, path: Path, head: str = "[", tail: str = "]"):
         self.path, self.head, self.tail = path, head, tail
         self.num = 0
 
-    def __enter__(self) -> _JsonList:
+    def __enter__(self) -> JsonList:
         self.file: IO[str] = self.path.open("w")
         self.file.write(self.head)
         return self
@@ -203,20 +237,31 @@ def _run(arguments: argparse.Namespace, errors: Console) -> int:
         predictor = Predictor(student.to(pick_device(arguments.device)), **settings)
         starts = range(0, len(paths), arguments.batch)
         rows = (row for a in starts for row in predictor(paths[a : a + arguments.batch]))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors) as progress:
-        task = progress.add_task("images", total=len(paths))
-        skipped = write_predictions(rows, names, student, out, lambda: progress.advance(task))
-    for path, reason in skipped[:MAX_REPORTED]:
-        errors.print(f"skipped {path}: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    if len(skipped) > MAX_REPORTED:
-        errors.print(f"... and {len(skipped) - MAX_REPORTED} more")
-    done = len(paths) - len(skipped)
+    done = write_with_progress(paths, partial(write_predictions, rows, names, student, out), errors)
     print(f"{done} of {len(paths)} images; results in {out}")
     return 0 if done else EXIT_NOTHING
 
 
-def _positive(text: str) -> int:
+def write_with_progress(
+    paths: Sequence[str], write: Callable[[Callable[[], None]], list[tuple[str, str]]], errors: Console
+) -> int:
+    """Runs `write(advance)`, which gives (path, reason) of the images that it skipped, under a progress bar.
+
+    Returns:
+        Number of images that were not skipped; the others are reported.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors) as progress:
+        task = progress.add_task("images", total=len(paths))
+        skipped = write(lambda: progress.advance(task))
+    for path, reason in skipped[:MAX_REPORTED]:
+        errors.print(f"skipped {path}: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if len(skipped) > MAX_REPORTED:
+        errors.print(f"... and {len(skipped) - MAX_REPORTED} more")
+    return len(paths) - len(skipped)
+
+
+def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number}: expected 1 or more")
@@ -235,8 +280,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", required=True, help="folder, made where missing")
     parser.add_argument("--threshold", type=float, default=0.3, help="least score (default: %(default)s)")
-    parser.add_argument("--max-detections", type=_positive, default=100, help="per image (default: %(default)s)")
-    parser.add_argument("--batch", type=_positive, default=8, help="images at a time (default: %(default)s)")
+    parser.add_argument("--max-detections", type=positive, default=100, help="per image (default: %(default)s)")
+    parser.add_argument("--batch", type=positive, default=8, help="images at a time (default: %(default)s)")
     parser.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="autocast")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--no-overlays", action="store_true", help="results only")

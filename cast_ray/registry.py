@@ -36,6 +36,10 @@ ROWS: dict[str, dict[str, str]] = {
     },
     "teachers": {
         "expert": "cast_ray.teachers.expert:ExpertTeacher",
+        "mask2former": "cast_ray.teachers.mask_transformer:MaskTransformerTeacher",
+        "grounded_sam": "cast_ray.teachers.grounded_sam:GroundedSamTeacher",
+        "sam3": "cast_ray.teachers.sam3:Sam3Teacher",
+        "ensemble": "cast_ray.teachers.ensemble:EnsembleTeacher",
     },
 }
 

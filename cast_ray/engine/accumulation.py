@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
 
-from cast_ray.models.network import CastNetwork, Output
-from cast_ray.records import Predictions
+from cast_ray.models.network import Output, TrainedNetwork
+from cast_ray.records import Predictions, Targets
 
 
 class PartedForward:
@@ -30,20 +31,21 @@ class PartedForward:
     Source: Gao et al. 2021 (gradient caching).
     """
 
-    def __init__(self, wrapped: nn.Module, network: CastNetwork, num_parts: int, autocast: Any, seed: int):
+    def __init__(self, wrapped: nn.Module, network: TrainedNetwork, num_parts: int, autocast: Any, seed: int):
         self.wrapped, self.network, self.num_parts = wrapped, network, num_parts
         self.autocast, self.seed = autocast, seed
-        self.parts: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self.parts: list[tuple[torch.Tensor, torch.Tensor | None, list[Targets]]] = []
         self.joined: list[torch.Tensor] = []
 
-    def __call__(self, weak: torch.Tensor, strong: torch.Tensor | None) -> Output:
+    def __call__(self, weak: torch.Tensor, strong: torch.Tensor | None, targets: list[Targets]) -> Output:
         """Outputs of all images, differentiable; with several parts without the encoder's feature maps."""
         if self.num_parts == 1:
             torch.manual_seed(self.seed)
             with self.autocast():
-                return self.wrapped(weak, strong)
+                return self.wrapped(weak, strong, targets)
         strong_parts = strong.chunk(self.num_parts) if strong is not None else [None] * self.num_parts
-        self.parts = list(zip(weak.chunk(self.num_parts), strong_parts))
+        left = iter(targets)
+        self.parts = [(w, s, list(islice(left, len(w)))) for w, s in zip(weak.chunk(self.num_parts), strong_parts)]
         with torch.no_grad():
             outputs = [self._run(self.network, i) for i in range(len(self.parts))]
         tensors = [loss_inputs(output) for output in outputs]
@@ -55,7 +57,7 @@ class PartedForward:
         if self.num_parts == 1:
             return
         start = 0
-        for i, (weak, _) in enumerate(self.parts):
+        for i, (weak, _, _) in enumerate(self.parts):
             stop = start + len(weak)
             with self._without_sync(last=i == len(self.parts) - 1):
                 outputs = loss_inputs(self._run(self.wrapped, i))

@@ -17,7 +17,7 @@ from cast_ray.engine.checkpoint import TrainState
 from cast_ray.engine.objective import Objective, weighted_sum
 from cast_ray.engine.optim import WeightAverage, averaged_weights, build_optimizer, set_lr
 from cast_ray.engine.world import World
-from cast_ray.models.network import CastNetwork
+from cast_ray.models.network import TrainedNetwork
 from cast_ray.recipe import TrainConfig
 from cast_ray.records import Batch
 
@@ -57,7 +57,7 @@ def step_generator(seed: int, step: int, rank: int, device: torch.device) -> tor
 
 
 def train(
-    network: CastNetwork,
+    network: TrainedNetwork,
     objective: Objective,
     batches: Iterator[Batch],
     config: TrainConfig,
@@ -129,11 +129,11 @@ def train(
         batch = batch.to(device)
         factor = set_lr(optimizer, step, config)
         generator = step_generator(seed, step, world.rank, device)
-        network.segmenter.anneal(step / config.steps)
+        network.anneal(step / config.steps)
         # A seed of its own: dropped paths must not repeat the losses' draws.
         own = step_seed(seed, step, world.rank) + 1
         forward = PartedForward(wrapped, network, min(config.accumulate, len(batch.weak)), autocast, own)
-        output = forward(batch.weak, batch.strong if objective.contrastive else None)
+        output = forward(batch.weak, batch.strong if objective.contrastive else None, batch.targets)
         done = step + 1
         due = every > 0 and (done % every == 0 or done == config.steps)
         try:
@@ -147,7 +147,8 @@ def train(
         scaler.scale(loss).backward()
         forward.backward()
         scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
+        for together in network.clip_groups():
+            nn.utils.clip_grad_norm_(together, config.clip_norm)
         scaler.step(optimizer)
         scaler.update()
         if network.projector is not None:
@@ -168,7 +169,7 @@ def train(
             on_log(entry)
             logged, images_logged, means_since = now, images, []
         if refresh_every_steps and done % refresh_every_steps == 0 and done < config.steps:
-            on_refresh(done, averaged_weights(network.segmenter, average))
+            on_refresh(done, averaged_weights(network.trained, average))
         if snapshot_every_steps and done % snapshot_every_steps == 0 and done < config.steps and world.rank == 0:
             on_snapshot(done, _copied_weights(network, average))
         if done % config.checkpoint_every_steps == 0 and done < config.steps:
@@ -191,14 +192,14 @@ def train(
     if average is not None:
         average.write_to(network)
     if config.steps:
-        network.segmenter.anneal(1.0)
+        network.anneal(1.0)
     seconds = time.monotonic() - began
     return TrainResult(curve, diagnostics, seconds_before + seconds, images / max(seconds, 1e-9))
 
 
-def _copied_weights(network: CastNetwork, average: WeightAverage | None) -> dict[str, torch.Tensor]:
+def _copied_weights(network: TrainedNetwork, average: WeightAverage | None) -> dict[str, torch.Tensor]:
     """A copy on the CPU of what a stage that ended here would hand on."""
-    weights = averaged_weights(network.segmenter, average)
+    weights = averaged_weights(network.trained, average)
     return {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
 
 

@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
 from cast_ray.losses.contrastive import contrastive_loss, diagnose, temperature_at
 from cast_ray.losses.pixel_problem import Gather
 from cast_ray.losses.proposals import proposal_loss, proposal_weights
-from cast_ray.losses.set_criterion import set_loss, slice_predictions
+from cast_ray.losses.set_criterion import set_loss, slice_predictions, target_weights
 from cast_ray.models.network import Output
 from cast_ray.recipe import ContrastiveConfig, LossConfig
-from cast_ray.records import Batch, Predictions
+from cast_ray.records import Batch, Targets
 
 Terms = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+class Criterion(Protocol):
+    """The supervised terms of a network that is not a segmenter, by exact name."""
+
+    weights: dict[str, float]
+
+    def __call__(self, output: Output, targets: Sequence[Targets]) -> Terms:
+        """Per term (sum [B], count [B]), one entry per image."""
+        ...
 
 
 class Objective:
     """The loss of every stage. `weights` holds the weight of each term by exact name.
 
     Terms: `sup/<term>` on D_l, `semi/<term>` on pseudo-labels (both the set loss and, for models with proposals, their
-    auxiliary loss), `pxl` on all images of the step.
+    auxiliary loss, or the terms of `criterion`), `pxl` on all images of the step.
 
     Args:
+        loss: weights of the terms.
         contrastive: None: no L_pxl.
         gather: joins the candidates of L_pxl over workers.
-        proposals: whether the model has dense proposals.
+        criterion: of a network that is not a segmenter.
+        proposals: whether the segmenter has dense proposals.
     """
 
     def __init__(
@@ -34,11 +47,15 @@ class Objective:
         loss: LossConfig,
         contrastive: ContrastiveConfig | None,
         gather: Gather | None = None,
+        criterion: Criterion | None = None,
         proposals: bool = True,
     ):
         self.loss, self.contrastive, self.gather, self.proposals = loss, contrastive, gather, proposals
+        self.criterion = criterion
         own = {"class": loss.class_weight, "mask": loss.mask_weight, "dice": loss.dice_weight}
-        if proposals:
+        if criterion is not None:
+            own = criterion.weights
+        elif proposals:
             own |= proposal_weights(loss)
         self.weights = {f"sup/{name}": weight for name, weight in own.items()}
         if loss.lambda_semi > 0:
@@ -50,7 +67,7 @@ class Objective:
         self, output: Output, batch: Batch, step: int, generator: torch.Generator, diagnose: bool = False
     ) -> tuple[Terms, torch.Tensor | None]:
         """Terms of one worker's share of a step and, with `diagnose`, the contrastive term's statistics."""
-        terms = self._set_terms(output.predictions, batch, generator)
+        terms = self._own_terms(output, batch, generator)
         if self.contrastive is None:
             return terms, None
         assert output.z_weak is not None and output.z_strong is not None
@@ -75,17 +92,22 @@ class Objective:
         assert self.contrastive is not None
         return diagnose(statistics, temperature_at(step, self.contrastive))
 
-    def _set_terms(self, predictions: Predictions, batch: Batch, generator: torch.Generator) -> Terms:
+    def _own_terms(self, output: Output, batch: Batch, generator: torch.Generator) -> Terms:
         """L_sup and L_semi from one matching: the terms of each image, added up over D_l and over D_u."""
         parts = {"sup": slice(0, batch.num_labelled)}
         if self.loss.lambda_semi > 0:
             parts["semi"] = slice(batch.num_labelled, len(batch.weak))
         used = list(parts.values())[-1].stop
         targets, valid = batch.targets[:used], batch.valid[:used]
-        predictions = slice_predictions(predictions, 0, used)
-        of_image = set_loss(predictions, targets, self.loss, valid=valid, generator=generator)
-        if self.proposals:
-            of_image |= proposal_loss(predictions.auxiliary, targets, self.loss, valid)
+        if self.criterion is not None:
+            weights = target_weights(batch.targets, self.loss)
+            weighted = [Targets(t.masks, t.labels, w, t.ignore) for t, w in zip(batch.targets, weights)]
+            of_image = self.criterion(output, weighted)
+        else:
+            predictions = slice_predictions(output.predictions, 0, used)
+            of_image = set_loss(predictions, targets, self.loss, valid=valid, generator=generator)
+            if self.proposals:
+                of_image |= proposal_loss(predictions.auxiliary, targets, self.loss, valid)
         return {
             f"{part}/{name}": (sums[images].sum(), counts[images].sum())
             for part, images in parts.items()

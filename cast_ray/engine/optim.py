@@ -5,19 +5,19 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from cast_ray.models.network import CastNetwork
+from cast_ray.models.network import TrainedNetwork
 from cast_ray.recipe import TrainConfig
 
 _EMBEDDING_NAMES = ("embed", "token", "position_bias_table")
 """In the last part of a bare parameter's name: class and register tokens, learnt positions, Swin's bias tables."""
 
 
-def build_optimizer(network: CastNetwork, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; encoder layer l of n learns at `encoder_lr_factor * layer_decay^(n - l)` of the rest.
+def build_optimizer(network: TrainedNetwork, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with the learning rates of `network.lr_factors`.
 
     Not decayed, as in Mask2Former: vectors (norms, biases) and embeddings, learnt positions included.
     """
-    factors = _encoder_lr_factors(network, config)
+    factors = network.lr_factors(config)
     embeddings = _embeddings(network)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for parameter in network.parameters():
@@ -36,16 +36,6 @@ def build_optimizer(network: CastNetwork, config: TrainConfig) -> torch.optim.Ad
         lr=config.lr,
         fused=True,
     )
-
-
-def _encoder_lr_factors(network: CastNetwork, config: TrainConfig) -> dict[int, float]:
-    """id of each pretrained parameter of the encoder -> its learning rate relative to the rest's."""
-    layers = network.segmenter.encoder_layers()
-    return {
-        id(parameter): config.encoder_lr_factor * config.layer_decay ** (len(layers) - 1 - depth)
-        for depth, parameters in enumerate(layers)
-        for parameter in parameters
-    }
 
 
 def _embeddings(network: nn.Module) -> set[int]:

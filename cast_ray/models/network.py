@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from cast_ray.models.projector import Projector, select_stride
-from cast_ray.models.segmenter import Segmenter
-from cast_ray.recipe import ContrastiveConfig
-from cast_ray.records import Predictions
+from cast_ray.recipe import ContrastiveConfig, TrainConfig
+from cast_ray.records import Predictions, Targets
 
 
 @dataclass
@@ -22,23 +23,102 @@ class Output:
     z_strong: torch.Tensor | None = None
 
 
-class CastNetwork(nn.Module):
+class TrainedNetwork(nn.Module):
+    """What the training loop asks of a stage's network.
+
+    `forward(weak, strong, targets)` returns an `Output`; strong is None where no term reads it, and targets are for
+    networks that are prompted with them.
+    """
+
+    projector: Projector | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projector = None  # not on the class: a module of that name would hide behind it
+
+    @property
+    def trained(self) -> nn.Module:
+        """The model that the stage hands on."""
+        raise NotImplementedError
+
+    def lr_factors(self, config: TrainConfig) -> dict[int, float]:
+        """id of each parameter with a learning rate of its own -> that rate relative to `config.lr`."""
+        raise NotImplementedError
+
+    def clip_groups(self) -> list[list[nn.Parameter]]:
+        """Parameters whose gradients are clipped together."""
+        return [list(self.parameters())]
+
+    def anneal(self, progress: float) -> None:
+        """Told before each step which share of the steps is done, and 1 at the end."""
+
+    def checkpoint_activations(self) -> None:
+        """Trades a second forward pass of each layer for the memory of its activations."""
+        raise NotImplementedError
+
+
+class MaskClassifier(Protocol):
+    """A model that predicts a class and a mask for each of its queries, with an image encoder apart."""
+
+    @property
+    def feature_dims(self) -> dict[int, int]: ...
+
+    def __call__(self, images: torch.Tensor, /) -> Predictions: ...
+
+    def encode(self, images: torch.Tensor) -> dict[int, torch.Tensor]: ...
+
+    def encoder_layers(self) -> list[list[nn.Parameter]]: ...
+
+    def anneal(self, progress: float) -> None: ...
+
+    def checkpoint_activations(self) -> list[nn.Module]: ...
+
+    def state_dict(self) -> dict[str, torch.Tensor]: ...
+
+
+M = TypeVar("M", bound=MaskClassifier)
+
+
+class CastNetwork(TrainedNetwork, Generic[M]):
     """Runs both views in one forward call, as DistributedDataParallel needs it.
 
     The set losses read the weak view. The strong view passes through the encoder and the projector only, which is all
     that L_pxl reads of it.
     """
 
-    def __init__(self, segmenter: Segmenter, contrastive: ContrastiveConfig | None):
+    segmenter: M
+
+    def __init__(self, segmenter: M, contrastive: ContrastiveConfig | None):
         super().__init__()
         self.segmenter = segmenter
         self.contrastive = contrastive
-        self.projector: Projector | None = None
         if contrastive is not None:
             self.stride = select_stride(segmenter.feature_dims, contrastive)
             self.projector = Projector(segmenter.feature_dims[self.stride], contrastive)
 
-    def forward(self, weak: torch.Tensor, strong: torch.Tensor | None = None) -> Output:
+    @property
+    def trained(self) -> nn.Module:
+        assert isinstance(self.segmenter, nn.Module)
+        return self.segmenter
+
+    def lr_factors(self, config: TrainConfig) -> dict[int, float]:
+        """Encoder layer l of n at `encoder_lr_factor * layer_decay^(n - l)`; its pretrained parameters only."""
+        layers = self.segmenter.encoder_layers()
+        return {
+            id(parameter): config.encoder_lr_factor * config.layer_decay ** (len(layers) - 1 - depth)
+            for depth, parameters in enumerate(layers)
+            for parameter in parameters
+        }
+
+    def anneal(self, progress: float) -> None:
+        self.segmenter.anneal(progress)
+
+    def checkpoint_activations(self) -> None:
+        self.segmenter.checkpoint_activations()
+
+    def forward(
+        self, weak: torch.Tensor, strong: torch.Tensor | None = None, targets: Sequence[Targets] = ()
+    ) -> Output:
         predictions = self.segmenter(weak)
         if self.projector is None or self.contrastive is None or strong is None:
             return Output(predictions)

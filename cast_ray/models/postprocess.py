@@ -91,14 +91,11 @@ def _instances_of_image(
     top, index = probabilities_QC.flatten().topk(min(max_detections, probabilities_QC.numel()))
     query, label = index // num_classes, index % num_classes
     used_K = query.unique()
-    encoded, quality = [], []
-    chunk = max(1, CHUNK_PIXELS // max(image_px[0] * image_px[1], image_hw[0] * image_hw[1]))
-    for queries in used_K.split(chunk):
-        logits_KHW = _to_image_size(mask_logits_QHW[queries].float(), image_hw, resized_hw, image_px)
-        inside_KHW = logits_KHW > 0
-        area_K = inside_KHW.sum((1, 2))
-        quality += ((logits_KHW.sigmoid() * inside_KHW).sum((1, 2)) / area_K.clamp(min=1)).tolist()
-        encoded += coco_mask.encode(np.asfortranarray(inside_KHW.permute(1, 2, 0).to(torch.uint8).cpu().numpy()))
+    encoded, quality = encode_masks(
+        mask_logits_QHW[used_K],
+        lambda logits_KHW: _to_image_size(logits_KHW, image_hw, resized_hw, image_px),
+        max(image_px[0] * image_px[1], image_hw[0] * image_hw[1]),
+    )
     place = {q: k for k, q in enumerate(used_K.tolist())}
     instances = []
     for probability, q, c in zip(top.tolist(), query.tolist(), label.tolist()):
@@ -114,6 +111,30 @@ def _instances_of_image(
                 }
             )
     return sorted(instances, key=lambda instance: -instance["score"])
+
+
+def encode_masks(
+    mask_logits_KHW: torch.Tensor, to_image: Callable[[torch.Tensor], torch.Tensor], num_pixels: int
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """Masks at an image's size as RLE, a few at a time.
+
+    Args:
+        mask_logits_KHW: of one image, any float dtype.
+        to_image: float32 [k, h, w] -> [k, height, width] at the image's size.
+        num_pixels: the largest size that `to_image` makes on its way.
+
+    Returns:
+        COCO RLEs, and the mean mask probability inside each mask (0 of an empty one).
+    """
+    encoded: list[dict[str, Any]] = []
+    quality: list[float] = []
+    for part_KHW in mask_logits_KHW.split(max(1, CHUNK_PIXELS // num_pixels)) if len(mask_logits_KHW) else ():
+        logits_KHW = to_image(part_KHW.float())
+        inside_KHW = logits_KHW > 0
+        area_K = inside_KHW.sum((1, 2))
+        quality += ((logits_KHW.sigmoid() * inside_KHW).sum((1, 2)) / area_K.clamp(min=1)).tolist()
+        encoded += coco_mask.encode(np.asfortranarray(inside_KHW.permute(1, 2, 0).to(torch.uint8).cpu().numpy()))
+    return encoded, quality
 
 
 def _to_image_size(

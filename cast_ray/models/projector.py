@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,7 @@ class Projector(nn.Module):
             average.lerp_(current.detach().to(average), 1 - self.config.head_ema)
 
 
-def select_stride(features: Mapping[int, Tensor], config: ContrastiveConfig) -> int:
+def select_stride(features: Mapping[int, Any], config: ContrastiveConfig) -> int:
     """Stride of the map to project: the coarsest not above `config.feature_stride` (None: of all), else the finest.
 
     Raises:

@@ -61,6 +61,10 @@ class Student(nn.Module):
     def class_names(self) -> list[str]:
         return [c.name for c in self.categories]
 
+    @property
+    def device(self) -> torch.device:
+        return self.segmenter.pixel_mean.device
+
     def forward(self, images: torch.Tensor) -> Predictions:
         """As `Segmenter.forward`."""
         return self.segmenter(images)
@@ -73,9 +77,7 @@ class Student(nn.Module):
         max_detections: int = 100,
     ) -> list[list[dict[str, Any]]]:
         """Instances of each image, as `predict_instances`; `cast_ray.views.fit_image` makes its inputs."""
-        return predict_instances(
-            self.segmenter, images.to(self.segmenter.pixel_mean.device), image_hw, resized_hw, max_detections
-        )
+        return predict_instances(self.segmenter, images.to(self.device), image_hw, resized_hw, max_detections)
 
     def config(self) -> dict[str, Any]:
         """What `config.json` holds."""

@@ -20,6 +20,7 @@ from cast_ray.recipe.losses import CONTRASTIVE_PRESETS, ContrastiveConfig, LossC
 from cast_ray.recipe.models import EncoderConfig, ModelConfig
 from cast_ray.recipe.runtime import RuntimeConfig
 from cast_ray.recipe.stages import EvaluationConfig, PseudoConfig, StagesConfig, TrainConfig
+from cast_ray.recipe.teachers import GroundedSamConfig, InferenceConfig, PromptConfig, Sam3Config, TeacherConfig
 
 __all__ = [
     "CONTRASTIVE_PRESETS",
@@ -28,14 +29,19 @@ __all__ = [
     "EncoderConfig",
     "EvaluationConfig",
     "LabelsConfig",
+    "GroundedSamConfig",
+    "InferenceConfig",
     "LossConfig",
     "ModelConfig",
+    "PromptConfig",
     "PseudoConfig",
     "Recipe",
     "RuntimeConfig",
     "SCALES",
+    "Sam3Config",
     "ShapesConfig",
     "StagesConfig",
+    "TeacherConfig",
     "TrainConfig",
     "apply_override",
     "build_recipe",

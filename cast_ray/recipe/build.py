@@ -18,6 +18,7 @@ from cast_ray.recipe.models import ModelConfig
 from cast_ray.recipe.part import Part
 from cast_ray.recipe.runtime import RuntimeConfig
 from cast_ray.recipe.stages import EvaluationConfig, PseudoConfig, StagesConfig, TrainConfig
+from cast_ray.recipe.teachers import TeacherConfig
 
 SCALES = ("smoke", "demo", "full")
 
@@ -34,7 +35,7 @@ class Recipe(Part):
     order_seed: int | None = None
     """Seed of the order of images, their views and sampled points alone; None: `seed`."""
     data: DataConfig = DataConfig()
-    teacher: ModelConfig = ModelConfig()
+    teacher: TeacherConfig = TeacherConfig()
     student: ModelConfig = ModelConfig()
     stages: StagesConfig = StagesConfig()
     loss: LossConfig = LossConfig()
@@ -43,6 +44,11 @@ class Recipe(Part):
     labels: LabelsConfig = LabelsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+
+    @property
+    def needs_foundation(self) -> bool:
+        """Whether theta_T0 is imported: a saved teacher, or published checkpoints."""
+        return bool(self.stages.foundation) or self.teacher.kind != "expert"
 
     @model_validator(mode="after")
     def _batches_fill_workers(self) -> Recipe:
@@ -66,11 +72,26 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
+    def _teacher_can_be_adapted(self) -> Recipe:
+        if self.teacher.kind == "ensemble" and self.stages.use_adapt:
+            raise ValueError(
+                "teacher.kind is ensemble and stages.use_adapt is true: an ensemble is not fine-tuned as a whole; "
+                "expected use_adapt=false, or adapt each member in a run of its own and name the adapted teachers' "
+                "folders in teacher.ensemble.members"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _refreshed_labels_are_online(self) -> Recipe:
         if self.labels.refresh_steps and self.labels.mode != "online":
             raise ValueError(
                 f"labels.refresh_steps is {self.labels.refresh_steps}: expected labels.mode=online with it, since "
                 "labels that are written before training cannot be refreshed"
+            )
+        if self.labels.refresh_steps and self.teacher.kind != "expert":
+            raise ValueError(
+                f"labels.refresh_steps is {self.labels.refresh_steps} and teacher.kind {self.teacher.kind}: only an "
+                "expert can be refreshed while it trains; expected labels.refresh_steps=0"
             )
         return self
 

@@ -40,7 +40,7 @@ class StagesConfig(Part):
     """The six steps of CAST and which of them a row takes."""
 
     foundation: str = ""
-    """Folder of a saved teacher (`config.json`, `model.safetensors`) to use as theta_T0 instead of `pretrain`."""
+    """Folder of a saved teacher to use as theta_T0 instead of `pretrain` or the checkpoints that `teacher` names."""
     pretrain: TrainConfig = TrainConfig(steps=1000, batch_unlabelled=0)
     """theta_T0 of the embedded experiment: the teacher trained on the source style, in place of a foundation model."""
     adapt: TrainConfig = TrainConfig(steps=300, batch_unlabelled=0)
@@ -73,6 +73,8 @@ class PseudoConfig(Part):
     """A label with fewer pixels, after painting, is dropped."""
     non_overlapping: bool = True
     """Paint the masks in `order`; a pixel belongs to the first that takes it."""
+    on_empty: Literal["stop", "warn"] = "stop"
+    """What to do when no image of the pool got a single pseudo-label."""
 
 
 class EvaluationConfig(Part):

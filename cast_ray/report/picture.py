@@ -84,13 +84,11 @@ def _predict(
 ) -> list[list[dict[str, Any]]]:
     import torch
 
-    from cast_ray.runtime.models import load_model
-    from cast_ray.teachers.expert import ExpertTeacher
+    from cast_ray.runtime.models import load_teacher
     from cast_ray.views import fit_image
 
-    segmenter, _ = load_model(context.store, key)
     fitted = [fit_image(image, image_px) for image in images]
     pixels = torch.from_numpy(np.stack([pixels for pixels, _ in fitted]))
     sizes = [(image.shape[0], image.shape[1]) for image in images]
-    found = ExpertTeacher(segmenter, image_px).predict(pixels, sizes, [size for _, size in fitted])
+    found = load_teacher(context.store, key, image_px=image_px).predict(pixels, sizes, [size for _, size in fitted])
     return [[i for i in instances if i["score"] > MIN_SCORE] for instances in found]

@@ -21,16 +21,16 @@ from cast_ray.engine.world import World
 from cast_ray.evaluation.detections import Detections, Truth, tie_order
 from cast_ray.evaluation.matches import Matches, join, load_matches
 from cast_ray.evaluation.measures import match_images, metrics_of
-from cast_ray.models.segmenter import Segmenter
 from cast_ray.recipe import EvaluationConfig, Recipe, RuntimeConfig
 from cast_ray.records import Category, ClassMap
-from cast_ray.runtime.models import load_model
+from cast_ray.runtime.models import load_labeller
 from cast_ray.runtime.results import MATCHES, METRICS, RESULTS
 from cast_ray.runtime.streams import picture_dataset, pictures
 from cast_ray.runtime.tables import record_at
 from cast_ray.runtime.workers import Segment
 from cast_ray.stages.evaluate import coco_results, predict, results_document, results_lines
-from cast_ray.stages.graph import Stage, artifact_key
+from cast_ray.stages.graph import Stage
+from cast_ray.teachers.protocol import Teacher
 
 POST_EVERY_S = 1.0
 
@@ -60,7 +60,7 @@ class ValidationSet:
 
 
 def measure(
-    segmenter: Segmenter,
+    teacher: Teacher,
     images: ValidationSet,
     rows: np.ndarray,
     device: torch.device,
@@ -69,7 +69,7 @@ def measure(
     """Matches a model's detections on some validation images.
 
     Args:
-        segmenter: on `device`, in evaluation mode.
+        teacher: a teacher, or a student as one, on `device`.
         rows: int [n], row numbers of the images.
         on_batch: called with the number of images done and the COCO results of each batch.
 
@@ -80,15 +80,7 @@ def measure(
     parts, positions, done = [], [], 0
     for batch in pictures(picture_dataset(images.records, rows, images.image_px, images.runtime), images.image_px):
         pixels = torch.from_numpy(batch.pixels).to(device)
-        found = predict(
-            segmenter,
-            pixels,
-            batch.image_hw,
-            batch.resized_hw,
-            images.image_px,
-            settings.max_detections,
-            settings.batch,
-        )
+        found = predict(teacher, pixels, batch.image_hw, batch.resized_hw, settings.max_detections, settings.batch)
         records = [record_at(images.records, rows[p]) for p in batch.positions]
         truth = [Truth.of(record, classes) for record in records]
         parts.append(match_images(truth, [Detections.of(f) for f in found], len(classes), settings))
@@ -106,8 +98,7 @@ def evaluate_stage(segment: Segment, stage: Stage, world: World) -> dict[str, An
     """An evaluate stage on this worker; the first one writes the artifact's metrics, matches and results."""
     store = segment.store
     images = ValidationSet.of(segment, segment.recipe, stage.config["data"]["image_px"])
-    segmenter, categories = load_model(store, artifact_key("train", stage.parents["model"]))
-    segmenter = segmenter.to(world.device).eval()
+    teacher = load_labeller(store, stage, "model", world.device, segment.recipe.runtime.amp)
     share = [np.arange(images.num_images)[rank :: world.size] for rank in range(world.size)]
     began = time.monotonic()
     post = {"stage": "evaluate", "fingerprint": stage.fingerprint, "steps": len(share[world.rank]), "unit": "image"}
@@ -122,7 +113,7 @@ def evaluate_stage(segment: Segment, stage: Stage, world: World) -> dict[str, An
                 rate = done * world.size / max(posted - began, 1e-9)
                 segment.broker.post.remote(segment.owner, post | {"step": done, "images_per_s": rate})
 
-        matches = measure(segmenter, images, share[world.rank], world.device, on_batch)
+        matches = measure(teacher, images, share[world.rank], world.device, on_batch)
     seconds = time.monotonic() - began
     if world.rank > 0:
         store.add(stage, _part("matches", world.rank, "npz"), matches.to_bytes())
@@ -132,7 +123,7 @@ def evaluate_stage(segment: Segment, stage: Stage, world: World) -> dict[str, An
     others = [load_matches(store.read_bytes(stage.key, _part("matches", r, "npz"))) for r in range(1, world.size)]
     matches = join([matches, *others], share, images.tie_order())
     store.add(stage, MATCHES, matches.to_bytes())
-    store.add(stage, METRICS, json.dumps(metrics_of(matches, categories)).encode())
+    store.add(stage, METRICS, json.dumps(metrics_of(matches, teacher.categories)).encode())
     _write_results(segment, stage, world.size)
     return {"seconds": seconds, "images_per_s": images.num_images / max(seconds, 1e-9)}
 

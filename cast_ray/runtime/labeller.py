@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load as load_tensors
 
 from cast_ray.recipe import PseudoConfig
-from cast_ray.runtime.models import load_model
+from cast_ray.runtime.models import load_labeller
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.streams import Pictures
-from cast_ray.stages.graph import Stage, artifact_key
+from cast_ray.stages.graph import Stage
 from cast_ray.teachers.expert import ExpertTeacher
 from cast_ray.teachers.pseudo import pseudo_labels
 
@@ -30,17 +30,16 @@ class PseudoLabeller:
     Kinds of devices still differ.
     """
 
-    def __init__(self, store: ArtifactStore, stage: Stage, device: torch.device):
-        segmenter, self.categories = load_model(store, artifact_key("train", stage.parents["teacher"]))
-        height, width = stage.config["data"]["image_px"]
-        self.segmenter = segmenter.to(device)
-        self.teacher = ExpertTeacher(self.segmenter, (height, width))
+    def __init__(self, store: ArtifactStore, stage: Stage, device: torch.device, amp: str):
+        self.teacher = load_labeller(store, stage, "teacher", device, amp)
+        self.categories = self.teacher.categories
         self.pseudo = PseudoConfig(**stage.config["pseudo"])
         self.batch: int = stage.config["batch"]
 
     def load(self, weights: bytes) -> None:
-        """Other weights of the same teacher (safetensors)."""
-        self.segmenter.load_state_dict(load_tensors(weights))
+        """Other weights of the same teacher, an expert (safetensors)."""
+        assert isinstance(self.teacher, ExpertTeacher)
+        self.teacher.segmenter.load_state_dict(load_tensors(weights))
 
     def label(self, pictures: Pictures) -> list[list[dict[str, Any]]]:
         """Instances of each image as of RECORD_SCHEMA, at its own size."""

@@ -27,7 +27,7 @@ import ray
 import ray.data
 from ray.util.placement_group import PlacementGroup
 
-from cast_ray.recipe import RuntimeConfig
+from cast_ray.recipe import Recipe
 from cast_ray.records import RECORD_SCHEMA
 from cast_ray.runtime.budget import configure_data, reserve, stream_bundle
 from cast_ray.runtime.store import ArtifactStore
@@ -51,7 +51,7 @@ class LabelJob:
     images: Images
     broker: Any
     owner: str
-    max_bad_fraction: float
+    recipe: Recipe
 
     @property
     def image_px(self) -> tuple[int, int]:
@@ -110,14 +110,16 @@ class LabelJob:
         """Makes the artifact's one file of all blocks (not committed), a few in memory at a time.
 
         Returns:
-            num_images: labelled ones; skipped: position, file and reason of the others.
+            num_images: labelled ones; num_pseudo_labels: instances on them; skipped: position, file and reason of the
+            other images.
 
         Raises:
             RuntimeError: an image has no row (nothing may be dropped silently).
-            ValueError: too large a share could not be read; the message names the first.
+            ValueError: too large a share could not be read; the message names the first. No image got a label, unless
+                `pseudo.on_empty` is warn.
         """
         skipped: list[dict[str, Any]] = []
-        num_images = 0
+        num_images = num_labels = 0
         with (
             self.store.open_to_add(self.stage, LABELS) as file,
             pa.parquet.ParquetWriter(file, LABEL_SCHEMA) as writer,
@@ -128,17 +130,37 @@ class LabelJob:
                 labelled = table.filter(pa.compute.is_null(table["error"])).drop_columns("error")
                 writer.write_table(labelled)
                 num_images += labelled.num_rows
+                num_labels += pa.compute.sum(pa.compute.list_value_length(labelled["instances"])).as_py() or 0
         wanted = len(self.images.unlabelled)
         if num_images + len(skipped) != wanted:
             raise RuntimeError(
                 f"{self.stage.name}: {wanted} images went in, {num_images} labelled and {len(skipped)} skipped came out"
             )
-        if len(skipped) > self.max_bad_fraction * wanted:
+        limit = self.recipe.data.max_bad_fraction
+        if len(skipped) > limit * wanted:
             raise ValueError(
                 f"{self.stage.name}: {len(skipped)} of {wanted} images could not be read, above "
-                f"data.max_bad_fraction={self.max_bad_fraction}: {'; '.join(row['error'] for row in skipped[:3])}"
+                f"data.max_bad_fraction={limit}: {'; '.join(row['error'] for row in skipped[:3])}"
             )
-        return {"num_images": num_images, "skipped": skipped}
+        if num_labels == 0 and self.recipe.pseudo.on_empty == "stop":
+            raise ValueError(self._nothing_found(num_images))
+        return {"num_images": num_images, "num_pseudo_labels": num_labels, "skipped": skipped}
+
+    def _nothing_found(self, num_images: int) -> str:
+        """What to say when a teacher gave no label at all."""
+        teacher = self.recipe.teacher
+        threshold = f"pseudo.score_threshold {self.recipe.pseudo.score_threshold}"
+        asked = ""
+        if "teacher" in self.stage.config:
+            threshold += f" and teacher.inference.score_threshold {teacher.inference.score_threshold}"
+            names = [c.name for c in self.images.categories]
+            words = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            asked = f" It was asked for {words}: other words go into teacher.prompt.synonyms."
+        return (
+            f"{self.stage.name}: the teacher ({teacher.kind}) found nothing above {threshold} in any of {num_images} "
+            f"images.{asked} Lower the thresholds or train the teacher longer; pseudo.on_empty=warn goes on without "
+            "labels"
+        )
 
     def _written(self) -> Iterator[pa.Table]:
         names = [_file_name(rows) for rows in self.blocks]
@@ -155,15 +177,15 @@ def _file_name(rows: Rows) -> str:
     return f"{rows[0]:08d}-{rows[1]:08d}.parquet"
 
 
-def label_images(job: LabelJob, runtime: RuntimeConfig) -> dict[str, Any]:
+def label_images(job: LabelJob) -> dict[str, Any]:
     """Runs a labelling stage as a job of its own; see `LabelJob.facts` and `join` for what it returns and raises."""
-    began = time.monotonic()
+    runtime, began = job.recipe.runtime, time.monotonic()
     job.start()
     blocks = job.missing(job.blocks)
     if blocks:
         labeller = {"CPU": runtime.cpus_per_labeller} | ({"GPU": 1.0} if runtime.use_gpu else {})
         with reserve([stream_bundle(runtime), *[labeller] * runtime.num_labellers]) as group:
-            _run(job, runtime, group, blocks)
+            _run(job, group, blocks)
     return job.facts(blocks, began) | ray.get(_join.remote(job))
 
 
@@ -173,9 +195,9 @@ def _join(job: LabelJob) -> dict[str, Any]:
     return job.join()
 
 
-def _run(job: LabelJob, runtime: RuntimeConfig, group: PlacementGroup, blocks: list[Rows]) -> None:
+def _run(job: LabelJob, group: PlacementGroup, blocks: list[Rows]) -> None:
+    runtime, images = job.recipe.runtime, job.images
     configure_data(group, runtime, -1)
-    images = job.images
     pictures = picture_dataset(images.records, images.unlabelled, job.image_px, runtime, blocks, skip_bad=True)
     labelled = pictures.map_batches(
         _Labeller,
@@ -201,7 +223,7 @@ class _Labeller:
 
         prepare_process()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.labeller = PseudoLabeller(job.store, job.stage, device)
+        self.labeller = PseudoLabeller(job.store, job.stage, device, job.recipe.runtime.amp)
         self.job = job
 
     def __call__(self, block: pa.Table) -> pa.Table:

@@ -80,11 +80,11 @@ class OnlineLabels:
 class OnlineTeacher:
     """A teacher on a device of its own; loads whichever stage's, in whichever version, is asked for."""
 
-    def __init__(self, store: ArtifactStore):
+    def __init__(self, store: ArtifactStore, amp: str):
         from cast_ray.runtime.processes import prepare_process
 
         prepare_process()
-        self.store = store
+        self.store, self.amp = store, amp
         self.loaded: tuple[str, int] = ("", 0)
         self.labeller: Any = None
 
@@ -102,7 +102,7 @@ class OnlineTeacher:
 
         if self.loaded[0] != stage.fingerprint or version == 0:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            self.labeller = PseudoLabeller(self.store, stage, device)
+            self.labeller = PseudoLabeller(self.store, stage, device, self.amp)
         if weights is not None:
             self.labeller.load(ray.get(weights[0]))
         self.loaded = (stage.fingerprint, version)
@@ -165,7 +165,7 @@ def start_teachers(store: ArtifactStore, runtime: RuntimeConfig, group: Placemen
             num_cpus=runtime.cpus_per_labeller,
             num_gpus=1 if runtime.use_gpu else 0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=first_bundle + i),
-        ).remote(store)
+        ).remote(store, runtime.amp)
         for i in range(num_teachers(runtime))
     )
     return Teachers(actors, TeacherVersions.remote())  # type: ignore[attr-defined]

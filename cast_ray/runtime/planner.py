@@ -34,6 +34,7 @@ class RowPlanner:
     Args:
         runs: name of each run and the recipes of all of its rows that are known; more may follow on the same datasets.
         connect: starts or joins Ray, for datasets of many images.
+        dry_run: nothing is fetched from a hub.
 
     Raises:
         ValueError: a dataset is missing or unusable, or a label fraction leaves too few images.
@@ -45,8 +46,9 @@ class RowPlanner:
         store: ArtifactStore,
         console: Console,
         connect: Callable[[], Cluster],
+        dry_run: bool = False,
     ):
-        self.store = store
+        self.store, self.dry_run = store, dry_run
         of_each: dict[str, list[Recipe]] = {}
         named: dict[str, list[str]] = {}
         for run, recipes in runs.items():
@@ -60,7 +62,7 @@ class RowPlanner:
             self.datasets[key] = read_dataset(recipes, store, console, run_paths, connect)
         self._chosen: set[tuple[str, int, int, bool]] = set()
         self._contexts: dict[tuple[str, str, str], SweepContext] = {}
-        self._foundations: dict[tuple[str, str], str] = {}
+        self._foundations: dict[tuple[str, str, str], str | None] = {}
         for key, recipes in of_each.items():
             self._choose_images(key, recipes)
 
@@ -110,13 +112,15 @@ class RowPlanner:
             self._chosen |= missing
 
     def _foundation(self, recipe: Recipe, key: str) -> str | None:
-        folder = recipe.stages.foundation
-        if folder and (folder, key) not in self._foundations:
-            from cast_ray.runtime.models import import_foundation
+        if not recipe.needs_foundation:
+            return None
+        source = (recipe.stages.foundation, recipe.teacher.model_dump_json(), key)
+        if source not in self._foundations:
+            from cast_ray.runtime.models import import_foundation  # torch and transformers
 
             categories = self.datasets[key].categories
-            self._foundations[folder, key] = import_foundation(self.store, folder, recipe.teacher, categories)
-        return self._foundations.get((folder, key))
+            self._foundations[source] = import_foundation(self.store, recipe, categories, dry_run=self.dry_run)
+        return self._foundations[source]
 
     def _context(self, table: str, run: str, dataset: StoredDataset) -> SweepContext:
         return SweepContext(

@@ -117,6 +117,7 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[
                     k: facts.get(k)
                     for k in ("seconds", "stage_seconds", "startup_seconds", "images_per_s", "resumed_at_step")
                 },
+                **{k: facts[k] for k in ("num_pseudo_labels",) if k in facts},
             }
         )
         if stage.kind == "train":

@@ -31,12 +31,12 @@ from cast_ray.runtime.budget import configure_data
 from cast_ray.runtime.evaluation import POST_EVERY_S, evaluate_stage
 from cast_ray.runtime.labeller import PseudoLabeller
 from cast_ray.runtime.labelling import LABELS, LabelJob
-from cast_ray.runtime.models import WEIGHTS, save_model
+from cast_ray.runtime.models import WEIGHTS, load_teacher, save_model
 from cast_ray.runtime.online import Publisher, Teachers
 from cast_ray.runtime.processes import prepare_process
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.streams import Images, picture_dataset, pictures, training_stream
-from cast_ray.runtime.validation import SideValidation, validation_bundles
+from cast_ray.runtime.validation import SideValidation, is_validated, validation_bundles
 from cast_ray.runtime.workers import Segment
 from cast_ray.stages.graph import Stage, artifact_key
 from cast_ray.stages.train import order_seed, train_config, train_stage
@@ -110,8 +110,11 @@ def _train(
         if world.rank == 0:
             publisher.start(resume.step if resume else 0)
         world.barrier()
-    weights = None
-    if "init" in stage.parents:
+    weights, teacher = None, None
+    if "kind" in stage.config["model"]:  # a teacher that starts from checkpoints, not from a segmenter's fields
+        key = artifact_key("train", stage.parents["init"])
+        teacher = load_teacher(store, key, stage.config["model"], tuple(stage.config["data"]["image_px"]))
+    elif "init" in stage.parents:
         weights = load_tensors(store.read_bytes(artifact_key("train", stage.parents["init"]), WEIGHTS))
     data = DataConfig(**recipe.data.model_dump() | stage.config["data"])
     contrastive = stage.config["contrastive"]
@@ -166,10 +169,11 @@ def _train(
 
     if world.rank == 0:
         segment.broker.post.remote(segment.owner, post | {"step": resume.step if resume else 0})
-    segmenter, result = train_stage(
+    model, result = train_stage(
         stage,
         num_classes=len(segment.categories),
         initial_weights=weights,
+        teacher=teacher,
         batches=batches,
         world=world,
         train_config=config,
@@ -179,14 +183,14 @@ def _train(
         on_log=on_log,
         on_checkpoint=on_checkpoint,
         on_refresh=on_refresh,
-        snapshot_every_steps=recipe.evaluation.every_steps if validation else 0,
+        snapshot_every_steps=recipe.evaluation.every_steps if validation and is_validated(recipe, stage) else 0,
         on_snapshot=partial(validation.snapshot, stage) if validation else lambda step, weights: None,
     )
-    if validation_bundles(recipe, [stage]):
+    if is_validated(recipe, stage):
         _wait_for_validation(validation, world)
     facts: dict[str, Any] = {}
     if world.rank == 0:
-        save_model(store, stage, segmenter, segment.categories)
+        save_model(store, stage, model, segment.categories)
         curve = result.curve
         if validation is not None:
             curve, facts = validation.finish(stage, curve)
@@ -222,7 +226,7 @@ def _with_labels(segment: Segment, stage: Stage) -> Images:
 
 def _label(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
     recipe, images = segment.recipe, segment.images[stage.name]
-    job = LabelJob(segment.store, stage, images, segment.broker, segment.owner, recipe.data.max_bad_fraction)
+    job = LabelJob(segment.store, stage, images, segment.broker, segment.owner, recipe)
     began = time.monotonic()
     missing = job.missing(job.blocks)
     world.barrier()  # every worker looks before any writes, so that all see the same blocks missing
@@ -230,7 +234,7 @@ def _label(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
         job.start()
     mine = missing[world.rank :: world.size]
     if mine:
-        labeller = PseudoLabeller(segment.store, stage, world.device)
+        labeller = PseudoLabeller(segment.store, stage, world.device, recipe.runtime.amp)
         dataset = picture_dataset(images.records, images.unlabelled, job.image_px, recipe.runtime, mine, skip_bad=True)
         for batch in pictures(dataset, job.image_px):
             job.write(batch, labeller.label(batch))

@@ -15,6 +15,7 @@ import contextlib
 import io
 import json
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -54,6 +55,18 @@ def open_uri(uri: str) -> tuple[pa.fs.FileSystem, str]:
 def _open_remote(uri: str) -> tuple[pa.fs.FileSystem, str]:
     """Kept, because each opening of an S3 bucket asks for its region first."""
     return pa.fs.FileSystem.from_uri(uri)
+
+
+@contextlib.contextmanager
+def local_copy(uri: str) -> Iterator[Path]:
+    """A folder's files on this machine: the folder itself where it is local, else a temporary copy."""
+    fs, path = open_uri(uri)
+    if isinstance(fs, pa.fs.LocalFileSystem):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        pa.fs.copy_files(path, folder, source_filesystem=fs, destination_filesystem=pa.fs.LocalFileSystem())
+        yield Path(folder)
 
 
 def read_each(read: Callable[[T], R], items: Iterable[T]) -> list[R]:
@@ -161,6 +174,11 @@ class ArtifactStore:
         """Fingerprints of every committed artifact (one listing)."""
         return committed(self.list_artifacts())
 
+    def holds(self, key: str, name: str) -> bool:
+        """Whether an artifact has a file of that name."""
+        fs, root = self._fs
+        return fs.get_file_info(f"{root}/{self._folder(key)}/{name}").type == pa.fs.FileType.File
+
     def read_bytes(self, key: str, name: str) -> bytes:
         fs, root = self._fs
         with fs.open_input_file(f"{root}/{self._folder(key)}/{name}") as file:
@@ -212,6 +230,20 @@ class ArtifactStore:
         fs, root = self._fs
         with fs.open_input_stream(f"{root}/{self._folder(stage.key)}/{name}") as file, io.BufferedReader(file) as lines:
             yield lines
+
+    def add_folder(self, stage: Stage, folder: Path) -> None:
+        """Copies the files of a local folder into an artifact that is not yet committed, without reading them whole."""
+        self._adding.add(stage.key)
+        fs, root = self._fs
+        target = f"{root}/{self._folder(stage.key)}"
+        fs.create_dir(target, recursive=True)
+        pa.fs.copy_files(str(folder), target, source_filesystem=pa.fs.LocalFileSystem(), destination_filesystem=fs)
+
+    @contextlib.contextmanager
+    def local_folder(self, key: str) -> Iterator[Path]:
+        """An artifact as a local folder, see `local_copy`."""
+        with local_copy(self.artifact(key)) as folder:
+            yield folder
 
     def discard(self, stage: Stage, name: str) -> None:
         """Removes one file of an artifact that is not yet committed."""

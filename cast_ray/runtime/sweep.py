@@ -85,7 +85,9 @@ def run_sweep(
     store = ArtifactStore(request.storage)
     store.check_writable()
     runs = {table.name: list(table.recipes.values()) for table in request.tables}
-    planner = RowPlanner(runs, store, console, lambda: connect(request.address, request.num_cpus))
+    planner = RowPlanner(
+        runs, store, console, lambda: connect(request.address, request.num_cpus), dry_run=request.dry_run
+    )
     sweeps = [_plan_table(table, planner) for table in request.tables]
     rows = [row for sweep in sweeps for row in sweep.rows]
     if request.dry_run:

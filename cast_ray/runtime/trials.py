@@ -284,8 +284,8 @@ class RowDriver:
     def _label(self, stage: Stage, store: ArtifactStore) -> None:
         began = time.monotonic()
         recipe, images = self.row.recipe, self._images(stage)
-        job = LabelJob(store, stage, images, self.broker, self.name, recipe.data.max_bad_fraction)
-        facts = label_images(job, recipe.runtime)
+        job = LabelJob(store, stage, images, self.broker, self.name, recipe)
+        facts = label_images(job)
         audit_labels(store, stage, images, recipe.runtime)
         where = {"num_workers": recipe.runtime.num_labellers, "device": "cuda" if recipe.runtime.use_gpu else "cpu"}
         facts |= {"stage_seconds": time.monotonic() - began, **where, "owner": self.name}
@@ -334,12 +334,11 @@ def measure_latency(store: ArtifactStore, key: str, image_px: tuple[int, int]) -
     import torch
 
     from cast_ray.evaluation.efficiency import measure_seconds
-    from cast_ray.runtime.models import load_model
+    from cast_ray.runtime.models import load_student
 
     torch.set_num_threads(1)
     device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-    segmenter, _ = load_model(store, key)
-    segmenter = segmenter.to(device).eval()
+    segmenter = load_student(store, key).segmenter.to(device).eval()
     image = torch.zeros(1, 3, *image_px, dtype=torch.uint8, device=device)
     return 1000 * measure_seconds(lambda: segmenter(image), device, LATENCY_REPEATS)
 

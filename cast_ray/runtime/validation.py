@@ -39,10 +39,15 @@ def validation_bundles(recipe: Recipe, stages: Sequence[Stage] | None = None) ->
         recipe: of the row.
         stages: those that will run; None: any may.
     """
-    every, runtime = recipe.evaluation.every_steps, recipe.runtime
-    if not every or (stages is not None and not any(s.kind == "train" and s.steps > every for s in stages)):
+    if not recipe.evaluation.every_steps or (stages is not None and not any(is_validated(recipe, s) for s in stages)):
         return []
-    return [stream_bundle(runtime), actor_resources(runtime)]
+    return [stream_bundle(recipe.runtime), actor_resources(recipe.runtime)]
+
+
+def is_validated(recipe: Recipe, stage: Stage) -> bool:
+    """Whether snapshots of a stage are measured: of segmenters only, not of teachers made of published checkpoints."""
+    every = recipe.evaluation.every_steps
+    return stage.kind == "train" and 0 < every < stage.steps and "kind" not in stage.config["model"]
 
 
 def actor_resources(runtime: RuntimeConfig) -> dict[str, float]:
@@ -153,11 +158,12 @@ class Validator:
         from cast_ray.models.segmenter import build_segmenter
         from cast_ray.recipe import ModelConfig
         from cast_ray.runtime.evaluation import measure
+        from cast_ray.teachers.expert import ExpertTeacher
 
         segmenter = build_segmenter(ModelConfig(**model), len(images.categories), seed=0)
         segmenter.load_state_dict(load(weights))
-        segmenter = segmenter.to(self.device).eval()
-        matches = measure(segmenter, images, np.arange(images.num_images), self.device)
+        teacher = ExpertTeacher(segmenter, images.categories, images.image_px).to(self.device)
+        matches = measure(teacher, images, np.arange(images.num_images), self.device)
         numbers = metrics_of(matches, images.categories)
         point = {"step": step, "rules": _rules(images), "val/mask_ap": numbers["mask_ap"], "val/ap50": numbers["ap50"]}
         self.store.write_json(_path(fingerprint, step), point)

@@ -9,34 +9,32 @@ from typing import Any
 import numpy as np
 import torch
 
-from cast_ray.models.postprocess import to_instances
-from cast_ray.models.segmenter import Segmenter
 from cast_ray.records import Category, decode_image_id
+from cast_ray.teachers.protocol import Teacher
 
 
-@torch.inference_mode()
 def predict(
-    segmenter: Segmenter,
+    teacher: Teacher,
     images: torch.Tensor,
     image_hw: Sequence[tuple[int, int]],
     resized_hw: Sequence[tuple[int, int]],
-    image_px: tuple[int, int],
     max_detections: int,
     batch: int,
 ) -> list[list[dict[str, Any]]]:
-    """Instances of each image at its own size, as from `to_instances`, with scores in single precision.
+    """Instances of each image at its own size, as from `Teacher.predict`, with scores in single precision.
 
     A score is single precision wherever it goes, so that the results file and what is stored of the matches rank alike.
 
     Args:
-        images: uint8 [B, 3, H, W], fitted to `image_px`.
+        teacher: a teacher, or a student as one.
+        images: uint8 [B, 3, H, W], fitted to its `image_px`.
         image_hw, resized_hw: B original sizes and sizes inside the padding, pixels.
         batch: images of one forward pass.
     """
     found = []
     for start in range(0, len(images), batch):
         part = slice(start, start + batch)
-        found += to_instances(segmenter(images[part]), image_hw[part], resized_hw[part], image_px, max_detections)
+        found += teacher.predict(images[part], image_hw[part], resized_hw[part], max_detections)
     return [[i | {"score": float(np.float32(i["score"]))} for i in instances] for instances in found]
 
 

@@ -96,7 +96,8 @@ def plan(
         content_hash: identity of images and annotations (`DatasetSplits.content_hash`).
         row: name of the row, for display.
         has_source: whether the dataset has a source style to pre-train the teacher on.
-        foundation: fingerprint of an imported theta_T0 (`stages.foundation`), which takes the place of pre-training.
+        foundation: fingerprint of an imported theta_T0 (a teacher's checkpoints, or `stages.foundation`), which takes
+            the place of pre-training; needed by every kind of teacher but `expert`.
         hashes: of the extra pool and the label lists, where the recipe names them.
 
     Raises:
@@ -144,16 +145,17 @@ class _Planner:
 
     def build(self) -> RowPlan:
         recipe, stages = self.recipe, self.recipe.stages
+        assert self.foundation is not None or recipe.teacher.kind == "expert"
         semi, pxl = recipe.loss.lambda_semi, recipe.loss.lambda_pxl
 
         foundation: Stage | None = None
         if self.foundation is not None:
             foundation = Stage("foundation", "train", {}, {}, self.foundation)
-            self.evaluate("zero_shot", foundation)
+            self.evaluate("zero_shot", foundation, by_teacher=True)
         elif self.has_source and stages.pretrain.steps > 0:
             # theta_T0 stands for a published foundation model: one for all seeds, as a downloaded checkpoint would be.
             foundation = self.train("pretrain", "teacher", stages.pretrain, data="source", seed=0)
-            self.evaluate("zero_shot", foundation)
+            self.evaluate("zero_shot", foundation, by_teacher=True)
 
         teacher = foundation
         if stages.use_adapt:
@@ -164,7 +166,7 @@ class _Planner:
                     "selftrain", "teacher", stages.selftrain, init=foundation, labels=adapted, semi=1.0, pxl=pxl
                 )
         if teacher is not None:
-            self.evaluate("teacher", teacher)
+            self.evaluate("teacher", teacher, by_teacher=True)
 
         use_labels = stages.use_distill and semi > 0
         if use_labels and teacher is None:
@@ -201,18 +203,21 @@ class _Planner:
         pxl: float = 0.0,
     ) -> Stage:
         recipe = self.recipe
-        pxl = 0.0 if recipe.contrastive.kind == "none" else pxl
+        by_teacher = model == "teacher"
+        if recipe.contrastive.kind == "none" or (by_teacher and not recipe.teacher.has_contrast):
+            pxl = 0.0
         # D_u enters a step only where a term reads it; 1a and 3 are on D_l alone by definition.
         unlabelled = labels is not None or (pxl > 0 and name == "distill")
         train_part = train.model_dump(exclude=set(HOW_IT_RUNS))
         if not unlabelled:
             train_part.pop("batch_unlabelled")
-        data_part = recipe.data.model_dump(include={"image_px", "scale_jitter", "flip", "color_jitter"})
+        data_part = recipe.data.model_dump(include={"scale_jitter", "flip", "color_jitter"})
+        data_part["image_px"] = self.image_px(by_teacher)
         loss_part = recipe.loss.model_dump() | {"lambda_semi": semi if labels else 0.0, "lambda_pxl": pxl}
         if labels is None:
             loss_part.pop("pseudo_weighting")
         config = {
-            "model": getattr(recipe, model).model_dump(),
+            "model": recipe.teacher.training_part() if by_teacher else recipe.student.model_dump(),
             "train": train_part,
             "data": data_part,
             "split": split_part(recipe, self.hashes, unlabelled=unlabelled) if data == "target" else None,
@@ -236,22 +241,31 @@ class _Planner:
 
     def label(self, name: str, teacher: Stage) -> Stage:
         config = {
-            "pseudo": self.recipe.pseudo.model_dump(),
-            "data": self.recipe.data.model_dump(include={"image_px"}),
+            "pseudo": self.recipe.pseudo.model_dump(exclude={"on_empty"}),
+            "data": {"image_px": self.image_px(by_teacher=True)},
             "split": split_part(self.recipe, self.hashes, unlabelled=True),
             "batch": self.recipe.labels.batch,
         }
+        if part := self.recipe.teacher.inference_part():
+            config["teacher"] = part
         stage = self._stage(name, "label", config, {"teacher": teacher})
         return stage if self.recipe.labels.mode == "online" else self._add(stage)
 
-    def evaluate(self, role: str, model: Stage) -> Stage:
-        config = {
+    def evaluate(self, role: str, model: Stage, by_teacher: bool = False) -> Stage:
+        config: dict[str, Any] = {
             "evaluation": self.recipe.evaluation.model_dump(exclude={"batch", "every_steps"}),
-            "data": self.recipe.data.model_dump(include={"image_px"}),
+            "data": {"image_px": self.image_px(by_teacher)},
         }
+        if by_teacher and (part := self.recipe.teacher.inference_part()):
+            # Average precision is an area over all scores: a threshold would only cut it off.
+            config["teacher"] = {"inference": part["inference"] | {"score_threshold": 0.0}}
         stage = self._add(self._stage("evaluate", "evaluate", config, {"model": model}))
         self.roles[role] = stage
         return stage
+
+    def image_px(self, by_teacher: bool) -> tuple[int, int]:
+        """The size that images are fitted to for the model of a stage."""
+        return (self.recipe.teacher.image_px if by_teacher else None) or self.recipe.data.image_px
 
     def _stage(
         self, name: str, kind: Kind, config: dict[str, Any], parents: dict[str, Stage | None], steps: int = 0

@@ -12,11 +12,12 @@ from cast_ray.engine.loop import TrainResult, train
 from cast_ray.engine.memory import MemoryEstimate, estimate_memory
 from cast_ray.engine.objective import Objective
 from cast_ray.engine.world import World
-from cast_ray.models.network import CastNetwork
+from cast_ray.models.network import CastNetwork, TrainedNetwork
 from cast_ray.models.segmenter import Segmenter, build_segmenter
 from cast_ray.recipe import ContrastiveConfig, LossConfig, ModelConfig, Recipe, TrainConfig
 from cast_ray.records import Batch
 from cast_ray.stages.graph import HOW_IT_RUNS, Stage
+from cast_ray.teachers.protocol import Teacher
 
 
 def train_config(stage: Stage, recipe: Recipe) -> TrainConfig:
@@ -29,9 +30,11 @@ def train_config(stage: Stage, recipe: Recipe) -> TrainConfig:
     return TrainConfig(**part, **how.model_dump(include=set(HOW_IT_RUNS)))
 
 
-def stage_memory(stage: Stage, recipe: Recipe, num_classes: int) -> MemoryEstimate:
-    """What one worker of a train stage needs, for a plan; see `estimate_memory`."""
+def stage_memory(stage: Stage, recipe: Recipe, num_classes: int) -> MemoryEstimate | None:
+    """What one worker of a train stage needs, for a plan; see `estimate_memory`. None: a teacher from checkpoints."""
     config, runtime = stage.config, recipe.runtime
+    if "kind" in config["model"]:  # its architecture is known once its checkpoints are here
+        return None
     height, width = config["data"]["image_px"]
     return estimate_memory(
         ModelConfig(**config["model"]),
@@ -56,6 +59,7 @@ def train_stage(
     *,
     num_classes: int,
     initial_weights: Mapping[str, torch.Tensor] | None,
+    teacher: Teacher | None = None,
     batches: Iterator[Batch],
     world: World,
     train_config: TrainConfig,
@@ -67,7 +71,7 @@ def train_stage(
     on_refresh: Callable[[int, dict[str, torch.Tensor]], None] = lambda step, weights: None,
     snapshot_every_steps: int = 0,
     on_snapshot: Callable[[int, dict[str, torch.Tensor]], None] = lambda step, weights: None,
-) -> tuple[Segmenter, TrainResult]:
+) -> tuple[Segmenter | Teacher, TrainResult]:
     """Runs one train stage on this worker; see `engine.loop.train` for the callbacks.
 
     Args:
@@ -76,26 +80,30 @@ def train_stage(
         train_config: of `train_config(stage, recipe)`.
         amp, gradient_checkpointing: of the recipe's `runtime`.
         initial_weights: of the parent (theta_T0 for 1a and 1c, theta_s* for 3); None: seeded random weights.
+        teacher: the parent itself, where it is not a segmenter; trained in place.
         batches: this worker's batches from the resumed step on.
 
     Returns:
-        The trained segmenter (averaged weights) and the curves.
+        The trained segmenter or teacher (averaged weights) and the curves.
     """
     config = stage.config
     init_seed = config.get("init_seed", config["seed"])
     torch.manual_seed(init_seed)
-    segmenter = build_segmenter(ModelConfig(**config["model"]), num_classes, init_seed)
-    if initial_weights is not None:
-        try:
-            segmenter.load_state_dict(initial_weights)
-        except RuntimeError as error:
-            raise ValueError(f"{stage.name}: the parent's weights do not fit this model: {error}") from None
-    if gradient_checkpointing:
-        segmenter.checkpoint_activations()
     contrastive = ContrastiveConfig(**config["contrastive"]) if config["contrastive"] else None
-    network = CastNetwork(segmenter, contrastive)
+    model: Segmenter | Teacher
+    network: TrainedNetwork
+    if teacher is not None:
+        model = teacher
+        network, criterion = teacher.for_training(contrastive)
+        has_proposals = False
+    else:
+        model = _segmenter(stage, num_classes, initial_weights)
+        network, criterion = CastNetwork(model, contrastive), None
+        has_proposals = model.config.proposals
+    if gradient_checkpointing:
+        network.checkpoint_activations()
     gather = WorkerGather(world.rank, world.size) if world.size > 1 else None
-    objective = Objective(LossConfig(**config["loss"]), contrastive, gather, segmenter.config.proposals)
+    objective = Objective(LossConfig(**config["loss"]), contrastive, gather, criterion, has_proposals)
     result = train(
         network,
         objective,
@@ -113,4 +121,15 @@ def train_stage(
         snapshot_every_steps=snapshot_every_steps,
         on_snapshot=on_snapshot,
     )
-    return segmenter, result
+    return model, result
+
+
+def _segmenter(stage: Stage, num_classes: int, initial_weights: Mapping[str, torch.Tensor] | None) -> Segmenter:
+    config = stage.config
+    segmenter = build_segmenter(ModelConfig(**config["model"]), num_classes, config.get("init_seed", config["seed"]))
+    if initial_weights is not None:
+        try:
+            segmenter.load_state_dict(initial_weights)
+        except RuntimeError as error:
+            raise ValueError(f"{stage.name}: the parent's weights do not fit this model: {error}") from None
+    return segmenter

@@ -3,37 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
+from cast_ray.models.network import CastNetwork, TrainedNetwork
 from cast_ray.models.postprocess import predict_instances
-from cast_ray.models.segmenter import Segmenter
+from cast_ray.models.segmenter import Segmenter, build_segmenter
+from cast_ray.recipe import ContrastiveConfig, TeacherConfig
+from cast_ray.records import Category
+from cast_ray.teachers.protocol import Instances, Teacher
+
+WEIGHTS = "model.safetensors"
 
 
-class ExpertTeacher:
+class ExpertTeacher(Teacher):
     """Labels images by a trained `Segmenter`, in place of the method's detector and promptable segmenter."""
 
-    def __init__(self, segmenter: Segmenter, image_px: tuple[int, int], max_detections: int = 100):
-        self.segmenter = segmenter.eval()
-        self.image_px = image_px
-        self.max_detections = max_detections
+    kind = "expert"
 
-    def predict(
+    def __init__(self, segmenter: Segmenter, categories: Sequence[Category], image_px: tuple[int, int]):
+        super().__init__(TeacherConfig(**segmenter.config.model_dump()), categories, image_px)
+        self.segmenter = segmenter.eval()
+
+    def find(
         self,
         images: torch.Tensor,
-        image_hw: Sequence[tuple[int, int]] | None = None,
-        resized_hw: Sequence[tuple[int, int]] | None = None,
-    ) -> list[list[dict[str, Any]]]:
-        """Instances of each image at its own size.
+        image_hw: Sequence[tuple[int, int]],
+        resized_hw: Sequence[tuple[int, int]],
+        max_detections: int,
+    ) -> list[Instances]:
+        return predict_instances(self.segmenter, images, image_hw, resized_hw, max_detections)
 
-        Args:
-            images: uint8 [B, 3, H, W], resized and padded to `image_px`.
-            image_hw: B original sizes, pixels; None: as given.
-            resized_hw: B sizes inside the padding, pixels; None: no padding.
+    def for_training(self, contrastive: ContrastiveConfig | None) -> tuple[TrainedNetwork, None]:
+        return CastNetwork(self.segmenter, contrastive), None
 
-        Returns:
-            Per image, in falling score order, dicts as from `to_instances`.
-        """
-        images = images.to(self.segmenter.pixel_mean.device)
-        return predict_instances(self.segmenter, images, image_hw, resized_hw, self.max_detections)
+    def save_weights(self, folder: Path) -> None:
+        (folder / "segmenter").mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.segmenter.state_dict().items()}
+        save_file(tensors, folder / "segmenter" / WEIGHTS, metadata={"format": "pt"})
+
+    @classmethod
+    def parts(cls, config: TeacherConfig) -> dict[str, str]:
+        return {"teacher": "segmenter"}
+
+    @classmethod
+    def load(
+        cls, folders: dict[str, Path], config: TeacherConfig, categories: Sequence[Category], image_px: tuple[int, int]
+    ) -> ExpertTeacher:
+        segmenter = build_segmenter(config.segmenter, len(categories), seed=0)
+        path = folders["teacher"] / WEIGHTS
+        try:
+            segmenter.load_state_dict(load_file(path))
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{path}: the weights do not fit the teacher: {str(error).splitlines()[0]}") from None
+        return cls(segmenter, categories, image_px)

@@ -20,7 +20,7 @@ from cast_ray.records import Batch, Targets
 from cast_ray.runtime.budget import configure_data, reserve, stream_bundle
 from cast_ray.runtime.labeller import PseudoLabeller
 from cast_ray.runtime.labelling import LABELS, LabelJob, label_images
-from cast_ray.runtime.models import load_model, save_model
+from cast_ray.runtime.models import load_student, save_model
 from cast_ray.runtime.online import OnlineLabels, start_teachers, teacher_bundles
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.streams import Images, Pictures, picture_dataset, pictures, training_stream
@@ -31,6 +31,7 @@ pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(900)]
 NUM_LABELLED, NUM_IMAGES = 4, 45
 IMAGE_PX = (32, 32)
 RUNTIME = RuntimeConfig(cpus_per_read=0.25, cpus_per_labeller=0.25, num_labellers=1, stream_memory_mb=64)
+RECIPE = build_recipe("shapes", "smoke", {"data.max_bad_fraction": 0.0})
 PSEUDO = PseudoConfig(score_threshold=0.0, min_area_px=1, max_per_image=5, non_overlapping=False)
 TEACHER = Stage("adapt", "train", {"data": {"image_px": list(IMAGE_PX)}}, {}, "a" * 20)
 LABEL_CONFIG = {"pseudo": PSEUDO.model_dump(), "data": {"image_px": list(IMAGE_PX)}, "batch": 4}
@@ -62,7 +63,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
 def store(tmp_path_factory: pytest.TempPathFactory) -> ArtifactStore:
     """With a teacher of random weights that is sure of something."""
     store = ArtifactStore(str(tmp_path_factory.mktemp("storage")))
-    segmenter = build_segmenter(build_recipe("shapes", "smoke").teacher, len(CATEGORIES), seed=3)
+    segmenter = build_segmenter(RECIPE.teacher.segmenter, len(CATEGORIES), seed=3)
     save_model(store, TEACHER, segmenter, CATEGORIES)
     store.commit(TEACHER, {})
     return store
@@ -73,9 +74,11 @@ def images_of(table: pa.Table) -> Images:
     return Images(ray.put(table), everything[:NUM_LABELLED], everything[NUM_LABELLED:], CATEGORIES)
 
 
-def job_of(store: ArtifactStore, table: pa.Table, name: str, max_bad_fraction: float = 0.0) -> LabelJob:
+def job_of(store: ArtifactStore, table: pa.Table, name: str, **fields: Any) -> LabelJob:
     stage = Stage("label-adapted", "label", LABEL_CONFIG, {"teacher": TEACHER.fingerprint}, name)
-    return LabelJob(store, stage, images_of(table), Board.remote(), "row", max_bad_fraction)  # type: ignore[attr-defined]
+    data = RECIPE.data.model_copy(update=fields)
+    recipe = RECIPE.model_copy(update={"data": data, "runtime": RUNTIME})
+    return LabelJob(store, stage, images_of(table), Board.remote(), "row", recipe)  # type: ignore[attr-defined]
 
 
 def labels_of(job: LabelJob) -> list[dict[str, Any]]:
@@ -86,7 +89,7 @@ def labels_of(job: LabelJob) -> list[dict[str, Any]]:
 def offline(store: ArtifactStore, table: pa.Table) -> LabelJob:
     """Labelled by a job of its own, in one go."""
     job = job_of(store, table, "offline")
-    facts = label_images(job, RUNTIME)
+    facts = label_images(job)
     assert facts["num_images"] == NUM_IMAGES - NUM_LABELLED and facts["skipped"] == [] and facts["num_found"] == 0
     job.store.commit(job.stage, facts)
     return job
@@ -98,7 +101,7 @@ def test_labels_are_the_teachers_for_every_image(offline: LabelJob, store: Artif
     assert [row["uri"] for row in rows] == table.column("uri").to_pylist()[NUM_LABELLED:]
     assert sum(len(row["instances"]) for row in rows) > NUM_IMAGES
     assert {i["category_id"] for row in rows for i in row["instances"]} <= {c.id for c in CATEGORIES}
-    labeller = PseudoLabeller(store, offline.stage, torch.device("cpu"))
+    labeller = PseudoLabeller(store, offline.stage, torch.device("cpu"), "off")
     alone = [labeller.label(picture(table, i))[0] for i in range(NUM_LABELLED, NUM_IMAGES)]
     assert instances(rows) == instances([{"instances": labels} for labels in alone])
 
@@ -120,7 +123,7 @@ def instances(rows: list[dict[str, Any]]) -> list[list[tuple[int, bytes, float]]
 def test_the_workers_that_train_label_the_same(offline: LabelJob, store: ArtifactStore, table: pa.Table) -> None:
     """As two Train workers do (`stage_loop._label`): every other block each, at any time."""
     job = job_of(store, table, "in group")
-    labeller = PseudoLabeller(store, job.stage, torch.device("cpu"))
+    labeller = PseudoLabeller(store, job.stage, torch.device("cpu"), "off")
     missing = job.missing(job.blocks)
     for rank in (1, 0):
         with reserve([stream_bundle(RUNTIME)]) as group:
@@ -142,7 +145,7 @@ def test_a_job_goes_on_with_the_blocks_that_are_missing(
     job = job_of(store, table, "interrupted")
     size = job.blocks[0][1]
     assert len(job.blocks) == 3 and size % LABEL_CONFIG["batch"] == 0  # type: ignore[operator]
-    whole = label_images(job, RUNTIME)
+    whole = label_images(job)
     folder = Path(store.uri(job.folder))
     lost, *kept = sorted(folder.iterdir())
     lost.unlink()
@@ -150,7 +153,7 @@ def test_a_job_goes_on_with_the_blocks_that_are_missing(
     written = {path: path.stat().st_mtime_ns for path in kept}
 
     again = job_of(store, table, "interrupted")
-    facts = label_images(again, RUNTIME)
+    facts = label_images(again)
     assert {path: path.stat().st_mtime_ns for path in kept} == written
     assert facts["num_found"] == NUM_IMAGES - NUM_LABELLED - size and whole["num_found"] == 0
     step, counts = ray.get(again.broker.seen.remote())
@@ -167,7 +170,7 @@ def test_images_that_cannot_be_read_are_skipped_by_name(tmp_path: Path, store: A
     bad[0].write_bytes(bad[0].read_bytes()[:40])
     bad[1].unlink()
     job = job_of(store, table, "bad images", max_bad_fraction=0.1)
-    facts = label_images(job, RUNTIME)
+    facts = label_images(job)
     assert [row["uri"] for row in facts["skipped"]] == [str(path) for path in bad]
     assert all(row["uri"] in row["error"] for row in facts["skipped"])
     assert facts["num_images"] == NUM_IMAGES - NUM_LABELLED - 2
@@ -176,7 +179,7 @@ def test_images_that_cannot_be_read_are_skipped_by_name(tmp_path: Path, store: A
 
     strict = job_of(store, table, "bad images too many", max_bad_fraction=0.01)
     with pytest.raises(ValueError, match=r"2 of 41 images .* data\.max_bad_fraction=0\.01: .*image 9\.png"):
-        label_images(strict, RUNTIME)
+        label_images(strict)
     assert not store.has(strict.stage.key)
     assert len(strict.missing(strict.blocks)) == 0  # nothing is labelled twice when the user has looked at them
 
@@ -240,7 +243,7 @@ def test_a_refreshed_teacher_labels_by_the_step_and_not_by_the_clock(
     offline: LabelJob, store: ArtifactStore, table: pa.Table
 ) -> None:
     """Windows of 4 steps: the weights published after step 4 label steps 8..11, those after step 8 label 12..15."""
-    segmenter, _ = load_model(store, TEACHER.key)
+    segmenter = load_student(store, TEACHER.key).segmenter
     versions = []
     for change in (1, 2):
         other = {n: t + 0.01 * change * torch.ones_like(t) for n, t in segmenter.state_dict().items()}

@@ -118,7 +118,7 @@ def share_found(wanted: list[list[dict[str, Any]]], found: list[list[dict[str, A
 def test_a_student_learns_a_teachers_labels_of_real_photos_by_heart(photos: Any, tmp_path: Path) -> None:
     pixels, sizes, inside, truth, categories = photos
     teacher, _ = learn(TEACHER, len(categories), batch_of(pixels, inside, truth), steps=300, lr=1e-3)
-    predicted = ExpertTeacher(teacher, SIZE).predict(pixels, sizes, inside)
+    predicted = ExpertTeacher(teacher, categories, SIZE).predict(pixels, sizes, inside)
     labels = [pseudo_labels(instances, PseudoConfig(score_threshold=0.5, min_area_px=1000)) for instances in predicted]
     annotated = [
         [
@@ -131,7 +131,7 @@ def test_a_student_learns_a_teachers_labels_of_real_photos_by_heart(photos: Any,
         ]
         for t in truth
     ]
-    at_crop = ExpertTeacher(teacher, SIZE).predict(pixels)
+    at_crop = ExpertTeacher(teacher, categories, SIZE).predict(pixels)
     assert share_found(annotated, at_crop, iou=0.5) >= 0.8  # the teacher knows the annotations
     assert min(len(found) for found in labels) >= 1
 

@@ -42,7 +42,7 @@ def gradients(loss: LossConfig, contrastive: ContrastiveConfig | None, parts: in
     batch = make_batch(COUNTS, num_labelled=2)
     objective = Objective(loss, contrastive)
     forward = PartedForward(network, network, parts, nullcontext, seed=0)
-    output = forward(batch.weak, batch.strong if contrastive else None)
+    output = forward(batch.weak, batch.strong if contrastive else None, batch.targets)
     terms, _ = objective(output, batch, 0, torch.Generator().manual_seed(0))
     weighted_sum(terms, objective.weights, World().all_reduce_sum, 1)[0].backward()
     forward.backward()
@@ -111,10 +111,10 @@ def test_random_layers_draw_the_same_in_both_passes() -> None:
     network = CastNetwork(build_segmenter(config, NUM_CLASSES, 0), None).train()
     images = make_batch((2, 3), num_labelled=2).weak
     forward = PartedForward(network, network, 2, torch.no_grad, seed=5)
-    first = forward(images, None).predictions.mask_logits[-1]
+    first = forward(images, None, []).predictions.mask_logits[-1]
     again = [forward._run(network, i).predictions.mask_logits[-1] for i in range(2)]
     assert torch.equal(first, torch.cat(again))
-    other = PartedForward(network, network, 2, torch.no_grad, seed=6)(images, None).predictions.mask_logits[-1]
+    other = PartedForward(network, network, 2, torch.no_grad, seed=6)(images, None, []).predictions.mask_logits[-1]
     assert not torch.equal(first, other)
 
 

@@ -15,7 +15,7 @@ from evaluation_scenes import CATEGORIES, coco_document, random_scenes, referee,
 
 from cast_ray.evaluation.measures import metrics_of
 from cast_ray.models.segmenter import build_segmenter
-from cast_ray.recipe import EncoderConfig, EvaluationConfig, ModelConfig, build_recipe
+from cast_ray.recipe import EncoderConfig, EvaluationConfig, ModelConfig, RuntimeConfig, build_recipe
 from cast_ray.records import encode_image_id
 from cast_ray.runtime import evaluation
 from cast_ray.runtime.cluster import stage_slots
@@ -23,6 +23,7 @@ from cast_ray.runtime.evaluation import ValidationSet, measure
 from cast_ray.runtime.streams import Pictures
 from cast_ray.runtime.validation import validation_bundles, with_points
 from cast_ray.stages.evaluate import coco_results, predict, results_document, results_lines
+from cast_ray.teachers.expert import ExpertTeacher
 
 SIZE = 32
 CPU = torch.device("cpu")
@@ -32,8 +33,8 @@ MODEL = ModelConfig(
 
 
 @pytest.fixture
-def segmenter() -> torch.nn.Module:
-    return build_segmenter(MODEL, len(CATEGORIES), seed=0).eval()
+def teacher() -> ExpertTeacher:
+    return ExpertTeacher(build_segmenter(MODEL, len(CATEGORIES), seed=0), CATEGORIES, (SIZE, SIZE))
 
 
 def record(number: int) -> dict[str, Any]:
@@ -55,10 +56,10 @@ def validation_set(monkeypatch: pytest.MonkeyPatch, num_images: int, drop: int =
     monkeypatch.setattr(evaluation, "picture_dataset", lambda records, rows, *_: rows)
     monkeypatch.setattr(evaluation, "pictures", blocks)
     monkeypatch.setattr(evaluation, "record_at", lambda records, row: record(int(row)))
-    return ValidationSet(None, num_images, (SIZE, SIZE), CATEGORIES, EvaluationConfig(**settings), 0.2)  # type: ignore[arg-type]
+    return ValidationSet(None, num_images, (SIZE, SIZE), CATEGORIES, EvaluationConfig(**settings), RuntimeConfig())  # type: ignore[arg-type]
 
 
-def peak_bytes(segmenter: Any, images: ValidationSet) -> int:
+def peak_bytes(teacher: ExpertTeacher, images: ValidationSet) -> int:
     tracemalloc.start()
     seen = 0
 
@@ -66,45 +67,47 @@ def peak_bytes(segmenter: Any, images: ValidationSet) -> int:
         nonlocal seen
         seen += len(results_lines(results))
 
-    matches = measure(segmenter, images, np.arange(images.num_images), CPU, count)
+    matches = measure(teacher, images, np.arange(images.num_images), CPU, count)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert matches.num_images == images.num_images and seen > 100 * len(matches.image) > 0
     return peak
 
 
-def test_memory_is_that_of_a_batch(segmenter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure(segmenter, validation_set(monkeypatch, 16), np.arange(16), CPU)  # what is allocated once
-    few, many = (peak_bytes(segmenter, validation_set(monkeypatch, n)) for n in (64, 640))
+def test_memory_is_that_of_a_batch(teacher: ExpertTeacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure(teacher, validation_set(monkeypatch, 16), np.arange(16), CPU)  # what is allocated once
+    few, many = (peak_bytes(teacher, validation_set(monkeypatch, n)) for n in (64, 640))
     per_image = (many - few) / (640 - 64)
     # Up to 24 detections of 30 bytes, twice while they are joined; results alone would be some 5,000.
     assert per_image < 24 * 30 * 3
 
 
-def test_lost_images_are_an_error(segmenter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_images_are_an_error(teacher: ExpertTeacher, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="20 images went in, 19 came out"):
-        measure(segmenter, validation_set(monkeypatch, 20, drop=1), np.arange(20), CPU)
+        measure(teacher, validation_set(monkeypatch, 20, drop=1), np.arange(20), CPU)
 
 
 @pytest.mark.parametrize("metric", ["coco", "cityscapes"])
-def test_more_workers_than_images_is_no_error(segmenter: Any, monkeypatch: pytest.MonkeyPatch, metric: str) -> None:
-    matches = measure(segmenter, validation_set(monkeypatch, 4, metric=metric), np.arange(4)[4::5], CPU)
+def test_more_workers_than_images_is_no_error(
+    teacher: ExpertTeacher, monkeypatch: pytest.MonkeyPatch, metric: str
+) -> None:
+    matches = measure(teacher, validation_set(monkeypatch, 4, metric=metric), np.arange(4)[4::5], CPU)
     assert matches.num_images == 0
     assert metrics_of(matches, CATEGORIES)["metric"] == metric
 
 
-def test_the_batch_changes_nothing_but_memory(segmenter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_batch_changes_nothing_but_memory(teacher: ExpertTeacher, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, one = (
-        measure(segmenter, validation_set(monkeypatch, 20, batch=batch), np.arange(20), CPU) for batch in (16, 1)
+        measure(teacher, validation_set(monkeypatch, 20, batch=batch), np.arange(20), CPU) for batch in (16, 1)
     )
     np.testing.assert_array_equal(whole.image, one.image)
     np.testing.assert_allclose(whole.score, one.score, rtol=1e-4)
 
 
-def test_scores_are_single_precision_wherever_they_go(segmenter: Any) -> None:
+def test_scores_are_single_precision_wherever_they_go(teacher: ExpertTeacher) -> None:
     images = torch.randint(0, 256, (2, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0)).byte()
     sizes = [(SIZE, SIZE)] * 2
-    found = predict(segmenter, images, sizes, sizes, (SIZE, SIZE), 10, batch=2)
+    found = predict(teacher, images, sizes, sizes, 10, batch=2)
     (line, *_) = results_lines(coco_results(["3", '"b"'], found, CATEGORIES)).splitlines()
     score = json.loads(line)["score"]
     assert score == found[0][0]["score"] == float(np.float32(score))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cast_ray.recipe import Recipe, TrainConfig, build_recipe, recipe_keys
+from cast_ray.recipe import ModelConfig, Recipe, TrainConfig, build_recipe, recipe_keys
 from cast_ray.stages.graph import HOW_IT_RUNS, DataHashes, RowPlan, Stage, artifact_key, plan, plan_sweep
 from cast_ray.stages.table import load_table
 from cast_ray.stages.train import train_config
@@ -418,3 +418,78 @@ def test_a_train_stage_gives_its_config_back(losses: dict[str, RowPlan]) -> None
     semi = losses["sup+semi"]
     config: TrainConfig = train_config(semi.roles["distill"], semi.recipe)
     assert config == semi.recipe.stages.distill
+
+
+GROUNDED = {"teacher.kind": "grounded_sam"}
+LABELLED = {"label-adapted", "selftrain", "label-teacher", "distill", "refine"}
+# Field of a foundation teacher -> another value, stages that it changes first, and some that it does not.
+TEACHER_FIELDS: dict[str, tuple[str, set[str], set[str]]] = {
+    "teacher.grounded_sam.class_weight": ("2", {"adapt", "selftrain"}, {"zero_shot"}),
+    "teacher.grounded_sam.train_segmenter": ("false", {"adapt", "selftrain"}, {"zero_shot"}),
+    "teacher.grounded_sam.contrast_masks": ("boxes", {"adapt", "selftrain"}, {"zero_shot"}),
+    "teacher.grounded_sam.max_prompted": ("5", {"adapt", "selftrain"}, {"zero_shot"}),
+    "teacher.inference.score_threshold": ("0.5", LABELLED, {"adapt", "zero_shot"}),
+    "teacher.inference.rank_by": ("product", LABELLED | {"zero_shot", "teacher"}, {"adapt"}),
+    "teacher.inference.max_detections": ("50", LABELLED | {"zero_shot", "teacher"}, {"adapt"}),
+    "teacher.image_px": ("[96, 96]", LABELLED | {"adapt", "zero_shot", "teacher"}, set()),
+}
+
+
+@pytest.mark.parametrize("key", TEACHER_FIELDS)
+def test_a_field_of_a_foundation_teacher_changes_its_stages(key: str) -> None:
+    value, first, untouched = TEACHER_FIELDS[key]
+    before, after = make(GROUNDED, foundation="f" * 20), make(GROUNDED | {key: value}, foundation="f" * 20)
+    different = changed(before, after)
+    assert first <= different and not different & untouched
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("teacher.hidden_dim", "32"),  # of an expert
+        ("teacher.sam3.max_asked", "3"),
+        ("teacher.inference.boxes_at_a_time", "3"),
+        ("teacher.sam3.prompts_at_a_time", "3"),
+        ("teacher.grounded_sam.detector", "/elsewhere"),  # its content is in theta_T0's fingerprint
+        ("pseudo.on_empty", "stop"),
+    ],
+)
+def test_what_a_foundation_teacher_does_not_read_changes_nothing(key: str, value: str) -> None:
+    before, after = make(GROUNDED, foundation="f" * 20), make(GROUNDED | {key: value}, foundation="f" * 20)
+    assert before.recipe != after.recipe and not changed(before, after)
+
+
+def test_an_expert_knows_nothing_of_the_other_kinds() -> None:
+    before = make()
+    for key in ("teacher.inference.rank_by", "teacher.grounded_sam.class_weight", "teacher.prompt.max_tokens"):
+        value = {"teacher.inference.rank_by": "product"}.get(key, "9")
+        assert not changed(before, make({key: value}))
+    model = before.roles["adapt"].config["model"]
+    assert (
+        ModelConfig(**model) == before.recipe.teacher.segmenter
+        and "teacher" not in before.roles["label-teacher"].config
+    )
+
+
+def test_a_foundation_teacher_needs_no_training() -> None:
+    row = make(GROUNDED | {"stages.use_adapt": "false"}, foundation="f" * 20)
+    assert work(row) == ["label-teacher", "distill", "refine"]
+    assert row.roles["label-teacher"].parents == {"teacher": "f" * 20}
+    assert row.roles["teacher"] == row.roles["zero_shot"]
+    # labels have a threshold, average precision has none
+    assert row.roles["label-teacher"].config["teacher"]["inference"]["score_threshold"] == 0.3
+    assert row.roles["teacher"].config["teacher"]["inference"]["score_threshold"] == 0
+    assert "teacher" not in row.roles["student"].config
+
+
+def test_a_detector_that_is_not_trained_has_no_contrast() -> None:
+    row = make(GROUNDED | {"teacher.grounded_sam.train_detector": "false"}, foundation="f" * 20)
+    assert row.roles["adapt"].config["contrastive"] is None and row.roles["selftrain"].config["contrastive"] is None
+    assert row.roles["distill"].config["contrastive"] is not None
+
+
+def test_the_teacher_has_its_own_size() -> None:
+    row = make(GROUNDED | {"teacher.image_px": "[96, 128]"}, foundation="f" * 20)
+    sizes = {name: tuple(stage.config["data"]["image_px"]) for name, stage in row.roles.items()}
+    own = {"zero_shot", "adapt", "label-adapted", "selftrain", "teacher", "label-teacher"}
+    assert {name for name, size in sizes.items() if size == (96, 128)} == own

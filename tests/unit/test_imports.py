@@ -16,9 +16,9 @@ UPPER = ("teachers", "engine", "stages", "runtime", "report", "sweeps")
 LAYER = {name: 0 for name in CONTRACTS} | {name: 1 for name in LEAVES} | {name: i + 2 for i, name in enumerate(UPPER)}
 LAYER["sweeps"] = LAYER["report"] + 1  # sweeps print reports; a report never starts a sweep
 # `python -m cast_ray.datasets` is a command that shows what the package has: it uses all of it, and nothing uses it;
-# so are predict and export.
+# so are predict and export, and label, which uses predict.
 LAYER["commands"] = LAYER["sweeps"]
-LAYER |= {"predict": LAYER["sweeps"], "export": LAYER["sweeps"]}
+LAYER |= {"predict": LAYER["sweeps"], "export": LAYER["sweeps"], "label": LAYER["sweeps"] + 1}
 # What a contract may use of the others: the recipe knows nothing, the rest may read it.
 WITHIN_CONTRACTS = {"recipe": set(), "records": {"recipe"}, "registry": {"recipe", "records"}}
 RAY_AT_HOME = {"runtime", "sweeps"}

@@ -8,6 +8,7 @@ from pycocotools import mask as coco_mask
 
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.recipe import EncoderConfig, ModelConfig, PseudoConfig
+from cast_ray.records import Category
 from cast_ray.teachers.expert import ExpertTeacher
 from cast_ray.teachers.pseudo import pseudo_labels
 
@@ -114,12 +115,12 @@ def test_the_expert_teacher_predicts_at_image_size_without_training_state():
         num_queries=4,
         num_layers=1,
     )
-    teacher = ExpertTeacher(build_segmenter(config, 3, 0).train(), (32, 32), max_detections=6)
+    teacher = ExpertTeacher(build_segmenter(config, 3, 0).train(), [Category(i, str(i)) for i in range(3)], (32, 32))
     images = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
-    found = teacher.predict(images, [(64, 48), (32, 32)], [(32, 24), (32, 32)])
+    found = teacher.predict(images, [(64, 48), (32, 32)], [(32, 24), (32, 32)], 6)
     assert not teacher.segmenter.training
     assert len(found) == 2 and all(0 < len(f) <= 6 for f in found)
     assert {tuple(i["size"]) for i in found[0]} == {(64, 48)}
-    alone = teacher.predict(images[1:])[0]
+    alone = teacher.predict(images[1:], max_detections=6)[0]
     assert [i["rle"] for i in found[1]] == [i["rle"] for i in alone]
     assert isinstance(pseudo_labels(found[0], PseudoConfig(score_threshold=0.0)), list)

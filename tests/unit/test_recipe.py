@@ -239,3 +239,45 @@ def test_a_recipe_is_frozen_and_survives_its_own_dump() -> None:
         recipe.loss.lambda_pxl = 1.0  # type: ignore[misc]
     assert Recipe.model_validate(recipe.model_dump()) == recipe
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def test_the_experts_keys_are_those_of_a_segmenter() -> None:
+    recipe = build_recipe("shapes", overrides={"teacher.encoder.widths": "[8, 16, 32, 64]", "teacher.hidden_dim": "32"})
+    assert recipe.teacher.kind == "expert" and recipe.teacher.encoder.widths == (8, 16, 32, 64)
+    assert recipe.teacher.segmenter.hidden_dim == 32 and not recipe.needs_foundation
+
+
+def test_words_for_classes_are_set_as_yaml() -> None:
+    overrides = {"teacher.kind": "sam3", "teacher.prompt.synonyms": "{rider: [cyclist, motorcyclist]}"}
+    recipe = build_recipe("coco", overrides=overrides)
+    assert recipe.teacher.prompt.synonyms == {"rider": ("cyclist", "motorcyclist")}
+    assert recipe.needs_foundation and hash(recipe.teacher.prompt)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"teacher.kind": "sam2"}, "teacher.kind"),
+        ({"teacher.kind": "ensemble"}, "expected use_adapt=false"),
+        ({"teacher.kind": "ensemble", "teacher.ensemble.members": "[sam4]"}, "'sam4' is no kind"),
+        ({"teacher.kind": "ensemble", "teacher.ensemble.members": "[expert]"}, "'expert' has no checkpoint"),
+        ({"teacher.grounded_sam.train_detector": "0", "teacher.grounded_sam.train_segmenter": "0"}, "both false"),
+        ({"teacher.grounded_sam.dettector": "x"}, "did you mean 'teacher.grounded_sam.detector'?"),
+        ({"teacher.prompt.synonyms": "person"}, "teacher.prompt.synonyms"),
+    ],
+)
+def test_a_teacher_that_cannot_be_is_refused(overrides: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        build_recipe("coco", overrides=overrides)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_ensemble_lists_its_members_checkpoints() -> None:
+    overrides = {"teacher.kind": "ensemble", "stages.use_adapt": "false"}
+    overrides |= {"teacher.ensemble.members": "[sam3, grounded_sam, runs/t]"}
+    assert build_recipe("coco", overrides=overrides).teacher.checkpoint_fields() == {
+        "teacher.sam3.checkpoint": "facebook/sam3",
+        "teacher.grounded_sam.detector": "openmmlab-community/mm_grounding_dino_large_all",
+        "teacher.grounded_sam.segmenter": "facebook/sam2.1-hiera-large",
+        "teacher.ensemble.members[2]": "runs/t",
+    }

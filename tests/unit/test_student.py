@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.models.student import CARD, CONFIG, WEIGHTS, Student
-from cast_ray.recipe import EncoderConfig, ModelConfig, build_recipe
+from cast_ray.recipe import EncoderConfig, ModelConfig, Recipe, StagesConfig, TeacherConfig, build_recipe
 from cast_ray.records import Category
-from cast_ray.runtime.models import import_foundation, load_model, open_student, save_model
+from cast_ray.runtime.models import import_foundation, load_student, open_student, save_model
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.stages.graph import plan
 
@@ -238,24 +238,31 @@ def test_the_store_keeps_students(tmp_path: Path) -> None:
     stage = plan(build_recipe("shapes", "smoke", {"data.image_px": "[32, 48]"}), "h").roles["distill"]
     save_model(store, stage, make().segmenter, CATEGORIES)
     store.commit(stage, {})
-    segmenter, categories = load_model(store, stage.key)
-    assert categories == CATEGORIES and same(Student(segmenter, categories, (32, 48)), make())
+    assert load_student(store, stage.key).categories == CATEGORIES and same(load_student(store, stage.key), make())
     student, _ = open_student(store.artifact(stage.key))
     assert student.image_px == (32, 48) and same(student, make())
 
 
 def test_a_saved_student_can_be_a_foundation(folder: Path, tmp_path: Path) -> None:
     store = ArtifactStore(str(tmp_path / "storage"))
-    fingerprint = import_foundation(store, str(folder), TINY, CATEGORIES)
-    segmenter, _ = load_model(store, f"train-{fingerprint}")
-    assert same(Student(segmenter, CATEGORIES, (32, 48)), make())
+
+    def recipe(model: ModelConfig = TINY) -> Recipe:
+        return Recipe(
+            preset="shapes",
+            scale="smoke",
+            teacher=TeacherConfig(**model.model_dump()),
+            stages=StagesConfig(foundation=str(folder)),
+        )
+
+    fingerprint = import_foundation(store, recipe(), CATEGORIES)
+    assert same(load_student(store, f"train-{fingerprint}"), make())
     with pytest.raises(ValueError) as error:
-        import_foundation(store, str(folder), TINY.model_copy(update={"num_queries": 6}), CATEGORIES)
+        import_foundation(store, recipe(TINY.model_copy(update={"num_queries": 6})), CATEGORIES)
     one_line(error, "stages.foundation", "is not the recipe's `teacher`")
     with pytest.raises(ValueError) as error:
-        import_foundation(store, str(folder), TINY, CATEGORIES[:1])
+        import_foundation(store, recipe(), CATEGORIES[:1])
     one_line(error, "stages.foundation", "was trained on disc, büchse, the dataset has disc")
     shutil.rmtree(folder)
     with pytest.raises(ValueError) as error:
-        import_foundation(store, str(folder), TINY, CATEGORIES)
+        import_foundation(store, recipe(), CATEGORIES)
     one_line(error, "stages.foundation", str(folder))

@@ -42,14 +42,16 @@ def train(stage: Stage, steps: int, initial: Segmenter | None = None) -> Segment
         on_log=lambda _: None,
         on_checkpoint=lambda _: None,
     )
-    assert result.curve[-1]["step"] == steps
+    assert result.curve[-1]["step"] == steps and isinstance(segmenter, Segmenter)
     return segmenter
 
 
 def test_the_memory_of_a_stage_follows_its_recipe() -> None:
     def total(stage: str, **overrides: str) -> int:
         row = make_plan(**overrides)
-        return stage_memory(row.roles[stage], row.recipe, NUM_CLASSES).total
+        estimate = stage_memory(row.roles[stage], row.recipe, NUM_CLASSES)
+        assert estimate is not None
+        return estimate.total
 
     base = total("distill")
     assert total("refine") < base  # D_l alone, and no strong view

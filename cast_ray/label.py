@@ -1,0 +1,282 @@
+"""Labels images with a teacher: instances of the classes asked for, as one COCO JSON.
+
+python -m cast_ray.label PHOTOS --teacher grounded_sam --classes "person, traffic light" --out LABELS
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from pycocotools import mask as coco_mask
+from rich.console import Console
+
+from cast_ray.datasets.photos import find_images, output_names
+from cast_ray.engine.world import pick_device
+from cast_ray.predict import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+    EXIT_NOTHING,
+    JsonList,
+    Predictor,
+    positive,
+    write_overlay,
+    write_with_progress,
+)
+from cast_ray.recipe import PseudoConfig, Recipe, build_recipe, parse_overrides
+from cast_ray.recipe.teachers import KINDS
+from cast_ray.records import Category
+from cast_ray.registry import lookup
+from cast_ray.runtime.models import open_teacher
+from cast_ray.teachers.checkpoints import find_checkpoint
+from cast_ray.teachers.protocol import Teacher
+from cast_ray.teachers.pseudo import pseudo_labels
+
+PUBLISHED = KINDS[1:]
+"""Kinds of teachers that label without any training."""
+IMAGE_PX = (1024, 1024)
+"""What images are fitted to for a published teacher, unless teacher.image_px says otherwise."""
+
+
+class Labeller(Predictor):
+    """A teacher with its settings: image files in, rows of pseudo-labels out.
+
+    Args:
+        teacher: on its device.
+        pseudo: which of its instances are trusted, and how they are painted.
+        amp, overlays: see `Predictor`.
+    """
+
+    def __init__(self, teacher: Teacher, pseudo: PseudoConfig, *, amp: str, overlays: bool):
+        limit = teacher.config.inference.max_detections
+        super().__init__(teacher, threshold=pseudo.score_threshold, max_detections=limit, amp=amp, overlays=overlays)
+        self.pseudo = pseudo
+
+    def choose(self, instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return pseudo_labels(instances, self.pseudo)
+
+
+def make_labeller(
+    recipe: Recipe, source: str, categories: Sequence[Category] | None, device: str, amp: str, overlays: bool
+) -> Labeller:
+    """A labeller in whichever process calls it; see `load`."""
+    torch.set_num_threads(1)
+    return Labeller(load(recipe, source, categories).to(pick_device(device)), recipe.pseudo, amp=amp, overlays=overlays)
+
+
+def load(recipe: Recipe, source: str, categories: Sequence[Category] | None) -> Teacher:
+    """The teacher on the CPU.
+
+    Args:
+        recipe: its `teacher` part says how a kind is made and how any teacher is read out.
+        source: a kind (its checkpoints are the recipe's), or a saved teacher as of `open_teacher`.
+        categories: to look for; None: those of a saved teacher.
+
+    Raises:
+        ValueError: a checkpoint or teacher that is not there or does not know the classes.
+    """
+    config = recipe.teacher
+    if source in PUBLISHED:
+        assert categories is not None
+        folders = {field: find_checkpoint(name, field) for field, name in config.checkpoint_fields().items()}
+        kind: type[Teacher] = lookup("teachers", source)
+        return kind.load(folders, config, categories, config.image_px or IMAGE_PX).eval()
+    part: dict[str, Any] = {"inference": config.inference.model_dump()}
+    if config.prompt.synonyms:
+        part["prompt"] = config.prompt.model_dump()
+    with open_teacher(source, part, config.image_px, categories) as teacher:
+        return teacher
+
+
+def read_classes(text: str) -> list[Category]:
+    """Classes from names with commas between them, a text file of one a line, or a COCO JSON (with its ids).
+
+    Raises:
+        ValueError: no name, a name twice, or a JSON without categories.
+    """
+    path = Path(text).expanduser()
+    if text.endswith((".json", ".txt")) or path.is_file():
+        try:
+            content = path.read_text()
+        except OSError as error:
+            raise ValueError(f"--classes {text!r}: cannot be read: {error.strerror}") from None
+        if text.endswith(".json"):
+            try:
+                return [Category(int(c["id"]), str(c["name"])) for c in json.loads(content)["categories"]]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"--classes {text!r}: expected a COCO JSON with categories") from None
+        names = content.splitlines()
+    else:
+        names = text.split(",")
+    names = [name.strip() for name in names if name.strip()]
+    if not names:
+        raise ValueError(f"--classes {text!r}: expected names with commas between them, a .txt or a COCO .json file")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"--classes: {twice[0]!r} is there twice")
+    return [Category(i, name) for i, name in enumerate(names, 1)]
+
+
+def write_labels(
+    rows: Iterator[dict[str, Any]],
+    names: dict[str, str],
+    categories: Sequence[Category],
+    out: Path,
+    counts: Counter[int],
+    advance: Callable[[], None],
+) -> list[tuple[str, str]]:
+    """Writes rows as they come to `instances.json` (a COCO file with scores) and `overlays/<name>.png`.
+
+    Images are named relative to the folder that holds them all, which is then `data.root`. Image ids count from 1 in
+    the order of the rows.
+
+    Args:
+        counts: filled with the number of labels of each category id.
+
+    Returns:
+        (path, reason) of every image that was skipped.
+    """
+    skipped = []
+    out.mkdir(parents=True, exist_ok=True)
+    folder = _shared_folder(list(names))
+    classes = json.dumps([{"id": c.id, "name": c.name} for c in categories])
+    spool = out / "images.partial"
+    head = f'{{"categories": {classes}, "annotations": ['
+    with JsonList(out / "instances.json", head) as annotations, JsonList(spool, "") as images:
+        for number, row in enumerate(rows, 1):
+            advance()
+            if row["error"]:
+                skipped.append((row["path"], row["error"]))
+                continue
+            name = row["path"][len(folder) :].lstrip("/") if folder else row["path"]
+            images.add({"id": number, "file_name": name, "height": row["height"], "width": row["width"]})
+            for result in json.loads(row["results"]):
+                area = int(coco_mask.area(result["segmentation"]))
+                entry = {"id": annotations.num + 1, "image_id": number, **result, "area": area, "iscrowd": 0}
+                annotations.add(entry)
+                counts[result["category_id"]] += 1
+            write_overlay(row, names, out)
+    with (out / "instances.json").open("a") as file, spool.open() as part:
+        file.write(', "images": [')
+        shutil.copyfileobj(part, file)
+        file.write("}\n")
+    spool.unlink()
+    return skipped
+
+
+def _shared_folder(paths: Sequence[str]) -> str:
+    """The folder of local paths or URIs that holds them all; empty where there is none."""
+    parts = [path.split("/")[:-1] for path in paths]
+    same = takewhile(lambda level: len(set(level)) == 1, zip(*parts))
+    return "/".join(level[0] for level in same)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    errors = Console(stderr=True)
+    try:
+        return _run(arguments, errors)
+    except ValueError as error:
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        errors.print("stopped")
+        return EXIT_INTERRUPTED
+
+
+def _run(arguments: argparse.Namespace, errors: Console) -> int:
+    recipe = _recipe(arguments)
+    paths = find_images(arguments.images)
+    names = dict(zip(paths, output_names(paths)))
+    categories = read_classes(arguments.classes) if arguments.classes else None
+    if categories is None and arguments.teacher in PUBLISHED:
+        raise ValueError(f"--teacher {arguments.teacher} can look for anything: name what by --classes")
+    make = partial(
+        make_labeller,
+        recipe,
+        arguments.teacher,
+        categories,
+        arguments.device,
+        arguments.amp,
+        not arguments.no_overlays,
+    )
+    labeller = make()  # here too with --workers: what is wrong with a teacher shows before Ray starts
+    teacher = labeller.model
+    if arguments.workers:
+        from cast_ray.runtime.prediction import map_files
+
+        del labeller
+        rows = map_files(make, paths, batch=arguments.batch, num_workers=arguments.workers, address=arguments.address)
+    else:
+        starts = range(0, len(paths), arguments.batch)
+        rows = (row for a in starts for row in labeller(paths[a : a + arguments.batch]))
+    out, counts = Path(arguments.out), Counter[int]()
+    done = write_with_progress(paths, partial(write_labels, rows, names, teacher.categories, out, counts), errors)
+    found = ", ".join(f"{c.name} {counts[c.id]}" for c in teacher.categories if counts[c.id])
+    print(f"{done} of {len(paths)} images, {counts.total()} labels ({found or 'none'}): {out / 'instances.json'}")
+    if done and not counts:
+        errors.print(
+            f"nothing found in any image: asked for {', '.join(teacher.class_names[:12])} above --threshold "
+            f"{arguments.threshold}. Lower it, or name other words by --set teacher.prompt.synonyms",
+            style="yellow",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    return 0 if counts else EXIT_NOTHING
+
+
+def _recipe(arguments: argparse.Namespace) -> Recipe:
+    """The teacher and pseudo parts that the user asked for."""
+    threshold = {key: arguments.threshold for key in ("pseudo.score_threshold", "teacher.inference.score_threshold")}
+    overrides = parse_overrides(arguments.set)
+    for key in overrides:
+        if not key.startswith(("teacher.", "pseudo.")):
+            raise ValueError(f"--set {key}: expected a key of `teacher` or `pseudo`")
+    kind = {"teacher.kind": arguments.teacher} if arguments.teacher in PUBLISHED else {}
+    return build_recipe("coco", overrides={**threshold, **overrides, **kind, "stages.use_adapt": False})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cast_ray.label",
+        description="Labels images with a teacher. Writes instances.json (COCO, with scores) and overlays/*.png.",
+    )
+    parser.add_argument("images", nargs="+", help="files, folders, quoted patterns, local or s3://...")
+    parser.add_argument(
+        "--teacher",
+        required=True,
+        help=f"{', '.join(PUBLISHED)}: published weights; or a saved one: a folder, a URI, a row runs/<name>/<row>",
+    )
+    parser.add_argument("--classes", help="names with commas, a .txt of one a line, or a COCO .json")
+    parser.add_argument("--out", required=True, help="folder, made where missing")
+    parser.add_argument("--threshold", type=float, default=0.3, help="least score (default: %(default)s)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a recipe key of `teacher` or `pseudo`, for example teacher.grounded_sam.detector=DIR",
+    )
+    parser.add_argument("--batch", type=positive, default=8, help="images at a time (default: %(default)s)")
+    parser.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="autocast")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    parser.add_argument("--no-overlays", action="store_true", help="labels only")
+    parser.add_argument("--workers", type=int, default=0, help="processes of a Ray cluster (default: this one)")
+    parser.add_argument("--address", help="Ray cluster of --workers (default: $RAY_ADDRESS, else a local one)")
+    return parser
+
+
+if __name__ == "__main__":
+    from cast_ray.label import main as main_by_name  # so that Ray's workers find `make_labeller` by its name
+
+    sys.exit(main_by_name())

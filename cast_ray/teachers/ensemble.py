@@ -1,0 +1,91 @@
+"""Several teachers as one: their instances fused image by image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cast_ray import registry
+from cast_ray.recipe import TeacherConfig
+from cast_ray.records import Category
+from cast_ray.teachers.fusion import suppress, vote
+from cast_ray.teachers.protocol import Instances, Teacher, load_teacher, read_card, save_teacher
+
+
+class EnsembleTeacher(Teacher):
+    """Fuses what its members find by `ensemble.method`; see `fusion`.
+
+    Args:
+        members: teachers for the same classes.
+        config, categories, image_px: see `Teacher`.
+    """
+
+    kind = "ensemble"
+    why_not_trained = (
+        "set stages.use_adapt=false, or adapt each member in a run of its own and name the folders of the adapted "
+        "teachers in teacher.ensemble.members"
+    )
+
+    def __init__(
+        self,
+        members: Sequence[Teacher],
+        config: TeacherConfig,
+        categories: Sequence[Category],
+        image_px: tuple[int, int],
+    ):
+        super().__init__(config, categories, image_px)
+        self.members = nn.ModuleList(members)
+
+    @classmethod
+    def parts(cls, config: TeacherConfig) -> dict[str, str]:
+        return {f"teacher.ensemble.members[{i}]": f"member-{i}" for i in range(len(config.ensemble.members))}
+
+    @classmethod
+    def load(
+        cls, folders: dict[str, Path], config: TeacherConfig, categories: Sequence[Category], image_px: tuple[int, int]
+    ) -> EnsembleTeacher:
+        members: list[Teacher] = []
+        for i, name in enumerate(config.ensemble.members):
+            field = f"teacher.ensemble.members[{i}]"
+            if field in folders:  # a saved teacher
+                card = read_card(folders[field])
+                names, wanted = [c["name"] for c in card["categories"]], [c.name for c in categories]
+                if names != wanted:
+                    raise ValueError(
+                        f"{field}: {str(folders[field])!r} is for the classes {names[:6]}, not {wanted[:6]}"
+                    )
+                part = {"inference": config.inference.model_dump()} if card["kind"] != "expert" else {}
+                members.append(load_teacher(folders[field], part, image_px))
+            else:
+                kind: type[Teacher] = registry.lookup("teachers", name)
+                members.append(kind.load(folders, config.model_copy(update={"kind": name}), categories, image_px))
+        return cls(members, config, categories, image_px)
+
+    def save_weights(self, folder: Path) -> None:
+        for i, member in enumerate(self.members):
+            assert isinstance(member, Teacher)
+            save_teacher(member, folder / f"member-{i}")
+
+    def find(
+        self,
+        images: torch.Tensor,
+        image_hw: Sequence[tuple[int, int]],
+        resized_hw: Sequence[tuple[int, int]],
+        max_detections: int,
+    ) -> list[Instances]:
+        members = [member for member in self.members if isinstance(member, Teacher)]
+        of_members = [member.find(images, image_hw, resized_hw, max_detections) for member in members]
+        settings = self.config.ensemble
+        fused = []
+        for of_image in zip(*of_members):
+            everything = [i | {"source": source} for source, found in enumerate(of_image) for i in found]
+            if settings.method == "vote":
+                kept = vote(everything, settings.iou_threshold, len(self.members))
+            else:
+                kept = suppress(everything, settings.iou_threshold)
+                kept = [{k: v for k, v in instance.items() if k != "source"} for instance in kept]
+            fused.append(kept[:max_detections])
+        return fused
