@@ -200,19 +200,26 @@ def training_stream(
         online,
     )
     step_bytes = (labelled.shape[1] + unlabelled.shape[1]) * data.image_px[0] * data.image_px[1] * BYTES_PER_PIXEL
-    blocks = step_blocks(steps - start_step, max(1, min(block_bytes(runtime) // step_bytes, MAX_STEPS_PER_TASK)))
+    max_size = max(1, min(block_bytes(runtime) // step_bytes, MAX_STEPS_PER_TASK))
+    blocks = step_blocks(start_step, steps, max_size, online.refresh_steps if online is not None else 0)
     make = ray.put(partial(_make_steps, plan=plan))
     parts = [blocks[i : i + MAX_TASKS_PER_EXECUTION] for i in range(0, len(blocks), MAX_TASKS_PER_EXECUTION)]
     payloads = chain.from_iterable(_payloads(plan_dataset(part, make, runtime)) for part in parts)
     yield from _ahead(partial(_to_batch, device=device), payloads)
 
 
-def step_blocks(num_steps: int, max_size: int) -> list[Rows]:
-    """Rows 0..num_steps-1 in blocks of doubling size, so that training starts before a full task is done."""
-    blocks, start, size = [], 0, 1
-    while start < num_steps:
-        blocks.append((start, min(start + size, num_steps)))
-        start, size = start + size, min(2 * size, max_size)
+def step_blocks(start_step: int, steps: int, max_size: int, window: int = 0) -> list[Rows]:
+    """Rows of steps start_step..steps-1 in blocks of doubling size, so that training starts before a full task is done.
+
+    Args:
+        window: steps that one version of a refreshed teacher labels; no block reaches into the next window, whose
+            weights may come from steps of the block itself. 0: there is none.
+    """
+    blocks, first, size = [], start_step, 1
+    while first < steps:
+        stop = min(first + size, steps, (first // window + 1) * window if window else steps)
+        blocks.append((first - start_step, stop - start_step))
+        first, size = stop, min(2 * size, max_size)
     return blocks
 
 
@@ -237,11 +244,14 @@ def _ahead(make: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
         item = next(iterator, end)
         return end if item is end else make(item)
 
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+    pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+    try:
         following = pool.submit(advance)
         while (current := following.result()) is not end:
             following = pool.submit(advance)
             yield current
+    finally:  # a consumer that failed must not wait for a batch that may wait for it (see `online`)
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _make_steps(start: int, stop: int, *, plan: StepPlan) -> pa.Table:

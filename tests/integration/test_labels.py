@@ -63,7 +63,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
 def store(tmp_path_factory: pytest.TempPathFactory) -> ArtifactStore:
     """With a teacher of random weights that is sure of something."""
     store = ArtifactStore(str(tmp_path_factory.mktemp("storage")))
-    segmenter = build_segmenter(RECIPE.teacher.segmenter, len(CATEGORIES), seed=3)
+    segmenter = build_segmenter(RECIPE.teacher.segmenter, len(CATEGORIES), seed=0)
     save_model(store, TEACHER, segmenter, CATEGORIES)
     store.commit(TEACHER, {})
     return store

@@ -16,11 +16,22 @@ from cast_ray.stages.graph import Stage
 
 @pytest.mark.parametrize(("num_steps", "max_size"), [(1, 1), (1, 8), (7, 1), (7, 2), (100, 8), (1000, 32)])
 def test_blocks_cover_the_steps_in_order_and_grow(num_steps: int, max_size: int) -> None:
-    blocks = step_blocks(num_steps, max_size)
+    blocks = step_blocks(0, num_steps, max_size)
     assert [row for start, stop in blocks for row in range(start, stop)] == list(range(num_steps))
     sizes = [stop - start for start, stop in blocks]
     assert sizes[0] == 1 and max(sizes) <= max_size
     assert all(after <= 2 * before for before, after in pairwise(sizes))
+
+
+@pytest.mark.parametrize("window", [1, 3, 4, 10])
+@pytest.mark.parametrize("start_step", [0, 1, 6, 9])
+def test_no_block_waits_for_weights_that_come_from_its_own_steps(window: int, start_step: int) -> None:
+    """A block is handed on as a whole, so what its last step needs must be published before its first."""
+    blocks = step_blocks(start_step, 40, 8, window)
+    assert [start_step + row for start, stop in blocks for row in range(start, stop)] == list(range(start_step, 40))
+    for start, stop in blocks:
+        published_after = version_of(start_step + stop - 1, window) * window
+        assert published_after <= start_step + start
 
 
 def plan_of(share: int, batch: int, refresh_steps: int, first_step: int = 0, steps: int = 40) -> StepPlan:
