@@ -22,7 +22,7 @@ from rich.console import Console
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
 from cast_ray.report.publish import announce, publish
 from cast_ray.runtime.store import ArtifactStore
-from cast_ray.runtime.sweep import SweepRequest, TableRequest, has_results, run_sweep, write_events
+from cast_ray.runtime.sweep import SweepRequest, TableRequest, has_results, run_sweep, sweep_name, write_events
 from cast_ray.runtime.trackers import Trackers
 from cast_ray.stages.table import load_table, table_names
 
@@ -112,7 +112,7 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
         tensorboard=events,
         wandb=arguments.wandb,
         mlflow=arguments.mlflow,
-        group="+".join(request.name for request in requests),
+        group=sweep_name([request.name for request in requests]),
     )
     trackers.check_installed()
     request = SweepRequest(

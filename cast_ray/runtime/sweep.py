@@ -106,6 +106,11 @@ def run_sweep(
     return SweepOutcome(tuple(sweeps), stopped)
 
 
+def sweep_name(runs: Sequence[str]) -> str:
+    """One name of several runs, short enough for a folder."""
+    return runs[0] if len(runs) == 1 else f"{runs[0]}+{len(runs) - 1}"
+
+
 def has_results(sweep: Sweep) -> bool:
     """Whether any row of a table has ended, now or in an earlier run."""
     return any(read_result(context, row) is not None for context, row in zip(sweep.contexts, sweep.rows))
@@ -242,7 +247,7 @@ def _run(
         jobs = [Job(context, row) for context, row in pairs]
         with ProgressDisplay(console, broker, whole, [job.name for job in jobs]):
             callbacks = request.trackers.callbacks(lambda message: console.print(f"[yellow]{message}[/yellow]"))
-            name = "+".join(table.name for table in request.tables)
+            name = sweep_name([table.name for table in request.tables])
             outcomes = run_trials(name, store, jobs, broker, min(len(jobs), 2 * slots + 2), callbacks)
         board = ray.get(broker.board.remote())
     finally:

@@ -11,6 +11,8 @@ import ray
 import yaml
 
 from cast_ray.runtime.store import ArtifactStore
+from cast_ray.runtime.sweep import sweep_name
+from cast_ray.stages.table import table_names
 from sweeps import ablate
 
 TINY = ["data.shapes.num_source=8", "data.shapes.num_train=12", "data.shapes.num_val=4"]
@@ -144,3 +146,8 @@ def test_a_tables_own_preset_and_scale(tmp_path: Path) -> None:
 def test_bad_requests(arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         request_of(*arguments)
+
+
+def test_the_name_of_many_tables_fits_a_folder() -> None:
+    assert sweep_name(["losses-shapes-demo"]) == "losses-shapes-demo"
+    assert len(sweep_name([f"{name}-shapes-demo" for name in table_names()])) < 60
