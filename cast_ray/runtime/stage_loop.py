@@ -140,9 +140,11 @@ def _train(
 
     def on_log(entry: dict[str, float]) -> None:
         nonlocal posted
+        if world.rank > 0:
+            return
         now = time.monotonic()
         entries.append(entry)
-        if world.rank == 0 and (now - posted > POST_EVERY_S or entry["step"] == config.steps):
+        if now - posted > POST_EVERY_S or entry["step"] == config.steps:
             posted = now
             facts = post | {k: entry[k] for k in ("step", "loss", "images_per_s")}
             segment.broker.post.remote(segment.owner, facts, tuple(entries))
