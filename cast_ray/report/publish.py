@@ -48,17 +48,19 @@ def publish(sweep: Sweep, table: Table, out: Path, console: Console) -> int:
     expected = [(sweep.context.table, row.row, row.seed) for row in sweep.rows]
     write_plan(out, [table], expected, sweep.context.store.uri(sweep.context.runs_path))
     is_drawn: set[str] = set()
-    for context, row in zip(sweep.contexts, sweep.rows):
+    pairs = list(zip(sweep.contexts, sweep.rows))
+    for context, row in pairs:
         # a run that was stopped before this row ended has no result of it
         if publish_row(context, row, out, with_samples=row.row not in is_drawn):
             is_drawn.add(row.row)
     if (data_report := sweep.context.store.find_bytes(f"{sweep.context.runs_path}/{REPORT_FILE}")) is not None:
         (out / REPORT_FILE).write_bytes(data_report)
     draw_samples(sweep, out / CONTACT_SHEET)
-    any(
-        worst_cases(context, row, out / WORST_SHEET) for context, row in reversed(list(zip(sweep.contexts, sweep.rows)))
-    )
-    return show(write_report(out, tell=console.print), console)
+    any(worst_cases(context, row, out / WORST_SHEET) for context, row in reversed(pairs))
+    show(write_report(out, tell=console.print), console)
+    # Of this sweep's rows alone: the report also shows what earlier ones left in the folder.
+    results = [read_result(context, row) for context, row in pairs]
+    return 0 if all(result is not None and result["status"] == "done" for result in results) else 1
 
 
 def publish_row(context: SweepContext, row: RowPlan, out: Path, with_samples: bool = True) -> bool:

@@ -24,12 +24,14 @@ LOCAL_SETTINGS = {
 }
 LOGICAL_CPUS_PER_CORE = 3
 
-# Settings that keep the terminal ours: Ray's logs stay in its session folder, Ctrl-C reaches this program.
-QUIET = {
+# Ray's logs stay in its session folder, Ctrl-C reaches this program, Tune takes reports as they come.
+SETTINGS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_DEDUP_LOGS": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Trials also report their stages' curves, which do not hold what a search is after.
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 
@@ -52,7 +54,7 @@ def connect(address: str | None, num_cpus: int | None = None) -> Cluster:
         address: "local" for a Ray of this command alone; None: the cluster of RAY_ADDRESS (set in jobs), else local.
         num_cpus: cores that a local Ray may use; None: the machine's.
     """
-    for name, value in QUIET.items():
+    for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     local = address == "local" or (address is None and not os.environ.get("RAY_ADDRESS"))
     if local:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -14,13 +15,16 @@ LOGICAL_CPUS = 3
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    ray.init(
-        "local",
-        num_cpus=LOGICAL_CPUS,
-        object_store_memory=512 << 20,
-        include_dashboard=False,
-        log_to_driver=False,
-        namespace="cast_ray",
-    )
+    # The processes of Ray import what tests import (pyproject.toml, pythonpath), for tasks that a test module defines.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        ray.init(
+            "local",
+            num_cpus=LOGICAL_CPUS,
+            object_store_memory=512 << 20,
+            include_dashboard=False,
+            log_to_driver=False,
+            namespace="cast_ray",
+        )
     yield
     ray.shutdown()
