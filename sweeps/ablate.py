@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
-from cast_ray.report.publish import announce, publish
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.sweep import SweepRequest, TableRequest, has_results, run_sweep, sweep_name, write_events
 from cast_ray.runtime.trackers import Trackers
@@ -59,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _ablate(argv: list[str], console: Console) -> int:
     request, out = _request(_parser().parse_args(argv))
+
+    from cast_ray.report.publish import announce, publish  # what draws, once the request is sound
+
     store = ArtifactStore(request.storage)
 
     def on_start() -> None:
@@ -158,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="TABLE",
         help=f"tables of sweeps/tables ({', '.join(table_names())}) or YAML files of your own; several run as one "
-        "plan. Also `store` and `efficiency`",
+        "plan. Also `report`, `store` and `efficiency`, with --help of their own",
     )
     parser.add_argument("--preset", help=f"one of {', '.join(preset_names())} (default: the table's, else shapes)")
     parser.add_argument("--scale", help=f"one of {', '.join(SCALES)} (default: the table's, else demo)")
