@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 # Run from a checkout without installing, and inside `ray job submit --working-dir .`.
@@ -20,8 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
-from cast_ray.runtime.store import ArtifactStore
-from cast_ray.runtime.sweep import SweepRequest, TableRequest, has_results, run_sweep, sweep_name, write_events
+from cast_ray.runtime.sweep import Sweep, SweepRequest, TableRequest, has_results, run_sweep, sweep_name, write_events
 from cast_ray.runtime.trackers import Trackers
 from cast_ray.stages.table import load_table, table_names
 
@@ -61,11 +61,11 @@ def _ablate(argv: list[str], console: Console) -> int:
 
     from cast_ray.report.publish import announce, publish  # what draws, once the request is sound
 
-    store = ArtifactStore(request.storage)
-
-    def on_start() -> None:
-        for table in request.tables:
-            announce(out / table.name, table.table, table.recipes, store.uri("runs", table.name), console)
+    def on_start(sweeps: Sequence[Sweep]) -> None:
+        for sweep, table in zip(sweeps, request.tables):
+            recipes = {(row.row, row.seed): row.recipe for row in sweep.rows}
+            results = sweep.context.store.uri(sweep.context.runs_path)
+            announce(out / table.name, table.table, recipes, results, console)
 
     outcome = run_sweep(request, console, on_start)
     if outcome is None:
@@ -106,7 +106,7 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
         }
         of = f"{table.name}-{arguments.preset or table.preset}-{arguments.scale or table.scale}"
         name = of if not arguments.name else arguments.name if len(tables) == 1 else f"{arguments.name}-{table.name}"
-        requests.append(TableRequest(table, recipes, name))
+        requests.append(TableRequest(table, recipes, name, frozenset(rows if arguments.rows else ())))
     if not requests:
         raise ValueError(f"--rows: no row of {', '.join(names)} is called {', '.join(arguments.rows)}")
     events = {} if arguments.no_tensorboard else {r.table.name: str(out / r.name / TENSORBOARD) for r in requests}

@@ -20,6 +20,7 @@ from cast_ray.report.plots import draw_png
 from cast_ray.report.results import summarise_run
 from cast_ray.report.run_folder import PLAN, RESULT, read_plan, read_run, write_atomically
 from cast_ray.report.sections import sections_of
+from cast_ray.report.tables import print_report
 from cast_ray.runtime.store import open_uri
 
 WATCH_EVERY_S = 5
@@ -71,6 +72,16 @@ def write_report(
     for name, text in pages.values():
         write_atomically(run.folder / name, text)
     return Written(tuple(reports), {kind: run.folder / name for kind, (name, _) in pages.items()})
+
+
+def show(written: Written, console: Console) -> int:
+    """Prints the tables of a written report and where it lies; returns the command's exit code."""
+    for report in written.reports:
+        print_report(report, console)
+    console.print(f"\nReport: {written.files['html']}", soft_wrap=True, highlight=False)
+    others = ", ".join(path.name for kind, path in written.files.items() if kind != "html")
+    console.print(f"  beside it: {others}, figures", soft_wrap=True, highlight=False)
+    return 1 if written.has_failures or not written.is_complete else 0
 
 
 def draw_figures(folder: Path, articles: Sequence[Article]) -> None:
