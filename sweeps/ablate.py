@@ -84,6 +84,7 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
     names = [table.name for table in tables]
     if len(set(names)) != len(names):
         raise ValueError(f"tables: expected different names, got {', '.join(names)}")
+    _check_numbers(arguments)
     overrides = parse_overrides(arguments.set) | {
         key: str(value)
         for key, value in (
@@ -129,6 +130,16 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
         trackers=trackers,
     )
     return request, out
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    seeds = arguments.seeds or []
+    if len(set(seeds)) != len(seeds) or any(seed < 0 for seed in seeds):
+        raise ValueError(f"--seeds: expected different whole numbers from 0 on, got {' '.join(map(str, seeds))}")
+    for flag in ("budget_hours", "price_per_gpu_hour"):
+        value = getattr(arguments, flag)
+        if value is not None and not value >= 0:
+            raise ValueError(f"--{flag.replace('_', '-')}: expected a number from 0 on, got {value:g}")
 
 
 def _rows(table: str, known: list[str], wanted: list[str] | None, several: bool) -> list[str]:

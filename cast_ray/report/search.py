@@ -102,7 +102,7 @@ def rebuild_search_report(out: Path, refresh_s: int | None = None) -> SearchRepo
         raise ValueError(f"{path}: expected the journal of the search's study")
     storage = open_storage(plan.study if "://" in plan.study else str(path))
     known = {study.study_name for study in optuna.get_all_study_summaries(storage)}
-    names = {sampler: f"{plan.name}-{sampler}" for sampler in plan.spec.samplers}
+    names: dict[str, str] = {sampler: f"{plan.name}-{sampler}" for sampler in plan.spec.samplers}
     if not known & set(names.values()):
         raise ValueError(f"{plan.study}: no study of {plan.name}")
     studies = {s: optuna.load_study(study_name=n, storage=storage) for s, n in names.items() if n in known}
