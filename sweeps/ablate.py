@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 # Run from a checkout without installing, and inside `ray job submit --working-dir .`.
@@ -20,9 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
-from cast_ray.report.publish import announce, publish
-from cast_ray.runtime.store import ArtifactStore
-from cast_ray.runtime.sweep import SweepRequest, TableRequest, has_results, run_sweep, sweep_name, write_events
+from cast_ray.runtime.sweep import Sweep, SweepRequest, TableRequest, has_results, run_sweep, sweep_name, write_events
 from cast_ray.runtime.trackers import Trackers
 from cast_ray.stages.table import load_table, table_names
 
@@ -59,11 +58,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _ablate(argv: list[str], console: Console) -> int:
     request, out = _request(_parser().parse_args(argv))
-    store = ArtifactStore(request.storage)
 
-    def on_start() -> None:
-        for table in request.tables:
-            announce(out / table.name, table.table, table.recipes, store.uri("runs", table.name), console)
+    from cast_ray.report.publish import announce, publish  # what draws, once the request is sound
+
+    def on_start(sweeps: Sequence[Sweep]) -> None:
+        for sweep, table in zip(sweeps, request.tables):
+            recipes = {(row.row, row.seed): row.recipe for row in sweep.rows}
+            results = sweep.context.store.uri(sweep.context.runs_path)
+            announce(out / table.name, table.table, recipes, results, console)
 
     outcome = run_sweep(request, console, on_start)
     if outcome is None:
@@ -82,6 +84,7 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
     names = [table.name for table in tables]
     if len(set(names)) != len(names):
         raise ValueError(f"tables: expected different names, got {', '.join(names)}")
+    _check_numbers(arguments)
     overrides = parse_overrides(arguments.set) | {
         key: str(value)
         for key, value in (
@@ -104,7 +107,7 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
         }
         of = f"{table.name}-{arguments.preset or table.preset}-{arguments.scale or table.scale}"
         name = of if not arguments.name else arguments.name if len(tables) == 1 else f"{arguments.name}-{table.name}"
-        requests.append(TableRequest(table, recipes, name))
+        requests.append(TableRequest(table, recipes, name, frozenset(rows if arguments.rows else ())))
     if not requests:
         raise ValueError(f"--rows: no row of {', '.join(names)} is called {', '.join(arguments.rows)}")
     events = {} if arguments.no_tensorboard else {r.table.name: str(out / r.name / TENSORBOARD) for r in requests}
@@ -127,6 +130,16 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
         trackers=trackers,
     )
     return request, out
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    seeds = arguments.seeds or []
+    if len(set(seeds)) != len(seeds) or any(seed < 0 for seed in seeds):
+        raise ValueError(f"--seeds: expected different whole numbers from 0 on, got {' '.join(map(str, seeds))}")
+    for flag in ("budget_hours", "price_per_gpu_hour"):
+        value = getattr(arguments, flag)
+        if value is not None and not value >= 0:
+            raise ValueError(f"--{flag.replace('_', '-')}: expected a number from 0 on, got {value:g}")
 
 
 def _rows(table: str, known: list[str], wanted: list[str] | None, several: bool) -> list[str]:
@@ -158,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="TABLE",
         help=f"tables of sweeps/tables ({', '.join(table_names())}) or YAML files of your own; several run as one "
-        "plan. Also `store` and `efficiency`",
+        "plan. Also `report`, `store` and `efficiency`, with --help of their own",
     )
     parser.add_argument("--preset", help=f"one of {', '.join(preset_names())} (default: the table's, else shapes)")
     parser.add_argument("--scale", help=f"one of {', '.join(SCALES)} (default: the table's, else demo)")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from rich.console import Console
 
-from cast_ray.report.publish import show
-from cast_ray.report.write import WATCH_EVERY_S, rebuild_report, watch_report
+from cast_ray.report.write import WATCH_EVERY_S, rebuild_report, show, watch_report
 
 
 def main(argv: list[str], console: Console) -> int:
@@ -21,6 +21,8 @@ def main(argv: list[str], console: Console) -> int:
     parser.add_argument("--watch", action="store_true", help="again whenever a result is new, until all are there")
     parser.add_argument("--every", type=float, default=WATCH_EVERY_S, metavar="S", help="seconds between two looks")
     arguments = parser.parse_args(argv)
+    if (Path(arguments.run_dir) / "search.json").is_file():
+        return _search_report(Path(arguments.run_dir), arguments.watch, arguments.every, console)
     if not arguments.watch:
         return show(rebuild_report(arguments.run_dir, console), console)
     try:
@@ -29,3 +31,12 @@ def main(argv: list[str], console: Console) -> int:
         console.print("no longer watched; the page stays as it is")
         return 1
     return show(written, console) if written else 1
+
+
+def _search_report(run_dir: Path, is_watched: bool, every_s: float, console: Console) -> int:
+    """The same of a search's folder, whose trials are in its study."""
+    from cast_ray.report.search import rebuild_search_report, show_search, watch_search
+
+    if not is_watched:
+        return show_search(rebuild_search_report(run_dir), console)
+    return show_search(watch_search(run_dir, console, every_s=every_s), console)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 # Run from a checkout without installing, and inside `ray job submit --working-dir .`.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
-from rich.markdown import Markdown
 
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
 from cast_ray.runtime.trackers import Trackers
@@ -61,7 +61,8 @@ def _search(arguments: argparse.Namespace) -> int:
     trackers.check_installed()
     spec.recipe({}, preset, scale, arguments.seed, overrides)  # refused before Ray and Optuna are loaded
 
-    from cast_ray.report.search import write_search_report
+    from cast_ray.report.search import SearchPlan, context_of_search, show_search, write_search_report
+    from cast_ray.runtime.results import SweepContext
     from cast_ray.runtime.search import SearchRequest, run_search
 
     request = SearchRequest(
@@ -81,18 +82,20 @@ def _search(arguments: argparse.Namespace) -> int:
     )
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(f"[bold]{spec.title}[/bold]  ({spec.name}, {preset} at {scale})", highlight=False)
-    outcome = run_search(request, console)
-    report = write_search_report(spec, outcome.studies, out, {"preset": preset, "scale": scale, **overrides})
-    console.print(Markdown(report.text))
-    console.print(f"Written: {report.markdown}", soft_wrap=True, highlight=False)
-    if report.best is not None:
-        console.print(
-            f"Go on with: python sweeps/ablate.py {report.best} --seeds 0 1 2", soft_wrap=True, highlight=False
-        )
+    plan = SearchPlan(name, spec, request.study, {"preset": preset, "scale": scale, **overrides})
+
+    def on_start(context: SweepContext) -> None:
+        nonlocal plan
+        plan = replace(plan, context=context_of_search(context, request.recipe({}).model_dump()))
+        plan.write(out)
+        console.print(f"  report   {out / 'report.html'}", soft_wrap=True, highlight=False)
+
+    outcome = run_search(request, console, on_start)
+    code = show_search(write_search_report(plan, outcome.studies, out), console)
     if outcome.stopped:
         console.print(f"[yellow]stopped[/yellow]: {outcome.stopped}; the same command goes on")
         return EXIT_STOPPED
-    return 0 if report.best is not None else 1
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:

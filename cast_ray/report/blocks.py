@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -57,11 +57,12 @@ class Series:
     colour: int | Literal["paper", "shared"] = 0
     is_dashed: bool = False
     has_markers: bool = False
+    has_line: bool = True
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes; `intervals`: `names` on the vertical axis, values with error bars; `bars`: one bar a name."""
+    """One pair of axes; `intervals`: `names` on the vertical axis, values with error bars; `bars`: a bar a name."""
 
     title: str
     x_label: str
@@ -135,6 +136,24 @@ class Section:
     @property
     def anchor(self) -> str:
         return "-".join("".join(c if c.isalnum() else " " for c in self.title.lower()).split())
+
+
+@dataclass(frozen=True)
+class Article:
+    """One table or search on a page. name: short, in links and file names; context: what was run, where and when."""
+
+    name: str
+    title: str
+    context: Mapping[str, str]
+    sections: Sequence[Section]
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [block for section in self.sections for block in section.blocks]
+
+    @property
+    def figures(self) -> list[Figure]:
+        return [block for block in self.blocks if isinstance(block, Figure)]
 
 
 def section(title: str, blocks: Sequence[Block | None]) -> Section | None:

@@ -85,9 +85,12 @@ def compute_bars(report: Report) -> Figure | None:
     panels = []
     for title, compute in (("training steps", report.steps), ("device-hours", report.device_hours)):
         if compute.scratch:
-            values = {"each row from scratch": compute.scratch, "each stage once": compute.unique}
-            series = Series(title, tuple(values), tuple(values.values()))
-            panels.append(Panel(title, "", (series,), kind="bars", names=tuple(values)))
+            names = ("each row from scratch", "each stage once")
+            bars = (
+                Series(names[0], names[:1], (compute.scratch,), colour="shared"),
+                Series(names[1], names[1:], (compute.unique,)),
+            )
+            panels.append(Panel(title, "", bars, kind="bars", names=names))
     return _figure("compute", "Compute with and without sharing", panels)
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from cast_ray.report.blocks import Block, Figure, Grid, Picture, Samples, Section, Words
+from cast_ray.report.blocks import Article, Block, Figure, Grid, Picture, Samples, Words
 from cast_ray.report.content import Difference, Report
 from cast_ray.report.metrics import format_signed, format_value, label_of, split_metric
 
@@ -30,28 +30,29 @@ LATEX = {
 }
 
 
-def markdown_page(reports: Sequence[Report], sections: Sequence[Sequence[Section]]) -> str:
+def markdown_page(articles: Sequence[Article]) -> str:
     """`report.md`: each table's sections; figures are files beside it."""
     lines = []
-    for report, each in zip(reports, sections):
-        lines += [f"# {report.title}", ""]
+    for article in articles:
+        lines += [f"# {article.title}", ""]
         lines += [
-            f"- {name}: `{text}`" if name == "command" else f"- {name}: {text}" for name, text in report.context.items()
+            f"- {name}: `{text}`" if name == "command" else f"- {name}: {text}"
+            for name, text in article.context.items()
         ]
         lines.append("")
-        for made in each:
+        for made in article.sections:
             lines += [f"## {made.title}", ""]
             for block in made.blocks:
-                lines += _markdown_block(block, report, len(reports))
+                lines += _markdown_block(block, article, len(articles))
     return "\n".join(lines).rstrip() + "\n"
 
 
-def figure_file(report: Report, figure: Figure, num_tables: int) -> str:
+def figure_file(article: Article, figure: Figure, num_articles: int) -> str:
     """Name of a figure's PNG; with several tables in a folder the table's name comes first."""
-    return f"{figure.name}.png" if num_tables == 1 else f"{report.table}-{figure.name}.png"
+    return f"{figure.name}.png" if num_articles == 1 else f"{article.name}-{figure.name}.png"
 
 
-def _markdown_block(block: Block, report: Report, num_tables: int) -> list[str]:
+def _markdown_block(block: Block, article: Article, num_articles: int) -> list[str]:
     if isinstance(block, Grid):
         head = [c.name for c in block.columns]
         rule = ["---:" if c.is_number else "---" for c in block.columns]
@@ -63,7 +64,7 @@ def _markdown_block(block: Block, report: Report, num_tables: int) -> list[str]:
         mark = "**FAILED** " if block.kind == "failed" else ""
         return [part for line in block.lines for part in (mark + line, "")]
     if isinstance(block, Figure | Picture):
-        file = figure_file(report, block, num_tables) if isinstance(block, Figure) else block.path.name
+        file = figure_file(article, block, num_articles) if isinstance(block, Figure) else block.path.name
         return [f"![{block.caption}]({file})", "", f"*{block.caption}.*", ""]
     if isinstance(block, Samples):
         return [f"{block.caption}: see `report.html`.", ""]

@@ -6,49 +6,36 @@ import base64
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from cast_ray.report.blocks import Samples, Section, Series
-from cast_ray.report.content import Report
+from cast_ray.report.blocks import Article, Samples, Series
 from cast_ray.report.plots import css_variable, dash_of, draw_svg, draws_line, is_paper, legend_of, marks_hollow
 
 DASH_ARRAYS = {"-": "", "--": ' stroke-dasharray="6 4"', ":": ' stroke-dasharray="2 3"'}
 MINUS = re.compile(r"(?<![\w.-])-(?=\d)")
 
 
-@dataclass(frozen=True)
-class _Article:
-    table: str
-    title: str
-    context: dict[str, str]
-    sections: Sequence[Section]
-
-
-def html_page(reports: Sequence[Report], sections: Sequence[Sequence[Section]], refresh_s: int | None = None) -> str:
-    """The page of a run folder's tables.
+def html_page(articles: Sequence[Article], state: tuple[str, str], refresh_s: int | None = None) -> str:
+    """The page of a run folder.
 
     Args:
-        reports: one a table.
-        sections: of each report.
+        articles: one a table.
+        state: how far the run is, in words, and the class they are shown in: `busy`, `failed` or none.
         refresh_s: the page reloads itself every so many seconds; None: never.
     """
-    articles = [_Article(r.table, r.title, dict(r.context), s) for r, s in zip(reports, sections)]
-    state, state_class = _state(reports, refresh_s)
-    blocks = [block for each in sections for made in each for block in made.blocks]
     return (
         _environment()
         .get_template("page.html.j2")
         .render(
-            title=" · ".join(report.title for report in reports),
-            reports=articles,
+            title=" · ".join(article.title for article in articles),
+            articles=articles,
             refresh_s=refresh_s,
-            state=state,
-            state_class=state_class,
-            has_samples=any(isinstance(block, Samples) for block in blocks),
+            state=state[0],
+            state_class=state[1],
+            has_samples=any(isinstance(block, Samples) for article in articles for block in article.blocks),
         )
     )
 
@@ -73,12 +60,9 @@ def _environment() -> Environment:
     return environment
 
 
-def _state(reports: Sequence[Report], refresh_s: int | None) -> tuple[str, str]:
-    """How far the run is, in words, and the class they are shown in."""
-    expected = sum(report.num_expected for report in reports)
-    pending = sum(report.num_pending for report in reports)
-    failed = sum(len(report.failures) for report in reports)
-    words = f"{expected - pending} of {expected} results"
+def state_of(expected: int, pending: int, failed: int, refresh_s: int | None, what: str = "results") -> tuple[str, str]:
+    """How far a run is, in words, and the class they are shown in."""
+    words = f"{expected - pending} of {expected} {what}"
     if failed:
         words += f", {failed} FAILED"
     if pending:

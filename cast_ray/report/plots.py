@@ -78,7 +78,7 @@ def marks_hollow(series: Series) -> bool:
 
 def draws_line(series: Series) -> bool:
     """Whether points are joined: numbers are, names are not."""
-    return bool(series.x) and not isinstance(series.x[0], str)
+    return series.has_line and bool(series.x) and not isinstance(series.x[0], str)
 
 
 def legend_of(figure: Figure) -> list[Series]:
@@ -182,7 +182,8 @@ def _draw_panel(axes: Axes, panel: Panel, theme: Theme) -> None:
 def _draw_lines(axes: Axes, panel: Panel, theme: Theme) -> None:
     for series in panel.series:
         style = _marker_style(series, theme)
-        axes.plot(series.x, series.y, linestyle=dash_of(series), linewidth=1.5, markersize=4, **style)
+        line = dash_of(series) if draws_line(series) else ""
+        axes.plot(series.x, series.y, linestyle=line, linewidth=1.5, markersize=4, **style)
         if series.low:
             axes.fill_between(series.x, series.low, series.high, color=style["color"], alpha=0.16, linewidth=0)
     if panel.is_log:
@@ -204,18 +205,19 @@ def _draw_intervals(axes: Axes, panel: Panel, theme: Theme) -> None:
 
 
 def _draw_bars(axes: Axes, panel: Panel, theme: Theme) -> None:
-    (series,) = panel.series
-    axes.barh(range(len(series.x)), series.y, color=[theme.shared, theme.colour(0)][: len(series.x)], height=0.6)
-    for i, value in enumerate(series.y):
-        axes.annotate(
-            f"{value:,.0f}" if value >= 10 else f"{value:.3g}",
-            (value, i),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-            color=theme.ink,
-        )
+    for series in panel.series:
+        places = [panel.names.index(name) for name in series.x]
+        axes.barh(places, series.y, color=theme.colour(series.colour), height=0.6)
+        for place, value in zip(places, series.y):
+            axes.annotate(
+                f"{value:,.0f}" if value >= 10 else f"{value:.3g}",
+                (value, place),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+                color=theme.ink,
+            )
     axes.margins(x=0.18)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))

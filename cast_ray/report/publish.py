@@ -15,8 +15,7 @@ from cast_ray.report.picture import draw_samples
 from cast_ray.report.pseudo_labels import WORST_SHEET, worst_cases
 from cast_ray.report.run_folder import RESULT, matches_file, recipe_digest, write_atomically, write_plan
 from cast_ray.report.samples import SAMPLES, row_samples
-from cast_ray.report.tables import print_report
-from cast_ray.report.write import Written, write_report
+from cast_ray.report.write import show, write_report
 from cast_ray.runtime.results import SweepContext, read_matches, read_result, row_name
 from cast_ray.runtime.sweep import Sweep
 from cast_ray.stages.graph import RowPlan
@@ -77,13 +76,3 @@ def publish_row(context: SweepContext, row: RowPlan, out: Path, with_samples: bo
     if with_samples and (samples := row_samples(context, row)) is not None:
         write_atomically(folder / SAMPLES, samples)
     return True
-
-
-def show(written: Written, console: Console) -> int:
-    """Prints the tables of a written report and where it lies; returns the command's exit code."""
-    for report in written.reports:
-        print_report(report, console)
-    console.print(f"\nReport: {written.files['html']}", soft_wrap=True, highlight=False)
-    others = ", ".join(path.name for kind, path in written.files.items() if kind != "html")
-    console.print(f"  beside it: {others}, figures", soft_wrap=True, highlight=False)
-    return 1 if written.has_failures or not written.is_complete else 0

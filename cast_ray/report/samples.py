@@ -19,7 +19,6 @@ from cast_ray.report.blocks import Sample, Samples
 from cast_ray.report.overlays import class_colours, draw_panels
 from cast_ray.runtime.results import RESULTS, SweepContext
 from cast_ray.runtime.store import ArtifactStore
-from cast_ray.stages.evaluate import results_of
 from cast_ray.stages.graph import RowPlan, Stage
 
 SAMPLES = "samples.json"
@@ -127,6 +126,8 @@ def _draw(context: SweepContext, row: RowPlan, student: Stage, teacher: Stage | 
 
 def _detections(store: ArtifactStore, evaluation: Stage, classes: ClassMap) -> dict[Any, list[dict[str, Any]]]:
     """Image id -> what a model found there above the score that is shown."""
+    from cast_ray.stages.evaluate import results_of  # torch, which a report of files does without
+
     found: dict[Any, list[dict[str, Any]]] = {}
     with store.read_stream(evaluation, RESULTS) as lines:
         for each in results_of(lines):

@@ -12,14 +12,15 @@ import pyarrow as pa
 import pyarrow.fs
 from rich.console import Console
 
-from cast_ray.report.blocks import Figure, Section
+from cast_ray.report.blocks import Article
 from cast_ray.report.content import Report
 from cast_ray.report.exports import csv_page, figure_file, json_page, latex_page, markdown_page
-from cast_ray.report.page import html_page
+from cast_ray.report.page import html_page, state_of
 from cast_ray.report.plots import draw_png
 from cast_ray.report.results import summarise_run
-from cast_ray.report.run_folder import PLAN, RESULT, Run, read_plan, read_run, write_atomically
+from cast_ray.report.run_folder import PLAN, RESULT, read_plan, read_run, write_atomically
 from cast_ray.report.sections import sections_of
+from cast_ray.report.tables import print_report
 from cast_ray.runtime.store import open_uri
 
 WATCH_EVERY_S = 5
@@ -57,12 +58,13 @@ def write_report(
     """
     run = read_run(run_dir)
     reports = summarise_run(run, tell)
-    sections = [sections_of(report, run.folder) for report in reports]
-    _draw_figures(run, reports, sections)
-    is_complete = not any(report.num_pending for report in reports)
+    articles = [Article(r.table, r.title, r.context, sections_of(r, run.folder)) for r in reports]
+    draw_figures(run.folder, articles)
+    expected, pending = (sum(getattr(r, name) for r in reports) for name in ("num_expected", "num_pending"))
+    state = state_of(expected, pending, sum(len(r.failures) for r in reports), refresh_s)
     pages = {
-        "html": ("report.html", html_page(reports, sections, None if is_complete else refresh_s)),
-        "markdown": ("report.md", markdown_page(reports, sections)),
+        "html": ("report.html", html_page(articles, state, refresh_s if pending else None)),
+        "markdown": ("report.md", markdown_page(articles)),
         "csv": ("report.csv", csv_page(reports)),
         "latex": ("report.tex", latex_page(reports)),
         "json": ("report.json", json.dumps(json_page(reports), indent=1, allow_nan=False) + "\n"),
@@ -72,10 +74,21 @@ def write_report(
     return Written(tuple(reports), {kind: run.folder / name for kind, (name, _) in pages.items()})
 
 
-def _draw_figures(run: Run, reports: Sequence[Report], sections: Sequence[Sequence[Section]]) -> None:
-    for report, each in zip(reports, sections):
-        for figure in (block for made in each for block in made.blocks if isinstance(block, Figure)):
-            draw_png(figure, run.folder / figure_file(report, figure, len(reports)))
+def show(written: Written, console: Console) -> int:
+    """Prints the tables of a written report and where it lies; returns the command's exit code."""
+    for report in written.reports:
+        print_report(report, console)
+    console.print(f"\nReport: {written.files['html']}", soft_wrap=True, highlight=False)
+    others = ", ".join(path.name for kind, path in written.files.items() if kind != "html")
+    console.print(f"  beside it: {others}, figures", soft_wrap=True, highlight=False)
+    return 1 if written.has_failures or not written.is_complete else 0
+
+
+def draw_figures(folder: Path, articles: Sequence[Article]) -> None:
+    """Draws the figures that stand beside `report.md`."""
+    for article in articles:
+        for figure in article.figures:
+            draw_png(figure, folder / figure_file(article, figure, len(articles)))
 
 
 def rebuild_report(run_dir: str | Path, console: Console) -> Written:

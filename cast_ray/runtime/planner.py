@@ -20,7 +20,7 @@ from cast_ray.runtime.label_splits import store_splits, stored_split
 from cast_ray.runtime.results import SweepContext
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.stages.cost import Size
-from cast_ray.stages.graph import RowPlan, plan, split_part
+from cast_ray.stages.graph import NoTeacherError, RowPlan, plan, split_part
 
 
 def command_line() -> str:
@@ -74,7 +74,8 @@ class RowPlanner:
         """One row's stages and the context of its result.
 
         Raises:
-            ValueError: the recipe does not fit its dataset or has no teacher; the message names the row.
+            ValueError: the recipe does not fit its dataset or has no teacher (`NoTeacherError`); the message names the
+                row.
         """
         key = _dataset_key(recipe.data)
         dataset = self.datasets[key]
@@ -89,7 +90,8 @@ class RowPlanner:
                 hashes=dataset.hashes(recipe.data),
             )
         except ValueError as error:
-            raise ValueError(f"{table}, row {row!r}: {error}") from None
+            kind = NoTeacherError if isinstance(error, NoTeacherError) else ValueError
+            raise kind(f"{table}, row {row!r}: {error}") from None
         if (table, run, key) not in self._contexts:
             self._contexts[table, run, key] = self._context(table, run, dataset)
         return self._contexts[table, run, key], planned

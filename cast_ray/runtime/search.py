@@ -84,15 +84,19 @@ class SearchRequest:
 
 @dataclass(frozen=True)
 class SearchOutcome:
-    """The studies of a search by sampler, and the context of their rows' results."""
+    """The studies of a search by sampler."""
 
     studies: dict[str, optuna.Study]
-    contexts: dict[str, SweepContext]
     stopped: str | None
 
 
-def run_search(request: SearchRequest, console: Console) -> SearchOutcome:
+def run_search(
+    request: SearchRequest, console: Console, on_start: Callable[[SweepContext], None] = lambda context: None
+) -> SearchOutcome:
     """Runs what is missing of every sampler's study.
+
+    Args:
+        on_start: called with what all trials share once the request has turned out to be sound, before anything runs.
 
     Raises:
         ValueError: the user's data, storage, study or resources do not fit, before any compute is spent.
@@ -113,9 +117,6 @@ def run_search(request: SearchRequest, console: Console) -> SearchOutcome:
     studies: dict[str, optuna.Study] = {
         s: open_study(storage, f"{request.name}-{s}", spec, identity) for s in spec.samplers
     }
-    contexts: dict[str, SweepContext] = {
-        s: planner.plan(base, table=f"{spec.name}-{s}", run=request.name, row="base")[0] for s in spec.samplers
-    }
     with Presence(store, command_line()) as presence:
         presence.need(planner.fingerprints(), on_wait=lambda holder: say_pruning(holder, console))
         _reap(studies, store, presence.holder.id, console)
@@ -126,11 +127,12 @@ def run_search(request: SearchRequest, console: Console) -> SearchOutcome:
                 highlight=False,
                 soft_wrap=True,
             )
+        on_start(context)
         stopped = None
         if any(number > 0 for number in left.values()):
             search = _Search(request, planner, presence, storage, console)
             stopped = search.run(studies, left)
-    return SearchOutcome(studies, contexts, stopped)
+    return SearchOutcome(studies, stopped)
 
 
 def _reap(studies: Mapping[str, optuna.Study], store: ArtifactStore, own: str, console: Console) -> None:

@@ -8,6 +8,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from cast_ray.recipe import Recipe
 from cast_ray.runtime.claims import Holder, Presence
@@ -18,7 +19,7 @@ from cast_ray.runtime.results import SweepContext, is_current, read_result, resu
 from cast_ray.runtime.store import ArtifactStore, Listed, committed, read_each
 from cast_ray.runtime.trackers import Trackers
 from cast_ray.stages.cost import CostModel, PlanCost, Size, cost_of
-from cast_ray.stages.graph import RowPlan, SweepPlan, plan_sweep
+from cast_ray.stages.graph import NoTeacherError, RowPlan, SweepPlan, plan_sweep
 from cast_ray.stages.table import Table
 
 MAX_MANIFESTS = 400
@@ -34,6 +35,8 @@ class TableRequest:
     """(row, seed) -> recipe."""
     name: str
     """Of the run: the folder of its results."""
+    asked: frozenset[str] = frozenset()
+    """Rows that the user named: one that cannot be is refused, any other one left out."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,12 @@ class SweepOutcome:
 
 
 def run_sweep(
-    request: SweepRequest, console: Console, on_start: Callable[[], None] = lambda: None
+    request: SweepRequest, console: Console, on_start: Callable[[Sequence[Sweep]], None] = lambda sweeps: None
 ) -> SweepOutcome | None:
     """Plans a sweep and runs what is missing; rows that failed say so in their result. None after a dry run.
 
     Args:
-        on_start: called once the request has turned out to be sound, before anything runs.
+        on_start: called with the tables' rows once the request has turned out to be sound, before anything runs.
 
     Raises:
         ValueError: the user's data, storage or resources do not fit, before any compute is spent.
@@ -88,19 +91,19 @@ def run_sweep(
     planner = RowPlanner(
         runs, store, console, lambda: connect(request.address, request.num_cpus), dry_run=request.dry_run
     )
-    sweeps = [_plan_table(table, planner) for table in request.tables]
+    sweeps = [_plan_table(table, planner, console) for table in request.tables]
     rows = [row for sweep in sweeps for row in sweep.rows]
     if request.dry_run:
         listed = store.list_artifacts()
-        _preview(request, plan_sweep(rows, committed(listed)), planner, listed, store, console)
+        _preview(request, sweeps, plan_sweep(rows, committed(listed)), planner, listed, store, console)
         return None
     with Presence(store, command_line()) as presence:
         needed = {stage.fingerprint for row in rows for stage in row.stages}
         presence.need(needed | planner.fingerprints(), on_wait=lambda holder: say_pruning(holder, console))
         listed = store.list_artifacts()
         whole = plan_sweep(rows, committed(listed))
-        _preview(request, whole, planner, listed, store, console)
-        on_start()
+        _preview(request, sweeps, whole, planner, listed, store, console)
+        on_start(sweeps)
         jobs = _rows_without_result(sweeps, whole)
         stopped = _run(request, whole, jobs, presence.holder, store, console) if jobs else None
     return SweepOutcome(tuple(sweeps), stopped)
@@ -134,17 +137,28 @@ def say_pruning(holder: Holder, console: Console) -> None:
     console.print(f"waiting for `store gc` of {holder.user} on {holder.host} (process {holder.pid})")
 
 
-def _plan_table(request: TableRequest, planner: RowPlanner) -> Sweep:
-    """The rows of a table, each with the context of its dataset."""
-    pairs = [
-        planner.plan(recipe, table=request.table.name, run=request.name, row=row)
-        for (row, _), recipe in request.recipes.items()
-    ]
+def _plan_table(request: TableRequest, planner: RowPlanner, console: Console) -> Sweep:
+    """The rows of a table, each with the context of its dataset.
+
+    A row that labels with a teacher that nothing has trained (the paper's is pre-trained, a preset's need not be) is
+    left out and said so, unless the user named it or the others are compared with it.
+    """
+    pairs, left_out = [], {}
+    for (row, _), recipe in request.recipes.items():
+        try:
+            pairs.append(planner.plan(recipe, table=request.table.name, run=request.name, row=row))
+        except NoTeacherError as error:
+            if row in request.asked or row == request.table.baseline:
+                raise
+            left_out[row] = str(error)
+    for reason in left_out.values():
+        console.print(f"[yellow]left out[/yellow]: {escape(reason)}", soft_wrap=True, highlight=False)
     return Sweep(pairs[0][0], plan_sweep([row for _, row in pairs], []).rows, tuple(context for context, _ in pairs))
 
 
 def _preview(
     request: SweepRequest,
+    sweeps: Sequence[Sweep],
     whole: SweepPlan,
     planner: RowPlanner,
     listed: dict[str, Listed],
@@ -155,7 +169,7 @@ def _preview(
     for table in request.tables:
         recipe = next(iter(table.recipes.values()))
         titles[table.table.name] = (table.table.title, recipe.preset, recipe.scale)
-    named = [(table.table.name, row) for table in request.tables for row, _ in table.recipes]
+    named = [(sweep.context.table, row.row) for sweep in sweeps for row in sweep.rows]
     print_plan(
         Preview(
             plan=whole,

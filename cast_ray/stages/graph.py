@@ -28,6 +28,10 @@ HOW_IT_RUNS = ("checkpoint_every_steps", "accumulate")
 """Fields of TrainConfig that change no result and so enter no fingerprint."""
 
 
+class NoTeacherError(ValueError):
+    """A row's images would be labelled by a teacher that nothing has trained."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """One node of the graph.
@@ -170,7 +174,7 @@ class _Planner:
 
         use_labels = stages.use_distill and semi > 0
         if use_labels and teacher is None:
-            raise ValueError(
+            raise NoTeacherError(
                 "stages.use_adapt is false and there is no pre-trained teacher (stages.pretrain.steps is 0 or the "
                 "dataset has no source images): nothing can label the unlabelled images (stages.foundation=DIR)"
             )

@@ -98,9 +98,11 @@ def test_a_search_survives_its_end_is_extended_and_leads_to_a_table(
     assert more.finish() == 0, more.output
     assert (
         states(folder)["done"] == 3
-        and "| random | 3 | 3 | 0 | 0 |" in (folder / "runs" / NAME / "search.md").read_text()
+        and "| random | 3 | 3 | 0 | 0 |" in (folder / "runs" / NAME / "report.md").read_text()
     )
     assert (folder / "runs" / NAME / "pareto.png").is_file()
+    html = (folder / "runs" / NAME / "report.html").read_text()
+    assert "3 of 3 trials" in html and "preset shapes, scale smoke" in html and "num_queries" in html
 
     finished = start("--trials", "3")
     assert finished.finish() == 0, finished.output

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import ray
 import yaml
+from dataset_folders import write_ade20k, write_cityscapes
 
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.sweep import sweep_name
@@ -57,6 +58,21 @@ def test_several_tables_are_one_plan(dry_run: DryRun) -> None:
     (adapted, contrasted) = [text for text in tree.splitlines() if " adapt " in text]
     assert "losses:sup, losses:sup+semi" in adapted and "4 of 9 rows" in contrasted
     assert tree.index("pretrain") < tree.index("adapt") < tree.index("label-adapted") < tree.index("selftrain")
+
+
+@pytest.mark.parametrize("preset", ["cityscapes", "ade20k"])
+def test_a_row_without_a_teacher_is_left_out_unless_asked_for(
+    dry_run: DryRun, tmp_path: Path, preset: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write = {"cityscapes": write_cityscapes, "ade20k": write_ade20k}[preset]
+    data = ("--preset", preset, "--scale", "smoke", "--set", f"data.root={write(tmp_path / 'data', num_train=24)}")
+    output = dry_run("stages", "main", *data)
+    assert output.count("left out: ") == 3 and "left out: main, row 'zero-shot labels'" in output
+    assert line(output, "rows").endswith(
+        "6: stages:full, stages:no-refine, stages:no-distill, main:supervised, main:self-training, main:CAST"
+    )
+    assert ablate.main(["stages", *data, "--rows", "full", "no-adapt", "--dry-run", "--storage", str(tmp_path)]) == 2
+    assert "stages, row 'no-adapt': stages.use_adapt is false" in capfd.readouterr().err
 
 
 def test_what_is_stored_is_shown(dry_run: DryRun, tmp_path: Path) -> None:
@@ -141,6 +157,10 @@ def test_a_tables_own_preset_and_scale(tmp_path: Path) -> None:
         (["losses", "losses"], "tables: expected different names"),
         (["losses", "stages", "--rows", "none"], "no row of losses, stages is called none"),
         (["losses", "--rows", "sup+sem"], "unknown row 'sup\\+sem'"),
+        (["losses", "--seeds", "0", "0"], "--seeds: expected different whole numbers"),
+        (["losses", "--seeds", "-1"], "--seeds: expected different whole numbers"),
+        (["losses", "--budget-hours", "-1"], "--budget-hours: expected a number from 0 on"),
+        (["losses", "--price-per-gpu-hour", "nan"], "--price-per-gpu-hour: expected a number"),
     ],
 )
 def test_bad_requests(arguments: list[str], message: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from optuna.trial import TrialState
 
-from cast_ray.report.search import best_table, write_search_report
+from cast_ray.report.search import SearchPlan, best_table, rebuild_search_report, write_search_report
 from cast_ray.runtime.search import StudySearch
 from cast_ray.runtime.study import best_trials, make_sampler, num_ended, open_storage, open_study, reap
 from cast_ray.runtime.trials import RUNG_STEP
@@ -211,11 +211,15 @@ def test_the_report_and_the_table_to_go_on_with(storage: Any, tmp_path: Path) ->
         ended(search, str(i), status="done", **{"student/mask_ap": 10.0 + i})
     other = open_study(storage(), "mine-random", spec, {})
     studies = {"tpe": study_of(storage(), spec), "random": other}
-    report = write_search_report(spec, studies, tmp_path / "out", {"preset": "shapes", "scale": "smoke"})
-    page = report.markdown.read_text()
-    assert "| tpe | 6 | 6 | 0 | 0 |" in page and "15.00" in page
-    assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"progress.png", "importances.png"}
-    everything = json.loads((tmp_path / "out" / "search.json").read_text())
+    out = tmp_path / "out"
+    report = write_search_report(SearchPlan("mine", spec, "", {"preset": "shapes", "scale": "smoke"}), studies, out)
+    page = (out / "report.md").read_text()
+    assert "| tpe | 6 | 6 | 0 | 0 | 0.02 | 15.0 |" in page and "| random | 0 |" in page
+    assert {p.name for p in out.glob("*.png")} == {"progress.png", "importances.png"}
+    html = report.html.read_text()
+    assert "Not complete: 6 of 12 trials" in html and html.count('<svg role="img"') == 2
+    assert not report.is_complete and 'id="mine-all-trials"' in html
+    everything = json.loads((out / "report.json").read_text())
     assert [t["values"] for t in everything["studies"]["tpe"]] == [[10.0 + i] for i in range(6)]
     assert report.best is not None
     table = load_table(report.best)
@@ -230,8 +234,30 @@ def test_the_front_of_two_objectives(storage: Any, tmp_path: Path) -> None:
     search = searcher(storage(), spec)
     for i, (ap, latency) in enumerate([(10, 1), (20, 2), (15, 3), (30, 4), (5, 5)]):
         ended(search, str(i), status="done", **{"student/mask_ap": float(ap), "student/latency_ms": float(latency)})
-    report = write_search_report(spec, {"tpe": search.study}, tmp_path, {})
+    report = write_search_report(SearchPlan("mine", spec, ""), {"tpe": search.study}, tmp_path)
+    assert "Points that no other beats" in report.html.read_text()
     assert (tmp_path / "pareto.png").is_file() and report.best is not None
     assert list(load_table(report.best).rows) == ["base", "front 1", "front 2", "front 3"]
     rows = best_table(spec, search.study.best_trials, {})["rows"]
     assert len(rows) == 4
+
+
+def test_the_report_is_written_again_from_a_copy_of_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    spec = spec_of(num_trials=5, samplers=("tpe",))
+    journal = open_storage(str(folder / "study.journal"))
+    search = searcher(journal, spec)
+    for i in range(4):
+        ended(search, str(i), status="done", **{"student/mask_ap": 10.0 + i})
+    ended(search, "4", status="failed", error="ValueError: <b>no</b>")
+    SearchPlan("mine", spec, str(folder / "study.journal"), {"scale": "smoke"}, {"command": "search"}).write(folder)
+    copy = tmp_path / "elsewhere"
+    folder.rename(copy)
+    report = rebuild_search_report(copy)
+    html = report.html.read_text()
+    assert report.is_complete and report.state == "5 of 5 trials, 1 FAILED"
+    assert "ValueError: &lt;b&gt;no&lt;/b&gt;" in html and "<code>search</code>" in html
+    assert report.best is not None and load_table(report.best).row_recipe("best").scale == "smoke"
+    (copy / "study.journal").unlink()
+    with pytest.raises(ValueError, match="journal of the search"):
+        rebuild_search_report(copy)
