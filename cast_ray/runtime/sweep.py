@@ -180,6 +180,7 @@ def _preview(
             cost=_cost(request, whole, planner, listed, store),
             price_per_hour=request.price_per_hour,
             budget_hours=request.budget_hours,
+            memory=_memory(request, whole, planner),
         ),
         console,
     )
@@ -198,6 +199,23 @@ def _cost(
     device = "cuda" if whole.rows[0].recipe.runtime.use_gpu else "cpu"
     asked = request.dry_run or request.price_per_hour is not None or request.budget_hours is not None
     return cost_of(whole, CostModel(manifests, device), lambda stage: sizes[stage.fingerprint], count_flops=asked)
+
+
+def _memory(request: SweepRequest, whole: SweepPlan, planner: RowPlanner) -> dict[str, list[int | None]]:
+    """Bytes of one worker of each train stage to run, by name; {} unless the user asked or takes a GPU."""
+    if not request.dry_run and not any(row.recipe.runtime.use_gpu for row in whole.rows):
+        return {}
+    from cast_ray.stages.train import stage_memory  # torch
+
+    found: dict[str, list[int | None]] = {}
+    seen = set(whole.stored)
+    for row in whole.rows:
+        for stage in row.stages:
+            if stage.kind == "train" and stage.fingerprint not in seen:
+                seen.add(stage.fingerprint)
+                estimate = stage_memory(stage, row.recipe, planner.num_classes(row.recipe))
+                found.setdefault(stage.name, []).append(estimate.total if estimate else None)
+    return found
 
 
 def _rows_without_result(sweeps: Sequence[Sweep], whole: SweepPlan) -> list[tuple[SweepContext, RowPlan]]:
