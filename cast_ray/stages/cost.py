@@ -148,9 +148,7 @@ def cost_of(plan: SweepPlan, model: CostModel, size_of: Callable[[Stage], Size],
     )
 
 
-def _model_of(
-    stage: Mapping[str, Any], find: Callable[[str], Mapping[str, Any] | None]
-) -> dict[str, Any] | None:
+def _model_of(stage: Mapping[str, Any], find: Callable[[str], Mapping[str, Any] | None]) -> dict[str, Any] | None:
     """The model that a stage runs: its own, or that of the parent it labels or evaluates with.
 
     Of a teacher from checkpoints also which ones: its part of the recipe does not say how large they are.

@@ -22,7 +22,6 @@ from transformers import (
     SwinConfig,
 )
 
-from cast_ray.models.segmenter import outline
 from cast_ray.recipe import TeacherConfig
 from cast_ray.teachers.box_segmenter import BoxSegmenter
 from cast_ray.teachers.checkpoints import quiet_transformers
@@ -30,6 +29,8 @@ from cast_ray.teachers.detector import TextDetector
 from cast_ray.teachers.mask_transformer import MaskTransformer
 from cast_ray.teachers.prompts import Prompt
 
+COUNTED = ("grounded_sam", "mask2former")
+"""Kinds of teachers that can be built without their checkpoints."""
 NUM_BOXES = 20
 """Of an image: what the segmenter's share is counted with."""
 TOKENS_PER_CLASS = 2
@@ -53,27 +54,26 @@ _TOKENIZER = SimpleNamespace(cls_token_id=101, sep_token_id=102, convert_tokens_
 
 
 def outline_teacher(config: TeacherConfig, num_classes: int, device: str = "meta") -> nn.Module:
-    """A teacher of the recipe's kind at the size of its published checkpoint, with random weights.
+    """A teacher from checkpoints at the size of the published ones, with random weights.
 
     The checkpoints are not looked at: the size is the word of their names (tiny, small, base or large; large where
     there is none). A forward pass over uint8 [B, 3, H, W] does the work of labelling; of `grounded_sam` with one prompt
     and NUM_BOXES boxes an image.
 
     Args:
-        config: its kind; of an expert the architecture.
+        config: its kind, one of COUNTED.
         num_classes: C.
         device: meta: shapes alone.
 
     Raises:
-        ValueError: sam3, whose forward pass needs the values of its tensors, or an ensemble.
+        ValueError: an expert, which is a segmenter; sam3, whose forward pass needs the values of its tensors; an
+            ensemble.
     """
-    if config.kind == "expert":
-        return outline(config.segmenter, num_classes)
-    kinds: dict[str, Any] = {"grounded_sam": _GroundedSam, "mask2former": _mask2former}
-    if config.kind not in kinds:
-        raise ValueError(f"teacher.kind is {config.kind}: expected one of expert, {', '.join(kinds)}")
+    if config.kind not in COUNTED:
+        raise ValueError(f"teacher.kind is {config.kind}: expected {' or '.join(COUNTED)}")
+    build = _GroundedSam if config.kind == "grounded_sam" else _mask2former
     with torch.device(device), quiet_transformers():
-        return kinds[config.kind](config, num_classes).to(device).eval()
+        return build(config, num_classes).to(device).eval()
 
 
 def _size(checkpoint: str, sizes: dict[str, Any]) -> Any:
@@ -129,7 +129,9 @@ class _GroundedSam(nn.Module):
         """Mask logits [B NUM_BOXES, h, w]."""
         device = images.device
         ids = torch.full((self.num_tokens,), 2000, device=device)
-        prompt = Prompt(ids, torch.zeros(0, self.num_tokens, device=device), torch.zeros(0, dtype=torch.int64, device=device))
+        prompt = Prompt(
+            ids, torch.zeros(0, self.num_tokens, device=device), torch.zeros(0, dtype=torch.int64, device=device)
+        )
         with _unchecked():
             found, _ = self.detector(images, prompt, 1)
         boxes = found.boxes[-1][:, :NUM_BOXES]
