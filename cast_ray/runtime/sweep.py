@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -19,7 +20,7 @@ from cast_ray.runtime.results import SweepContext, is_current, read_result, resu
 from cast_ray.runtime.store import ArtifactStore, Listed, committed, read_each
 from cast_ray.runtime.trackers import Trackers
 from cast_ray.stages.cost import CostModel, PlanCost, Size, cost_of
-from cast_ray.stages.graph import NoTeacherError, RowPlan, SweepPlan, plan_sweep
+from cast_ray.stages.graph import NoTeacherError, RowPlan, Stage, SweepPlan, plan_sweep
 from cast_ray.stages.table import Table
 
 MAX_MANIFESTS = 400
@@ -209,13 +210,27 @@ def _memory(request: SweepRequest, whole: SweepPlan, planner: RowPlanner) -> dic
 
     found: dict[str, list[int | None]] = {}
     seen = set(whole.stored)
+    alike: dict[str, int | None] = {}
     for row in whole.rows:
         for stage in row.stages:
-            if stage.kind == "train" and stage.fingerprint not in seen:
-                seen.add(stage.fingerprint)
+            if stage.kind != "train" or stage.fingerprint in seen:
+                continue
+            seen.add(stage.fingerprint)
+            key = _memory_key(stage, row.recipe)
+            if key not in alike:
                 estimate = stage_memory(stage, row.recipe, planner.num_classes(row.recipe))
-                found.setdefault(stage.name, []).append(estimate.total if estimate else None)
+                alike[key] = estimate.total if estimate else None
+                found.setdefault(stage.name, []).append(alike[key])
     return found
+
+
+def _memory_key(stage: Stage, recipe: Recipe) -> str:
+    """Equal for stages of one name that need the same memory: thousands of rows differ in learning rates and the like."""
+    config, train = stage.config, stage.config["train"]
+    part = [stage.name, config["model"], config["contrastive"], config["unlabelled"], config["data"]["image_px"]]
+    part += [train["batch_labelled"], train.get("batch_unlabelled"), train["ema"] > 0]
+    part += [getattr(recipe.stages, stage.name).accumulate, recipe.data.root, recipe.runtime.model_dump()]
+    return json.dumps(part, default=list)
 
 
 def _rows_without_result(sweeps: Sequence[Sweep], whole: SweepPlan) -> list[tuple[SweepContext, RowPlan]]:
