@@ -225,7 +225,7 @@ def _memory(request: SweepRequest, whole: SweepPlan, planner: RowPlanner) -> dic
 
 
 def _memory_key(stage: Stage, recipe: Recipe) -> str:
-    """Equal for stages of one name that need the same memory: thousands of rows differ in learning rates and the like."""
+    """Equal for stages that need the same memory: thousands of rows may differ in learning rates and the like alone."""
     config, train = stage.config, stage.config["train"]
     part = [stage.name, config["model"], config["contrastive"], config["unlabelled"], config["data"]["image_px"]]
     part += [train["batch_labelled"], train.get("batch_unlabelled"), train["ema"] > 0]
