@@ -89,16 +89,22 @@ def _print_cost(preview: Preview, cost: PlanCost, console: Console) -> None:
 
 
 def _memory_line(memory: Mapping[str, Sequence[int | None]]) -> str:
-    """`about 11.2 GiB a worker (distill), 9.0 to 12.4 (refine); adapt not estimated: ...`."""
+    """`about 9.0 GiB to 12.4 GiB a worker (distill), 11.2 GiB (refine); adapt not estimated: ...`."""
     parts = []
     for name, sizes in memory.items():
-        known = [f"{size / GIB:.1f}" for size in sorted(s for s in sizes if s is not None)]
+        known = sorted(size for size in sizes if size is not None)
         if known:
-            parts.append(f"{' to '.join(dict.fromkeys((known[0], known[-1])))} GiB ({name})")
+            ends = dict.fromkeys((_bytes(known[0]), _bytes(known[-1])))
+            parts.append(f"{' to '.join(ends)}{'' if parts else ' a worker'} ({name})")
     unknown = [name for name, sizes in memory.items() if None in sizes]
-    line = ", ".join(parts).replace(" GiB (", " GiB a worker (", 1)
-    left_out = f"{', '.join(unknown)} not estimated: a teacher from checkpoints" if unknown else ""
-    return "; ".join(part for part in (f"about {line}" if line else "", left_out) if part)
+    line = [f"about {', '.join(parts)}"] if parts else []
+    if unknown:
+        line.append(f"{', '.join(unknown)} not estimated: a teacher from checkpoints")
+    return "; ".join(line)
+
+
+def _bytes(number: int) -> str:
+    return f"{number / GIB:.1f} GiB" if number >= GIB else f"{number / 2**20:.0f} MiB"
 
 
 def hours(value: float) -> str:

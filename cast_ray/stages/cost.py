@@ -100,8 +100,8 @@ class CostModel:
         flops = 0.0
         if count_flops and model is not None:
             height, width = stage.config["data"]["image_px"]
-            counted = teacher if "kind" in model else ModelConfig(**model)
-            flops = _forward_flops(counted.model_dump_json(), (height, width))
+            spec = teacher.model_dump_json() if "kind" in model else json.dumps(model, sort_keys=True)
+            flops = _forward_flops(spec, (height, width))
         if not flops:
             return Estimate(0.0, "unknown")
         passes = TRAINING_PASSES * (2 if stage.config.get("contrastive") else 1) if stage.kind == "train" else 1.0
@@ -127,7 +127,6 @@ def cost_of(plan: SweepPlan, model: CostModel, size_of: Callable[[Stage], Size],
         size_of: images of the dataset that a stage runs on.
         count_flops: see `CostModel.estimate`.
     """
-
     stages: dict[str, Mapping[str, Any]] = {f: vars(stage) for f, stage in plan.unique.items()}
     teachers = {stage.fingerprint: row.recipe.teacher for row in plan.rows for stage in row.stages}
     for stage in plan.unique.values():
