@@ -90,7 +90,7 @@ def _print_cost(preview: Preview, cost: PlanCost, console: Console) -> None:
 
 def _memory_line(memory: Mapping[str, Sequence[int | None]]) -> str:
     """`about 9.0 GiB to 12.4 GiB a worker (distill), 11.2 GiB (refine); adapt not estimated: ...`."""
-    parts = []
+    parts: list[str] = []
     for name, sizes in memory.items():
         known = sorted(size for size in sizes if size is not None)
         if known:

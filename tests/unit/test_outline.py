@@ -27,7 +27,7 @@ def test_the_papers_teacher_has_the_papers_parameters() -> None:
 
 def test_names_tell_the_size_and_images_are_resized_by_the_models() -> None:
     teacher = outline_teacher(TeacherConfig(kind="grounded_sam", grounded_sam=SMALL), 8)
-    parts = [count_parameters(part) / 1e6 for part in (teacher.detector, teacher.segmenter)]
+    parts = [count_parameters(teacher.get_submodule(name)) / 1e6 for name in ("detector", "segmenter")]
     assert 150 < parts[0] < 200 and 35 < parts[1] < 50
     once = count_gmacs(teacher, image())
     assert 300 < once < 1000 and count_gmacs(teacher, image(128, 128)) == pytest.approx(once, rel=1e-3)
