@@ -243,7 +243,7 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
         if not key.startswith(("teacher.", "pseudo.")):
             raise ValueError(f"--set {key}: expected a key of `teacher` or `pseudo`")
     kind = {"teacher.kind": arguments.teacher} if arguments.teacher in PUBLISHED else {}
-    return build_recipe("coco", overrides={**threshold, **overrides, **kind, "stages.use_adapt": False})
+    return build_recipe("coco", "full", overrides={**threshold, **overrides, **kind, "stages.use_adapt": False})
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""What each student costs on this device: parameters, operations, latency, throughput, memory, beside the paper's.
+"""What teacher and students cost on this device: parameters, operations, latency, throughput, memory; the paper's.
 
 python sweeps/ablate.py efficiency
 python sweeps/ablate.py efficiency --rows dinov2-s eomt --set "data.image_px=[1024, 2048]"
@@ -28,12 +28,13 @@ from cast_ray.evaluation.efficiency import count_gmacs, count_parameters, measur
 from cast_ray.models.segmenter import build_segmenter, outline
 from cast_ray.recipe import SCALES, Recipe, parse_overrides, preset_names
 from cast_ray.stages.table import load_table
+from cast_ray.teachers.outline import COUNTED, outline_teacher
 
 TABLE, PRESET, SCALE = "student", "cityscapes", "full"
 NUM_CLASSES = 8
 """Cityscapes' thing classes; more of them change the class head alone."""
-PAPER_ROWS = {"dinov2-s": "student"}
-"""Row of ours -> the paper's row of its own efficiency table."""
+TEACHER, STUDENT = "teacher", "dinov2-s"
+"""Rows of ours that are the paper's `teacher` and `student`."""
 GIB = 2**30
 
 
@@ -60,17 +61,21 @@ def main(argv: list[str], console: Console) -> int:
     overrides = parse_overrides(arguments.set)
     recipes = {
         row: table.row_recipe(row, arguments.preset, arguments.scale, overrides=overrides)
-        for row in arguments.rows or table.rows
+        for row in [r for r in arguments.rows or table.rows if r != TEACHER]
     }
+    shared = table.row_recipe(next(iter(recipes), STUDENT), arguments.preset, arguments.scale, overrides=overrides)
     device = pick_device(arguments.device)
     costs = []
     with console.status("") as status:
+        if not arguments.rows or TEACHER in arguments.rows:
+            status.update(f"{TEACHER} on {device}")
+            costs += _teacher_cost(shared, arguments, device)
         for row, recipe in recipes.items():
             status.update(f"{row} on {device}")
             costs.append(_cost(row, recipe, arguments, device))
-    height, width = next(iter(recipes.values())).data.image_px
+    height, width = shared.data.image_px
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    console.print(_grid(costs, f"Students at {height} x {width} px" + ("" if arguments.count_only else f" on {where}")))
+    console.print(_grid(costs, f"At {height} x {width} px" + ("" if arguments.count_only else f" on {where}")))
     console.print(_notes(arguments), highlight=False)
     if arguments.out:
         path = Path(arguments.out)
@@ -85,18 +90,38 @@ def _cost(row: str, recipe: Recipe, arguments: argparse.Namespace, device: torch
     config = recipe.student.model_copy(update={"encoder": bare})
     model = outline(config, NUM_CLASSES)
     model.anneal(1.0)
-    shape = (3, *recipe.data.image_px)
-    counted = Cost(
-        row,
-        count_parameters(model) / 1e6,
-        count_gmacs(model, torch.empty((1, *shape), dtype=torch.uint8, device="meta")),
-    )
+    counted = _counted(row, model, recipe)
     if arguments.count_only:
         return counted
     trained = build_segmenter(config, NUM_CLASSES, seed=0)
     trained.anneal(1.0)
-    measured = measure(trained.eval().to(device), shape, arguments.batch, arguments.repeats, arguments.amp, device)
-    return Cost(row, counted.params_m, counted.gmacs, *measured)
+    return _timed(counted, trained, recipe, arguments, device)
+
+
+def _teacher_cost(recipe: Recipe, arguments: argparse.Namespace, device: torch.device) -> list[Cost]:
+    """The recipe's teacher, on images of the same size as the students; [] where its kind cannot be counted."""
+    if recipe.teacher.kind == "expert":
+        return [_cost(TEACHER, recipe.model_copy(update={"student": recipe.teacher.segmenter}), arguments, device)]
+    if recipe.teacher.kind not in COUNTED:
+        return []
+    counted = _counted(TEACHER, outline_teacher(recipe.teacher, NUM_CLASSES), recipe)
+    if arguments.count_only:
+        return [counted]
+    teacher = outline_teacher(recipe.teacher, NUM_CLASSES, device=str(device))
+    return [_timed(counted, teacher, recipe, arguments, device)]
+
+
+def _counted(row: str, model: nn.Module, recipe: Recipe) -> Cost:
+    images = torch.empty((1, 3, *recipe.data.image_px), dtype=torch.uint8, device="meta")
+    return Cost(row, count_parameters(model) / 1e6, count_gmacs(model, images))
+
+
+def _timed(
+    counted: Cost, model: nn.Module, recipe: Recipe, arguments: argparse.Namespace, device: torch.device
+) -> Cost:
+    shape = (3, *recipe.data.image_px)
+    measured = measure(model.eval().to(device), shape, arguments.batch, arguments.repeats, arguments.amp, device)
+    return Cost(counted.row, counted.params_m, counted.gmacs, *measured)
 
 
 def measure(
@@ -120,15 +145,39 @@ def _grid(costs: list[Cost], title: str) -> Grid:
     for cost in costs:
         cells = (cost.params_m, cost.gmacs, cost.latency_ms, cost.images_per_s, cost.peak_gib)
         grid.add_row(cost.row, *("-" if v is None else f"{v:.3g}" if v < 100 else f"{v:.0f}" for v in cells))
+    if ratio := _ratio(costs):
+        grid.add_row(*ratio, style="bold")
     published = json.loads((resources.files("cast_ray") / "paper" / "tables.json").read_text())["efficiency"]
-    for name, params, gflops, latency, fps in published["rows"]:
-        grid.add_row(f"paper: {name}", str(params), str(gflops), str(latency), str(fps), "-", style="dim")
+    theirs = [Cost(f"paper: {name}", *numbers) for name, *numbers in published["rows"]]
+    for cost in theirs:
+        numbers = (cost.params_m, cost.gmacs, cost.latency_ms, cost.images_per_s)
+        grid.add_row(cost.row, *map(str, numbers), "-", style="dim")
+    grid.add_row(*_ratio(theirs, "paper: "), style="dim")
     return grid
+
+
+def _ratio(costs: list[Cost], prefix: str = "") -> list[str]:
+    """Teacher : student in each column (images/s: student : teacher); [] without both."""
+    by_row = {cost.row: cost for cost in costs}
+    teacher = by_row.get(prefix + TEACHER)
+    student = by_row.get(prefix + ("student" if prefix else STUDENT))
+    if teacher is None or student is None:
+        return []
+    pairs = [
+        (teacher.params_m, student.params_m),
+        (teacher.gmacs, student.gmacs),
+        (teacher.latency_ms, student.latency_ms),
+        (student.images_per_s, teacher.images_per_s),
+        (teacher.peak_gib, student.peak_gib),
+    ]
+    return [f"{prefix}teacher : student", *(f"{a / b:.1f}x" if a and b else "-" for a, b in pairs)]
 
 
 def _notes(arguments: argparse.Namespace) -> str:
     lines = [
         "GMACs: multiply-adds. The paper gives GFLOPs without the image size or the device of its table.",
+        "teacher: published sizes of its checkpoints, one prompt and 20 boxes an image; the detector's side is 800 to",
+        "1333 px, the segmenter's 1024, whatever the image's.",
         "dinov2-s is the paper's student: encoder 22.1 M, reassemble stage 6.2 M, DPT fusion 10.5 M, head 14.5 M. The",
         "paper's 52 M has 22 M for its decoder; it does not give the widths.",
     ]
@@ -143,12 +192,13 @@ def _notes(arguments: argparse.Namespace) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ablate.py efficiency",
-        description="Prints what each student of the table `student` costs on this device. Needs no weights or data.",
+        description="Prints what the preset's teacher and each student of the table `student` cost on this device. "
+        "Needs no weights or data.",
     )
     parser.add_argument("--preset", default=PRESET, help=f"one of {', '.join(preset_names())} (default: %(default)s)")
     parser.add_argument("--scale", default=SCALE, help=f"one of {', '.join(SCALES)} (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
-    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"only these rows, or {TEACHER}")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="autocast")
     parser.add_argument("--batch", type=int, default=4, help="images of the throughput column (default: %(default)s)")

@@ -221,7 +221,8 @@ def import_foundation(
             "version": FOUNDATION_VERSION,
         }
         fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
-        stage = Stage("foundation", "train", {"imported_from": fields}, {}, fingerprint)
+        facts = {"imported_from": fields, "model": config.training_part()}
+        stage = Stage("foundation", "train", facts, {}, fingerprint)
         if dry_run or store.has(stage.key):
             return fingerprint
         size = config.image_px or recipe.data.image_px
@@ -279,7 +280,8 @@ def _import_expert(store: ArtifactStore, folder: str, expected: ModelConfig, cat
     if ModelConfig(**spec["model"]) != expected:
         raise ValueError(f"stages.foundation: the model in {folder!r} is not the recipe's `teacher`: {spec['model']}")
     fingerprint = hashlib.sha256(weights).hexdigest()[:20]
-    stage = Stage("foundation", "train", {"imported_from": folder}, {}, fingerprint)
+    facts = {"imported_from": folder, "model": expected.model_dump()}
+    stage = Stage("foundation", "train", facts, {}, fingerprint)
     if not store.has(stage.key):
         store.add(stage, CONFIG, config)
         store.add(stage, WEIGHTS, weights)

@@ -103,6 +103,10 @@ class RowPlanner:
         chosen = stored_split(self.store, dataset.content_hash, part)
         return Size(len(chosen.unlabelled), dataset.num_images["val"])
 
+    def num_classes(self, recipe: Recipe) -> int:
+        """C of a row's dataset."""
+        return len(self.datasets[_dataset_key(recipe.data)].categories)
+
     def _choose_images(self, key: str, recipes: Sequence[Recipe]) -> None:
         """Stores D_l and D_u of recipes that choose images in a way that is new."""
         new: dict[tuple[str, int, int, bool], Recipe] = {}

@@ -15,6 +15,7 @@ from cast_ray.stages.graph import Stage, SweepPlan
 
 MAX_NAMES = 12
 MAX_USERS = 3
+GIB = 2**30
 MAX_LINES = 60
 """Stages shown one by one; more are shown by name and place, with their number."""
 
@@ -23,7 +24,8 @@ MAX_LINES = 60
 class Preview:
     """What `print_plan` says; the numbers of a dry run.
 
-    titles: one line a table; labels: of each row of the plan, with its table where there are several.
+    titles: one line a table; labels: of each row of the plan, with its table where there are several; memory: name of a
+    train stage -> bytes of one worker of each stage of that name (None: not estimated), where asked for.
     """
 
     plan: SweepPlan
@@ -34,6 +36,7 @@ class Preview:
     cost: PlanCost | None = None
     price_per_hour: float | None = None
     budget_hours: float | None = None
+    memory: Mapping[str, Sequence[int | None]] = field(default_factory=dict)
     tree: bool = True
 
 
@@ -59,6 +62,8 @@ def print_plan(preview: Preview, console: Console) -> None:
     )
     if preview.cost is not None:
         _print_cost(preview, preview.cost, console)
+    if preview.memory:
+        console.print(f"  memory   {_memory_line(preview.memory)}", soft_wrap=True, highlight=False)
     console.print(f"  storage  {preview.storage}", soft_wrap=True)
     if preview.tree:
         console.print(stage_tree(preview), highlight=False)
@@ -81,6 +86,25 @@ def _print_cost(preview: Preview, cost: PlanCost, console: Console) -> None:
     if preview.budget_hours is not None:
         enough = "enough" if cost.to_run_h <= preview.budget_hours else "not enough: what is left is said at the end"
         console.print(f"  budget   {preview.budget_hours:g} device-hours: {enough}")
+
+
+def _memory_line(memory: Mapping[str, Sequence[int | None]]) -> str:
+    """`about 9.0 GiB to 12.4 GiB a worker (distill), 11.2 GiB (refine); adapt not estimated: ...`."""
+    parts: list[str] = []
+    for name, sizes in memory.items():
+        known = sorted(size for size in sizes if size is not None)
+        if known:
+            ends = dict.fromkeys((_bytes(known[0]), _bytes(known[-1])))
+            parts.append(f"{' to '.join(ends)}{'' if parts else ' a worker'} ({name})")
+    unknown = [name for name, sizes in memory.items() if None in sizes]
+    line = [f"about {', '.join(parts)}"] if parts else []
+    if unknown:
+        line.append(f"{', '.join(unknown)} not estimated: a teacher from checkpoints")
+    return "; ".join(line)
+
+
+def _bytes(number: int) -> str:
+    return f"{number / GIB:.1f} GiB" if number >= GIB else f"{number / 2**20:.0f} MiB"
 
 
 def hours(value: float) -> str:

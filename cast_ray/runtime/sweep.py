@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -19,7 +20,7 @@ from cast_ray.runtime.results import SweepContext, is_current, read_result, resu
 from cast_ray.runtime.store import ArtifactStore, Listed, committed, read_each
 from cast_ray.runtime.trackers import Trackers
 from cast_ray.stages.cost import CostModel, PlanCost, Size, cost_of
-from cast_ray.stages.graph import NoTeacherError, RowPlan, SweepPlan, plan_sweep
+from cast_ray.stages.graph import NoTeacherError, RowPlan, Stage, SweepPlan, plan_sweep
 from cast_ray.stages.table import Table
 
 MAX_MANIFESTS = 400
@@ -180,6 +181,7 @@ def _preview(
             cost=_cost(request, whole, planner, listed, store),
             price_per_hour=request.price_per_hour,
             budget_hours=request.budget_hours,
+            memory=_memory(request, whole, planner),
         ),
         console,
     )
@@ -198,6 +200,37 @@ def _cost(
     device = "cuda" if whole.rows[0].recipe.runtime.use_gpu else "cpu"
     asked = request.dry_run or request.price_per_hour is not None or request.budget_hours is not None
     return cost_of(whole, CostModel(manifests, device), lambda stage: sizes[stage.fingerprint], count_flops=asked)
+
+
+def _memory(request: SweepRequest, whole: SweepPlan, planner: RowPlanner) -> dict[str, list[int | None]]:
+    """Bytes of one worker of each train stage to run, by name; {} unless the user asked or takes a GPU."""
+    if not request.dry_run and not any(row.recipe.runtime.use_gpu for row in whole.rows):
+        return {}
+    from cast_ray.stages.train import stage_memory  # torch
+
+    found: dict[str, list[int | None]] = {}
+    seen = set(whole.stored)
+    alike: dict[str, int | None] = {}
+    for row in whole.rows:
+        for stage in row.stages:
+            if stage.kind != "train" or stage.fingerprint in seen:
+                continue
+            seen.add(stage.fingerprint)
+            key = _memory_key(stage, row.recipe)
+            if key not in alike:
+                estimate = stage_memory(stage, row.recipe, planner.num_classes(row.recipe))
+                alike[key] = estimate.total if estimate else None
+                found.setdefault(stage.name, []).append(alike[key])
+    return found
+
+
+def _memory_key(stage: Stage, recipe: Recipe) -> str:
+    """Equal for stages that need the same memory: thousands of rows may differ in learning rates and the like alone."""
+    config, train = stage.config, stage.config["train"]
+    part = [stage.name, config["model"], config["contrastive"], config["unlabelled"], config["data"]["image_px"]]
+    part += [train["batch_labelled"], train.get("batch_unlabelled"), train["ema"] > 0]
+    part += [getattr(recipe.stages, stage.name).accumulate, recipe.data.root, recipe.runtime.model_dump()]
+    return json.dumps(part, default=list)
 
 
 def _rows_without_result(sweeps: Sequence[Sweep], whole: SweepPlan) -> list[tuple[SweepContext, RowPlan]]:

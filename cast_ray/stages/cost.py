@@ -2,7 +2,8 @@
 
 A manifest says how long its stage held its devices. A stage to come is compared with those of the same kind, device,
 model, input size and batch (measured); failing that, of the same model and input size, per image (scaled); failing
-that its floating-point operations are counted on tensors without storage and divided by an assumed speed (estimated).
+that its floating-point operations are counted on tensors without storage and divided by an assumed speed (estimated):
+of a teacher from checkpoints those of the published size that their names tell, fetched or not.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from cast_ray.recipe import ModelConfig
+from cast_ray.recipe import ModelConfig, TeacherConfig
 from cast_ray.stages.graph import Stage, SweepPlan
 
 Source = Literal["measured", "scaled", "estimated", "unknown"]
@@ -64,7 +65,7 @@ class CostModel:
             if not str(manifest.get("device") or device).startswith(device):
                 continue
             device_s = (manifest["stage_seconds"] + (manifest.get("startup_seconds") or 0.0)) * manifest["num_workers"]
-            model = _model_of(manifest, lambda fingerprint: past.get(fingerprint, {}).get("config"))
+            model = _model_of(manifest, past.get)
             count = manifest["steps"] or _images_seen(manifest)
             if not count:
                 continue
@@ -74,24 +75,33 @@ class CostModel:
             self.scaled.setdefault(_scaled_key(kind, config, model), []).append(device_s / images)
 
     def estimate(
-        self, stage: Stage, size: Size, config_of: Callable[[str], dict[str, Any] | None], count_flops: bool = True
+        self,
+        stage: Stage,
+        size: Size,
+        find: Callable[[str], Mapping[str, Any] | None],
+        teacher: TeacherConfig,
+        count_flops: bool = True,
     ) -> Estimate:
         """What one stage costs; `unknown` and 0 where nothing like it has run and its model cannot be counted.
 
         Args:
             size: of the dataset it runs on.
-            config_of: fingerprint -> config of the stages of the plan, for the model that a stage without one runs.
+            find: fingerprint -> config and parents of a stage of the plan, for the model that a stage without one runs.
+            teacher: of its row, for the size of a teacher from checkpoints.
             count_flops: False: do not, which saves loading torch.
         """
-        model = _model_of(vars(stage), config_of)
+        model = _model_of(vars(stage), find)
         count = stage.steps or (size.num_unlabelled if stage.kind == "label" else _to_evaluate(stage, size))
         images = count * (_batch(stage.config) if stage.kind == "train" else 1)
         if seen := self.exact.get(_exact_key(stage.kind, stage.config, model)):
             return Estimate(statistics.median(seen) * count, "measured")
         if seen := self.scaled.get(_scaled_key(stage.kind, stage.config, model)):
             return Estimate(statistics.median(seen) * images, "scaled")
-        spec = json.dumps(model, sort_keys=True)
-        flops = _forward_flops(spec, tuple(stage.config["data"]["image_px"])) if count_flops else 0.0
+        flops = 0.0
+        if count_flops and model is not None:
+            height, width = stage.config["data"]["image_px"]
+            spec = teacher.model_dump_json() if "kind" in model else json.dumps(model, sort_keys=True)
+            flops = _forward_flops(spec, (height, width))
         if not flops:
             return Estimate(0.0, "unknown")
         passes = TRAINING_PASSES * (2 if stage.config.get("contrastive") else 1) if stage.kind == "train" else 1.0
@@ -117,12 +127,17 @@ def cost_of(plan: SweepPlan, model: CostModel, size_of: Callable[[Stage], Size],
         size_of: images of the dataset that a stage runs on.
         count_flops: see `CostModel.estimate`.
     """
-
-    def config_of(fingerprint: str) -> dict[str, Any] | None:
-        stage = plan.unique.get(fingerprint)
-        return stage.config if stage else None
-
-    by_stage = {f: model.estimate(stage, size_of(stage), config_of, count_flops) for f, stage in plan.unique.items()}
+    stages: dict[str, Mapping[str, Any]] = {f: vars(stage) for f, stage in plan.unique.items()}
+    teachers = {stage.fingerprint: row.recipe.teacher for row in plan.rows for stage in row.stages}
+    for stage in plan.unique.values():
+        for parent in stage.parents.values():
+            if parent not in stages:  # what is imported is no stage
+                part = teachers[stage.fingerprint].training_part()
+                stages[parent] = {"config": {"model": part}, "parents": {}, "fingerprint": parent}
+    by_stage = {
+        f: model.estimate(stage, size_of(stage), stages.get, teachers[f], count_flops)
+        for f, stage in plan.unique.items()
+    }
     to_run = [by_stage[stage.fingerprint] for stage in plan.to_run]
     return PlanCost(
         to_run_h=sum(e.device_s for e in to_run) / 3600,
@@ -132,12 +147,16 @@ def cost_of(plan: SweepPlan, model: CostModel, size_of: Callable[[Stage], Size],
     )
 
 
-def _model_of(stage: Mapping[str, Any], config_of: Callable[[str], dict[str, Any] | None]) -> dict[str, Any] | None:
-    """The model that a stage runs: its own, or that of the parent it labels or evaluates with."""
-    if "model" in stage["config"]:
-        return stage["config"]["model"]
-    parent = stage["parents"].get("teacher") or stage["parents"].get("model") or ""
-    return (config_of(parent) or {}).get("model")
+def _model_of(stage: Mapping[str, Any], find: Callable[[str], Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """The model that a stage runs: its own, or that of the parent it labels or evaluates with.
+
+    Of a teacher from checkpoints also which ones: its part of the recipe does not say how large they are.
+    """
+    model = stage["config"].get("model")
+    if model is not None:
+        return model | {"init": stage["parents"].get("init", stage["fingerprint"])} if "kind" in model else model
+    parent = find(stage["parents"].get("teacher") or stage["parents"].get("model") or "")
+    return None if parent is None else _model_of(parent, find)
 
 
 def _batch(config: Mapping[str, Any]) -> int:
@@ -170,17 +189,23 @@ def _to_evaluate(stage: Stage, size: Size) -> int:
 
 @cache
 def _forward_flops(model: str, image_px: tuple[int, int]) -> float:
-    """Operations of one image's forward pass; 0 where the model is not known or cannot be built here."""
-    spec = json.loads(model)
-    if spec is None:
-        return 0.0
+    """Operations of one image's forward pass; 0 where they cannot be counted.
+
+    Args:
+        model: a ModelConfig, or the TeacherConfig of a teacher from checkpoints, as JSON.
+    """
     import torch  # seconds to load, and needed only where nothing was ever measured
 
     from cast_ray.evaluation.efficiency import count_gmacs
     from cast_ray.models.segmenter import outline
+    from cast_ray.teachers.outline import outline_teacher
 
+    spec = json.loads(model)
     try:
-        image = torch.zeros(1, 3, *image_px, dtype=torch.uint8, device="meta")
-        return 2e9 * count_gmacs(outline(ModelConfig(**spec), NUM_KINDS), image)
-    except (OSError, ValueError, NotImplementedError):  # weights that are not here, an operation without a meta kernel
+        if "kind" in spec:
+            counted = outline_teacher(TeacherConfig(**spec), NUM_KINDS)
+        else:
+            counted = outline(ModelConfig(**spec), NUM_KINDS)
+        return 2e9 * count_gmacs(counted, torch.zeros(1, 3, *image_px, dtype=torch.uint8, device="meta"))
+    except (OSError, ValueError, NotImplementedError):  # a kind that is not counted, an operation without a meta kernel
         return 0.0

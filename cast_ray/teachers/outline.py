@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,35 +19,33 @@ from transformers import (
     PreTrainedModel,
     Sam2Config,
     Sam2Model,
-    Sam3Config,
-    Sam3Model,
     SwinConfig,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from cast_ray.models.segmenter import outline
 from cast_ray.recipe import TeacherConfig
 from cast_ray.teachers.box_segmenter import BoxSegmenter
 from cast_ray.teachers.checkpoints import quiet_transformers
 from cast_ray.teachers.detector import TextDetector
 from cast_ray.teachers.mask_transformer import MaskTransformer
 from cast_ray.teachers.prompts import Prompt
-from cast_ray.teachers.sam3 import PROMPT_TOKENS, PromptedSam3
 
+COUNTED = ("grounded_sam", "mask2former")
+"""Kinds of teachers that can be built without their checkpoints."""
 NUM_BOXES = 20
 """Of an image: what the segmenter's share is counted with."""
 TOKENS_PER_CLASS = 2
-SWIN_L = {"embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48], "window_size": 12, "image_size": 384}
-HIERA_L = {
-    "model_type": "sam2_hiera_det_model",
-    "hidden_size": 144,
-    "num_attention_heads": 2,
-    "blocks_per_stage": [2, 6, 36, 4],
-    "embed_dim_per_stage": [144, 288, 576, 1152],
-    "num_attention_heads_per_stage": [2, 4, 8, 16],
-    "window_size_per_stage": [8, 4, 16, 8],
-    "global_attention_blocks": [23, 33, 43],
+SWIN: dict[str, dict[str, Any]] = {
+    "tiny": {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], "window_size": 7},
+    "base": {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 12},
+    "large": {"embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48], "window_size": 12},
 }
+HIERA: dict[str, tuple[int, int, list[int], list[int], list[int]]] = {
+    "tiny": (96, 1, [1, 2, 7, 2], [8, 4, 14, 7], [5, 7, 9]),
+    "small": (96, 1, [1, 2, 11, 2], [8, 4, 14, 7], [7, 10, 13]),
+    "base": (112, 2, [2, 3, 16, 3], [8, 4, 14, 7], [12, 16, 20]),
+    "large": (144, 2, [2, 6, 36, 4], [8, 4, 16, 8], [23, 33, 43]),
+}
+"""Width and heads of the first stage (doubled by each further one), blocks, windows, blocks with global attention."""
 # What a model takes of its image processor and tokenizer.
 _PROCESSOR = SimpleNamespace(
     image_mean=[0.5] * 3, image_std=[0.5] * 3, size={"shortest_edge": 800, "longest_edge": 1333}
@@ -53,26 +54,32 @@ _TOKENIZER = SimpleNamespace(cls_token_id=101, sep_token_id=102, convert_tokens_
 
 
 def outline_teacher(config: TeacherConfig, num_classes: int, device: str = "meta") -> nn.Module:
-    """A teacher of the recipe's kind at the size of its published checkpoint, with random weights.
+    """A teacher from checkpoints at the size of the published ones, with random weights.
 
-    Its forward pass over uint8 [B, 3, H, W] does the work of labelling: for `grounded_sam` one prompt and NUM_BOXES
-    boxes an image, for `sam3` one question a class.
+    The checkpoints are not looked at: the size is the word of their names (tiny, small, base or large; large where
+    there is none). A forward pass over uint8 [B, 3, H, W] does the work of labelling; of `grounded_sam` with one prompt
+    and NUM_BOXES boxes an image.
 
     Args:
-        config: its kind; of an expert the architecture.
+        config: its kind, one of COUNTED.
         num_classes: C.
         device: meta: shapes alone.
 
     Raises:
-        ValueError: an ensemble, whose cost is the sum of its members'.
+        ValueError: an expert, which is a segmenter; sam3, whose forward pass needs the values of its tensors; an
+            ensemble.
     """
-    if config.kind == "expert":
-        return outline(config.segmenter, num_classes)
-    if config.kind == "ensemble":
-        raise ValueError("teacher.kind is ensemble: its cost is the sum of its members': expected one of them")
-    kinds: dict[str, Any] = {"grounded_sam": _GroundedSam, "sam3": _Sam3, "mask2former": _mask2former}
+    if config.kind not in COUNTED:
+        raise ValueError(f"teacher.kind is {config.kind}: expected {' or '.join(COUNTED)}")
+    build = _GroundedSam if config.kind == "grounded_sam" else _mask2former
     with torch.device(device), quiet_transformers():
-        return kinds[config.kind](num_classes).to(device).eval()
+        return build(config, num_classes).to(device).eval()
+
+
+def _size(checkpoint: str, sizes: dict[str, Any]) -> Any:
+    """What a checkpoint's name says; the hub's own names have one of these words."""
+    name = checkpoint.rstrip("/").rpartition("/")[2]
+    return sizes[next((word for word in sizes if word in name), "large")]
 
 
 def _build(kind: type[PreTrainedModel], settings: Any) -> PreTrainedModel:
@@ -82,58 +89,81 @@ def _build(kind: type[PreTrainedModel], settings: Any) -> PreTrainedModel:
     return model
 
 
-class _GroundedSam(nn.Module):
-    """MM-Grounding-DINO Swin-L and SAM2.1-L."""
+@contextmanager
+def _unchecked() -> Iterator[None]:
+    """Without transformers' checks of tensors' values, of which tensors on the meta device have none."""
+    name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
-    def __init__(self, num_classes: int):
+
+class _GroundedSam(nn.Module):
+    """MM-Grounding-DINO with Swin and SAM2 with Hiera. Of Swin-L the detector takes the finest stage too."""
+
+    def __init__(self, config: TeacherConfig, num_classes: int):
         super().__init__()
+        names = config.grounded_sam
+        swin = _size(names.detector, SWIN)
+        stages = [1, 2, 3, 4] if swin is SWIN["large"] else [2, 3, 4]
         settings = MMGroundingDinoConfig(
-            backbone_config=SwinConfig(**SWIN_L, out_indices=[1, 2, 3, 4]),
+            backbone_config=SwinConfig(**swin, image_size=384, out_indices=stages),
             text_config=BertConfig(),
-            num_feature_levels=5,
+            num_feature_levels=len(stages) + 1,
             decoder_bbox_embed_share=False,
             decoder_cls_embed_share=False,
         )
         detector = _build(MMGroundingDinoForObjectDetection, settings)
         self.detector = TextDetector(detector, _TOKENIZER, _PROCESSOR, "teacher")
-        vision = {"backbone_config": HIERA_L, "backbone_channel_list": [1152, 576, 288, 144]}
+        vision = _hiera(*_size(names.segmenter, HIERA))
         sam2 = Sam2Config(vision_config=vision, prompt_encoder_config={}, mask_decoder_config={})
         self.segmenter = BoxSegmenter(_build(Sam2Model, sam2), _PROCESSOR)
         self.num_tokens = 2 + num_classes * (TOKENS_PER_CLASS + 1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Mask logits [B NUM_BOXES, h, w]."""
         device = images.device
         ids = torch.full((self.num_tokens,), 2000, device=device)
-        prompt = Prompt(ids, torch.zeros(0, self.num_tokens, device=device), torch.zeros(0, device=device))
-        out, text_mask = self.detector._run(self.detector.training_pixels(images), None, prompt)
-        boxes = self.detector._layers(out, text_mask, last_only=True)[1][-1][:, :NUM_BOXES]
+        prompt = Prompt(
+            ids, torch.zeros(0, self.num_tokens, device=device), torch.zeros(0, dtype=torch.int64, device=device)
+        )
+        with _unchecked():
+            found, _ = self.detector(images, prompt, 1)
+        boxes = found.boxes[-1][:, :NUM_BOXES]
         image = torch.arange(len(images), device=device).repeat_interleave(NUM_BOXES)
         return self.segmenter.masks(self.segmenter.embed(list(images)), image, boxes.flatten(0, 1))[0]
 
 
-class _Sam3(nn.Module):
-    def __init__(self, num_classes: int):
-        super().__init__()
-        self.sam3 = PromptedSam3(_build(Sam3Model, Sam3Config()), None, _PROCESSOR)
-        self.num_classes = num_classes
+def _hiera(width: int, heads: int, blocks: list[int], windows: list[int], global_blocks: list[int]) -> dict[str, Any]:
+    """SAM2's vision encoder."""
+    widths = [width * 2**stage for stage in range(4)]
+    backbone = {
+        "model_type": "sam2_hiera_det_model",
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "blocks_per_stage": blocks,
+        "embed_dim_per_stage": widths,
+        "num_attention_heads_per_stage": [heads * 2**stage for stage in range(4)],
+        "window_size_per_stage": windows,
+        "global_attention_blocks": global_blocks,
+    }
+    return {"backbone_config": backbone, "backbone_channel_list": widths[::-1]}
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        device = images.device
-        ids = torch.zeros((self.num_classes, PROMPT_TOKENS), dtype=torch.int64, device=device)
-        mask = torch.ones_like(ids)
-        text = self.sam3.model.get_text_features(input_ids=ids, attention_mask=mask)
-        assert isinstance(text, BaseModelOutputWithPooling) and text.pooler_output is not None
-        image = torch.arange(len(images), device=device).repeat_interleave(self.num_classes)
-        words = torch.arange(self.num_classes, device=device).repeat(len(images))
-        return self.sam3.ask(self.sam3.see(list(images)), (text.pooler_output, mask), image, words).masks
 
-
-def _mask2former(num_classes: int) -> nn.Module:
-    """Mask2Former Swin-L of 200 queries."""
+def _mask2former(config: TeacherConfig, num_classes: int) -> nn.Module:
+    """Mask2Former with Swin; of Swin-L the published ones have 200 queries."""
     stages = ["stage1", "stage2", "stage3", "stage4"]
     labels = {i: str(i) for i in range(num_classes)}
+    swin = _size(config.mask_transformer.checkpoint, SWIN)
     settings = Mask2FormerConfig(
-        backbone_config=SwinConfig(**SWIN_L, out_features=stages), num_queries=200, id2label=labels
+        backbone_config=SwinConfig(**swin, image_size=384, out_features=stages),
+        num_queries=200 if swin is SWIN["large"] else 100,
+        id2label=labels,
     )
     model = _build(Mask2FormerForUniversalSegmentation, settings)
     return MaskTransformer(model, _PROCESSOR, [[i] for i in range(num_classes)])

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import ray
 import yaml
 from dataset_folders import write_ade20k, write_cityscapes
 
+from cast_ray.recipe import build_recipe
+from cast_ray.runtime import sweep
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.sweep import sweep_name
+from cast_ray.stages.graph import plan, plan_sweep
 from cast_ray.stages.table import table_names
 from sweeps import ablate
 
@@ -94,6 +99,33 @@ def test_what_is_stored_is_shown(dry_run: DryRun, tmp_path: Path) -> None:
     # Of the teacher's other stages one does the same work a step, and three the same an image.
     assert "25 estimated, 1 measured, 3 scaled" in line(output, "devices")
     assert "at 2.5 a device-hour" in line(output, "cost")
+
+
+def test_the_plan_says_what_a_worker_needs(dry_run: DryRun) -> None:
+    wide = ["--set", "stages.distill.batch_labelled=64", "--set", "stages.distill.batch_unlabelled=64"]
+    output = dry_run("losses", *SMALL, *wide)
+    (words,) = re.findall(r"about (.*)", line(output, "memory"))
+    assert words.count("a worker") == 1 and "not estimated" not in words
+    ((low, high),) = re.findall(r"(\d+) MiB to (\d+) MiB \(distill\)", words)
+    assert float(high) > 1.5 * float(low)  # of the rows without and with D_u
+    assert re.search(r"\d MiB a worker \(pretrain\)", words) and "(refine)" in words
+
+
+def test_the_papers_experiment_is_planned_without_a_hub(dry_run: DryRun, tmp_path: Path) -> None:
+    root = write_cityscapes(tmp_path / "data", 16, 4)
+    output = dry_run("main", "--preset", "cityscapes", "--set", f"data.root={root}")
+    assert "device-hours to run" in line(output, "devices") and "left out" not in line(output, "devices")
+    assert "GiB a worker (distill)" in line(output, "memory")
+    assert line(output, "memory").endswith("adapt, selftrain not estimated: a teacher from checkpoints")
+
+
+def test_small_runs_do_not_count_memory() -> None:
+    request, recipe = Mock(dry_run=False), build_recipe("shapes", "smoke")
+    planned = plan_sweep([plan(recipe, "h")], ())
+    planner = Mock(num_classes=Mock(return_value=4))
+    assert sweep._memory(request, planned, planner) == {}
+    on_gpu = plan_sweep([plan(build_recipe("shapes", "smoke", {"runtime.use_gpu": True}), "h")], ())
+    assert set(sweep._memory(request, on_gpu, planner)) == {"pretrain", "adapt", "selftrain", "distill", "refine"}
 
 
 def test_ten_thousand_rows_are_summarised(dry_run: DryRun, tmp_path: Path) -> None:

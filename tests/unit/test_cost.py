@@ -103,3 +103,49 @@ def test_a_plan_adds_up() -> None:
     alone = sum(by_hand[f] for r in rows for f in {s.fingerprint for s in r.stages})
     assert cost.from_scratch_h * 3600 == pytest.approx(alone)
     assert sum(cost.sources.values()) == len(whole.to_run)
+
+
+FROM_CHECKPOINTS = {"teacher.kind": "grounded_sam"}
+
+
+def foundation_row(fingerprint: str = "f", **overrides: Any) -> RowPlan:
+    recipe = build_recipe("shapes", "smoke", FROM_CHECKPOINTS | overrides)
+    return plan(recipe, "0" * 64, row="row", foundation=fingerprint)
+
+
+def test_teachers_from_checkpoints_are_counted_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[str] = []
+
+    def count(model: str, image_px: tuple[int, int]) -> float:
+        counted.append(model)
+        return 50e12 if "grounded_sam" in model and '"kind"' in model else 25e9
+
+    monkeypatch.setattr(cost_module, "_forward_flops", count)
+    found = estimates(plan_sweep([foundation_row()], ()), CostModel([], "cpu"))
+    assert {e.source for e in found.values()} == {"estimated"}
+    assert found["label-adapted"].device_s == pytest.approx(36 * 50e12 / 25e9)
+    assert found["distill"].device_s < found["adapt"].device_s / 100
+    assert any("mm_grounding_dino_large_all" in model for model in counted)
+
+
+def test_zero_shot_labels_are_counted_as_their_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost_module, "_forward_flops", lambda model, _: 1e12 * ('"kind"' in model))
+    row = foundation_row(**{"stages.use_adapt": "false"})
+    found = estimates(plan_sweep([row], ()), CostModel([], "cpu"))
+    assert found["label-teacher"].device_s == pytest.approx(36 * 1e12 / 25e9)
+
+
+def test_time_of_other_checkpoints_does_not_count() -> None:
+    imported = {"kind": "train", "fingerprint": "f", "parents": {}}
+    imported |= {"config": {"model": foundation_row().recipe.teacher.training_part()}}
+    past = CostModel([imported, *history(foundation_row())], "cpu")
+    same = estimates(plan_sweep([foundation_row(seed="7")], ()), past, count_flops=False)
+    assert {e.source for e in same.values()} == {"measured"}
+    other = estimates(plan_sweep([foundation_row("g")], ()), past, count_flops=False)
+    assert {other[name].source for name in ("adapt", "selftrain", "label-adapted", "label-teacher")} == {"unknown"}
+    assert other["distill"].source == "measured"
+
+
+def test_a_kind_that_cannot_be_counted_is_unknown() -> None:
+    found = estimates(plan_sweep([foundation_row(**{"teacher.kind": "sam3"})], ()), CostModel([], "cpu"))
+    assert found["adapt"].source == "unknown" and found["distill"].source == "estimated"

@@ -68,7 +68,16 @@ def test_the_command_counts_full_size_models(tmp_path: Path, capsys: pytest.Capt
     rows = {row["row"]: row for row in json.loads(out.read_text())["rows"]}
     assert rows["dinov2-s"]["params_m"] == pytest.approx(53.1, abs=0.1)  # the paper: 52
     assert rows["eomt"]["gmacs"] < 0.6 * rows["dinov2-s"]["gmacs"]
-    assert rows["eomt"]["latency_ms"] is None
+    assert rows["eomt"]["latency_ms"] is None and "teacher" not in rows
+
+
+def test_the_papers_teacher_stands_beside_its_student(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ablate.main(["efficiency", "--count-only", "--rows", "teacher", "dinov2-s"]) == 0
+    lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    cells = {line[1].strip(): line[2:4] for line in lines}
+    assert int(cells["teacher"][0]) == pytest.approx(568, rel=0.02)  # the paper's
+    ours, theirs = (float(cells[f"{who}teacher : student"][0].strip(" x")) for who in ("", "paper: "))
+    assert ours == pytest.approx(theirs, rel=0.05) and theirs == 10.9
 
 
 def test_the_command_times_small_ones(capsys: pytest.CaptureFixture[str]) -> None:

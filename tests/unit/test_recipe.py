@@ -54,6 +54,21 @@ def test_smoke_needs_no_download(preset: str) -> None:
     assert all(getattr(recipe.stages, s).steps <= 4 for s in ("pretrain", "adapt", "selftrain", "distill", "refine"))
 
 
+@pytest.mark.parametrize("scale", ["demo", "full"])
+@pytest.mark.parametrize("preset", ["cityscapes", "ade20k", "coco"])
+def test_the_papers_teacher_is_adapted_as_it_says(preset: str, scale: str) -> None:
+    recipe = build_recipe(preset, scale)
+    teacher, sizes = recipe.teacher, ("tiny", "small") if (preset, scale) == ("coco", "demo") else ("large", "large")
+    assert teacher.kind == "grounded_sam" and recipe.stages.use_adapt and recipe.stages.pretrain.steps == 0
+    names = teacher.checkpoint_fields().values()
+    assert [size in name for size, name in zip(sizes, names, strict=True)] == [True, True]
+    for stage in (recipe.stages.adapt, recipe.stages.selftrain):
+        assert (stage.lr, stage.weight_decay, stage.clip_norm, stage.encoder_lr_factor) == (5e-5, 0.01, 0.1, 0.1)
+        assert stage.lr * teacher.grounded_sam.segmenter_lr_factor == pytest.approx(5e-6)
+        assert (stage.batch_labelled + stage.batch_unlabelled * (stage is recipe.stages.selftrain)) == 8
+    assert build_recipe(preset, "smoke").teacher.kind == "expert"
+
+
 def test_scales_differ_in_size_and_not_in_method() -> None:
     smoke, demo, full = (build_recipe("shapes", scale) for scale in SCALES)
     assert smoke.stages.distill.steps < demo.stages.distill.steps < full.stages.distill.steps
@@ -275,7 +290,7 @@ def test_a_teacher_that_cannot_be_is_refused(overrides: dict[str, str], message:
 def test_an_ensemble_lists_its_members_checkpoints() -> None:
     overrides = {"teacher.kind": "ensemble", "stages.use_adapt": "false"}
     overrides |= {"teacher.ensemble.members": "[sam3, grounded_sam, runs/t]"}
-    assert build_recipe("coco", overrides=overrides).teacher.checkpoint_fields() == {
+    assert build_recipe("coco", "full", overrides).teacher.checkpoint_fields() == {
         "teacher.sam3.checkpoint": "facebook/sam3",
         "teacher.grounded_sam.detector": "openmmlab-community/mm_grounding_dino_large_all",
         "teacher.grounded_sam.segmenter": "facebook/sam2.1-hiera-large",
