@@ -124,6 +124,12 @@ def _progress_notes(report: Report) -> list[str]:
             f"WARNING: no pseudo-label at all from {', '.join(sorted(empty))}: nothing reached pseudo.score_threshold; "
             "rows that learn from pseudo-labels learnt nothing from them."
         )
+    bad = {s["name"]: s for r in report.results for s in r.get("stages") or [] if s.get("num_skipped")}
+    notes += [
+        f"WARNING: {name} left out {s['num_skipped']} of {s['num_skipped'] + s['num_images']} unlabelled images that "
+        f"it could not read, first: {s['skipped'][0]}."
+        for name, s in bad.items()
+    ]
     return notes
 
 

@@ -207,6 +207,10 @@ def test_skipped_images_and_missing_pseudo_labels_are_said(tmp_path: Path) -> No
     report = report_of(tmp_path, results)
     assert report.context["dataset"].endswith("4 classes; 3 images left out")
     assert any("no pseudo-label at all from label" in note for note in report.notes)
+    skipped = ["a.png: the file is empty", "b.png: cut off"]
+    results[1]["stages"][1] |= {"num_images": 38, "num_skipped": 2, "skipped": skipped}
+    (note,) = [n for n in report_of(tmp_path, results).notes if "left out" in n]
+    assert "left out 2 of 40 unlabelled images that it could not read, first: a.png: the file is empty." in note
 
 
 def test_a_run_without_a_finished_row_still_reports(tmp_path: Path) -> None:
