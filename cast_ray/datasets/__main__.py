@@ -48,6 +48,8 @@ def inspect(arguments: argparse.Namespace, console: Console) -> None:
     Raises:
         ValueError: the folder is no dataset; what a run would refuse for too many bad files is shown and said.
     """
+    if arguments.images < 1:
+        raise ValueError(f"--images {arguments.images}: expected at least 1")
     root = absolute(arguments.root)
     kind = arguments.format or guess_format(root)
     overrides: dict[str, Any] = {"data.root": root, **parse_overrides(arguments.set)}

@@ -96,6 +96,7 @@ CONTRASTIVE_PRESETS: dict[str, dict[str, Any]] = {
         "normalise": "l2",
         "scope": "batch",
         "gather": True,
+        "estimator": "sampled",
         "temperature_end": None,
         "hinge": None,
         "strong_grad": True,

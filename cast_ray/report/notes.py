@@ -37,6 +37,7 @@ def context_of(results: Sequence[Result]) -> dict[str, str]:
         context["AP"] = " and ".join(AP_NAMES.get(kind, kind) for kind in sorted(kinds))
     if with_data := [r for r in results if r.get("dataset")]:
         context["dataset"] = _dataset_text(with_data)
+        context["label split"] = _splits_text([r["dataset"]["split"] for r in with_data if r["dataset"].get("split")])
         hashes = dict.fromkeys(str(r["dataset"]["content_hash"]) for r in with_data if r["dataset"].get("content_hash"))
         context["data hash"] = ", ".join(h[:16] for h in hashes)
     return {key: text for key, text in context.items() if text}
@@ -75,6 +76,22 @@ def _dataset_text(results: Sequence[Result]) -> str:
     if not skipped.get("skipped"):
         return text
     return f"{text}; {skipped.get('skipped_statement') or str(skipped['skipped']) + ' unusable skipped'}"
+
+
+def _splits_text(splits: Sequence[dict[str, Any]]) -> str:
+    """How labelled images were chosen, each way once: `nested 10 %; 6 unlabelled images of the extra pool`."""
+    text = _named(list(dict.fromkeys(_split_text(split) for split in splits)))
+    extra = max((split["num_extra"] for split in splits), default=0)
+    return text + (f"; {extra} unlabelled images of the extra pool" if extra else "")
+
+
+def _split_text(split: dict[str, Any]) -> str:
+    text = f"{split['family']} {100 * split['fraction']:.3g} %"
+    if "min_per_class" in split:
+        text += f" with at least {split['min_per_class']} images of each class"
+    if "label_list" in split:
+        text += f" ({split['label_list']}, sha256 {split['label_list_sha256'][:12]})"
+    return text
 
 
 def notes_of(report: Report) -> list[str]:
@@ -124,6 +141,12 @@ def _progress_notes(report: Report) -> list[str]:
             f"WARNING: no pseudo-label at all from {', '.join(sorted(empty))}: nothing reached pseudo.score_threshold; "
             "rows that learn from pseudo-labels learnt nothing from them."
         )
+    bad = {s["name"]: s for r in report.results for s in r.get("stages") or [] if s.get("num_skipped")}
+    notes += [
+        f"WARNING: {name} left out {s['num_skipped']} of {s['num_skipped'] + s['num_images']} unlabelled images that "
+        f"it could not read, first: {s['skipped'][0]}."
+        for name, s in bad.items()
+    ]
     return notes
 
 

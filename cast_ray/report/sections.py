@@ -77,7 +77,7 @@ def learning_section(report: Report, folder: Path) -> Section | None:
 def audit_section(report: Report, folder: Path) -> Section | None:
     """How good the pseudo-labels were against the hidden ground truth, where results hold the audit."""
     sheet = folder / WORST_SHEET
-    caption = "Unlabelled images with most wrong pseudo-labels, and their hidden ground truth"
+    caption = "Unlabelled images with most wrong or missing pseudo-labels, and their hidden ground truth"
     picture = Picture(caption, sheet) if sheet.is_file() else None
     grids = [_audit_grid(report, audit_table, True), _audit_grid(report, coverage_table)]
     return section("Pseudo-labels", [audit_curves(report), *grids, picture])

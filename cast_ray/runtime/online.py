@@ -2,18 +2,16 @@
 
 A Data task of the student's stream reads its images, sends the unlabelled ones (weak, uncropped, fitted as in the
 offline job) to a teacher actor, waits, and crops what comes back with the images. The teachers are plain actors that
-all streams
-of a stage share, not an actor pool of each stream: every Train worker has a stream of its own, and each pool would hold
-teachers of its own. So nothing is decoded twice and no pixels pass through the object store but on their way to the
-teacher; and as a task asks for one group of images at a time, there are never more requests than tasks
+all streams of a stage share, not an actor pool of each stream: every Train worker has a stream of its own, and each
+pool would hold teachers of its own. So nothing is decoded twice and no pixels pass through the object store but on
+their way to the teacher; and as a task asks for one group of images at a time, there are never more requests than tasks
 (`budget.tasks_per_stream` of each worker): a student that is slow holds its teachers back.
 
 Self-training as a mean teacher (`labels.refresh_steps` = N) needs a rule that does not depend on who is faster. Steps
 are cut into windows of N. A window is labelled by the weight average of the model as it stood one window before the
-window's
-start: steps 0..2N-1 by theta_T', steps 2N..3N-1 by the average after step N, and so on. Teachers may thus work a whole
-window ahead, and whenever a label is asked for, its teacher's weights exist or will be made without it: nothing can
-wait for itself. Weights are published by rank 0 and kept in the store until the stage ends, so that a resumed stage
+window's start: steps 0..2N-1 by theta_T', steps 2N..3N-1 by the average after step N, and so on. Teachers may thus work
+a whole window ahead, and whenever a label is asked for, its teacher's weights exist or will be made without it: nothing
+can wait for itself. Weights are published by rank 0 and kept in the store until the stage ends, so that a resumed stage
 labels as if it had not stopped.
 """
 

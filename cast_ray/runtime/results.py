@@ -18,6 +18,7 @@ METRICS, RESULTS, MATCHES = "metrics.json", "results.json", "matches.npz"
 """Files of an evaluation."""
 AUDIT = "audit.json"
 """File of a labelling stage."""
+MAX_SKIPPED_NAMED = 20
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[
                     k: facts.get(k)
                     for k in ("seconds", "stage_seconds", "startup_seconds", "images_per_s", "resumed_at_step")
                 },
-                **{k: facts[k] for k in ("num_pseudo_labels",) if k in facts},
+                **(_label_facts(facts) if stage.kind == "label" else {}),
             }
         )
         if stage.kind == "train":
@@ -153,6 +154,13 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[
         "diagnostics": diagnostics,
         "pseudo_labels": pseudo_labels,
     }
+
+
+def _label_facts(facts: dict[str, Any]) -> dict[str, Any]:
+    """How many labels a labelling stage gave, and which images it could not read: their number, the first by name."""
+    skipped = [row["error"] for row in facts.get("skipped", [])]
+    counts = {name: facts[name] for name in ("num_images", "num_pseudo_labels") if name in facts}
+    return counts | {"num_skipped": len(skipped), "skipped": skipped[:MAX_SKIPPED_NAMED]}
 
 
 def _split_facts(context: SweepContext, row: RowPlan) -> dict[str, Any]:

@@ -239,15 +239,17 @@ def test_online_labels_of_a_frozen_teacher_are_the_offline_ones(
             assert_same(mine, theirs, [rank, *range(2 + 3 * rank, 5 + 3 * rank)])
 
 
+def published_weights(store: ArtifactStore, count: int) -> list[bytes]:
+    """Weights as of versions 1, 2, ... of the teacher."""
+    tensors = load_student(store, TEACHER.key).segmenter.state_dict()
+    return [save_tensors({n: t + 0.01 * version for n, t in tensors.items()}) for version in range(1, count + 1)]
+
+
 def test_a_refreshed_teacher_labels_by_the_step_and_not_by_the_clock(
     offline: LabelJob, store: ArtifactStore, table: pa.Table
 ) -> None:
     """Windows of 4 steps: the weights published after step 4 label steps 8..11, those after step 8 label 12..15."""
-    segmenter = load_student(store, TEACHER.key).segmenter
-    versions = []
-    for change in (1, 2):
-        other = {n: t + 0.01 * change * torch.ones_like(t) for n, t in segmenter.state_dict().items()}
-        versions.append(save_tensors(other))
+    versions = published_weights(store, 2)
 
     def train(batches: Any, teachers: Any) -> list[Batch]:
         found = []
@@ -272,6 +274,54 @@ def test_a_refreshed_teacher_labels_by_the_step_and_not_by_the_clock(
     assert len(resumed) == 6
     for mine, theirs in zip(resumed, refreshed[10:]):
         assert_same(mine, theirs)
+
+
+def test_two_workers_share_a_refreshed_teacher(offline: LabelJob, store: ArtifactStore, table: pa.Table) -> None:
+    """In windows of 2 steps, so that both streams wait for weights most of the time, of one teacher."""
+    steps, refresh_steps = 14, 2
+    versions = published_weights(store, steps // refresh_steps)
+
+    def publish(teachers: Any, step: int) -> None:
+        if step and step % refresh_steps == 0:
+            version = step // refresh_steps
+            ray.get(teachers.versions.publish.remote(version, [ray.put(versions[version - 1])]))
+
+    def alone(batches: Any, teachers: Any) -> list[Batch]:
+        found = []
+        for step in range(steps):
+            publish(teachers, step)
+            found.append(next(batches))
+        return found
+
+    whole = Stream(table, steps, batch_unlabelled=6).run(store, alone, offline.stage, refresh_steps)
+    with reserve([stream_bundle(RUNTIME)] * 2 + teacher_bundles(RUNTIME)) as group:
+        teachers = start_teachers(store, RUNTIME, group, 2)
+        streams, first = [], []
+        for rank in range(2):
+            configure_data(group, RUNTIME, rank)
+            streams.append(
+                training_stream(
+                    images_of(table),
+                    DATA.model_copy(update={"image_px": IMAGE_PX}),
+                    RUNTIME,
+                    batch_labelled=2,
+                    batch_unlabelled=6,
+                    steps=steps,
+                    start_step=0,
+                    seed=1,
+                    rank=rank,
+                    world_size=2,
+                    strong=False,
+                    oracle=False,
+                    online=OnlineLabels(offline.stage, teachers.actors, teachers.versions, refresh_steps),
+                )
+            )
+            first.append(next(streams[-1]))  # type: ignore[call-overload]
+        for step in range(steps):
+            publish(teachers, step)
+            for rank, stream in enumerate(streams):
+                mine = next(stream) if step else first[rank]  # type: ignore[call-overload]
+                assert_same(mine, whole[step], [rank, *range(2 + 3 * rank, 5 + 3 * rank)])
 
 
 def equal(mine: Targets, theirs: Targets) -> bool:

@@ -54,7 +54,8 @@ def offline(tmp_path_factory: pytest.TempPathFactory, start_sweep: Any) -> Path:
 
 
 def test_online_labels_give_the_offline_student(tmp_path: Path, offline: Path, start_sweep: Any) -> None:
-    sweep = start_sweep(tmp_path, *arguments("labels.mode=online"))
+    """Also when snapshots are measured beside it: then one group holds streams, validation and teachers."""
+    sweep = start_sweep(tmp_path, *arguments("labels.mode=online", "evaluation.every_steps=3"))
     assert sweep.finish() == 0, sweep.output
     made = stages(tmp_path)
     assert set(stages(offline)) == {*made, "label-adapted", "label-teacher"}
@@ -62,6 +63,8 @@ def test_online_labels_give_the_offline_student(tmp_path: Path, offline: Path, s
         assert made[stage]["fingerprint"] == stages(offline)[stage]["fingerprint"]
         assert weights(tmp_path, stage) == weights(offline, stage), stage
         assert "semi/mask" in curve(tmp_path, made[stage])
+        inside = len(range(3, STEPS[stage], 3))
+        assert made[stage]["validation"] == {"validated": inside, "skipped": [], "failed": {}}
     again = start_sweep(offline, *arguments("labels.mode=online"))  # found in the store, whoever made their labels
     assert again.finish() == 0 and "Ray " not in again.output, again.output
 

@@ -180,6 +180,7 @@ PAPER = {
     "hinge": None,
     "strong_grad": True,
     "head": "shared",
+    "estimator": "sampled",
     "temperature_end": None,
     "gather": True,  # any pixel of the batch, however many workers share it
 }
@@ -188,6 +189,7 @@ RELEASED = {
     "sampler": "class",  # y is F_c only
     "normalise": "sum",
     "scope": "cross-image",
+    "estimator": "sampled",
     "num_negatives": 200,
     "replacement": False,
     "temperature": 0.3,

@@ -207,6 +207,23 @@ def test_skipped_images_and_missing_pseudo_labels_are_said(tmp_path: Path) -> No
     report = report_of(tmp_path, results)
     assert report.context["dataset"].endswith("4 classes; 3 images left out")
     assert any("no pseudo-label at all from label" in note for note in report.notes)
+    skipped = ["a.png: the file is empty", "b.png: cut off"]
+    results[1]["stages"][1] |= {"num_images": 38, "num_skipped": 2, "skipped": skipped}
+    (note,) = [n for n in report_of(tmp_path, results).notes if "left out" in n]
+    assert "left out 2 of 40 unlabelled images that it could not read, first: a.png: the file is empty." in note
+
+
+def test_the_report_says_how_labelled_images_were_chosen(tmp_path: Path) -> None:
+    results = [result("sup"), result("sup+semi")]
+    assert "label split" not in report_of(tmp_path / "old", results).context
+    results[0]["dataset"]["split"] = {"family": "nested", "fraction": 0.05, "num_extra": 0}
+    results[1]["dataset"]["split"] = {"family": "per-class", "fraction": 0.1, "num_extra": 6, "min_per_class": 2}
+    assert report_of(tmp_path / "two", results).context["label split"] == (
+        "nested 5 %, per-class 10 % with at least 2 images of each class; 6 unlabelled images of the extra pool"
+    )
+    listed = {"family": "list", "fraction": 0.25, "num_extra": 0, "label_list": "a.txt", "label_list_sha256": "0" * 64}
+    results[0]["dataset"]["split"] = listed
+    assert report_of(tmp_path / "list", results[:1]).context["label split"] == "list 25 % (a.txt, sha256 000000000000)"
 
 
 def test_a_run_without_a_finished_row_still_reports(tmp_path: Path) -> None:
