@@ -153,7 +153,12 @@ def other_grid(report: Report) -> Grid | None:
         for row in report.rows
         for metric in row.cells
         for role, measure in [split_metric(metric)]
-        if (role in ROLES and role != "zero_shot" and measure not in shown and not measure.startswith(PER_CLASS))
+        if (
+            role in ROLES
+            and role not in ("zero_shot", "final")
+            and measure not in shown
+            and not measure.startswith(PER_CLASS)
+        )
         or metric in ("distill/margin", "distill/fnr")
     )
     return _metrics_grid(report, list(known), "Other measures: latency, size, last diagnostics of the pixel contrast")

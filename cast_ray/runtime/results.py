@@ -185,7 +185,7 @@ def _add_final_point(
 def read_matches(context: SweepContext, row: RowPlan) -> Iterator[tuple[str, bytes]]:
     """(role, content of `evaluation.matches.load_matches`' file) of every evaluation of a row that is stored."""
     for role, stage in row.roles.items():
-        if stage.kind == "evaluate":
+        if stage.kind == "evaluate" and role != "final":  # a second name of one of them
             content = context.store.find_file(stage.key, MATCHES)
             if content is not None:
                 yield role, content
