@@ -12,6 +12,8 @@ from tiny_checkpoints import write_detector, write_sam2
 from cast_ray.runtime.models import open_teacher
 from cast_ray.runtime.store import ArtifactStore
 
+pytestmark = pytest.mark.timeout(1800)
+
 STAGES = ("adapt", "selftrain", "distill", "refine")
 SETTINGS = {
     "teacher.kind": "grounded_sam",
