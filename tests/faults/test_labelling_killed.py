@@ -11,7 +11,7 @@ import pytest
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.stages.graph import artifact_key
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 NUM_IMAGES, NUM_LABELLED = 640, 4
 SETTINGS = [

@@ -77,6 +77,7 @@ def curve(folder: Path, manifest: dict[str, Any]) -> dict[str, float]:
     return entry
 
 
+@pytest.mark.slow
 def test_a_refreshed_teacher_survives_a_kill(tmp_path: Path, offline: Path, start_sweep: Any, wait_until: Any) -> None:
     refreshed = arguments("labels.mode=online", "labels.refresh_steps=2")
     killed, whole = tmp_path / "killed", tmp_path / "whole"

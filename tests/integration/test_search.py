@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 
 from cast_ray.runtime.study import open_storage
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 NAME = "mine-search-shapes-smoke"
 SETTINGS = [
