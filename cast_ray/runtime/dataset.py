@@ -37,7 +37,7 @@ from cast_ray.recipe import DataConfig, Recipe
 from cast_ray.records import Category
 from cast_ray.runtime.cluster import Cluster
 from cast_ray.runtime.store import ArtifactStore
-from cast_ray.stages.graph import DataHashes, Stage
+from cast_ray.stages.graph import DataHashes, Stage, fingerprint_of
 
 READER_VERSION = 1
 """Raise it when readers find other records in the same files: stored tables are then read again."""
@@ -73,7 +73,7 @@ class StoredDataset:
 
     @property
     def fingerprint(self) -> str:
-        return self.key.partition("-")[2]
+        return fingerprint_of(self.key)
 
     @property
     def has_source(self) -> bool:
@@ -82,6 +82,7 @@ class StoredDataset:
     def facts(self) -> dict[str, Any]:
         """What every result says about the data."""
         return {
+            "artifact": self.key,
             "content_hash": self.content_hash,
             **{f"num_{split}": self.num_images.get(split, 0) for split in ("train", "val", "source", "extra")},
             "skipped": len(self.report["skipped"]),

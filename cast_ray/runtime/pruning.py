@@ -11,6 +11,7 @@ import pyarrow.fs
 
 from cast_ray.runtime.claims import Holder, Presence, live_sweeps
 from cast_ray.runtime.store import MANIFEST, ArtifactStore, Listed, read_each
+from cast_ray.stages.graph import fingerprint_of
 
 SILENT_S = 3600.0
 """A sweep whose sign of life is older than this is over; they come every few seconds, and clocks may differ."""
@@ -91,7 +92,8 @@ def _used(store: ArtifactStore) -> set[str]:
     paths = [i.path[len(root) + 1 :] for i in fs.get_file_info(selector) if i.base_name == "result.json"]
     results = [json.loads(data) for data in read_each(store.find_bytes, paths) if data]
     used = {stage["fingerprint"] for result in results for stage in result["stages"]}
-    return used | {result["dataset"]["content_hash"][:20] for result in results}
+    used |= {fingerprint for result in results for fingerprint in result.get("given", [])}
+    return used | {fingerprint_of(result["dataset"].get("artifact", "")) for result in results}
 
 
 def _leftovers(store: ArtifactStore, listed: Mapping[str, Listed], needed: set[str], busy: bool) -> list[str]:

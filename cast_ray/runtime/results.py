@@ -12,7 +12,7 @@ from typing import Any
 from cast_ray.records import Category
 from cast_ray.runtime.label_splits import stored_split
 from cast_ray.runtime.store import ArtifactStore, read_each
-from cast_ray.stages.graph import RowPlan, Stage
+from cast_ray.stages.graph import RowPlan, Stage, given
 
 METRICS, RESULTS, MATCHES = "metrics.json", "results.json", "matches.npz"
 """Files of an evaluation."""
@@ -147,6 +147,7 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[
         | {k: last.get(k) for k in ("num_labelled", "num_unlabelled")}
         | {"split": _split_facts(context, row)},
         "stages": stages,
+        "given": sorted(given(row)),
         "metrics": metrics,
         "per_class": per_class,
         "evaluations": evaluations,

@@ -50,7 +50,7 @@ from cast_ray.runtime.trials import (
     trial_dirname,
     write_lost,
 )
-from cast_ray.stages.graph import RowPlan, plan_sweep
+from cast_ray.stages.graph import RowPlan, given, plan_sweep
 from cast_ray.stages.search_spec import RUNG_METRIC, SearchSpec
 
 MAX_PROPOSALS = 20
@@ -255,7 +255,7 @@ class _Search:
             )
             self.rows.append(row)
             needed = {stage.fingerprint for r in self.rows for stage in r.stages} | self.planner.fingerprints()
-            self.presence.need(needed)
+            self.presence.need(needed.union(*map(given, self.rows)))
             measured = tuple(name for name in spec.objectives if name.endswith("/latency_ms"))
             stage = spec.early_stopping.stage if spec.scheduler == "asha" else None
             job = Job(context, row, rungs_of=stage, measure=measured)

@@ -30,7 +30,7 @@ import pyarrow.dataset
 import pyarrow.fs
 import pyarrow.parquet
 
-from cast_ray.stages.graph import Stage
+from cast_ray.stages.graph import Stage, fingerprint_of
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
@@ -88,7 +88,7 @@ class Listed:
 
     @property
     def fingerprint(self) -> str:
-        return self.key.rpartition("-")[2]
+        return fingerprint_of(self.key)
 
 
 def committed(listed: Mapping[str, Listed]) -> set[str]:

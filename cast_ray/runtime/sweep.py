@@ -20,7 +20,7 @@ from cast_ray.runtime.results import SweepContext, is_current, read_result, resu
 from cast_ray.runtime.store import ArtifactStore, Listed, committed, read_each
 from cast_ray.runtime.trackers import Trackers
 from cast_ray.stages.cost import CostModel, PlanCost, Size, cost_of
-from cast_ray.stages.graph import NoTeacherError, RowPlan, Stage, SweepPlan, plan_sweep
+from cast_ray.stages.graph import NoTeacherError, RowPlan, Stage, SweepPlan, given, plan_sweep
 from cast_ray.stages.table import Table
 
 MAX_MANIFESTS = 400
@@ -99,7 +99,7 @@ def run_sweep(
         _preview(request, sweeps, plan_sweep(rows, committed(listed)), planner, listed, store, console)
         return None
     with Presence(store, command_line()) as presence:
-        needed = {stage.fingerprint for row in rows for stage in row.stages}
+        needed = {stage.fingerprint for row in rows for stage in row.stages}.union(*map(given, rows))
         presence.need(needed | planner.fingerprints(), on_wait=lambda holder: say_pruning(holder, console))
         listed = store.list_artifacts()
         whole = plan_sweep(rows, committed(listed))
@@ -289,7 +289,7 @@ def _run(
         # Rows beyond the slots only wait: a few more than can run, so that a free slot finds work at once.
         slots = slots_of([row.recipe for _, row in pairs], cluster.resources, DRIVER_CPUS)
         broker = Broker.options(max_concurrency=MAX_CALLS).remote(  # type: ignore[attr-defined]
-            slots, set(whole.stored), store.storage, holder.id, request.budget_hours, request.keep_going
+            slots, set(whole.stored | whole.given), store.storage, holder.id, request.budget_hours, request.keep_going
         )
         jobs = [Job(context, row) for context, row in pairs]
         with ProgressDisplay(console, broker, whole, [job.name for job in jobs]):

@@ -61,6 +61,11 @@ def artifact_key(kind: str, fingerprint: str) -> str:
     return f"{kind}-{fingerprint}"
 
 
+def fingerprint_of(key: str) -> str:
+    """The fingerprint in an artifact's directory name."""
+    return key.rpartition("-")[2]
+
+
 @dataclass(frozen=True)
 class RowPlan:
     """The stages of one row and seed, parents before children; roles name the artifacts the result is read from.
@@ -294,12 +299,23 @@ class _Planner:
         return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
+def given(row: RowPlan) -> set[str]:
+    """Fingerprints that a row's stages read and none of them makes."""
+    made = {stage.fingerprint for stage in row.stages}
+    return {parent for stage in row.stages for parent in stage.parents.values()} - made
+
+
 @dataclass(frozen=True)
 class SweepPlan:
     """All rows of a sweep, with what is shared and what the store already holds."""
 
     rows: tuple[RowPlan, ...]
     stored: frozenset[str]
+
+    @cached_property
+    def given(self) -> frozenset[str]:
+        """Fingerprints that stages read and none of them makes: imported theta_T0s, which the store holds."""
+        return frozenset(p for row in self.rows for p in given(row))
 
     @cached_property
     def unique(self) -> dict[str, Stage]:

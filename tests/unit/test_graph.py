@@ -493,3 +493,8 @@ def test_the_teacher_has_its_own_size() -> None:
     sizes = {name: tuple(stage.config["data"]["image_px"]) for name, stage in row.roles.items()}
     own = {"zero_shot", "adapt", "label-adapted", "selftrain", "teacher", "label-teacher"}
     assert {name for name, size in sizes.items() if size == (96, 128)} == own
+
+
+def test_a_foundation_is_given_and_not_made() -> None:
+    row = make(foundation="f" * 20)
+    assert plan_sweep([row, make()], []).given == {"f" * 20}

@@ -68,6 +68,14 @@ def test_finished_ones_go_by_age_and_use(store: ArtifactStore) -> None:
     assert keys(store) == {stage("a").key, stage("c").key}
 
 
+def test_the_data_and_the_foundation_of_a_result_are_in_use(store: ArtifactStore) -> None:
+    for name in "abc":
+        commit(store, name, OLD_S)
+    used = {"stages": [], "given": [stage("a").fingerprint], "dataset": {"artifact": stage("b").key}}
+    store.write_json("runs/x/main__CAST__s0/result.json", used)
+    assert [a.key for a in plan_pruning(store, None, True).artifacts] == [stage("c").key]
+
+
 def test_what_a_live_sweep_needs_stays(store: ArtifactStore) -> None:
     for name in "ab":
         commit(store, name, OLD_S)
