@@ -14,7 +14,7 @@ nothing of the size of the dataset is held in a worker but its indices (8 bytes 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from cast_ray.runtime.online import OnlineLabels
 
 MAX_STEPS_PER_TASK = 32
+GIVE_UP_S = 20.0
+"""How long a stream that nobody reads any more waits for the batch that is being made."""
 MAX_TASKS_PER_EXECUTION = 2000
 """Ray Data stores every task's input before it starts the first, 0.8 ms each: 90,000 steps would begin after 70 s."""
 IMAGES_PER_TASK = 16
@@ -245,12 +247,15 @@ def _ahead(make: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
         return end if item is end else make(item)
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+    following = pool.submit(advance)
     try:
-        following = pool.submit(advance)
         while (current := following.result()) is not end:
             following = pool.submit(advance)
             yield current
-    finally:  # a consumer that failed must not wait for a batch that may wait for it (see `online`)
+    finally:
+        # Ray must not end while a thread is in it, nor may a consumer that failed wait for ever for a batch that waits
+        # for its next step (see `online`).
+        wait([following], timeout=GIVE_UP_S)
         pool.shutdown(wait=False, cancel_futures=True)
 
 

@@ -11,6 +11,7 @@ from tiny_checkpoints import write_detector, write_sam2
 
 from cast_ray.runtime.models import open_teacher
 from cast_ray.runtime.store import ArtifactStore
+from cast_ray.stages.graph import artifact_key
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -48,7 +49,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, start_sweep: Any) -> dict[
 def manifests(results: dict[str, Any], row: str) -> dict[str, Any]:
     store = ArtifactStore(results["home"]["path"] + "/storage")
     stages = [s for s in results[row]["stages"] if s["kind"] != "evaluate"]
-    return {s["name"]: store.find_manifest(s["artifact"].rstrip("/").rpartition("/")[2]) for s in stages}
+    return {s["name"]: store.find_manifest(artifact_key(s["kind"], s["fingerprint"])) for s in stages}
 
 
 def test_both_rows_end_with_a_student(results: dict[str, Any]) -> None:
