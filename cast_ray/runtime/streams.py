@@ -13,11 +13,10 @@ nothing of the size of the dataset is held in a worker but its indices (8 bytes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
@@ -206,7 +205,7 @@ def training_stream(
     blocks = step_blocks(start_step, steps, max_size, online.refresh_steps if online is not None else 0)
     make = ray.put(partial(_make_steps, plan=plan))
     parts = [blocks[i : i + MAX_TASKS_PER_EXECUTION] for i in range(0, len(blocks), MAX_TASKS_PER_EXECUTION)]
-    payloads = chain.from_iterable(_payloads(plan_dataset(part, make, runtime)) for part in parts)
+    payloads = (payload for part in parts for payload in _payloads(plan_dataset(part, make, runtime)))
     yield from _ahead(partial(_to_batch, device=device), payloads)
 
 
@@ -237,13 +236,12 @@ def _to_batch(payload: pa.Buffer, device: Any) -> Batch:
     return to_batch(from_buffer(payload), device or CPU)
 
 
-def _ahead(make: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
+def _ahead(make: Callable[[Any], T], items: Generator[Any]) -> Iterator[T]:
     """`make` of each item, the next one on a thread while the consumer works on the last."""
-    iterator = iter(items)
     end = object()
 
     def advance() -> Any:
-        item = next(iterator, end)
+        item = next(items, end)
         return end if item is end else make(item)
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
@@ -255,8 +253,10 @@ def _ahead(make: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
     finally:
         # Ray must not end while a thread is in it, nor may a consumer that failed wait for ever for a batch that waits
         # for its next step (see `online`).
-        wait([following], timeout=GIVE_UP_S)
-        pool.shutdown(wait=False, cancel_futures=True)
+        is_idle = bool(wait([following], timeout=GIVE_UP_S).done)
+        pool.shutdown(wait=is_idle, cancel_futures=True)
+        if is_idle:
+            items.close()
 
 
 def _make_steps(start: int, stop: int, *, plan: StepPlan) -> pa.Table:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -27,4 +29,10 @@ def local_ray() -> Iterator[None]:
             namespace="cast_ray",
         )
     yield
+    # Threads of streams that a test gave up end with their iterators; one that came late would find no Ray, which then
+    # ends this process without a word.
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name == "iter_threaded":
+            thread.join(10)
     ray.shutdown()
