@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ LOCAL_SETTINGS = {
     "RAY_worker_maximum_startup_concurrency": "8",
 }
 LOGICAL_CPUS_PER_CORE = 3
+LOCALHOST = "127.0.0.1"
 
 # Ray's logs stay in its session folder, Ctrl-C reaches this program, Tune takes reports as they come.
 SETTINGS = {
@@ -65,11 +67,17 @@ def connect(address: str | None, num_cpus: int | None = None) -> Cluster:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "cast_ray"}
     cores = num_cpus or os.cpu_count() or 1
     if local:
+        port = _free_port()
+        # Ray's own processes look for "the" cluster of this machine when they ask for an actor's state. That may be
+        # another one, or one that `ray start` noted and that is gone: then every worker group ends 12 s late
+        # (train/v2 PlacementGroupCleaner), or is taken for dead.
+        os.environ["RAY_API_SERVER_ADDRESS"] = f"http://{LOCALHOST}:{port}"
         context = ray.init(
             "local",
             num_cpus=LOGICAL_CPUS_PER_CORE * cores,
             include_dashboard=True,
-            dashboard_host="127.0.0.1",
+            dashboard_host=LOCALHOST,
+            dashboard_port=port,
             **options,
         )
     else:
@@ -79,6 +87,13 @@ def connect(address: str | None, num_cpus: int | None = None) -> Cluster:
     size = f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
     where = "started here" if local else "cluster"
     return Cluster(f"Ray {ray.__version__} {where}: {size}{dashboard}", resources)
+
+
+def _free_port() -> int:
+    """One that nobody listens on; not Ray's 8265, which two commands that start together would both find free."""
+    with socket.socket() as probe:
+        probe.bind((LOCALHOST, 0))
+        return int(probe.getsockname()[1])
 
 
 def stage_slots(

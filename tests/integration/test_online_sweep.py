@@ -55,7 +55,8 @@ def offline(tmp_path_factory: pytest.TempPathFactory, start_sweep: Any) -> Path:
 
 def test_online_labels_give_the_offline_student(tmp_path: Path, offline: Path, start_sweep: Any) -> None:
     """Also when snapshots are measured beside it: then one group holds streams, validation and teachers."""
-    sweep = start_sweep(tmp_path, *arguments("labels.mode=online", "evaluation.every_steps=3"))
+    options = ("--num-cpus", "4")  # the group takes 2.3
+    sweep = start_sweep(tmp_path, *options, *arguments("labels.mode=online", "evaluation.every_steps=3"))
     assert sweep.finish() == 0, sweep.output
     made = stages(tmp_path)
     assert set(stages(offline)) == {*made, "label-adapted", "label-teacher"}
