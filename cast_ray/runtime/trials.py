@@ -143,6 +143,8 @@ def run_row(driver: RowDriver) -> dict[str, Any]:
         driver.close(status)
     outcome = {"status": status, "error": error, "log": log, "started": started}
     result = assemble_result(job.context, job.row, driver.ran) | outcome | {"seconds": time.monotonic() - began}
+    if status == "failed":
+        driver.record_rest()
     if status == "done":
         result["metrics"] |= {name: measure_metric(job, name) for name in job.measure}
     if status != "stopped":
@@ -162,6 +164,8 @@ class RowDriver:
         self.store = self.context.store
         self.broker = broker
         self.ran: set[str] = set()
+        self.left = {s.fingerprint: s for s in self.row.stages}
+        self.granted: set[str] = set()
         self.stopped = threading.Event()
         self.record = record
         self.reporting = threading.Lock()
@@ -219,18 +223,18 @@ class RowDriver:
             SegmentFailed: a stage cannot succeed.
             ray.train.TrainingFailedError: workers were lost more often than `runtime.max_failures`.
         """
-        stages = {s.fingerprint: s for s in self.row.stages}
         devices = self.row.recipe.runtime.num_workers
-        while stages:
-            needs = [self._need(stage) for stage in stages.values()]
+        while self.left:
+            needs = [self._need(stage) for stage in self.left.values()]
             answer: Answer = ray.get(self.broker.claim.remote(self.name, needs, devices))
             for fingerprint in answer["done"]:
-                self._record_shared(stages.pop(fingerprint))
+                self._record_shared(self.left.pop(fingerprint))
             if reason := answer.get("failed"):
                 raise SegmentFailed(reason)
             if reason := answer.get("stop"):
                 return reason
-            if segment := [stages[f] for f in answer["run"]]:
+            if segment := [self.left[f] for f in answer["run"]]:
+                self.granted |= set(answer["run"])
                 self.run_segment(segment)
                 ray.get(self.broker.settle.remote(self.name))
         return None
@@ -245,6 +249,12 @@ class RowDriver:
             curve = self.store.read_json(stage.key, "curves.json")["curve"]
             if curve:
                 self._report(curve_report(stage.name, curve[:: 1 + len(curve) // MAX_ENTRIES]))
+
+    def record_rest(self) -> None:
+        """Reports the curves of what other rows have made meanwhile of a row that failed, as its result has them."""
+        for stage in self.left.values():
+            if stage.fingerprint not in self.granted and self.store.has(stage.key):
+                self._record_shared(stage)
 
     def run_segment(self, stages: list[Stage]) -> None:
         """Runs stages that were granted together, into a folder of their own in the store."""

@@ -11,7 +11,7 @@ import pytest
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.stages.graph import artifact_key
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 STEPS = {"pretrain": 30, "adapt": 4, "selftrain": 9, "distill": 5, "refine": 0}
 SETTINGS = [
@@ -78,7 +78,6 @@ def curve(folder: Path, manifest: dict[str, Any]) -> dict[str, float]:
     return entry
 
 
-@pytest.mark.slow
 def test_a_refreshed_teacher_survives_a_kill(tmp_path: Path, offline: Path, start_sweep: Any, wait_until: Any) -> None:
     refreshed = arguments("labels.mode=online", "labels.refresh_steps=2")
     killed, whole = tmp_path / "killed", tmp_path / "whole"

@@ -12,7 +12,7 @@ import pytest
 from cast_ray import export, predict
 from cast_ray.runtime.models import open_student
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SETTINGS = {
     "data.shapes.num_source": "8",

@@ -107,6 +107,7 @@ def test_limits_failures_and_extension(folder: Path, start_sweep: Any, read_even
     assert committed(folder) == after
 
 
+@pytest.mark.slow
 def test_two_sweeps_on_one_store_share_their_stages(tmp_path: Path, start_sweep: Any) -> None:
     """Two commands, each with a Ray of its own, started together: no stage is run twice, none is read half-written."""
     rows = {"short": SUPERVISED, "long": SUPERVISED | {"stages.refine.steps": 4}, "slow": {"loss.lambda_semi": 0}}

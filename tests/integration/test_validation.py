@@ -85,6 +85,7 @@ def test_its_points_are_in_the_curves(plain: Outcome, validated: Outcome) -> Non
     assert not list((validated.folder / "storage" / "validations").glob("*"))
 
 
+@pytest.mark.slow
 def test_two_workers_measure_what_one_does(plain: Outcome, start_sweep: Any) -> None:
     before = {}
     for _, key in plain.stages("evaluate"):
@@ -105,6 +106,7 @@ def test_two_workers_measure_what_one_does(plain: Outcome, start_sweep: Any) -> 
         assert files == {"metrics.json", "results.json", "matches.npz"}
 
 
+@pytest.mark.slow
 def test_another_metric_is_another_evaluation_of_the_same_models(plain: Outcome, start_sweep: Any) -> None:
     """And a lost stage is trained again, validated beside two workers."""
     distill = dict(plain.stages("train"))["distill"]
