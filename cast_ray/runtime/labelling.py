@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ import ray.data
 from ray.util.placement_group import PlacementGroup
 
 from cast_ray.recipe import Recipe
-from cast_ray.records import RECORD_SCHEMA
+from cast_ray.records import RECORD_SCHEMA, Category
 from cast_ray.runtime.budget import configure_data, reserve, stream_bundle
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.streams import IMAGES_PER_TASK, Images, Pictures, Rows, picture_dataset
@@ -143,24 +143,8 @@ class LabelJob:
                 f"data.max_bad_fraction={limit}: {'; '.join(row['error'] for row in skipped[:3])}"
             )
         if num_labels == 0 and self.recipe.pseudo.on_empty == "stop":
-            raise ValueError(self._nothing_found(num_images))
+            raise ValueError(nothing_found(self.stage, self.recipe, self.images.categories, f"any of {num_images}"))
         return {"num_images": num_images, "num_pseudo_labels": num_labels, "skipped": skipped}
-
-    def _nothing_found(self, num_images: int) -> str:
-        """What to say when a teacher gave no label at all."""
-        teacher = self.recipe.teacher
-        threshold = f"pseudo.score_threshold {self.recipe.pseudo.score_threshold}"
-        asked = ""
-        if "teacher" in self.stage.config:
-            threshold += f" and teacher.inference.score_threshold {teacher.inference.score_threshold}"
-            names = [c.name for c in self.images.categories]
-            words = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            asked = f" It was asked for {words}: other words go into teacher.prompt.synonyms."
-        return (
-            f"{self.stage.name}: the teacher ({teacher.kind}) found nothing above {threshold} in any of {num_images} "
-            f"images.{asked} Lower the thresholds or train the teacher longer; pseudo.on_empty=warn goes on without "
-            "labels"
-        )
 
     def _written(self) -> Iterator[pa.Table]:
         names = [_file_name(rows) for rows in self.blocks]
@@ -171,6 +155,22 @@ class LabelJob:
     def forget_blocks(self) -> None:
         """Removes the blocks of a committed stage: its artifact has replaced them."""
         self.store.delete(self.folder)
+
+
+def nothing_found(stage: Stage, recipe: Recipe, categories: Sequence[Category], which: str) -> str:
+    """What to say when a teacher gave no label at all in `which` images."""
+    teacher = recipe.teacher
+    threshold = f"pseudo.score_threshold {recipe.pseudo.score_threshold}"
+    asked = ""
+    if "teacher" in stage.config:
+        threshold += f" and teacher.inference.score_threshold {teacher.inference.score_threshold}"
+        names = [c.name for c in categories]
+        words = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        asked = f" It was asked for {words}: other words go into teacher.prompt.synonyms."
+    return (
+        f"{stage.name}: the teacher ({teacher.kind}) found nothing above {threshold} in {which} images.{asked} Lower "
+        "the thresholds or train the teacher longer; pseudo.on_empty=warn goes on without labels"
+    )
 
 
 def _file_name(rows: Rows) -> str:

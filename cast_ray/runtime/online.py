@@ -25,12 +25,16 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cast_ray.recipe import RuntimeConfig
+from cast_ray.recipe import Recipe, RuntimeConfig
+from cast_ray.records import Category
+from cast_ray.runtime.labelling import nothing_found
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.streams import Pictures
 from cast_ray.stages.graph import Stage
 
 VERSIONS_HELD = 4
+EMPTY_AFTER = 500
+"""Images without a label after which a teacher is said to find nothing; its student has hardly begun by then."""
 
 
 def version_of(step: int, refresh_steps: int) -> int:
@@ -78,20 +82,31 @@ class OnlineLabels:
 class OnlineTeacher:
     """A teacher on a device of its own; loads whichever stage's, in whichever version, is asked for."""
 
-    def __init__(self, store: ArtifactStore, amp: str):
+    def __init__(self, store: ArtifactStore, recipe: Recipe, categories: tuple[Category, ...]):
         from cast_ray.runtime.processes import prepare_process
 
         prepare_process()
-        self.store, self.amp = store, amp
+        self.store, self.recipe, self.categories = store, recipe, categories
         self.loaded: tuple[str, int] = ("", 0)
         self.labeller: Any = None
+        self.num_images, self.has_found = 0, False
 
     def label(
         self, stage: Stage, version: int, weights: list[ray.ObjectRef] | None, pictures: Pictures
     ) -> list[list[dict[str, Any]]]:
+        """Instances of each image as of RECORD_SCHEMA.
+
+        Raises:
+            ValueError: the first EMPTY_AFTER images got no label, and `pseudo.on_empty` is stop.
+        """
         if self.loaded != (stage.fingerprint, version):
             self._load(stage, version, weights)
-        return self.labeller.label(pictures)
+        labels = self.labeller.label(pictures)
+        self.num_images += len(labels)
+        self.has_found |= any(labels)
+        if not self.has_found and self.num_images >= EMPTY_AFTER:
+            raise ValueError(nothing_found(stage, self.recipe, self.categories, f"the first {self.num_images}"))
+        return labels
 
     def _load(self, stage: Stage, version: int, weights: list[ray.ObjectRef] | None) -> None:
         import torch
@@ -99,8 +114,9 @@ class OnlineTeacher:
         from cast_ray.runtime.labeller import PseudoLabeller
 
         if self.loaded[0] != stage.fingerprint or version == 0:
+            self.num_images, self.has_found = 0, self.recipe.pseudo.on_empty == "warn"
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            self.labeller = PseudoLabeller(self.store, stage, device, self.amp)
+            self.labeller = PseudoLabeller(self.store, stage, device, self.recipe.runtime.amp)
         if weights is not None:
             self.labeller.load(ray.get(weights[0]))
         self.loaded = (stage.fingerprint, version)
@@ -156,14 +172,17 @@ def teacher_bundles(runtime: RuntimeConfig) -> list[dict[str, float]]:
     return [{"CPU": runtime.cpus_per_labeller} | device] * num_teachers(runtime)
 
 
-def start_teachers(store: ArtifactStore, runtime: RuntimeConfig, group: PlacementGroup, first_bundle: int) -> Teachers:
+def start_teachers(
+    store: ArtifactStore, recipe: Recipe, categories: tuple[Category, ...], group: PlacementGroup, first_bundle: int
+) -> Teachers:
     """Teachers in a group's last bundles. They end with the group, so that no stage is left without."""
+    runtime = recipe.runtime
     actors = tuple(
         OnlineTeacher.options(  # type: ignore[attr-defined]
             num_cpus=runtime.cpus_per_labeller,
             num_gpus=1 if runtime.use_gpu else 0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=first_bundle + i),
-        ).remote(store, runtime.amp)
+        ).remote(store, recipe, categories)
         for i in range(num_teachers(runtime))
     )
     return Teachers(actors, TeacherVersions.remote())  # type: ignore[attr-defined]

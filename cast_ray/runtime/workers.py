@@ -72,7 +72,9 @@ def run_segment(segment: Segment) -> None:
         _wait_for_room([*bundles, *[_worker_resources(runtime)] * runtime.num_workers])
         with reserve(bundles) as group:
             num_others = len(reads) + len(beside)
-            teachers = start_teachers(segment.store, runtime, group, num_others) if online else None
+            teachers = None
+            if online:
+                teachers = start_teachers(segment.store, segment.recipe, segment.categories, group, num_others)
             is_over = _fit(segment, run_name, group, teachers)
     if reason := ray.get(segment.broker.failure.remote(segment.owner)):
         raise SegmentFailed(reason)

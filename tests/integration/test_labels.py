@@ -15,7 +15,7 @@ from safetensors.torch import save as save_tensors
 from stream_scenes import CATEGORIES, DATA, assert_same, write_images
 
 from cast_ray.models.segmenter import build_segmenter
-from cast_ray.recipe import PseudoConfig, RuntimeConfig, build_recipe
+from cast_ray.recipe import PseudoConfig, Recipe, RuntimeConfig, build_recipe
 from cast_ray.records import Batch, Targets
 from cast_ray.runtime.budget import configure_data, reserve, stream_bundle
 from cast_ray.runtime.labeller import PseudoLabeller
@@ -31,10 +31,10 @@ pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(900)]
 NUM_LABELLED, NUM_IMAGES = 4, 45
 IMAGE_PX = (32, 32)
 RUNTIME = RuntimeConfig(cpus_per_read=0.25, cpus_per_labeller=0.25, num_labellers=1, stream_memory_mb=64)
-RECIPE = build_recipe("shapes", "smoke", {"data.max_bad_fraction": 0.0})
+RECIPE = build_recipe("shapes", "smoke", {"data.max_bad_fraction": 0.0}).model_copy(update={"runtime": RUNTIME})
 PSEUDO = PseudoConfig(score_threshold=0.0, min_area_px=1, max_per_image=5, non_overlapping=False)
 TEACHER = Stage("adapt", "train", {"data": {"image_px": list(IMAGE_PX)}}, {}, "a" * 20)
-LABEL_CONFIG = {"pseudo": PSEUDO.model_dump(), "data": {"image_px": list(IMAGE_PX)}, "batch": 4}
+BATCH = 4
 
 
 @ray.remote(num_cpus=0)
@@ -74,10 +74,11 @@ def images_of(table: pa.Table) -> Images:
     return Images(ray.put(table), everything[:NUM_LABELLED], everything[NUM_LABELLED:], CATEGORIES)
 
 
-def job_of(store: ArtifactStore, table: pa.Table, name: str, **fields: Any) -> LabelJob:
-    stage = Stage("label-adapted", "label", LABEL_CONFIG, {"teacher": TEACHER.fingerprint}, name)
+def job_of(store: ArtifactStore, table: pa.Table, name: str, pseudo: PseudoConfig = PSEUDO, **fields: Any) -> LabelJob:
+    config = {"pseudo": pseudo.model_dump(), "data": {"image_px": list(IMAGE_PX)}, "batch": BATCH}
+    stage = Stage("label-adapted", "label", config, {"teacher": TEACHER.fingerprint}, name)
     data = RECIPE.data.model_copy(update=fields)
-    recipe = RECIPE.model_copy(update={"data": data, "runtime": RUNTIME})
+    recipe = RECIPE.model_copy(update={"data": data, "pseudo": pseudo})
     return LabelJob(store, stage, images_of(table), Board.remote(), "row", recipe)  # type: ignore[attr-defined]
 
 
@@ -144,7 +145,7 @@ def test_a_job_goes_on_with_the_blocks_that_are_missing(
 ) -> None:
     job = job_of(store, table, "interrupted")
     size = job.blocks[0][1]
-    assert len(job.blocks) == 3 and size % LABEL_CONFIG["batch"] == 0  # type: ignore[operator]
+    assert len(job.blocks) == 3 and size % BATCH == 0
     whole = label_images(job)
     folder = Path(store.uri(job.folder))
     lost, *kept = sorted(folder.iterdir())
@@ -184,18 +185,33 @@ def test_images_that_cannot_be_read_are_skipped_by_name(tmp_path: Path, store: A
     assert len(strict.missing(strict.blocks)) == 0  # nothing is labelled twice when the user has looked at them
 
 
+def test_a_teacher_that_finds_nothing_stops_its_student(store: ArtifactStore, table: pa.Table) -> None:
+    """Offline before it begins, online when it has hardly begun; unless `pseudo.on_empty` is warn."""
+    nothing = r"found nothing above pseudo\.score_threshold 1\.0 in {} images"
+    job = job_of(store, table, "nothing", PSEUDO.model_copy(update={"score_threshold": 1.0}))
+    with pytest.raises(ValueError, match=nothing.format("any of 41")):
+        label_images(job)
+    with pytest.raises(Exception, match=nothing.format("the first 5[0-9]{2}")):
+        Stream(table, 30, job.recipe, batch_unlabelled=20).run(store, read_all, job.stage)
+
+    resigned = job_of(store, table, "resigned", job.recipe.pseudo.model_copy(update={"on_empty": "warn"}))
+    assert label_images(resigned)["num_pseudo_labels"] == 0
+    batches = Stream(table, 30, resigned.recipe, batch_unlabelled=20).run(store, read_all, resigned.stage)
+    assert len(batches) == 30 and not any(len(target.labels) for batch in batches for target in batch.targets[2:])
+
+
 class Stream:
     """A training stream over D_l and D_u with labels from a table or from teachers, and what it needs while it runs."""
 
-    def __init__(self, table: pa.Table, steps: int, **options: Any):
-        self.table, self.steps, self.options = table, steps, options
+    def __init__(self, table: pa.Table, steps: int, recipe: Recipe = RECIPE, **options: Any):
+        self.table, self.steps, self.recipe, self.options = table, steps, recipe, options
 
     def run(self, store: ArtifactStore, read: Callable[[Any, Any], Any], stage: Stage | None, refresh_steps: int = 0):
         bundles = [stream_bundle(RUNTIME)] + (teacher_bundles(RUNTIME) if stage else [])
         with reserve(bundles) as group:
             configure_data(group, RUNTIME, 0)
             online = None
-            teachers = start_teachers(store, RUNTIME, group, 1) if stage else None
+            teachers = start_teachers(store, self.recipe, CATEGORIES, group, 1) if stage else None
             if stage is not None and teachers is not None:
                 online = OnlineLabels(stage, teachers.actors, teachers.versions, refresh_steps)
             options = {"start_step": 0, "rank": 0, "world_size": 1, "batch_labelled": 2, "batch_unlabelled": 3}
@@ -295,7 +311,7 @@ def test_two_workers_share_a_refreshed_teacher(offline: LabelJob, store: Artifac
 
     whole = Stream(table, steps, batch_unlabelled=6).run(store, alone, offline.stage, refresh_steps)
     with reserve([stream_bundle(RUNTIME)] * 2 + teacher_bundles(RUNTIME)) as group:
-        teachers = start_teachers(store, RUNTIME, group, 2)
+        teachers = start_teachers(store, RECIPE, CATEGORIES, group, 2)
         streams, first = [], []
         for rank in range(2):
             configure_data(group, RUNTIME, rank)
