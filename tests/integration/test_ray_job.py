@@ -121,7 +121,7 @@ def test_a_job_runs_and_its_log_is_readable(head: Head, wait_until: Callable[...
     output = submit_when_possible(head, wait_until, "--submission-id", "first", "--working-dir", ".", "--", *SWEEP)
     assert "succeeded" in output, output
     log = head.job("logs", "first").stdout
-    for part in ("What each loss term is worth", "to run, ", "losses__sup__s0  distill", "of 26 steps", "Written:"):
+    for part in ("What each loss term is worth", "to run, ", "losses__sup__s0  distill", "of 26 steps", "Report: "):
         assert part in log, log
     assert list((Path(head.environment["HOME"]) / "cast_ray/runs").glob("*/report.md"))
     wait_until(lambda: not head.living_actors(), f"actors left behind: {head.living_actors()}", 60)
