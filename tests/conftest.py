@@ -110,6 +110,14 @@ def read_events() -> Callable[[Path], dict[str, list[tuple[int, float]]]]:
     return read
 
 
+@pytest.fixture(scope="session")
+def coco128() -> Path:
+    """Folder of COCO128's photographs with their instances.json, which are not part of this project."""
+    if (named := os.environ.get("CAST_RAY_COCO128")) is None:
+        pytest.skip("name the folder of COCO128's photographs and instances.json by CAST_RAY_COCO128")
+    return Path(named)
+
+
 StartSweep = Callable[..., SweepProcess]
 
 

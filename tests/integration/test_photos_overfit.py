@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +46,12 @@ LOSS = LossConfig(num_points=576, lambda_semi=0)
 
 
 @pytest.fixture(scope="module")
-def photos() -> tuple[torch.Tensor, list[tuple[int, int]], list[tuple[int, int]], list[Targets], list[Category]]:
+def photos(
+    coco128: Path,
+) -> tuple[torch.Tensor, list[tuple[int, int]], list[tuple[int, int]], list[Targets], list[Category]]:
     """Fitted pixels, sizes, sizes inside the padding, annotations and the classes that occur."""
-    beside = Path(__file__).parents[3] / "shared/data/coco128"
-    root = Path(os.environ.get("CAST_RAY_COCO128", beside))
-    if not root.is_dir():
-        pytest.skip("the 128 photographs are not here: name their folder by CAST_RAY_COCO128")
     with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO(str(root / "instances.json"))
+        coco = COCO(str(coco128 / "instances.json"))
     annotations = {i: coco.loadAnns(coco.getAnnIds(i, iscrowd=False)) for i in sorted(coco.imgs)}
     large = {
         i: [a for a in found if a["area"] > 0.02 * coco.imgs[i]["height"] * coco.imgs[i]["width"]]
@@ -64,7 +61,7 @@ def photos() -> tuple[torch.Tensor, list[tuple[int, int]], list[tuple[int, int]]
     used = sorted({a["category_id"] for i in chosen for a in large[i]})
     pixels, sizes, inside, targets = [], [], [], []
     for i in chosen:
-        image = read_image(str(root / "images" / coco.imgs[i]["file_name"]))
+        image = read_image(str(coco128 / "images" / coco.imgs[i]["file_name"]))
         fitted, size = fit_image(image, SIZE)
         masks = torch.from_numpy(np.stack([coco.annToMask(a) for a in large[i]])).float()
         shrunk = F.interpolate(masks[None], size=size, mode="area")[0] > 0.5

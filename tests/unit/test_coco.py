@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -387,12 +386,8 @@ def test_bad_folders_give_one_line(tmp_path):
         _load(tmp_path / "many", annotations="x.json")
 
 
-def test_real_photographs():
-    beside = Path(__file__).parents[3] / "shared/data/coco128"
-    root = Path(os.environ.get("CAST_RAY_COCO128", beside))
-    if not (root / "instances.json").is_file():
-        pytest.skip("the 128 photographs are not here: name their folder by CAST_RAY_COCO128")
-    splits = _load(root)
+def test_real_photographs(coco128: Path):
+    splits = _load(coco128)
     assert splits.train.num_rows + splits.val.num_rows == 128 and len(splits.categories) == 80
     row = max(splits.train.to_pylist(), key=lambda r: len(r["instances"]))
     assert read_image(row["uri"]).shape == (row["height"], row["width"], 3)
