@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray._private.utils import get_ray_address_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -34,6 +35,7 @@ class Head:
     def __init__(self, folder: Path):
         names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
         ports = dict(zip(names, free_ports(len(names))))
+        self.port = ports["port"]
         self.address = f"http://127.0.0.1:{ports['dashboard-port']}"
         # A home of its own: an authentication token that the user may have does not belong to this cluster.
         clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
@@ -81,6 +83,10 @@ class Head:
                 self.process.wait(60)
             except subprocess.TimeoutExpired:
                 os.killpg(self.process.pid, signal.SIGKILL)
+        # `ray start` notes its address for all of this machine, and other Rays would look for this one for ever.
+        noted = Path(get_ray_address_file(None))
+        if noted.is_file() and noted.read_text().endswith(f":{self.port}"):
+            noted.unlink()
 
 
 def free_ports(count: int) -> list[int]:
