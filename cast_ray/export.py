@@ -10,12 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
+from cast_ray.console import exit_code
 from cast_ray.models.deployment import export_onnx
 from cast_ray.runtime.models import open_student
-
-EXIT_BAD_INPUT = 2
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,17 +27,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="folder, or FILE.onnx")
     parser.add_argument("--max-detections", type=int, default=100, help="of an ONNX model (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    out = Path(arguments.out)
-    try:
-        student, result = open_student(arguments.student)
-        if out.suffix == ".onnx":
-            out.parent.mkdir(parents=True, exist_ok=True)
-            export_onnx(student, out, arguments.max_detections)
-        else:
-            student.save_pretrained(out, result)
-    except ValueError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return EXIT_BAD_INPUT
+    return exit_code(lambda: _export(arguments.student, Path(arguments.out), arguments.max_detections))
+
+
+def _export(name: str, out: Path, max_detections: int) -> int:
+    student, result = open_student(name)
+    if out.suffix == ".onnx":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        export_onnx(student, out, max_detections)
+    else:
+        student.save_pretrained(out, result)
     print(f"written: {out}")
     return 0
 

@@ -20,11 +20,10 @@ import torch
 from pycocotools import mask as coco_mask
 from rich.console import Console
 
+from cast_ray.console import exit_code
 from cast_ray.datasets.photos import find_images, output_names
 from cast_ray.engine.world import pick_device
 from cast_ray.predict import (
-    EXIT_BAD_INPUT,
-    EXIT_INTERRUPTED,
     EXIT_NOTHING,
     JsonList,
     Predictor,
@@ -182,15 +181,7 @@ def _shared_folder(paths: Sequence[str]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    errors = Console(stderr=True)
-    try:
-        return _run(arguments, errors)
-    except ValueError as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        errors.print("stopped")
-        return EXIT_INTERRUPTED
+    return exit_code(lambda: _run(arguments, Console(stderr=True)))
 
 
 def _run(arguments: argparse.Namespace, errors: Console) -> int:

@@ -23,6 +23,7 @@ from pycocotools import mask as coco_mask
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cast_ray.console import exit_code
 from cast_ray.datasets.images import read_image
 from cast_ray.datasets.photos import find_images, output_names
 from cast_ray.engine.loop import amp_dtype
@@ -33,7 +34,7 @@ from cast_ray.records import Category
 from cast_ray.runtime.models import open_student
 from cast_ray.views import fit_image
 
-EXIT_NOTHING, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_NOTHING = 1
 NUM_THREADS = 4
 """That read and draw the images of a batch beside the model."""
 MAX_REPORTED = 10
@@ -205,15 +206,7 @@ def make_predictor(config: bytes, weights: bytes, device: str, **settings: Any) 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    errors = Console(stderr=True)
-    try:
-        return _run(arguments, errors)
-    except ValueError as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        errors.print("stopped")
-        return EXIT_INTERRUPTED
+    return exit_code(lambda: _run(arguments, Console(stderr=True)))
 
 
 def _run(arguments: argparse.Namespace, errors: Console) -> int:

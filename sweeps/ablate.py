@@ -20,40 +20,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
+from cast_ray.console import exit_code
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
 from cast_ray.runtime.sweep import Sweep, SweepRequest, TableRequest, has_results, run_sweep, sweep_name, write_events
 from cast_ray.runtime.trackers import Trackers
 from cast_ray.stages.table import load_table, table_names
 
-EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_INTERRUPTED = 2, 3, 130
+EXIT_STOPPED = 3
 TENSORBOARD = "tensorboard"
 """Folder of the event files inside a run's folder."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    errors = Console(stderr=True)
+    interrupted = "stopped; finished stages are stored, the same command goes on from here"
+    return exit_code(lambda: _run(sys.argv[1:] if argv is None else argv), interrupted)
+
+
+def _run(argv: list[str]) -> int:
     console = Console(width=None if sys.stdout.isatty() else 120)
-    try:
-        if argv[:1] == ["efficiency"]:  # no table of training runs
-            from sweeps.efficiency import main as measure
+    if argv[:1] == ["efficiency"]:  # no table of training runs
+        from sweeps.efficiency import main as measure
 
-            return measure(argv[1:], console)
-        if argv[:1] == ["store"]:
-            from sweeps.store import main as store_command
+        return measure(argv[1:], console)
+    if argv[:1] == ["store"]:
+        from sweeps.store import main as store_command
 
-            return store_command(argv[1:])
-        if argv[:1] == ["report"]:
-            from sweeps.report import main as report_command
+        return store_command(argv[1:])
+    if argv[:1] == ["report"]:
+        from sweeps.report import main as report_command
 
-            return report_command(argv[1:], console)
-        return _ablate(argv, console)
-    except ValueError as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        errors.print("stopped; finished stages are stored, the same command goes on from here")
-        return EXIT_INTERRUPTED
+        return report_command(argv[1:], console)
+    return _ablate(argv, console)
 
 
 def _ablate(argv: list[str], console: Console) -> int:

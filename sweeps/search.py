@@ -18,25 +18,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
+from cast_ray.console import exit_code
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
 from cast_ray.runtime.trackers import Trackers
 from cast_ray.stages.search_spec import load_search, search_names
-from sweeps.ablate import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_STOPPED, TENSORBOARD, home
+from sweeps.ablate import EXIT_STOPPED, TENSORBOARD, home
 
 STUDY = "study.journal"
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    errors = Console(stderr=True)
-    try:
-        return _search(arguments)
-    except ValueError as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        errors.print("stopped; trials that were running are tried again by the same command, from what they stored")
-        return EXIT_INTERRUPTED
+    interrupted = "stopped; trials that were running are tried again by the same command, from what they stored"
+    return exit_code(lambda: _search(arguments), interrupted)
 
 
 def _search(arguments: argparse.Namespace) -> int:

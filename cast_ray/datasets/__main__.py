@@ -18,6 +18,7 @@ from pycocotools import mask as mask_utils
 from rich.console import Console
 from rich.table import Table
 
+from cast_ray.console import exit_code
 from cast_ray.datasets.data_report import REPORT_FILE, check_report
 from cast_ray.datasets.images import read_image
 from cast_ray.datasets.inspection import SplitFacts, choose_samples, facts_of, guess_format
@@ -28,22 +29,16 @@ from cast_ray.recipe import DataConfig, build_recipe, parse_overrides
 from cast_ray.records import ClassMap, DatasetSplits
 from cast_ray.report.overlays import contact_sheet
 
-EXIT_BAD_INPUT = 2
 MAX_SHOWN = 12
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    try:
-        inspect(arguments, Console(width=None if sys.stdout.isatty() else 120))
-    except ValueError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return EXIT_BAD_INPUT
-    return 0
+    return exit_code(lambda: inspect(arguments, Console(width=None if sys.stdout.isatty() else 120)))
 
 
-def inspect(arguments: argparse.Namespace, console: Console) -> None:
-    """Reads a dataset, prints what is in it and writes a contact sheet and `data_report.json`.
+def inspect(arguments: argparse.Namespace, console: Console) -> int:
+    """Reads a dataset, prints what is in it and writes a contact sheet and `data_report.json`; returns 0.
 
     Raises:
         ValueError: the folder is no dataset; what a run would refuse for too many bad files is shown and said.
@@ -69,6 +64,7 @@ def inspect(arguments: argparse.Namespace, console: Console) -> None:
     console.print(_classes_table(facts, dataset))
     _print_skipped(report, recipe_data, console)
     console.print(f"Written: {sheet}, {out / REPORT_FILE}", highlight=False, soft_wrap=True)
+    return 0
 
 
 def _splits_table(facts: list[SplitFacts]) -> Table:

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from cast_ray.console import EXIT_BAD_INPUT
 from cast_ray.evaluation.efficiency import count_gmacs, count_parameters, measure_seconds, peak_memory
 from sweeps import ablate, efficiency
 
@@ -94,5 +95,5 @@ def test_the_command_times_small_ones(capsys: pytest.CaptureFixture[str]) -> Non
 def test_mistakes_are_told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     if "cuda:7" in arguments and torch.cuda.is_available():
         return
-    assert ablate.main(["efficiency", *arguments]) == ablate.EXIT_BAD_INPUT
+    assert ablate.main(["efficiency", *arguments]) == EXIT_BAD_INPUT
     assert capsys.readouterr().err.startswith("error: ")

@@ -15,6 +15,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from cast_ray import predict
+from cast_ray.console import EXIT_BAD_INPUT
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.models.student import Student
 from cast_ray.recipe import EncoderConfig, ModelConfig
@@ -137,7 +138,7 @@ def test_mistakes_are_one_line(
         return
     arguments = {"images": photos, "--student": student, "--out": tmp_path / "out"} | change
     images = arguments.pop("images")
-    assert run(images, *(v for pair in arguments.items() for v in pair)) == predict.EXIT_BAD_INPUT
+    assert run(images, *(v for pair in arguments.items() for v in pair)) == EXIT_BAD_INPUT
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and part in line
 
