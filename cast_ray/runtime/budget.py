@@ -14,7 +14,9 @@ Facts of Ray Data 2.60 that shape this file:
 - A group's bundles are its whole budget, memory included: without any `object_store_memory` single blocks trickle
   through. But a bundle that really reserves it aborts the raylet when it is returned while objects are stored
   (ray-project/ray#45780). So memory, like the second half of the tasks, stands in the handle that Ray Data sees and not
-  in the group.
+  in the group. Of what it sees, Ray Data uses about half; it is therefore shown twice what the stream may take.
+- Blocks that a consumer still holds count too, two or three of them: blocks must be small enough for as many again to
+  be in the making, or only one task runs at a time (`block_bytes`).
 """
 
 from __future__ import annotations
@@ -46,8 +48,8 @@ def tasks_per_stream(runtime: RuntimeConfig) -> int:
 
 
 def block_bytes(runtime: RuntimeConfig) -> int:
-    """Size at which the blocks of all tasks fill half of the stream's memory."""
-    return runtime.stream_memory_mb * 2**20 // (2 * tasks_per_stream(runtime))
+    """Size at which the blocks of all tasks fill a quarter of the stream's memory."""
+    return runtime.stream_memory_mb * 2**20 // (4 * tasks_per_stream(runtime))
 
 
 @contextmanager
@@ -83,7 +85,7 @@ def _as_seen(group: PlacementGroup, runtime: RuntimeConfig, bundle: int) -> Plac
     specs = [dict(spec) if bundle in (-1, i) else {} for i, spec in enumerate(group.bundle_specs)]
     stream = specs[max(bundle, 0)]
     stream["CPU"] += (tasks_per_stream(runtime) - runtime.reads_per_stream) * runtime.cpus_per_read
-    stream["object_store_memory"] = runtime.stream_memory_mb * 2**20
+    stream["object_store_memory"] = 2 * runtime.stream_memory_mb * 2**20
     return PlacementGroup(group.id, bundle_cache=specs)
 
 

@@ -43,7 +43,7 @@ GIVE_UP_S = 20.0
 MAX_TASKS_PER_EXECUTION = 2000
 """Ray Data stores every task's input before it starts the first, 0.8 ms each: 90,000 steps would begin after 70 s."""
 IMAGES_PER_TASK = 16
-BYTES_PER_PIXEL = 8
+BYTES_PER_PIXEL = 10
 """Of one image of a step: two views, truth maps, some masks as bits."""
 
 T = TypeVar("T")
