@@ -89,7 +89,7 @@ class OnlineTeacher:
         self.store, self.recipe, self.categories = store, recipe, categories
         self.loaded: tuple[str, int] = ("", 0)
         self.labeller: Any = None
-        self.num_images, self.has_found = 0, False
+        self.num_images = self.num_labels = 0
 
     def label(
         self, stage: Stage, version: int, weights: list[ray.ObjectRef] | None, pictures: Pictures
@@ -103,8 +103,8 @@ class OnlineTeacher:
             self._load(stage, version, weights)
         labels = self.labeller.label(pictures)
         self.num_images += len(labels)
-        self.has_found |= any(labels)
-        if not self.has_found and self.num_images >= EMPTY_AFTER:
+        self.num_labels += sum(map(len, labels))
+        if self.num_labels == 0 and self.num_images >= EMPTY_AFTER and self.recipe.pseudo.on_empty == "stop":
             raise ValueError(nothing_found(stage, self.recipe, self.categories, f"the first {self.num_images}"))
         return labels
 
@@ -114,7 +114,7 @@ class OnlineTeacher:
         from cast_ray.runtime.labeller import PseudoLabeller
 
         if self.loaded[0] != stage.fingerprint or version == 0:
-            self.num_images, self.has_found = 0, self.recipe.pseudo.on_empty == "warn"
+            self.num_images = self.num_labels = 0
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             self.labeller = PseudoLabeller(self.store, stage, device, self.recipe.runtime.amp)
         if weights is not None:
