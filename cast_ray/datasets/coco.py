@@ -16,6 +16,7 @@ from cast_ray.datasets.coco_document import (
     VAL_NAMES,
     check_annotation,
     find_annotation_file,
+    is_crowd,
     printable,
     read_categories,
     read_document,
@@ -30,6 +31,10 @@ from cast_ray.records import INSTANCE_TYPE, Category, encode_image_id
 
 Progress = Callable[[int, int], None]
 EXTRA_FOLDERS = "unlabel*"
+ALL_IGNORED_HINT = (
+    "A region of many objects has iscrowd 1, a single object has iscrowd 0, but some tools export every mask with "
+    "iscrowd 1: set iscrowd to 0 where the annotations are single objects."
+)
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ def index(config: DataConfig, progress: Progress | None = None) -> DatasetIndex:
         num_annotations={split: part.num_annotations for split, part in parts.items()},
         sources={split: part.file for split, part in parts.items()},
         annotated=first.annotated,
+        all_ignored_hint=ALL_IGNORED_HINT,
     )
 
 
@@ -180,6 +186,7 @@ class _Reader:
                 row = row_of.get(annotation["image_id"])
                 if row is None:
                     continue  # its image is listed as skipped
+                crowd = is_crowd(annotation)
                 image = by_id[annotation["image_id"]]
                 rles.append(encode_segmentation(annotation.get("segmentation"), image["height"], image["width"]))
             except ValueError as reason:
@@ -190,7 +197,7 @@ class _Reader:
                 continue
             rows.append(row)
             labels.append(annotation["category_id"])
-            crowds.append(bool(annotation.get("iscrowd", 0)))
+            crowds.append(crowd)
         return _instance_lists(len(found), rows, labels, rles, crowds), skipped
 
 
@@ -204,6 +211,13 @@ def _check_new(annotation: dict[str, Any], seen: dict[Any, list[dict[str, Any]]]
     if annotation in before:
         raise ValueError("repeats an annotation of the same id")
     before.append(annotation)
+
+
+def _is_object(annotation: dict[str, Any]) -> bool:
+    try:
+        return not is_crowd(annotation)
+    except ValueError:
+        return False
 
 
 def _is_hashable(value: Any) -> bool:
@@ -234,7 +248,7 @@ def _annotated_ids(images: list[dict[str, Any]], annotations: list[dict[str, Any
 
     This is the list that detectron2 trains on, in which published label lists count positions.
     """
-    with_objects = {a.get("image_id") for a in annotations if _is_hashable(a.get("image_id")) and not a.get("iscrowd")}
+    with_objects = {a.get("image_id") for a in annotations if _is_hashable(a.get("image_id")) and _is_object(a)}
     chosen = [image["id"] for image in images if image["id"] in with_objects]
     if len({type(i) for i in chosen}) > 1:
         return None

@@ -26,6 +26,8 @@ TRAIN_NAMES = (
 )
 VAL_NAMES = ("annotations/instances_val*.json", "instances_val*.json", "valid/_annotations.coco.json")
 EXTRA_NAMES = ("annotations/image_info_unlabeled*.json", "image_info_unlabeled*.json")
+_CROWD_WORDS = {"": False, "0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+"""Values of `iscrowd` in lower case: some tools write them as text or as floats."""
 _OTHER_TASKS = (
     *("captions_*", "person_keypoints_*", "panoptic_*", "stuff_*", "image_info_*", "*unlabel*"),
     *("*_val*", "val*", "*_test*", "test*"),
@@ -141,6 +143,20 @@ def check_annotation(annotation: dict[str, Any], image_ids: Container[Any], cate
             raise ValueError(
                 f"{name} {got if name in annotation else 'is missing'}: no such {name.removesuffix('_id')}"
             )
+
+
+def is_crowd(annotation: dict[str, Any]) -> bool:
+    """Whether an annotation is a region of many objects: its `iscrowd`, which is 0 where it is missing, null or empty.
+
+    Raises ValueError, with a reason to skip the annotation, for a value that is neither yes nor no.
+    """
+    value = annotation.get("iscrowd")
+    if value is None:
+        return False
+    word = str(value).strip().lower()
+    if not isinstance(value, bool | int | float | str) or word not in _CROWD_WORDS:
+        raise ValueError(f"iscrowd is {str(value)[:40]!r}: expected 0 for one object or 1 for a region of many")
+    return _CROWD_WORDS[word]
 
 
 def printable(name: Any) -> str:

@@ -21,6 +21,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 
+from cast_ray.datasets.data_report import print_warnings
 from cast_ray.recipe import Recipe
 from cast_ray.runtime.broker import MAX_CALLS, Broker
 from cast_ray.runtime.claims import DEAD_AFTER_S, Presence, Watch
@@ -107,6 +108,7 @@ def run_search(
     planner = RowPlanner({request.name: [base]}, store, console, lambda: connect(request.address, request.num_cpus))
     storage = open_storage(request.study)
     context, _ = planner.plan(base, table=spec.name, run=request.name, row="base")
+    print_warnings(planner.warnings, console)
     identity = {
         "preset": request.preset,
         "scale": request.scale,

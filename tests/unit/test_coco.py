@@ -6,6 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from coco_folders import HEIGHT, SQUARE, WIDTH
+from coco_folders import annotation as _annotation
+from coco_folders import coco_document as _document
+from coco_folders import image_entry as _image
+from coco_folders import valid_document as _valid_document
+from coco_folders import write_coco as _write
 from PIL import Image
 from pycocotools import mask as mask_utils
 
@@ -15,37 +21,6 @@ from cast_ray.datasets.segmentations import encode_mask, encode_segmentation
 from cast_ray.recipe import DataConfig
 from cast_ray.records import RECORD_SCHEMA, decode_image_id
 
-SQUARE = [[2, 1, 6, 1, 6, 4, 2, 4]]
-HEIGHT, WIDTH = 8, 10
-
-
-def _image(identifier, name=None, **fields):
-    return {"id": identifier, "file_name": name or f"{identifier}.png", "height": HEIGHT, "width": WIDTH, **fields}
-
-
-def _annotation(identifier, image, category=1, segmentation=None, **fields):
-    segmentation = SQUARE if segmentation is None else segmentation
-    return {"id": identifier, "image_id": image, "category_id": category, "segmentation": segmentation, **fields}
-
-
-def _document(images, annotations, categories=((1, "cat"), (7, "dog"))):
-    return {
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": i, "name": n} for i, n in categories],
-    }
-
-
-def _write(root: Path, document, json_name="instances.json", image_dir="images"):
-    (root / json_name).parent.mkdir(parents=True, exist_ok=True)
-    (root / json_name).write_text(json.dumps(document))
-    for image in document["images"]:
-        name = image.get("file_name")
-        if isinstance(name, str) and not name.startswith("/") and ".." not in name and "\0" not in name:
-            (root / image_dir / name).parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (WIDTH, HEIGHT)).save(root / image_dir / name, format="PNG")
-    return root
-
 
 def _load(root, **fields):
     return load(DataConfig(format="coco", root=str(root), **fields))[0]
@@ -54,10 +29,6 @@ def _load(root, **fields):
 def _rows(splits):
     rows = splits.train.to_pylist() + splits.val.to_pylist()
     return {decode_image_id(row["image_id"]): row for row in rows}
-
-
-def _valid_document(count=6):
-    return _document([_image(i) for i in range(count)], [_annotation(i, i) for i in range(count)])
 
 
 def test_polygons_rle_and_crowds(tmp_path):
@@ -80,6 +51,26 @@ def test_polygons_rle_and_crowds(tmp_path):
     assert [i["is_crowd"] for i in row["instances"]] == [False, True, False, False]
     assert [i["category_id"] for i in row["instances"]] == [1, 1, 7, 1]
     assert (row["height"], row["width"]) == (HEIGHT, WIDTH)
+
+
+def test_iscrowd_is_read_in_every_form_that_tools_write(tmp_path):
+    values = [0, 0.0, False, None, "0", "0.0", "false", "False", "", 1, 1.0, True, "1", "1.0", "true"]
+    annotations = [_annotation(i, 0, iscrowd=value) for i, value in enumerate(values)]
+    annotations.append(_annotation("without", 1))
+    splits = _load(_write(tmp_path, _document([_image(0), _image(1), _image(2)], annotations)))
+    assert splits.skipped == ()
+    assert [i["is_crowd"] for i in _rows(splits)[0]["instances"]] == [False] * 9 + [True] * 6
+    assert splits.annotated == ("0", "1")
+
+
+@pytest.mark.parametrize("value", [-1, 2, 0.5, "no", "-1", [0], {}, float("nan")])
+def test_an_annotation_of_an_unknown_iscrowd_is_skipped_with_the_reason(tmp_path, value):
+    annotations = [_annotation(0, 0, iscrowd=value), _annotation(1, 1)]
+    splits = _load(_write(tmp_path, _document([_image(0), _image(1)], annotations)), max_bad_fraction=0.5)
+    (skipped,) = splits.skipped
+    assert skipped["id"] == "0" and skipped["file"] == "0.png"
+    assert skipped["reason"] == f"iscrowd is {str(value)!r}: expected 0 for one object or 1 for a region of many"
+    assert splits.annotated == ("1",)
 
 
 def test_identifiers_of_every_kind(tmp_path):
