@@ -186,6 +186,10 @@ BAD_SEGMENTATIONS = {
     "line": ([[2, 1, 4, 1, 6, 1]], "no area"),
     "thin": ([[2.01, 1, 2.02, 1, 2.02, 4]], "covers no pixel"),
     "nested": ([[[2, 1], [6, 1], [6, 4], [2, 4], [2, 3], [2, 2]]], "nested"),
+    "nested, few points": ([[[2, 1], [6, 1], [6, 4], [2, 4]]], "nested: expected a flat list x0, y0, x1, y1"),
+    "nested in the middle": ([[2, 1, [6, 1], 6, 4, 2]], "nested"),
+    "degenerate parts only": ([[2, 1, 6, 4], [2, 1, 6]], "4 numbers: expected at least 6"),
+    "lines only": ([[2, 1, 4, 1, 6, 1], [0.1, 0.1, 0.7, 0.7, 0.3, 0.3]], "no area"),
     "words": ([["a", "b", "c", "d", "e", "f"]], "not a number"),
     "part is text": (["2,1,6,1,6,4"], "type str"),
     "missing": ([], "no segmentation"),
@@ -238,12 +242,76 @@ def test_bad_annotations_are_skipped_and_listed(tmp_path):
         _load(root)
 
 
+def _drawn_by_pycocotools(polygons, height, width):
+    return mask_utils.merge(mask_utils.frPyObjects(polygons, height, width))["counts"]
+
+
 def test_polygon_past_the_border_is_cut_off():
     rle = encode_segmentation([[-5, -4, 4, -4, 4, 3, -5, 3]], HEIGHT, WIDTH)
     mask = mask_utils.decode({"size": [HEIGHT, WIDTH], "counts": rle})
     expected = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
     expected[:3, :4] = 1
     np.testing.assert_array_equal(mask, expected)
+
+
+@pytest.mark.parametrize("reach", [0.0, 0.3, 5.0, 300.0])
+def test_polygons_are_drawn_as_pycocotools_draws_them(reach):
+    """Also those far outside the image, those that cross themselves, and several parts."""
+    rng = np.random.default_rng(int(reach * 10))
+    num_drawn = 0
+    for _ in range(150):
+        height, width = rng.integers(8, 60, 2).tolist()
+        polygons = []
+        for _ in range(rng.integers(1, 4)):
+            points = rng.uniform(-reach, 1 + reach, (rng.integers(3, 9), 2)) * (width, height)
+            polygons.append(np.round(points, rng.integers(0, 3)).ravel().tolist())
+        expected = _drawn_by_pycocotools(polygons, height, width)
+        try:
+            rle = encode_segmentation(polygons, height, width)
+        except ValueError as error:
+            assert str(error) == "polygon covers no pixel of the image"
+            assert mask_utils.area({"size": [height, width], "counts": expected}) == 0
+            continue
+        num_drawn += 1
+        assert rle == expected
+    assert num_drawn > 80
+
+
+def test_a_polygon_that_crosses_itself_is_drawn_though_its_area_cancels():
+    eight = [[1, 1, 5, 5, 5, 1, 1, 5]]
+    rle = encode_segmentation(eight, HEIGHT, WIDTH)
+    assert rle == _drawn_by_pycocotools(eight, HEIGHT, WIDTH)
+    assert mask_utils.area({"size": [HEIGHT, WIDTH], "counts": rle}) > 4
+
+
+@pytest.mark.parametrize("part", [[], [4, 4], [4, 4, 5, 5], [4, 4, 5, 5, 5], [2, 1, 6, 1, 6, 4, 2]])
+@pytest.mark.parametrize("first", [True, False])
+def test_the_valid_part_beside_a_degenerate_one_is_kept(part, first):
+    polygons = [part, *SQUARE] if first else [*SQUARE, part]
+    assert encode_segmentation(polygons, HEIGHT, WIDTH) == encode_segmentation(SQUARE, HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("polygon", "expected"),
+    [
+        ([-9e7, -9e7, 9e7, -9e7, 9e7, 9e7, -9e7, 9e7], np.s_[:, :]),
+        ([2, 1, 3e7, 1, 3e7, 4, 2, 4], np.s_[1:4, 2:]),
+        ([2, 1, 2, 9e7, 6, 9e7, 6, 1], np.s_[1:, 2:6]),
+        ([-8e7, 4, 9e7, 4, 9e7, 9e7, 5, 9e7, 5, -9e7, -8e7, -9e7], (np.s_[:4, :5], np.s_[4:, 5:])),
+    ],
+)
+def test_a_polygon_too_long_for_pycocotools_is_cut_first(polygon, expected):
+    mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    for part in expected if isinstance(expected[0], tuple) else (expected,):
+        mask[part] = 1
+    rle = encode_segmentation([polygon], HEIGHT, WIDTH)
+    np.testing.assert_array_equal(mask_utils.decode({"size": [HEIGHT, WIDTH], "counts": rle}), mask)
+
+
+def test_an_outline_without_end_is_refused():
+    zigzag = np.stack([np.tile([-WIDTH, 2 * WIDTH], 600_000), np.tile([0, 1, 2, 3], 300_000)], axis=1)
+    with pytest.raises(ValueError, match=r"polygon outline of 3\d,\d+,\d+ pixels: no object of a 10 x 8 image"):
+        encode_segmentation([zigzag.ravel().tolist()], HEIGHT, WIDTH)
 
 
 def test_random_rle_strings_survive_validation():
