@@ -117,4 +117,6 @@ def check_report(report: Mapping[str, Any], max_bad_fraction: float) -> None:
                     f"data.max_bad_fraction={max_bad_fraction}: {describe(chosen)}"
                 )
         if counts["images_skipped"] == counts["images"]:
-            raise ValueError(f"{where}: no usable image of {counts['images']}")
+            bad = [s for s in report["skipped"] if s["split"] == split and s["kind"] == "image"]
+            reasons = f": {describe(bad)}" if bad else ""
+            raise ValueError(f"{where}: no usable image of {counts['images']}{reasons}")

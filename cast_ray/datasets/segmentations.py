@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as mask_utils
 
+from cast_ray.datasets.coco_document import whole_number
 from cast_ray.records import rle_runs
 
 _MAX_CHARACTERS_PER_COUNT = 7  # of 5 bits each: more than any run length of an image that is read
@@ -144,7 +145,7 @@ def _cut(points: np.ndarray, axis: int, bound: float, sign: int) -> np.ndarray:
 
 def _encode_rle(rle: dict[str, Any], height: int, width: int) -> bytes:
     size, counts = rle.get("size"), rle.get("counts")
-    if size != [height, width]:
+    if not isinstance(size, list) or [whole_number(value) for value in size] != [height, width]:
         raise ValueError(f"RLE size is {str(size)[:40]}: expected [{height}, {width}]")
     if isinstance(counts, list):
         runs = _runs_of_list(counts)

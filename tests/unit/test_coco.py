@@ -333,9 +333,9 @@ def test_bad_images_are_skipped_and_listed(tmp_path):
         _image(14, "http://host/a.png"),
         _image(15, "a\0b.png"),
         _image(16, "empty.png"),
-        _image(17, "17.png", width=0),
-        _image(18, "18.png", height="8"),
-        _image(19, "19.png", height=None),
+        _image(17, "17.png", width=-7),
+        _image(18, "18.png", height="eight"),
+        _image(19, "19.png", height=8.5),
         _image(20, "20.png", height=10**6, width=10**6),
         {"id": 21, "height": 8, "width": 10},
         _image(22, "\ud800.png"),
@@ -355,10 +355,12 @@ def test_bad_images_are_skipped_and_listed(tmp_path):
     assert set(_rows(splits)) == {0, 1, 2, 3}
     reasons = {s["id"]: s["reason"] for s in splits.skipped}
     assert all(s["kind"] == "image" for s in splits.skipped) and len(reasons) == 15
-    assert reasons["10"] == reasons["23"] == "the file is missing"
-    assert {reasons[i] for i in ("11", "12", "13", "14")} == {"file_name leaves the dataset's folder"}
+    missing = "the file is missing in images (another folder is named by data.image_dir)"
+    assert reasons["10"] == reasons["23"] == missing
+    assert {reasons[i] for i in ("11", "12", "13", "14")} == {f"file_name leaves the dataset's folder, and {missing}"}
     assert reasons["16"] == "the file is empty"
-    assert reasons["17"].startswith("width is 0") and reasons["18"].startswith("height is 8")
+    assert reasons["17"] == "width is '-7': expected a whole number of pixels"
+    assert reasons["18"].startswith("height is 'eight'") and reasons["19"].startswith("height is '8.5'")
     assert "at most" in reasons["20"] and all("file_name is" in reasons[i] for i in ("15", "21", "22"))
     with pytest.raises(ValueError, match=r"15 of 18 images skipped.*gone\.png.*missing") as error:
         _load(root)
@@ -382,7 +384,7 @@ BAD_FILES = {
     "no images": (b'{"images": [], "annotations": [], "categories": []}', "'images' is empty"),
     "entry": (b'{"images": [3], "annotations": [], "categories": []}', r"images\[0\] is of type int"),
     "no classes": (_changed(lambda d: d.update(categories=[])), "'categories' is empty"),
-    "class id": (_changed(lambda d: d["categories"][1].update(id="7")), r"categories\[1\]\.id is '7'"),
+    "class id": (_changed(lambda d: d["categories"][1].update(id="seven")), r"categories\[1\]\.id is 'seven'"),
     "class id size": (_changed(lambda d: d["categories"][1].update(id=2**64)), r"categories\[1\]\.id is 1844"),
     "class name": (_changed(lambda d: d["categories"][1].pop("name")), r"categories\[1\]\.name is None"),
     "class twice": (_changed(lambda d: d["categories"][1].update(id=1)), r"categories\[1\]\.id is 1 for the second"),
@@ -399,8 +401,8 @@ BAD_FILES = {
         r"annotation 4 \(4\.png\): category_id is 3: no such category",
     ),
     "unknown image": (
-        _changed(lambda d: d["annotations"][4].update(image_id="4")),
-        r"annotation 4 \(instances\.json\): image_id is '4': no such image",
+        _changed(lambda d: d["annotations"][4].update(image_id="x4")),
+        r"annotation 4 \(instances\.json\): image_id is 'x4': no such image",
     ),
     "no image": (
         _changed(lambda d: d["annotations"][4].pop("image_id")),
