@@ -252,9 +252,11 @@ class _Search:
         def propose(number: int, point: dict[str, Any]) -> Job:
             """Plans the row of a point and leaves it with the broker, where its driver will fetch it."""
             recipe = request.recipe(point)
+            num_said = len(self.planner.warnings)
             context, row = self.planner.plan(
                 recipe, table=f"{spec.name}-{sampler}", run=request.name, row=f"t{number:04d}"
             )
+            print_warnings(self.planner.warnings[num_said:], self.console)  # of a point that labels other images
             self.rows.append(row)
             needed = {stage.fingerprint for r in self.rows for stage in r.stages} | self.planner.fingerprints()
             self.presence.need(needed.union(*map(given, self.rows)))

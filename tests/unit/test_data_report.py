@@ -18,9 +18,11 @@ from cast_ray.datasets.reading import load
 from cast_ray.recipe import DataConfig, build_recipe
 from cast_ray.report.results import summarise
 from cast_ray.report.run_folder import read_results
+from cast_ray.runtime import search
 from cast_ray.runtime.dataset import read_dataset
 from cast_ray.runtime.label_splits import store_splits
 from cast_ray.runtime.store import ArtifactStore
+from cast_ray.stages.search_spec import SearchSpec
 from sweeps import ablate
 
 
@@ -104,6 +106,27 @@ def test_the_plan_says_it_in_a_dry_run(
     assert ablate.main([*arguments, "--set", f"data.root={tmp_path / 'few'}", "--set", "data.label_fraction=0.05"]) == 0
     output = capfd.readouterr().out
     assert output.count("WARNING: ") == 1 and "WARNING: No object in the 2 labelled images (data.label_frac" in output
+
+
+def test_a_search_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_coco(tmp_path / "data", valid_document(8, iscrowd=1))
+    monkeypatch.setattr(search, "num_ended", lambda study: 99)  # nothing is left to run
+    space = {"loss.lambda_pxl": {"low": 0.01, "high": 1.0}}
+    request = search.SearchRequest(
+        spec=SearchSpec(name="mine", title="t", objectives={"student/mask_ap": "max"}, space=space, num_trials=1),
+        preset="coco",
+        scale="smoke",
+        overrides={"data.root": str(root), "data.label_fraction": "0.5"},
+        seed=0,
+        name="mine",
+        study=str(tmp_path / "study.journal"),
+        storage=str(tmp_path / "storage"),
+        address=None,
+        num_cpus=None,
+    )
+    output = io.StringIO()
+    search.run_search(request, Console(file=output, width=200))
+    assert output.getvalue().count("WARNING: No object in the ") == 2
 
 
 def test_results_and_report_say_it(tmp_path: Path) -> None:
