@@ -207,7 +207,7 @@ class _Reader:
             except ValueError as reason:
                 known = resolve(annotation.get("image_id"), images)
                 name = file if known is None else printable(images[known].get("file_name"))
-                facts = {"id": str(annotation.get("id"))[:40], "file": name, "reason": str(reason)}
+                facts = {"id": printable(annotation.get("id"))[:40], "file": name, "reason": str(reason)}
                 skipped.append({"split": split, "kind": "annotation", **facts})
                 continue
             rows.append(row)

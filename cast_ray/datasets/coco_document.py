@@ -123,7 +123,7 @@ def read_categories(entries: list[dict[str, Any]], file: str) -> tuple[Category,
         identifier, name = whole_number(entry.get("id")), entry.get("name")
         if identifier is None or not -(2**63) <= identifier < 2**63:
             raise ValueError(f"{file}: categories[{index}].id is {entry.get('id')!r}: expected a 64-bit integer")
-        if not isinstance(name, str):
+        if not isinstance(name, str) or not _is_text(name):
             raise ValueError(f"{file}: categories[{index}].name is {name!r}: expected a string")
         if identifier in categories:
             raise ValueError(f"{file}: categories[{index}].id is {identifier} for the second time")
@@ -140,11 +140,11 @@ def usable_images(images: list[dict[str, Any]], split: str, file: str) -> tuple[
     by_id: dict[int | str, dict[str, Any]] = {}
     skipped = []
     for index, image in enumerate(images):
-        identifier = image.get("id")
+        identifier: Any = image.get("id")
         if isinstance(identifier, float) and (number := whole_number(identifier)) is not None:
             image = image | {"id": (identifier := number)}
         reason = ""
-        if type(identifier) not in (int, str):
+        if type(identifier) not in (int, str) or not _is_text(str(identifier)):
             reason = f"id is {identifier!r}: expected an integer or a string"
         elif identifier in by_id:
             if image != by_id[identifier]:
@@ -153,7 +153,7 @@ def usable_images(images: list[dict[str, Any]], split: str, file: str) -> tuple[
         else:
             by_id[identifier] = image
         if reason:
-            facts = {"id": str(identifier), "file": printable(image.get("file_name")), "reason": reason}
+            facts = {"id": printable(identifier), "file": printable(image.get("file_name")), "reason": reason}
             skipped.append({"split": split, "kind": "image", **facts})
     return list(by_id.values()), skipped
 
@@ -217,5 +217,10 @@ def is_crowd(annotation: dict[str, Any]) -> bool:
 
 
 def printable(name: Any) -> str:
-    """A file name as it can be printed, whatever JSON held in its place."""
+    """An id or a file name as it can be printed, whatever JSON held in its place."""
     return str(name).encode("utf-8", "replace").decode()
+
+
+def _is_text(name: str) -> bool:
+    """Whether a string can be printed: JSON can hold half a character."""
+    return printable(name) == name

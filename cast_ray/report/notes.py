@@ -130,9 +130,9 @@ def _data_notes(report: Report) -> list[str]:
     splits = [(r["row"], (r.get("dataset") or {}).get("split") or {}) for r in report.results]
     empty = dict.fromkeys(row for row, split in splits if split.get("num_with_objects") == 0)
     if empty and not notes:
-        notes[
-            f"WARNING: the labelled images of {_named(list(empty))} hold no object: nothing was learnt from them."
-        ] = None
+        notes[f"WARNING: No object in the labelled images of {_named(list(empty))}: nothing was learnt from them."] = (
+            None
+        )
     return list(notes)
 
 

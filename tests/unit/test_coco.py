@@ -387,6 +387,18 @@ BAD_FILES = {
     "class id": (_changed(lambda d: d["categories"][1].update(id="seven")), r"categories\[1\]\.id is 'seven'"),
     "class id size": (_changed(lambda d: d["categories"][1].update(id=2**64)), r"categories\[1\]\.id is 1844"),
     "class name": (_changed(lambda d: d["categories"][1].pop("name")), r"categories\[1\]\.name is None"),
+    "class name of half a character": (
+        _changed(lambda d: d["categories"][1].update(name="\ud800")),
+        r"categories\[1\]\.name is '\\ud800': expected a string",
+    ),
+    "image id of half a character": (
+        _changed(lambda d: d["images"][2].update(id="\ud800")),
+        r"image \? .2\.png.: id is '\\ud800'",
+    ),
+    "annotation id of half a character": (
+        _changed(lambda d: d["annotations"][4].update(id="\ud800", category_id=3)),
+        r"annotation \? .4\.png.: category_id is 3",
+    ),
     "class twice": (_changed(lambda d: d["categories"][1].update(id=1)), r"categories\[1\]\.id is 1 for the second"),
     "image id": (_changed(lambda d: d["images"][2].pop("id")), r"image None .2\.png.: id is None"),
     "image id bool": (_changed(lambda d: d["images"][2].update(id=True)), r"image True .2\.png.: id is True"),

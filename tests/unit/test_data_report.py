@@ -156,4 +156,4 @@ def test_labelled_images_without_an_object_are_said(tmp_path: Path) -> None:
     row = result("sup")
     row["dataset"]["split"] = {"family": "nested", "fraction": 0.05, "num_extra": 0, "num_with_objects": 0}
     notes = summarise(read_results(save(tmp_path / "run", [row]))).notes
-    assert "WARNING: the labelled images of sup hold no object: nothing was learnt from them." in notes
+    assert "WARNING: No object in the labelled images of sup: nothing was learnt from them." in notes
