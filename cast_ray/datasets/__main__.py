@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cast_ray.console import exit_code
-from cast_ray.datasets.data_report import REPORT_FILE, check_report
+from cast_ray.datasets.data_report import REPORT_FILE, check_report, print_warnings
 from cast_ray.datasets.images import read_image
 from cast_ray.datasets.inspection import SplitFacts, choose_samples, facts_of, guess_format
 from cast_ray.datasets.paths import absolute
@@ -63,6 +63,7 @@ def inspect(arguments: argparse.Namespace, console: Console) -> int:
     console.print(_splits_table(facts))
     console.print(_classes_table(facts, dataset))
     _print_skipped(report, recipe_data, console)
+    print_warnings(report["warnings"], console)
     console.print(f"Written: {sheet}, {out / REPORT_FILE}", highlight=False, soft_wrap=True)
     return 0
 

@@ -120,6 +120,7 @@ def split(
         "fraction": len(labelled) / num_images if named else config.label_fraction,
         "seed": seed,
         "num_labelled": len(labelled),
+        "num_with_objects": _num_with_objects(records, labelled),
         "num_unlabelled": len(unlabelled),
         "num_extra": int((unlabelled >= num_images).sum()),
     }
@@ -129,6 +130,12 @@ def split(
         if (chosen_list := getattr(source, name)) is not None:
             facts |= {name: chosen_list.file, f"{name}_sha256": chosen_list.sha256}
     return LabelSplit(labelled, unlabelled, facts)
+
+
+def _num_with_objects(records: pa.Table, rows: np.ndarray) -> int:
+    """How many of these training images hold an object that is no ignore region."""
+    lengths = pc.list_value_length(records.column("category_ids")).to_numpy()
+    return int((lengths[rows] > 0).sum())
 
 
 def _hash_order(ids: Sequence[str], seed: int) -> np.ndarray:

@@ -40,7 +40,8 @@ class DatasetIndex:
     annotation files hold, unusable ones included (0 where they are in label maps and counted when these are read).
     sources: split -> the file or folder of its annotations, for messages. content_hash: of a dataset that vouches for
     its own files, which are then not read again. annotated: image ids that the positions of published COCO label lists
-    count, see `label_lists`.
+    count, see `label_lists`. all_ignored_hint: one sentence that says what probably happened in a dataset of this
+    format where every annotation of a split is an ignore region, see `data_report`.
     """
 
     splits: dict[str, pa.Table]
@@ -52,6 +53,7 @@ class DatasetIndex:
     decode_map: DecodeMap | None = None
     content_hash: str = ""
     annotated: tuple[str, ...] | None = None
+    all_ignored_hint: str = ""
 
     def num_images(self, split: str) -> int:
         """Images of a split, unusable ones included."""

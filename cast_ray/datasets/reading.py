@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cast_ray import registry
-from cast_ray.datasets.data_report import check_report, data_report
+from cast_ray.datasets.data_report import Contents, check_report, data_report
 from cast_ray.datasets.images import ImageError, check_image, read_map
 from cast_ray.datasets.index import DatasetIndex, DecodeMap, Skipped
 from cast_ray.recipe import DataConfig
@@ -119,7 +119,8 @@ def in_threads(make: MakeRows, blocks: list[pa.Table]) -> Iterator[pa.Table]:
 class Reading:
     """One pass over an index.
 
-    Iterate `tables` to the end; then `skipped`, `num_images`, `num_annotations` and the hashes are complete.
+    Iterate `tables` to the end; then `skipped`, `num_images`, `num_annotations`, `contents` and the hashes are
+    complete.
     """
 
     def __init__(self, index: DatasetIndex, config: DataConfig):
@@ -127,6 +128,7 @@ class Reading:
         self.skipped: list[Skipped] = list(index.skipped)
         self.num_images = {split: index.num_images(split) for split in index.splits}
         self.num_annotations = {split: index.num_annotations.get(split, 0) for split in index.splits}
+        self.contents: dict[str, Contents] = {}
         self._digests = {split: hashlib.sha256() for split in index.splits}
 
     def tables(
@@ -145,7 +147,7 @@ class Reading:
         index = self.index
         if index.content_hash:  # drawn here and hashed then
             for split, table in index.splits.items():
-                yield split, table.select(RECORD_SCHEMA.names).cast(RECORD_SCHEMA)
+                yield split, self._count(split, table.select(RECORD_SCHEMA.names).cast(RECORD_SCHEMA))
             return
         make = partial(
             read_rows,
@@ -179,7 +181,16 @@ class Reading:
         table = table.filter(table.column("usable"))
         for digest in table.column("digest").to_pylist():
             self._digests[split].update(digest)
-        return table.select(RECORD_SCHEMA.names)
+        return self._count(split, table.select(RECORD_SCHEMA.names))
+
+    def _count(self, split: str, records: pa.Table) -> pa.Table:
+        instances = records.column("instances")
+        if instances.null_count < len(instances):  # null: nobody knows what an image of the extra pool holds
+            num_ignored = pc.sum(pc.struct_field(pc.list_flatten(instances), "is_crowd")).as_py() or 0
+            num_objects = (pc.sum(pc.list_value_length(instances)).as_py() or 0) - num_ignored
+            before = self.contents.get(split, Contents(0, 0))
+            self.contents[split] = Contents(before.num_objects + num_objects, before.num_ignored + num_ignored)
+        return records
 
     @property
     def content_hash(self) -> str:
@@ -196,7 +207,15 @@ class Reading:
 
     def report(self) -> dict[str, Any]:
         """What `data_report.json` says of it; before anything was read, of what the index skipped."""
-        return data_report(self.config, self.num_images, self.num_annotations, self.skipped, self.index.sources)
+        return data_report(
+            self.config,
+            self.num_images,
+            self.num_annotations,
+            self.skipped,
+            self.index.sources,
+            self.contents,
+            self.index.all_ignored_hint,
+        )
 
 
 def load(

@@ -33,6 +33,7 @@ class DataConfig(Part):
     """COCO JSON of the validation images; empty: found, else a `val_fraction` of the images is held out."""
     val_fraction: float = Field(0.25, gt=0, lt=1)
     image_dir: str = ""
+    """Folder of the training images; empty: found by the usual names of COCO, CVAT, FiftyOne and Roboflow."""
     val_image_dir: str = ""
     extra_annotations: str = ""
     """COCO JSON whose images are the extra unlabelled pool; empty: found (image_info_unlabeled*.json)."""

@@ -39,7 +39,7 @@ from cast_ray.runtime.cluster import Cluster
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.stages.graph import DataHashes, Stage, fingerprint_of
 
-READER_VERSION = 1
+READER_VERSION = 2
 """Raise it when readers find other records in the same files: stored tables are then read again."""
 IN_THIS_PROCESS = 2000
 """Images that are read before Ray is asked: fewer take less time than its start."""
@@ -79,6 +79,11 @@ class StoredDataset:
     def has_source(self) -> bool:
         return "source" in self.num_images
 
+    @property
+    def warnings(self) -> list[str]:
+        """Splits without one object, a sentence each (see `data_report`)."""
+        return self.report.get("warnings", [])
+
     def facts(self) -> dict[str, Any]:
         """What every result says about the data."""
         return {
@@ -87,6 +92,7 @@ class StoredDataset:
             **{f"num_{split}": self.num_images.get(split, 0) for split in ("train", "val", "source", "extra")},
             "skipped": len(self.report["skipped"]),
             "skipped_statement": self.report["statement"],
+            "warnings": self.warnings,
             "classes": [c.name for c in self.categories],
         }
 

@@ -41,7 +41,8 @@ def test_guided_distillations_cityscapes_list(tmp_path):
     ids = dataset.train.column("image_id").take(chosen.labelled).to_pylist()
     assert ids == ['"aachen_000000_000019"', '"ulm_000003_000019"'] and len(chosen.unlabelled) == 6
     assert chosen.facts == {
-        **{"family": "list", "fraction": 0.25, "seed": 0, "num_labelled": 2, "num_unlabelled": 6, "num_extra": 0},
+        **{"family": "list", "fraction": 0.25, "seed": 0, "num_labelled": 2, "num_with_objects": 2},
+        **{"num_unlabelled": 6, "num_extra": 0},
         "label_list": str(tmp_path / "perc_5.txt"),
         "label_list_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
