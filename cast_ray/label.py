@@ -21,6 +21,7 @@ from pycocotools import mask as coco_mask
 from rich.console import Console
 
 from cast_ray.console import exit_code
+from cast_ray.datasets.class_lists import read_classes
 from cast_ray.datasets.photos import find_images, output_names
 from cast_ray.engine.world import pick_device
 from cast_ray.predict import (
@@ -94,35 +95,6 @@ def load(recipe: Recipe, source: str, categories: Sequence[Category] | None) -> 
         part["prompt"] = config.prompt.model_dump()
     with open_teacher(source, part, config.image_px, categories) as teacher:
         return teacher
-
-
-def read_classes(text: str) -> list[Category]:
-    """Classes from names with commas between them, a text file of one a line, or a COCO JSON (with its ids).
-
-    Raises:
-        ValueError: no name, a name twice, or a JSON without categories.
-    """
-    path = Path(text).expanduser()
-    if text.endswith((".json", ".txt")) or path.is_file():
-        try:
-            content = path.read_text()
-        except OSError as error:
-            raise ValueError(f"--classes {text!r}: cannot be read: {error.strerror}") from None
-        if text.endswith(".json"):
-            try:
-                return [Category(int(c["id"]), str(c["name"])) for c in json.loads(content)["categories"]]
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"--classes {text!r}: expected a COCO JSON with categories") from None
-        names = content.splitlines()
-    else:
-        names = text.split(",")
-    names = [name.strip() for name in names if name.strip()]
-    if not names:
-        raise ValueError(f"--classes {text!r}: expected names with commas between them, a .txt or a COCO .json file")
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise ValueError(f"--classes: {twice[0]!r} is there twice")
-    return [Category(i, name) for i, name in enumerate(names, 1)]
 
 
 def write_labels(

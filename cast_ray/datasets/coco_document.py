@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import posixpath
 from collections.abc import Container, Sequence
 from fnmatch import fnmatch
@@ -10,7 +9,7 @@ from typing import Any
 
 from cast_ray.datasets.index import Skipped
 from cast_ray.datasets.listing import Listing
-from cast_ray.datasets.paths import first_line, read_bytes
+from cast_ray.datasets.text_files import parse_json, read_text
 from cast_ray.records import Category
 
 PARTS = ("images", "annotations", "categories")
@@ -85,14 +84,7 @@ def read_document(uri: str, file: str, expected: Sequence[str] = PARTS) -> dict[
     Raises:
         ValueError: unreadable, not JSON, not COCO, or without images; the message names the file and the field.
     """
-    try:
-        content = read_bytes(uri)
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read ({first_line(error)})") from None
-    try:
-        document = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON ({first_line(error)})") from None
+    document = parse_json(read_text(uri, file), file)
     if not isinstance(document, dict):
         raise ValueError(f"{file}: not COCO: expected an object with images, annotations, categories, got a list")
     for name in PARTS:

@@ -376,7 +376,7 @@ def _changed(change):
 BAD_FILES = {
     "truncated": (b'{"images": [', "not JSON"),
     "empty": (b"", "not JSON"),
-    "binary": (b"\x89PNG\xff\xfe", "not JSON"),
+    "binary": (b"\x89PNG\xff\xfe", "not UTF-8 text"),
     "deep": (b"[" * 100_000, "not JSON"),
     "list": (b"[]", "not COCO: expected an object"),
     "captions": (b'{"images": [], "annotations": []}', "'categories' is missing"),

@@ -178,7 +178,7 @@ def test_too_few_images_are_refused(reader: Reader) -> None:
     for row, message in (
         ({"data.label_fraction": "0.01"}, "gives 0 labelled images: expected at least 1 per worker"),
         ({"data.label_fraction": "1"}, r"leaves 0 unlabelled images: .* or data\.unlabelled_pool=both"),
-        ({"data.label_family": "list", "data.label_list": "none.txt"}, "none.txt cannot be read"),
+        ({"data.label_family": "list", "data.label_list": "none.txt"}, "none.txt: cannot be read"),
     ):
         with pytest.raises(ValueError, match=message):
             store_splits(reader(row), reader.recipes(row), reader.store)

@@ -150,9 +150,10 @@ def test_images_that_the_dataset_has_not(tmp_path):
     [
         (b"", "names no image"),
         (b"# nothing\n", "names no image"),
-        (b"\xff\xfe\x00", "is not a text file"),
-        (b'{"a": ', "is not JSON"),
-        (b"[1, 2]", "expected names of images, a COCO JSON, or percentage"),
+        (b"\xff\xfe\x00", "not a text file"),
+        (b'{"a": ', "not JSON"),
+        (b'["a.jpg", 1.5]', "expected names of images, a COCO JSON, or percentage"),
+        (b"[]", "expected names of images, a COCO JSON, or percentage"),
         (b'{"10": {"0": [1.5]}}', "expected names of images"),
         (b'{"10": {"0": [-1]}}', "expected names of images"),
         (b'{"images": [{"id": 1}]}', "expected names of images"),
@@ -164,7 +165,7 @@ def test_files_that_are_no_lists(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as error:
         read_list(str(path))
     assert "list.txt" in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=r"data\.label_list: .*gone\.txt cannot be read"):
+    with pytest.raises(ValueError, match=r"data\.label_list: .*gone\.txt: cannot be read"):
         read_list(str(tmp_path / "gone.txt"))
 
 
