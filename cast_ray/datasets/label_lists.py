@@ -38,9 +38,10 @@ def read_list(file: str) -> LabelList:
 
     Names, one a line or a JSON list of them: of image files, of Cityscapes label maps (Guided Distillation's perc_5.txt
     holds `bremen_000041_000019_gtFine_instanceIds.png`), or image ids; blank lines and lines that start with # are
-    passed over. A COCO JSON: its images (Soft Teacher's and Guided Distillation's subsets of `instances_train2017.json`). A
-    JSON object percentage -> seed -> positions (unbiased-teacher's COCO_supervision.txt), each the place of an image
-    among those with at least one object that is no crowd, in the order of their ids.
+    passed over. A COCO JSON: its images (Soft Teacher's and Guided Distillation's subsets of
+    `instances_train2017.json`). A JSON object percentage -> seed -> positions (unbiased-teacher's
+    COCO_supervision.txt), each the place of an image among those with at least one object that is no crowd, in the
+    order of their ids.
 
     Args:
         file: local path or URI; what it holds decides, not its name.
