@@ -22,12 +22,13 @@ from rich.console import Console
 
 from cast_ray.console import exit_code
 from cast_ray.datasets.class_lists import read_classes
-from cast_ray.datasets.photos import find_images, output_names
+from cast_ray.datasets.photos import output_names
 from cast_ray.engine.world import pick_device
 from cast_ray.predict import (
     EXIT_NOTHING,
     JsonList,
     Predictor,
+    list_photos,
     positive,
     write_overlay,
     write_with_progress,
@@ -158,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, errors: Console) -> int:
     recipe = _recipe(arguments)
-    paths = find_images(arguments.images)
+    paths = list_photos(arguments.images, errors)
     names = dict(zip(paths, output_names(paths)))
     categories = read_classes(arguments.classes) if arguments.classes else None
     if categories is None and arguments.teacher in PUBLISHED:

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cast_ray.console import exit_code
 from cast_ray.datasets.images import read_image
-from cast_ray.datasets.photos import find_images, output_names
+from cast_ray.datasets.photos import describe_left_out, find_photos, output_names
 from cast_ray.engine.loop import amp_dtype
 from cast_ray.engine.world import pick_device
 from cast_ray.models.drawing import draw_instances
@@ -134,6 +134,14 @@ class Predictor:
         }
 
 
+def list_photos(sources: Sequence[str], errors: Console, exclude: Sequence[str] = ()) -> list[str]:
+    """The images that a command was asked for; says on `errors` what it leaves out. See `find_photos`."""
+    found = find_photos(sources, exclude)
+    if found.left_out:
+        errors.print(f"left out: {describe_left_out(found.left_out)}", markup=False, highlight=False, soft_wrap=True)
+    return found.paths
+
+
 def read_or_reason(path: str) -> np.ndarray | str:
     """The pixels of an image, or why it has none."""
     try:
@@ -210,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, errors: Console) -> int:
-    paths = find_images(arguments.images)
+    paths = list_photos(arguments.images, errors)
     names = dict(zip(paths, output_names(paths)))
     student, _ = open_student(arguments.student)
     out = Path(arguments.out)

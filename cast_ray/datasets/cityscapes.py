@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -56,15 +57,18 @@ def index(config: DataConfig, progress: Progress | None = None) -> DatasetIndex:
     listing = open_listing(config.root, "Cityscapes (leftImg8bit and gtFine)")
     splits: dict[str, pa.Table] = {}
     skipped: list[Skipped] = []
+    left_out: Mapping[str, int] = {}
     for split in ("train", "val"):
         images = _frames(listing, f"{_IMAGES}/{split}", "*_leftImg8bit.*")
         masks = _frames(listing, f"{_MASKS}/{split}", "*_gtFine_instanceIds.png")
         splits[split], bad = pair_maps(listing, split, images, masks)
         skipped += bad
     if config.unlabelled_pool != "rest":
-        splits["extra"] = index_pool(listing, config.extra_image_dir or _EXTRA, frame_name)
+        splits["extra"], left_out = index_pool(listing, config.extra_image_dir or _EXTRA, frame_name)
     sources = {split: f"{_MASKS}/{split}" for split in ("train", "val")}
-    return DatasetIndex(splits, CATEGORIES, listing, skipped, sources=sources, decode_map=decode_map)
+    return DatasetIndex(
+        splits, CATEGORIES, listing, skipped, sources=sources, decode_map=decode_map, left_out=left_out
+    )
 
 
 def frame_name(file: str) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from cast_ray.datasets.coco_document import (
     usable_images,
 )
 from cast_ray.datasets.image_files import FoundImage, find_images, image_dirs_of
-from cast_ray.datasets.index import INDEX_SCHEMA, DatasetIndex, Skipped, describe, index_pool, without_known
+from cast_ray.datasets.index import INDEX_SCHEMA, DatasetIndex, Skipped, describe, index_pool
 from cast_ray.datasets.listing import Listing, open_listing
 from cast_ray.datasets.segmentations import encode_segmentation
 from cast_ray.recipe import DataConfig
@@ -48,6 +48,7 @@ class AnnotatedImages:
     num_annotations: int
     skipped: list[Skipped]
     annotated: tuple[str, ...] | None
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 def index(config: DataConfig, progress: Progress | None = None) -> DatasetIndex:
@@ -93,7 +94,7 @@ def index(config: DataConfig, progress: Progress | None = None) -> DatasetIndex:
         splits["val"] = parts["val"].table
     if config.unlabelled_pool != "rest":
         parts["extra"] = read.extra()
-        splits["extra"] = without_known(parts["extra"].table, splits)
+        splits["extra"] = parts["extra"].table
     return DatasetIndex(
         splits=splits,
         categories=first.categories,
@@ -103,6 +104,7 @@ def index(config: DataConfig, progress: Progress | None = None) -> DatasetIndex:
         sources={split: part.file for split, part in parts.items()},
         annotated=first.annotated,
         all_ignored_hint=ALL_IGNORED_HINT,
+        left_out=parts["extra"].left_out if "extra" in parts else {},
     )
 
 
@@ -172,7 +174,8 @@ class _Reader:
                     f"{listing.root}: no extra unlabelled images (looked for {', '.join(EXTRA_NAMES)} and a folder "
                     f"{EXTRA_FOLDERS}): name them by {key} or data.extra_image_dir, or set data.unlabelled_pool=rest"
                 )
-            return AnnotatedImages(folders[0], index_pool(listing, folders[0]), (), 0, [], None)
+            table, left_out = index_pool(listing, folders[0])
+            return AnnotatedImages(folders[0], table, (), 0, [], None, left_out)
         entries = read_document(listing.uri(file), file, ["images"])["images"]
         dirs = image_dirs_of(config.extra_image_dir, file, "unlabel")
         _, found, skipped = self._images(entries, dirs, "extra", file)

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 from cast_ray.datasets.coco_document import printable, whole_number
 from cast_ray.datasets.images import ImageError, check_image
 from cast_ray.datasets.index import Skipped
-from cast_ray.datasets.listing import Listing, child
+from cast_ray.datasets.listing import Listing, child, is_text
 from cast_ray.datasets.paths import is_uri
 
 _DIR_KEYS = {"val": "data.val_image_dir", "extra": "data.extra_image_dir"}
@@ -200,9 +200,7 @@ def _key(name: str) -> str:
 
 
 def _is_file_name(name: Any) -> TypeGuard[str]:
-    if not isinstance(name, str) or not name or "\0" in name:
-        return False
-    return not any("\ud800" <= character <= "\udfff" for character in name)  # JSON can hold half a character
+    return isinstance(name, str) and bool(name) and "\0" not in name and is_text(name)
 
 
 def _given_size(image: dict[str, Any], max_pixels: int) -> tuple[int | None, int | None]:
@@ -228,7 +226,7 @@ def _read_sizes(uris: Sequence[str], max_pixels: int) -> list[tuple[int, int] | 
 
     def read(uri: str) -> tuple[int, int] | str:
         try:
-            return check_image(uri, None, max_pixels, decode=False)
+            return check_image(uri, None, max_pixels, decode=False)[0]
         except ImageError as error:
             return error.reason
 

@@ -84,7 +84,7 @@ def test_header_of_large_files(tmp_path):
     image.save(tmp_path / "b.tif", tiffinfo={270: "x" * 400_000})
     for name in ("a.jpg", "b.tif"):
         assert (tmp_path / name).stat().st_size > 1 << 18
-        assert check_image(str(tmp_path / name), None, decode=False) == (HEIGHT, WIDTH)
+        assert check_image(str(tmp_path / name), None, decode=False) == ((HEIGHT, WIDTH), b"")
     with pytest.raises(ImageError, match="label map of mode CMYK"):
         image.convert("CMYK").save(tmp_path / "c.tif")
         read_map(str(tmp_path / "c.tif"), (HEIGHT, WIDTH))
@@ -152,8 +152,8 @@ def test_the_extra_pool_of_a_coco_folder(tmp_path):
     (root / "unlabeled2017/notes.txt").write_text("")
     dataset, _ = _load(root, unlabelled_pool="both")
     assert [(r["image_id"], r["height"], r["width"], r["instances"]) for r in dataset.extra.to_pylist()] == [
-        ('"u1.jpg"', 10, 12, None),
         ('"sub/u2.png"', 10, 12, None),
+        ('"u1.jpg"', 10, 12, None),
     ]
     (root / "annotations").mkdir()
     info = {"images": [{"id": 900, "file_name": "u1.jpg", "height": 10, "width": 12}], "info": {}, "categories": []}
