@@ -63,6 +63,8 @@ def inspect(arguments: argparse.Namespace, console: Console) -> int:
     console.print(_splits_table(facts))
     console.print(_classes_table(facts, dataset))
     _print_skipped(report, recipe_data, console)
+    for note in report["notes"]:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     print_warnings(report["warnings"], console)
     console.print(f"Written: {sheet}, {out / REPORT_FILE}", highlight=False, soft_wrap=True)
     return 0
@@ -75,12 +77,19 @@ def _splits_table(facts: list[SplitFacts]) -> Table:
     for column in (*columns, "size (pixels)"):
         table.add_column(column, justify="right")
     for split in facts:
-        (height, width), most = next(iter(split.sizes.items()))
-        others = f" and {len(split.sizes) - 1} others" if len(split.sizes) > 1 else ""
-        share = f" ({100 * most / split.num_images:.0f} %)" if others else ""
         counts = (split.num_images, split.num_empty, split.num_objects, split.num_crowds, *split.areas)
-        table.add_row(split.name, *(f"{count:,}" for count in counts), f"{width} x {height}{share}{others}")
+        table.add_row(split.name, *(f"{count:,}" for count in counts), _sizes(split))
     return table
+
+
+def _sizes(split: SplitFacts) -> str:
+    """The most frequent size of a split's images and how many others there are; empty without an image."""
+    if not split.sizes:
+        return ""
+    (height, width), most = next(iter(split.sizes.items()))
+    others = f" and {len(split.sizes) - 1} others" if len(split.sizes) > 1 else ""
+    share = f" ({100 * most / split.num_images:.0f} %)" if others else ""
+    return f"{width} x {height}{share}{others}"
 
 
 def _classes_table(facts: list[SplitFacts], dataset: DatasetSplits) -> Table:

@@ -66,9 +66,7 @@ def index(config: DataConfig, progress: Progress | None = None) -> DatasetIndex:
     if config.unlabelled_pool != "rest":
         splits["extra"], left_out = index_pool(listing, config.extra_image_dir or _EXTRA, frame_name)
     sources = {split: f"{_MASKS}/{split}" for split in ("train", "val")}
-    return DatasetIndex(
-        splits, CATEGORIES, listing, skipped, sources=sources, decode_map=decode_map, left_out=left_out
-    )
+    return DatasetIndex(splits, CATEGORIES, listing, skipped, sources=sources, decode_map=decode_map, left_out=left_out)
 
 
 def frame_name(file: str) -> str:

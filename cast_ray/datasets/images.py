@@ -100,7 +100,10 @@ def read_map(uri: str, image_hw: tuple[int, int], max_pixels: int = MAX_PIXELS) 
 def _opened(
     uri: str, image_hw: tuple[int, int] | None, max_pixels: int, *, whole: bool = True
 ) -> Iterator[tuple[Image.Image, bytes]]:
-    """The image before it is decoded, its size checked, and the bytes that were read; whatever goes wrong in the body is laid to the file."""
+    """The image before it is decoded, its size checked, and the bytes that were read.
+
+    Whatever goes wrong in the body is laid to the file.
+    """
     if image_hw is not None:
         max_pixels = image_hw[0] * image_hw[1]
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:

@@ -13,8 +13,7 @@ from urllib.parse import unquote
 
 from pyarrow import fs
 
-from cast_ray.datasets.paths import absolute, first_line, is_uri, join, resolve
-
+from cast_ray.datasets.paths import absolute, first_line, is_uri, join, real, resolve
 
 _NOT_THE_USERS = frozenset(
     {"@eadir", "@recycle", "#recycle", "$recycle.bin", "__macosx", "lost+found", "system volume information"}
@@ -122,9 +121,9 @@ class Listing:
             stack = waiting[::-1]
             while stack:
                 place = stack.pop()
-                if (real := self.real(place)) in entered:
+                if (known := self.real(place)) in entered:
                     continue
-                entered.add(real)
+                entered.add(known)
                 yield place
                 for name in reversed(self.folders(place)):
                     if enter(place, name):
@@ -132,10 +131,8 @@ class Listing:
             waiting = sorted(links)
 
     def real(self, path: str) -> str:
-        """What a file or folder is known by, through however many links it was reached."""
-        uri = self.uri(path)
-        local = _local_path(uri)
-        return uri.rstrip("/") if local is None else os.path.realpath(local)
+        """`paths.real` of a path below root."""
+        return real(self.uri(path))
 
     @property
     def seen(self) -> list[str]:
@@ -207,12 +204,6 @@ def _list_remote(filesystem: fs.FileSystem, folder: str) -> dict[str, Entry]:
         info.base_name: Entry("file", info.size, (info.mtime_ns or 0,)) if info.is_file else Entry("folder")
         for info in listed
     }
-
-
-def _local_path(uri: str) -> str | None:
-    """The path on this machine's disks; None in an object store."""
-    filesystem, path = resolve(uri)
-    return path if isinstance(filesystem, fs.LocalFileSystem) else None
 
 
 def _normal(folder: str) -> str:

@@ -171,7 +171,7 @@ def _matching(pattern: str, exclude: Sequence[str]) -> FoundImages:
 
 
 def _fitting(pattern: str) -> Iterable[str]:
-    """The paths that a pattern fits; `**` by `Listing.walk`, because glob's own walk repeats what links lead back to."""
+    """The paths that a pattern fits; for `**` from `Listing.walk`: glob's own walk repeats what links lead back to."""
     parts = pattern.split(os.sep)
     if "**" not in parts:
         return glob.glob(pattern)

@@ -72,7 +72,8 @@ def _dataset_text(results: Sequence[Result]) -> str:
             counts[-1] += f" (unused by {_named(list(without))})"
     classes = results[0]["dataset"].get("classes") or []
     skipped = max((r["dataset"] for r in results), key=lambda dataset: dataset.get("skipped") or 0)
-    text = ", ".join(counts) + f" images, {len(classes)} classes"
+    notes = dict.fromkeys(note for r in results for note in r["dataset"].get("notes") or [])
+    text = "; ".join([", ".join(counts) + f" images, {len(classes)} classes", *(note.rstrip(".") for note in notes)])
     if not skipped.get("skipped"):
         return text
     return f"{text}; {skipped.get('skipped_statement') or str(skipped['skipped']) + ' unusable skipped'}"

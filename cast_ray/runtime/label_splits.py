@@ -53,14 +53,19 @@ def store_splits(dataset: StoredDataset, recipes: Iterable[Recipe], store: Artif
         if needs_unlabelled and len(chosen.unlabelled) < workers:
             raise ValueError(
                 f"data.label_fraction {data.label_fraction} of {dataset.num_images['train']} images leaves "
-                f"{len(chosen.unlabelled)} unlabelled images: expected at least 1 per worker ({workers}), or "
-                "data.unlabelled_pool=both"
+                f"{len(chosen.unlabelled)} unlabelled images{_without_copies(chosen.facts)}: expected at least 1 per "
+                f"worker ({workers}), or data.unlabelled_pool=both"
             )
         for key, unlabelled in zip(keys, (chosen.unlabelled[:0], chosen.unlabelled)):
             rows = {"labelled": chosen.labelled.tolist(), "unlabelled": unlabelled.tolist()}
             none = {} if len(unlabelled) else {"num_unlabelled": 0, "num_extra": 0}
             store.write_json(f"splits/{key}.json", {"facts": chosen.facts | none} | rows)
     return list(warnings)
+
+
+def _without_copies(facts: dict[str, Any]) -> str:
+    number = facts.get("num_copies")
+    return f" ({number:,} more are copies of labelled or validation images, which D_u never holds)" if number else ""
 
 
 def _no_object(facts: dict[str, Any]) -> str:

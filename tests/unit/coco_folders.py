@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 SQUARE = [[2, 1, 6, 1, 6, 4, 2, 4]]
@@ -44,7 +45,7 @@ def valid_document(count: int = 6, **fields: Any) -> dict[str, Any]:
 def write_coco(
     root: Path, document: dict[str, Any], json_name: str = "instances.json", image_dir: str = "images"
 ) -> Path:
-    """The annotation file, and a black image for each entry whose file name stays in the folder."""
+    """The annotation file, and an image for each entry whose file name stays in the folder."""
     (root / json_name).parent.mkdir(parents=True, exist_ok=True)
     (root / json_name).write_text(json.dumps(document))
     for image in document["images"]:
@@ -55,5 +56,7 @@ def write_coco(
 
 
 def write_image(path: Path, width: int = WIDTH, height: int = HEIGHT) -> None:
+    """Noise that depends on the file's name: images of different names are no copies of each other."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (width, height)).save(path, format="PNG")
+    pixels = np.random.default_rng(list(path.name.encode())).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, format="PNG")

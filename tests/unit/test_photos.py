@@ -26,7 +26,13 @@ def names(paths: list[str], folder: Path) -> list[str]:
 
 
 def test_a_folder_gives_every_image_below_it(folder: Path) -> None:
-    assert names(find_photos([str(folder)]).paths, folder) == ["a/1.jpg", "a/1.png", "b/2.JPG", "c d/3 [x].webp", "top.tif"]
+    assert names(find_photos([str(folder)]).paths, folder) == [
+        "a/1.jpg",
+        "a/1.png",
+        "b/2.JPG",
+        "c d/3 [x].webp",
+        "top.tif",
+    ]
 
 
 def test_files_are_taken_as_given_and_once(folder: Path) -> None:
@@ -130,7 +136,9 @@ def test_a_folder_can_be_closed(messy: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_one_rule_for_pools_and_commands(messy: Path) -> None:
     found = images_below(Listing(str(messy)), "day")
-    assert found.paths == ["day/3.png", "day/4.jfif", "day/late/5.avif"] and found.left_out == {"folders called @eaDir": 1}
+    assert found.paths == ["day/3.png", "day/4.jfif", "day/late/5.avif"] and found.left_out == {
+        "folders called @eaDir": 1
+    }
     table, left_out = index_pool(Listing(str(messy.parent)), f"{messy.name}/")
     assert [decode_image_id(i) for i in table.column("image_id").to_pylist()] == FIVE and left_out == LEFT_OUT
     with pytest.raises(ValueError, match=r"no image below \.hidden/deep in .* \(left out: \.heic: 1"):
