@@ -104,8 +104,10 @@ def check_report(report: Mapping[str, Any], max_bad_fraction: float) -> None:
 
     Raises:
         ValueError: more than `max_bad_fraction` of a split's images or annotations are unusable, or all of its images;
-            the message gives the counts and the first reasons.
+            the message gives the counts and the first reasons. Or the report holds a refusal of the format's own.
     """
+    for refusal in report.get("refusals", []):
+        raise ValueError(refusal)
     for split, counts in report["splits"].items():
         where = f"{report['root']} ({split}{': ' if counts['source'] else ''}{counts['source']})"
         for kind in ("image", "annotation"):

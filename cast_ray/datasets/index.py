@@ -40,7 +40,8 @@ class DatasetIndex:
     its own files, which are then not read again. annotated: image ids that the positions of published COCO label lists
     count, see `label_lists`. all_ignored_hint: one sentence that says what probably happened in a dataset of this
     format where every annotation of a split is an ignore region, see `data_report`. left_out: what was not taken from
-    the folder of the extra pool, see `photos.FoundImages`.
+    the folder of the extra pool, see `photos.FoundImages`. refuse_ignored: of a format in which a split whose objects
+    are all ignore regions is a mistake: the ids of their classes -> why it is refused.
     """
 
     splits: dict[str, pa.Table]
@@ -54,6 +55,7 @@ class DatasetIndex:
     annotated: tuple[str, ...] | None = None
     all_ignored_hint: str = ""
     left_out: Mapping[str, int] = field(default_factory=dict)
+    refuse_ignored: Callable[[Sequence[int]], str] | None = None
 
     def num_images(self, split: str) -> int:
         """Images of a split, unusable ones included."""

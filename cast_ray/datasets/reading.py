@@ -140,6 +140,7 @@ class Reading:
         self.num_images = {split: index.num_images(split) for split in index.splits}
         self.num_annotations = {split: index.num_annotations.get(split, 0) for split in index.splits}
         self.contents: dict[str, Contents] = {}
+        self._ignored_classes: dict[str, set[int]] = {split: set() for split in index.splits}
         self.copies = Copies(by_content=config.verify == "full")
         self._digests = {split: hashlib.sha256() for split in index.splits}
 
@@ -205,7 +206,21 @@ class Reading:
             num_objects = (pc.sum(pc.list_value_length(instances)).as_py() or 0) - num_ignored
             before = self.contents.get(split, Contents(0, 0))
             self.contents[split] = Contents(before.num_objects + num_objects, before.num_ignored + num_ignored)
+            if not self.contents[split].num_objects:
+                ids = pc.unique(pc.struct_field(pc.list_flatten(instances), "category_id")).to_pylist()
+                self._ignored_classes[split] |= set(ids) & {category.id for category in self.index.categories}
         return records
+
+    def _refusals(self) -> list[str]:
+        """Why the dataset cannot be meant as it is, a sentence for each split that says so."""
+        if self.index.refuse_ignored is None:
+            return []
+        return [
+            f"{self.config.root} ({split}: {self.index.sources.get(split, '')}): no object in "
+            f"{self.num_images[split]:,} images: {self.index.refuse_ignored(sorted(self._ignored_classes[split]))}"
+            for split, held in self.contents.items()
+            if not held.num_objects and self._ignored_classes[split]
+        ]
 
     @property
     def content_hash(self) -> str:
@@ -238,6 +253,7 @@ class Reading:
         report["warnings"] += self.copies.warnings()
         return report | {
             "notes": [note for note in notes if note],
+            "refusals": self._refusals(),
             "copies": self.copies.counts(),
             "left_out": dict(self.index.left_out),
         }

@@ -56,7 +56,8 @@ def write_coco(
 
 
 def write_image(path: Path, width: int = WIDTH, height: int = HEIGHT) -> None:
-    """Noise that depends on the file's name: images of different names are no copies of each other."""
+    """Noise that depends on the file's folder and name: the images of a dataset are no copies of each other."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(list(path.name.encode())).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    rng = np.random.default_rng(list(f"{path.parent.name}/{path.name}".encode()))
+    pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path, format="PNG")
