@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from pycocotools import mask as coco_mask
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,7 @@ INSTANCE_TYPE = pa.struct(
         ("rle", pa.binary()),  # COCO compressed RLE counts at the image's own height x width
         ("score", pa.float32()),  # 1 for ground truth, the teacher's score for pseudo-labels
         ("is_crowd", pa.bool_()),  # an ignore region, never an instance
+        ("area", pa.float64()),  # as the annotation file gives it, pixels; null: it gives none, see `object_areas`
     ]
 )
 
@@ -36,6 +38,9 @@ RECORD_SCHEMA = pa.schema(
         ("instances", pa.list_(INSTANCE_TYPE)),  # null: nobody knows (an image of the extra unlabelled pool)
     ]
 )
+
+
+_MOST_RLES = 255  # pycocotools 2.0.11 counts the masks of one `area` call in 8 bits
 
 
 def rle_runs(counts: bytes) -> np.ndarray:
@@ -55,6 +60,29 @@ def rle_runs(counts: bytes) -> np.ndarray:
     runs[1::2] = np.cumsum(runs[1::2])
     runs[2::2] = np.cumsum(runs[2::2])
     return runs
+
+
+def mask_areas(rles: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Pixels of each mask: float64 [n].
+
+    Args:
+        rles: COCO RLEs, {"size", "counts"}, any number of them.
+    """
+    starts = range(0, len(rles), _MOST_RLES)
+    return np.concatenate([np.zeros(0), *(coco_mask.area(list(rles[i : i + _MOST_RLES])) for i in starts)])
+
+
+def object_areas(annotated: Sequence[float | None], masks: np.ndarray) -> np.ndarray:
+    """Areas by which objects and crowds are small, medium or large, pixels: float64 [n].
+
+    This is the annotation's `area`, as pycocotools has it, and the mask's where the annotation file gives none.
+
+    Args:
+        annotated: `area` of INSTANCE_TYPE.
+        masks: their masks' areas, see `mask_areas`.
+    """
+    given = np.array(annotated, dtype=np.float64)  # None becomes nan
+    return np.where(np.isnan(given), masks, given)
 
 
 def encode_image_id(original: int | str) -> str:

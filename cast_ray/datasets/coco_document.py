@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import posixpath
+import sys
 from collections.abc import Container, Sequence
 from fnmatch import fnmatch
 from typing import Any
@@ -141,6 +142,13 @@ def check_annotation(annotation: dict[str, Any], image_ids: Container[Any], cate
             raise ValueError(
                 f"{name} {got if name in annotation else 'is missing'}: no such {name.removesuffix('_id')}"
             )
+
+
+def annotated_area(annotation: dict[str, Any]) -> float | None:
+    """The annotation's `area`, pixels; None where it is missing or not a finite number."""
+    value = annotation.get("area")
+    is_number = type(value) in (int, float) and abs(value) <= sys.float_info.max  # false for nan
+    return float(value) if is_number else None
 
 
 def printable(name: Any) -> str:

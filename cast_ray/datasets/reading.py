@@ -96,7 +96,7 @@ def _digest(row: dict[str, Any]) -> bytes:
     facts = [row[name] for name in ("image_id", "num_bytes", "height", "width")]
     instances = row["instances"]
     if instances is not None:
-        facts += [(i["category_id"], i["is_crowd"], i["rle"]) for i in instances]
+        facts += [(i["category_id"], i["is_crowd"], i["rle"], i["area"]) for i in instances]
     return hashlib.sha256(repr((facts, instances is None)).encode()).digest()
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from cast_ray.evaluation.detections import VOID_LABEL, Detections, Truth, areas, intersections
+from cast_ray.evaluation.detections import VOID_LABEL, Detections, Truth, intersections
 from cast_ray.evaluation.matches import NUM_THRESHOLDS, Matches, join
 from cast_ray.evaluation.precision import cityscapes_ap
-from cast_ray.records import Category
+from cast_ray.records import Category, mask_areas
 
 OVERLAPS = np.arange(0.5, 1.0, 0.05)
 """As the official tool has them; an overlap must be larger."""
@@ -39,11 +39,11 @@ def match_cityscapes(truth: Sequence[Truth], found: Sequence[Detections], num_cl
     image, label, score, matched, ignored = [], [], [], [], []
     num_truth = np.zeros((len(truth), num_classes, 1), dtype=np.uint16)
     for i, (objects, detections) in enumerate(zip(truth, found, strict=True)):
-        pixels = areas(detections.rles)
+        pixels = mask_areas(detections.rles)
         kept = np.lexsort((-detections.scores, detections.labels))
         kept = kept[pixels[kept] > 0]
         ranked = Detections(detections.labels[kept], detections.scores[kept], [detections.rles[k] for k in kept])
-        valid = ~objects.crowd & (objects.areas >= MIN_REGION_PX)
+        valid = ~objects.crowd & (objects.mask_areas >= MIN_REGION_PX)
         np.add.at(num_truth[i, :, 0], objects.labels[valid], 1)
         hits, skipped = _judge(ranked, pixels[kept], objects, valid)
         image.append(np.full(len(kept), i, dtype=np.int32))
@@ -73,8 +73,8 @@ def _judge(
     common_DG = intersections(detections, pixels_D, objects.rles)
     own_DG = detections.labels[:, None] == objects.labels
     void = objects.labels == VOID_LABEL
-    overlap_DG = np.where(own_DG, common_DG / (pixels_D[:, None] + objects.areas - common_DG), 0.0)
-    small, groups = objects.areas < MIN_REGION_PX, objects.crowd & ~void
+    overlap_DG = np.where(own_DG, common_DG / (pixels_D[:, None] + objects.mask_areas - common_DG), 0.0)
+    small, groups = objects.mask_areas < MIN_REGION_PX, objects.crowd & ~void
     weight_DG = np.where(own_DG, small.astype(int) + groups, 0) + void
     ignorable_D = (common_DG * weight_DG).sum(1) / pixels_D
     for t, threshold in enumerate(OVERLAPS):

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cast_ray.evaluation.detections import Detections, Truth, areas, by_image, overlaps, tie_order
+from cast_ray.evaluation.detections import Detections, Truth, by_image, overlaps, tie_order
 from cast_ray.evaluation.matches import NUM_THRESHOLDS, Matches, join
 from cast_ray.evaluation.precision import coco_precision
-from cast_ray.records import Category, ClassMap
+from cast_ray.records import Category, ClassMap, mask_areas
 
 AREAS = ("all", "small", "medium", "large")
 AREA_RANGES = np.array([(0, 1e5**2), (0, 32**2), (32**2, 96**2), (96**2, 1e5**2)])
@@ -52,8 +52,8 @@ def mask_ap(
         ValueError: a score that is not finite, an image or category id that the ground truth does not have, or a mask
             whose size is not its image's.
 
-    Source: pycocotools' COCOeval. Deviations: none in the measure. An object's size is its mask's, not the `area` of
-    the annotation file; ids may be strings; a match with annotation 0 counts.
+    Source: pycocotools' COCOeval. Deviations: none in the measure. An object without `area`, for which pycocotools
+    raises, has its mask's (as in hotcoco); ids may be strings; a match with annotation 0 counts.
     """
     return coco_metrics(match_results(ground_truth, results, categories, max_detections), categories)
 
@@ -131,7 +131,7 @@ def match_coco(
         image.append(np.full(len(kept), i, dtype=np.int32))
         label.append(labels)
         score.append(ranked.scores)
-        area.append(areas(ranked.rles))
+        area.append(mask_areas(ranked.rles))
         iou.append(iou_DG[d, g])
         position.append(np.stack([d + num_found, g + num_objects], axis=1))
         unwanted.append(outside)

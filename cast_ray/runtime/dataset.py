@@ -39,7 +39,7 @@ from cast_ray.runtime.cluster import Cluster
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.stages.graph import DataHashes, Stage, fingerprint_of
 
-READER_VERSION = 1
+READER_VERSION = 2
 """Raise it when readers find other records in the same files: stored tables are then read again."""
 IN_THIS_PROCESS = 2000
 """Images that are read before Ray is asked: fewer take less time than its start."""

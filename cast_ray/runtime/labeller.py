@@ -68,6 +68,7 @@ class PseudoLabeller:
                 "rle": instance["rle"],
                 "score": instance["score"],
                 "is_crowd": False,
+                "area": None,
             }
             for instance in pseudo_labels(found, self.pseudo)
         ]

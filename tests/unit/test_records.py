@@ -39,7 +39,7 @@ def test_class_map_is_a_bijection_over_gaps() -> None:
 
 
 def instance(is_crowd: bool = False) -> dict[str, object]:
-    return {"category_id": 90, "rle": b"\x00ab", "score": 0.5, "is_crowd": is_crowd}
+    return {"category_id": 90, "rle": b"\x00ab", "score": 0.5, "is_crowd": is_crowd, "area": None}
 
 
 def test_records_survive_arrow() -> None:
