@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pycocotools import mask as mask_utils
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -26,7 +26,7 @@ from cast_ray.datasets.paths import absolute
 from cast_ray.datasets.progress import track
 from cast_ray.datasets.reading import load
 from cast_ray.recipe import DataConfig, build_recipe, parse_overrides
-from cast_ray.records import ClassMap, DatasetSplits
+from cast_ray.records import ClassMap, DatasetSplits, mask_areas
 from cast_ray.report.overlays import contact_sheet
 
 MAX_SHOWN = 12
@@ -126,7 +126,8 @@ def _draw(dataset: DatasetSplits, num_images: int, path: Path) -> Path:
 def _largest_first(record: dict[str, Any]) -> list[dict[str, Any]]:
     """So that small objects are drawn over large ones."""
     size = [record["height"], record["width"]]
-    return sorted(record["instances"], key=lambda i: -float(mask_utils.area({"size": size, "counts": i["rle"]})))
+    areas = mask_areas([{"size": size, "counts": i["rle"]} for i in record["instances"]])
+    return [record["instances"][i] for i in np.argsort(-areas, kind="stable")]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from cast_ray.records import rle_runs
+from cast_ray.records import mask_areas, rle_runs
 
 _MAX_CHARACTERS_PER_COUNT = 7  # of 5 bits each: more than any run length of an image that is read
 
@@ -78,7 +78,7 @@ def _encode_polygons(polygons: list[Any], height: int, width: int) -> bytes:
         raise ValueError("polygon has no area")
     rles = mask_utils.frPyObjects(parts, height, width)
     rle = rles[0] if len(rles) == 1 else mask_utils.merge(rles)
-    if not mask_utils.area(rle):
+    if not mask_areas([rle])[0]:
         raise ValueError("polygon covers no pixel of the image")
     return rle["counts"]
 

@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 from cast_ray.evaluation.coco_ap import AREAS, coco_metrics, match_coco
 from cast_ray.evaluation.detections import Detections, Truth, overlaps
 from cast_ray.evaluation.matches import Matches, join
-from cast_ray.records import ClassMap, decode_image_id
+from cast_ray.records import ClassMap, decode_image_id, mask_areas
 
 NUM_BINS = 10
 NUM_WORST = 12
@@ -169,7 +169,7 @@ def _common_pixels(objects: Truth, labels: Detections) -> tuple[float, float, fl
     def area(*rles: Any) -> float:
         if any(rle is None for rle in rles):
             return 0.0
-        return float(coco_mask.area(coco_mask.merge(list(rles), intersect=True)))
+        return float(mask_areas([coco_mask.merge(list(rles), intersect=True)])[0])
 
     both = area(truth, labelled)
     if ignore is None or labelled is None:

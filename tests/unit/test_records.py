@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from pycocotools import mask as coco_mask
 
 from cast_ray.records import (
     RECORD_SCHEMA,
@@ -15,6 +20,8 @@ from cast_ray.records import (
     decode_image_id,
     encode_image_id,
     instances_of,
+    mask_areas,
+    object_areas,
 )
 
 
@@ -36,6 +43,32 @@ def test_class_map_is_a_bijection_over_gaps() -> None:
     assert [int(classes.ids[classes.label(c.id)]) for c in categories] == [7, 90, 1]
     with pytest.raises(KeyError):
         classes.label(2)
+
+
+@pytest.mark.parametrize("count", [0, 1, 255, 256, 375, 1000])
+def test_areas_of_any_number_of_masks(count: int) -> None:
+    """pycocotools' own `area` of a list raises above 255 masks (numpy 2) or counts them modulo 256."""
+    masks = np.random.default_rng(count).random((9, 7, count)) < 0.4
+    rles = coco_mask.encode(np.asfortranarray(masks, dtype=np.uint8))
+    found = mask_areas(rles)
+    assert found.dtype == np.float64
+    np.testing.assert_array_equal(found, masks.sum((0, 1)))
+
+
+def test_nothing_else_counts_pixels_by_pycocotools() -> None:
+    callers = []
+    for path in sorted((Path(__file__).parents[2] / "cast_ray").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        imports = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == "pycocotools"]
+        names = {alias.asname or alias.name for n in imports for alias in n.names}
+        calls = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "area"]
+        callers += [path.name for n in calls if isinstance(n.value, ast.Name) and n.value.id in names]
+    assert callers == ["records.py"]
+
+
+def test_the_area_of_the_annotation_goes_before_the_masks() -> None:
+    np.testing.assert_array_equal(object_areas([None, 0.0, 7.5], np.array([3.0, 4.0, 5.0])), [3.0, 0.0, 7.5])
+    assert object_areas([], np.zeros(0)).shape == (0,)
 
 
 def instance(is_crowd: bool = False) -> dict[str, object]:
