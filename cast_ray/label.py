@@ -33,7 +33,7 @@ from cast_ray.predict import (
 )
 from cast_ray.recipe import PseudoConfig, Recipe, build_recipe, parse_overrides
 from cast_ray.recipe.teachers import KINDS
-from cast_ray.records import Category
+from cast_ray.records import Category, mask_areas
 from cast_ray.registry import lookup
 from cast_ray.runtime.models import open_teacher
 from cast_ray.teachers.checkpoints import find_checkpoint
@@ -159,9 +159,10 @@ def write_labels(
             name = row["path"][len(folder) :].lstrip("/") if folder else row["path"]
             images.add({"id": number, "file_name": name, "height": row["height"], "width": row["width"]})
             for result in json.loads(row["results"]):
-                area = int(coco_mask.area(result["segmentation"]))
-                entry = {"id": annotations.num + 1, "image_id": number, **result, "area": area, "iscrowd": 0}
-                annotations.add(entry)
+                rle = result["segmentation"]
+                # `coco_result` leaves the box out for evaluators; beside an annotation's own `area` it does no harm.
+                facts = {"bbox": coco_mask.toBbox(rle).tolist(), "area": int(mask_areas([rle])[0]), "iscrowd": 0}
+                annotations.add({"id": annotations.num + 1, "image_id": number, **result, **facts})
                 counts[result["category_id"]] += 1
             write_overlay(row, names, out)
     with (out / "instances.json").open("a") as file, spool.open() as part:

@@ -19,7 +19,6 @@ from typing import IO, Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from pycocotools import mask as coco_mask
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -32,6 +31,7 @@ from cast_ray.models.drawing import draw_instances
 from cast_ray.models.student import CONFIG, WEIGHTS, Student
 from cast_ray.records import Category
 from cast_ray.runtime.models import open_student
+from cast_ray.stages.evaluate import coco_result
 from cast_ray.views import fit_image
 
 EXIT_NOTHING = 1
@@ -120,18 +120,9 @@ class Predictor:
             names, colours = self.model.class_names, self.model.colours
             draw_instances(Image.fromarray(image), instances, names, colours).save(buffer, "PNG", compress_level=1)
             overlay = buffer.getvalue()
-        results = json.dumps([self._result(i) for i in instances])
+        results = json.dumps([coco_result(i, self.model.categories) for i in instances])
         height, width = image.shape[:2]
         return {"path": path, "height": height, "width": width, "error": "", "results": results, "overlay": overlay}
-
-    def _result(self, instance: dict[str, Any]) -> dict[str, Any]:
-        rle = {"size": list(instance["size"]), "counts": instance["rle"]}
-        return {
-            "category_id": self.model.categories[instance["label"]].id,
-            "segmentation": rle | {"counts": instance["rle"].decode()},
-            "bbox": [round(float(v), 2) for v in coco_mask.toBbox(rle)],
-            "score": round(instance["score"], 5),
-        }
 
 
 def read_or_reason(path: str) -> np.ndarray | str:
