@@ -213,7 +213,8 @@ def _run(arguments: argparse.Namespace, errors: Console) -> int:
         rows = (row for a in starts for row in labeller(paths[a : a + arguments.batch]))
     out, counts = Path(arguments.out), Counter[int]()
     done = write_with_progress(paths, partial(write_labels, rows, names, teacher.categories, out, counts), errors)
-    found = ", ".join(f"{c.name} {counts[c.id]}" for c in teacher.categories if counts[c.id])
+    named = zip(teacher.class_names, teacher.categories)
+    found = ", ".join(f"{name} {counts[c.id]}" for name, c in named if counts[c.id])
     print(f"{done} of {len(paths)} images, {counts.total()} labels ({found or 'none'}): {out / 'instances.json'}")
     if done and not counts:
         errors.print(

@@ -8,6 +8,7 @@ at crop size (one training batch); dense masks exist only inside a worker.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -103,6 +104,19 @@ class Category:
     name: str
 
 
+def class_names(categories: Sequence[Category]) -> list[str]:
+    """Names of classes as they are shown and as results are kept by name: each is there once.
+
+    Annotation files may hold several categories of one name, which are different classes. Each of those also gets its
+    id: `fish (id 1)` and `fish (id 9)`.
+    """
+    names = [c.name for c in categories]
+    for _ in categories:  # once is enough, unless another category is really called `fish (id 9)`
+        count = Counter(names)
+        names = [f"{n} (id {c.id})" if count[n] > 1 else n for n, c in zip(names, categories)]
+    return names
+
+
 class ClassMap:
     """Maps a dataset's category ids to contiguous labels 0..C-1 and back (the only owner of that mapping)."""
 
@@ -123,7 +137,8 @@ class ClassMap:
         return self._label[category_id]
 
     def names(self) -> list[str]:
-        return [c.name for c in self.categories]
+        """C names, each once: see `class_names`."""
+        return class_names(self.categories)
 
 
 @dataclass(frozen=True)

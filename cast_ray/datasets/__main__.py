@@ -26,7 +26,7 @@ from cast_ray.datasets.paths import absolute
 from cast_ray.datasets.progress import track
 from cast_ray.datasets.reading import load
 from cast_ray.recipe import DataConfig, build_recipe, parse_overrides
-from cast_ray.records import ClassMap, DatasetSplits, mask_areas
+from cast_ray.records import ClassMap, DatasetSplits, class_names, mask_areas
 from cast_ray.report.overlays import contact_sheet
 
 MAX_SHOWN = 12
@@ -90,9 +90,9 @@ def _classes_table(facts: list[SplitFacts], dataset: DatasetSplits) -> Table:
     for split in labelled:
         table.add_column(f"{split.name}: objects", justify="right")
         table.add_column("images", justify="right")
-    for label, category in enumerate(dataset.categories):
+    for label, (category, name) in enumerate(zip(dataset.categories, class_names(dataset.categories))):
         counts = [str(n) for s in labelled for n in (s.objects_by_class[label], s.images_by_class[label])]
-        table.add_row(str(category.id), category.name, *counts)
+        table.add_row(str(category.id), name, *counts)
     return table
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from cast_ray.evaluation.detections import VOID_LABEL, Detections, Truth, intersections
 from cast_ray.evaluation.matches import NUM_THRESHOLDS, Matches, join
 from cast_ray.evaluation.precision import cityscapes_ap
-from cast_ray.records import Category, mask_areas
+from cast_ray.records import Category, class_names, mask_areas
 
 OVERLAPS = np.arange(0.5, 1.0, 0.05)
 """As the official tool has them; an overlap must be larger."""
@@ -94,7 +94,7 @@ def cityscapes_metrics(matches: Matches, categories: Sequence[Category]) -> dict
 
     Returns:
         metric ("cityscapes"); mask_ap, ap50 (percent, None where no object to find exists); per_class, per_class_ap50
-        (name -> percent or None); num_images, num_detections.
+        (name as in `class_names` -> percent or None); num_images, num_detections.
     """
     ap_CT = cityscapes_ap(matches.ranking(0), np.ones(matches.num_images, dtype=np.int64))
     assert ap_CT.shape[1] == NUM_THRESHOLDS
@@ -102,8 +102,8 @@ def cityscapes_metrics(matches: Matches, categories: Sequence[Category]) -> dict
         "metric": "cityscapes",
         "mask_ap": _mean_percent(ap_CT),
         "ap50": _mean_percent(ap_CT[:, 0]),
-        "per_class": {c.name: _mean_percent(ap_CT[k]) for k, c in enumerate(categories)},
-        "per_class_ap50": {c.name: _mean_percent(ap_CT[k, :1]) for k, c in enumerate(categories)},
+        "per_class": {name: _mean_percent(ap_T) for name, ap_T in zip(class_names(categories), ap_CT)},
+        "per_class_ap50": {name: _mean_percent(ap_T[:1]) for name, ap_T in zip(class_names(categories), ap_CT)},
         "num_images": matches.num_images,
         "num_detections": len(matches.image),
     }

@@ -27,7 +27,7 @@ from cast_ray.models.drawing import class_colours
 from cast_ray.models.postprocess import predict_instances
 from cast_ray.models.segmenter import Segmenter
 from cast_ray.recipe import ModelConfig
-from cast_ray.records import Category, Predictions
+from cast_ray.records import Category, Predictions, class_names
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 MODEL_TYPE = "cast_ray"
@@ -59,7 +59,8 @@ class Student(nn.Module):
 
     @property
     def class_names(self) -> list[str]:
-        return [c.name for c in self.categories]
+        """C names, each once: see `records.class_names`."""
+        return class_names(self.categories)
 
     @property
     def device(self) -> torch.device:

@@ -34,7 +34,7 @@ from cast_ray.datasets.paths import absolute
 from cast_ray.datasets.progress import track
 from cast_ray.datasets.reading import MakeRows, Reading, Run, in_threads
 from cast_ray.recipe import DataConfig, Recipe
-from cast_ray.records import Category
+from cast_ray.records import Category, class_names
 from cast_ray.runtime.cluster import Cluster
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.stages.graph import DataHashes, Stage, fingerprint_of
@@ -87,7 +87,7 @@ class StoredDataset:
             **{f"num_{split}": self.num_images.get(split, 0) for split in ("train", "val", "source", "extra")},
             "skipped": len(self.report["skipped"]),
             "skipped_statement": self.report["statement"],
-            "classes": [c.name for c in self.categories],
+            "classes": class_names(self.categories),
         }
 
     def hashes(self, data: DataConfig) -> DataHashes:

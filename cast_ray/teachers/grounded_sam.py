@@ -52,7 +52,7 @@ class GroundedSamTeacher(Teacher):
     ):
         super().__init__(config, categories, image_px)
         self.detector, self.segmenter = detector, segmenter
-        self.prompter = Prompter(detector.tokenizer, self.class_names, config.prompt, detector.max_tokens)
+        self.prompter = Prompter(detector.tokenizer, self.categories, config.prompt, detector.max_tokens)
         self._prompts: list[Prompt] = []
 
     @classmethod

@@ -18,7 +18,7 @@ from cast_ray.models.drawing import class_colours
 from cast_ray.models.encoders import checkpoint_blocks
 from cast_ray.models.network import Output, TrainedNetwork
 from cast_ray.recipe import ContrastiveConfig, TeacherConfig
-from cast_ray.records import Category, Targets
+from cast_ray.records import Category, Targets, class_names
 from cast_ray.teachers.checkpoints import quiet_transformers
 
 CARD = "teacher.json"
@@ -61,7 +61,8 @@ class Teacher(nn.Module, ABC):
 
     @property
     def class_names(self) -> list[str]:
-        return [c.name for c in self.categories]
+        """C names, each once: see `records.class_names`."""
+        return class_names(self.categories)
 
     @property
     def colours(self) -> list[tuple[int, int, int]]:

@@ -136,7 +136,7 @@ class Sam3Teacher(Teacher):
     ):
         super().__init__(config, categories, image_px)
         self.model = model
-        words = class_words(self.class_names, config.prompt)
+        words = class_words(self.categories, config.prompt)
         self.words = [word for mine in words for word in mine]
         self.label_of = [label for label, mine in enumerate(words) for _ in mine]
         self.has_synonyms = len(self.words) > len(words)

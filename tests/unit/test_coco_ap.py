@@ -125,6 +125,16 @@ def test_numbers_of_each_class_are_those_of_it_alone() -> None:
         assert ours["per_class_ap50"][category.name] == pytest.approx(100 * alone[0].mean(), rel=1e-12)
 
 
+def test_classes_of_one_name_have_numbers_of_their_own() -> None:
+    """The second `fish` has no object to find; it must not hide what is known of the first."""
+    categories = (Category(1, "fish"), Category(2, "crab"), Category(9, "fish"))
+    square = rle(0, 0, 10, 10)
+    ground_truth = table({1: [truth(1, square), truth(2, rle(20, 20, 9, 9))]})
+    ap = mask_ap(ground_truth, [found(1, 1, square, 0.9), found(1, 9, square, 0.8)], categories)
+    assert ap["per_class"] == {"fish (id 1)": pytest.approx(100), "crab": 0, "fish (id 9)": None}
+    assert ap["per_class_ap50"].keys() == ap["per_class"].keys()
+
+
 def test_more_masks_than_pycocotools_counts_in_a_call() -> None:
     ground_truth, results = random_scenes(5, (1, 2), num_objects=4, num_detections=300)
     wanted = referee_numbers(referee(coco_document(ground_truth), results))

@@ -17,6 +17,7 @@ from cast_ray.records import (
     Category,
     ClassMap,
     Targets,
+    class_names,
     decode_image_id,
     encode_image_id,
     instances_of,
@@ -43,6 +44,16 @@ def test_class_map_is_a_bijection_over_gaps() -> None:
     assert [int(classes.ids[classes.label(c.id)]) for c in categories] == [7, 90, 1]
     with pytest.raises(KeyError):
         classes.label(2)
+
+
+def test_classes_of_one_name_are_told_apart_by_their_ids() -> None:
+    categories = [Category(1, "fish"), Category(2, "crab"), Category(9, "fish")]
+    assert class_names(categories) == ClassMap(categories).names() == ["fish (id 1)", "crab", "fish (id 9)"]
+    assert class_names(categories[:2]) == ["fish", "crab"] and class_names([]) == []
+    # whatever a file calls them
+    odd = [Category(9, "fish"), Category(3, "fish"), Category(4, "fish (id 9)"), Category(5, "fish (id 9) (id 4)")]
+    assert len(set(class_names(odd))) == 4
+    assert len(class_names([odd[0], odd[0]])) == 2  # one category twice: nothing tells it apart, and nothing hangs
 
 
 @pytest.mark.parametrize("count", [0, 1, 255, 256, 375, 1000])
