@@ -61,6 +61,7 @@ class InstanceModel(Protocol):
         image_hw: Sequence[tuple[int, int]],
         resized_hw: Sequence[tuple[int, int]],
         max_detections: int,
+        min_score: float,
     ) -> list[list[dict[str, Any]]]: ...
 
 
@@ -103,7 +104,7 @@ class Predictor:
         pixels = torch.from_numpy(np.stack([pixels for pixels, _ in fitted]))
         sizes = [(image.shape[0], image.shape[1]) for image in images]
         with self.autocast():
-            found = self.model.predict(pixels, sizes, [size for _, size in fitted], self.max_detections)
+            found = self.model.predict(pixels, sizes, [size for _, size in fitted], self.max_detections, self.threshold)
         return [self.choose(instances) for instances in found]
 
     def choose(self, instances: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -76,9 +76,11 @@ class Student(nn.Module):
         image_hw: Sequence[tuple[int, int]] | None = None,
         resized_hw: Sequence[tuple[int, int]] | None = None,
         max_detections: int = 100,
+        min_score: float = 0.0,
     ) -> list[list[dict[str, Any]]]:
         """Instances of each image, as `predict_instances`; `cast_ray.views.fit_image` makes its inputs."""
-        return predict_instances(self.segmenter, images.to(self.device), image_hw, resized_hw, max_detections)
+        images = images.to(self.device)
+        return predict_instances(self.segmenter, images, image_hw, resized_hw, max_detections, min_score)
 
     def config(self) -> dict[str, Any]:
         """What `config.json` holds."""

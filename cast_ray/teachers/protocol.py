@@ -79,6 +79,7 @@ class Teacher(nn.Module, ABC):
         image_hw: Sequence[tuple[int, int]] | None = None,
         resized_hw: Sequence[tuple[int, int]] | None = None,
         max_detections: int | None = None,
+        min_score: float = 0.0,
     ) -> list[Instances]:
         """Instances of each image at its own size.
 
@@ -87,6 +88,7 @@ class Teacher(nn.Module, ABC):
             image_hw: B original sizes, pixels; None: as given.
             resized_hw: B sizes inside the padding, pixels; None: no padding.
             max_detections: at most so many per image; None: `teacher.inference.max_detections`.
+            min_score: least score of an instance. Masks that cannot reach it are not made, which changes no other.
 
         Returns:
             Per image, in falling score order.
@@ -100,7 +102,7 @@ class Teacher(nn.Module, ABC):
         half = torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
         try:
             with half:
-                return self.find(images, image_hw or given, resized_hw or given, limit)
+                return self.find(images, image_hw or given, resized_hw or given, limit, min_score)
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"teacher.kind {self.kind!r} does not fit into the memory of {self.device} with {len(images)} images "
@@ -115,6 +117,7 @@ class Teacher(nn.Module, ABC):
         image_hw: Sequence[tuple[int, int]],
         resized_hw: Sequence[tuple[int, int]],
         max_detections: int,
+        min_score: float,
     ) -> list[Instances]:
         """`predict` on the device, with all sizes given."""
 
