@@ -2,10 +2,10 @@
 
     python benchmarks/postprocess.py [--quick] [--cpu] [--threshold 0.0 0.3 0.5]
 
-100 queries of a student on a photograph of 4000 x 6000 pixels, of which 8 are sure of their class (P 0.6 to 0.95), 8
-less so (0.31 to 0.49) and the others below 0.1; 80 classes, logits of 256 x 256 for a crop of 1024 x 1024. `theirs` brings
-the masks of the best 100 pairs of query and class to the image's size and then drops those below the threshold;
-`ours` makes only those that can reach it. Both must give the same instances, bytes of the masks included, before times count.
+A student's 100 queries on a photograph of 4000 x 6000 pixels: 8 are sure of their class (P 0.6 to 0.95), 8 less so (0.3
+to 0.5), the others below 0.1; 80 classes, logits of 256 x 256 for a crop of 1024 x 1024. `theirs` brings the masks of
+the best 100 pairs of query and class to the image's size and then drops those below the threshold; `ours` makes only
+those that can reach it. Both must give the same instances, bytes of the masks included, before times count.
 """
 
 from __future__ import annotations
