@@ -35,7 +35,7 @@ from cast_ray.predict import (
 )
 from cast_ray.recipe import PseudoConfig, Recipe, build_recipe, parse_overrides
 from cast_ray.recipe.teachers import KINDS
-from cast_ray.records import Category
+from cast_ray.records import Category, mask_areas
 from cast_ray.registry import lookup
 from cast_ray.runtime.models import open_teacher
 from cast_ray.teachers.checkpoints import find_checkpoint
@@ -132,9 +132,10 @@ def write_labels(
             name = row["path"][len(folder) :].lstrip("/") if folder else row["path"]
             images.add({"id": number, "file_name": name, "height": row["height"], "width": row["width"]})
             for result in json.loads(row["results"]):
-                area = int(coco_mask.area(result["segmentation"]))
-                entry = {"id": annotations.num + 1, "image_id": number, **result, "area": area, "iscrowd": 0}
-                annotations.add(entry)
+                rle = result["segmentation"]
+                # `coco_result` leaves the box out for evaluators; beside an annotation's own `area` it does no harm.
+                facts = {"bbox": coco_mask.toBbox(rle).tolist(), "area": int(mask_areas([rle])[0]), "iscrowd": 0}
+                annotations.add({"id": annotations.num + 1, "image_id": number, **result, **facts})
                 counts[result["category_id"]] += 1
             write_overlay(row, names, out)
     with (out / "instances.json").open("a") as file, spool.open() as part:
@@ -185,7 +186,8 @@ def _run(arguments: argparse.Namespace, errors: Console) -> int:
         rows = (row for a in starts for row in labeller(paths[a : a + arguments.batch]))
     out, counts = Path(arguments.out), Counter[int]()
     done = write_with_progress(paths, partial(write_labels, rows, names, teacher.categories, out, counts), errors)
-    found = ", ".join(f"{c.name} {counts[c.id]}" for c in teacher.categories if counts[c.id])
+    named = zip(teacher.class_names, teacher.categories)
+    found = ", ".join(f"{name} {counts[c.id]}" for name, c in named if counts[c.id])
     print(f"{done} of {len(paths)} images, {counts.total()} labels ({found or 'none'}): {out / 'instances.json'}")
     if done and not counts:
         errors.print(

@@ -19,7 +19,6 @@ from typing import IO, Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from pycocotools import mask as coco_mask
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -32,6 +31,7 @@ from cast_ray.models.drawing import draw_instances
 from cast_ray.models.student import CONFIG, WEIGHTS, Student
 from cast_ray.records import Category
 from cast_ray.runtime.models import open_student
+from cast_ray.stages.evaluate import coco_result
 from cast_ray.views import fit_image
 
 EXIT_NOTHING = 1
@@ -61,6 +61,7 @@ class InstanceModel(Protocol):
         image_hw: Sequence[tuple[int, int]],
         resized_hw: Sequence[tuple[int, int]],
         max_detections: int,
+        min_score: float,
     ) -> list[list[dict[str, Any]]]: ...
 
 
@@ -103,7 +104,7 @@ class Predictor:
         pixels = torch.from_numpy(np.stack([pixels for pixels, _ in fitted]))
         sizes = [(image.shape[0], image.shape[1]) for image in images]
         with self.autocast():
-            found = self.model.predict(pixels, sizes, [size for _, size in fitted], self.max_detections)
+            found = self.model.predict(pixels, sizes, [size for _, size in fitted], self.max_detections, self.threshold)
         return [self.choose(instances) for instances in found]
 
     def choose(self, instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -120,18 +121,9 @@ class Predictor:
             names, colours = self.model.class_names, self.model.colours
             draw_instances(Image.fromarray(image), instances, names, colours).save(buffer, "PNG", compress_level=1)
             overlay = buffer.getvalue()
-        results = json.dumps([self._result(i) for i in instances])
+        results = json.dumps([coco_result(i, self.model.categories) for i in instances])
         height, width = image.shape[:2]
         return {"path": path, "height": height, "width": width, "error": "", "results": results, "overlay": overlay}
-
-    def _result(self, instance: dict[str, Any]) -> dict[str, Any]:
-        rle = {"size": list(instance["size"]), "counts": instance["rle"]}
-        return {
-            "category_id": self.model.categories[instance["label"]].id,
-            "segmentation": rle | {"counts": instance["rle"].decode()},
-            "bbox": [round(float(v), 2) for v in coco_mask.toBbox(rle)],
-            "score": round(instance["score"], 5),
-        }
 
 
 def list_photos(sources: Sequence[str], errors: Console, exclude: Sequence[str] = ()) -> list[str]:

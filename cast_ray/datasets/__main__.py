@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pycocotools import mask as mask_utils
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -26,7 +26,7 @@ from cast_ray.datasets.paths import absolute
 from cast_ray.datasets.progress import track
 from cast_ray.datasets.reading import load
 from cast_ray.recipe import DataConfig, build_recipe, parse_overrides
-from cast_ray.records import ClassMap, DatasetSplits
+from cast_ray.records import ClassMap, DatasetSplits, class_names, mask_areas
 from cast_ray.report.overlays import contact_sheet
 
 MAX_SHOWN = 12
@@ -100,9 +100,9 @@ def _classes_table(facts: list[SplitFacts], dataset: DatasetSplits) -> Table:
     for split in labelled:
         table.add_column(f"{split.name}: objects", justify="right")
         table.add_column("images", justify="right")
-    for label, category in enumerate(dataset.categories):
+    for label, (category, name) in enumerate(zip(dataset.categories, class_names(dataset.categories))):
         counts = [str(n) for s in labelled for n in (s.objects_by_class[label], s.images_by_class[label])]
-        table.add_row(str(category.id), category.name, *counts)
+        table.add_row(str(category.id), name, *counts)
     return table
 
 
@@ -136,7 +136,8 @@ def _draw(dataset: DatasetSplits, num_images: int, path: Path) -> Path:
 def _largest_first(record: dict[str, Any]) -> list[dict[str, Any]]:
     """So that small objects are drawn over large ones."""
     size = [record["height"], record["width"]]
-    return sorted(record["instances"], key=lambda i: -float(mask_utils.area({"size": size, "counts": i["rle"]})))
+    areas = mask_areas([{"size": size, "counts": i["rle"]} for i in record["instances"]])
+    return [record["instances"][i] for i in np.argsort(-areas, kind="stable")]
 
 
 def _parser() -> argparse.ArgumentParser:

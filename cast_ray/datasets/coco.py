@@ -14,6 +14,7 @@ from cast_ray.datasets.coco_document import (
     EXTRA_NAMES,
     TRAIN_NAMES,
     VAL_NAMES,
+    annotated_area,
     find_annotation_file,
     is_crowd,
     printable,
@@ -193,7 +194,7 @@ class _Reader:
     ) -> tuple[pa.Array, list[Skipped]]:
         row_of = {image.id: row for row, image in enumerate(found)}
         category_ids = {category.id for category in categories}
-        rows, labels, rles, crowds, skipped = [], [], [], [], []
+        rows, labels, rles, crowds, areas, skipped = [], [], [], [], [], []
         seen: dict[Any, list[dict[str, Any]]] = {}
         for number, annotation in enumerate(annotations):
             if self.progress and number % 1000 == 0:
@@ -216,7 +217,8 @@ class _Reader:
             rows.append(row)
             labels.append(category_id)
             crowds.append(crowd)
-        return _instance_lists(len(found), rows, labels, rles, crowds), skipped
+            areas.append(annotated_area(annotation))
+        return _instance_lists(len(found), rows, labels, rles, crowds, areas), skipped
 
 
 def _check_new(
@@ -272,7 +274,12 @@ def _annotated_ids(
 
 
 def _instance_lists(
-    num_images: int, rows: list[int], category_ids: list[int], rles: list[bytes], crowds: list[bool]
+    num_images: int,
+    rows: list[int],
+    category_ids: list[int],
+    rles: list[bytes],
+    crowds: list[bool],
+    areas: list[float | None],
 ) -> pa.Array:
     """Instances grouped by image, in the file's order within an image, without a Python object for each."""
     row = np.array(rows, dtype=np.int64)
@@ -283,6 +290,7 @@ def _instance_lists(
         pa.array(rles, pa.binary()),
         pa.array(np.ones(len(row), dtype=np.float32)),
         pa.array(crowds, pa.bool_()),
+        pa.array(areas, pa.float64()),
     ]
     instances = pa.StructArray.from_arrays([c.take(order) for c in columns], fields=list(INSTANCE_TYPE))
     return pa.ListArray.from_arrays(pa.array(offsets), instances)

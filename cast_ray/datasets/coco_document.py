@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+import sys
 from collections.abc import Container, Sequence
 from fnmatch import fnmatch
 from typing import Any
@@ -206,6 +207,13 @@ def is_crowd(annotation: dict[str, Any]) -> bool:
     if not isinstance(value, bool | int | float | str) or word not in _CROWD_WORDS:
         raise ValueError(f"iscrowd is {str(value)[:40]!r}: expected 0 for one object or 1 for a region of many")
     return _CROWD_WORDS[word]
+
+
+def annotated_area(annotation: dict[str, Any]) -> float | None:
+    """The annotation's `area`, pixels; None where it is missing or not a finite number."""
+    value = annotation.get("area")
+    is_number = type(value) in (int, float) and abs(value) <= sys.float_info.max  # false for nan
+    return float(value) if is_number else None
 
 
 def printable(name: Any) -> str:

@@ -107,7 +107,7 @@ def _digest(row: dict[str, Any], content: bytes) -> bytes:
     facts = [row["image_id"], content or row["num_bytes"], row["height"], row["width"]]
     instances = row["instances"]
     if instances is not None:
-        facts += [(i["category_id"], i["is_crowd"], i["rle"]) for i in instances]
+        facts += [(i["category_id"], i["is_crowd"], i["rle"], i["area"]) for i in instances]
     return hashlib.sha256(repr((facts, instances is None)).encode()).digest()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 from cast_ray.datasets.coco_document import whole_number
-from cast_ray.records import rle_runs
+from cast_ray.records import mask_areas, rle_runs
 
 _MAX_CHARACTERS_PER_COUNT = 7  # of 5 bits each: more than any run length of an image that is read
 _FARTHEST_PX = 1e8  # pycocotools counts fifths of a pixel in 32 bits; a number this large is no coordinate
@@ -66,7 +66,7 @@ def _encode_polygons(polygons: list[Any], height: int, width: int) -> bytes:
     drawable = [part for part in (_drawable(points, height, width) for points in parts) if len(part) > 2]
     rles = mask_utils.frPyObjects([part.ravel() for part in drawable], height, width) if drawable else []
     rle = mask_utils.merge(rles) if len(rles) > 1 else rles[0] if rles else None
-    if rle is None or not mask_utils.area(rle):
+    if rle is None or not mask_areas([rle])[0]:
         raise ValueError("polygon covers no pixel of the image")
     return rle["counts"]
 

@@ -35,7 +35,7 @@ from cast_ray.datasets.paths import absolute
 from cast_ray.datasets.progress import track
 from cast_ray.datasets.reading import MakeRows, Reading, Run, in_threads
 from cast_ray.recipe import DataConfig, Recipe
-from cast_ray.records import Category
+from cast_ray.records import Category, class_names
 from cast_ray.runtime.cluster import Cluster
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.stages.graph import DataHashes, Stage, fingerprint_of
@@ -95,7 +95,7 @@ class StoredDataset:
             "skipped_statement": self.report["statement"],
             "warnings": self.warnings,
             "notes": self.report.get("notes", []),
-            "classes": [c.name for c in self.categories],
+            "classes": class_names(self.categories),
         }
 
     def hashes(self, data: DataConfig) -> DataHashes:

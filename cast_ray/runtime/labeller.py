@@ -57,7 +57,9 @@ class PseudoLabeller:
             count = len(pictures.positions[here])
             pixels = np.zeros((self.batch, *pictures.pixels.shape[1:]), dtype=np.uint8)
             pixels[:count] = pictures.pixels[here]
-            found = self.teacher.predict(torch.from_numpy(pixels), pictures.image_hw[here], pictures.resized_hw[here])
+            sizes, resized = pictures.image_hw[here], pictures.resized_hw[here]
+            least = self.pseudo.score_threshold
+            found = self.teacher.predict(torch.from_numpy(pixels), sizes, resized, min_score=least)
             labels += [self._instances(instances) for instances in found]
         return labels
 
@@ -68,6 +70,7 @@ class PseudoLabeller:
                 "rle": instance["rle"],
                 "score": instance["score"],
                 "is_crowd": False,
+                "area": None,
             }
             for instance in pseudo_labels(found, self.pseudo)
         ]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,17 @@ def test_an_annotation_of_an_unknown_iscrowd_is_skipped_with_the_reason(tmp_path
     assert skipped["id"] == "0" and skipped["file"] == "0.png"
     assert skipped["reason"] == f"iscrowd is {str(value)!r}: expected 0 for one object or 1 for a region of many"
     assert splits.annotated == ("1",)
+
+
+def test_areas_are_the_annotation_files(tmp_path):
+    """Not the masks': AP by size follows pycocotools, which takes them as they stand. What is no number is none."""
+    areas = [12.5, 0, -1, 10**9, None, "12", True, math.nan, math.inf, 10**400, [3]]
+    annotations = [_annotation(n, 0, area=area) for n, area in enumerate(areas)] + [_annotation(99, 0)]
+    document = _document([_image(0), _image(1)], annotations)
+    splits = _load(_write(tmp_path / "a", document))
+    assert [i["area"] for i in _rows(splits)[0]["instances"]] == [12.5, 0, -1, 1e9, *[None] * 8]
+    annotations[0]["area"] = 13
+    assert _load(_write(tmp_path / "b", document)).content_hash != splits.content_hash
 
 
 def test_identifiers_of_every_kind(tmp_path):
