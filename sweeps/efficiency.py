@@ -25,6 +25,7 @@ from torch import nn
 from cast_ray.engine.loop import amp_dtype
 from cast_ray.engine.world import pick_device
 from cast_ray.evaluation.efficiency import count_gmacs, count_parameters, measure_seconds, peak_memory
+from cast_ray.files import write_atomically
 from cast_ray.models.segmenter import build_segmenter, outline
 from cast_ray.recipe import SCALES, Recipe, parse_overrides, preset_names
 from cast_ray.stages.table import load_table
@@ -79,8 +80,8 @@ def main(argv: list[str], console: Console) -> int:
     console.print(_notes(arguments), highlight=False)
     if arguments.out:
         path = Path(arguments.out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"device": where, "image_px": [height, width], "rows": list(map(asdict, costs))}))
+        content = {"device": where, "image_px": [height, width], "rows": list(map(asdict, costs))}
+        write_atomically(path, json.dumps(content))
         console.print(f"Written: {path}", soft_wrap=True, highlight=False)
     return 0
 

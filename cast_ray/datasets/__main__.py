@@ -25,6 +25,7 @@ from cast_ray.datasets.inspection import SplitFacts, choose_samples, facts_of, g
 from cast_ray.datasets.paths import absolute
 from cast_ray.datasets.progress import track
 from cast_ray.datasets.reading import load
+from cast_ray.files import write_atomically
 from cast_ray.recipe import DataConfig, build_recipe, parse_overrides
 from cast_ray.records import ClassMap, DatasetSplits
 from cast_ray.report.overlays import contact_sheet
@@ -56,7 +57,7 @@ def inspect(arguments: argparse.Namespace, console: Console) -> int:
         dataset, report = load(config, progress)
     out = Path(arguments.out or Path("inspect") / (Path(root.rstrip("/")).name or kind))
     out.mkdir(parents=True, exist_ok=True)
-    (out / REPORT_FILE).write_text(json.dumps(report, indent=1))
+    write_atomically(out / REPORT_FILE, json.dumps(report, indent=1))
     sheet = _draw(dataset, arguments.images, out / "samples.png")
     facts = facts_of(dataset)
     console.print(f"[bold]{root}[/bold]: {kind}, {len(dataset.categories)} classes", highlight=False)

@@ -93,8 +93,9 @@ class Network(TrainedNetwork):
 class Squares:
     """Two terms: the squares of the output, and of its distance to 1."""
 
-    weights = {"a": 1.0, "b": 0.5}
-    contrastive = None
+    def __init__(self) -> None:
+        self.weights = {"a": 1.0, "b": 0.5}
+        self.contrastive = None
 
     def __call__(self, output: Output, batch: Batch, *_: Any, **__: Any) -> tuple[Terms, None]:
         logits = output.predictions.mask_logits[-1]
