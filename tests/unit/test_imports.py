@@ -20,13 +20,8 @@ LAYER["sweeps"] = LAYER["report"] + 1  # sweeps print reports; a report never st
 LAYER["commands"] = LAYER["sweeps"]
 LAYER |= {"predict": LAYER["sweeps"], "export": LAYER["sweeps"], "label": LAYER["sweeps"] + 1}
 # What a contract may use of the others: the recipe knows nothing, the rest may read it.
-WITHIN_CONTRACTS = {
-    "console": set(),
-    "files": set(),
-    "recipe": set(),
-    "records": {"recipe"},
-    "registry": {"recipe", "records"},
-}
+WITHIN_CONTRACTS: dict[str, set[str]] = {name: set() for name in ("console", "files", "recipe")}
+WITHIN_CONTRACTS |= {"records": {"recipe"}, "registry": {"recipe", "records"}}
 RAY_AT_HOME = {"runtime", "sweeps"}
 DISTRIBUTED_AT_HOME = {"engine", "runtime"}
 
