@@ -14,11 +14,12 @@ from cast_ray.datasets.paths import is_uri, resolve
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".jp2")
 
 
-def find_images(sources: Sequence[str]) -> list[str]:
+def find_images(sources: Sequence[str], exclude: Sequence[str] = ()) -> list[str]:
     """Paths or URIs of the images that `sources` name, each once, in the order given, folders sorted.
 
     Args:
         sources: files (taken whatever they are called), folders (every image below them) or glob patterns.
+        exclude: local folders of which no image is taken.
 
     Raises:
         ValueError: a source that names nothing.
@@ -26,7 +27,11 @@ def find_images(sources: Sequence[str]) -> list[str]:
     found: dict[str, None] = {}
     for source in sources:
         paths = _below_uri(source) if is_uri(source) else _local(source)
+        inside = [path for path in paths if _is_below(path, exclude)]
+        paths = [path for path in paths if path not in set(inside)] if inside else paths
         if not paths:
+            if inside:
+                raise ValueError(f"no image in {source!r}: what is in {', '.join(exclude)} is not read")
             raise ValueError(f"no image in {source!r}: expected a file, a folder of {', '.join(SUFFIXES)} or a pattern")
         found.update(dict.fromkeys(paths))
     return list(found)
@@ -69,6 +74,11 @@ def _below_uri(source: str) -> list[str]:
     scheme = source[: len(source) - len(path)] if source.endswith(path) else source.partition("://")[0] + "://"
     listed = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
     return sorted(scheme + i.path for i in listed if i.type == fs.FileType.File and _is_image(i.path))
+
+
+def _is_below(path: str, folders: Sequence[str]) -> bool:
+    real = os.path.realpath(path)
+    return not is_uri(path) and any(real.startswith(os.path.realpath(folder) + os.sep) for folder in folders)
 
 
 def _is_image(path: str) -> bool:

@@ -18,6 +18,7 @@ LAYER["sweeps"] = LAYER["report"] + 1  # sweeps print reports; a report never st
 # `python -m cast_ray.datasets` is a command that shows what the package has: it uses all of it, and nothing uses it;
 # so are predict and export, and label, which uses predict.
 LAYER["commands"] = LAYER["sweeps"]
+LAYER["unfinished"] = LAYER["sweeps"] - 1  # what predict and label share
 LAYER |= {"predict": LAYER["sweeps"], "export": LAYER["sweeps"], "label": LAYER["sweeps"] + 1}
 # What a contract may use of the others: the recipe knows nothing, the rest may read it.
 WITHIN_CONTRACTS: dict[str, set[str]] = {name: set() for name in ("console", "files", "recipe")}
