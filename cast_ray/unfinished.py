@@ -58,6 +58,8 @@ class FinishedImages:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self._places:  # nothing that could be resumed
+            self.path.unlink(missing_ok=True)
         self._file.close()
 
     @property
@@ -79,7 +81,7 @@ class FinishedImages:
 
     def remove(self) -> None:
         """Deletes the file: the command's results are written."""
-        self.path.unlink()
+        self.path.unlink(missing_ok=True)
 
     def _lock(self) -> None:
         try:
@@ -94,19 +96,23 @@ class FinishedImages:
         for leftover in self.path.parent.glob(f".*{PARTIAL}"):
             leftover.unlink()
         self._file.seek(0)
+        entries: list[tuple[int, dict[str, Any]]] = []
         place = 0
         for line in self._file:
-            entry = _parsed(line)
-            if entry is None:
+            if (entry := _parsed(line)) is None:
                 break
-            if place == 0:
-                self._check(entry.get("settings", {}))
-            elif self.names.get(entry["path"]) == entry["name"] and _file_state(entry["path"]) == entry["file"]:
-                self._places[entry["path"]] = place
+            entries.append((place, entry if not entries else {key: entry[key] for key in ("path", "name", "file")}))
             place += len(line)
-        self._file.truncate(place)
-        if place == 0:
+        if len(entries) > 1:
+            self._check(entries[0][1]["settings"])
+            self._file.truncate(place)
+        else:
+            self._file.truncate(0)
             self._append({"settings": self.settings})
+        for place, entry in entries[1:]:
+            path = entry["path"]
+            if self.names.get(path) == entry["name"] and _file_state(path) == entry["file"]:
+                self._places[path] = place
 
     def _check(self, before: dict[str, Any]) -> None:
         names = [n for n in {**before, **self.settings} if before.get(n) != self.settings.get(n)]
