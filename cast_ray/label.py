@@ -20,7 +20,7 @@ from pycocotools import mask as coco_mask
 from rich.console import Console
 
 import cast_ray
-from cast_ray.console import exit_code, output_folder, positive, share, whole_number
+from cast_ray.console import Parser, exit_code, output_folder, positive, share, whole_number
 from cast_ray.datasets.photos import find_images
 from cast_ray.engine.world import pick_device
 from cast_ray.files import replaced
@@ -236,8 +236,8 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     return build_recipe("coco", "full", overrides={**threshold, **overrides, **kind, "stages.use_adapt": False})
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m cast_ray.label",
         description="Labels images with a teacher. Writes instances.json (COCO, with scores) and overlays/*.png.",
     )

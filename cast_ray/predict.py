@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import cast_ray
-from cast_ray.console import exit_code, output_folder, positive, share, whole_number
+from cast_ray.console import Parser, exit_code, output_folder, positive, share, whole_number
 from cast_ray.datasets.images import read_image
 from cast_ray.datasets.photos import find_images, output_names
 from cast_ray.engine.loop import amp_dtype
@@ -308,8 +308,8 @@ def write_overlay(row: dict[str, Any], names: Mapping[str, str], out: Path) -> N
         path.write_bytes(row["overlay"])
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m cast_ray.predict",
         description="Finds instances in images with a saved student. Writes overlays/*.png, results.json (COCO "
         "results) and images.json (the COCO file that they belong to).",
