@@ -9,7 +9,7 @@ import argparse
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -22,22 +22,31 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cast_ray.console import exit_code
+import cast_ray
+from cast_ray.console import Parser, exit_code, output_folder, positive, share, whole_number
 from cast_ray.datasets.images import read_image
 from cast_ray.datasets.photos import describe_left_out, find_photos, output_names
 from cast_ray.engine.loop import amp_dtype
 from cast_ray.engine.world import pick_device
+from cast_ray.files import replaced
 from cast_ray.models.drawing import draw_instances
 from cast_ray.models.student import CONFIG, WEIGHTS, Student
 from cast_ray.records import Category
 from cast_ray.runtime.models import open_student
 from cast_ray.stages.evaluate import coco_result
+from cast_ray.unfinished import FinishedImages, weights_digest
 from cast_ray.views import fit_image
 
 EXIT_NOTHING = 1
 NUM_THREADS = 4
 """That read and draw the images of a batch beside the model."""
 MAX_REPORTED = 10
+OVERLAYS = "overlays"
+"""Folder of the drawn images inside the output folder; it is never read as input."""
+INTERRUPTED = "stopped; the same command resumes with the images that are not finished"
+
+Rows = Callable[[], Iterator[tuple[int, dict[str, Any]]]]
+"""Gives, as often as it is called, (image id, row) of every image that was read; ids count from 1 over all images."""
 
 
 class InstanceModel(Protocol):
@@ -142,49 +151,36 @@ def read_or_reason(path: str) -> np.ndarray | str:
         return str(error)
 
 
-def write_predictions(
-    rows: Iterator[dict[str, Any]], names: dict[str, str], student: Student, out: Path, advance: Callable[[], None]
-) -> list[tuple[str, str]]:
-    """Writes rows as they come: `results.json` (COCO results), `images.json` (the COCO file that they belong to) and
-    `overlays/<name>.png`. Image ids count from 1 in the order of the rows.
-
-    Returns:
-        (path, reason) of every image that was skipped.
-    """
-    skipped = []
-    out.mkdir(parents=True, exist_ok=True)
-    categories = json.dumps([{"id": c.id, "name": c.name} for c in student.categories])
-    head = f'{{"categories": {categories}, "annotations": [], "images": ['
-    with JsonList(out / "results.json") as results, JsonList(out / "images.json", head, "]}") as images:
-        for number, row in enumerate(rows, 1):
-            advance()
-            if row["error"]:
-                skipped.append((row["path"], row["error"]))
-                continue
+def write_predictions(rows: Rows, categories: Sequence[Category], out: Path) -> None:
+    """Writes `results.json` (COCO results) and `images.json` (the COCO file that they belong to), each whole."""
+    classes = json.dumps([{"id": c.id, "name": c.name} for c in categories])
+    head = f'{{"categories": {classes}, "annotations": [], "images": ['
+    with (
+        replaced(out / "results.json") as results_path,
+        replaced(out / "images.json") as images_path,
+        results_path.open("w") as results_file,
+        images_path.open("w") as images_file,
+        JsonList(results_file) as results,
+        JsonList(images_file, head, "]}") as images,
+    ):
+        for number, row in rows():
             images.add({"id": number, "file_name": row["path"], "height": row["height"], "width": row["width"]})
             for result in json.loads(row["results"]):
                 results.add({"image_id": number, **result})
-            write_overlay(row, names, out)
-    return skipped
-
-
-def write_overlay(row: dict[str, Any], names: dict[str, str], out: Path) -> None:
-    """`overlays/<name>.png` of a row that has one."""
-    if row["overlay"]:
-        path = out / "overlays" / f"{names[row['path']]}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(row["overlay"])
 
 
 class JsonList:
-    """A JSON list written element by element, so that a million results never meet in memory."""
+    """A JSON list written element by element, so that a million results never meet in memory.
 
-    def __init__(self, path: Path, head: str = "[", tail: str = "]"):
-        self.path, self.head, self.tail = path, head, tail
+    `head` and `tail` stand around its elements; a block that fails leaves the tail out, so that nobody reads the rest
+    for the whole.
+    """
+
+    def __init__(self, file: IO[str], head: str = "[", tail: str = "]"):
+        self.file, self.head, self.tail = file, head, tail
         self.num = 0
 
     def __enter__(self) -> JsonList:
-        self.file: IO[str] = self.path.open("w")
         self.file.write(self.head)
         return self
 
@@ -192,9 +188,9 @@ class JsonList:
         self.file.write((",\n" if self.num else "\n") + json.dumps(element))
         self.num += 1
 
-    def __exit__(self, *_: object) -> None:
-        self.file.write("\n" + self.tail + "\n")
-        self.file.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None:
+            self.file.write("\n" + self.tail + "\n")
 
 
 def make_predictor(config: bytes, weights: bytes, device: str, **settings: Any) -> Predictor:
@@ -206,47 +202,97 @@ def make_predictor(config: bytes, weights: bytes, device: str, **settings: Any) 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    return exit_code(lambda: _run(arguments, Console(stderr=True)))
+    return exit_code(lambda: _run(arguments, Console(stderr=True)), INTERRUPTED)
 
 
 def _run(arguments: argparse.Namespace, errors: Console) -> int:
-    paths = list_photos(arguments.images, errors)
-    names = dict(zip(paths, output_names(paths)))
+    out = output_folder(arguments.out)
+    paths = list_photos(arguments.images, errors, exclude=[str(out / OVERLAYS)])
     student, _ = open_student(arguments.student)
-    out = Path(arguments.out)
-    settings = {
+    options = {
         "threshold": arguments.threshold,
         "max_detections": arguments.max_detections,
         "amp": arguments.amp,
         "overlays": not arguments.no_overlays,
     }
-    if arguments.workers:
-        from cast_ray.runtime.prediction import map_files
+    settings = {
+        "version": cast_ray.__version__,
+        **options,
+        "student": student.config(),
+        "weights": weights_digest(student.segmenter),
+    }
 
-        files = student.files()
-        make = partial(make_predictor, files[CONFIG], files[WEIGHTS], arguments.device, **settings)
-        rows = map_files(make, paths, batch=arguments.batch, num_workers=arguments.workers, address=arguments.address)
-    else:
-        predictor = Predictor(student.to(pick_device(arguments.device)), **settings)
-        starts = range(0, len(paths), arguments.batch)
-        rows = (row for a in starts for row in predictor(paths[a : a + arguments.batch]))
-    done = write_with_progress(paths, partial(write_predictions, rows, names, student, out), errors)
+    # On its device before anything is written: a device that is not there is refused here.
+    predictor = None if arguments.workers else Predictor(student.to(pick_device(arguments.device)), **options)
+
+    def rows_of(missing: list[str]) -> Iterator[dict[str, Any]]:
+        if predictor is None:
+            from cast_ray.runtime.prediction import map_files
+
+            files = student.files()
+            make = partial(make_predictor, files[CONFIG], files[WEIGHTS], arguments.device, **options)
+            return map_files(
+                make, missing, batch=arguments.batch, num_workers=arguments.workers, address=arguments.address
+            )
+        return in_batches(predictor, missing, arguments.batch)
+
+    write = partial(write_predictions, categories=student.categories, out=out)
+    done = run_images(paths, settings, rows_of, write, out, errors)
     print(f"{done} of {len(paths)} images; results in {out}")
     return 0 if done else EXIT_NOTHING
 
 
-def write_with_progress(
-    paths: Sequence[str], write: Callable[[Callable[[], None]], list[tuple[str, str]]], errors: Console
+def in_batches(predictor: Predictor, paths: Sequence[str], batch: int) -> Iterator[dict[str, Any]]:
+    """Rows of all images in order, `batch` of them at a time through the model."""
+    for start in range(0, len(paths), batch):
+        yield from predictor(paths[start : start + batch])
+
+
+def run_images(
+    paths: Sequence[str],
+    settings: Mapping[str, Any],
+    rows_of: Callable[[list[str]], Iterator[dict[str, Any]]],
+    write: Callable[[Rows], None],
+    out: Path,
+    errors: Console,
 ) -> int:
-    """Runs `write(advance)`, which gives (path, reason) of the images that it skipped, under a progress bar.
+    """Finds the instances of every image under a progress bar, then writes the results; resumes a stopped run.
+
+    Results that the folder held before stay until the new ones are whole. Overlays are written as they come.
+
+    Args:
+        paths: of the images.
+        settings: what decides which instances are found; a stopped run is resumed under equal settings only.
+        rows_of: gives the rows of images, in the order of the paths that it is given; see `Predictor.__call__`.
+        write: writes the results of all images.
+        out: the output folder.
+        errors: where skipped images are reported.
 
     Returns:
-        Number of images that were not skipped; the others are reported.
+        Number of images that were read.
+
+    Raises:
+        ValueError: an unfinished run of other settings lies in the folder, or another process is writing to it.
     """
+    names = dict(zip(paths, output_names(paths)))
+    skipped: list[tuple[str, str]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors) as progress:
-        task = progress.add_task("images", total=len(paths))
-        skipped = write(lambda: progress.advance(task))
+    with FinishedImages(out, settings, names) as finished:
+        missing = finished.missing
+        num_before = len(paths) - len(missing)
+        if num_before:
+            errors.print(f"resumed: {num_before} of {len(paths)} images are finished", highlight=False)
+        with Progress(*columns, console=errors) as progress:
+            task = progress.add_task("images", total=len(paths), completed=num_before)
+            for row in rows_of(missing) if missing else ():
+                if row["error"]:
+                    skipped.append((row["path"], row["error"]))
+                else:
+                    write_overlay(row, names, out)
+                    finished.add(row)
+                progress.advance(task)
+        write(finished.rows)
+        finished.remove()
     for path, reason in skipped[:MAX_REPORTED]:
         errors.print(f"skipped {path}: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if len(skipped) > MAX_REPORTED:
@@ -254,15 +300,16 @@ def write_with_progress(
     return len(paths) - len(skipped)
 
 
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}: expected 1 or more")
-    return number
+def write_overlay(row: dict[str, Any], names: Mapping[str, str], out: Path) -> None:
+    """`overlays/<name>.png` of a row that has one."""
+    if row["overlay"]:
+        path = out / OVERLAYS / f"{names[row['path']]}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(row["overlay"])
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m cast_ray.predict",
         description="Finds instances in images with a saved student. Writes overlays/*.png, results.json (COCO "
         "results) and images.json (the COCO file that they belong to).",
@@ -272,13 +319,15 @@ def _parser() -> argparse.ArgumentParser:
         "--student", required=True, help="folder of a saved student, a row runs/<name>/<row>, a URI or a hub name"
     )
     parser.add_argument("--out", required=True, help="folder, made where missing")
-    parser.add_argument("--threshold", type=float, default=0.3, help="least score (default: %(default)s)")
+    parser.add_argument("--threshold", type=share, default=0.3, help="least score (default: %(default)s)")
     parser.add_argument("--max-detections", type=positive, default=100, help="per image (default: %(default)s)")
     parser.add_argument("--batch", type=positive, default=8, help="images at a time (default: %(default)s)")
     parser.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="autocast")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--no-overlays", action="store_true", help="results only")
-    parser.add_argument("--workers", type=int, default=0, help="processes of a Ray cluster (default: this one)")
+    parser.add_argument(
+        "--workers", type=whole_number, default=0, help="processes of a Ray cluster (default: 0, this process)"
+    )
     parser.add_argument("--address", help="Ray cluster of --workers (default: $RAY_ADDRESS, else a local one)")
     return parser
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
-from cast_ray.console import exit_code
+from cast_ray.console import Parser, amount, exit_code, positive, whole_number
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
 from cast_ray.runtime.sweep import Sweep, SweepRequest, TableRequest, has_results, run_sweep, sweep_name, write_events
 from cast_ray.runtime.trackers import Trackers
@@ -81,7 +81,7 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
     names = [table.name for table in tables]
     if len(set(names)) != len(names):
         raise ValueError(f"tables: expected different names, got {', '.join(names)}")
-    _check_numbers(arguments)
+    _check_seeds(arguments)
     overrides = parse_overrides(arguments.set) | {
         key: str(value)
         for key, value in (
@@ -129,14 +129,10 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
     return request, out
 
 
-def _check_numbers(arguments: argparse.Namespace) -> None:
+def _check_seeds(arguments: argparse.Namespace) -> None:
     seeds = arguments.seeds or []
-    if len(set(seeds)) != len(seeds) or any(seed < 0 for seed in seeds):
-        raise ValueError(f"--seeds: expected different whole numbers from 0 on, got {' '.join(map(str, seeds))}")
-    for flag in ("budget_hours", "price_per_gpu_hour"):
-        value = getattr(arguments, flag)
-        if value is not None and not value >= 0:
-            raise ValueError(f"--{flag.replace('_', '-')}: expected a number from 0 on, got {value:g}")
+    if len(set(seeds)) != len(seeds):
+        raise ValueError(f"--seeds: expected different numbers, got {' '.join(map(str, seeds))}")
 
 
 def _rows(table: str, known: list[str], wanted: list[str] | None, several: bool) -> list[str]:
@@ -153,8 +149,8 @@ def home() -> Path:
     return Path.home() / "cast_ray" if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") else Path()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="ablate.py",
         description="Runs ablation tables of CAST on Ray. Stages that rows share run once, also those of several "
         "tables; the same command goes on with an interrupted run, tries failed rows again and ends in seconds when "
@@ -176,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rows", nargs="+", metavar="ROW", help="only these rows; TABLE:ROW where several tables have one of that name"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds instead of the table's")
+    parser.add_argument("--seeds", nargs="+", type=whole_number, metavar="N", help="seeds instead of the table's")
     parser.add_argument("--name", help="name of the run (default: TABLE-PRESET-SCALE)")
     parser.add_argument("--out", help="folder for results and reports (default: runs)")
     parser.add_argument(
@@ -185,15 +181,17 @@ def _parser() -> argparse.ArgumentParser:
         "$CAST_RAY_STORAGE, else ./storage",
     )
     parser.add_argument("--address", help="Ray cluster; 'local' for one of its own (default: $RAY_ADDRESS, else local)")
-    parser.add_argument("--num-cpus", type=int, help="logical CPUs of a local Ray (default: the machine's)")
-    parser.add_argument("--max-concurrent", type=int, metavar="N", help="stages at a time (default: as many as fit)")
-    parser.add_argument("--workers-per-trial", type=int, metavar="N", help="Train workers of a stage (default: 1)")
+    parser.add_argument("--num-cpus", type=positive, help="logical CPUs of a local Ray (default: the machine's)")
+    parser.add_argument(
+        "--max-concurrent", type=whole_number, metavar="N", help="stages at a time (default: as many as fit)"
+    )
+    parser.add_argument("--workers-per-trial", type=positive, metavar="N", help="Train workers of a stage (default: 1)")
     plan = parser.add_argument_group("what it costs")
     plan.add_argument("--dry-run", action="store_true", help="print the plan, its device-hours and cost, and stop")
-    plan.add_argument("--price-per-gpu-hour", type=float, metavar="P", help="price of a device-hour, for the plan")
+    plan.add_argument("--price-per-gpu-hour", type=amount, metavar="P", help="price of a device-hour, for the plan")
     plan.add_argument(
         "--budget-hours",
-        type=float,
+        type=amount,
         metavar="H",
         help="device-hours (hours x workers) after which no further stage is started; the command says what is left",
     )

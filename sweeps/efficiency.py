@@ -14,7 +14,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +21,11 @@ from rich.console import Console
 from rich.table import Table as Grid
 from torch import nn
 
+from cast_ray.console import Parser, output_file, positive
 from cast_ray.engine.loop import amp_dtype
 from cast_ray.engine.world import pick_device
 from cast_ray.evaluation.efficiency import count_gmacs, count_parameters, measure_seconds, peak_memory
+from cast_ray.files import write_atomically
 from cast_ray.models.segmenter import build_segmenter, outline
 from cast_ray.recipe import SCALES, Recipe, parse_overrides, preset_names
 from cast_ray.stages.table import load_table
@@ -57,6 +58,7 @@ def main(argv: list[str], console: Console) -> int:
         ValueError: an unknown row, preset or key, or a device that is not there.
     """
     arguments = _parser().parse_args(argv)
+    path = output_file(arguments.out) if arguments.out else None
     table = load_table(TABLE)
     overrides = parse_overrides(arguments.set)
     recipes = {
@@ -77,10 +79,9 @@ def main(argv: list[str], console: Console) -> int:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     console.print(_grid(costs, f"At {height} x {width} px" + ("" if arguments.count_only else f" on {where}")))
     console.print(_notes(arguments), highlight=False)
-    if arguments.out:
-        path = Path(arguments.out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"device": where, "image_px": [height, width], "rows": list(map(asdict, costs))}))
+    if path is not None:
+        content = {"device": where, "image_px": [height, width], "rows": list(map(asdict, costs))}
+        write_atomically(path, json.dumps(content))
         console.print(f"Written: {path}", soft_wrap=True, highlight=False)
     return 0
 
@@ -189,8 +190,8 @@ def _notes(arguments: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="ablate.py efficiency",
         description="Prints what the preset's teacher and each student of the table `student` cost on this device. "
         "Needs no weights or data.",
@@ -201,8 +202,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"only these rows, or {TEACHER}")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="autocast")
-    parser.add_argument("--batch", type=int, default=4, help="images of the throughput column (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed passes (default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=positive, default=4, help="images of the throughput column (default: %(default)s)"
+    )
+    parser.add_argument("--repeats", type=positive, default=5, help="timed passes (default: %(default)s)")
     parser.add_argument("--count-only", action="store_true", help="parameters and operations, nothing timed")
     parser.add_argument("--out", metavar="FILE.json", help="also write the numbers")
     return parser

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
-from cast_ray.console import exit_code
+from cast_ray.console import Parser, amount, exit_code, positive, whole_number
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
 from cast_ray.runtime.trackers import Trackers
 from cast_ray.stages.search_spec import load_search, search_names
@@ -92,8 +92,8 @@ def _search(arguments: argparse.Namespace) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="search.py",
         description="Searches recipe keys with Optuna on Ray. Trials share stages with each other and with all tables; "
         "the same command goes on with an interrupted search, and with more --trials it extends a finished one.",
@@ -103,19 +103,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", help=f"one of {', '.join(preset_names())} (default: the search's, else shapes)")
     parser.add_argument("--scale", help=f"one of {', '.join(SCALES)} (default: the search's, else demo)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
-    parser.add_argument("--trials", type=int, metavar="N", help="trials of each sampler, those before included")
+    parser.add_argument("--trials", type=positive, metavar="N", help="trials of each sampler, those before included")
     parser.add_argument("--samplers", nargs="+", metavar="S", help="tpe, random: a study each (default: the search's)")
     parser.add_argument("--scheduler", metavar="S", help="asha: stop trials early; none (default: the search's)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the recipes (default: 0)")
+    parser.add_argument("--seed", type=whole_number, default=0, help="seed of the recipes (default: 0)")
     parser.add_argument("--study", help=f"sqlite:///FILE or a journal file (default: <out>/<name>/{STUDY})")
     parser.add_argument("--name", help="name of the run (default: SEARCH-search-PRESET-SCALE)")
     parser.add_argument("--out", help="folder for results and reports (default: runs)")
     parser.add_argument("--storage", help="as of ablate.py")
     parser.add_argument("--address", help="Ray cluster; 'local' for one of its own (default: $RAY_ADDRESS, else local)")
-    parser.add_argument("--num-cpus", type=int, help="logical CPUs of a local Ray (default: the machine's)")
-    parser.add_argument("--max-concurrent", type=int, metavar="N", help="stages at a time (default: as many as fit)")
-    parser.add_argument("--workers-per-trial", type=int, metavar="N", help="Train workers of a stage (default: 1)")
-    parser.add_argument("--budget-hours", type=float, metavar="H", help="device-hours after which no stage is started")
+    parser.add_argument("--num-cpus", type=positive, help="logical CPUs of a local Ray (default: the machine's)")
+    parser.add_argument(
+        "--max-concurrent", type=whole_number, metavar="N", help="stages at a time (default: as many as fit)"
+    )
+    parser.add_argument("--workers-per-trial", type=positive, metavar="N", help="Train workers of a stage (default: 1)")
+    parser.add_argument("--budget-hours", type=amount, metavar="H", help="device-hours after which no stage is started")
     parser.add_argument("--keep-going", action="store_true", help="go on though the first three trials failed")
     parser.add_argument("--no-tensorboard", action="store_true", help=f"no event files in <run>/{TENSORBOARD}")
     parser.add_argument("--wandb", metavar="PROJECT", help="log trials to this Weights & Biases project")

@@ -119,7 +119,8 @@ def train(
     names = list(objective.weights)
     every = objective.contrastive.diagnostics_every_steps if objective.contrastive else 0
     began = logged = time.monotonic()
-    means_since: list[torch.Tensor] = list(resume.recent) if resume is not None else []
+    # A checkpoint is loaded on the CPU: what is not copied into a module or optimiser must be moved to the device.
+    means_since = [means.to(device) for means in resume.recent] if resume is not None else []
     images, images_logged = 0, 0
     network.train()
     for step in range(start, config.steps):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from cast_ray.files import PARTIAL
 from cast_ray.models.student import Student
 
 OUTPUTS = ("boxes", "labels", "scores", "masks")
@@ -117,7 +120,13 @@ def export_onnx(student: Student, path: str | Path, max_detections: int = 100) -
     assert program is not None
     facts = {"class_names": json.dumps(student.class_names), "image_px": json.dumps(student.image_px)}
     program.model.metadata_props.update(facts)
-    program.save(str(path))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Weights of more than 2 GB become a second file, which the model names: both are written elsewhere, then moved.
+    with tempfile.TemporaryDirectory(dir=path.parent, suffix=PARTIAL) as folder:
+        program.save(str(Path(folder) / path.name))
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
+            os.replace(file, path.with_name(file.name))
     return facts
 
 

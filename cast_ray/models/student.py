@@ -22,6 +22,7 @@ from torch import nn
 from transformers.utils import cached_file
 
 import cast_ray
+from cast_ray.files import write_atomically
 from cast_ray.models.card import model_card
 from cast_ray.models.drawing import class_colours
 from cast_ray.models.postprocess import predict_instances
@@ -122,9 +123,8 @@ class Student(nn.Module):
             folder: made where it is missing.
             result: result.json of the row that made the student: its numbers go into the model card.
         """
-        Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in self.files(result).items():
-            (Path(folder) / name).write_bytes(content)
+            write_atomically(Path(folder) / name, content)
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Student:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from cast_ray.datasets.images import read_image
+from cast_ray.files import write_atomically
 from cast_ray.records import ClassMap, instances_of
 from cast_ray.report.overlays import contact_sheet
 from cast_ray.runtime.label_splits import stored_split
@@ -40,8 +41,7 @@ def draw_samples(sweep: Sweep, path: Path) -> bool:
     if picture is None:
         picture = _draw(context, row, labels.key, student.key)
         store.write_bytes(cached, picture)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(picture)
+    write_atomically(path, picture)
     return True
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from rich.console import Console
 
 from cast_ray.datasets.data_report import REPORT_FILE
+from cast_ray.files import write_atomically
 from cast_ray.recipe import Recipe
 from cast_ray.report.overlays import CONTACT_SHEET
 from cast_ray.report.picture import draw_samples
 from cast_ray.report.pseudo_labels import WORST_SHEET, worst_cases
-from cast_ray.report.run_folder import RESULT, matches_file, recipe_digest, write_atomically, write_plan
+from cast_ray.report.run_folder import RESULT, matches_file, recipe_digest, write_plan
 from cast_ray.report.samples import SAMPLES, row_samples
 from cast_ray.report.write import show, write_report
 from cast_ray.runtime.results import SweepContext, read_matches, read_result, row_name
@@ -53,7 +54,7 @@ def publish(sweep: Sweep, table: Table, out: Path, console: Console) -> int:
         if publish_row(context, row, out, with_samples=row.row not in is_drawn):
             is_drawn.add(row.row)
     if (data_report := sweep.context.store.find_bytes(f"{sweep.context.runs_path}/{REPORT_FILE}")) is not None:
-        (out / REPORT_FILE).write_bytes(data_report)
+        write_atomically(out / REPORT_FILE, data_report)
     draw_samples(sweep, out / CONTACT_SHEET)
     any(worst_cases(context, row, out / WORST_SHEET) for context, row in reversed(pairs))
     show(write_report(out, tell=console.print), console)

@@ -11,12 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cast_ray.files import write_atomically
 from cast_ray.report.content import Result
 from cast_ray.report.metrics import PER_CLASS
 from cast_ray.stages.table import Table, load_table
@@ -74,14 +74,6 @@ class Run:
         """(table, row, seed) that were asked for and have no result yet."""
         there = {(r["table"], r["row"], r["seed"]) for r in self.results}
         return [key for key in self.plan.expected if key not in there and table in (None, key[0])]
-
-
-def write_atomically(path: Path, text: str | bytes) -> None:
-    """A reader, or a browser that reloads, sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(text.encode() if isinstance(text, str) else text)
-    partial.replace(path)
 
 
 def recipe_digest(recipe: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from cast_ray import registry
+from cast_ray.files import write_atomically
 from cast_ray.models.drawing import class_colours
 from cast_ray.models.encoders import checkpoint_blocks
 from cast_ray.models.network import Output, TrainedNetwork
@@ -177,7 +178,7 @@ def save_teacher(teacher: Teacher, folder: Path) -> None:
         "categories": [{"id": c.id, "name": c.name} for c in teacher.categories],
         "image_px": list(teacher.image_px),
     }
-    (folder / CARD).write_text(json.dumps(card, indent=1))
+    write_atomically(folder / CARD, json.dumps(card, indent=1))
 
 
 def read_card(folder: Path) -> dict[str, Any]:

@@ -124,7 +124,6 @@ def test_ade20k_and_settings(tmp_path, run):
             ["{}", "--set", "loss.lambda_pxl=1"],
             "error: --set loss.lambda_pxl: expected a key of the recipe's data part",
         ),
-        (["{}", "--images", "0"], "error: --images 0: expected at least 1"),
         (["{}", "--set", "data.verfy=none"], "error: unknown recipe key 'data.verfy': did you mean 'data.verify'?"),
     ],
 )

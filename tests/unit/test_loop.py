@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from itertools import repeat
 from pathlib import Path
 
@@ -118,6 +120,12 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
         # 3 and 15 steps done: T of steps 2 and 14 of 20.
         assert temperatures[3] == pytest.approx(0.3 - 0.23 * 2 / 20)
         assert temperatures[15] == pytest.approx(0.3 - 0.23 * 14 / 20)
+
+
+def test_a_stage_resumes_on_a_device_that_is_not_the_cpu(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("second_device.py")
+    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "resumed\n", done.stderr
 
 
 def test_another_stages_checkpoint_is_not_taken(tmp_path: Path) -> None:

@@ -170,10 +170,3 @@ def test_mistakes_are_one_line(
     assert run(images, *(v for pair in arguments.items() for v in pair)) == EXIT_BAD_INPUT
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and part in line
-
-
-@pytest.mark.parametrize("value", ["0", "-1", "x"])
-def test_numbers_are_checked(student: Path, photos: Path, value: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        run(photos, "--student", student, "--out", "out", "--batch", value)
-    assert "--batch" in capsys.readouterr().err

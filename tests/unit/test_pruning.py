@@ -139,6 +139,8 @@ def test_the_command_lists_shows_and_prunes(store: ArtifactStore, capsys: pytest
     [
         (["show", "zzzz"], "expected one artifact, found none"),
         (["gc", "--older-than", "soon"], "--older-than 'soon': expected a number of days"),
+        (["gc", "--older-than=-1d"], "--older-than '-1d': expected a number of days"),
+        (["gc", "--older-than", "nan"], "--older-than 'nan': expected a number of days"),
     ],
 )
 def test_bad_input_of_the_command(

@@ -12,7 +12,8 @@ import pytest
 from report_scenes import ROWS, result, save
 from rich.console import Console
 
-from cast_ray.report.run_folder import write_atomically, write_plan
+from cast_ray.files import write_atomically
+from cast_ray.report.run_folder import write_plan
 from cast_ray.report.write import fetch_results, rebuild_report, watch_report
 from cast_ray.stages.table import load_table
 
