@@ -37,7 +37,7 @@ class LossConfig(Part):
 
 
 class ContrastiveConfig(Part):
-    """L_pxl. The defaults are the paper's column of the method; `contrastive=released` is the authors' code."""
+    """L_pxl. The defaults are the paper's variant of the method; `contrastive=released` is the authors' code."""
 
     kind: Literal["cast", "supervised", "pc2seg", "infonce", "none"] = "cast"
     """cast, or a rival: class-supervised pixel contrast, debiased pixel contrast, plain cross-view InfoNCE."""
