@@ -179,7 +179,7 @@ def _notes(arguments: argparse.Namespace) -> str:
         "teacher: published sizes of its checkpoints, one prompt and 20 boxes an image; the detector's side is 800 to",
         "1333 px, the segmenter's 1024, whatever the image's.",
         "dinov2-s is the paper's student: encoder 22.1 M, reassemble stage 6.2 M, DPT fusion 10.5 M, head 14.5 M. The",
-        "paper's 52 M has 22 M for its decoder; it does not give the widths.",
+        "paper's 52 M has 22 M for its decoder; it does not give the widths. released is that of the authors' code.",
     ]
     if not arguments.count_only:
         lines.append(
