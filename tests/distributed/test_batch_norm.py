@@ -69,9 +69,7 @@ def test_two_workers_have_the_statistics_and_gradients_of_one(tmp_path: Path) ->
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
         for name, gradient in wanted["gradients"].items():
-            torch.testing.assert_close(
-                found["gradients"][name], gradient, rtol=1e-3, atol=1e-4 * largest, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-3, atol=1e-4 * largest, msg=name)
         for name in statistics:
             torch.testing.assert_close(found["state"][name], wanted["state"][name], rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(found["predicted"], wanted["predicted"], rtol=1e-2, atol=1e-3)

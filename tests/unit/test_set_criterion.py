@@ -239,7 +239,7 @@ def test_score_weights_equal_the_slow_reference(counts):
     for name, value in wanted.items():
         torch.testing.assert_close(losses[name], value, rtol=1e-4, atol=1e-5)
     gradients = [
-        torch.autograd.grad(sum(found.values()), of.class_logits + of.mask_logits)
+        torch.autograd.grad(torch.stack(list(found.values())).sum(), of.class_logits + of.mask_logits)
         for found, of in ((losses, ours), (wanted, theirs))
     ]
     for mine, other in zip(*gradients):
