@@ -227,7 +227,7 @@ def bench_labelling(arguments: argparse.Namespace, table: pa.Table, folder: Path
     def stage() -> Stage:
         return Stage("label", "label", config, {"teacher": teacher.fingerprint}, f"{next(runs):020d}")
 
-    labeller = PseudoLabeller(store, stage(), torch.device("cpu"), "off")
+    labeller = PseudoLabeller(store, stage(), torch.device("cpu"))
     fitted = [fit_image(read_image(uri), image_px) for uri in table.column("uri").to_pylist()[: 2 * labeller.batch]]
     size = (table.column("height")[0].as_py(), table.column("width")[0].as_py())
 

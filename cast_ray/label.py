@@ -24,6 +24,7 @@ from cast_ray.console import Parser, exit_code, output_folder, positive, share, 
 from cast_ray.datasets.class_lists import read_classes
 from cast_ray.engine.world import pick_device
 from cast_ray.files import replaced
+from cast_ray.models.autocast import fastest_precision
 from cast_ray.predict import (
     EXIT_NOTHING,
     INTERRUPTED,
@@ -74,7 +75,10 @@ def make_labeller(
 ) -> Labeller:
     """A labeller in whichever process calls it; see `load`."""
     torch.set_num_threads(1)
-    return Labeller(load(recipe, source, categories).to(pick_device(device)), recipe.pseudo, amp=amp, overlays=overlays)
+    teacher = load(recipe, source, categories).to(pick_device(device))
+    if amp == "auto" and source in PUBLISHED:
+        amp = fastest_precision(teacher.device)
+    return Labeller(teacher, recipe.pseudo, amp=amp, overlays=overlays)
 
 
 def load(recipe: Recipe, source: str, categories: Sequence[Category] | None) -> Teacher:
@@ -232,7 +236,13 @@ def _parser() -> Parser:
         help="a recipe key of `teacher` or `pseudo`, for example teacher.grounded_sam.detector=DIR",
     )
     parser.add_argument("--batch", type=positive, default=8, help="images at a time (default: %(default)s)")
-    parser.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="autocast")
+    parser.add_argument(
+        "--amp",
+        choices=["auto", "off", "bf16", "fp16"],
+        default="auto",
+        help="precision; auto: that of a saved teacher's training, and for published weights the fastest of the device "
+        "(default: %(default)s)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--no-overlays", action="store_true", help="labels only")
     parser.add_argument(

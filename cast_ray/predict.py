@@ -11,10 +11,9 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -26,11 +25,12 @@ import cast_ray
 from cast_ray.console import Parser, exit_code, output_folder, positive, share, whole_number
 from cast_ray.datasets.images import read_image
 from cast_ray.datasets.photos import describe_left_out, find_photos, output_names
-from cast_ray.engine.loop import amp_dtype
 from cast_ray.engine.world import pick_device
 from cast_ray.files import replaced
+from cast_ray.models.autocast import require_precision
 from cast_ray.models.drawing import draw_instances
 from cast_ray.models.student import CONFIG, WEIGHTS, Student
+from cast_ray.recipe import Precision
 from cast_ray.records import Category
 from cast_ray.runtime.models import open_student
 from cast_ray.stages.evaluate import coco_result
@@ -54,6 +54,7 @@ class InstanceModel(Protocol):
 
     categories: tuple[Category, ...]
     image_px: tuple[int, int]
+    precision: Precision
 
     @property
     def class_names(self) -> list[str]: ...
@@ -81,7 +82,7 @@ class Predictor:
         model: on its device.
         threshold: least score of an instance.
         max_detections: at most so many per image.
-        amp: as `runtime.amp`.
+        amp: precision; auto: the model's own, which for a student of a run is that of its table.
         overlays: whether rows carry the drawn image.
     """
 
@@ -90,9 +91,9 @@ class Predictor:
     ):
         self.model, self.threshold, self.max_detections = model, threshold, max_detections
         self.overlays = overlays
-        kind = model.device.type
-        dtype = amp_dtype(amp, model.device)
-        self.autocast = partial(torch.autocast, kind, dtype) if dtype else nullcontext
+        if amp != "auto":
+            model.precision = cast(Precision, amp)
+        require_precision(model.precision, model.device, "--amp")
         self.threads = ThreadPoolExecutor(NUM_THREADS)
 
     def __call__(self, paths: Sequence[str]) -> list[dict[str, Any]]:
@@ -112,8 +113,7 @@ class Predictor:
         fitted = [fit_image(image, self.model.image_px) for image in images]
         pixels = torch.from_numpy(np.stack([pixels for pixels, _ in fitted]))
         sizes = [(image.shape[0], image.shape[1]) for image in images]
-        with self.autocast():
-            found = self.model.predict(pixels, sizes, [size for _, size in fitted], self.max_detections, self.threshold)
+        found = self.model.predict(pixels, sizes, [size for _, size in fitted], self.max_detections, self.threshold)
         return [self.choose(instances) for instances in found]
 
     def choose(self, instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -322,7 +322,12 @@ def _parser() -> Parser:
     parser.add_argument("--threshold", type=share, default=0.3, help="least score (default: %(default)s)")
     parser.add_argument("--max-detections", type=positive, default=100, help="per image (default: %(default)s)")
     parser.add_argument("--batch", type=positive, default=8, help="images at a time (default: %(default)s)")
-    parser.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="autocast")
+    parser.add_argument(
+        "--amp",
+        choices=["auto", "off", "bf16", "fp16"],
+        default="auto",
+        help="precision; auto: the one that the student was trained and measured in (default: %(default)s)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--no-overlays", action="store_true", help="results only")
     parser.add_argument(

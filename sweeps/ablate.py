@@ -156,7 +156,8 @@ def _parser() -> Parser:
         "tables; the same command goes on with an interrupted run, tries failed rows again and ends in seconds when "
         "all is stored. `ablate.py store --help`: the artifacts of earlier runs.",
         epilog="A recipe key for --set is any field of cast_ray/recipe/, for example loss.lambda_pxl=0.2, "
-        "stages.distill.steps=800, contrastive=released, runtime.use_gpu=true. Exit codes: 0 all rows done, 1 a row "
+        "stages.distill.steps=800, runtime.use_gpu=true; variant=released (or contrastive=, student=) sets a named "
+        "variant. Exit codes: 0 all rows done, 1 a row "
         "failed (the others ran), 2 bad input, 3 stopped by a limit, 130 interrupted.",
     )
     parser.add_argument(

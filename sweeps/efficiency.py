@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import resources
-from typing import Any
+from typing import cast
 
 import torch
 from rich.console import Console
@@ -22,12 +21,12 @@ from rich.table import Table as Grid
 from torch import nn
 
 from cast_ray.console import Parser, output_file, positive
-from cast_ray.engine.loop import amp_dtype
 from cast_ray.engine.world import pick_device
 from cast_ray.evaluation.efficiency import count_gmacs, count_parameters, measure_seconds, peak_memory
 from cast_ray.files import write_atomically
+from cast_ray.models.autocast import autocast, fastest_precision, require_precision
 from cast_ray.models.segmenter import build_segmenter, outline
-from cast_ray.recipe import SCALES, Recipe, parse_overrides, preset_names
+from cast_ray.recipe import SCALES, Precision, Recipe, parse_overrides, preset_names
 from cast_ray.stages.table import load_table
 from cast_ray.teachers.outline import COUNTED, outline_teacher
 
@@ -129,12 +128,13 @@ def measure(
     model: nn.Module, shape: tuple[int, ...], batch: int, repeats: int, amp: str, device: torch.device
 ) -> tuple[float, float, float]:
     """(latency of one image in ms, images per second in batches, peak memory of one image in GiB, without weights)."""
-    dtype = amp_dtype(amp, device)
-    autocast: Any = partial(torch.autocast, device.type, dtype) if dtype else nullcontext
+    precision = fastest_precision(device) if amp == "auto" else cast(Precision, amp)
+    require_precision(precision, device, "--amp")
+    context = partial(autocast, precision, device)
     images = torch.randint(0, 256, (batch, *shape), dtype=torch.uint8, device=device)
-    latency = measure_seconds(lambda: model(images[:1]), device, repeats, autocast)
-    seconds = measure_seconds(lambda: model(images), device, repeats, autocast) if batch > 1 else latency
-    with autocast():
+    latency = measure_seconds(lambda: model(images[:1]), device, repeats, context)
+    seconds = measure_seconds(lambda: model(images), device, repeats, context) if batch > 1 else latency
+    with context():
         num_bytes = peak_memory(lambda: model(images[:1]), device)
     return 1e3 * latency, batch / seconds, num_bytes / GIB
 
@@ -180,7 +180,7 @@ def _notes(arguments: argparse.Namespace) -> str:
         "teacher: published sizes of its checkpoints, one prompt and 20 boxes an image; the detector's side is 800 to",
         "1333 px, the segmenter's 1024, whatever the image's.",
         "dinov2-s is the paper's student: encoder 22.1 M, reassemble stage 6.2 M, DPT fusion 10.5 M, head 14.5 M. The",
-        "paper's 52 M has 22 M for its decoder; it does not give the widths.",
+        "paper's 52 M has 22 M for its decoder; it does not give the widths. released is that of the authors' code.",
     ]
     if not arguments.count_only:
         lines.append(

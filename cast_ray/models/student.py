@@ -23,11 +23,12 @@ from transformers.utils import cached_file
 
 import cast_ray
 from cast_ray.files import write_atomically
+from cast_ray.models.autocast import DTYPES, autocast
 from cast_ray.models.card import model_card
 from cast_ray.models.drawing import class_colours
 from cast_ray.models.postprocess import predict_instances
 from cast_ray.models.segmenter import Segmenter
-from cast_ray.recipe import ModelConfig
+from cast_ray.recipe import ModelConfig, Precision
 from cast_ray.records import Category, Predictions, class_names
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -42,6 +43,7 @@ class Student(nn.Module):
         categories: C classes, in the order of its labels.
         image_px: height and width that images were fitted to in training, pixels.
         colours: C, of overlays; None: well separated ones.
+        precision: that `predict` computes in: the one it was trained and measured in.
     """
 
     def __init__(
@@ -50,8 +52,10 @@ class Student(nn.Module):
         categories: Sequence[Category],
         image_px: tuple[int, int],
         colours: Sequence[tuple[int, int, int]] | None = None,
+        precision: Precision = "off",
     ):
         super().__init__()
+        self.precision: Precision = precision
         assert segmenter.num_classes == len(categories)
         self.segmenter = segmenter
         self.categories = tuple(categories)
@@ -81,7 +85,8 @@ class Student(nn.Module):
     ) -> list[list[dict[str, Any]]]:
         """Instances of each image, as `predict_instances`; `cast_ray.views.fit_image` makes its inputs."""
         images = images.to(self.device)
-        return predict_instances(self.segmenter, images, image_hw, resized_hw, max_detections, min_score)
+        with autocast(self.precision, self.device):
+            return predict_instances(self.segmenter, images, image_hw, resized_hw, max_detections, min_score)
 
     def config(self) -> dict[str, Any]:
         """What `config.json` holds."""
@@ -96,6 +101,7 @@ class Student(nn.Module):
             "id2label": {str(i): name for i, name in enumerate(names)},
             "colours": [list(c) for c in self.colours],
             "image_px": list(self.image_px),
+            "precision": self.precision,
             "preprocessing": {
                 "channels": "RGB",
                 "resize": "to fit into image_px, aspect kept, bilinear with antialias",
@@ -151,7 +157,10 @@ class Student(nn.Module):
             categories = [Category(**c) for c in spec["categories"]]
             with torch.random.fork_rng(devices=[]):  # random weights, overwritten below
                 segmenter = Segmenter(model, len(categories), spec["encoder_config"])
-            student = cls(segmenter, categories, spec["image_px"], spec["colours"])
+            precision = spec.get("precision", "off")  # students of earlier versions were measured in float32
+            if precision not in ("off", *DTYPES):
+                raise ValueError(f"precision is {precision!r}: expected off, {' or '.join(DTYPES)}")
+            student = cls(segmenter, categories, spec["image_px"], spec["colours"], precision)
         except (KeyError, TypeError, ValidationError, ValueError) as error:
             raise ValueError(f"{source}/{CONFIG}: cannot be read: {_first_line(error)}") from None
         try:

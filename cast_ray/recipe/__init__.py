@@ -17,8 +17,8 @@ from cast_ray.recipe.build import (
 from cast_ray.recipe.data import DataConfig, ShapesConfig
 from cast_ray.recipe.labels import LabelsConfig
 from cast_ray.recipe.losses import CONTRASTIVE_PRESETS, ContrastiveConfig, LossConfig
-from cast_ray.recipe.models import EncoderConfig, ModelConfig
-from cast_ray.recipe.runtime import RuntimeConfig
+from cast_ray.recipe.models import STUDENT_PRESETS, EncoderConfig, ModelConfig
+from cast_ray.recipe.runtime import Precision, RuntimeConfig
 from cast_ray.recipe.stages import EvaluationConfig, PseudoConfig, StagesConfig, TrainConfig
 from cast_ray.recipe.teachers import GroundedSamConfig, InferenceConfig, PromptConfig, Sam3Config, TeacherConfig
 
@@ -33,11 +33,13 @@ __all__ = [
     "InferenceConfig",
     "LossConfig",
     "ModelConfig",
+    "Precision",
     "PromptConfig",
     "PseudoConfig",
     "Recipe",
     "RuntimeConfig",
     "SCALES",
+    "STUDENT_PRESETS",
     "Sam3Config",
     "ShapesConfig",
     "StagesConfig",

@@ -13,12 +13,13 @@ from pydantic import BaseModel, ValidationError, model_validator
 
 from cast_ray.recipe.data import DataConfig
 from cast_ray.recipe.labels import LabelsConfig
-from cast_ray.recipe.losses import CONTRASTIVE_PRESETS, ContrastiveConfig, LossConfig
-from cast_ray.recipe.models import ModelConfig
+from cast_ray.recipe.losses import ContrastiveConfig, LossConfig
+from cast_ray.recipe.models import BATCH_NORM_DECODERS, ModelConfig
 from cast_ray.recipe.part import Part
 from cast_ray.recipe.runtime import RuntimeConfig
 from cast_ray.recipe.stages import EvaluationConfig, PseudoConfig, StagesConfig, TrainConfig
 from cast_ray.recipe.teachers import TeacherConfig
+from cast_ray.recipe.variants import in_order, is_variant, variant_fields, variant_names
 
 SCALES = ("smoke", "demo", "full")
 
@@ -59,6 +60,21 @@ class Recipe(Part):
                 if size % workers:
                     raise ValueError(
                         f"stages.{name}.{field} is {size}: expected a multiple of runtime.num_workers ({workers})"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _batch_norm_sees_a_whole_step(self) -> Recipe:
+        for part, model, stages in (
+            ("student", self.student, ("distill", "refine")),
+            ("teacher", self.teacher, ("pretrain", "adapt", "selftrain") if self.teacher.kind == "expert" else ()),
+        ):
+            for name in stages if model.decoder in BATCH_NORM_DECODERS and model.head != "eomt" else ():
+                parts = getattr(self.stages, name).accumulate
+                if parts > 1:
+                    raise ValueError(
+                        f"stages.{name}.accumulate is {parts} and {part}.decoder {model.decoder}: its batch norm needs "
+                        f"all images of a step at once, expected stages.{name}.accumulate=1"
                     )
         return self
 
@@ -137,26 +153,28 @@ def _preset(name: str) -> dict[str, Any]:
 
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
-    """`["a.b=c", ...]` as a mapping, a named column before single fields. Raises ValueError for a pair without `=`."""
+    """`["a.b=c", ...]` as a mapping, named variants before single fields. Raises ValueError for a pair without `=`."""
     parsed: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.strip():
             raise ValueError(f"--set {pair!r}: expected key=value, for example loss.lambda_pxl=0.2")
         parsed[key.strip()] = value
-    return dict(sorted(parsed.items(), key=lambda item: item[0] != "contrastive"))
+    return {key: parsed[key] for key in in_order(parsed)}
 
 
 def apply_override(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Sets one dotted key in a nested mapping; `contrastive=NAME` expands a named column of the method.
+    """Sets one dotted key in a nested mapping.
+
+    `contrastive=NAME` and `student=NAME` set all fields of a named variant, `variant=NAME` those of both.
 
     Raises:
         ValueError: the key is not a recipe field; the message names the nearest one.
     """
-    if key == "contrastive":
-        if value not in CONTRASTIVE_PRESETS:
-            raise ValueError(f"contrastive={value!r}{_nearest(str(value), list(CONTRASTIVE_PRESETS))}")
-        tree["contrastive"] = {**tree.get("contrastive", {}), **CONTRASTIVE_PRESETS[value]}
+    if is_variant(key):
+        if value not in variant_names(key):
+            raise ValueError(f"{key}={value!r}{_nearest(str(value), variant_names(key))}")
+        _merge(tree, variant_fields(key, value))
         return
     known = recipe_keys()
     if key not in known or key in ("preset", "scale"):

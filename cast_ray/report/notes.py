@@ -155,6 +155,13 @@ def _progress_notes(report: Report) -> list[str]:
             f"WARNING: no pseudo-label at all from {', '.join(sorted(empty))}: nothing reached pseudo.score_threshold; "
             "rows that learn from pseudo-labels learnt nothing from them."
         )
+    stages = [s for r in report.results for s in r.get("stages") or []]
+    overflowed = {s["fingerprint"]: s for s in stages if s.get("skipped_steps")}
+    notes += [
+        f"{s['name']} ({fingerprint[:8]}): float16 overflowed in {s['skipped_steps']:,} of {s['steps']:,} steps, which "
+        "were left out."
+        for fingerprint, s in overflowed.items()
+    ]
     bad = {s["name"]: s for r in report.results for s in r.get("stages") or [] if s.get("num_skipped")}
     notes += [
         f"WARNING: {name} left out {s['num_skipped']} of {s['num_skipped'] + s['num_images']} unlabelled images that "

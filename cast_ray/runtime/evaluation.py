@@ -98,7 +98,7 @@ def evaluate_stage(segment: Segment, stage: Stage, world: World) -> dict[str, An
     """An evaluate stage on this worker; the first one writes the artifact's metrics, matches and results."""
     store = segment.store
     images = ValidationSet.of(segment, segment.recipe, stage.config["data"]["image_px"])
-    teacher = load_labeller(store, stage, "model", world.device, segment.recipe.runtime.amp)
+    teacher = load_labeller(store, stage, "model", world.device)
     share = [np.arange(images.num_images)[rank :: world.size] for rank in range(world.size)]
     began = time.monotonic()
     post = {"stage": "evaluate", "fingerprint": stage.fingerprint, "steps": len(share[world.rank]), "unit": "image"}

@@ -30,8 +30,8 @@ class PseudoLabeller:
     Kinds of devices still differ.
     """
 
-    def __init__(self, store: ArtifactStore, stage: Stage, device: torch.device, amp: str):
-        self.teacher = load_labeller(store, stage, "teacher", device, amp)
+    def __init__(self, store: ArtifactStore, stage: Stage, device: torch.device):
+        self.teacher = load_labeller(store, stage, "teacher", device)
         self.categories = self.teacher.categories
         self.pseudo = PseudoConfig(**stage.config["pseudo"])
         self.batch: int = stage.config["batch"]

@@ -223,7 +223,7 @@ class _Labeller:
 
         prepare_process()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.labeller = PseudoLabeller(job.store, job.stage, device, job.recipe.runtime.amp)
+        self.labeller = PseudoLabeller(job.store, job.stage, device)
         self.job = job
 
     def __call__(self, block: pa.Table) -> pa.Table:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from cast_ray.engine.loop import amp_dtype
+from cast_ray.models.autocast import require_precision
 from cast_ray.models.segmenter import Segmenter
 from cast_ray.models.student import CONFIG, WEIGHTS, Student, read_config
 from cast_ray.recipe import ModelConfig, Recipe, TeacherConfig
@@ -44,11 +44,12 @@ def save_model(
 ) -> None:
     """Adds a model's files to an artifact that is not yet committed."""
     if isinstance(model, Teacher):
+        model.precision = stage.precision
         with tempfile.TemporaryDirectory() as folder:
             save_teacher(model, Path(folder))
             store.add_folder(stage, Path(folder))
         return
-    student = Student(model, categories, stage.config["data"]["image_px"])
+    student = Student(model, categories, stage.config["data"]["image_px"], precision=stage.precision)
     for name, content in student.files().items():
         store.add(stage, name, content)
 
@@ -97,7 +98,7 @@ def open_teacher(
             student = Student.from_pretrained(local)
             if categories is not None and [c.name for c in categories] != [c.name for c in student.categories]:
                 raise ValueError(f"{path!r} only knows its own classes: {', '.join(student.class_names[:12])}")
-            yield ExpertTeacher(student.segmenter, student.categories, image_px or student.image_px)
+            yield _as_teacher(student, image_px)
             return
         yield read_teacher(local, part, image_px, categories)
 
@@ -133,23 +134,23 @@ def _row_of_run(path: Path) -> Path | None:
     return found[0] if found else None
 
 
-def load_labeller(store: ArtifactStore, stage: Stage, role: str, device: torch.device, amp: str = "auto") -> Teacher:
+def load_labeller(store: ArtifactStore, stage: Stage, role: str, device: torch.device) -> Teacher:
     """The model that a label or evaluate stage predicts with, on its device: a teacher of any kind, or a student.
 
     Args:
-        stage: whose parent `role` the model is; its config says how it is read out.
+        stage: whose parent `role` the model is; its config says how it is read out and in which precision.
         role: `teacher` or `model`.
         device: of the model.
-        amp: `runtime.amp`; an expert and a student compute in full precision.
 
     Raises:
-        ValueError: an artifact that cannot be read, or a device that is too small for the weights.
+        ValueError: an artifact that cannot be read, or a device that is too small for the weights or does not have the
+            stage's precision.
     """
+    require_precision(stage.precision, device, "runtime.amp")
     key = artifact_key("train", stage.parents[role])
     height, width = stage.config["data"]["image_px"]
     teacher = load_teacher(store, key, stage.config.get("teacher"), (height, width))
-    if not isinstance(teacher, ExpertTeacher):
-        teacher.autocast_dtype = amp_dtype(amp, device)
+    teacher.precision = stage.precision
     try:
         return teacher.to(device)
     except torch.OutOfMemoryError as error:
@@ -174,10 +175,16 @@ def load_teacher(
         ValueError: an artifact that cannot be read.
     """
     if not store.holds(key, TEACHER_CARD):
-        student = load_student(store, key)
-        return ExpertTeacher(student.segmenter, student.categories, image_px or student.image_px)
+        return _as_teacher(load_student(store, key), image_px)
     with store.local_folder(key) as folder:
         return read_teacher(folder, part, image_px)
+
+
+def _as_teacher(student: Student, image_px: tuple[int, int] | None) -> ExpertTeacher:
+    """A saved segmenter as a teacher; `image_px`: size that images are fitted to, None: as saved."""
+    teacher = ExpertTeacher(student.segmenter, student.categories, image_px or student.image_px)
+    teacher.precision = student.precision
+    return teacher
 
 
 def import_foundation(

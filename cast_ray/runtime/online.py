@@ -116,7 +116,7 @@ class OnlineTeacher:
         if self.loaded[0] != stage.fingerprint or version == 0:
             self.num_images = self.num_labels = 0
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            self.labeller = PseudoLabeller(self.store, stage, device, self.recipe.runtime.amp)
+            self.labeller = PseudoLabeller(self.store, stage, device)
         if weights is not None:
             self.labeller.load(ray.get(weights[0]))
         self.loaded = (stage.fingerprint, version)

@@ -116,7 +116,14 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[
                 "num_workers": facts["num_workers"],
                 **{
                     k: facts.get(k)
-                    for k in ("seconds", "stage_seconds", "startup_seconds", "images_per_s", "resumed_at_step")
+                    for k in (
+                        "seconds",
+                        "stage_seconds",
+                        "startup_seconds",
+                        "images_per_s",
+                        "resumed_at_step",
+                        "skipped_steps",
+                    )
                 },
                 **(_label_facts(facts) if stage.kind == "label" else {}),
             }

@@ -25,6 +25,7 @@ from safetensors.torch import save as save_tensors
 
 from cast_ray.engine.checkpoint import TrainState
 from cast_ray.engine.world import World
+from cast_ray.models.autocast import require_precision
 from cast_ray.recipe import DataConfig
 from cast_ray.runtime.audit import audit_labels
 from cast_ray.runtime.budget import configure_data
@@ -69,6 +70,7 @@ def run_stages(segment: Segment, group: PlacementGroup, teachers: Teachers | Non
             return
         began = time.monotonic()
         try:
+            require_precision(stage.precision, world.device, "runtime.amp")
             if stage.kind == "train":
                 facts = _train(segment, stage, world, teachers, validation)
             elif stage.kind == "label":
@@ -179,7 +181,6 @@ def _train(
         batches=batches,
         world=world,
         train_config=config,
-        amp=recipe.runtime.amp,
         gradient_checkpointing=recipe.runtime.gradient_checkpointing,
         resume=resume,
         on_log=on_log,
@@ -204,6 +205,7 @@ def _train(
         "num_labelled": len(images.labelled),
         "num_unlabelled": len(images.unlabelled),
         "resumed_at_step": resume.step if resume else None,
+        "skipped_steps": result.num_skipped,
     }
 
 
@@ -236,7 +238,7 @@ def _label(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
         job.start()
     mine = missing[world.rank :: world.size]
     if mine:
-        labeller = PseudoLabeller(segment.store, stage, world.device, recipe.runtime.amp)
+        labeller = PseudoLabeller(segment.store, stage, world.device)
         dataset = picture_dataset(images.records, images.unlabelled, job.image_px, recipe.runtime, mine, skip_bad=True)
         for batch in pictures(dataset, job.image_px):
             job.write(batch, labeller.label(batch))

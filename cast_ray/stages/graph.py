@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from cast_ray.recipe import Recipe, TrainConfig
+from cast_ray.recipe import Precision, Recipe, TrainConfig
 
 Kind = Literal["train", "label", "evaluate", "dataset"]
 
@@ -54,6 +54,11 @@ class Stage:
     def key(self) -> str:
         """Directory name of the artifact."""
         return artifact_key(self.kind, self.fingerprint)
+
+    @property
+    def precision(self) -> Precision:
+        """What the stage computes in."""
+        return self.config.get("precision", "off")
 
 
 def artifact_key(kind: str, fingerprint: str) -> str:
@@ -280,6 +285,9 @@ class _Planner:
         self, name: str, kind: Kind, config: dict[str, Any], parents: dict[str, Stage | None], steps: int = 0
     ) -> Stage:
         parent_prints = {role: parent.fingerprint for role, parent in parents.items() if parent is not None}
+        precision = self.recipe.runtime.precision
+        if precision != "off":  # float32 is left out, as it was before precision was a part of what a stage is
+            config = config | {"precision": precision}
         return Stage(name, kind, config, parent_prints, self._fingerprint(kind, config, parent_prints), steps)
 
     def _add(self, stage: Stage) -> Stage:

@@ -44,7 +44,7 @@ def stage_memory(stage: Stage, recipe: Recipe, num_classes: int) -> MemoryEstima
         contrastive=ContrastiveConfig(**config["contrastive"]) if config["contrastive"] else None,
         unlabelled=config["unlabelled"],
         num_workers=runtime.num_workers,
-        half=runtime.amp in ("bf16", "fp16") or (runtime.amp == "auto" and runtime.use_gpu),
+        half=stage.precision != "off",
         gradient_checkpointing=runtime.gradient_checkpointing,
     )
 
@@ -63,7 +63,6 @@ def train_stage(
     batches: Iterator[Batch],
     world: World,
     train_config: TrainConfig,
-    amp: str = "auto",
     gradient_checkpointing: bool = False,
     resume: TrainState | None,
     on_log: Callable[[dict[str, float]], None],
@@ -78,7 +77,7 @@ def train_stage(
         stage: from `stages.graph`.
         num_classes: C.
         train_config: of `train_config(stage, recipe)`.
-        amp, gradient_checkpointing: of the recipe's `runtime`.
+        gradient_checkpointing: of the recipe's `runtime`.
         initial_weights: of the parent (theta_T0 for 1a and 1c, theta_s* for 3); None: seeded random weights.
         teacher: the parent itself, where it is not a segmenter; trained in place.
         batches: this worker's batches from the resumed step on.
@@ -112,7 +111,7 @@ def train_stage(
         fingerprint=stage.fingerprint,
         seed=order_seed(stage),
         world=world,
-        amp=amp,
+        amp=stage.precision,
         resume=resume,
         on_log=on_log,
         on_checkpoint=on_checkpoint,

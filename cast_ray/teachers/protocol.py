@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -15,10 +14,11 @@ from torch import nn
 
 from cast_ray import registry
 from cast_ray.files import write_atomically
+from cast_ray.models.autocast import DTYPES, autocast
 from cast_ray.models.drawing import class_colours
 from cast_ray.models.encoders import checkpoint_blocks
 from cast_ray.models.network import Output, TrainedNetwork
-from cast_ray.recipe import ContrastiveConfig, TeacherConfig
+from cast_ray.recipe import ContrastiveConfig, Precision, TeacherConfig
 from cast_ray.records import Category, Targets, class_names
 from cast_ray.teachers.checkpoints import quiet_transformers
 
@@ -57,8 +57,8 @@ class Teacher(nn.Module, ABC):
         self.config = config
         self.categories = tuple(categories)
         self.image_px = (image_px[0], image_px[1])
-        self.autocast_dtype: torch.dtype | None = None
-        """Of inference; None: as the weights are."""
+        self.precision: Precision = "off"
+        """What `predict` computes in; a trained teacher is saved with that of its training."""
 
     @property
     def class_names(self) -> list[str]:
@@ -100,9 +100,8 @@ class Teacher(nn.Module, ABC):
         given = [(images.shape[-2], images.shape[-1])] * len(images)
         images = images.to(self.device)
         limit = max_detections or self.config.inference.max_detections
-        half = torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
         try:
-            with half:
+            with autocast(self.precision, self.device):
                 return self.find(images, image_hw or given, resized_hw or given, limit, min_score)
         except torch.OutOfMemoryError as error:
             raise ValueError(
@@ -177,6 +176,7 @@ def save_teacher(teacher: Teacher, folder: Path) -> None:
         "config": teacher.config.settings(),
         "categories": [{"id": c.id, "name": c.name} for c in teacher.categories],
         "image_px": list(teacher.image_px),
+        "precision": teacher.precision,
     }
     write_atomically(folder / CARD, json.dumps(card, indent=1))
 
@@ -190,6 +190,8 @@ def read_card(folder: Path) -> dict[str, Any]:
     try:
         card = json.loads((folder / CARD).read_text())
         TeacherConfig(**card["config"])
+        if card.setdefault("precision", "off") not in ("off", *DTYPES):
+            raise ValueError(f"precision is {card['precision']!r}: expected off, {' or '.join(DTYPES)}")
         return card
     except OSError:
         raise ValueError(f"no saved teacher in {str(folder)!r}: {CARD} is missing") from None
@@ -222,7 +224,9 @@ def load_teacher(
     if categories is not None and not kind.takes_any_class and [c.name for c in categories] != [c.name for c in saved]:
         raise ValueError(f"{str(folder)!r} only knows its own classes: {', '.join(c.name for c in saved[:12])}")
     size = image_px or (card["image_px"][0], card["image_px"][1])
-    return kind.load(folders, config, categories or saved, size).eval()
+    teacher = kind.load(folders, config, categories or saved, size).eval()
+    teacher.precision = card["precision"]
+    return teacher
 
 
 def _merged(saved: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:

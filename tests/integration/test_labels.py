@@ -102,7 +102,7 @@ def test_labels_are_the_teachers_for_every_image(offline: LabelJob, store: Artif
     assert [row["uri"] for row in rows] == table.column("uri").to_pylist()[NUM_LABELLED:]
     assert sum(len(row["instances"]) for row in rows) > NUM_IMAGES
     assert {i["category_id"] for row in rows for i in row["instances"]} <= {c.id for c in CATEGORIES}
-    labeller = PseudoLabeller(store, offline.stage, torch.device("cpu"), "off")
+    labeller = PseudoLabeller(store, offline.stage, torch.device("cpu"))
     alone = [labeller.label(picture(table, i))[0] for i in range(NUM_LABELLED, NUM_IMAGES)]
     assert instances(rows) == instances([{"instances": labels} for labels in alone])
 
@@ -124,7 +124,7 @@ def instances(rows: list[dict[str, Any]]) -> list[list[tuple[int, bytes, float]]
 def test_the_workers_that_train_label_the_same(offline: LabelJob, store: ArtifactStore, table: pa.Table) -> None:
     """As two Train workers do (`stage_loop._label`): every other block each, at any time."""
     job = job_of(store, table, "in group")
-    labeller = PseudoLabeller(store, job.stage, torch.device("cpu"), "off")
+    labeller = PseudoLabeller(store, job.stage, torch.device("cpu"))
     missing = job.missing(job.blocks)
     for rank in (1, 0):
         with reserve([stream_bundle(RUNTIME)]) as group:

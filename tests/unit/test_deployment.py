@@ -65,6 +65,7 @@ def check(student: Student, path: Path) -> None:
     [
         {"encoder": "conv", "proposals": True},
         {"encoder": "vit", "decoder": "msdeform"},
+        {"encoder": "vit", "decoder": "dpt-released"},
         {"encoder": "vit", "head": "eomt"},
     ],
     ids=lambda o: "-".join(map(str, o.values())),

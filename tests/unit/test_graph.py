@@ -14,6 +14,7 @@ from cast_ray.stages.train import train_config
 HASH = "0" * 64
 SUP = ["pretrain", "adapt", "distill", "refine"]
 SEMI = ["pretrain", "adapt", "label-adapted", "selftrain", "label-teacher", "distill", "refine"]
+PRECISION = ("runtime.amp", "runtime.use_gpu")
 ROLES = {"zero_shot", "teacher", "student", "refined"}
 
 
@@ -248,7 +249,7 @@ def test_a_field_that_changes_a_result_changes_its_stages(key: str) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [(k, None) for k in recipe_keys() if k.startswith("runtime.")]
+    [(k, None) for k in recipe_keys() if k.startswith("runtime.") and k not in PRECISION]
     + [
         (f"stages.{s}.{field}", "3")
         for s in ("pretrain", "adapt", "selftrain", "distill", "refine")
@@ -264,8 +265,6 @@ def test_a_field_that_changes_a_result_changes_its_stages(key: str) -> None:
 def test_where_and_how_it_runs_changes_nothing(key: str, value: str | None) -> None:
     others = {
         "runtime.num_workers": "2",
-        "runtime.use_gpu": "true",
-        "runtime.amp": "bf16",
         "runtime.gradient_checkpointing": "true",
         "runtime.cpus_per_worker": "2",
         "runtime.validate_on_gpu": "false",
@@ -281,6 +280,31 @@ def test_where_and_how_it_runs_changes_nothing(key: str, value: str | None) -> N
     before, after = make(), make({key: value})
     assert before.recipe != after.recipe
     assert not changed(before, after)
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({}, "off"),
+        ({"runtime.amp": "off", "runtime.use_gpu": "true"}, "off"),
+        ({"runtime.use_gpu": "true"}, "bf16"),
+        ({"runtime.amp": "bf16"}, "bf16"),
+        ({"runtime.amp": "bf16", "runtime.use_gpu": "true"}, "bf16"),
+        ({"runtime.amp": "fp16"}, "fp16"),
+    ],
+)
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_precision_is_a_part_of_every_stage_whatever_machine_plans(
+    fields: dict[str, str], wanted: str, has_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("is_available", "is_bf16_supported"):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *_, **__: has_gpu)
+    row = make(fields)
+    assert {stage.precision for stage in row.stages} == {wanted}
+    same = make({} if wanted == "off" else {"runtime.amp": wanted})
+    assert prints(row) == prints(same)
+    others = [make({"runtime.amp": amp}) for amp in ("off", "bf16", "fp16") if amp != wanted]
+    assert all(changed(other, row) == set(prints(row)) for other in others)  # no artifact is shared
 
 
 def test_naming_the_default_seed_changes_nothing() -> None:

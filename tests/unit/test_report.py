@@ -198,6 +198,14 @@ def test_the_report_says_which_ap_it_is(tmp_path: Path) -> None:
     assert "WARNING: results of 2 different kinds of AP are mixed in this table." in both.notes
 
 
+def test_steps_that_overflowed_are_said(tmp_path: Path) -> None:
+    results = [result("sup"), result("sup+semi")]
+    assert not any("overflowed" in note for note in report_of(tmp_path, results).notes)
+    results[1]["stages"][0] |= {"skipped_steps": 7, "steps": 1200}
+    (note,) = [n for n in report_of(tmp_path, results).notes if "overflowed" in n]
+    assert note.startswith(results[1]["stages"][0]["name"]) and "in 7 of 1,200 steps" in note
+
+
 def test_skipped_images_and_missing_pseudo_labels_are_said(tmp_path: Path) -> None:
     results = [result("sup"), result("sup+semi")]
     results[1]["dataset"]["skipped"] = 3
