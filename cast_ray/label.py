@@ -172,7 +172,7 @@ def _run(arguments: argparse.Namespace, errors: Console) -> int:
         "image_px": list(teacher.image_px),
         "weights": weights_digest(teacher),
         **{f"pseudo.{name}": value for name, value in recipe.pseudo.model_dump().items()},
-        "amp": arguments.amp,
+        "precision": teacher.precision,
         "overlays": not arguments.no_overlays,
     }
 
