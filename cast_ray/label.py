@@ -31,7 +31,7 @@ from cast_ray.predict import (
     write_overlay,
     write_with_progress,
 )
-from cast_ray.recipe import PseudoConfig, Recipe, build_recipe, parse_overrides
+from cast_ray.recipe import InputSize, PseudoConfig, Recipe, build_recipe, parse_overrides
 from cast_ray.recipe.teachers import KINDS
 from cast_ray.records import Category
 from cast_ray.registry import lookup
@@ -42,8 +42,6 @@ from cast_ray.teachers.pseudo import pseudo_labels
 
 PUBLISHED = KINDS[1:]
 """Kinds of teachers that label without any training."""
-IMAGE_PX = (1024, 1024)
-"""What images are fitted to for a published teacher, unless teacher.image_px says otherwise."""
 
 
 class Labeller(Predictor):
@@ -88,11 +86,12 @@ def load(recipe: Recipe, source: str, categories: Sequence[Category] | None) -> 
         assert categories is not None
         folders = {field: find_checkpoint(name, field) for field, name in config.checkpoint_fields().items()}
         kind: type[Teacher] = lookup("teachers", source)
-        return kind.load(folders, config, categories, config.image_px or IMAGE_PX).eval()
+        return kind.load(folders, config, categories, recipe.input_size(by_teacher=True)).eval()
     part: dict[str, Any] = {"inference": config.inference.model_dump()}
     if config.prompt.synonyms:
         part["prompt"] = config.prompt.model_dump()
-    with open_teacher(source, part, config.image_px, categories) as teacher:
+    size = None if config.image_px is None else InputSize.of(config.image_px)
+    with open_teacher(source, part, size, categories) as teacher:
         return teacher
 
 

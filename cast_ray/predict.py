@@ -29,7 +29,9 @@ from cast_ray.datasets.photos import find_images, output_names
 from cast_ray.engine.loop import amp_dtype
 from cast_ray.engine.world import pick_device
 from cast_ray.models.drawing import draw_instances
+from cast_ray.models.postprocess import predict_in_groups
 from cast_ray.models.student import CONFIG, WEIGHTS, Student
+from cast_ray.recipe import InputSize
 from cast_ray.records import Category
 from cast_ray.runtime.models import open_student
 from cast_ray.views import fit_image
@@ -44,7 +46,7 @@ class InstanceModel(Protocol):
     """What finds instances: a student, or a teacher."""
 
     categories: tuple[Category, ...]
-    image_px: tuple[int, int]
+    input_size: InputSize
 
     @property
     def class_names(self) -> list[str]: ...
@@ -99,11 +101,13 @@ class Predictor:
         return list(self.threads.map(self._row, work))
 
     def _predict(self, images: list[np.ndarray]) -> list[list[dict[str, Any]]]:
-        fitted = [fit_image(image, self.model.image_px) for image in images]
-        pixels = torch.from_numpy(np.stack([pixels for pixels, _ in fitted]))
+        fitted = [fit_image(image, self.model.input_size) for image in images]
         sizes = [(image.shape[0], image.shape[1]) for image in images]
+        inside = [size for _, size in fitted]
         with self.autocast():
-            found = self.model.predict(pixels, sizes, [size for _, size in fitted], self.max_detections)
+            found = predict_in_groups(
+                self.model.predict, [pixels for pixels, _ in fitted], sizes, inside, self.max_detections
+            )
         return [self.choose(instances) for instances in found]
 
     def choose(self, instances: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,15 +7,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
+from cast_ray.models.postprocess import predict_in_groups
 from cast_ray.records import Category, decode_image_id
 from cast_ray.teachers.protocol import Teacher
 
 
 def predict(
     teacher: Teacher,
-    images: torch.Tensor,
+    images: Sequence[np.ndarray],
     image_hw: Sequence[tuple[int, int]],
     resized_hw: Sequence[tuple[int, int]],
     max_detections: int,
@@ -27,14 +27,11 @@ def predict(
 
     Args:
         teacher: a teacher, or a student as one.
-        images: uint8 [B, 3, H, W], fitted to its `image_px`.
+        images: B of uint8 [3, H, W], at the teacher's `input_size`.
         image_hw, resized_hw: B original sizes and sizes inside the padding, pixels.
-        batch: images of one forward pass.
+        batch: most images of one forward pass; only images of one size pass together.
     """
-    found = []
-    for start in range(0, len(images), batch):
-        part = slice(start, start + batch)
-        found += teacher.predict(images[part], image_hw[part], resized_hw[part], max_detections)
+    found = predict_in_groups(teacher.predict, images, image_hw, resized_hw, max_detections, batch)
     return [[i | {"score": float(np.float32(i["score"]))} for i in instances] for instances in found]
 
 

@@ -114,6 +114,16 @@ def load_processor(folder: Path, field: str) -> Any:
         raise ValueError(f"{field}: {str(folder)!r}: no image processor: {first_line(error)}") from None
 
 
+def processed_hw(processor: Any, height: int, width: int) -> tuple[float, float]:
+    """Height and width, not yet rounded, that an image processor resizes an image of this size to, pixels."""
+    size = processor.size
+    if not size.get("shortest_edge"):
+        return size["height"], size["width"]
+    longest = size.get("longest_edge") or float("inf")
+    scale = min(size["shortest_edge"] / min(height, width), longest / max(height, width))
+    return height * scale, width * scale
+
+
 def load_tokenizer(folder: Path, field: str) -> Any:
     """The tokenizer of a checkpoint. Raises ValueError when it has none."""
     try:
