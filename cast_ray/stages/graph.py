@@ -142,6 +142,8 @@ def split_part(recipe: Recipe, hashes: DataHashes, *, unlabelled: bool) -> dict[
         part["min_per_class"] = data.min_per_class
     if data.label_list:
         part["label_list"] = hashes.label_list
+    if data.drop_empty:
+        part["drop_empty"] = True
     if unlabelled:
         part["pool"] = data.unlabelled_pool
         part |= data.model_dump(include={"unlabelled_fraction", "num_unlabelled"})
@@ -233,8 +235,12 @@ class _Planner:
         # D_u enters a step only where a term reads it; 1a and 3 are on D_l alone by definition.
         unlabelled = labels is not None or (pxl > 0 and name == "distill")
         train_part = train.model_dump(exclude=set(HOW_IT_RUNS))
+        if not train.decay_biases:
+            train_part.pop("decay_biases")
         if not unlabelled:
-            train_part.pop("batch_unlabelled")
+            added = train_part.pop("batch_unlabelled")
+            if name == "distill" and recipe.stages.images_per_step == "total":
+                train_part["batch_labelled"] += added
         data_part = self._view_part(by_teacher)
         loss_part = recipe.loss.model_dump() | {"lambda_semi": semi if labels else 0.0, "lambda_pxl": pxl}
         if labels is None:
