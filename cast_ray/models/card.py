@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cast_ray.recipe import InputSize
+from cast_ray.recipe.stages import KINDS_OF_AP
 
 MAX_CLASSES = 20
 ROLES = {"refined": "refined student (step 3)", "student": "distilled student (step 2b)", "teacher": "its teacher"}
@@ -68,7 +69,8 @@ def _measured(result: Mapping[str, Any]) -> list[str]:
                 f"| {label} | {metrics[f'{role}/mask_ap']:.1f} | {'' if ap50 is None else format(ap50, '.1f')} |"
             )
         images = f"{dataset['num_val']} validation images"
-        lines.append(f"\nCOCO mask AP in percent on {images}, one run with seed {result['seed']}.")
+        kind = KINDS_OF_AP[recipe.get("evaluation", {}).get("metric", "coco")]
+        lines.append(f"\n{kind} in percent on {images}, one run with seed {result['seed']}.")
     else:
         lines.append("The run has no evaluation.")
     lines += [

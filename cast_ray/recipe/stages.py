@@ -85,6 +85,10 @@ class PseudoConfig(Part):
     """What to do when no image of the pool got a single pseudo-label."""
 
 
+KINDS_OF_AP = {"coco": "COCO AP", "cityscapes": "Cityscapes AP"}
+"""`evaluation.metric` -> what that AP is called, wherever it stands beside the other kind."""
+
+
 class EvaluationConfig(Part):
     """How trained models are measured."""
 

@@ -160,7 +160,10 @@ def load_labeller(store: ArtifactStore, stage: Stage, role: str, device: torch.d
 
 
 def load_teacher(
-    store: ArtifactStore, key: str, part: dict[str, Any] | None = None, input_size: InputSize | None = None
+    store: ArtifactStore,
+    key: str,
+    part: dict[str, Any] | None = None,
+    input_size: InputSize | tuple[int, int] | None = None,
 ) -> Teacher:
     """A teacher from its artifact, on the CPU; of an expert or a student, the segmenter as a teacher.
 

@@ -45,7 +45,11 @@ class EnsembleTeacher(Teacher):
 
     @classmethod
     def load(
-        cls, folders: dict[str, Path], config: TeacherConfig, categories: Sequence[Category], input_size: InputSize
+        cls,
+        folders: dict[str, Path],
+        config: TeacherConfig,
+        categories: Sequence[Category],
+        input_size: InputSize | tuple[int, int],
     ) -> EnsembleTeacher:
         members: list[Teacher] = []
         for i, name in enumerate(config.ensemble.members):

@@ -50,7 +50,11 @@ class ExpertTeacher(Teacher):
 
     @classmethod
     def load(
-        cls, folders: dict[str, Path], config: TeacherConfig, categories: Sequence[Category], input_size: InputSize
+        cls,
+        folders: dict[str, Path],
+        config: TeacherConfig,
+        categories: Sequence[Category],
+        input_size: InputSize | tuple[int, int],
     ) -> ExpertTeacher:
         segmenter = build_segmenter(config.segmenter, len(categories), seed=0)
         path = folders["teacher"] / WEIGHTS

@@ -57,7 +57,11 @@ class GroundedSamTeacher(Teacher):
 
     @classmethod
     def load(
-        cls, folders: dict[str, Path], config: TeacherConfig, categories: Sequence[Category], input_size: InputSize
+        cls,
+        folders: dict[str, Path],
+        config: TeacherConfig,
+        categories: Sequence[Category],
+        input_size: InputSize | tuple[int, int],
     ) -> GroundedSamTeacher:
         detector = TextDetector.load(folders[DETECTOR], DETECTOR)
         return cls(detector, BoxSegmenter.load(folders[SEGMENTER], SEGMENTER), config, categories, input_size)

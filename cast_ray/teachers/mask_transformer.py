@@ -213,7 +213,11 @@ class MaskTransformerTeacher(Teacher):
 
     @classmethod
     def load(
-        cls, folders: dict[str, Path], config: TeacherConfig, categories: Sequence[Category], input_size: InputSize
+        cls,
+        folders: dict[str, Path],
+        config: TeacherConfig,
+        categories: Sequence[Category],
+        input_size: InputSize | tuple[int, int],
     ) -> MaskTransformerTeacher:
         folder = folders[CHECKPOINT]
         model = load_model(MODELS, folder, CHECKPOINT)

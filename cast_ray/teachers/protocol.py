@@ -132,7 +132,11 @@ class Teacher(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def load(
-        cls, folders: dict[str, Path], config: TeacherConfig, categories: Sequence[Category], input_size: InputSize
+        cls,
+        folders: dict[str, Path],
+        config: TeacherConfig,
+        categories: Sequence[Category],
+        input_size: InputSize | tuple[int, int],
     ) -> Teacher:
         """From the folders of its checkpoints, by the recipe's field (`teacher.sam3.checkpoint`).
 
@@ -195,7 +199,7 @@ def read_card(folder: Path) -> dict[str, Any]:
 def load_teacher(
     folder: Path,
     part: dict[str, Any] | None = None,
-    input_size: InputSize | None = None,
+    input_size: InputSize | tuple[int, int] | None = None,
     categories: Sequence[Category] | None = None,
 ) -> Teacher:
     """A saved teacher, in evaluation mode on the CPU.

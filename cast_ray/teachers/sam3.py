@@ -132,7 +132,11 @@ class Sam3Teacher(Teacher):
     takes_any_class = True
 
     def __init__(
-        self, model: PromptedSam3, config: TeacherConfig, categories: Sequence[Category], input_size: InputSize
+        self,
+        model: PromptedSam3,
+        config: TeacherConfig,
+        categories: Sequence[Category],
+        input_size: InputSize | tuple[int, int],
     ):
         super().__init__(config, categories, input_size)
         self.model = model
@@ -143,7 +147,11 @@ class Sam3Teacher(Teacher):
 
     @classmethod
     def load(
-        cls, folders: dict[str, Path], config: TeacherConfig, categories: Sequence[Category], input_size: InputSize
+        cls,
+        folders: dict[str, Path],
+        config: TeacherConfig,
+        categories: Sequence[Category],
+        input_size: InputSize | tuple[int, int],
     ) -> Sam3Teacher:
         folder = folders[CHECKPOINT]
         model = load_model(MODELS, folder, CHECKPOINT)

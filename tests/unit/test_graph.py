@@ -430,7 +430,7 @@ def test_a_train_stage_gives_its_config_back(losses: dict[str, RowPlan]) -> None
 def test_images_of_a_step_stay_equal_as_the_recipe_says() -> None:
     """supervised: 8 labelled images in every row; total: 16 images in every row, all labelled where D_u has no use."""
     sup, pxl = {"loss.lambda_semi": 0, "loss.lambda_pxl": 0}, {"loss.lambda_semi": 0}
-    rows = {
+    rows: dict[str, dict[str, Any]] = {
         "sup": sup,
         "sup+pxl": pxl,
         "sup+semi": {"loss.lambda_pxl": 0},

@@ -150,11 +150,11 @@ def test_whole_images_of_a_step_are_padded_to_the_largest() -> None:
     assert pad_to_largest(samples[:1])[0] is samples[0]
     batch = to_batch(join(collate(samples, 1)))
     assert batch.weak.shape == (2, 3, 40, 30)
-    for image, (height, width), sample in zip(range(2), ((20, 30), (40, 10)), samples):
-        assert batch.valid[image].sum() == height * width and batch.valid[image, :height, :width].all()
-        np.testing.assert_array_equal(batch.weak[image, :, :height, :width].numpy(), sample["weak"])
-        outside = ~batch.valid[image]
-        assert not batch.weak[image][:, outside].any() and (batch.truth_class[image][outside] == -1).all()
+    for b, (height, width), sample in zip(range(2), ((20, 30), (40, 10)), samples):
+        assert batch.valid[b].sum() == height * width and batch.valid[b, :height, :width].all()
+        np.testing.assert_array_equal(batch.weak[b, :, :height, :width].numpy(), sample["weak"])
+        outside = ~batch.valid[b]
+        assert not batch.weak[b][:, outside].any() and (batch.truth_class[b][outside] == -1).all()
 
 
 def test_a_step_without_a_strong_view_stays_without_when_it_is_padded() -> None:
