@@ -36,7 +36,7 @@ from cast_ray.predict import (
     list_photos,
     run_images,
 )
-from cast_ray.recipe import PseudoConfig, Recipe, build_recipe, parse_overrides
+from cast_ray.recipe import InputSize, PseudoConfig, Recipe, build_recipe, parse_overrides
 from cast_ray.recipe.teachers import KINDS
 from cast_ray.records import Category, mask_areas
 from cast_ray.registry import lookup
@@ -48,8 +48,6 @@ from cast_ray.unfinished import weights_digest
 
 PUBLISHED = KINDS[1:]
 """Kinds of teachers that label without any training."""
-IMAGE_PX = (1024, 1024)
-"""What images are fitted to for a published teacher, unless teacher.image_px says otherwise."""
 
 
 class Labeller(Predictor):
@@ -97,11 +95,12 @@ def load(recipe: Recipe, source: str, categories: Sequence[Category] | None) -> 
         assert categories is not None
         folders = {field: find_checkpoint(name, field) for field, name in config.checkpoint_fields().items()}
         kind: type[Teacher] = lookup("teachers", source)
-        return kind.load(folders, config, categories, config.image_px or IMAGE_PX).eval()
+        return kind.load(folders, config, categories, recipe.input_size(by_teacher=True)).eval()
     part: dict[str, Any] = {"inference": config.inference.model_dump()}
     if config.prompt.synonyms:
         part["prompt"] = config.prompt.model_dump()
-    with open_teacher(source, part, config.image_px, categories) as teacher:
+    size = None if config.image_px is None else InputSize.of(config.image_px)
+    with open_teacher(source, part, size, categories) as teacher:
         return teacher
 
 
@@ -169,7 +168,7 @@ def _run(arguments: argparse.Namespace, errors: Console) -> int:
         "category ids": [category.id for category in teacher.categories],
         "teacher": arguments.teacher,
         "teacher settings": teacher.config.settings(),
-        "image_px": list(teacher.image_px),
+        "input size": teacher.input_size.part(),
         "weights": weights_digest(teacher),
         **{f"pseudo.{name}": value for name, value in recipe.pseudo.model_dump().items()},
         "precision": teacher.precision,

@@ -29,8 +29,9 @@ from cast_ray.engine.world import pick_device
 from cast_ray.files import replaced
 from cast_ray.models.autocast import require_precision
 from cast_ray.models.drawing import draw_instances
+from cast_ray.models.postprocess import predict_in_groups
 from cast_ray.models.student import CONFIG, WEIGHTS, Student
-from cast_ray.recipe import Precision
+from cast_ray.recipe import InputSize, Precision
 from cast_ray.records import Category
 from cast_ray.runtime.models import open_student
 from cast_ray.stages.evaluate import coco_result
@@ -53,7 +54,7 @@ class InstanceModel(Protocol):
     """What finds instances: a student, or a teacher."""
 
     categories: tuple[Category, ...]
-    image_px: tuple[int, int]
+    input_size: InputSize
     precision: Precision
 
     @property
@@ -110,10 +111,17 @@ class Predictor:
         return list(self.threads.map(self._row, work))
 
     def _predict(self, images: list[np.ndarray]) -> list[list[dict[str, Any]]]:
-        fitted = [fit_image(image, self.model.image_px) for image in images]
-        pixels = torch.from_numpy(np.stack([pixels for pixels, _ in fitted]))
+        fitted = [fit_image(image, self.model.input_size) for image in images]
         sizes = [(image.shape[0], image.shape[1]) for image in images]
-        found = self.model.predict(pixels, sizes, [size for _, size in fitted], self.max_detections, self.threshold)
+        inside = [size for _, size in fitted]
+        found = predict_in_groups(
+            self.model.predict,
+            [pixels for pixels, _ in fitted],
+            sizes,
+            inside,
+            self.max_detections,
+            min_score=self.threshold,
+        )
         return [self.choose(instances) for instances in found]
 
     def choose(self, instances: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from cast_ray.recipe.build import (
     recipe_keys,
 )
 from cast_ray.recipe.data import DataConfig, ShapesConfig
+from cast_ray.recipe.input_size import InputSize
 from cast_ray.recipe.labels import LabelsConfig
 from cast_ray.recipe.losses import CONTRASTIVE_PRESETS, ContrastiveConfig, LossConfig
 from cast_ray.recipe.models import STUDENT_PRESETS, EncoderConfig, ModelConfig
@@ -31,6 +32,7 @@ __all__ = [
     "LabelsConfig",
     "GroundedSamConfig",
     "InferenceConfig",
+    "InputSize",
     "LossConfig",
     "ModelConfig",
     "Precision",

@@ -12,7 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
 from cast_ray.recipe.data import DataConfig
-from cast_ray.recipe.labels import LabelsConfig
+from cast_ray.recipe.input_size import InputSize
+from cast_ray.recipe.labels import FIXED_SIZE_BATCH, LabelsConfig
 from cast_ray.recipe.losses import ContrastiveConfig, LossConfig
 from cast_ray.recipe.models import BATCH_NORM_DECODERS, ModelConfig
 from cast_ray.recipe.part import Part
@@ -50,6 +51,21 @@ class Recipe(Part):
     def needs_foundation(self) -> bool:
         """Whether theta_T0 is imported: a saved teacher, or published checkpoints."""
         return bool(self.stages.foundation) or self.teacher.kind != "expert"
+
+    def input_size(self, by_teacher: bool) -> InputSize:
+        """The size at which the teacher, or the student, sees whole images: for labels, evaluation and prediction."""
+        if by_teacher and self.teacher.image_px is not None:
+            return InputSize.of(self.teacher.image_px)
+        if by_teacher and self.teacher.kind != "expert":
+            return InputSize("native")
+        return self.data.inference_size
+
+    @property
+    def label_batch(self) -> int:
+        """Images of a teacher's forward pass over D_u; see `labels.batch`."""
+        if self.labels.batch is not None:
+            return self.labels.batch
+        return FIXED_SIZE_BATCH if self.input_size(by_teacher=True).is_fixed else 1
 
     @model_validator(mode="after")
     def _batches_fill_workers(self) -> Recipe:

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from cast_ray.recipe.part import Part
 
+FIXED_SIZE_BATCH = 8
+
 
 class LabelsConfig(Part):
     """How pseudo-labels reach training (1b, 2a); which predictions become labels is the part `pseudo`."""
@@ -19,6 +21,7 @@ class LabelsConfig(Part):
     refresh_steps: int = Field(0, ge=0)
     """Online self-training (1c) as a mean teacher: every so many steps the weight average of the model in training
     becomes the teacher of later steps. 0: theta_T' labels to the end, as in the method."""
-    batch: int = Field(8, ge=1)
-    """Images of a teacher's forward pass. Fewer are filled up: the shape of a pass decides how its sums are rounded, so
-    a fixed one makes an image's labels independent of the images beside it."""
+    batch: int | None = Field(None, ge=1)
+    """Images of a teacher's forward pass, all of one size. Fewer are filled up: the shape of a pass decides how its
+    sums are rounded, so a fixed one makes an image's labels independent of the images beside it. None: 8 where all
+    images are fitted into one size; 1 where they keep sizes of their own, so that nothing needs filling up."""

@@ -154,6 +154,8 @@ class Report:
     paper_curves: Mapping[str, Mapping[float, float]]
     """What the paper's table has over a number: metric of ours, or its own column's name -> number -> value."""
     paper_dataset: str
+    paper_metric: str
+    """Which AP the published values are, as in `evaluation.metric`."""
     context: Mapping[str, str]
     notes: tuple[str, ...]
     results: tuple[Result, ...] = field(repr=False, default=())

@@ -11,7 +11,7 @@ from typing import Any
 
 from cast_ray.report.blocks import Article, Block, Figure, Grid, Picture, Samples, Words
 from cast_ray.report.content import Difference, Report
-from cast_ray.report.metrics import format_signed, format_value, label_of, split_metric
+from cast_ray.report.metrics import format_signed, format_value, label_of, paper_label, split_metric
 
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -109,7 +109,11 @@ def _latex_table(report: Report) -> str:
     differences = report.differences_in(report.metric)
     head, align = ["", "seeds"], "lr"
     for metric in metrics:
-        head += [_latex(label_of(metric)), "paper"] if metric in with_paper else [_latex(label_of(metric))]
+        head += (
+            [_latex(label_of(metric)), _latex(paper_label(metric, report.paper_metric))]
+            if metric in with_paper
+            else [_latex(label_of(metric))]
+        )
         align += "rr" if metric in with_paper else "r"
         if metric == report.metric and differences:
             head += [rf"$\Delta$ {_latex(report.baseline)}", r"95\,\% interval"]

@@ -71,7 +71,8 @@ def summarise(
     order = list(dict.fromkeys([*(table.rows if table else ()), *found]))
     place = {row: i for i, row in enumerate(order)}
     results = sorted(results, key=lambda r: (place[r["row"]], r["seed"]))
-    paper = table.paper_values() if table else {}
+    preset = next((str(r["recipe"].get("preset")) for r in results if r.get("recipe")), "")
+    paper = table.paper_values(preset) if table else {}
     by_row: dict[str, list[Result]] = {row: [] for row in order}
     for result in results:
         by_row[result["row"]].append(result)
@@ -125,7 +126,8 @@ def summarise(
         device_hours=_compute([(s.device_hours, s) for s in stages]),
         zero_shot=_agreed_metrics(results, "zero_shot/"),
         paper_curves=table.paper_curves() if table else {},
-        paper_dataset=table.paper_dataset() if table else "",
+        paper_dataset=table.paper_dataset(preset) if table else "",
+        paper_metric=table.paper_metric(preset) if table else "",
         context=context_of(results),
         notes=(),
         results=tuple(results),

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load as load_tensors
 
+from cast_ray.models.postprocess import predict_in_groups
 from cast_ray.recipe import PseudoConfig
 from cast_ray.runtime.models import load_labeller
 from cast_ray.runtime.store import ArtifactStore
@@ -23,10 +23,11 @@ from cast_ray.teachers.pseudo import pseudo_labels
 class PseudoLabeller:
     """Labels images as one label stage says, the same whichever images come together.
 
-    Every forward pass has the shape that the stage's config names, the last one filled up, and on a CPU one thread: an
-    image's labels are then those of the same kernels on the same numbers, whether it is labelled offline, online, or by
-    how many processes (tests/integration/test_labels.py). On two CPU models a pass of 1 differed from one of 8 by 1e-6,
-    one of 2 threads from one of 1 by 1e-6, and passes of equal shape and threads not at all, whatever else they held.
+    Every forward pass has as many images as the stage's config names, all of one size, the last one filled up, and on a
+    CPU one thread: an image's labels are then those of the same kernels on the same numbers, whether it is labelled
+    offline, online, or by how many processes (tests/integration/test_labels.py). On two CPU models a pass of 1 differed
+    from one of 8 by 1e-6, one of 2 threads from one of 1 by 1e-6, and passes of equal shape and threads not at all,
+    whatever else they held.
     Kinds of devices still differ.
     """
 
@@ -51,17 +52,29 @@ class PseudoLabeller:
             torch.set_num_threads(num_threads)
 
     def _label(self, pictures: Pictures) -> list[list[dict[str, Any]]]:
-        labels: list[list[dict[str, Any]]] = []
-        for start in range(0, len(pictures.positions), self.batch):
-            here = slice(start, start + self.batch)
-            count = len(pictures.positions[here])
-            pixels = np.zeros((self.batch, *pictures.pixels.shape[1:]), dtype=np.uint8)
-            pixels[:count] = pictures.pixels[here]
-            sizes, resized = pictures.image_hw[here], pictures.resized_hw[here]
-            least = self.pseudo.score_threshold
-            found = self.teacher.predict(torch.from_numpy(pixels), sizes, resized, min_score=least)
-            labels += [self._instances(instances) for instances in found]
-        return labels
+        found = predict_in_groups(
+            self._full_pass,
+            pictures.pixels,
+            pictures.image_hw,
+            pictures.resized_hw,
+            None,
+            self.batch,
+            min_score=self.pseudo.score_threshold,
+        )
+        return [self._instances(instances) for instances in found]
+
+    def _full_pass(
+        self,
+        images: torch.Tensor,
+        image_hw: list[tuple[int, int]],
+        resized_hw: list[tuple[int, int]],
+        max_detections: int | None,
+        min_score: float,
+    ) -> list[list[dict[str, Any]]]:
+        """The teacher's instances of images of one size, from a pass that is filled up with black ones."""
+        filled = images.new_zeros((self.batch, *images.shape[1:]))
+        filled[: len(images)] = images
+        return self.teacher.predict(filled, image_hw, resized_hw, max_detections, min_score)
 
     def _instances(self, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [

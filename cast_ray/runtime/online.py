@@ -25,12 +25,12 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cast_ray.recipe import Recipe, RuntimeConfig
+from cast_ray.recipe import InputSize, Recipe, RuntimeConfig
 from cast_ray.records import Category
 from cast_ray.runtime.labelling import nothing_found
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.streams import Pictures
-from cast_ray.stages.graph import Stage
+from cast_ray.stages.graph import Stage, input_size_of
 
 VERSIONS_HELD = 4
 EMPTY_AFTER = 500
@@ -63,9 +63,9 @@ class OnlineLabels:
         return self.stage.config["batch"]
 
     @property
-    def image_px(self) -> tuple[int, int]:
-        height, width = self.stage.config["data"]["image_px"]
-        return height, width
+    def input_size(self) -> InputSize:
+        """The size at which the teacher sees whole images."""
+        return input_size_of(self.stage)
 
     def version_of(self, step: int) -> int:
         return version_of(step, self.refresh_steps)

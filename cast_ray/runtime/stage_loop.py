@@ -39,7 +39,7 @@ from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.streams import Images, picture_dataset, pictures, training_stream
 from cast_ray.runtime.validation import SideValidation, is_validated, validation_bundles
 from cast_ray.runtime.workers import Segment
-from cast_ray.stages.graph import Stage, artifact_key
+from cast_ray.stages.graph import Stage, artifact_key, input_size_of
 from cast_ray.stages.train import order_seed, train_config, train_stage
 
 VALIDATION_LOOK_S = 20.0
@@ -115,7 +115,7 @@ def _train(
     weights, teacher = None, None
     if "kind" in stage.config["model"]:  # a teacher that starts from checkpoints, not from a segmenter's fields
         key = artifact_key("train", stage.parents["init"])
-        teacher = load_teacher(store, key, stage.config["model"], tuple(stage.config["data"]["image_px"]))
+        teacher = load_teacher(store, key, stage.config["model"], input_size_of(stage))
     elif "init" in stage.parents:
         weights = load_tensors(store.read_bytes(artifact_key("train", stage.parents["init"]), WEIGHTS))
     data = DataConfig(**recipe.data.model_dump() | stage.config["data"])
@@ -239,8 +239,10 @@ def _label(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
     mine = missing[world.rank :: world.size]
     if mine:
         labeller = PseudoLabeller(segment.store, stage, world.device)
-        dataset = picture_dataset(images.records, images.unlabelled, job.image_px, recipe.runtime, mine, skip_bad=True)
-        for batch in pictures(dataset, job.image_px):
+        dataset = picture_dataset(
+            images.records, images.unlabelled, job.input_size, recipe.runtime, mine, skip_bad=True
+        )
+        for batch in pictures(dataset):
             job.write(batch, labeller.label(batch))
     world.barrier()
     if world.rank > 0:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,7 +21,7 @@ from cast_ray.runtime.results import SweepContext, is_current, read_result, resu
 from cast_ray.runtime.store import ArtifactStore, Listed, committed, read_each
 from cast_ray.runtime.trackers import Trackers
 from cast_ray.stages.cost import CostModel, PlanCost, Size, cost_of
-from cast_ray.stages.graph import NoTeacherError, RowPlan, Stage, SweepPlan, given, plan_sweep
+from cast_ray.stages.graph import NoTeacherError, RowPlan, Stage, SweepPlan, given, input_size_of, plan_sweep
 from cast_ray.stages.table import Table
 
 MAX_MANIFESTS = 400
@@ -204,33 +205,53 @@ def _cost(
 
 
 def _memory(request: SweepRequest, whole: SweepPlan, planner: RowPlanner) -> dict[str, list[int | None]]:
-    """Bytes of one worker of each train stage to run, by name; {} unless the user asked or takes a GPU."""
+    """Bytes of one worker of each stage to run, by name; {} unless the user asked or takes a GPU.
+
+    Of stages that only look at whole images, those whose model sees these at a size of their own: the others need less
+    than the training before them.
+    """
     if not request.dry_run and not any(row.recipe.runtime.use_gpu for row in whole.rows):
         return {}
-    from cast_ray.stages.train import stage_memory  # torch
+    from cast_ray.stages.evaluate import inference_memory  # torch
+    from cast_ray.stages.train import stage_memory
 
     found: dict[str, list[int | None]] = {}
     seen = set(whole.stored)
     alike: dict[str, int | None] = {}
     for row in whole.rows:
+        models = {stage.fingerprint: stage.config["model"] for stage in row.stages if stage.kind == "train"}
         for stage in row.stages:
-            if stage.kind != "train" or stage.fingerprint in seen:
+            if stage.fingerprint in seen or (stage.kind != "train" and input_size_of(stage).is_fixed):
                 continue
             seen.add(stage.fingerprint)
-            key = _memory_key(stage, row.recipe)
+            model = models.get(stage.parents.get("teacher") or stage.parents.get("model") or stage.fingerprint)
+            key = _memory_key(stage, row.recipe, model)
             if key not in alike:
-                estimate = stage_memory(stage, row.recipe, planner.num_classes(row.recipe))
-                alike[key] = estimate.total if estimate else None
+                num_classes = planner.num_classes(row.recipe)
+                if stage.kind == "train":
+                    estimate = stage_memory(stage, row.recipe, num_classes)
+                    alike[key] = estimate.total if estimate else None
+                else:
+                    image_hw = planner.size(row.recipe).image_hw
+                    alike[key] = inference_memory(stage, row.recipe, model, num_classes, image_hw)
                 found.setdefault(stage.name, []).append(alike[key])
     return found
 
 
-def _memory_key(stage: Stage, recipe: Recipe) -> str:
-    """Equal for stages that need the same memory: thousands of rows may differ in learning rates and the like alone."""
-    config, train = stage.config, stage.config["train"]
-    part = [stage.name, config["model"], config["contrastive"], config["unlabelled"], config["data"]["image_px"]]
+def _memory_key(stage: Stage, recipe: Recipe, model: Mapping[str, Any] | None) -> str:
+    """Equal for stages that need the same memory: thousands of rows may differ in learning rates and the like alone.
+
+    Args:
+        model: that the stage runs; None: an imported teacher's.
+    """
+    config, where = stage.config, [recipe.data.root, recipe.runtime.model_dump()]
+    part = [stage.name, model, config["data"].get("image_px"), config["data"].get("resize"), *where]
+    if stage.kind != "train":
+        return json.dumps([*part, recipe.evaluation.batch, recipe.label_batch], default=list)
+    train = config["train"]
+    part += [config["contrastive"], config["unlabelled"]]
     part += [train["batch_labelled"], train.get("batch_unlabelled"), train["ema"] > 0]
-    part += [getattr(recipe.stages, stage.name).accumulate, recipe.data.root, recipe.runtime.model_dump()]
+    part += [getattr(recipe.stages, stage.name).accumulate]
     return json.dumps(part, default=list)
 
 

@@ -20,7 +20,7 @@ from cast_ray.recipe import Precision, Recipe, RuntimeConfig
 from cast_ray.runtime.budget import configure_data, stream_bundle
 from cast_ray.runtime.processes import prepare_process
 from cast_ray.runtime.store import ArtifactStore
-from cast_ray.stages.graph import Stage
+from cast_ray.stages.graph import Stage, input_size_of
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +71,7 @@ class SideValidation:
 
         from cast_ray.runtime.evaluation import ValidationSet
 
-        images = ValidationSet.of(self.segment, self.segment.recipe, stage.config["data"]["image_px"])
+        images = ValidationSet.of(self.segment, self.segment.recipe, input_size_of(stage))
         if _find_point(self.segment.store, stage.fingerprint, step, _rules(images)) is not None:
             return
         refs = list(self.pending.values())
@@ -115,7 +115,7 @@ class SideValidation:
                 ray.get(ref)
             except ray.exceptions.RayError as error:  # the weights are right all the same
                 failed[str(step)] = str(error).strip().splitlines()[-1]
-        images = ValidationSet.of(self.segment, self.segment.recipe, stage.config["data"]["image_px"])
+        images = ValidationSet.of(self.segment, self.segment.recipe, input_size_of(stage))
         every = images.settings.every_steps
         points = [
             point
@@ -168,7 +168,7 @@ class Validator:
 
         segmenter = build_segmenter(ModelConfig(**model), len(images.categories), seed=0)
         segmenter.load_state_dict(load(weights))
-        teacher = ExpertTeacher(segmenter, images.categories, images.image_px).to(self.device)
+        teacher = ExpertTeacher(segmenter, images.categories, images.input_size).to(self.device)
         teacher.precision = precision
         matches = measure(teacher, images, np.arange(images.num_images), self.device)
         numbers = metrics_of(matches, images.categories)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from cast_ray.recipe import Precision, Recipe, TrainConfig
+from cast_ray.recipe import DataConfig, InputSize, Precision, Recipe, TrainConfig
 
 Kind = Literal["train", "label", "evaluate", "dataset"]
 
@@ -26,6 +26,21 @@ STAGE_VERSION: dict[str, int] = {"train": 3, "label": 3, "evaluate": 2}
 
 HOW_IT_RUNS = ("checkpoint_every_steps", "accumulate")
 """Fields of TrainConfig that change no result and so enter no fingerprint."""
+
+
+VIEW_FIELDS = (
+    "scale_jitter",
+    "flip",
+    "color_jitter",
+    "train_resize",
+    "scale_steps",
+    "whole_images",
+    "inference_resize",
+    "color",
+)
+"""Fields of DataConfig that decide what a train stage's model sees, beside `image_px`."""
+ALWAYS_NAMED = ("scale_jitter", "flip", "color_jitter")
+"""Those that stood in fingerprints before the others existed, whose defaults are left out of them."""
 
 
 class NoTeacherError(ValueError):
@@ -132,6 +147,8 @@ def split_part(recipe: Recipe, hashes: DataHashes, *, unlabelled: bool) -> dict[
         part["min_per_class"] = data.min_per_class
     if data.label_list:
         part["label_list"] = hashes.label_list
+    if data.drop_empty:
+        part["drop_empty"] = True
     if unlabelled:
         part["pool"] = data.unlabelled_pool
         part |= data.model_dump(include={"unlabelled_fraction", "num_unlabelled"})
@@ -223,10 +240,13 @@ class _Planner:
         # D_u enters a step only where a term reads it; 1a and 3 are on D_l alone by definition.
         unlabelled = labels is not None or (pxl > 0 and name == "distill")
         train_part = train.model_dump(exclude=set(HOW_IT_RUNS))
+        if not train.decay_biases:
+            train_part.pop("decay_biases")
         if not unlabelled:
-            train_part.pop("batch_unlabelled")
-        data_part = recipe.data.model_dump(include={"scale_jitter", "flip", "color_jitter"})
-        data_part["image_px"] = self.image_px(by_teacher)
+            added = train_part.pop("batch_unlabelled")
+            if name == "distill" and recipe.stages.images_per_step == "total":
+                train_part["batch_labelled"] += added
+        data_part = self._view_part(by_teacher)
         loss_part = recipe.loss.model_dump() | {"lambda_semi": semi if labels else 0.0, "lambda_pxl": pxl}
         if labels is None:
             loss_part.pop("pseudo_weighting")
@@ -256,9 +276,9 @@ class _Planner:
     def label(self, name: str, teacher: Stage) -> Stage:
         config = {
             "pseudo": self.recipe.pseudo.model_dump(exclude={"on_empty"}),
-            "data": {"image_px": self.image_px(by_teacher=True)},
+            "data": self.recipe.input_size(by_teacher=True).part(),
             "split": split_part(self.recipe, self.hashes, unlabelled=True),
-            "batch": self.recipe.labels.batch,
+            "batch": self.recipe.label_batch,
         }
         if part := self.recipe.teacher.inference_part():
             config["teacher"] = part
@@ -268,7 +288,7 @@ class _Planner:
     def evaluate(self, role: str, model: Stage, by_teacher: bool = False) -> Stage:
         config: dict[str, Any] = {
             "evaluation": self.recipe.evaluation.model_dump(exclude={"batch", "every_steps"}),
-            "data": {"image_px": self.image_px(by_teacher)},
+            "data": self.recipe.input_size(by_teacher).part(),
         }
         if by_teacher and (part := self.recipe.teacher.inference_part()):
             # Average precision is an area over all scores: a threshold would only cut it off.
@@ -277,9 +297,25 @@ class _Planner:
         self.roles[role] = stage
         return stage
 
-    def image_px(self, by_teacher: bool) -> tuple[int, int]:
-        """The size that images are fitted to for the model of a stage."""
-        return (self.recipe.teacher.image_px if by_teacher else None) or self.recipe.data.image_px
+    def _view_part(self, by_teacher: bool) -> dict[str, Any]:
+        """How a train stage makes its views, and the size at which its model sees whole images afterwards.
+
+        Fields at their defaults, and those that the others make idle, are left out.
+        """
+        data, teacher = self.recipe.data, self.recipe.teacher
+        own_px = teacher.image_px if by_teacher else None
+        part = data.model_dump(include=set(VIEW_FIELDS)) | {"image_px": own_px or data.image_px}
+        part["inference_resize"] = self.recipe.input_size(by_teacher).resize
+        if by_teacher and teacher.kind != "expert" and own_px is None:
+            part |= {"whole_images": True, "train_resize": "native"}
+        idle = {name for name in VIEW_FIELDS if name not in ALWAYS_NAMED and part[name] == _default(name)}
+        if part["whole_images"]:
+            idle |= {"scale_jitter", "scale_steps"}
+            if "fit" not in (part["train_resize"], part["inference_resize"]):
+                idle.add("image_px")
+        if part["color"] != "jitter":
+            idle.add("color_jitter")
+        return {name: value for name, value in part.items() if name not in idle}
 
     def _stage(
         self, name: str, kind: Kind, config: dict[str, Any], parents: dict[str, Stage | None], steps: int = 0
@@ -305,6 +341,17 @@ class _Planner:
             "data": self.content_hash,
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+def input_size_of(stage: Stage) -> InputSize:
+    """The size at which the model of a stage sees whole images: a train stage's, once it is trained."""
+    data = stage.config["data"]
+    return InputSize.read(data | {"resize": data.get("inference_resize", "fit")} if stage.kind == "train" else data)
+
+
+def _default(field: str) -> Any:
+    """Of a field of DataConfig."""
+    return DataConfig.model_fields[field].default
 
 
 def given(row: RowPlan) -> set[str]:

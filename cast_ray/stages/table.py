@@ -157,9 +157,20 @@ class Table(BaseModel):
                         values[metric][row] = float(published[theirs][column])
         return values
 
-    def paper_dataset(self) -> str:
-        """What the published values were measured on, or an empty string."""
-        return str(_paper_tables()[self.paper].get("dataset", "")) if self.paper else ""
+    def paper_dataset(self, preset: str = "") -> str:
+        """What the published values of `paper_values` were measured on, or an empty string."""
+        if not self.paper:
+            return ""
+        both = any("{dataset}" in column for column in self.paper_columns)
+        chosen = "ade20k" if preset == "ade20k" else "cityscapes"
+        return str(_paper_tables()[self.paper].get("dataset", chosen if both else ""))
+
+    def paper_metric(self, preset: str = "") -> str:
+        """Which AP the published values of `paper_values` are, as in `evaluation.metric`: Cityscapes' own on that
+        dataset, COCO's on ADE20K."""
+        if not self.paper:
+            return ""
+        return "coco" if self.paper_dataset(preset).startswith("ade20k") else "cityscapes"
 
     def paper_curves(self) -> dict[str, dict[float, float]]:
         """The paper's table where its rows are numbers (label fractions, weights): metric or column -> number -> value.

@@ -33,8 +33,8 @@ def train_config(stage: Stage, recipe: Recipe) -> TrainConfig:
 def stage_memory(stage: Stage, recipe: Recipe, num_classes: int) -> MemoryEstimate | None:
     """What one worker of a train stage needs, for a plan; see `estimate_memory`. None: a teacher from checkpoints."""
     config, runtime = stage.config, recipe.runtime
-    if "kind" in config["model"]:  # its architecture is known once its checkpoints are here
-        return None
+    if "kind" in config["model"] or config["data"].get("whole_images"):
+        return None  # its architecture is known once its checkpoints are here; images of any size have no one answer
     height, width = config["data"]["image_px"]
     return estimate_memory(
         ModelConfig(**config["model"]),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from cast_ray.models.network import CastNetwork, TrainedNetwork
 from cast_ray.models.postprocess import predict_instances
 from cast_ray.models.segmenter import Segmenter, build_segmenter
-from cast_ray.recipe import ContrastiveConfig, TeacherConfig
+from cast_ray.recipe import ContrastiveConfig, InputSize, TeacherConfig
 from cast_ray.records import Category
 from cast_ray.teachers.protocol import Instances, Teacher
 
@@ -23,8 +23,8 @@ class ExpertTeacher(Teacher):
 
     kind = "expert"
 
-    def __init__(self, segmenter: Segmenter, categories: Sequence[Category], image_px: tuple[int, int]):
-        super().__init__(TeacherConfig(**segmenter.config.model_dump()), categories, image_px)
+    def __init__(self, segmenter: Segmenter, categories: Sequence[Category], input_size: InputSize | tuple[int, int]):
+        super().__init__(TeacherConfig(**segmenter.config.model_dump()), categories, input_size)
         self.segmenter = segmenter.eval()
 
     def find(
@@ -51,7 +51,11 @@ class ExpertTeacher(Teacher):
 
     @classmethod
     def load(
-        cls, folders: dict[str, Path], config: TeacherConfig, categories: Sequence[Category], image_px: tuple[int, int]
+        cls,
+        folders: dict[str, Path],
+        config: TeacherConfig,
+        categories: Sequence[Category],
+        input_size: InputSize | tuple[int, int],
     ) -> ExpertTeacher:
         segmenter = build_segmenter(config.segmenter, len(categories), seed=0)
         path = folders["teacher"] / WEIGHTS
@@ -59,4 +63,4 @@ class ExpertTeacher(Teacher):
             segmenter.load_state_dict(load_file(path))
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{path}: the weights do not fit the teacher: {str(error).splitlines()[0]}") from None
-        return cls(segmenter, categories, image_px)
+        return cls(segmenter, categories, input_size)

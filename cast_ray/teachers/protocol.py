@@ -18,7 +18,7 @@ from cast_ray.models.autocast import DTYPES, autocast
 from cast_ray.models.drawing import class_colours
 from cast_ray.models.encoders import checkpoint_blocks
 from cast_ray.models.network import Output, TrainedNetwork
-from cast_ray.recipe import ContrastiveConfig, Precision, TeacherConfig
+from cast_ray.recipe import ContrastiveConfig, InputSize, Precision, TeacherConfig
 from cast_ray.records import Category, Targets, class_names
 from cast_ray.teachers.checkpoints import quiet_transformers
 
@@ -43,7 +43,7 @@ class Teacher(nn.Module, ABC):
     Args:
         config: its kind's own section is read.
         categories: C classes, in the order of the labels.
-        image_px: height and width that images are fitted to, pixels.
+        input_size: at which it is given whole images; (H, W) in pixels: fitted into it.
     """
 
     kind: ClassVar[str]
@@ -52,11 +52,11 @@ class Teacher(nn.Module, ABC):
     why_not_trained: ClassVar[str] = ""
     """Of a kind that the stages cannot fine-tune: why, and what to do instead."""
 
-    def __init__(self, config: TeacherConfig, categories: Sequence[Category], image_px: tuple[int, int]):
+    def __init__(self, config: TeacherConfig, categories: Sequence[Category], input_size: InputSize | tuple[int, int]):
         super().__init__()
         self.config = config
         self.categories = tuple(categories)
-        self.image_px = (image_px[0], image_px[1])
+        self.input_size = InputSize.of(input_size)
         self.precision: Precision = "off"
         """What `predict` computes in; a trained teacher is saved with that of its training."""
 
@@ -85,7 +85,7 @@ class Teacher(nn.Module, ABC):
         """Instances of each image at its own size.
 
         Args:
-            images: uint8 [B, 3, H, W], resized and padded below and right to `image_px`.
+            images: uint8 [B, 3, H, W] of `views.fit_image` at `input_size`.
             image_hw: B original sizes, pixels; None: as given.
             resized_hw: B sizes inside the padding, pixels; None: no padding.
             max_detections: at most so many per image; None: `teacher.inference.max_detections`.
@@ -136,7 +136,11 @@ class Teacher(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def load(
-        cls, folders: dict[str, Path], config: TeacherConfig, categories: Sequence[Category], image_px: tuple[int, int]
+        cls,
+        folders: dict[str, Path],
+        config: TeacherConfig,
+        categories: Sequence[Category],
+        input_size: InputSize | tuple[int, int],
     ) -> Teacher:
         """From the folders of its checkpoints, by the recipe's field (`teacher.sam3.checkpoint`).
 
@@ -175,7 +179,7 @@ def save_teacher(teacher: Teacher, folder: Path) -> None:
         "kind": teacher.kind,
         "config": teacher.config.settings(),
         "categories": [{"id": c.id, "name": c.name} for c in teacher.categories],
-        "image_px": list(teacher.image_px),
+        "input_size": teacher.input_size.part(),
         "precision": teacher.precision,
     }
     write_atomically(folder / CARD, json.dumps(card, indent=1))
@@ -202,7 +206,7 @@ def read_card(folder: Path) -> dict[str, Any]:
 def load_teacher(
     folder: Path,
     part: dict[str, Any] | None = None,
-    image_px: tuple[int, int] | None = None,
+    input_size: InputSize | tuple[int, int] | None = None,
     categories: Sequence[Category] | None = None,
 ) -> Teacher:
     """A saved teacher, in evaluation mode on the CPU.
@@ -210,7 +214,7 @@ def load_teacher(
     Args:
         folder: as `save_teacher` writes it.
         part: fields of TeacherConfig that replace the saved ones (a stage's part of the recipe).
-        image_px: size that images are fitted to; None: as saved.
+        input_size: at which it is given whole images; None: as saved.
         categories: to look for; None: as saved.
 
     Raises:
@@ -223,7 +227,7 @@ def load_teacher(
     saved = [Category(**c) for c in card["categories"]]
     if categories is not None and not kind.takes_any_class and [c.name for c in categories] != [c.name for c in saved]:
         raise ValueError(f"{str(folder)!r} only knows its own classes: {', '.join(c.name for c in saved[:12])}")
-    size = image_px or (card["image_px"][0], card["image_px"][1])
+    size = input_size or InputSize.read(card.get("input_size", card))  # before, images were always fitted
     teacher = kind.load(folders, config, categories or saved, size).eval()
     teacher.precision = card["precision"]
     return teacher

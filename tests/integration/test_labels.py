@@ -114,7 +114,7 @@ def picture(table: pa.Table, index: int) -> Pictures:
 
     image = read_image(table.column("uri")[index].as_py())
     pixels, size = fit_image(image, IMAGE_PX)
-    return Pictures([0], pixels[None], [(image.shape[0], image.shape[1])], [size])
+    return Pictures([0], [pixels], [(image.shape[0], image.shape[1])], [size])
 
 
 def instances(rows: list[dict[str, Any]]) -> list[list[tuple[int, bytes, float]]]:
@@ -130,9 +130,9 @@ def test_the_workers_that_train_label_the_same(offline: LabelJob, store: Artifac
         with reserve([stream_bundle(RUNTIME)]) as group:
             configure_data(group, RUNTIME, 0)
             dataset = picture_dataset(
-                job.images.records, job.images.unlabelled, IMAGE_PX, RUNTIME, missing[rank::2], skip_bad=True
+                job.images.records, job.images.unlabelled, job.input_size, RUNTIME, missing[rank::2], skip_bad=True
             )
-            for block in pictures(dataset, IMAGE_PX):
+            for block in pictures(dataset):
                 job.write(block, labeller.label(block))
     assert job.missing(job.blocks) == []
     job.join()

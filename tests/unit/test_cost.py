@@ -12,7 +12,7 @@ from cast_ray.stages import cost as cost_module
 from cast_ray.stages.cost import ASSUMED_FLOPS, CostModel, Size, cost_of
 from cast_ray.stages.graph import RowPlan, Stage, SweepPlan, plan, plan_sweep
 
-SIZE = Size(num_unlabelled=36, num_val=16)
+SIZE = Size(num_unlabelled=36, num_val=16, image_hw=(64, 64))
 
 
 def row(overrides: dict[str, Any] | None = None) -> RowPlan:

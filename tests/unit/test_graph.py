@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cast_ray.recipe import ModelConfig, Recipe, TrainConfig, build_recipe, recipe_keys
-from cast_ray.stages.graph import HOW_IT_RUNS, DataHashes, RowPlan, Stage, artifact_key, plan, plan_sweep
+from cast_ray.stages.graph import HOW_IT_RUNS, DataHashes, RowPlan, Stage, artifact_key, input_size_of, plan, plan_sweep
 from cast_ray.stages.table import load_table
 from cast_ray.stages.train import train_config
 
@@ -157,6 +157,12 @@ RESULT_FIELDS = {
     "data.scale_jitter": ("[0.9, 1.1]", {"pretrain", "adapt", "distill"}),
     "data.flip": ("false", {"pretrain", "adapt", "distill"}),
     "data.color_jitter": ("0.3", {"pretrain", "adapt", "distill"}),
+    "data.color": ("ssd", {"pretrain", "adapt", "distill"}),
+    "data.train_resize": ("native", {"pretrain", "adapt", "distill"}),
+    "data.scale_steps": ("4", {"pretrain", "adapt", "distill"}),
+    "data.whole_images": ("true", {"pretrain", "adapt", "distill"}),
+    "data.inference_resize": ("[64, 100]", {"pretrain", "adapt", "distill", "zero_shot", "label-teacher", "student"}),
+    "data.drop_empty": ("true", {"adapt", "label-adapted", "selftrain", "label-teacher", "distill", "refine"}),
     "teacher.hidden_dim": ("32", {"pretrain", "adapt", "selftrain"}),
     "student.num_queries": ("9", {"distill", "refine"}),
     "student.encoder.widths": ("[8, 16, 32, 64]", {"distill", "refine"}),
@@ -175,6 +181,7 @@ RESULT_FIELDS = {
     "stages.distill.clip_norm": ("0.5", {"distill"}),
     "stages.distill.layer_decay": ("0.8", {"distill"}),
     "stages.refine.weight_decay": ("0.1", {"refine"}),
+    "stages.refine.decay_biases": ("true", {"refine"}),
     "loss.lambda_semi": ("0.5", {"distill"}),
     "loss.lambda_pxl": ("0.2", {"adapt", "selftrain", "distill"}),
     "loss.mask_weight": ("4", {"pretrain", "adapt", "selftrain", "distill", "refine"}),
@@ -444,6 +451,41 @@ def test_a_train_stage_gives_its_config_back(losses: dict[str, RowPlan]) -> None
     assert config == semi.recipe.stages.distill
 
 
+def test_images_of_a_step_stay_equal_as_the_recipe_says() -> None:
+    """supervised: 8 labelled images in every row; total: 16 images in every row, all labelled where D_u has no use."""
+    sup, pxl = {"loss.lambda_semi": 0, "loss.lambda_pxl": 0}, {"loss.lambda_semi": 0}
+    rows: dict[str, dict[str, Any]] = {
+        "sup": sup,
+        "sup+pxl": pxl,
+        "sup+semi": {"loss.lambda_pxl": 0},
+        "all": {},
+        "no step 2b": {"stages.use_distill": "false"},
+    }
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    for rule in ("supervised", "total"):
+        for name, overrides in rows.items():
+            stages = make(overrides | {"stages.images_per_step": rule}).roles
+            parts = [stages[s].config["train"] for s in ("distill", "refine")]
+            sizes = [(part["batch_labelled"], part.get("batch_unlabelled", 0)) for part in parts]
+            found.setdefault(rule, {})[name] = sizes[0]
+            assert sizes[1] == (8, 0)  # step 3 has no D_u in any row
+    alone = {"sup", "no step 2b"}
+    assert found["supervised"] == {name: (8, 0 if name in alone else 8) for name in rows}
+    assert found["total"] == {name: (16, 0) if name in alone else (8, 8) for name in rows}
+
+
+def test_a_published_teacher_sees_native_images_in_every_stage() -> None:
+    row = make(GROUNDED | {"data.image_px": "[32, 32]"}, foundation="f" * 20)
+    for name in ("zero_shot", "adapt", "label-adapted", "selftrain", "teacher", "label-teacher"):
+        assert input_size_of(row.roles[name]).resize == "native", name
+    for name in ("adapt", "selftrain"):
+        part = row.roles[name].config["data"]
+        assert part["whole_images"] and part["train_resize"] == "native" and "image_px" not in part
+    assert input_size_of(row.roles["student"]).resize == "fit"
+    other = make(GROUNDED, foundation="f" * 20)  # the student's crop is nothing to the teacher
+    assert row.roles["selftrain"].fingerprint == other.roles["selftrain"].fingerprint
+
+
 GROUNDED = {"teacher.kind": "grounded_sam"}
 LABELLED = {"label-adapted", "selftrain", "label-teacher", "distill", "refine"}
 # Field of a foundation teacher -> another value, stages that it changes first, and some that it does not.
@@ -514,7 +556,7 @@ def test_a_detector_that_is_not_trained_has_no_contrast() -> None:
 
 def test_the_teacher_has_its_own_size() -> None:
     row = make(GROUNDED | {"teacher.image_px": "[96, 128]"}, foundation="f" * 20)
-    sizes = {name: tuple(stage.config["data"]["image_px"]) for name, stage in row.roles.items()}
+    sizes = {name: input_size_of(stage).crop_px for name, stage in row.roles.items()}
     own = {"zero_shot", "adapt", "label-adapted", "selftrain", "teacher", "label-teacher"}
     assert {name for name, size in sizes.items() if size == (96, 128)} == own
 

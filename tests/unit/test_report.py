@@ -21,7 +21,7 @@ from cast_ray.report.overlays import CONTACT_SHEET
 from cast_ray.report.publish import announce
 from cast_ray.report.results import summarise, summarise_run
 from cast_ray.report.run_folder import read_plan, read_results, read_run, write_plan
-from cast_ray.report.tables import comparison_grid, print_report, results_grid, stage_grid, terminal_table
+from cast_ray.report.tables import comparison_grid, main_grid, print_report, results_grid, stage_grid, terminal_table
 from cast_ray.report.write import write_report
 from cast_ray.stages.table import Table, load_table
 
@@ -61,6 +61,47 @@ def test_one_seed_shows_values_paper_and_a_warning(tmp_path: Path) -> None:
     for word in ("15.8", "30.7", "1 seed*", "16.3", "110", "+2.3"):
         assert word in line_of(text, "sup+semi")
     assert "interval" not in text
+
+
+@pytest.mark.parametrize(
+    ("preset", "measured", "published", "value"),
+    [
+        ("shapes", "coco", "Cityscapes AP", 32.2),
+        ("cityscapes", "cityscapes", "Cityscapes AP", 32.2),
+        ("ade20k", "coco", "COCO AP", 16.1),
+    ],
+)
+def test_published_values_name_their_kind_of_ap(
+    tmp_path: Path, preset: str, measured: str, published: str, value: float
+) -> None:
+    """Beside ADE20K's numbers stand those of ADE20K, and two kinds of AP in one row are told in words."""
+    recipe = {"preset": preset, "scale": "full", "seed": 0, "evaluation": {"metric": measured}}
+    results = [result("sup", recipe=recipe) | {"table": "main", "row": row} for row in ("supervised", "CAST")]
+    report = report_of(tmp_path, results)
+    assert {row.name: row.paper.get("student/mask_ap") for row in report.rows}["CAST"] == value
+    headings = [column.name for column in main_grid(report).columns]
+    assert headings[headings.index("student AP") + 1] == f"paper ({published})"
+    compared = comparison_grid(report, "student/mask_ap")
+    assert compared is not None and f"paper ({published})" in [column.name for column in compared.columns]
+    assert "paper" not in {column.name for column in compared.columns}
+    differ = [note for note in report.notes if "two different numbers" in note]
+    assert bool(differ) == (preset == "shapes")
+    if differ:
+        assert "They are Cityscapes AP, the measured ones COCO AP" in differ[0]
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ("total", "rows without D_u take 8 labelled: all rows see as many images"),
+        ("supervised", "rows without D_u take 4 labelled: all rows see as many labelled images"),
+    ],
+)
+def test_the_report_says_which_images_of_a_step_stay_equal(tmp_path: Path, rule: str, words: str) -> None:
+    stages = {"images_per_step": rule, "distill": {"batch_labelled": 4, "batch_unlabelled": 4}}
+    recipe = {"preset": "cityscapes", "scale": "full", "seed": 0, "stages": stages}
+    report = report_of(tmp_path, [result(row, recipe=recipe) for row in ROWS])
+    assert report.context["images a step"] == f"4 labelled + 4 unlabelled, step 2b; {words}"
 
 
 def test_three_seeds_show_spread_and_paired_differences(tmp_path: Path) -> None:
