@@ -17,10 +17,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cast_ray.recipe import SCALES, Recipe, build_recipe, preset_names
+from cast_ray.recipe.strict_yaml import read_yaml
 
 TABLES_DIR = Path(__file__).parents[2] / "sweeps" / "tables"
 DEFAULT_PRESET, DEFAULT_SCALE = "shapes", "demo"
@@ -67,6 +67,8 @@ class Table(BaseModel):
         expanded = {}
         for (row, overrides), *point in itertools.product(rows.items(), *axes):
             name = ", ".join(part for part in (row, *(label for label, _ in point)) if part)
+            if name in expanded:
+                raise ValueError(f"grid: two rows are called {name!r}: expected points with different names")
             expanded[name] = {**overrides, **{k: v for _, part in point for k, v in part.items()}}
         return {**spec, "rows": expanded}
 
@@ -277,12 +279,18 @@ def read_spec(path: Path, model: type[Spec], expected: str) -> Spec:
     """A YAML file as a checked model whose `name` is the file's.
 
     Raises:
-        ValueError: not YAML, not a mapping (the message gives the `expected` keys) or not valid (it names the key).
+        ValueError: not YAML, a key that is there twice (the message gives its line), not a mapping (it gives the
+            `expected` keys) or not valid (it names the key).
     """
+    texts = [name for name, field in model.model_fields.items() if field.annotation is str]
     try:
-        spec = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        spec = read_yaml(path.read_text(encoding="utf-8"), as_text=texts)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not YAML: expected UTF-8: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if not isinstance(spec, dict):
         raise ValueError(f"{path}: expected a mapping with {expected}, got {type(spec).__name__}")
     try:
