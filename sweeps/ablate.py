@@ -90,7 +90,7 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
         )
         if value is not None
     }
-    out = Path(arguments.out or home() / "runs")
+    out = runs_folder(arguments.out)
     requests = []
     for table in tables:
         rows = _rows(table.name, list(table.rows), arguments.rows, several=len(tables) > 1)
@@ -153,6 +153,17 @@ def home() -> Path:
     return Path.home() / "cast_ray" if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") else Path()
 
 
+def runs_folder(out: str | None) -> Path:
+    """The folder of all runs that `--out` names, or the default one.
+
+    Raises:
+        ValueError: it is a URI, which reports cannot be written to.
+    """
+    if out and "://" in out:
+        raise ValueError(f"--out {out!r}: expected a local folder for results and reports (--storage takes a URI)")
+    return Path(out or home() / "runs")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ablate.py",
@@ -178,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds instead of the table's")
     parser.add_argument("--name", help="name of the run (default: TABLE-PRESET-SCALE)")
-    parser.add_argument("--out", help="folder for results and reports (default: runs)")
+    parser.add_argument("--out", help="local folder for results and reports (default: runs)")
     parser.add_argument(
         "--storage",
         help="path or URI (s3://...) for artifacts and checkpoints, reachable from every node; default: "

@@ -22,7 +22,7 @@ from cast_ray.console import exit_code
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
 from cast_ray.runtime.trackers import Trackers
 from cast_ray.stages.search_spec import load_search, search_names
-from sweeps.ablate import EXIT_STOPPED, TENSORBOARD, home
+from sweeps.ablate import EXIT_STOPPED, TENSORBOARD, home, runs_folder
 
 STUDY = "study.journal"
 
@@ -49,7 +49,7 @@ def _search(arguments: argparse.Namespace) -> int:
     }
     preset, scale = arguments.preset or spec.preset, arguments.scale or spec.scale
     name = arguments.name or f"{spec.name}-search-{preset}-{scale}"
-    out = Path(arguments.out or home() / "runs") / name
+    out = runs_folder(arguments.out) / name
     events = {} if arguments.no_tensorboard else {f"{spec.name}-{s}": str(out / TENSORBOARD) for s in spec.samplers}
     trackers = Trackers(tensorboard=events, wandb=arguments.wandb, mlflow=arguments.mlflow, group=name)
     trackers.check_installed()
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="seed of the recipes (default: 0)")
     parser.add_argument("--study", help=f"sqlite:///FILE or a journal file (default: <out>/<name>/{STUDY})")
     parser.add_argument("--name", help="name of the run (default: SEARCH-search-PRESET-SCALE)")
-    parser.add_argument("--out", help="folder for results and reports (default: runs)")
+    parser.add_argument("--out", help="local folder for results and reports (default: runs)")
     parser.add_argument("--storage", help="as of ablate.py")
     parser.add_argument("--address", help="Ray cluster; 'local' for one of its own (default: $RAY_ADDRESS, else local)")
     parser.add_argument("--num-cpus", type=int, help="logical CPUs of a local Ray (default: the machine's)")
