@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -99,9 +99,11 @@ def run_sweep(
         _preview(request, sweeps, plan_sweep(rows, committed(listed)), planner, listed, store, console)
         return None
     with Presence(store, command_line()) as presence:
-        needed = {stage.fingerprint for row in rows for stage in row.stages}.union(*map(given, rows))
-        presence.need(needed | planner.fingerprints(), on_wait=lambda holder: say_pruning(holder, console))
+        read = planner.fingerprints().union(*map(given, rows))
+        needed = {stage.fingerprint for row in rows for stage in row.stages}
+        presence.need(needed | read, on_wait=lambda holder: say_pruning(holder, console))
         listed = store.list_artifacts()
+        check_still_stored(read, committed(listed))
         whole = plan_sweep(rows, committed(listed))
         _preview(request, sweeps, whole, planner, listed, store, console)
         on_start(sweeps)
@@ -136,6 +138,20 @@ def write_events(sweeps: Sequence[Sweep], trackers: Trackers) -> None:
 def say_pruning(holder: Holder, console: Console) -> None:
     """Says what a sweep waits for before it begins."""
     console.print(f"waiting for `store gc` of {holder.user} on {holder.host} (process {holder.pid})")
+
+
+def check_still_stored(read: Iterable[str], stored: Collection[str]) -> None:
+    """Raises ValueError when `store gc` has removed what planning has read, before the sweep could say it needs it.
+
+    Args:
+        read: fingerprints of the datasets and imported teachers that the plan builds on.
+        stored: fingerprints in the store, listed after the sweep has left word of its needs.
+    """
+    if gone := sorted(set(read) - set(stored)):
+        raise ValueError(
+            f"`store gc` has removed {len(gone)} artifacts that this command had just read ({gone[0]}): run it again, "
+            "which reads them anew"
+        )
 
 
 def _plan_table(request: TableRequest, planner: RowPlanner, console: Console) -> Sweep:
