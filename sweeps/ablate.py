@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
-from cast_ray.console import exit_code
+from cast_ray.console import exit_code, plain_console
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
 from cast_ray.runtime.sweep import Sweep, SweepRequest, TableRequest, has_results, run_sweep, sweep_name, write_events
 from cast_ray.runtime.trackers import Trackers
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = plain_console()
     if argv[:1] == ["efficiency"]:  # no table of training runs
         from sweeps.efficiency import main as measure
 

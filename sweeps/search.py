@@ -16,9 +16,9 @@ from pathlib import Path
 # Run from a checkout without installing, and inside `ray job submit --working-dir .`.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rich.console import Console
+from rich.text import Text
 
-from cast_ray.console import exit_code
+from cast_ray.console import exit_code, plain_console
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
 from cast_ray.runtime.trackers import Trackers
 from cast_ray.stages.search_spec import load_search, search_names
@@ -74,8 +74,8 @@ def _search(arguments: argparse.Namespace) -> int:
         keep_going=arguments.keep_going,
         trackers=trackers,
     )
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(f"[bold]{spec.title}[/bold]  ({spec.name}, {preset} at {scale})", highlight=False)
+    console = plain_console()
+    console.print(Text.assemble((spec.title, "bold"), f"  ({spec.name}, {preset} at {scale})"))
     plan = SearchPlan(name, spec, request.study, {"preset": preset, "scale": scale, **overrides})
 
     def on_start(context: SweepContext) -> None:
@@ -87,7 +87,7 @@ def _search(arguments: argparse.Namespace) -> int:
     outcome = run_search(request, console, on_start)
     code = show_search(write_search_report(plan, outcome.studies, out), console)
     if outcome.stopped:
-        console.print(f"[yellow]stopped[/yellow]: {outcome.stopped}; the same command goes on")
+        console.print(Text.assemble(("stopped", "yellow"), f": {outcome.stopped}; the same command goes on"))
         return EXIT_STOPPED
     return code
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -108,7 +109,7 @@ def _draw(context: SweepContext, row: RowPlan, student: Stage, teacher: Stage | 
     chosen = choose(qualities)
     answers = {"student": found} | ({"teacher": _detections(store, teacher, classes)} if teacher else {})
     samples = []
-    for (kind, i), record in zip(chosen, val.take([i for _, i in chosen]).to_pylist()):
+    for (kind, i), record in zip(chosen, val.take(pa.array([i for _, i in chosen], pa.int64())).to_pylist()):
         shown = {"ground truth": _truth(record, classes)}
         shown |= {name: answers[name].get(ids[i], []) for name in ("teacher", "student") if name in answers}
         panels = draw_panels(read_image(record["uri"]), list(shown.values()), classes.names(), UPSCALE, MAX_PX)

@@ -277,14 +277,14 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 def _rich_table(report: Report, keys: Sequence[str]) -> RichTable:
     table = RichTable(
-        title=report.title, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), title_justify="left"
+        title=Text(report.title), box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), title_justify="left"
     )
     for key in keys:
         heading = (
             _heading(key, report).replace(" ", "\n", 1) if key not in ("row", "interval") else _heading(key, report)
         )
         table.add_column(
-            heading,
+            Text(heading),
             justify="left" if key in ("row", "seeds") else "right",
             no_wrap=key != "row",
             overflow="fold",
@@ -292,7 +292,7 @@ def _rich_table(report: Report, keys: Sequence[str]) -> RichTable:
             style="dim" if key.endswith(" paper") else "",
         )
     for row in report.rows[:MAX_TERMINAL_ROWS]:
-        table.add_row(*(_cell(key, row, report) for key in keys), style="red" if row.has_failed else "")
+        table.add_row(*(Text(_cell(key, row, report)) for key in keys), style="red" if row.has_failed else "")
     return table
 
 

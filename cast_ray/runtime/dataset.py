@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from cast_ray import registry
 from cast_ray.datasets.data_report import REPORT_FILE, check_report
@@ -144,8 +144,8 @@ def read_dataset(
     dataset = _find(data, asked, store) or _read(data, asked, store, console, report_paths, connect)
     _check(dataset.report, data, store, report_paths)
     if skipped := dataset.report["skipped"]:
-        statement = f"[yellow]{dataset.report['statement']}[/yellow]"
-        console.print(f"{statement} ({REPORT_FILE}), first: {escape(describe(skipped, 1))}", highlight=False)
+        words = f" ({REPORT_FILE}), first: {describe(skipped, 1)}"
+        console.print(Text.assemble((dataset.report["statement"], "yellow"), words))
     return dataset
 
 

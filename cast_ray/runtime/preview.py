@@ -44,9 +44,9 @@ def print_plan(preview: Preview, console: Console) -> None:
     """Says what will run before it runs."""
     plan = preview.plan
     for title in preview.titles:
-        console.print(f"[bold]{title}[/bold]", highlight=False)
+        console.print(Text(title, "bold"))
     names, seeds = list(dict.fromkeys(preview.labels)), sorted({row.seed for row in plan.rows})
-    console.print(f"  rows     {len(names):,}: {_few(names)}")
+    console.print(f"  rows     {len(names):,}: {_few(names)}", markup=False)
     console.print(f"  seeds    {len(seeds)}: {_few([str(seed) for seed in seeds])}")
     for dataset in preview.datasets:
         num = dataset.num_images
@@ -64,7 +64,7 @@ def print_plan(preview: Preview, console: Console) -> None:
         _print_cost(preview, preview.cost, console)
     if preview.memory:
         console.print(f"  memory   {_memory_line(preview.memory)}", soft_wrap=True, highlight=False)
-    console.print(f"  storage  {preview.storage}", soft_wrap=True)
+    console.print(f"  storage  {preview.storage}", soft_wrap=True, markup=False)
     if preview.tree:
         console.print(stage_tree(preview), highlight=False)
 
@@ -149,7 +149,7 @@ def stage_tree(preview: Preview) -> Tree:
     evaluations = [stage for stage in plan.unique.values() if stage.kind == "evaluate"]
     if evaluations:
         stored = sum(stage.fingerprint in plan.stored for stage in evaluations)
-        tree.add(f"[dim]evaluate ×{len(evaluations):,}{f', {stored:,} stored' if stored else ''}[/dim]")
+        tree.add(Text(f"evaluate ×{len(evaluations):,}{f', {stored:,} stored' if stored else ''}", "dim"))
     return tree
 
 

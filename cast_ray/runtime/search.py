@@ -20,6 +20,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
+from rich.text import Text
 
 from cast_ray.recipe import Recipe
 from cast_ray.runtime.broker import MAX_CALLS, Broker
@@ -208,7 +209,7 @@ class _Search:
         search = StudySearch(
             spec, study, self.storage, chosen, self.presence.holder.id, self._proposer(sampler), self._spent
         )
-        callbacks = self.request.trackers.callbacks(lambda text: self.console.print(f"[yellow]{text}[/yellow]"))
+        callbacks = self.request.trackers.callbacks(lambda text: self.console.print(Text(text, "yellow")))
         asha = spec.scheduler == "asha"
         steps = getattr(self.request.recipe({}).stages, spec.early_stopping.stage).steps
         experiment = f"{self.request.name}-{sampler}-{int(time.time())}-{self.store.attempt}"
@@ -258,7 +259,9 @@ class _Search:
             names = {"table": f"{spec.name}-{sampler}", "run": request.name, "row": f"t{number:04d}"}
             context, row = self.planner.plan(recipe, **names)
             found = self._look_again(row)
-            if not given(row) <= self.stored:  # an imported teacher was removed before this search could say it needs it
+            if (
+                not given(row) <= self.stored
+            ):  # an imported teacher was removed before this search could say it needs it
                 self.planner.forget_foundations()
                 context, row = self.planner.plan(recipe, **names)
                 found |= self._look_again(row)

@@ -9,7 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from cast_ray.recipe import Recipe
 from cast_ray.runtime.claims import Holder, Presence
@@ -169,7 +169,7 @@ def _plan_table(request: TableRequest, planner: RowPlanner, console: Console) ->
                 raise
             left_out[row] = str(error)
     for reason in left_out.values():
-        console.print(f"[yellow]left out[/yellow]: {escape(reason)}", soft_wrap=True, highlight=False)
+        console.print(Text.assemble(("left out", "yellow"), f": {reason}"), soft_wrap=True)
     return Sweep(pairs[0][0], plan_sweep([row for _, row in pairs], []).rows, tuple(context for context, _ in pairs))
 
 
@@ -309,7 +309,7 @@ def _run(
         )
         jobs = [Job(context, row) for context, row in pairs]
         with ProgressDisplay(console, broker, whole, [job.name for job in jobs]):
-            callbacks = request.trackers.callbacks(lambda message: console.print(f"[yellow]{message}[/yellow]"))
+            callbacks = request.trackers.callbacks(lambda message: console.print(Text(message, "yellow")))
             name = sweep_name([table.name for table in request.tables])
             outcomes = run_trials(name, store, jobs, broker, min(len(jobs), 2 * slots + 2), callbacks)
         board = ray.get(broker.board.remote())
@@ -319,8 +319,9 @@ def _run(
     if not left:
         return None
     rest = plan_sweep(left, board["done"])
-    console.print(
-        f"[yellow]stopped[/yellow]: {board['stop']}. Left: {len(left)} rows, {len(rest.to_run)} stages, "
-        f"{rest.steps_to_run:,} steps; used {hours(board['device_s'] / 3600)}. The same command goes on."
+    words = (
+        f": {board['stop']}. Left: {len(left)} rows, {len(rest.to_run)} stages, {rest.steps_to_run:,} steps; "
+        f"used {hours(board['device_s'] / 3600)}. The same command goes on."
     )
+    console.print(Text.assemble(("stopped", "yellow"), words))
     return board["stop"]

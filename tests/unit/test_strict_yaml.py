@@ -54,13 +54,13 @@ def test_a_key_that_is_there_twice_in_a_table_is_named_with_its_line(tmp_path: P
 
 def test_a_key_that_is_there_twice_in_a_search_is_named_with_its_line(tmp_path: Path) -> None:
     twice = SEARCH + "  loss.lambda_pxl: {low: 0.5, high: 0.9}\n"
-    with pytest.raises(ValueError, match="mine.yaml: line 5: key 'loss.lambda_pxl' is there twice, first on line 4"):
+    with pytest.raises(ValueError, match=r"mine.yaml: line 5: key 'loss.lambda_pxl' is there twice, first on line 4"):
         load_search(write(tmp_path, twice))
 
 
 def test_a_key_that_is_there_twice_in_a_value_of_set_is_refused() -> None:
     overrides = parse_overrides(["teacher.prompt.synonyms={person: [rider], person: [man]}"])
-    with pytest.raises(ValueError, match="teacher.prompt.synonyms: line 1: key 'person' is there twice"):
+    with pytest.raises(ValueError, match=r"teacher.prompt.synonyms: line 1: key 'person' is there twice"):
         build_recipe("coco", overrides=overrides)
 
 
@@ -105,7 +105,7 @@ grid:
 @pytest.mark.parametrize("values", ["[0.1, 0.1]", "[0.10000001, 0.10000002]"])
 def test_two_points_of_a_grid_with_one_name_are_refused(tmp_path: Path, values: str) -> None:
     text = TABLE.replace("baseline: a", "baseline: a, lambda_semi=0.1") + f"grid:\n  loss.lambda_semi: {values}\n"
-    with pytest.raises(ValueError, match="grid: two rows are called 'a, lambda_semi=0.1'"):
+    with pytest.raises(ValueError, match=r"grid: two rows are called 'a, lambda_semi=0.1'"):
         load_table(write(tmp_path, text))
 
 
