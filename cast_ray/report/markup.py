@@ -46,7 +46,7 @@ def markdown_code(text: str) -> str:
 
 
 def latex_text(text: str) -> str:
-    r"""Text that LaTeX sets as it is. After a row's end `\\`, LaTeX takes `[` and `*` for its own: {} keeps them apart."""
+    r"""Text that LaTeX sets as it is; at its start `{}` keeps `[` and `*` apart from the row's end `\\` before it."""
     text = one_line(text)
     escaped = "".join(LATEX.get(character, character) for character in text)
     return "{}" + escaped if text[:1] in ("[", "*") else escaped

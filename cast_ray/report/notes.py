@@ -7,6 +7,7 @@ from typing import Any
 
 from cast_ray.report.content import Difference, Report, Result
 from cast_ray.report.metrics import format_signed, label_of
+from cast_ray.report.run_folder import UNREADABLE
 from cast_ray.report.statistics import NUM_REPLICATES
 
 NEAR_ZERO_AP = 1.0
@@ -128,6 +129,12 @@ def _progress_notes(report: Report) -> list[str]:
     if report.num_pending:
         there = report.num_expected - report.num_pending
         notes.append(f"Not complete: {there} of {report.num_expected} results are there; numbers will change.")
+    notes += [
+        f"WARNING: {r['row']}, seed {r['seed']}: its result cannot be read and is left out. {r['error']}. The sweep's "
+        "command writes it again."
+        for r in report.results
+        if r["status"] == UNREADABLE
+    ]
     done = [row for row in report.rows if row.seeds_done]
     aps = [cell.mean for row in done for name, cell in row.cells.items() if name.endswith("/mask_ap")]
     if aps and max(aps) < NEAR_ZERO_AP:
@@ -202,6 +209,11 @@ def verdicts(report: Report) -> list[str]:
 def failure_text(report: Report) -> list[str]:
     """One line a failed result: row, seed, reason and where its log is."""
     return [f"{f.row}, seed {f.seed}: {f.reason}" + (f" (log: {f.log})" if f.log else "") for f in report.failures]
+
+
+def status_text(result: Result) -> str:
+    """`done`, `FAILED` or `UNREADABLE`."""
+    return {"done": "done", UNREADABLE: "UNREADABLE"}.get(result["status"], "FAILED")
 
 
 def _named(names: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from cast_ray.report.content import Compute, Difference, Failure, Report, Result, RowSummary, StageSummary
 from cast_ray.report.metrics import split_metric
 from cast_ray.report.notes import context_of, notes_of
-from cast_ray.report.run_folder import Run
+from cast_ray.report.run_folder import UNREADABLE, Run
 from cast_ray.report.statistics import NUM_REPLICATES, Resampling, cell_of, value_of
 from cast_ray.stages.table import Table, load_table
 
@@ -66,7 +66,7 @@ def summarise(
         raise ValueError(f"expected the results of one table, got {', '.join(names) or 'none'}")
     if table is None:
         table = _table_of(names[0])
-    pending = list(pending)
+    pending = list(dict.fromkeys([*pending, *((r["row"], r["seed"]) for r in results if r["status"] == UNREADABLE)]))
     found = [*(r["row"] for r in results), *(row for row, _ in pending)]
     order = list(dict.fromkeys([*(table.rows if table else ()), *found]))
     place = {row: i for i, row in enumerate(order)}
@@ -118,7 +118,7 @@ def summarise(
         failures=tuple(
             Failure(r["row"], r["seed"], _one_line(r.get("error")), r.get("log"))
             for r in results
-            if r["status"] != "done"
+            if r["status"] not in ("done", UNREADABLE)
         ),
         stages=stages,
         steps=_compute([(s.steps if s.kind == "train" else 0, s) for s in stages]),
@@ -161,12 +161,13 @@ def _summarise_row(
     return RowSummary(
         name=row,
         seeds_done=tuple(sorted(r["seed"] for r in done)),
-        num_failed=len(results) - len(done),
+        num_failed=sum(r["status"] not in ("done", UNREADABLE) for r in results),
         num_pending=num_pending,
         cells=cells,
         paper=paper,
         seconds=statistics.fmean(seconds) if seconds else None,
         device_hours=sum(r.get("device_hours") or 0.0 for r in results),
+        num_unreadable=sum(r["status"] == UNREADABLE for r in results),
     )
 
 

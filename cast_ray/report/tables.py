@@ -24,7 +24,7 @@ from cast_ray.report.metrics import (
     label_of,
     split_metric,
 )
-from cast_ray.report.notes import failure_text
+from cast_ray.report.notes import failure_text, status_text
 
 TERMINAL_COLUMNS = 100
 MAX_TERMINAL_ROWS = 60
@@ -234,7 +234,7 @@ def _result_line(result: Result, metric: str) -> tuple[str, ...]:
     return (
         result["row"],
         str(result["seed"]),
-        "done" if result["status"] == "done" else "FAILED",
+        status_text(result),
         format_value(metric, value) if isinstance(value, int | float) else "",
         *("" if dataset.get(k) is None else str(dataset[k]) for k in ("num_labelled", "num_unlabelled")),
         f"{result['seconds']:,.0f}" if result.get("seconds") is not None else "",
