@@ -22,6 +22,7 @@ from rich.console import Console
 
 from cast_ray.console import exit_code, plain_console
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
+from cast_ray.report.run_choice import choose_run
 from cast_ray.runtime.sweep import Sweep, SweepRequest, TableRequest, has_results, run_sweep, sweep_name, write_events
 from cast_ray.runtime.trackers import Trackers
 from cast_ray.stages.table import load_table, table_names
@@ -62,7 +63,7 @@ def _ablate(argv: list[str], console: Console) -> int:
         for sweep, table in zip(sweeps, request.tables):
             recipes = {(row.row, row.seed): row.recipe for row in sweep.rows}
             results = sweep.context.store.uri(sweep.context.runs_path)
-            announce(out / table.name, table.table, recipes, results, console)
+            announce(out / table.name, table.table, recipes, table.settings, results, console)
 
     outcome = run_sweep(request, console, on_start)
     if outcome is None:
@@ -71,6 +72,8 @@ def _ablate(argv: list[str], console: Console) -> int:
     for sweep, table in zip(outcome.sweeps, request.tables):
         if not outcome.stopped or has_results(sweep):
             codes.append(publish(sweep, table.table, out / table.name, console))
+            if table.has_own_folder:
+                console.print(f"Results are in {table.folder}", soft_wrap=True, highlight=False)
     write_events(outcome.sweeps, request.trackers)
     return EXIT_STOPPED if outcome.stopped else max(codes)
 
@@ -104,7 +107,19 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
         }
         of = f"{table.name}-{arguments.preset or table.preset}-{arguments.scale or table.scale}"
         name = of if not arguments.name else arguments.name if len(tables) == 1 else f"{arguments.name}-{table.name}"
-        requests.append(TableRequest(table, recipes, name, frozenset(rows if arguments.rows else ())))
+        settings = table.settings(arguments.preset, arguments.scale, overrides)
+        choice = choose_run(out, name, table, settings)
+        requests.append(
+            TableRequest(
+                table,
+                recipes,
+                choice.name,
+                frozenset(rows if arguments.rows else ()),
+                settings=settings,
+                folder=choice.words(out),
+                has_own_folder=bool(choice.beside),
+            )
+        )
     if not requests:
         raise ValueError(f"--rows: no row of {', '.join(names)} is called {', '.join(arguments.rows)}")
     events = {} if arguments.no_tensorboard else {r.table.name: str(out / r.name / TENSORBOARD) for r in requests}

@@ -8,6 +8,7 @@ from typing import Any
 from cast_ray.report.content import Difference, Report, Result
 from cast_ray.report.metrics import format_signed, label_of
 from cast_ray.report.run_folder import UNREADABLE
+from cast_ray.report.settings import first_of
 from cast_ray.report.statistics import NUM_REPLICATES
 
 NEAR_ZERO_AP = 1.0
@@ -217,5 +218,4 @@ def status_text(result: Result) -> str:
 
 
 def _named(names: Sequence[str]) -> str:
-    more = len(names) - MAX_NAMED
-    return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return first_of(names, MAX_NAMED)

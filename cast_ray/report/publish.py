@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from rich.console import Console
@@ -25,17 +26,23 @@ from cast_ray.stages.table import Table
 
 
 def announce(
-    out: Path, table: Table, recipes: Mapping[tuple[str, int], Recipe], results_uri: str, console: Console
+    out: Path,
+    table: Table,
+    recipes: Mapping[tuple[str, int], Recipe],
+    settings: Mapping[str, Any],
+    results_uri: str,
+    console: Console,
 ) -> None:
     """Notes in the run folder what a sweep is about to run, so that its report can be watched from the start.
 
     Args:
         recipes: (row, seed) -> recipe.
+        settings: what the rows have in common, by which a later command knows that this folder is its own.
         results_uri: folder of the store that each row's result appears in when it ends.
     """
     expected = [(table.name, row, seed) for row, seed in recipes]
     digests = [recipe_digest(json.loads(recipe.model_dump_json())) for recipe in recipes.values()]
-    write_plan(out, [table], expected, results_uri, digests)
+    write_plan(out, [table], expected, results_uri, digests, {table.name: settings})
     console.print(f"  report   {out / 'report.html'}", soft_wrap=True, highlight=False)
     console.print(f"    live: python sweeps/ablate.py report {out} --watch", soft_wrap=True, highlight=False)
 

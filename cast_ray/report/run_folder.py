@@ -47,6 +47,8 @@ class RunPlan:
     recipes: tuple[str, ...] = ()
     """Digest of the recipe of each; empty: any. Results of another recipe are of an earlier command."""
     results_uri: str = ""
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Table -> what its rows have in common (`Table.settings`); a plan of an older version has none."""
 
     @property
     def digests(self) -> dict[tuple[str, str, int], str]:
@@ -109,6 +111,7 @@ def write_plan(
     expected: Iterable[tuple[str, str, int]],
     results_uri: str = "",
     recipes: Iterable[str] = (),
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
     """Notes in a run folder what a sweep is about to run, before its first result is there.
 
@@ -119,6 +122,7 @@ def write_plan(
         results_uri: see `RunPlan`.
         recipes: digest of each expected recipe: until they are there, results of other recipes are not shown; none:
             whatever lies in the folder counts.
+        settings: see `RunPlan`; of other tables those before stay.
     """
     path = Path(run_dir) / PLAN
     before = read_plan(run_dir)
@@ -132,6 +136,7 @@ def write_plan(
         "expected": [list(key) for key in (*others, *expected)],
         "recipes": [digests.get(key, "") for key in others] + (recipes or [""] * len(expected)),
         "results_uri": results_uri or before.results_uri,
+        "settings": {**before.settings, **(settings or {})},
     }
     write_atomically(path, json.dumps(content, indent=1))
     return path
@@ -152,7 +157,8 @@ def read_plan(run_dir: str | Path) -> RunPlan:
         tables = tuple(table for spec in content["tables"] if (table := _table_of(spec)) is not None)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the plan of a sweep: {error}") from None
-    return RunPlan(tables, expected, tuple(content.get("recipes", ())), content.get("results_uri", ""))
+    recipes, results_uri = tuple(content.get("recipes", ())), content.get("results_uri", "")
+    return RunPlan(tables, expected, recipes, results_uri, content.get("settings", {}))
 
 
 def _table_of(spec: dict[str, Any]) -> Table | None:

@@ -25,7 +25,8 @@ class Preview:
     """What `print_plan` says; the numbers of a dry run.
 
     titles: one line a table; labels: of each row of the plan, with its table where there are several; memory: name of a
-    train stage -> bytes of one worker of each stage of that name (None: not estimated), where asked for.
+    train stage -> bytes of one worker of each stage of that name (None: not estimated), where asked for; folders: where
+    the results of each table go.
     """
 
     plan: SweepPlan
@@ -37,6 +38,7 @@ class Preview:
     price_per_hour: float | None = None
     budget_hours: float | None = None
     memory: Mapping[str, Sequence[int | None]] = field(default_factory=dict)
+    folders: Sequence[str] = ()
     tree: bool = True
 
 
@@ -65,6 +67,8 @@ def print_plan(preview: Preview, console: Console) -> None:
     if preview.memory:
         console.print(f"  memory   {_memory_line(preview.memory)}", soft_wrap=True, highlight=False)
     console.print(f"  storage  {preview.storage}", soft_wrap=True, markup=False)
+    for folder in preview.folders:
+        console.print(f"  results  {folder}", soft_wrap=True, markup=False, highlight=False)
     if preview.tree:
         console.print(stage_tree(preview), highlight=False)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -38,6 +39,12 @@ class TableRequest:
     """Of the run: the folder of its results."""
     asked: frozenset[str] = frozenset()
     """Rows that the user named: one that cannot be is refused, any other one left out."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What its rows have in common, see `Table.settings`."""
+    folder: str = ""
+    """Where its results and report go, in words; empty: not said."""
+    has_own_folder: bool = False
+    """Whether another folder holds results of the same table with other settings."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +205,7 @@ def _preview(
             price_per_hour=request.price_per_hour,
             budget_hours=request.budget_hours,
             memory=_memory(request, whole, planner),
+            folders=[table.folder for table in request.tables if table.folder],
         ),
         console,
     )

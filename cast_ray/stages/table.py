@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from cast_ray.recipe import SCALES, Recipe, build_recipe, preset_names
 from cast_ray.recipe.strict_yaml import read_yaml
+from cast_ray.stages.settings import overridden, settings_of
 
 TABLES_DIR = Path(__file__).parents[2] / "sweeps" / "tables"
 DEFAULT_PRESET, DEFAULT_SCALE = "shapes", "demo"
@@ -203,6 +204,24 @@ class Table(BaseModel):
             raise ValueError(f"unknown row {row!r} of table {self.name!r}{nearest(row, list(self.rows))}")
         base = _in_turn(self._base_overrides, {**(overrides or {}), "seed": seed})
         return resolve_recipe(preset or self.preset, scale or self.scale, base, self.rows[row])
+
+    def settings(
+        self, preset: str | None = None, scale: str | None = None, overrides: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """What all rows have in common: preset, scale, the table's base, the user's own; see `settings.settings_of`."""
+        base = _in_turn(self._base_overrides, {**(overrides or {})})
+        try:
+            recipe = resolve_recipe(preset or self.preset, scale or self.scale, base, {})
+            own: set[str] = set()
+        except ValueError:  # what only a row makes valid
+            recipe = self.row_recipe(self.baseline, preset, scale, overrides=overrides)
+            own = overridden(self.rows[self.baseline])
+        return {key: value for key, value in settings_of(recipe.model_dump(mode="json")).items() if key not in own}
+
+    @property
+    def base_keys(self) -> set[str]:
+        """Dotted recipe keys that the table sets for all of its rows."""
+        return overridden(self._base_overrides)
 
 
 def _axis(name: str, values: Any) -> list[tuple[str, dict[str, Any]]]:

@@ -347,9 +347,9 @@ def test_results_of_an_earlier_recipe_do_not_count_as_those_of_a_running_one(tmp
         for steps in (10, 20)
     )
     run = save(tmp_path, [result(row, recipe=recipe.model_dump(mode="json")) for (row, _), recipe in before.items()])
-    announce(run, table, before, "", console)
+    announce(run, table, before, {}, "", console)
     assert len(read_run(run).results) == 2 and read_run(run).pending() == []
-    announce(run, table, now, "", console)
+    announce(run, table, now, {}, "", console)
     assert read_run(run).results == () and len(read_run(run).pending()) == 2
     save(run, [result("sup", recipe=now["sup", 0].model_dump(mode="json"))])
     assert [r["row"] for r in read_run(run).results] == ["sup"]

@@ -131,6 +131,13 @@ def test_a_study_of_another_search_is_refused(storage: Any) -> None:
         study_of(storage(), spec_of(), seed=1)
 
 
+def test_what_changes_no_result_is_no_other_search(storage: Any) -> None:
+    study_of(storage(), spec_of(), overrides={"loss.lambda_semi": "1", "runtime.use_gpu": "false"})
+    study_of(storage(), spec_of(), overrides={"loss.lambda_semi": "1", "stages.distill.accumulate": "2"})
+    with pytest.raises(ValueError, match="made with another overrides"):
+        study_of(storage(), spec_of(), overrides={"loss.lambda_semi": "2"})
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, None])
 def test_an_undefined_objective_ends_its_trial(storage: Any, value: float | None) -> None:
     trial = ended(searcher(storage(), spec_of()), "a", status="done", **{"student/mask_ap": value})
