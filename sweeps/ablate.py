@@ -24,12 +24,10 @@ from cast_ray.console import exit_code, plain_console
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
 from cast_ray.report.run_choice import choose_run
 from cast_ray.runtime.sweep import Sweep, SweepRequest, TableRequest, has_results, run_sweep, sweep_name, write_events
-from cast_ray.runtime.trackers import Trackers
+from cast_ray.runtime.trackers import TENSORBOARD, Trackers
 from cast_ray.stages.table import load_table, table_names
 
 EXIT_STOPPED = 3
-TENSORBOARD = "tensorboard"
-"""Folder of the event files inside a run's folder."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,6 +73,7 @@ def _ablate(argv: list[str], console: Console) -> int:
             if table.has_own_folder:
                 console.print(f"Results are in {table.folder}", soft_wrap=True, highlight=False)
     write_events(outcome.sweeps, request.trackers)
+    request.trackers.finish(lambda text: console.print(text, soft_wrap=True, highlight=False))
     return EXIT_STOPPED if outcome.stopped else max(codes)
 
 
@@ -122,9 +121,11 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
         )
     if not requests:
         raise ValueError(f"--rows: no row of {', '.join(names)} is called {', '.join(arguments.rows)}")
-    events = {} if arguments.no_tensorboard else {r.table.name: str(out / r.name / TENSORBOARD) for r in requests}
+    folders = {request.table.name: str(out / request.name) for request in requests}
+    events = {name: str(Path(folder) / TENSORBOARD) for name, folder in folders.items()}
     trackers = Trackers(
-        tensorboard=events,
+        folders=folders,
+        tensorboard={} if arguments.no_tensorboard else events,
         wandb=arguments.wandb,
         mlflow=arguments.mlflow,
         group=sweep_name([request.name for request in requests]),

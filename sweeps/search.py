@@ -20,9 +20,9 @@ from rich.text import Text
 
 from cast_ray.console import exit_code, plain_console
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
-from cast_ray.runtime.trackers import Trackers
+from cast_ray.runtime.trackers import TENSORBOARD, Trackers
 from cast_ray.stages.search_spec import load_search, search_names
-from sweeps.ablate import EXIT_STOPPED, TENSORBOARD, home, runs_folder
+from sweeps.ablate import EXIT_STOPPED, home, runs_folder
 
 STUDY = "study.journal"
 
@@ -50,8 +50,9 @@ def _search(arguments: argparse.Namespace) -> int:
     preset, scale = arguments.preset or spec.preset, arguments.scale or spec.scale
     name = arguments.name or f"{spec.name}-search-{preset}-{scale}"
     out = runs_folder(arguments.out) / name
-    events = {} if arguments.no_tensorboard else {f"{spec.name}-{s}": str(out / TENSORBOARD) for s in spec.samplers}
-    trackers = Trackers(tensorboard=events, wandb=arguments.wandb, mlflow=arguments.mlflow, group=name)
+    folders = {f"{spec.name}-{sampler}": str(out) for sampler in spec.samplers}
+    events = {} if arguments.no_tensorboard else dict.fromkeys(folders, str(out / TENSORBOARD))
+    trackers = Trackers(folders, events, wandb=arguments.wandb, mlflow=arguments.mlflow, group=name)
     trackers.check_installed()
     spec.recipe({}, preset, scale, arguments.seed, overrides)  # refused before Ray and Optuna are loaded
 
@@ -86,6 +87,7 @@ def _search(arguments: argparse.Namespace) -> int:
 
     outcome = run_search(request, console, on_start)
     code = show_search(write_search_report(plan, outcome.studies, out), console)
+    trackers.finish(lambda text: console.print(text, soft_wrap=True, highlight=False))
     if outcome.stopped:
         console.print(Text.assemble(("stopped", "yellow"), f": {outcome.stopped}; the same command goes on"))
         return EXIT_STOPPED

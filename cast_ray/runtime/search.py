@@ -209,7 +209,9 @@ class _Search:
         search = StudySearch(
             spec, study, self.storage, chosen, self.presence.holder.id, self._proposer(sampler), self._spent
         )
-        callbacks = self.request.trackers.callbacks(lambda text: self.console.print(Text(text, "yellow")))
+        callbacks = self.request.trackers.callbacks(
+            search.jobs.__getitem__, lambda text: self.console.print(Text(text, "yellow"))
+        )
         asha = spec.scheduler == "asha"
         steps = getattr(self.request.recipe({}).stages, spec.early_stopping.stage).steps
         experiment = f"{self.request.name}-{sampler}-{int(time.time())}-{self.store.attempt}"

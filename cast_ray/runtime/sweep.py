@@ -317,7 +317,10 @@ def _run(
         )
         jobs = [Job(context, row) for context, row in pairs]
         with ProgressDisplay(console, broker, whole, [job.name for job in jobs]):
-            callbacks = request.trackers.callbacks(lambda message: console.print(Text(message, "yellow")))
+            by_name = {job.name: job for job in jobs}
+            callbacks = request.trackers.callbacks(
+                by_name.__getitem__, lambda message: console.print(Text(message, "yellow"))
+            )
             name = sweep_name([table.name for table in request.tables])
             outcomes = run_trials(name, store, jobs, broker, min(len(jobs), 2 * slots + 2), callbacks)
         board = ray.get(broker.board.remote())
