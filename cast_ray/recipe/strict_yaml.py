@@ -25,7 +25,7 @@ class NotYamlError(ValueError):
 class _StrictLoader(yaml.SafeLoader):
     """Checks each mapping where it is composed, before merge keys (`<<`) bring in keys that it may well repeat."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key, _ in node.value:

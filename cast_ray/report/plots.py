@@ -32,7 +32,7 @@ DASHES: tuple[Dash, ...] = ("-", "--", ":")
 PANEL_INCHES = (4.4, 3.1)
 BAR_INCHES, LINE_INCHES, LETTER_INCHES = 0.3, 0.24, 0.085
 MAX_LETTERS = 36
-PLAIN_TEXT = {"text.parse_math": False}
+PLAIN_TEXT: Any = {"text.parse_math": False}
 """A `$` in the name of a row or class is a `$`, not the beginning of a formula."""
 TAG, STAND_IN = re.compile("<[^>]*>"), re.compile("#fe00([0-9a-f]{2})")
 """Colours stand in tags; between them stands text, which may say anything."""

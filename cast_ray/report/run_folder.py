@@ -211,10 +211,10 @@ def read_results(run_dir: str | Path, expected: Sequence[tuple[str, str, int]] =
             unreadable.append((path, error))
     names = {f"{table}__{row}__s{seed}": (table, row, seed) for table, row, seed in expected}
     default = results[0]["table"] if results else "unknown"
-    for path, error in unreadable:
+    for path, reason in unreadable:
         table, row, seed = names.get(path.parent.name) or _key_of_folder(path.parent.name, default)
         place = {"table": table, "row": row, "seed": seed, "folder": str(path.parent)}
-        results.append(place | {"status": UNREADABLE, "error": str(error), "metrics": {}})
+        results.append(place | {"status": UNREADABLE, "error": str(reason), "metrics": {}})
     return sorted(results, key=lambda r: (r.get("started") or "", r["seed"]))
 
 

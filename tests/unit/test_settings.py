@@ -26,7 +26,9 @@ from sweeps.report import main as report
 LR = "stages.refine.lr"
 
 
-def made(row: str, seed: int = 0, ap: float | None = None, table: str = "losses", **overrides: Any) -> dict[str, Any]:
+def made(
+    row: str, seed: int = 0, ap: float | None = None, table: str = "losses", overrides: Any = None
+) -> dict[str, Any]:
     recipe = load_table("losses").row_recipe(row, "shapes", "demo", seed, overrides)
     return result(row, seed, ap, recipe=recipe.model_dump(mode="json"), table=table)
 
@@ -40,7 +42,7 @@ def warnings_of(report: Report) -> list[str]:
 
 
 def test_rows_of_different_settings_are_named(tmp_path: Path) -> None:
-    report = report_of(tmp_path, [made("sup"), made("sup+semi", **{LR: 0.01, "data.label_fraction": 0.5})])
+    report = report_of(tmp_path, [made("sup"), made("sup+semi", overrides={LR: 0.01, "data.label_fraction": 0.5})])
     (warning,) = warnings_of(report)
     assert warning == (
         "WARNING: results of different settings are mixed in this table, so that rows differ by more than the table "
@@ -54,7 +56,7 @@ def test_rows_of_different_settings_are_named(tmp_path: Path) -> None:
 def test_what_the_table_itself_varies_is_no_warning(tmp_path: Path) -> None:
     rows = ("sup", "sup+semi", "sup+pxl", "sup+semi+pxl")
     results = [made(row, seed) for row in rows for seed in (0, 1)]
-    results[1] = made("sup", 1, **{"runtime.num_workers": 2, "stages.distill.checkpoint_every_steps": 7})
+    results[1] = made("sup", 1, overrides={"runtime.num_workers": 2, "stages.distill.checkpoint_every_steps": 7})
     assert warnings_of(report_of(tmp_path / "losses", results)) == []
     table = load_table("contrast")  # whose rows take whole columns of the contrastive term
     mine = [
@@ -79,8 +81,8 @@ def test_a_key_that_some_rows_override_is_compared_among_the_others(tmp_path: Pa
 
 
 def test_seeds_of_different_settings_are_not_averaged(tmp_path: Path) -> None:
-    old, new = made("sup", 0, ap=0.0), made("sup", 1, ap=40.0, **{LR: 0.01})
-    report = report_of(tmp_path, [old, new, made("sup", 2, ap=42.0, **{LR: 0.01})])
+    old, new = made("sup", 0, ap=0.0), made("sup", 1, ap=40.0, overrides={LR: 0.01})
+    report = report_of(tmp_path, [old, new, made("sup", 2, ap=42.0, overrides={LR: 0.01})])
     cell = report.rows[0].cells["student/mask_ap"]
     assert (cell.mean, cell.num_seeds, report.rows[0].seeds_done) == (41.0, 2, (1, 2))
     assert warnings_of(report) == [
@@ -167,7 +169,7 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
-def run(out: Path, table: Table | None = None, *, name: str = "losses-shapes-demo", **overrides: Any) -> str:
+def run(out: Path, table: Table | None = None, *, name: str = "losses-shapes-demo", overrides: Any = None) -> str:
     """Announces a run as the command does; returns the name of the folder that it goes to."""
     table = table or load_table("losses")
     settings = table.settings("shapes", "demo", overrides)
@@ -178,17 +180,17 @@ def run(out: Path, table: Table | None = None, *, name: str = "losses-shapes-dem
 
 def test_other_settings_go_to_a_folder_of_their_own_and_find_it_again(out: Path) -> None:
     first = run(out)
-    other = run(out, **{LR: "0.01"})
+    other = run(out, overrides={LR: "0.01"})
     assert first == "losses-shapes-demo" and other.startswith("losses-shapes-demo-") and len(other) == len(first) + 7
-    third = run(out, **{LR: "0.02"})
+    third = run(out, overrides={LR: "0.02"})
     assert len({first, other, third}) == 3
-    assert run(out) == first and run(out, **{LR: 0.01}) == other and run(out, **{LR: "1e-2"}) == other
+    assert run(out) == first and run(out, overrides={LR: 0.01}) == other and run(out, overrides={LR: "1e-2"}) == other
     table = load_table("losses")
     choice = choose_run(out, first, table, table.settings("shapes", "demo", {LR: "0.03"}))
     assert choice.words(out).startswith(
         f"{out / choice.name}, because {out / first} holds other settings: {LR} is 0.03 here and 5e-05 there"
     )
-    assert run(out / "elsewhere", **{LR: "0.01"}) == first  # the first of its folder, whatever its settings
+    assert run(out / "elsewhere", overrides={LR: "0.01"}) == first  # the first of its folder, whatever its settings
 
 
 def test_what_changes_no_result_joins(out: Path) -> None:
@@ -201,7 +203,7 @@ def test_what_changes_no_result_joins(out: Path) -> None:
         "evaluation.batch": "8",
         "seed": "3",
     }.items():
-        assert run(out, **{key: value}) == first, key
+        assert run(out, overrides={key: value}) == first, key
 
 
 def test_more_rows_and_tables_of_the_same_settings_join(out: Path) -> None:
@@ -212,7 +214,7 @@ def test_more_rows_and_tables_of_the_same_settings_join(out: Path) -> None:
     assert run(out, longer, name="x") == "x"
     assert run(out, Table(name="other", **spec | {"base": {"loss.lambda_pxl": 0.3}}), name="x") == "x"
     assert run(out, load_table("losses"), name="x") == "x"
-    assert run(out, load_table("losses"), name="x", **{LR: "0.3"}) != "x"
+    assert run(out, load_table("losses"), name="x", overrides={LR: "0.3"}) != "x"
     changed = Table(name="mine", **spec | {"rows": {"sup": {LR: 0.7}, "b": {LR: 0.1}}})
     choice = choose_run(out, "x", changed, changed.settings("shapes", "demo"))
     assert choice.name != "x" and choice.differences == ("row 'sup' is defined otherwise",)
@@ -237,13 +239,13 @@ def test_the_folder_of_the_data_counts_however_it_is_written(
     out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    first = run(out, **{"data.root": "data"})
-    assert run(out, **{"data.root": str(tmp_path / "data")}) == first
-    assert run(out, **{"data.root": "other"}) != first
+    first = run(out, overrides={"data.root": "data"})
+    assert run(out, overrides={"data.root": str(tmp_path / "data")}) == first
+    assert run(out, overrides={"data.root": "other"}) != first
 
 
 def test_report_names_the_folders_beside_one(out: Path) -> None:
-    first, other = run(out), run(out, **{LR: "0.01"})
+    first, other = run(out), run(out, overrides={LR: "0.01"})
     (out / f"{first}-abcdef").mkdir()  # not a run
     assert runs_beside(out / first) == [(out / other, [f"{LR} is 5e-05 here and 0.01 there"])]
     assert runs_beside(out / other) == [(out / first, [f"{LR} is 0.01 here and 5e-05 there"])]
