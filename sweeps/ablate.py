@@ -176,7 +176,7 @@ def runs_folder(out: str | None) -> Path:
         ValueError: it is a URI, which reports cannot be written to.
     """
     if out and "://" in out:
-        raise ValueError(f"--out {out!r}: expected a local folder for results and reports (--storage takes a URI)")
+        raise ValueError(f"--out {out}: expected a local folder for results and reports (--storage takes a URI)")
     return Path(out or home() / "runs")
 
 

@@ -97,7 +97,7 @@ def open_study(storage: BaseStorage, name: str, spec: SearchSpec, identity: Mapp
 
 
 def _without_effects(identity: Any) -> Any:
-    """The identity of a study without overrides that change no result, such as `runtime.use_gpu`."""
+    """The identity of a study without overrides that change no result, such as `runtime.num_workers`."""
     if not isinstance(identity, dict):
         return identity
     parts = {name: identity[name] for name in ("base", "overrides") if isinstance(identity.get(name), dict)}

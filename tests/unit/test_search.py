@@ -132,7 +132,7 @@ def test_a_study_of_another_search_is_refused(storage: Any) -> None:
 
 
 def test_what_changes_no_result_is_no_other_search(storage: Any) -> None:
-    study_of(storage(), spec_of(), overrides={"loss.lambda_semi": "1", "runtime.use_gpu": "false"})
+    study_of(storage(), spec_of(), overrides={"loss.lambda_semi": "1", "runtime.max_failures": "1"})
     study_of(storage(), spec_of(), overrides={"loss.lambda_semi": "1", "stages.distill.accumulate": "2"})
     with pytest.raises(ValueError, match="made with another overrides"):
         study_of(storage(), spec_of(), overrides={"loss.lambda_semi": "2"})

@@ -120,6 +120,7 @@ CHANGED: dict[str, Any] = {
     "labels.mode": "online",
     "evaluation.metric": "cityscapes",
     "loss.pseudo_weighting": "score",
+    "runtime.amp": "bf16",
 }
 
 
@@ -133,7 +134,7 @@ def test_settings_are_what_enters_a_fingerprint() -> None:
         return {stage.fingerprint for stage in row.stages}
 
     flat = settings_of(build_recipe("shapes", "demo", base).model_dump(mode="json"))
-    before, checked, wrong, idle = prints({}), 0, list[str](), list[str]()
+    before, checked, wrong = prints({}), 0, list[str]()
     for key in recipe_keys():
         value = CHANGED.get(key, _another(flat.get(key)))
         if value is None or key.startswith("data.shapes.") or key in ("seed", "data.verify"):
@@ -145,11 +146,8 @@ def test_settings_are_what_enters_a_fingerprint() -> None:
         checked += changed
         if changed and changes_nothing(key):
             wrong.append(key)
-        if not changed and not changes_nothing(key):
-            idle.append(key)
     assert wrong == [] and checked > 60
-    # Of the dataset's reading, of kinds of teachers that this row has not, and a switch that only leaves a stage out.
-    assert {key for key in idle if not key.startswith("teacher.")} == {"data.val_fraction", "stages.use_refine"}
+    assert all(changes_nothing(f"stages.{s}.batch_unlabelled") for s in ("pretrain", "adapt", "refine"))
     for key in ("stages.distill.checkpoint_every_steps", "stages.refine.accumulate", "evaluation.every_steps"):
         assert changes_nothing(key) and prints({key: 4}) == before
     assert changes_nothing("pseudo.on_empty") and prints({"pseudo.on_empty": "warn"}) == before
@@ -196,14 +194,21 @@ def test_other_settings_go_to_a_folder_of_their_own_and_find_it_again(out: Path)
 def test_what_changes_no_result_joins(out: Path) -> None:
     first = run(out)
     for key, value in {
-        "runtime.use_gpu": "true",
         "runtime.num_workers": "2",
+        "runtime.amp": "off",
         "stages.distill.checkpoint_every_steps": "4",
         "stages.distill.accumulate": "2",
         "evaluation.batch": "8",
         "seed": "3",
     }.items():
         assert run(out, overrides={key: value}) == first, key
+
+
+def test_the_precision_is_a_setting(out: Path) -> None:
+    first = run(out)
+    half = run(out, overrides={"runtime.use_gpu": "true"})
+    assert half != first and run(out, overrides={"runtime.amp": "bf16"}) == half
+    assert run(out, overrides={"runtime.use_gpu": "true", "runtime.amp": "off"}) == first
 
 
 def test_more_rows_and_tables_of_the_same_settings_join(out: Path) -> None:
