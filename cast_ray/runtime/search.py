@@ -261,9 +261,8 @@ class _Search:
             names = {"table": f"{spec.name}-{sampler}", "run": request.name, "row": f"t{number:04d}"}
             context, row = self.planner.plan(recipe, **names)
             found = self._look_again(row)
-            if (
-                not given(row) <= self.stored
-            ):  # an imported teacher was removed before this search could say it needs it
+            if not given(row) <= self.stored:
+                # An imported teacher was removed before this search could say that it needs it.
                 self.planner.forget_foundations()
                 context, row = self.planner.plan(recipe, **names)
                 found |= self._look_again(row)

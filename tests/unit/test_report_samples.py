@@ -23,7 +23,7 @@ from cast_ray.records import RECORD_SCHEMA, Category, encode_image_id
 from cast_ray.report import publish, samples
 from cast_ray.report.blocks import Sample
 from cast_ray.report.samples import SAMPLES, choose, image_quality, read_samples, row_samples
-from cast_ray.runtime.results import SweepContext
+from cast_ray.runtime.results import SweepContext, read_result
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.stages.evaluate import results_document
 from cast_ray.stages.graph import RowPlan, Stage
@@ -226,3 +226,12 @@ def test_a_page_of_many_images_keeps_both_ends_of_each_row(tmp_path: Path, monke
     block = read_samples({row: (0, tmp_path / row) for row in ("a", "b")})
     assert block is not None and names(block.samples) == ["a worst0", "a best0", "b worst0", "b best0"]
     assert "8 of 12 left out" in block.caption
+
+
+def test_a_stored_result_that_is_cut_counts_as_none(sweep: tuple[SweepContext, RowPlan]) -> None:
+    """The sweep then makes it again from the stages in the store, instead of ending in a traceback."""
+    context, row = sweep
+    context.store.write_json(context.result_path(row), result("sup"))
+    assert read_result(context, row) is not None
+    context.store.write_bytes(context.result_path(row), b'{"status": "do')
+    assert read_result(context, row) is None
