@@ -32,4 +32,5 @@ def replaced(path: str | Path) -> Iterator[Path]:
 def write_atomically(path: str | Path, content: str | bytes) -> None:
     """Writes one file: who reads it meanwhile, such as a browser that reloads, sees the old content or the new."""
     with replaced(path) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        # Half of a surrogate pair, which JSON can hold, is no character.
+        partial.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)

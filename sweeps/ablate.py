@@ -20,15 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
-from cast_ray.console import Parser, amount, exit_code, positive, whole_number
+from cast_ray.console import Parser, amount, exit_code, plain_console, positive, whole_number
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
+from cast_ray.report.run_choice import choose_run
 from cast_ray.runtime.sweep import Sweep, SweepRequest, TableRequest, has_results, run_sweep, sweep_name, write_events
-from cast_ray.runtime.trackers import Trackers
+from cast_ray.runtime.trackers import TENSORBOARD, Trackers
 from cast_ray.stages.table import load_table, table_names
 
 EXIT_STOPPED = 3
-TENSORBOARD = "tensorboard"
-"""Folder of the event files inside a run's folder."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = plain_console()
     if argv[:1] == ["efficiency"]:  # no table of training runs
         from sweeps.efficiency import main as measure
 
@@ -62,7 +61,7 @@ def _ablate(argv: list[str], console: Console) -> int:
         for sweep, table in zip(sweeps, request.tables):
             recipes = {(row.row, row.seed): row.recipe for row in sweep.rows}
             results = sweep.context.store.uri(sweep.context.runs_path)
-            announce(out / table.name, table.table, recipes, results, console)
+            announce(out / table.name, table.table, recipes, table.settings, results, console)
 
     outcome = run_sweep(request, console, on_start)
     if outcome is None:
@@ -71,7 +70,10 @@ def _ablate(argv: list[str], console: Console) -> int:
     for sweep, table in zip(outcome.sweeps, request.tables):
         if not outcome.stopped or has_results(sweep):
             codes.append(publish(sweep, table.table, out / table.name, console))
+            if table.has_own_folder:
+                console.print(f"Results are in {table.folder}", soft_wrap=True, highlight=False)
     write_events(outcome.sweeps, request.trackers)
+    request.trackers.finish(lambda text: console.print(text, soft_wrap=True, highlight=False))
     return EXIT_STOPPED if outcome.stopped else max(codes)
 
 
@@ -90,7 +92,7 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
         )
         if value is not None
     }
-    out = Path(arguments.out or home() / "runs")
+    out = runs_folder(arguments.out)
     requests = []
     for table in tables:
         rows = _rows(table.name, list(table.rows), arguments.rows, several=len(tables) > 1)
@@ -104,12 +106,26 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
         }
         of = f"{table.name}-{arguments.preset or table.preset}-{arguments.scale or table.scale}"
         name = of if not arguments.name else arguments.name if len(tables) == 1 else f"{arguments.name}-{table.name}"
-        requests.append(TableRequest(table, recipes, name, frozenset(rows if arguments.rows else ())))
+        settings = table.settings(arguments.preset, arguments.scale, overrides)
+        choice = choose_run(out, name, table, settings)
+        requests.append(
+            TableRequest(
+                table,
+                recipes,
+                choice.name,
+                frozenset(rows if arguments.rows else ()),
+                settings=settings,
+                folder=choice.words(out),
+                has_own_folder=bool(choice.beside),
+            )
+        )
     if not requests:
         raise ValueError(f"--rows: no row of {', '.join(names)} is called {', '.join(arguments.rows)}")
-    events = {} if arguments.no_tensorboard else {r.table.name: str(out / r.name / TENSORBOARD) for r in requests}
+    folders = {request.table.name: str(out / request.name) for request in requests}
+    events = {name: str(Path(folder) / TENSORBOARD) for name, folder in folders.items()}
     trackers = Trackers(
-        tensorboard=events,
+        folders=folders,
+        tensorboard={} if arguments.no_tensorboard else events,
         wandb=arguments.wandb,
         mlflow=arguments.mlflow,
         group=sweep_name([request.name for request in requests]),
@@ -149,6 +165,17 @@ def home() -> Path:
     return Path.home() / "cast_ray" if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") else Path()
 
 
+def runs_folder(out: str | None) -> Path:
+    """The folder of all runs that `--out` names, or the default one.
+
+    Raises:
+        ValueError: it is a URI, which reports cannot be written to.
+    """
+    if out and "://" in out:
+        raise ValueError(f"--out {out}: expected a local folder for results and reports (--storage takes a URI)")
+    return Path(out or home() / "runs")
+
+
 def _parser() -> Parser:
     parser = Parser(
         prog="ablate.py",
@@ -175,7 +202,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--seeds", nargs="+", type=whole_number, metavar="N", help="seeds instead of the table's")
     parser.add_argument("--name", help="name of the run (default: TABLE-PRESET-SCALE)")
-    parser.add_argument("--out", help="folder for results and reports (default: runs)")
+    parser.add_argument("--out", help="local folder for results and reports (default: runs)")
     parser.add_argument(
         "--storage",
         help="path or URI (s3://...) for artifacts and checkpoints, reachable from every node; default: "

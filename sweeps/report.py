@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from cast_ray.console import Parser, positive_amount
+from cast_ray.report.run_choice import named, runs_beside
 from cast_ray.report.write import WATCH_EVERY_S, rebuild_report, show, watch_report
 
 
@@ -25,6 +26,12 @@ def main(argv: list[str], console: Console) -> int:
     arguments = parser.parse_args(argv)
     if (Path(arguments.run_dir) / "search.json").is_file():
         return _search_report(Path(arguments.run_dir), arguments.watch, arguments.every, console)
+    for folder, differences in runs_beside(Path(arguments.run_dir)):
+        console.print(
+            f"Beside it: {folder} holds the same table with other settings: {named(differences)}",
+            soft_wrap=True,
+            highlight=False,
+        )
     if not arguments.watch:
         return show(rebuild_report(arguments.run_dir, console), console)
     try:

@@ -16,13 +16,13 @@ from pathlib import Path
 # Run from a checkout without installing, and inside `ray job submit --working-dir .`.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rich.console import Console
+from rich.text import Text
 
-from cast_ray.console import Parser, amount, exit_code, positive, whole_number
+from cast_ray.console import Parser, amount, exit_code, plain_console, positive, whole_number
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
-from cast_ray.runtime.trackers import Trackers
+from cast_ray.runtime.trackers import TENSORBOARD, Trackers
 from cast_ray.stages.search_spec import load_search, search_names
-from sweeps.ablate import EXIT_STOPPED, TENSORBOARD, home
+from sweeps.ablate import EXIT_STOPPED, home, runs_folder
 
 STUDY = "study.journal"
 
@@ -49,9 +49,10 @@ def _search(arguments: argparse.Namespace) -> int:
     }
     preset, scale = arguments.preset or spec.preset, arguments.scale or spec.scale
     name = arguments.name or f"{spec.name}-search-{preset}-{scale}"
-    out = Path(arguments.out or home() / "runs") / name
-    events = {} if arguments.no_tensorboard else {f"{spec.name}-{s}": str(out / TENSORBOARD) for s in spec.samplers}
-    trackers = Trackers(tensorboard=events, wandb=arguments.wandb, mlflow=arguments.mlflow, group=name)
+    out = runs_folder(arguments.out) / name
+    folders = {f"{spec.name}-{sampler}": str(out) for sampler in spec.samplers}
+    events = {} if arguments.no_tensorboard else dict.fromkeys(folders, str(out / TENSORBOARD))
+    trackers = Trackers(folders, events, wandb=arguments.wandb, mlflow=arguments.mlflow, group=name)
     trackers.check_installed()
     spec.recipe({}, preset, scale, arguments.seed, overrides)  # refused before Ray and Optuna are loaded
 
@@ -74,8 +75,8 @@ def _search(arguments: argparse.Namespace) -> int:
         keep_going=arguments.keep_going,
         trackers=trackers,
     )
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(f"[bold]{spec.title}[/bold]  ({spec.name}, {preset} at {scale})", highlight=False)
+    console = plain_console()
+    console.print(Text.assemble((spec.title, "bold"), f"  ({spec.name}, {preset} at {scale})"))
     plan = SearchPlan(name, spec, request.study, {"preset": preset, "scale": scale, **overrides})
 
     def on_start(context: SweepContext) -> None:
@@ -86,8 +87,9 @@ def _search(arguments: argparse.Namespace) -> int:
 
     outcome = run_search(request, console, on_start)
     code = show_search(write_search_report(plan, outcome.studies, out), console)
+    trackers.finish(lambda text: console.print(text, soft_wrap=True, highlight=False))
     if outcome.stopped:
-        console.print(f"[yellow]stopped[/yellow]: {outcome.stopped}; the same command goes on")
+        console.print(Text.assemble(("stopped", "yellow"), f": {outcome.stopped}; the same command goes on"))
         return EXIT_STOPPED
     return code
 
@@ -109,7 +111,7 @@ def _parser() -> Parser:
     parser.add_argument("--seed", type=whole_number, default=0, help="seed of the recipes (default: 0)")
     parser.add_argument("--study", help=f"sqlite:///FILE or a journal file (default: <out>/<name>/{STUDY})")
     parser.add_argument("--name", help="name of the run (default: SEARCH-search-PRESET-SCALE)")
-    parser.add_argument("--out", help="folder for results and reports (default: runs)")
+    parser.add_argument("--out", help="local folder for results and reports (default: runs)")
     parser.add_argument("--storage", help="as of ablate.py")
     parser.add_argument("--address", help="Ray cluster; 'local' for one of its own (default: $RAY_ADDRESS, else local)")
     parser.add_argument("--num-cpus", type=positive, help="logical CPUs of a local Ray (default: the machine's)")

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cast_ray.console import Parser
+from cast_ray.console import Parser, plain_console
 from cast_ray.runtime.pruning import Pruning, plan_pruning, prune
 from cast_ray.runtime.store import ArtifactStore, read_each
 
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     store = ArtifactStore(arguments.storage or os.environ.get("CAST_RAY_STORAGE") or "storage")
     if not store.list_names(""):
         raise ValueError(f"no store at {store.storage!r}: expected the --storage of earlier runs")
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = plain_console(160)
     return {"ls": _list, "show": _show, "gc": _collect}[arguments.command](store, arguments, console)
 
 

@@ -8,7 +8,6 @@ from functools import cache
 from importlib import resources
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
 from cast_ray.recipe.data import DataConfig
@@ -19,6 +18,7 @@ from cast_ray.recipe.models import BATCH_NORM_DECODERS, ModelConfig
 from cast_ray.recipe.part import Part
 from cast_ray.recipe.runtime import RuntimeConfig
 from cast_ray.recipe.stages import EvaluationConfig, PseudoConfig, StagesConfig, TrainConfig
+from cast_ray.recipe.strict_yaml import NotYamlError, read_yaml
 from cast_ray.recipe.teachers import TeacherConfig
 from cast_ray.recipe.variants import in_order, is_variant, variant_fields, variant_names
 
@@ -165,7 +165,11 @@ def build_recipe(preset: str, scale: str = "demo", overrides: Mapping[str, Any] 
 
 @cache
 def _preset(name: str) -> dict[str, Any]:
-    return yaml.safe_load((resources.files("cast_ray") / "presets" / f"{name}.yaml").read_text())
+    path = resources.files("cast_ray") / "presets" / f"{name}.yaml"
+    try:
+        return read_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
@@ -223,19 +227,12 @@ def _leaf_keys(model: type[BaseModel], prefix: str):
 
 def _parse_scalar(key: str, text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = read_yaml(text)
+    except NotYamlError:
         return text
-    if isinstance(value, bool) and text.strip().lower() not in ("true", "false"):
-        return text.strip()  # YAML 1.1 reads off as false, which is a word of some fields
-    if isinstance(value, str):
-        try:  # YAML 1.1 reads 1e-3 as a string
-            return float(value)
-        except ValueError:
-            return value
-    if value is None and text.strip() == "":
-        return ""
-    return value
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    return "" if value is None and text.strip() == "" else value
 
 
 def _merge(tree: dict[str, Any], update: Mapping[str, Any]) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 from cast_ray.recipe.stages import KINDS_OF_AP
 from cast_ray.report.content import Difference, Report, Result
 from cast_ray.report.metrics import format_signed, label_of
+from cast_ray.report.run_folder import UNREADABLE
+from cast_ray.report.settings import first_of
 from cast_ray.report.statistics import NUM_REPLICATES
 
 NEAR_ZERO_AP = 1.0
@@ -168,6 +170,12 @@ def _progress_notes(report: Report) -> list[str]:
     if report.num_pending:
         there = report.num_expected - report.num_pending
         notes.append(f"Not complete: {there} of {report.num_expected} results are there; numbers will change.")
+    notes += [
+        f"WARNING: {r['row']}, seed {r['seed']}: its result cannot be read and is left out. {r['error']}. The sweep's "
+        "command writes it again."
+        for r in report.results
+        if r["status"] == UNREADABLE
+    ]
     done = [row for row in report.rows if row.seeds_done]
     aps = [cell.mean for row in done for name, cell in row.cells.items() if name.endswith("/mask_ap")]
     if aps and max(aps) < NEAR_ZERO_AP:
@@ -251,6 +259,10 @@ def failure_text(report: Report) -> list[str]:
     return [f"{f.row}, seed {f.seed}: {f.reason}" + (f" (log: {f.log})" if f.log else "") for f in report.failures]
 
 
+def status_text(result: Result) -> str:
+    """`done`, `FAILED` or `UNREADABLE`."""
+    return {"done": "done", UNREADABLE: "UNREADABLE"}.get(result["status"], "FAILED")
+
+
 def _named(names: Sequence[str]) -> str:
-    more = len(names) - MAX_NAMED
-    return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return first_of(names, MAX_NAMED)

@@ -190,7 +190,11 @@ class Resampling:
             return None
         key = f"{hashlib.sha256(path.read_bytes()).hexdigest()[:24]}-{self.num_replicates}"
         if key not in self.replicates:
-            matches = load_matches(path)
+            try:
+                matches = load_matches(path)
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                self.tell(f"{path}: cannot be read, so its row has no interval of images: {error}")
+                return None
             if matches is None:
                 return None
             counts = image_counts(matches.num_images, self.num_replicates)

@@ -122,6 +122,10 @@ class RowPlanner:
         """C of a row's dataset."""
         return len(self.datasets[_dataset_key(recipe.data)].categories)
 
+    def forget_foundations(self) -> None:
+        """Imports teachers again when they are next needed: the store may have lost them."""
+        self._foundations.clear()
+
     def _choose_images(self, key: str, recipes: Sequence[Recipe]) -> None:
         """Stores D_l and D_u of recipes that choose images in a way that is new."""
         new: dict[tuple[str, int, int, bool], Recipe] = {}

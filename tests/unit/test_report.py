@@ -396,9 +396,9 @@ def test_results_of_an_earlier_recipe_do_not_count_as_those_of_a_running_one(tmp
         for steps in (10, 20)
     )
     run = save(tmp_path, [result(row, recipe=recipe.model_dump(mode="json")) for (row, _), recipe in before.items()])
-    announce(run, table, before, "", console)
+    announce(run, table, before, {}, "", console)
     assert len(read_run(run).results) == 2 and read_run(run).pending() == []
-    announce(run, table, now, "", console)
+    announce(run, table, now, {}, "", console)
     assert read_run(run).results == () and len(read_run(run).pending()) == 2
     save(run, [result("sup", recipe=now["sup", 0].model_dump(mode="json"))])
     assert [r["row"] for r in read_run(run).results] == ["sup"]
@@ -468,13 +468,51 @@ def test_long_row_names_fold_within_the_terminal(tmp_path: Path, num_seeds: int,
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "result.json: not a JSON file"), ('{"table": "losses"}', "not a result: no row, seed")],
+    [
+        ("{", "result.json: not a JSON file"),
+        ("[]", "not a result: expected a mapping, got list"),
+        ('{"table": "losses"}', "not a result: no row, seed"),
+        (json.dumps(result("sup") | {"stages": "x"}), "not a result: stages is str, expected list"),
+        (json.dumps(result("sup") | {"seed": "x"}), "not a result: seed is str, expected int"),
+    ],
 )
-def test_a_file_that_is_no_result_is_named(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "losses__sup__s0").mkdir()
-    (tmp_path / "losses__sup__s0" / "result.json").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_results(tmp_path)
+@pytest.mark.parametrize("is_planned", [True, False])
+def test_a_result_that_cannot_be_read_hides_no_other(
+    tmp_path: Path, content: str, message: str, is_planned: bool
+) -> None:
+    run = save(tmp_path / "run", [result("sup"), result("sup+semi"), result("sup+semi", 1)])
+    (run / "losses__sup+semi__s1" / "result.json").write_text(content)
+    (run / "losses__sup+pxl__s0").mkdir()
+    (run / "losses__sup+pxl__s0" / "result.json").write_text(content)
+    if is_planned:
+        expected = [("losses", row, seed) for row in ROWS[:3] for seed in range(2)]
+        write_plan(run, [load_table("losses")], [key for key in expected if key[2] == 0 or key[1] == "sup+semi"])
+    written = write_report(run)
+    (report,) = written.reports
+    assert [(row.name, row.seeds_text) for row in report.rows] == [
+        ("sup", "1 seed*"),
+        ("sup+semi", "1 of 2 seeds*"),
+        ("sup+pxl", "UNREADABLE, 1 seed"),
+        ("sup+semi+pxl", "not run"),
+    ]
+    assert not written.is_complete and not written.has_failures and report.num_expected == 4
+    text = terminal_text(report)
+    assert "WARNING: sup+pxl, seed 0: its result cannot be read and is left out." in " ".join(text.split())
+    assert message in " ".join(text.split()) and "15.8" in line_of(text, "sup+semi")
+    assert "| sup+pxl | UNREADABLE, 1 seed |" in written.files["markdown"].read_text()
+    assert "UNREADABLE" in written.files["html"].read_text()
+
+
+def test_a_folder_of_unreadable_results_alone_still_names_them(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "result.json").write_text("{")
+    (report,) = write_report(tmp_path).reports
+    assert [(row.name, row.seeds_text) for row in report.rows] == [("x", "UNREADABLE, 1 seed")]
+
+
+def test_half_a_character_in_a_class_name_does_not_end_the_report(tmp_path: Path) -> None:
+    written = write_report(save(tmp_path, [result("sup", per_class={"student": {"\ud800": 1.0}})]))
+    assert "AP of each class" in written.files["html"].read_text()
 
 
 def test_an_empty_folder_and_mixed_tables_are_refused(tmp_path: Path) -> None:

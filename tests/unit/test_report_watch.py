@@ -42,7 +42,8 @@ def test_the_report_follows_results_until_the_last(plan: tuple[Path, Path], wait
     wait_until(lambda: "1 of 2 results" in page.read_text(), "a page with the first result", 60)
     (store / "losses__sup+semi__s0").mkdir()
     (store / "losses__sup+semi__s0" / "result.json").write_text('{"table": "los')  # half of a file
-    wait_until(lambda: "waiting: " in output.getvalue(), "a word on the broken file", 60)
+    wait_until(lambda: "its result cannot be read" in page.read_text(), "a word on the broken file", 60)
+    assert "1 of 2 results" in page.read_text() and watching.is_alive()
     write_atomically(store / "losses__sup+semi__s0" / "result.json", json.dumps(result("sup+semi")))
     watching.join(60)
     ended_by_itself = not watching.is_alive()
