@@ -24,6 +24,8 @@ LOCAL_SETTINGS = {
     # Ray runs actors' methods on threads. glibc gives a thread heaps of 64 MB that go back to the kernel when they are
     # empty: half of a labeller's time was page faults (`processes.prepare_process` comes too late for those threads).
     "MALLOC_ARENA_MAX": "1",
+    # Ray gives up after 60 s, which a busy machine needs at times.
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180",
     # Rows, workers and readers are many small processes by design; Ray warns from 4 x this number on.
     "RAY_worker_maximum_startup_concurrency": "8",
 }
@@ -85,7 +87,8 @@ def connect(address: str | None, num_cpus: int | None = None) -> Cluster:
         _check_address(wanted, said_by)
     import ray
 
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "cast_ray"}
+    # What goes wrong in starting or joining is said in one line below.
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL, "namespace": "cast_ray"}
     cores = num_cpus or os.cpu_count() or 1
     if local:
         port = _free_port()
@@ -110,6 +113,7 @@ def connect(address: str | None, num_cpus: int | None = None) -> Cluster:
             f"{said_by} {wanted}: what answers there cannot be joined: {reason} (Ray {ray.__version__} here). "
             f"{_how_to_go_on(said_by)}"
         ) from error
+    logging.getLogger("ray").setLevel(logging.ERROR)
     resources = ray.cluster_resources() | ({"CPU": float(cores)} if local else {})
     dashboard = f", dashboard http://{context.dashboard_url}" if context.dashboard_url else ""
     size = f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"

@@ -111,7 +111,7 @@ def test_what_answers_may_be_no_ray(started: list, monkeypatch: pytest.MonkeyPat
 
 def test_a_local_ray_that_does_not_start_is_one_line(started: list, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise Exception("The current node timed out during startup. This could happen because\nthe raylet failed")
+        raise Exception("\nThe current node timed out during startup. This could happen because\nthe raylet failed")
 
     monkeypatch.setattr(ray, "init", fail)
     with pytest.raises(ValueError) as error:
