@@ -76,8 +76,8 @@ def real(uri: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, on one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """The first line of what an error says, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _unsplit(parts: SplitResult, path: str) -> str:

@@ -111,9 +111,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     make().save_pretrained(tmp_path / "student")
     assert export.main(["--student", str(tmp_path / "student"), "--out", str(tmp_path / "copy")]) == 0
     assert (tmp_path / "copy" / "README.md").is_file()
-    arguments = ["--student", str(tmp_path / "copy"), "--out", str(tmp_path / "new" / "s.onnx")]
+    arguments = ["--student", str(tmp_path / "copy"), "--out", str(tmp_path / "new" / "S4.ONNX")]
     assert export.main([*arguments, "--max-detections", "5"]) == 0
-    session = onnxruntime.InferenceSession(str(tmp_path / "new" / "s.onnx"))
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["S4.ONNX"]
+    session = onnxruntime.InferenceSession(str(tmp_path / "new" / "S4.ONNX"))
     assert session.run(["scores"], {"images": images(1).numpy()})[0].shape == (1, 5)
     assert export.main(["--student", str(tmp_path / "gone"), "--out", "x"]) == 2
     assert "no saved student" in capsys.readouterr().err
