@@ -25,16 +25,28 @@ def main(argv: list[str] | None = None) -> int:
         "--student", required=True, help="folder of a saved student, a row runs/<name>/<row>, a URI or a hub name"
     )
     parser.add_argument("--out", required=True, help="folder, or FILE.onnx")
+    parser.add_argument(
+        "--image-px",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="size of an ONNX model's images (default: that of the student, where it has one)",
+    )
     parser.add_argument("--max-detections", type=int, default=100, help="of an ONNX model (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    return exit_code(lambda: _export(arguments.student, Path(arguments.out), arguments.max_detections))
+    return exit_code(
+        lambda: _export(arguments.student, Path(arguments.out), arguments.max_detections, arguments.image_px)
+    )
 
 
-def _export(name: str, out: Path, max_detections: int) -> int:
+def _export(name: str, out: Path, max_detections: int, image_px: list[int] | None) -> int:
+    size = None if image_px is None else (image_px[0], image_px[1])
+    if size is not None and (min(size) < 1 or out.suffix != ".onnx"):
+        raise ValueError(f"--image-px {size[0]} {size[1]}: expected pixels of an ONNX model, 1 or more")
     student, result = open_student(name)
     if out.suffix == ".onnx":
         out.parent.mkdir(parents=True, exist_ok=True)
-        export_onnx(student, out, max_detections)
+        export_onnx(student, out, max_detections, size)
     else:
         student.save_pretrained(out, result)
     print(f"written: {out}")
