@@ -23,17 +23,27 @@ def main(argv: list[str] | None = None) -> int:
         "--student", required=True, help="folder of a saved student, a row runs/<name>/<row>, a URI or a hub name"
     )
     parser.add_argument("--out", required=True, help="local folder, or FILE.onnx; made where missing")
+    parser.add_argument(
+        "--image-px",
+        type=positive,
+        nargs=2,
+        metavar=("H", "W"),
+        help="size of an ONNX model's images (default: that of the student, where it has one)",
+    )
     parser.add_argument("--max-detections", type=positive, default=100, help="of an ONNX model (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    return exit_code(lambda: _export(arguments.student, arguments.out, arguments.max_detections))
+    return exit_code(lambda: _export(arguments.student, arguments.out, arguments.max_detections, arguments.image_px))
 
 
-def _export(name: str, out_name: str, max_detections: int) -> int:
+def _export(name: str, out_name: str, max_detections: int, image_px: list[int] | None) -> int:
     as_onnx = out_name.lower().endswith(".onnx")
+    size = None if image_px is None else (image_px[0], image_px[1])
+    if size is not None and not as_onnx:
+        raise ValueError(f"--image-px {size[0]} {size[1]}: expected --out FILE.onnx with it, got {out_name!r}")
     out = output_file(out_name) if as_onnx else output_folder(out_name)
     student, result = open_student(name)
     if as_onnx:
-        export_onnx(student, out, max_detections)
+        export_onnx(student, out, max_detections, size)
     else:
         student.save_pretrained(out, result)
     print(f"written: {out}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from cast_ray import export
 from cast_ray.models.deployment import OUTPUTS, Detector, export_onnx
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.models.student import Student
-from cast_ray.recipe import EncoderConfig, ModelConfig
+from cast_ray.recipe import EncoderConfig, InputSize, ModelConfig
 from cast_ray.records import Category
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="optional extra `export`")
@@ -105,6 +106,23 @@ def test_the_model_knows_its_classes_and_the_student_stays_as_it_was(tmp_path: P
     facts = onnxruntime.InferenceSession(str(tmp_path / "student.onnx")).get_modelmeta().custom_metadata_map
     assert json.loads(facts["class_names"]) == ["c0", "c1", "c2"] and json.loads(facts["image_px"]) == [64, 96]
     assert student.segmenter.encoder.backbone.config._attn_implementation == "sdpa"
+
+
+def test_a_student_of_native_images_needs_the_size_of_its_model(tmp_path: Path, capsys: Any) -> None:
+    """A graph of the crop's size would see native images shrunk: the size is asked for, never taken for granted."""
+    native = Student(make("vit").segmenter, make("vit").categories, (64, 96), input_size=InputSize("native")).eval()
+    native.save_pretrained(tmp_path / "native")
+    command = ["--student", str(tmp_path / "native"), "--out", str(tmp_path / "s.onnx")]
+    assert export.main(command) == 2
+    assert "one size: name it by --image-px H W" in capsys.readouterr().err
+    assert export.main([*command, "--image-px", "0", "9"]) == 2
+    assert export.main([*command, "--image-px", "96", "80", "--max-detections", str(NUM)]) == 0
+    session = onnxruntime.InferenceSession(str(tmp_path / "s.onnx"))
+    assert json.loads(session.get_modelmeta().custom_metadata_map["image_px"]) == [96, 80]
+    pixels = torch.randint(0, 256, (1, 3, 96, 80), generator=torch.Generator().manual_seed(1)).byte()
+    (scores,) = session.run(["scores"], {"images": pixels.numpy()})
+    wanted = [i["score"] for i in native.predict(pixels, max_detections=NUM)[0]]
+    np.testing.assert_allclose(scores[0][: len(wanted)], wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
