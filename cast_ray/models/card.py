@@ -10,6 +10,7 @@ from cast_ray.recipe.stages import KINDS_OF_AP
 
 MAX_CLASSES = 20
 ROLES = {"refined": "refined student (step 3)", "student": "distilled student (step 2b)", "teacher": "its teacher"}
+PRECISIONS = {"off": "float32", "bf16": "bfloat16 (autocast)", "fp16": "float16 (autocast)"}
 
 _USE = """
 ## Use
@@ -49,7 +50,7 @@ def model_card(config: Mapping[str, Any], num_parameters: int, result: Mapping[s
         f"- architecture: {model['encoder']['name']} encoder, "
         + (f"{model['decoder']} decoder, " if model["head"] != "eomt" else "")
         + f"{model['head']} head, {model['num_queries']} queries, {num_parameters / 1e6:.1f} M parameters",
-        f"- input: RGB, {InputSize.read(config.get('input_size', config))}",
+        f"- input: RGB, {InputSize.read(config.get('input_size', config))}; computes in {PRECISIONS[config['precision']]}",
         f"- {len(names)} classes: {', '.join(names[:MAX_CLASSES])}{more}",
         "- trained by CAST (arXiv 2505.21904) as implemented in cast_ray " + config["cast_ray_version"],
     ]
