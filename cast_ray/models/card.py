@@ -50,7 +50,8 @@ def model_card(config: Mapping[str, Any], num_parameters: int, result: Mapping[s
         f"- architecture: {model['encoder']['name']} encoder, "
         + (f"{model['decoder']} decoder, " if model["head"] != "eomt" else "")
         + f"{model['head']} head, {model['num_queries']} queries, {num_parameters / 1e6:.1f} M parameters",
-        f"- input: RGB, {InputSize.read(config.get('input_size', config))}; computes in {PRECISIONS[config['precision']]}",
+        f"- input: RGB, {InputSize.read(config.get('input_size', config))}",
+        f"- computes in {PRECISIONS[config['precision']]}",
         f"- {len(names)} classes: {', '.join(names[:MAX_CLASSES])}{more}",
         "- trained by CAST (arXiv 2505.21904) as implemented in cast_ray " + config["cast_ray_version"],
     ]
