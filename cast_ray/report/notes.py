@@ -104,7 +104,9 @@ def _splits_text(splits: Sequence[dict[str, Any]]) -> str:
     """How labelled images were chosen, each way once: `nested 10 %; 6 unlabelled images of the extra pool`."""
     text = _named(list(dict.fromkeys(_split_text(split) for split in splits)))
     extra = max((split["num_extra"] for split in splits), default=0)
-    return text + (f"; {extra} unlabelled images of the extra pool" if extra else "")
+    copies = max((split.get("num_copies", 0) for split in splits), default=0)
+    text += f"; {extra} unlabelled images of the extra pool" if extra else ""
+    return text + (f"; {copies} copies of labelled or validation images left out" if copies else "")
 
 
 def _split_text(split: dict[str, Any]) -> str:

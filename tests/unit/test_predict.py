@@ -170,3 +170,17 @@ def test_mistakes_are_one_line(
     assert run(images, *(v for pair in arguments.items() for v in pair)) == EXIT_BAD_INPUT
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and part in line
+
+
+def test_what_is_left_out_of_a_folder_is_said(
+    student: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "raw.heic").write_bytes(b"x")
+    (photos / "._a.png").write_bytes(b"x")
+    (photos / "again").symlink_to(photos)
+    out = tmp_path / "out"
+    assert predict.main([str(photos), "--student", str(student), "--out", str(out), "--no-overlays"]) == 0
+    written = capsys.readouterr()
+    assert "left out: .heic: 1 (cannot be read: convert to JPEG or PNG), hidden files: 1\n" in written.err
+    images = json.loads((out / "images.json").read_text())["images"]
+    assert not any("again" in image["file_name"] for image in images)

@@ -270,6 +270,11 @@ def test_the_report_says_how_labelled_images_were_chosen(tmp_path: Path) -> None
     assert report_of(tmp_path / "two", results).context["label split"] == (
         "nested 5 %, per-class 10 % with at least 2 images of each class; 6 unlabelled images of the extra pool"
     )
+    results[0]["dataset"]["split"]["num_copies"] = 3
+    results[0]["dataset"]["notes"] = ["12 of 15 images of the extra pool are known and are left out."]
+    context = report_of(tmp_path / "copies", results).context
+    assert context["label split"].endswith("pool; 3 copies of labelled or validation images left out")
+    assert context["dataset"].endswith("; 12 of 15 images of the extra pool are known and are left out")
     listed = {"family": "list", "fraction": 0.25, "num_extra": 0, "label_list": "a.txt", "label_list_sha256": "0" * 64}
     results[0]["dataset"]["split"] = listed
     assert report_of(tmp_path / "list", results[:1]).context["label split"] == "list 25 % (a.txt, sha256 000000000000)"
