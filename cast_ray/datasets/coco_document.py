@@ -146,7 +146,7 @@ def check_annotation(annotation: dict[str, Any], image_ids: Container[Any], cate
 
 def annotated_area(annotation: dict[str, Any]) -> float | None:
     """The annotation's `area`, pixels; None where it is missing or not a finite number."""
-    value = annotation.get("area")
+    value: Any = annotation.get("area")
     is_number = type(value) in (int, float) and abs(value) <= sys.float_info.max  # false for nan
     return float(value) if is_number else None
 
