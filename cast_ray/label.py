@@ -121,7 +121,7 @@ def write_labels(rows: Rows, folder: str, categories: Sequence[Category], out: P
             for number, row in rows():
                 for result in json.loads(row["results"]):
                     rle = result["segmentation"]
-                    # `coco_result` leaves the box out for evaluators; beside an annotation's `area` it does no harm.
+                    # Unlike results (see `coco_result`), annotations have boxes: their size goes by their own `area`.
                     facts = {"bbox": coco_mask.toBbox(rle).tolist(), "area": int(mask_areas([rle])[0]), "iscrowd": 0}
                     annotations.add({"id": annotations.num + 1, "image_id": number, **result, **facts})
                     counts[result["category_id"]] += 1
