@@ -215,7 +215,7 @@ def test_a_stage_that_is_pruned_before_a_point_needs_it_is_made_again(
     for stage in (*shared.values(), own):
         store.commit(stage, {})
     context = SimpleNamespace(table="mine-tpe")
-    planner = Mock(store=store, fingerprints=Mock(return_value=set()))
+    planner = Mock(store=store, warnings=[], fingerprints=Mock(return_value=set()))
     planner.plan = lambda recipe, *, row, **_: (context, plan(recipe, "0" * 64, row=row))
     monkeypatch.setattr("cast_ray.runtime.search.ray.get", lambda value: value)
     monkeypatch.setattr("cast_ray.runtime.search.Job.packed", lambda job: b"")
@@ -249,7 +249,7 @@ def test_a_teacher_that_is_pruned_while_a_point_is_planned_is_imported_again(
             store.commit(teacher, {})
         return SimpleNamespace(table="mine-tpe"), plan(recipe, "0" * 64, row=row, foundation=teacher.fingerprint)
 
-    planner = Mock(store=store, fingerprints=Mock(return_value=set()), plan=planned)
+    planner = Mock(store=store, warnings=[], fingerprints=Mock(return_value=set()), plan=planned)
     monkeypatch.setattr("cast_ray.runtime.search.ray.get", lambda value: value)
     monkeypatch.setattr("cast_ray.runtime.search.Job.packed", lambda job: b"")
     request = SearchRequest(spec, "shapes", "demo", {}, 0, "mine", "", str(tmp_path), None, None)
