@@ -62,7 +62,7 @@ class Labeller(Predictor):
     def __init__(self, teacher: Teacher, pseudo: PseudoConfig, *, amp: str, overlays: bool):
         limit = teacher.config.inference.max_detections
         super().__init__(teacher, threshold=pseudo.score_threshold, max_detections=limit, amp=amp, overlays=overlays)
-        self.pseudo = pseudo
+        self.teacher, self.pseudo = teacher, pseudo
 
     def choose(self, instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return pseudo_labels(instances, self.pseudo)
@@ -184,7 +184,7 @@ def _run(arguments: argparse.Namespace, errors: Console) -> int:
         not arguments.no_overlays,
     )
     labeller = make()  # here too with --workers: what is wrong with a teacher shows before Ray starts
-    teacher = labeller.model
+    teacher = labeller.teacher
     settings = {
         "version": cast_ray.__version__,
         "threshold": arguments.threshold,
