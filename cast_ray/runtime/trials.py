@@ -341,7 +341,8 @@ def measure_metric(job: Job, name: str) -> float:
 
 @ray.remote(num_cpus=0.01, scheduling_strategy="DEFAULT")
 def measure_latency(store: ArtifactStore, key: str, image_px: tuple[int, int]) -> float:
-    """Median milliseconds of one image through a stored model, after a warm-up; one thread on a CPU."""
+    """Median milliseconds of one image of a training crop's size through a stored model, after a warm-up; one thread on
+    a CPU."""
     import torch
 
     from cast_ray.evaluation.efficiency import measure_seconds

@@ -156,6 +156,12 @@ RESULT: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize(("metric", "name"), [("coco", "COCO AP"), ("cityscapes", "Cityscapes AP")])
+def test_the_card_names_the_kind_of_ap(tmp_path: Path, metric: str, name: str) -> None:
+    make().save_pretrained(tmp_path, RESULT | {"recipe": RESULT["recipe"] | {"evaluation": {"metric": metric}}})
+    assert f"\n{name} in percent on 200 validation images" in (tmp_path / CARD).read_text()
+
+
 def test_the_card_tells_the_measurements(tmp_path: Path) -> None:
     make().save_pretrained(tmp_path, RESULT)
     card = (tmp_path / CARD).read_text()
