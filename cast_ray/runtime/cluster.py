@@ -34,6 +34,9 @@ LOCALHOST = "127.0.0.1"
 ADDRESS_VARIABLE, TEMP_VARIABLE = "RAY_ADDRESS", "RAY_TMPDIR"
 PROBE_S = 10.0
 """How long an answer from a cluster's address is waited for."""
+HTTP2_SETTINGS = 4
+HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, HTTP2_SETTINGS, 0, 0, 0, 0, 0])
+"""What a client of gRPC says first, and a server answers with a settings frame of its own (RFC 9113, 3.4 and 4.1)."""
 SHORT_TEMP_DIR = "/tmp"
 MAX_SOCKET_PATH = 107
 """Bytes of a Unix socket's path on Linux."""
@@ -122,10 +125,10 @@ def connect(address: str | None, num_cpus: int | None = None) -> Cluster:
 
 
 def _check_address(address: str, said_by: str) -> None:
-    """Asks whether anything listens at a cluster's address: Ray itself would print warnings for minutes.
+    """Asks whether a gRPC server, as Ray's are, answers at a cluster's address: Ray itself would wait for minutes.
 
     Raises:
-        ValueError: nothing does, or this is no address; names the variable or flag that said it.
+        ValueError: none does, or this is no address; names the variable or flag that said it.
     """
     if address == "auto":
         return
@@ -136,7 +139,12 @@ def _check_address(address: str, said_by: str) -> None:
             return  # of a kind that Ray or a plug-in of it may know
         raise ValueError(f"{said_by} {address}: expected HOST:PORT, ray://HOST:PORT, auto or local")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), PROBE_S).close()
+        with socket.create_connection((host.strip("[]"), int(port)), PROBE_S) as connection:
+            if os.environ.get("RAY_USE_TLS", "0").lower() in ("0", "false"):
+                connection.sendall(HTTP2_HELLO)
+                frame = connection.recv(9)
+                if len(frame) < 4 or frame[3] != HTTP2_SETTINGS:
+                    raise ConnectionError("another kind of server listens")
     except (OSError, OverflowError) as error:
         raise ValueError(f"{said_by} {address}: no Ray answers there ({error}). {_how_to_go_on(said_by)}") from None
 

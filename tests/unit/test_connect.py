@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import socketserver
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -41,12 +43,24 @@ def free_port() -> int:
     return cluster._free_port()
 
 
+SETTINGS_FRAME = bytes([0, 0, 6, 4, 0, 0, 0, 0, 0]) + bytes([0, 4, 0, 1, 0, 0])
+
+
 @contextlib.contextmanager
-def listening() -> Iterator[int]:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen()
-        yield server.getsockname()[1]
+def listening(answer: bytes = SETTINGS_FRAME) -> Iterator[int]:
+    """Port of a server that gives every connection an answer."""
+
+    class Answer(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            assert self.request.recv(24).startswith(b"PRI * HTTP/2.0")
+            self.request.sendall(answer)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Answer) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server.server_address[1]
+        server.shutdown()
+        thread.join()
 
 
 @pytest.mark.parametrize("form", ["127.0.0.1:{}", "localhost:{}", "ray://127.0.0.1:{}"])
@@ -98,7 +112,23 @@ def test_an_address_that_answers_is_joined(started: list, monkeypatch: pytest.Mo
     assert [address for address, _ in started] == [address, address, "local", "local", "local", "auto"]
 
 
-def test_what_answers_may_be_no_ray(started: list, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"-ERR unknown command\r\n", b""])
+def test_another_kind_of_server_is_not_waited_for(started: list, answer: bytes) -> None:
+    with listening(answer) as port, pytest.raises(ValueError, match=r"no Ray answers there .another kind of server"):
+        connect(f"127.0.0.1:{port}")
+    assert started == []
+
+
+def test_a_server_that_says_nothing_is_not_waited_for(started: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "PROBE_S", 0.1)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        pytest.raises(ValueError, match=r"no Ray answers.*timed out"),
+    ):
+        connect(f"127.0.0.1:{server.getsockname()[1]}")
+
+
+def test_what_answers_may_be_no_ray_of_this_version(started: list, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 1.0\n")
 
