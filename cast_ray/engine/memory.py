@@ -92,8 +92,9 @@ def estimate_inference_memory(
         images: that pass together.
         half: autocast to 16 bits.
     """
+    bare = outline(model, num_classes)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        segmenter = outline(model, num_classes).to_empty(device="cpu").eval()
+        segmenter = bare.to_empty(device="cpu").eval()
         weights = sum(p.numel() * p.element_size() for p in segmenter.parameters())
         batch = torch.zeros((images, 3, *image_px), dtype=torch.uint8)
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
