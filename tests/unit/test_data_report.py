@@ -99,6 +99,9 @@ def test_the_plan_says_it_in_a_dry_run(
     root = write_coco(tmp_path / "data", valid_document(8, iscrowd=1))
     arguments = ["main", "--preset", "coco", "--scale", "smoke", "--set", f"data.root={root}"]
     arguments += ["--set", "data.label_fraction=0.5", "--storage", str(tmp_path / "storage"), "--dry-run"]
+    assert ablate.main(arguments) == 2  # the preset leaves images without objects out of D_l
+    assert "have no object and are left out" in capfd.readouterr().err
+    arguments += ["--set", "data.drop_empty=false"]
     for _ in range(2):  # read, and found in the store
         assert ablate.main(arguments) == 0
         assert capfd.readouterr().out.count("WARNING: No object in the ") == 2
@@ -116,7 +119,7 @@ def test_a_search_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         spec=SearchSpec(name="mine", title="t", objectives={"student/mask_ap": "max"}, space=space, num_trials=1),
         preset="coco",
         scale="smoke",
-        overrides={"data.root": str(root), "data.label_fraction": "0.5"},
+        overrides={"data.root": str(root), "data.label_fraction": "0.5", "data.drop_empty": "false"},
         seed=0,
         name="mine",
         study=str(tmp_path / "study.journal"),
@@ -146,7 +149,7 @@ def test_results_and_report_say_it(tmp_path: Path) -> None:
 def test_labelled_images_without_an_object_are_said(tmp_path: Path) -> None:
     root = write_splits(tmp_path / "data", one_object_of(40), valid_document())
     rows = [{"data.label_fraction": fraction, "data.label_family": "nested"} for fraction in (0.05, 1.0)]
-    more = {"loss.lambda_semi": 0, "loss.lambda_pxl": 0, "data.root": str(root)}
+    more = {"loss.lambda_semi": 0, "loss.lambda_pxl": 0, "data.root": str(root), "data.drop_empty": False}
     recipes = [build_recipe("coco", "smoke", more | row) for row in rows]
     store = ArtifactStore(str(tmp_path / "storage"))
     dataset = read_dataset(recipes, store, Console(file=io.StringIO()), ["runs/test"], lambda: pytest.fail())

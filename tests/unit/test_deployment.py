@@ -115,7 +115,9 @@ def test_a_student_of_native_images_needs_the_size_of_its_model(tmp_path: Path, 
     command = ["--student", str(tmp_path / "native"), "--out", str(tmp_path / "s.onnx")]
     assert export.main(command) == 2
     assert "one size: name it by --image-px H W" in capsys.readouterr().err
-    assert export.main([*command, "--image-px", "0", "9"]) == 2
+    with pytest.raises(SystemExit):
+        export.main([*command, "--image-px", "0", "9"])
+    assert "--image-px: expected a whole number, 1 or more, got '0'" in capsys.readouterr().err
     assert export.main([*command, "--image-px", "96", "80", "--max-detections", str(NUM)]) == 0
     session = onnxruntime.InferenceSession(str(tmp_path / "s.onnx"))
     assert json.loads(session.get_modelmeta().custom_metadata_map["image_px"]) == [96, 80]
