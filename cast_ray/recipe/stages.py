@@ -73,6 +73,12 @@ class PseudoConfig(Part):
     """A label with fewer pixels, after painting, is dropped."""
     non_overlapping: bool = True
     """Paint the masks in `order`; a pixel belongs to the first that takes it."""
+    min_visible_share: float = Field(0.0, ge=0, le=1)
+    """With `non_overlapping`: a prediction is dropped when a smaller share than this of its mask is still free. What is
+    left of a near-duplicate is a ring around the object that took its pixels, not an object. 0: the released code's."""
+    nms_iou: float = Field(1.0, gt=0, le=1)
+    """Before painting, of predictions of one class whose masks overlap with at least this IoU only the one with the
+    highest score stays (non-maximum suppression). 1: off."""
     on_empty: Literal["stop", "warn"] = "stop"
     """What to do when no image of the pool got a single pseudo-label."""
 

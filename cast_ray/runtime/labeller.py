@@ -42,7 +42,7 @@ class PseudoLabeller:
         self.teacher.segmenter.load_state_dict(load_tensors(weights))
 
     def label(self, pictures: Pictures) -> list[list[dict[str, Any]]]:
-        """Instances of each image as of RECORD_SCHEMA, at its own size."""
+        """Instances of each image as of LABEL_SCHEMA, at its own size."""
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -68,6 +68,8 @@ class PseudoLabeller:
                 "rle": instance["rle"],
                 "score": instance["score"],
                 "is_crowd": False,
+                "visible_share": instance["visible_share"],
+                "num_suppressed": instance["num_suppressed"],
             }
             for instance in pseudo_labels(found, self.pseudo)
         ]

@@ -28,7 +28,7 @@ import ray.data
 from ray.util.placement_group import PlacementGroup
 
 from cast_ray.recipe import Recipe
-from cast_ray.records import RECORD_SCHEMA, Category
+from cast_ray.records import INSTANCE_TYPE, RECORD_SCHEMA, Category
 from cast_ray.runtime.budget import configure_data, reserve, stream_bundle
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.streams import IMAGES_PER_TASK, Images, Pictures, Rows, picture_dataset
@@ -36,7 +36,16 @@ from cast_ray.runtime.tables import record_at
 from cast_ray.stages.graph import Stage
 
 LABELS = "labels/labels.parquet"
-LABEL_SCHEMA = RECORD_SCHEMA.append(pa.field("position", pa.int64()))
+LABEL_TYPE = pa.struct(
+    [
+        *INSTANCE_TYPE,
+        pa.field("visible_share", pa.float32()),  # of the teacher's mask, after painting
+        pa.field("num_suppressed", pa.int32()),  # predictions of its class that this one suppressed before painting
+    ]
+)
+LABEL_SCHEMA = RECORD_SCHEMA.set(
+    RECORD_SCHEMA.get_field_index("instances"), pa.field("instances", pa.list_(LABEL_TYPE))
+).append(pa.field("position", pa.int64()))
 """One row an image that was labelled, in the order of D_u."""
 BLOCK_SCHEMA = LABEL_SCHEMA.append(pa.field("error", pa.string()))
 BLOCKS_JOINED_AT_A_TIME = 64

@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from cast_ray.recipe import Recipe, TrainConfig
+from cast_ray.recipe.part import Part
 
 Kind = Literal["train", "label", "evaluate", "dataset"]
 
@@ -26,6 +27,9 @@ STAGE_VERSION: dict[str, int] = {"train": 3, "label": 3, "evaluate": 2}
 
 HOW_IT_RUNS = ("checkpoint_every_steps", "accumulate")
 """Fields of TrainConfig that change no result and so enter no fingerprint."""
+
+OPTIONAL = {"pseudo": ("min_visible_share", "nms_iou")}
+"""Fields of a part of the recipe that do nothing at their default: they enter a stage's identity only where they do."""
 
 
 class NoTeacherError(ValueError):
@@ -250,7 +254,7 @@ class _Planner:
 
     def label(self, name: str, teacher: Stage) -> Stage:
         config = {
-            "pseudo": self.recipe.pseudo.model_dump(exclude={"on_empty"}),
+            "pseudo": _without_unused(self.recipe.pseudo, OPTIONAL["pseudo"], exclude={"on_empty"}),
             "data": {"image_px": self.image_px(by_teacher=True)},
             "split": split_part(self.recipe, self.hashes, unlabelled=True),
             "batch": self.recipe.labels.batch,
@@ -297,6 +301,12 @@ class _Planner:
             "data": self.content_hash,
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+def _without_unused(part: Part, optional: Iterable[str], exclude: set[str] = set()) -> dict[str, Any]:
+    """A part as plain data, without those of the optional fields that have their default."""
+    unused = {name for name in optional if getattr(part, name) == type(part).model_fields[name].default}
+    return part.model_dump(exclude=exclude | unused)
 
 
 def given(row: RowPlan) -> set[str]:

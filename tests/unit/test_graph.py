@@ -498,3 +498,11 @@ def test_the_teacher_has_its_own_size() -> None:
 def test_a_foundation_is_given_and_not_made() -> None:
     row = make(foundation="f" * 20)
     assert plan_sweep([row, make()], []).given == {"f" * 20}
+
+
+def test_what_is_painted_changes_labels_and_all_that_reads_them() -> None:
+    readers = {"label-adapted", "selftrain", "teacher", "label-teacher", "distill", "student", "refine", "refined"}
+    for key, off, on in (("pseudo.min_visible_share", "0", "0.5"), ("pseudo.nms_iou", "1", "0.7")):
+        assert changed(make(), make({key: off})) == set()
+        assert changed(make(), make({key: on})) == readers
+        assert key.partition(".")[2] not in make().roles["label-teacher"].config["pseudo"]
