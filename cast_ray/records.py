@@ -182,6 +182,26 @@ class Predictions:
     features: dict[int, torch.Tensor]
     auxiliary: dict[str, torch.Tensor]
 
+    def part(self, start: int, stop: int) -> Predictions:
+        """The images start..stop-1 of the batch, as views."""
+        return Predictions(
+            class_logits=[t[start:stop] for t in self.class_logits],
+            mask_logits=[t[start:stop] for t in self.mask_logits],
+            features={stride: t[start:stop] for stride, t in self.features.items()},
+            auxiliary={name: t[start:stop] for name, t in self.auxiliary.items()},
+        )
+
+    def joined(self, other: Predictions) -> Predictions:
+        """The images of this batch and then those of another, without feature maps."""
+        import torch
+
+        return Predictions(
+            class_logits=[torch.cat(pair) for pair in zip(self.class_logits, other.class_logits)],
+            mask_logits=[torch.cat(pair) for pair in zip(self.mask_logits, other.mask_logits)],
+            features={},
+            auxiliary={name: torch.cat([t, other.auxiliary[name]]) for name, t in self.auxiliary.items()},
+        )
+
 
 def instances_of(row: dict[str, Any]) -> list[dict[str, Any]]:
     """The non-crowd instances of one record row."""

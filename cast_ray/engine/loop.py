@@ -133,7 +133,9 @@ def train(
         # A seed of its own: dropped paths must not repeat the losses' draws.
         own = step_seed(seed, step, world.rank) + 1
         forward = PartedForward(wrapped, network, min(config.accumulate, len(batch.weak)), autocast, own)
-        output = forward(batch.weak, batch.strong if objective.contrastive else None, batch.targets)
+        strong = batch.strong if objective.reads_strong else None
+        strong_from = batch.num_labelled if objective.is_semi_strong else None
+        output = forward(batch.weak, strong, batch.targets, strong_from)
         done = step + 1
         due = every > 0 and (done % every == 0 or done == config.steps)
         try:

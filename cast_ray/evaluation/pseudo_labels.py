@@ -34,8 +34,8 @@ class AuditPart:
 
     matches: of the labels, at COCO's thresholds; positions: int64 [I], places of the images among the unlabelled ones;
     image_ids: I record ids; counts: int64 [I, 4] (objects, found, labels, wrong); pixels: float64 [I, 3] (of objects,
-    of labels, of both); errors: int64 [C, 4] (see ERRORS); visibility: int64 [2, NUM_BINS], labels by the share of their
-    mask that is visible: all that are counted, the right ones; num_suppressed: predictions that labels suppressed.
+    of labels, of both); errors: int64 [C, 4] (see ERRORS); visibility: int64 [2, NUM_BINS], labels by the visible share
+    of their mask: all that are counted, and the right ones; num_suppressed: predictions that labels suppressed.
     """
 
     matches: Matches

@@ -104,16 +104,6 @@ def target_weights(targets: Sequence[Targets], config: LossConfig) -> list[Tenso
     return [t.weights.float() if config.pseudo_weighting == "score" else torch.ones_like(t.weights) for t in targets]
 
 
-def slice_predictions(predictions: Predictions, start: int, stop: int) -> Predictions:
-    """The images start..stop-1 of a batch, as views (labelled and pseudo-labelled parts take the loss apart)."""
-    return Predictions(
-        class_logits=[t[start:stop] for t in predictions.class_logits],
-        mask_logits=[t[start:stop] for t in predictions.mask_logits],
-        features={stride: t[start:stop] for stride, t in predictions.features.items()},
-        auxiliary={name: t[start:stop] for name, t in predictions.auxiliary.items()},
-    )
-
-
 def draw_points(
     predictions: Predictions, targets: Sequence[Targets], config: LossConfig, generator: torch.Generator | None
 ) -> LossPoints:

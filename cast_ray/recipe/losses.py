@@ -14,6 +14,10 @@ class LossConfig(Part):
 
     lambda_semi: float = Field(1.0, ge=0)
     """Weight of the pseudo-label loss of the student. The teacher's own (1c) is 1 where this is above 0."""
+    semi_view: Literal["weak", "strong"] = "weak"
+    """View of D_u that the student's pseudo-label loss reads. weak: the method's. strong: colours and blur make the
+    task harder than the teacher's (FixMatch; Guided Distillation, with lambda_semi 2). It costs the strong view of D_u
+    in the stream and, beside L_pxl, decoder and head on both views of D_u: y of L_pxl stays that of the weak one."""
     lambda_pxl: float = Field(0.1, ge=0)
     """Weight of L_pxl, of teacher and student alike (released: 0.1; the papers sweep 0.01 to 0.5)."""
     class_weight: float = Field(2.0, ge=0)

@@ -45,8 +45,8 @@ def audit_table(result: Result) -> Grid:
 def coverage_table(result: Result) -> Grid:
     """Heading and lines of what the labels cover, one line a labelling stage; percent but for counts.
 
-    Left-overs are labels that keep less than half of their mask after painting; suppressed are predictions that a better
-    one of their class removed before it.
+    Left-overs are labels that keep less than half of their mask after painting; suppressed are predictions that a
+    better one of their class removed before it.
     """
     head = ["labels of", "images", "without label", "labels per image", "objects found", "object pixels labelled"]
     head += ["labelled pixels right", "left-overs", "precision of left-overs", "of the others", "suppressed"]

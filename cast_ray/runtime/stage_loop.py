@@ -39,7 +39,7 @@ from cast_ray.runtime.streams import Images, picture_dataset, pictures, training
 from cast_ray.runtime.validation import SideValidation, is_validated, validation_bundles
 from cast_ray.runtime.workers import Segment
 from cast_ray.stages.graph import Stage, artifact_key
-from cast_ray.stages.train import order_seed, train_config, train_stage
+from cast_ray.stages.train import is_semi_strong, order_seed, train_config, train_stage
 
 VALIDATION_LOOK_S = 20.0
 
@@ -132,6 +132,7 @@ def _train(
         strong=bool(contrastive),
         oracle=bool(contrastive) and contrastive["sampler"] == "oracle",
         online=online,
+        strong_unlabelled=is_semi_strong(stage),
         device=world.device,
     )
     post = {"stage": stage.name, "fingerprint": stage.fingerprint, "steps": config.steps, "unit": "step"}

@@ -118,9 +118,9 @@ class StepPlan:
     """What the tasks of one worker's training stream share: its sampling plan and how samples are made.
 
     labelled, unlabelled: int64 [steps, share], positions in D_l and D_u; first_step: step of their first row;
-    first_slots: place of the worker's share in the global batch; strong: whether any term reads the strong view, and
-    with it the truth maps; oracle: give the hidden ground truth of D_u to the samplers (never to the set loss); online:
-    who labels D_u as it is drawn.
+    first_slots: place of the worker's share in the global batch; strong: whether L_pxl reads the strong view, and with
+    it the truth maps; oracle: give the hidden ground truth of D_u to the samplers (never to the set loss); online: who
+    labels D_u as it is drawn; strong_unlabelled: whether L_semi reads the strong view of D_u.
     """
 
     images: Images
@@ -133,6 +133,7 @@ class StepPlan:
     strong: bool
     oracle: bool
     online: OnlineLabels | None
+    strong_unlabelled: bool = False
 
     @property
     def has_labels(self) -> bool:
@@ -171,6 +172,7 @@ def training_stream(
     strong: bool,
     oracle: bool,
     online: OnlineLabels | None = None,
+    strong_unlabelled: bool = False,
     device: Any = None,
 ) -> Iterator[Batch]:
     """This worker's batches of steps start_step..steps-1, in order.
@@ -179,7 +181,7 @@ def training_stream(
         images: D_l, D_u and pseudo-labels.
         data: crop size and view settings.
         batch_labelled, batch_unlabelled: global batch sizes.
-        strong, oracle: see `StepPlan`.
+        strong, oracle, strong_unlabelled: see `StepPlan`.
         online: who labels D_u as it is drawn; None: `images.labels`, or nobody.
         device: torch device of the batches; None: the CPU.
     """
@@ -199,6 +201,7 @@ def training_stream(
         strong,
         oracle,
         online,
+        strong_unlabelled,
     )
     step_bytes = (labelled.shape[1] + unlabelled.shape[1]) * data.image_px[0] * data.image_px[1] * BYTES_PER_PIXEL
     max_size = max(1, min(block_bytes(runtime) // step_bytes, MAX_STEPS_PER_TASK))
@@ -317,7 +320,7 @@ def _sample(
         view_seed(plan.seed, plan.first_step + row, slot),
         use_instances=is_labelled or plan.has_labels,
         truth=plan.strong and (is_labelled or plan.oracle),
-        strong=plan.strong,
+        strong=plan.strong or (plan.strong_unlabelled and not is_labelled),
     )
 
 

@@ -170,6 +170,7 @@ def _exact_key(kind: str, config: Mapping[str, Any], model: Any) -> str:
         train, contrastive = config["train"], config["contrastive"]
         work += [train["batch_labelled"], train.get("batch_unlabelled", 0), config["loss"].get("num_points")]
         work += [contrastive and {k: contrastive.get(k) for k in ("kind", "num_negatives", "num_anchors", "pool_size")}]
+        work += [config["loss"].get("semi_view", "weak")]
     return json.dumps(work, sort_keys=True, default=list)
 
 

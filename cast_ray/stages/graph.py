@@ -28,7 +28,7 @@ STAGE_VERSION: dict[str, int] = {"train": 3, "label": 3, "evaluate": 2}
 HOW_IT_RUNS = ("checkpoint_every_steps", "accumulate")
 """Fields of TrainConfig that change no result and so enter no fingerprint."""
 
-OPTIONAL = {"pseudo": ("min_visible_share", "nms_iou")}
+OPTIONAL = {"pseudo": ("min_visible_share", "nms_iou"), "loss": ("semi_view",)}
 """Fields of a part of the recipe that do nothing at their default: they enter a stage's identity only where they do."""
 
 
@@ -226,7 +226,9 @@ class _Planner:
             train_part.pop("batch_unlabelled")
         data_part = recipe.data.model_dump(include={"scale_jitter", "flip", "color_jitter"})
         data_part["image_px"] = self.image_px(by_teacher)
-        loss_part = recipe.loss.model_dump() | {"lambda_semi": semi if labels else 0.0, "lambda_pxl": pxl}
+        of_student = ("semi_view",) if labels is None or by_teacher else ()
+        loss_part = _without_unused(recipe.loss, OPTIONAL["loss"], exclude=of_student)
+        loss_part |= {"lambda_semi": semi if labels else 0.0, "lambda_pxl": pxl}
         if labels is None:
             loss_part.pop("pseudo_weighting")
         config = {
@@ -303,10 +305,10 @@ class _Planner:
         return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
-def _without_unused(part: Part, optional: Iterable[str], exclude: set[str] = set()) -> dict[str, Any]:
+def _without_unused(part: Part, optional: Iterable[str], exclude: Iterable[str] = ()) -> dict[str, Any]:
     """A part as plain data, without those of the optional fields that have their default."""
     unused = {name for name in optional if getattr(part, name) == type(part).model_fields[name].default}
-    return part.model_dump(exclude=exclude | unused)
+    return part.model_dump(exclude={*exclude, *unused})
 
 
 def given(row: RowPlan) -> set[str]:

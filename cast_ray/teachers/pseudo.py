@@ -18,8 +18,8 @@ def pseudo_labels(instances: Sequence[dict[str, Any]], config: PseudoConfig) -> 
     Instances above `score_threshold` and, where it is asked, of at least `mask_quality_threshold` are suppressed by
     better ones of their class (`nms_iou`) and then painted one by one, in `order` and at most `max_per_image`: with
     `non_overlapping` each keeps only the pixels that none before it took, whatever its class; one that keeps fewer than
-    `min_area_px` pixels, or a smaller share of its mask than `min_visible_share`, is dropped and its pixels stay free. A
-    mask predicted with several classes keeps the first of them in `order`, by score the best.
+    `min_area_px` pixels, or a smaller share of its mask than `min_visible_share`, is dropped and its pixels stay free.
+    A mask predicted with several classes keeps the first of them in `order`, by score the best.
 
     Args:
         instances: as from `to_instances`, in the order of the teacher's detector: label, score, rle, size, and

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import ray
+import torch
 from stream_scenes import CATEGORIES, DATA, STILL, assert_same, loop, write_images
 
 from cast_ray.recipe import RuntimeConfig
@@ -64,6 +65,15 @@ def test_a_stream_is_the_loop_in_order(table: pa.Table, wanted: list[Batch]) -> 
     for mine, theirs in zip(found, wanted):
         assert mine.num_labelled == 4
         assert_same(mine, theirs)
+
+
+def test_pseudo_labels_on_the_strong_view_ask_for_it_of_d_u_alone(table: pa.Table, wanted: list[Batch]) -> None:
+    found = read(images_of(table), 11, strong=False, strong_unlabelled=True)
+    assert len(found) == 11
+    for mine, theirs in zip(found, wanted):
+        assert torch.equal(mine.weak, theirs.weak) and torch.equal(mine.strong[4:], theirs.strong[4:])
+        assert torch.equal(mine.strong[:4], mine.weak[:4]) and not torch.equal(mine.strong[4:], mine.weak[4:])
+        assert bool((mine.truth_instance == -1).all())  # that L_pxl alone reads
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -506,3 +506,12 @@ def test_what_is_painted_changes_labels_and_all_that_reads_them() -> None:
         assert changed(make(), make({key: off})) == set()
         assert changed(make(), make({key: on})) == readers
         assert key.partition(".")[2] not in make().roles["label-teacher"].config["pseudo"]
+
+
+def test_the_view_of_l_semi_is_the_students_alone() -> None:
+    students = {"distill", "student", "refine", "refined"}
+    assert changed(make(), make({"loss.semi_view": "strong"})) == students
+    assert changed(make(), make({"loss.semi_view": "weak"})) == set()
+    assert "semi_view" not in make({"loss.semi_view": "strong"}).roles["selftrain"].config["loss"]
+    bare = {"loss.lambda_semi": "0"}
+    assert changed(make(bare), make(bare | {"loss.semi_view": "strong"})) == set()
