@@ -44,7 +44,7 @@ class TrainedNetwork(nn.Module):
 
     @property
     def trained(self) -> nn.Module:
-        """The model that the stage hands on."""
+        """The model that the stage hands on; of a teacher, its `Teacher.trained`."""
         raise NotImplementedError
 
     def lr_factors(self, config: TrainConfig) -> dict[int, float]:

@@ -88,10 +88,15 @@ class Recipe(Part):
                 f"labels.refresh_steps is {self.labels.refresh_steps}: expected labels.mode=online with it, since "
                 "labels that are written before training cannot be refreshed"
             )
-        if self.labels.refresh_steps and self.teacher.kind != "expert":
+        return self
+
+    @model_validator(mode="after")
+    def _burn_in_ends(self) -> Recipe:
+        burn_in, steps = self.loss.burn_in_steps, self.stages.distill.steps
+        if self.stages.use_distill and self.loss.lambda_semi > 0 and 0 < steps <= burn_in:
             raise ValueError(
-                f"labels.refresh_steps is {self.labels.refresh_steps} and teacher.kind {self.teacher.kind}: only an "
-                "expert can be refreshed while it trains; expected labels.refresh_steps=0"
+                f"loss.burn_in_steps is {burn_in} and stages.distill.steps {steps}: no step would read pseudo-labels; "
+                "expected fewer burn-in steps, or loss.lambda_semi=0"
             )
         return self
 

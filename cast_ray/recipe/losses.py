@@ -18,6 +18,9 @@ class LossConfig(Part):
     """View of D_u that the student's pseudo-label loss reads. weak: the method's. strong: colours and blur make the
     task harder than the teacher's (FixMatch; Guided Distillation, with lambda_semi 2). It costs the strong view of D_u
     in the stream and, beside L_pxl, decoder and head on both views of D_u: y of L_pxl stays that of the weak one."""
+    burn_in_steps: int = Field(0, ge=0)
+    """First steps of the student (2b) in which L_semi has weight 0, so that it learns from D_l (and L_pxl) alone before
+    pseudo-labels count. 0: the method's."""
     lambda_pxl: float = Field(0.1, ge=0)
     """Weight of L_pxl, of teacher and student alike (released: 0.1; the papers sweep 0.01 to 0.5)."""
     class_weight: float = Field(2.0, ge=0)

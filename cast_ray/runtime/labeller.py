@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from safetensors.torch import load as load_tensors
 
-from cast_ray.recipe import PseudoConfig
+from cast_ray.models.segmenter import build_segmenter
+from cast_ray.recipe import ModelConfig, PseudoConfig
 from cast_ray.runtime.models import load_labeller
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.streams import Pictures
@@ -37,9 +38,15 @@ class PseudoLabeller:
         self.batch: int = stage.config["batch"]
 
     def load(self, weights: bytes) -> None:
-        """Other weights of the same teacher, an expert (safetensors)."""
-        assert isinstance(self.teacher, ExpertTeacher)
-        self.teacher.segmenter.load_state_dict(load_tensors(weights))
+        """Other weights of the same teacher (safetensors): all of those that its training changes."""
+        trained = self.teacher.trained
+        unknown = trained.load_state_dict(load_tensors(weights), strict=False).unexpected_keys
+        assert not unknown, unknown
+
+    def become(self, model: ModelConfig, image_px: tuple[int, int]) -> None:
+        """From now on a segmenter of this architecture labels, a student; its weights are still to be loaded."""
+        segmenter = build_segmenter(model, len(self.categories), seed=0)
+        self.teacher = ExpertTeacher(segmenter, self.categories, image_px).to(self.teacher.device)
 
     def label(self, pictures: Pictures) -> list[list[dict[str, Any]]]:
         """Instances of each image as of LABEL_SCHEMA, at its own size."""

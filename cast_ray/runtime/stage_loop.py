@@ -168,7 +168,7 @@ def _train(
 
     def on_refresh(step: int, weights: dict[str, torch.Tensor]) -> None:
         if world.rank == 0 and publisher is not None:
-            publisher.publish(step, save_tensors({name: t.cpu().contiguous() for name, t in weights.items()}))
+            publisher.publish(step, save_tensors({name: t.detach().cpu().contiguous() for name, t in weights.items()}))
 
     if world.rank == 0:
         segment.broker.post.remote(segment.owner, post | {"step": resume.step if resume else 0})

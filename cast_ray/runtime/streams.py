@@ -295,14 +295,14 @@ def _label_online(plan: StepPlan, online: OnlineLabels, rows: range, drawn: list
     """Puts a teacher's labels into the records of a group's unlabelled images."""
     from cast_ray.views import fit_image
 
-    fitted = [fit_image(image, online.image_px) for image, _ in drawn]
+    version = online.version_of(plan.first_step + rows.start)
+    fitted = [fit_image(image, online.image_px_of(version)) for image, _ in drawn]
     pictures = Pictures(
         list(range(len(drawn))),
         np.stack([pixels for pixels, _ in fitted]),
         [(image.shape[0], image.shape[1]) for image, _ in drawn],
         [size for _, size in fitted],
     )
-    version = online.version_of(plan.first_step + rows.start)
     for (_, record), instances in zip(drawn, online.label(pictures, version, rows.start)):
         record["instances"] = instances
 

@@ -28,7 +28,7 @@ STAGE_VERSION: dict[str, int] = {"train": 3, "label": 3, "evaluate": 2}
 HOW_IT_RUNS = ("checkpoint_every_steps", "accumulate")
 """Fields of TrainConfig that change no result and so enter no fingerprint."""
 
-OPTIONAL = {"pseudo": ("min_visible_share", "nms_iou"), "loss": ("semi_view",)}
+OPTIONAL = {"pseudo": ("min_visible_share", "nms_iou"), "loss": ("semi_view", "burn_in_steps")}
 """Fields of a part of the recipe that do nothing at their default: they enter a stage's identity only where they do."""
 
 
@@ -226,7 +226,7 @@ class _Planner:
             train_part.pop("batch_unlabelled")
         data_part = recipe.data.model_dump(include={"scale_jitter", "flip", "color_jitter"})
         data_part["image_px"] = self.image_px(by_teacher)
-        of_student = ("semi_view",) if labels is None or by_teacher else ()
+        of_student = OPTIONAL["loss"] if labels is None or by_teacher else ()
         loss_part = _without_unused(recipe.loss, OPTIONAL["loss"], exclude=of_student)
         loss_part |= {"lambda_semi": semi if labels else 0.0, "lambda_pxl": pxl}
         if labels is None:
@@ -246,7 +246,7 @@ class _Planner:
             own = {"init_seed": recipe.init_seed, "order_seed": recipe.order_seed}
             config |= {name: value for name, value in own.items() if value not in (None, recipe.seed)}
         refresh = recipe.labels.refresh_steps
-        if labels is not None and name == "selftrain" and refresh:
+        if labels is not None and name in recipe.labels.refresh_stages and refresh:
             config["refresh_steps"] = refresh
         stage = self._stage(name, "train", config, {"init": init, "labels": labels}, train.steps)
         if labels is not None and recipe.labels.mode == "online":

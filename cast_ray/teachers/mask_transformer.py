@@ -210,6 +210,10 @@ class MaskTransformerTeacher(Teacher):
         labels_of = match_labels(model.config.id2label, names, config.prompt)
         return cls(MaskTransformer(model, load_processor(folder, CHECKPOINT), labels_of), config, categories, image_px)
 
+    @property
+    def trained(self) -> nn.Module:
+        return self.segmenter
+
     def save_weights(self, folder: Path) -> None:
         self.segmenter.model.save_pretrained(folder / "checkpoint")
         self.segmenter.processor.save_pretrained(folder / "checkpoint")

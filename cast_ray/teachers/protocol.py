@@ -125,6 +125,11 @@ class Teacher(nn.Module, ABC):
         """
         raise ValueError(f"teacher.kind {self.kind!r} cannot be fine-tuned: {self.why_not_trained}")
 
+    @property
+    def trained(self) -> nn.Module:
+        """The module that the network of `for_training` trains: a refreshed teacher takes its weights."""
+        return self
+
     @abstractmethod
     def save_weights(self, folder: Path) -> None:
         """Writes models, tokenizers and processors in transformers' own format, each in a folder of its own."""

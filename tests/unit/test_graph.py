@@ -359,6 +359,25 @@ def test_a_refreshed_teacher_is_another_stage() -> None:
         make({"labels.refresh_steps": "5"})
 
 
+def test_the_student_can_be_its_own_teacher() -> None:
+    frozen = make({"labels.mode": "online"})
+    settings = {"labels.mode": "online", "labels.refresh_steps": "5", "labels.refresh_stages": "[distill]"}
+    assert changed(frozen, make(settings)) == {"distill", "student", "refine", "refined"}
+    both = make(settings | {"labels.refresh_stages": "[selftrain, distill]"})
+    assert [both.roles[name].config["refresh_steps"] for name in ("selftrain", "distill")] == [5, 5]
+    assert changed(frozen, make({"labels.mode": "online", "labels.refresh_stages": "[distill]"})) == set()  # off
+    assert make({"labels.mode": "online", "labels.refresh_steps": "5", "teacher.kind": "sam3"}, foundation="f")
+
+
+def test_burn_in_is_the_students_alone() -> None:
+    students = {"distill", "student", "refine", "refined"}
+    assert changed(make(), make({"loss.burn_in_steps": "3"})) == students
+    assert changed(make(), make({"loss.burn_in_steps": "0"})) == set()
+    steps = make().roles["distill"].steps
+    with pytest.raises(ValueError, match=rf"loss\.burn_in_steps is {steps} and stages\.distill\.steps {steps}"):
+        make({"loss.burn_in_steps": str(steps)})
+
+
 def test_an_imported_foundation_takes_the_place_of_pre_training() -> None:
     row = make(foundation="f" * 20)
     assert work(row) == SEMI[1:]

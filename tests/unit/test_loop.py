@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from cast_ray.engine.loop import amp_dtype
 from cast_ray.engine.objective import Objective, weighted_sum
 from cast_ray.engine.world import World
 from cast_ray.recipe import ContrastiveConfig, LossConfig, TrainConfig
+from cast_ray.records import Batch
 
 SHORT = TrainConfig(steps=16, checkpoint_every_steps=6, lr=3e-3, ema=0.9)
 SEMI = LOSS.model_copy(update={"lambda_semi": 0.5})
@@ -46,6 +49,24 @@ def test_the_loss_falls_on_one_batch_and_the_average_is_handed_on() -> None:
         return float(weighted_sum(terms, objective.weights, World().all_reduce_sum, 1)[0])
 
     assert total(trained.network) < 0.5 * total(make_network(CONTRAST))
+
+
+@pytest.mark.parametrize(("steps", "reads"), [(4, False), (6, True)])
+def test_pseudo_labels_change_nothing_before_the_burn_in_ends(steps: int, reads: bool) -> None:
+    loss = SEMI.model_copy(update={"burn_in_steps": 4})
+    config = TrainConfig(steps=steps, lr=3e-3, ema=0.5, schedule="constant")
+
+    def labelled(shift: int) -> Iterator[Batch]:
+        for batch in batches(0, steps, num_labelled=1):
+            others = [replace(t, masks=t.masks.roll(shift, 1)) for t in batch.targets[1:]]
+            yield replace(batch, targets=batch.targets[:1] + others)
+
+    mine, other = (run(config, labelled(shift), loss=loss) for shift in (0, 7))
+    assert any(not torch.equal(mine.weights[n], other.weights[n]) for n in mine.weights) == reads
+    assert mine.curve[-1]["semi/mask"] > 0  # it is measured all along
+    terms = {name: value for name, value in mine.curve[-1].items() if "/" in name}
+    weights = Objective(loss, None).weights_at(steps - 1)
+    assert mine.curve[-1]["loss"] == pytest.approx(sum(value * weights[name] for name, value in terms.items()))
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
