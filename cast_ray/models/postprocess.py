@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 
 from cast_ray.records import Predictions
+from cast_ray.soft_targets import mask_probabilities
 
 CHUNK_PIXELS = 1 << 24
 """Float pixels held at once while masks are brought to an image's size (64 MiB)."""
@@ -23,6 +24,7 @@ def predict_instances(
     image_hw: Sequence[tuple[int, int]] | None = None,
     resized_hw: Sequence[tuple[int, int]] | None = None,
     max_detections: int = 100,
+    soft: bool = False,
 ) -> list[list[dict[str, Any]]]:
     """Instances of each image at its own size.
 
@@ -32,13 +34,14 @@ def predict_instances(
         image_hw: B original sizes, pixels; None: as given.
         resized_hw: B sizes inside the padding, pixels; None: no padding.
         max_detections: at most so many per image.
+        soft: see `to_instances`.
 
     Returns:
         As `to_instances`.
     """
     crop = (images.shape[-2], images.shape[-1])
     given = [crop] * len(images)
-    return to_instances(segmenter(images), image_hw or given, resized_hw or given, crop, max_detections)
+    return to_instances(segmenter(images), image_hw or given, resized_hw or given, crop, max_detections, soft)
 
 
 @torch.no_grad()
@@ -48,6 +51,7 @@ def to_instances(
     resized_hw: Sequence[tuple[int, int]],
     image_px: tuple[int, int],
     max_detections: int,
+    soft: bool = False,
 ) -> list[list[dict[str, Any]]]:
     """Mask2Former's instance inference: the best `max_detections` of query x class, masks as RLE.
 
@@ -60,6 +64,8 @@ def to_instances(
         resized_hw: as many sizes after the resize into the crop; the rest of the crop, below and right, is padding.
         image_px: height and width of the crop, pixels.
         max_detections: at most so many instances per image.
+        soft: also tell what the query believes: class_probs (C+1 floats, no-object last) and mask_probs (bytes, see
+            `soft_targets.mask_probabilities`).
 
     Returns:
         Per image, in falling score order: label (0..C-1), score (0..1), rle (COCO compressed counts, bytes), size
@@ -72,21 +78,25 @@ def to_instances(
         class_logits, mask_logits = predictions.class_logits[-1], predictions.mask_logits[-1]
     else:
         class_logits, mask_logits = predictions
-    probabilities_BQC = class_logits.float().softmax(-1)[..., :-1]
+    probabilities_BQC = class_logits.float().softmax(-1)
     return [
-        _instances_of_image(probabilities_BQC[b], mask_logits[b], image_hw[b], resized_hw[b], image_px, max_detections)
+        _instances_of_image(
+            probabilities_BQC[b], mask_logits[b], image_hw[b], resized_hw[b], image_px, max_detections, soft
+        )
         for b in range(len(image_hw))
     ]
 
 
 def _instances_of_image(
-    probabilities_QC: torch.Tensor,
+    all_probabilities_QC: torch.Tensor,
     mask_logits_QHW: torch.Tensor,
     image_hw: tuple[int, int],
     resized_hw: tuple[int, int],
     image_px: tuple[int, int],
     max_detections: int,
+    soft: bool,
 ) -> list[dict[str, Any]]:
+    probabilities_QC = all_probabilities_QC[:, :-1]
     num_classes = probabilities_QC.shape[1]
     top, index = probabilities_QC.flatten().topk(min(max_detections, probabilities_QC.numel()))
     query, label = index // num_classes, index % num_classes
@@ -96,6 +106,11 @@ def _instances_of_image(
         lambda logits_KHW: _to_image_size(logits_KHW, image_hw, resized_hw, image_px),
         max(image_px[0] * image_px[1], image_hw[0] * image_hw[1]),
     )
+    beliefs: list[dict[str, Any]] = [{}] * len(used_K)
+    if soft:
+        stored = mask_probabilities(mask_logits_QHW[used_K], image_hw, resized_hw, image_px)
+        rows = all_probabilities_QC[used_K].tolist()
+        beliefs = [{"class_probs": row, "mask_probs": grid} for row, grid in zip(rows, stored)]
     place = {q: k for k, q in enumerate(used_K.tolist())}
     instances = []
     for probability, q, c in zip(top.tolist(), query.tolist(), label.tolist()):
@@ -108,6 +123,7 @@ def _instances_of_image(
                     "rle": encoded[k]["counts"],
                     "size": list(encoded[k]["size"]),
                     "mask_quality": quality[k],
+                    **beliefs[k],
                 }
             )
     return sorted(instances, key=lambda instance: -instance["score"])

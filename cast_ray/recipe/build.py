@@ -91,6 +91,15 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
+    def _teacher_has_soft_targets(self) -> Recipe:
+        if self.loss.soft_targets != "off" and self.teacher.kind not in ("expert", "mask2former"):
+            raise ValueError(
+                f"loss.soft_targets is {self.loss.soft_targets} and teacher.kind {self.teacher.kind}, which gives one "
+                "class and one mask: expected teacher.kind expert or mask2former, or loss.soft_targets=off"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _burn_in_ends(self) -> Recipe:
         burn_in, steps = self.loss.burn_in_steps, self.stages.distill.steps
         if self.stages.use_distill and self.loss.lambda_semi > 0 and 0 < steps <= burn_in:

@@ -18,6 +18,10 @@ class LossConfig(Part):
     """View of D_u that the student's pseudo-label loss reads. weak: the method's. strong: colours and blur make the
     task harder than the teacher's (FixMatch; Guided Distillation, with lambda_semi 2). It costs the strong view of D_u
     in the stream and, beside L_pxl, decoder and head on both views of D_u: y of L_pxl stays that of the weak one."""
+    soft_targets: Literal["off", "class", "mask", "both"] = "off"
+    """What the student's matched queries learn of a pseudo-label. off: its class and mask, as the method's. class,
+    mask, both: the class distribution (no-object included) and the mask probabilities of the teacher's query in their
+    place. For teachers that predict by queries: expert and mask2former."""
     burn_in_steps: int = Field(0, ge=0)
     """First steps of the student (2b) in which L_semi has weight 0, so that it learns from D_l (and L_pxl) alone before
     pseudo-labels count. 0: the method's."""

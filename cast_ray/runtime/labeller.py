@@ -36,6 +36,7 @@ class PseudoLabeller:
         self.categories = self.teacher.categories
         self.pseudo = PseudoConfig(**stage.config["pseudo"])
         self.batch: int = stage.config["batch"]
+        self.is_soft: bool = stage.config.get("soft", False)
 
     def load(self, weights: bytes) -> None:
         """Other weights of the same teacher (safetensors): all of those that its training changes."""
@@ -64,6 +65,7 @@ class PseudoLabeller:
             count = len(pictures.positions[here])
             pixels = np.zeros((self.batch, *pictures.pixels.shape[1:]), dtype=np.uint8)
             pixels[:count] = pictures.pixels[here]
+            self.teacher.is_soft = self.is_soft
             found = self.teacher.predict(torch.from_numpy(pixels), pictures.image_hw[here], pictures.resized_hw[here])
             labels += [self._instances(instances) for instances in found]
         return labels
@@ -77,6 +79,8 @@ class PseudoLabeller:
                 "is_crowd": False,
                 "visible_share": instance["visible_share"],
                 "num_suppressed": instance["num_suppressed"],
+                "class_probs": instance.get("class_probs"),
+                "mask_probs": instance.get("mask_probs"),
             }
             for instance in pseudo_labels(found, self.pseudo)
         ]

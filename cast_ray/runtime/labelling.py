@@ -41,6 +41,8 @@ LABEL_TYPE = pa.struct(
         *INSTANCE_TYPE,
         pa.field("visible_share", pa.float32()),  # of the teacher's mask, after painting
         pa.field("num_suppressed", pa.int32()),  # predictions of its class that this one suppressed before painting
+        pa.field("class_probs", pa.list_(pa.float32())),  # of soft targets (`loss.soft_targets`), else null
+        pa.field("mask_probs", pa.binary()),  # likewise, see `soft_targets.mask_probabilities`
     ]
 )
 LABEL_SCHEMA = RECORD_SCHEMA.set(

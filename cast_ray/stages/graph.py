@@ -28,7 +28,7 @@ STAGE_VERSION: dict[str, int] = {"train": 3, "label": 3, "evaluate": 2}
 HOW_IT_RUNS = ("checkpoint_every_steps", "accumulate")
 """Fields of TrainConfig that change no result and so enter no fingerprint."""
 
-OPTIONAL = {"pseudo": ("min_visible_share", "nms_iou"), "loss": ("semi_view", "burn_in_steps")}
+OPTIONAL = {"pseudo": ("min_visible_share", "nms_iou"), "loss": ("semi_view", "burn_in_steps", "soft_targets")}
 """Fields of a part of the recipe that do nothing at their default: they enter a stage's identity only where they do."""
 
 
@@ -187,7 +187,7 @@ class _Planner:
                 "stages.use_adapt is false and there is no pre-trained teacher (stages.pretrain.steps is 0 or the "
                 "dataset has no source images): nothing can label the unlabelled images (stages.foundation=DIR)"
             )
-        labels = self.label("label-teacher", teacher) if use_labels and teacher is not None else None
+        labels = self.label("label-teacher", teacher, True) if use_labels and teacher is not None else None
         student = self.train(
             "distill",
             "student",
@@ -254,7 +254,7 @@ class _Planner:
             stage = replace(stage, parents=parents, online=labels)
         return self._add(stage)
 
-    def label(self, name: str, teacher: Stage) -> Stage:
+    def label(self, name: str, teacher: Stage, for_student: bool = False) -> Stage:
         config = {
             "pseudo": _without_unused(self.recipe.pseudo, OPTIONAL["pseudo"], exclude={"on_empty"}),
             "data": {"image_px": self.image_px(by_teacher=True)},
@@ -263,6 +263,8 @@ class _Planner:
         }
         if part := self.recipe.teacher.inference_part():
             config["teacher"] = part
+        if for_student and self.recipe.loss.soft_targets != "off":
+            config["soft"] = True
         stage = self._stage(name, "label", config, {"teacher": teacher})
         return stage if self.recipe.labels.mode == "online" else self._add(stage)
 

@@ -23,6 +23,7 @@ class ExpertTeacher(Teacher):
     """Labels images by a trained `Segmenter`, in place of the method's detector and promptable segmenter."""
 
     kind = "expert"
+    can_be_soft = True
 
     def __init__(self, segmenter: Segmenter, categories: Sequence[Category], image_px: tuple[int, int]):
         super().__init__(TeacherConfig(**segmenter.config.model_dump()), categories, image_px)
@@ -35,7 +36,7 @@ class ExpertTeacher(Teacher):
         resized_hw: Sequence[tuple[int, int]],
         max_detections: int,
     ) -> list[Instances]:
-        return predict_instances(self.segmenter, images, image_hw, resized_hw, max_detections)
+        return predict_instances(self.segmenter, images, image_hw, resized_hw, max_detections, self.is_soft)
 
     def for_training(self, contrastive: ContrastiveConfig | None) -> tuple[TrainedNetwork, None]:
         return CastNetwork(self.segmenter, contrastive), None

@@ -187,6 +187,7 @@ class MaskTransformerTeacher(Teacher):
     """
 
     kind = "mask2former"
+    can_be_soft = True
 
     def __init__(
         self,
@@ -225,7 +226,7 @@ class MaskTransformerTeacher(Teacher):
         resized_hw: Sequence[tuple[int, int]],
         max_detections: int,
     ) -> list[Instances]:
-        return predict_instances(self.segmenter, images, image_hw, resized_hw, max_detections)
+        return predict_instances(self.segmenter, images, image_hw, resized_hw, max_detections, self.is_soft)
 
     def for_training(self, contrastive: ContrastiveConfig | None) -> tuple[TrainedNetwork, None]:
         return CastNetwork(self.segmenter, contrastive), None

@@ -206,14 +206,21 @@ class Stream:
     def __init__(self, table: pa.Table, steps: int, recipe: Recipe = RECIPE, **options: Any):
         self.table, self.steps, self.recipe, self.options = table, steps, recipe, options
 
-    def run(self, store: ArtifactStore, read: Callable[[Any, Any], Any], stage: Stage | None, refresh_steps: int = 0):
+    def run(
+        self,
+        store: ArtifactStore,
+        read: Callable[[Any, Any], Any],
+        stage: Stage | None,
+        refresh_steps: int = 0,
+        learner: dict[str, Any] | None = None,
+    ):
         bundles = [stream_bundle(RUNTIME)] + (teacher_bundles(RUNTIME) if stage else [])
         with reserve(bundles) as group:
             configure_data(group, RUNTIME, 0)
             online = None
             teachers = start_teachers(store, self.recipe, CATEGORIES, group, 1) if stage else None
             if stage is not None and teachers is not None:
-                online = OnlineLabels(stage, teachers.actors, teachers.versions, refresh_steps)
+                online = OnlineLabels(stage, teachers.actors, teachers.versions, refresh_steps, learner)
             options = {"start_step": 0, "rank": 0, "world_size": 1, "batch_labelled": 2, "batch_unlabelled": 3}
             batches = training_stream(
                 self.options.get("images") or images_of(self.table),
@@ -290,6 +297,30 @@ def test_a_refreshed_teacher_labels_by_the_step_and_not_by_the_clock(
     assert len(resumed) == 6
     for mine, theirs in zip(resumed, refreshed[10:]):
         assert_same(mine, theirs)
+
+
+def test_a_student_labels_its_own_images_from_the_third_window_on(
+    offline: LabelJob, store: ArtifactStore, table: pa.Table
+) -> None:
+    """Windows of 2 steps; the student is of another architecture and image size than the frozen teacher."""
+    model = RECIPE.student.model_copy(update={"num_queries": 5})
+    student = build_segmenter(model, len(CATEGORIES), seed=7)
+    learner = {"model": model.model_dump(), "data": {"image_px": [48, 32]}}
+
+    def train(batches: Any, teachers: Any) -> list[Batch]:
+        found = []
+        for step in range(6):
+            if step == 2:
+                ray.get(teachers.versions.publish.remote(1, [ray.put(save_tensors(student.state_dict()))]))
+            found.append(next(batches))
+        return found
+
+    frozen = Stream(table, 6).run(store, read_all, offline.stage)
+    refreshed = Stream(table, 6).run(store, train, offline.stage, refresh_steps=2, learner=learner)
+    for step, (mine, theirs) in enumerate(zip(refreshed, frozen)):
+        assert all(equal(a, b) for a, b in zip(mine.targets, theirs.targets)) == (step < 4), step
+    labelled = [t for batch in refreshed[4:] for t in batch.targets[2:]]
+    assert any(len(t.labels) for t in labelled) and all(len(t.labels) <= 5 for t in labelled)
 
 
 def test_two_workers_share_a_refreshed_teacher(offline: LabelJob, store: ArtifactStore, table: pa.Table) -> None:

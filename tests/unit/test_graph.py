@@ -369,6 +369,17 @@ def test_the_student_can_be_its_own_teacher() -> None:
     assert make({"labels.mode": "online", "labels.refresh_steps": "5", "teacher.kind": "sam3"}, foundation="f")
 
 
+def test_soft_targets_ask_the_students_labels_for_what_the_teacher_believes() -> None:
+    mine = {"label-teacher", "distill", "student", "refine", "refined"}
+    soft = make({"loss.soft_targets": "both"})
+    assert changed(make(), soft) == mine and changed(make(), make({"loss.soft_targets": "off"})) == set()
+    assert soft.roles["label-teacher"].config["soft"] and "soft" not in soft.roles["label-adapted"].config
+    masks = make({"loss.soft_targets": "mask"})
+    assert changed(soft, masks) == mine - {"label-teacher"}  # the same labels
+    with pytest.raises(ValueError, match=r"loss\.soft_targets is both and teacher\.kind sam3"):
+        make({"loss.soft_targets": "both", "teacher.kind": "sam3"})
+
+
 def test_burn_in_is_the_students_alone() -> None:
     students = {"distill", "student", "refine", "refined"}
     assert changed(make(), make({"loss.burn_in_steps": "3"})) == students
