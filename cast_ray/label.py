@@ -39,6 +39,7 @@ from cast_ray.runtime.models import open_teacher
 from cast_ray.teachers.checkpoints import find_checkpoint
 from cast_ray.teachers.protocol import Teacher
 from cast_ray.teachers.pseudo import pseudo_labels
+from cast_ray.teachers.voting import predict_by_vote
 
 PUBLISHED = KINDS[1:]
 """Kinds of teachers that label without any training."""
@@ -58,7 +59,12 @@ class Labeller(Predictor):
     def __init__(self, teacher: Teacher, pseudo: PseudoConfig, *, amp: str, overlays: bool):
         limit = teacher.config.inference.max_detections
         super().__init__(teacher, threshold=pseudo.score_threshold, max_detections=limit, amp=amp, overlays=overlays)
-        self.pseudo = pseudo
+        self.teacher, self.pseudo = teacher, pseudo
+
+    def ask(
+        self, pixels: torch.Tensor, image_hw: list[tuple[int, int]], resized_hw: list[tuple[int, int]]
+    ) -> list[list[dict[str, Any]]]:
+        return predict_by_vote(self.teacher, pixels, image_hw, resized_hw, self.pseudo)
 
     def choose(self, instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return pseudo_labels(instances, self.pseudo)

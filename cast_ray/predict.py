@@ -103,8 +103,14 @@ class Predictor:
         pixels = torch.from_numpy(np.stack([pixels for pixels, _ in fitted]))
         sizes = [(image.shape[0], image.shape[1]) for image in images]
         with self.autocast():
-            found = self.model.predict(pixels, sizes, [size for _, size in fitted], self.max_detections)
+            found = self.ask(pixels, sizes, [size for _, size in fitted])
         return [self.choose(instances) for instances in found]
+
+    def ask(
+        self, pixels: torch.Tensor, image_hw: list[tuple[int, int]], resized_hw: list[tuple[int, int]]
+    ) -> list[list[dict[str, Any]]]:
+        """The model's instances, as of `Teacher.predict`."""
+        return self.model.predict(pixels, image_hw, resized_hw, self.max_detections)
 
     def choose(self, instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Those of an image that are kept."""

@@ -97,6 +97,11 @@ class Recipe(Part):
                 f"loss.soft_targets is {self.loss.soft_targets} and teacher.kind {self.teacher.kind}, which gives one "
                 "class and one mask: expected teacher.kind expert or mask2former, or loss.soft_targets=off"
             )
+        if self.loss.soft_targets != "off" and self.pseudo.has_vote:
+            raise ValueError(
+                f"loss.soft_targets is {self.loss.soft_targets} and the teacher votes (pseudo.vote_flip, "
+                "pseudo.vote_scales): a vote has no probabilities; expected one of the two"
+            )
         return self
 
     @model_validator(mode="after")

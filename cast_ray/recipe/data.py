@@ -69,6 +69,8 @@ class DataConfig(Part):
     flip: bool = True
     color_jitter: float = Field(0.1, ge=0)
     """Strength of the weak view's colour jitter; the strong view's is fixed by the paper (.4/.4/.4/.1)."""
+    copy_paste: float = Field(0.0, ge=0, le=1)
+    """Probability that an image of the student (2b) gets instances of a random labelled image pasted over it."""
     shapes: ShapesConfig = ShapesConfig()
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from cast_ray.runtime.streams import Pictures
 from cast_ray.stages.graph import Stage
 from cast_ray.teachers.expert import ExpertTeacher
 from cast_ray.teachers.pseudo import pseudo_labels
+from cast_ray.teachers.voting import predict_by_vote
 
 
 class PseudoLabeller:
@@ -66,7 +67,8 @@ class PseudoLabeller:
             pixels = np.zeros((self.batch, *pictures.pixels.shape[1:]), dtype=np.uint8)
             pixels[:count] = pictures.pixels[here]
             self.teacher.is_soft = self.is_soft
-            found = self.teacher.predict(torch.from_numpy(pixels), pictures.image_hw[here], pictures.resized_hw[here])
+            sizes = (pictures.image_hw[here], pictures.resized_hw[here])
+            found = predict_by_vote(self.teacher, torch.from_numpy(pixels), *sizes, self.pseudo)
             labels += [self._instances(instances) for instances in found]
         return labels
 

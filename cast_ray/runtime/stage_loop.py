@@ -133,6 +133,7 @@ def _train(
         oracle=bool(contrastive) and contrastive["sampler"] == "oracle",
         online=online,
         strong_unlabelled=is_semi_strong(stage),
+        copy_paste=stage.config["data"].get("copy_paste", 0.0),
         device=world.device,
     )
     post = {"stage": stage.name, "fingerprint": stage.fingerprint, "steps": config.steps, "unit": "step"}

@@ -120,7 +120,8 @@ class StepPlan:
     labelled, unlabelled: int64 [steps, share], positions in D_l and D_u; first_step: step of their first row;
     first_slots: place of the worker's share in the global batch; strong: whether L_pxl reads the strong view, and with
     it the truth maps; oracle: give the hidden ground truth of D_u to the samplers (never to the set loss); online: who
-    labels D_u as it is drawn; strong_unlabelled: whether L_semi reads the strong view of D_u.
+    labels D_u as it is drawn; strong_unlabelled: whether L_semi reads the strong view of D_u; copy_paste: probability
+    that an image gets instances of a random one of D_l pasted over it.
     """
 
     images: Images
@@ -134,6 +135,7 @@ class StepPlan:
     oracle: bool
     online: OnlineLabels | None
     strong_unlabelled: bool = False
+    copy_paste: float = 0.0
 
     @property
     def has_labels(self) -> bool:
@@ -173,6 +175,7 @@ def training_stream(
     oracle: bool,
     online: OnlineLabels | None = None,
     strong_unlabelled: bool = False,
+    copy_paste: float = 0.0,
     device: Any = None,
 ) -> Iterator[Batch]:
     """This worker's batches of steps start_step..steps-1, in order.
@@ -181,7 +184,7 @@ def training_stream(
         images: D_l, D_u and pseudo-labels.
         data: crop size and view settings.
         batch_labelled, batch_unlabelled: global batch sizes.
-        strong, oracle, strong_unlabelled: see `StepPlan`.
+        strong, oracle, strong_unlabelled, copy_paste: see `StepPlan`.
         online: who labels D_u as it is drawn; None: `images.labels`, or nobody.
         device: torch device of the batches; None: the CPU.
     """
@@ -202,6 +205,7 @@ def training_stream(
         oracle,
         online,
         strong_unlabelled,
+        copy_paste,
     )
     step_bytes = (labelled.shape[1] + unlabelled.shape[1]) * data.image_px[0] * data.image_px[1] * BYTES_PER_PIXEL
     max_size = max(1, min(block_bytes(runtime) // step_bytes, MAX_STEPS_PER_TASK))
@@ -310,18 +314,26 @@ def _label_online(plan: StepPlan, online: OnlineLabels, rows: range, drawn: list
 def _sample(
     plan: StepPlan, classes: ClassMap, row: int, i: int, drawn: Drawn, is_labelled: bool
 ) -> dict[str, np.ndarray]:
-    from cast_ray.views import make_sample
+    from cast_ray.copy_paste import copy_paste
+    from cast_ray.views import MIN_VISIBLE_PX, make_sample
 
     slot = plan.first_slots[0 if is_labelled else 1] + i
-    return make_sample(
-        *drawn,
-        classes,
-        plan.data,
-        view_seed(plan.seed, plan.first_step + row, slot),
-        use_instances=is_labelled or plan.has_labels,
-        truth=plan.strong and (is_labelled or plan.oracle),
-        strong=plan.strong or (plan.strong_unlabelled and not is_labelled),
-    )
+    seed = view_seed(plan.seed, plan.first_step + row, slot)
+    is_pasted = (is_labelled or plan.has_labels) and plan.copy_paste > 0
+    views = {
+        "truth": plan.strong and (is_labelled or plan.oracle),
+        "strong": plan.strong or (plan.strong_unlabelled and not is_labelled),
+    }
+    sample = make_sample(*drawn, classes, plan.data, seed, use_instances=is_labelled or plan.has_labels, **views)
+    if not is_pasted:
+        return sample
+    rng = np.random.default_rng([seed, 1])  # of its own: the views are those of a plan without
+    if rng.random() >= plan.copy_paste:
+        return sample
+    # From all of D_l, and not from the step's: what one worker holds of it depends on how many there are.
+    position, its_seed = int(rng.integers(len(plan.images.labelled))), int(rng.integers(2**63))
+    source = make_sample(*_read(plan, position, True), classes, plan.data, its_seed, use_instances=True, **views)
+    return copy_paste(sample, source, rng, MIN_VISIBLE_PX)
 
 
 def _binary(payloads: list[np.ndarray]) -> pa.ChunkedArray:

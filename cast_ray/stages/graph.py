@@ -28,7 +28,10 @@ STAGE_VERSION: dict[str, int] = {"train": 3, "label": 3, "evaluate": 2}
 HOW_IT_RUNS = ("checkpoint_every_steps", "accumulate")
 """Fields of TrainConfig that change no result and so enter no fingerprint."""
 
-OPTIONAL = {"pseudo": ("min_visible_share", "nms_iou"), "loss": ("semi_view", "burn_in_steps", "soft_targets")}
+OPTIONAL = {
+    "pseudo": ("min_visible_share", "nms_iou", "vote_flip", "vote_scales"),
+    "loss": ("semi_view", "burn_in_steps", "soft_targets"),
+}
 """Fields of a part of the recipe that do nothing at their default: they enter a stage's identity only where they do."""
 
 
@@ -226,6 +229,8 @@ class _Planner:
             train_part.pop("batch_unlabelled")
         data_part = recipe.data.model_dump(include={"scale_jitter", "flip", "color_jitter"})
         data_part["image_px"] = self.image_px(by_teacher)
+        if name == "distill" and recipe.data.copy_paste:
+            data_part["copy_paste"] = recipe.data.copy_paste
         of_student = OPTIONAL["loss"] if labels is None or by_teacher else ()
         loss_part = _without_unused(recipe.loss, OPTIONAL["loss"], exclude=of_student)
         loss_part |= {"lambda_semi": semi if labels else 0.0, "lambda_pxl": pxl}
@@ -255,8 +260,9 @@ class _Planner:
         return self._add(stage)
 
     def label(self, name: str, teacher: Stage, for_student: bool = False) -> Stage:
+        how = {"on_empty"} if self.recipe.pseudo.has_vote else {"on_empty", "vote_iou"}
         config = {
-            "pseudo": _without_unused(self.recipe.pseudo, OPTIONAL["pseudo"], exclude={"on_empty"}),
+            "pseudo": _without_unused(self.recipe.pseudo, OPTIONAL["pseudo"], exclude=how),
             "data": {"image_px": self.image_px(by_teacher=True)},
             "split": split_part(self.recipe, self.hashes, unlabelled=True),
             "batch": self.recipe.labels.batch,

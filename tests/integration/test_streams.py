@@ -76,6 +76,21 @@ def test_pseudo_labels_on_the_strong_view_ask_for_it_of_d_u_alone(table: pa.Tabl
         assert bool((mine.truth_instance == -1).all())  # that L_pxl alone reads
 
 
+def test_instances_are_pasted_the_same_however_many_workers_there_are(table: pa.Table, wanted: list[Batch]) -> None:
+    """Of 4 + 2 images a step about half; the others, and the order of all, are those of a stream without."""
+    found = read(images_of(table), 11, copy_paste=0.5)
+    pasted = [
+        not torch.equal(a, b) or len(mine.targets[i].labels) != len(theirs.targets[i].labels)
+        for mine, theirs in zip(found, wanted)
+        for i, (a, b) in enumerate(zip(mine.weak, theirs.weak))
+    ]
+    assert 10 < sum(pasted) < 50  # of 66, where an image is chosen and an instance of its source too
+    for rank in range(2):
+        share = read(images_of(table), 11, copy_paste=0.5, rank=rank, world_size=2)
+        for mine, theirs in zip(share, found):
+            assert_same(mine, theirs, [2 * rank, 2 * rank + 1, 4 + rank])
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_workers_share_one_workers_steps(table: pa.Table, wanted: list[Batch], rank: int) -> None:
     found = read(images_of(table), 11, rank=rank, world_size=2)

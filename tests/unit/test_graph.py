@@ -380,6 +380,11 @@ def test_soft_targets_ask_the_students_labels_for_what_the_teacher_believes() ->
         make({"loss.soft_targets": "both", "teacher.kind": "sam3"})
 
 
+def test_copy_paste_is_the_students_alone() -> None:
+    assert changed(make(), make({"data.copy_paste": "0.5"})) == {"distill", "student", "refine", "refined"}
+    assert changed(make(), make({"data.copy_paste": "0"})) == set()
+
+
 def test_burn_in_is_the_students_alone() -> None:
     students = {"distill", "student", "refine", "refined"}
     assert changed(make(), make({"loss.burn_in_steps": "3"})) == students

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Low to high; a module may import modules of lower layers and of its own folder. `cast_ray/<name>.py` or `/<name>/`.
 CONTRACTS = ("console", "recipe", "records", "registry", "soft_targets")
-LEAVES = ("datasets", "views", "batches", "models", "losses", "evaluation")
+LEAVES = ("datasets", "views", "copy_paste", "batches", "models", "losses", "evaluation")
 UPPER = ("teachers", "engine", "stages", "runtime", "report", "sweeps")
 LAYER = {name: 0 for name in CONTRACTS} | {name: 1 for name in LEAVES} | {name: i + 2 for i, name in enumerate(UPPER)}
 LAYER["sweeps"] = LAYER["report"] + 1  # sweeps print reports; a report never starts a sweep
