@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from cast_ray.records import Targets
 
 STRIDE = 4
+
+BELIEFS = ("class_probs", "mask_probs")
+"""What an instance tells of the query that it comes from, see `models.postprocess.to_instances`."""
 
 
 def grid_hw(image_hw: Sequence[int]) -> tuple[int, int]:
@@ -45,6 +50,21 @@ def mask_probabilities(
         levels = grid.sigmoid().mul(255).round().to(torch.uint8).cpu().numpy()
         found.append(zlib.compress(levels.tobytes(), 1))
     return found
+
+
+def with_beliefs(instance: dict[str, Any], num_classes: int) -> dict[str, Any]:
+    """An instance that tells its beliefs: its query's, or else what its score, class and mask say of them.
+
+    A score s of class c is P(c) = s and P(no object) = 1 - s; a mask is its own probability.
+    """
+    if "mask_probs" in instance:
+        return instance
+    probs = np.zeros(num_classes + 1)
+    probs[[instance["label"], -1]] = instance["score"], 1 - instance["score"]
+    mask_HW = coco_mask.decode({"size": list(instance["size"]), "counts": instance["rle"]})
+    rows, columns = grid_hw(instance["size"])
+    levels = cv2.resize(mask_HW * np.uint8(255), (columns, rows), interpolation=cv2.INTER_AREA)
+    return {**instance, "class_probs": probs.tolist(), "mask_probs": zlib.compress(levels.tobytes(), 1)}
 
 
 def sample_probabilities(stored: bytes, image_hw: Sequence[int], y: np.ndarray, x: np.ndarray) -> np.ndarray:

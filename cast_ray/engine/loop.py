@@ -144,7 +144,7 @@ def train(
             if means_since:
                 _finite_means(means_since, names, step)
             raise ValueError(f"step {done}: {error}") from error
-        weights = objective.weights_at(step)
+        weights = objective.weights_at(step / config.steps)
         loss, means = weighted_sum(terms, weights, world.all_reduce_sum, world.size)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()

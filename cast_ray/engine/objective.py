@@ -29,7 +29,7 @@ class Criterion(Protocol):
 
 
 class Objective:
-    """The loss of every stage. `weights` holds the weight of each term by exact name, `weights_at` those of a step.
+    """The loss of every stage. `weights` holds the weight of each term by exact name, `weights_at` those at a time.
 
     Terms: `sup/<term>` on D_l, `semi/<term>` on pseudo-labels (both the set loss and, for models with proposals, their
     auxiliary loss, or the terms of `criterion`), `pxl` on all images of the step.
@@ -73,9 +73,9 @@ class Objective:
         """Whether any term reads a strong view."""
         return self.contrastive is not None or self.is_semi_strong
 
-    def weights_at(self, step: int) -> dict[str, float]:
-        """The weights in a step (0-based): L_semi has none before `loss.burn_in_steps`."""
-        if step >= self.loss.burn_in_steps:
+    def weights_at(self, progress: float) -> dict[str, float]:
+        """The weights after a share of the steps: L_semi has none before `loss.burn_in_fraction`."""
+        if progress >= self.loss.burn_in_fraction:
             return self.weights
         return {name: 0.0 if name.startswith("semi/") else weight for name, weight in self.weights.items()}
 

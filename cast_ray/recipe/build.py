@@ -90,30 +90,6 @@ class Recipe(Part):
             )
         return self
 
-    @model_validator(mode="after")
-    def _teacher_has_soft_targets(self) -> Recipe:
-        if self.loss.soft_targets != "off" and self.teacher.kind not in ("expert", "mask2former"):
-            raise ValueError(
-                f"loss.soft_targets is {self.loss.soft_targets} and teacher.kind {self.teacher.kind}, which gives one "
-                "class and one mask: expected teacher.kind expert or mask2former, or loss.soft_targets=off"
-            )
-        if self.loss.soft_targets != "off" and self.pseudo.has_vote:
-            raise ValueError(
-                f"loss.soft_targets is {self.loss.soft_targets} and the teacher votes (pseudo.vote_flip, "
-                "pseudo.vote_scales): a vote has no probabilities; expected one of the two"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _burn_in_ends(self) -> Recipe:
-        burn_in, steps = self.loss.burn_in_steps, self.stages.distill.steps
-        if self.stages.use_distill and self.loss.lambda_semi > 0 and 0 < steps <= burn_in:
-            raise ValueError(
-                f"loss.burn_in_steps is {burn_in} and stages.distill.steps {steps}: no step would read pseudo-labels; "
-                "expected fewer burn-in steps, or loss.lambda_semi=0"
-            )
-        return self
-
 
 @cache
 def preset_names() -> list[str]:

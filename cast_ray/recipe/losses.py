@@ -21,10 +21,11 @@ class LossConfig(Part):
     soft_targets: Literal["off", "class", "mask", "both"] = "off"
     """What the student's matched queries learn of a pseudo-label. off: its class and mask, as the method's. class,
     mask, both: the class distribution (no-object included) and the mask probabilities of the teacher's query in their
-    place. For teachers that predict by queries: expert and mask2former."""
-    burn_in_steps: int = Field(0, ge=0)
-    """First steps of the student (2b) in which L_semi has weight 0, so that it learns from D_l (and L_pxl) alone before
-    pseudo-labels count. 0: the method's."""
+    place. A teacher without queries, or one that votes, gives its score (the rest is no-object's) and the mask itself.
+    """
+    burn_in_fraction: float = Field(0.0, ge=0, lt=1)
+    """First share of the student's steps (2b) in which L_semi has weight 0, so that it learns from D_l (and L_pxl)
+    alone before pseudo-labels count. 0: the method's."""
     lambda_pxl: float = Field(0.1, ge=0)
     """Weight of L_pxl, of teacher and student alike (released: 0.1; the papers sweep 0.01 to 0.5)."""
     class_weight: float = Field(2.0, ge=0)

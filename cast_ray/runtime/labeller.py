@@ -16,6 +16,7 @@ from cast_ray.recipe import ModelConfig, PseudoConfig
 from cast_ray.runtime.models import load_labeller
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.streams import Pictures
+from cast_ray.soft_targets import with_beliefs
 from cast_ray.stages.graph import Stage
 from cast_ray.teachers.expert import ExpertTeacher
 from cast_ray.teachers.pseudo import pseudo_labels
@@ -73,6 +74,9 @@ class PseudoLabeller:
         return labels
 
     def _instances(self, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        chosen = pseudo_labels(found, self.pseudo)
+        if self.is_soft:
+            chosen = [with_beliefs(instance, len(self.categories)) for instance in chosen]
         return [
             {
                 "category_id": self.categories[instance["label"]].id,
@@ -84,5 +88,5 @@ class PseudoLabeller:
                 "class_probs": instance.get("class_probs"),
                 "mask_probs": instance.get("mask_probs"),
             }
-            for instance in pseudo_labels(found, self.pseudo)
+            for instance in chosen
         ]

@@ -30,7 +30,7 @@ HOW_IT_RUNS = ("checkpoint_every_steps", "accumulate")
 
 OPTIONAL = {
     "pseudo": ("min_visible_share", "nms_iou", "vote_flip", "vote_scales"),
-    "loss": ("semi_view", "burn_in_steps", "soft_targets"),
+    "loss": ("semi_view", "burn_in_fraction", "soft_targets"),
 }
 """Fields of a part of the recipe that do nothing at their default: they enter a stage's identity only where they do."""
 

@@ -23,7 +23,6 @@ class ExpertTeacher(Teacher):
     """Labels images by a trained `Segmenter`, in place of the method's detector and promptable segmenter."""
 
     kind = "expert"
-    can_be_soft = True
 
     def __init__(self, segmenter: Segmenter, categories: Sequence[Category], image_px: tuple[int, int]):
         super().__init__(TeacherConfig(**segmenter.config.model_dump()), categories, image_px)

@@ -187,7 +187,6 @@ class MaskTransformerTeacher(Teacher):
     """
 
     kind = "mask2former"
-    can_be_soft = True
 
     def __init__(
         self,

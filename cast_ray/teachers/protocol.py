@@ -50,8 +50,6 @@ class Teacher(nn.Module, ABC):
     """Whether a saved one can be asked for other classes than those it was saved with."""
     why_not_trained: ClassVar[str] = ""
     """Of a kind that the stages cannot fine-tune: why, and what to do instead."""
-    can_be_soft: ClassVar[bool] = False
-    """Whether its instances come from queries whose class distribution and mask probabilities are known."""
 
     def __init__(self, config: TeacherConfig, categories: Sequence[Category], image_px: tuple[int, int]):
         super().__init__()
@@ -61,7 +59,7 @@ class Teacher(nn.Module, ABC):
         self.autocast_dtype: torch.dtype | None = None
         """Of inference; None: as the weights are."""
         self.is_soft = False
-        """Whether its instances tell class_probs and mask_probs, see `to_instances`; of kinds that `can_be_soft`."""
+        """Whether instances are to tell class_probs and mask_probs, see `to_instances`; of kinds with queries."""
 
     @property
     def class_names(self) -> list[str]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 
 from cast_ray.recipe import PseudoConfig
+from cast_ray.soft_targets import BELIEFS
 from cast_ray.teachers.fusion import vote
 from cast_ray.teachers.protocol import Instances, Teacher
 
@@ -38,7 +39,8 @@ def predict_by_vote(
     for source, (scale, mirrored) in enumerate(asked):
         seen, sizes = _seen(images, resized_hw, scale, mirrored)
         for mine, found in zip(pooled, teacher.predict(seen, image_hw, sizes)):
-            mine += [{**i, "source": source, **({"rle": _mirrored(i)} if mirrored else {})} for i in found]
+            bare = [{k: v for k, v in i.items() if k not in BELIEFS} for i in found]  # those of one answer alone
+            mine += [{**i, "source": source, **({"rle": _mirrored(i)} if mirrored else {})} for i in bare]
     return [vote(instances, config.vote_iou, len(asked)) for instances in pooled]
 
 

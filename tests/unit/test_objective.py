@@ -74,9 +74,9 @@ def test_l_semi_of_the_strong_view_is_that_of_a_step_whose_d_u_is_the_strong_vie
 
 
 def test_pseudo_labels_have_no_weight_before_the_burn_in_ends() -> None:
-    objective = Objective(SEMI.model_copy(update={"burn_in_steps": 2}), CONTRAST)
+    objective = Objective(SEMI.model_copy(update={"burn_in_fraction": 0.5}), CONTRAST)
     without = {name: 0.0 if name.startswith("semi/") else weight for name, weight in objective.weights.items()}
-    assert [objective.weights_at(step) for step in range(4)] == [without] * 2 + [objective.weights] * 2
+    assert [objective.weights_at(step / 4) for step in range(4)] == [without] * 2 + [objective.weights] * 2
     assert any(name.startswith("semi/") for name in without) and without["pxl"] == objective.weights["pxl"] > 0
 
 

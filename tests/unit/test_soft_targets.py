@@ -16,7 +16,7 @@ from cast_ray.losses.set_criterion import LossPoints, set_loss
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.recipe import DataConfig, LossConfig
 from cast_ray.records import Category, ClassMap, Predictions, Targets
-from cast_ray.soft_targets import grid_hw, mask_probabilities, mask_targets, sample_probabilities
+from cast_ray.soft_targets import grid_hw, mask_probabilities, mask_targets, sample_probabilities, with_beliefs
 from cast_ray.teachers.expert import ExpertTeacher
 from cast_ray.views import make_sample
 
@@ -129,6 +129,19 @@ def test_a_teacher_tells_what_its_queries_believe_where_it_is_asked() -> None:
             assert any(np.allclose(instance["class_probs"], row, atol=1e-6) for row in probs[b].tolist())
             grid = sample_probabilities(instance["mask_probs"], instance["size"], np.array([0.5]), np.array([0.5]))
             assert grid.shape == (1, 1)
+
+
+def test_a_teacher_without_queries_believes_its_score_and_its_mask() -> None:
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    mask[8:20, 12:33] = True
+    bare = {"label": 1, "score": 0.7, "rle": encode_mask(mask), "size": [HEIGHT, WIDTH]}
+    found = with_beliefs(bare, NUM_CLASSES)
+    assert found["class_probs"] == pytest.approx([0, 0.7, 0, 0.3]) and "mask_probs" not in bare
+    grid = sample_probabilities(
+        found["mask_probs"], (HEIGHT, WIDTH), np.arange(2, HEIGHT, 4.0), np.arange(2, WIDTH, 4.0)
+    )
+    np.testing.assert_allclose(grid / 255, mask.reshape(15, 4, 21, 4).mean((1, 3)), atol=0.01)
+    assert with_beliefs(found | {"score": 0.1}, NUM_CLASSES)["class_probs"] == found["class_probs"]  # a query's stay
 
 
 def soft_target(seed: int, count: int) -> Targets:

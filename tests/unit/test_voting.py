@@ -127,5 +127,15 @@ def test_votes_belong_to_the_labels_identity_only_where_there_are_any() -> None:
     assert len({labels(), *(labels(**change) for change in changes)}) == 4
     with pytest.raises(ValueError, match=r"pseudo\.vote_scales: expected different scales above 0"):
         labels(vote_scales="[1, 0]")
-    with pytest.raises(ValueError, match=r"loss\.soft_targets is both and the teacher votes"):
-        build_recipe("shapes", "smoke", {"pseudo.vote_flip": True, "loss.soft_targets": "both"})
+
+
+def test_a_vote_has_no_query_whose_beliefs_it_could_tell() -> None:
+    images, own, inside = scene()
+
+    class Sure(Bright):
+        def find(self, *arguments: Any) -> list[Instances]:
+            beliefs = {"class_probs": [0.9, 0.1], "mask_probs": b""}
+            return [[i | beliefs for i in found] for found in super().find(*arguments)]
+
+    assert "class_probs" in predict_by_vote(Sure(), images, own, inside, PseudoConfig())[0][0]
+    assert "class_probs" not in predict_by_vote(Sure(), images, own, inside, PseudoConfig(vote_flip=True))[0][0]
