@@ -145,5 +145,5 @@ class CastNetwork(TrainedNetwork, Generic[M]):
             supervised = predictions.part(0, first).joined(of_strong)
             of_map = of_strong.features[self.stride]
             strong_maps.append(of_map if self.contrastive.strong_grad else of_map.detach())
-        views = self.projector(predictions.features[self.stride], torch.cat(strong_maps))
-        return Output(predictions, *views, supervised if strong_from is not None else None)
+        z_weak, z_strong = self.projector(predictions.features[self.stride], torch.cat(strong_maps))
+        return Output(predictions, z_weak, z_strong, supervised if strong_from is not None else None)

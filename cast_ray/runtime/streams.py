@@ -319,20 +319,19 @@ def _sample(
 
     slot = plan.first_slots[0 if is_labelled else 1] + i
     seed = view_seed(plan.seed, plan.first_step + row, slot)
-    is_pasted = (is_labelled or plan.has_labels) and plan.copy_paste > 0
-    views = {
-        "truth": plan.strong and (is_labelled or plan.oracle),
-        "strong": plan.strong or (plan.strong_unlabelled and not is_labelled),
-    }
-    sample = make_sample(*drawn, classes, plan.data, seed, use_instances=is_labelled or plan.has_labels, **views)
-    if not is_pasted:
+    use_instances = is_labelled or plan.has_labels
+    truth = plan.strong and (is_labelled or plan.oracle)
+    strong = plan.strong or (plan.strong_unlabelled and not is_labelled)
+    sample = make_sample(*drawn, classes, plan.data, seed, use_instances=use_instances, truth=truth, strong=strong)
+    if not (use_instances and plan.copy_paste):
         return sample
     rng = np.random.default_rng([seed, 1])  # of its own: the views are those of a plan without
     if rng.random() >= plan.copy_paste:
         return sample
     # From all of D_l, and not from the step's: what one worker holds of it depends on how many there are.
     position, its_seed = int(rng.integers(len(plan.images.labelled))), int(rng.integers(2**63))
-    source = make_sample(*_read(plan, position, True), classes, plan.data, its_seed, use_instances=True, **views)
+    other = _read(plan, position, True)
+    source = make_sample(*other, classes, plan.data, its_seed, use_instances=True, truth=truth, strong=strong)
     return copy_paste(sample, source, rng, MIN_VISIBLE_PX)
 
 

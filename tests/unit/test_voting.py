@@ -123,7 +123,11 @@ def test_votes_belong_to_the_labels_identity_only_where_there_are_any() -> None:
         return plan(recipe, "h").roles["label-adapted"].fingerprint
 
     assert labels() == labels(vote_iou=0.5) == labels(vote_scales="[1.0]")
-    changes = [dict(vote_flip=True), dict(vote_flip=True, vote_iou=0.5), dict(vote_scales="[1, 2]")]
+    changes: list[dict[str, Any]] = [
+        dict(vote_flip=True),
+        dict(vote_flip=True, vote_iou=0.5),
+        dict(vote_scales="[1, 2]"),
+    ]
     assert len({labels(), *(labels(**change) for change in changes)}) == 4
     with pytest.raises(ValueError, match=r"pseudo\.vote_scales: expected different scales above 0"):
         labels(vote_scales="[1, 0]")
