@@ -21,19 +21,21 @@ from pycocotools import mask as coco_mask
 from rich.console import Console
 
 from cast_ray.console import exit_code
-from cast_ray.datasets.photos import find_images, output_names
+from cast_ray.datasets.class_lists import read_classes
+from cast_ray.datasets.photos import output_names
 from cast_ray.engine.world import pick_device
 from cast_ray.predict import (
     EXIT_NOTHING,
     JsonList,
     Predictor,
+    list_photos,
     positive,
     write_overlay,
     write_with_progress,
 )
 from cast_ray.recipe import PseudoConfig, Recipe, build_recipe, parse_overrides
 from cast_ray.recipe.teachers import KINDS
-from cast_ray.records import Category
+from cast_ray.records import Category, mask_areas
 from cast_ray.registry import lookup
 from cast_ray.runtime.models import open_teacher
 from cast_ray.teachers.checkpoints import find_checkpoint
@@ -102,35 +104,6 @@ def load(recipe: Recipe, source: str, categories: Sequence[Category] | None) -> 
         return teacher
 
 
-def read_classes(text: str) -> list[Category]:
-    """Classes from names with commas between them, a text file of one a line, or a COCO JSON (with its ids).
-
-    Raises:
-        ValueError: no name, a name twice, or a JSON without categories.
-    """
-    path = Path(text).expanduser()
-    if text.endswith((".json", ".txt")) or path.is_file():
-        try:
-            content = path.read_text()
-        except OSError as error:
-            raise ValueError(f"--classes {text!r}: cannot be read: {error.strerror}") from None
-        if text.endswith(".json"):
-            try:
-                return [Category(int(c["id"]), str(c["name"])) for c in json.loads(content)["categories"]]
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"--classes {text!r}: expected a COCO JSON with categories") from None
-        names = content.splitlines()
-    else:
-        names = text.split(",")
-    names = [name.strip() for name in names if name.strip()]
-    if not names:
-        raise ValueError(f"--classes {text!r}: expected names with commas between them, a .txt or a COCO .json file")
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise ValueError(f"--classes: {twice[0]!r} is there twice")
-    return [Category(i, name) for i, name in enumerate(names, 1)]
-
-
 def write_labels(
     rows: Iterator[dict[str, Any]],
     names: dict[str, str],
@@ -165,9 +138,10 @@ def write_labels(
             name = row["path"][len(folder) :].lstrip("/") if folder else row["path"]
             images.add({"id": number, "file_name": name, "height": row["height"], "width": row["width"]})
             for result in json.loads(row["results"]):
-                area = int(coco_mask.area(result["segmentation"]))
-                entry = {"id": annotations.num + 1, "image_id": number, **result, "area": area, "iscrowd": 0}
-                annotations.add(entry)
+                rle = result["segmentation"]
+                # `coco_result` leaves the box out for evaluators; beside an annotation's own `area` it does no harm.
+                facts = {"bbox": coco_mask.toBbox(rle).tolist(), "area": int(mask_areas([rle])[0]), "iscrowd": 0}
+                annotations.add({"id": annotations.num + 1, "image_id": number, **result, **facts})
                 counts[result["category_id"]] += 1
             write_overlay(row, names, out)
     with (out / "instances.json").open("a") as file, spool.open() as part:
@@ -192,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, errors: Console) -> int:
     recipe = _recipe(arguments)
-    paths = find_images(arguments.images)
+    paths = list_photos(arguments.images, errors)
     names = dict(zip(paths, output_names(paths)))
     categories = read_classes(arguments.classes) if arguments.classes else None
     if categories is None and arguments.teacher in PUBLISHED:
@@ -218,7 +192,8 @@ def _run(arguments: argparse.Namespace, errors: Console) -> int:
         rows = (row for a in starts for row in labeller(paths[a : a + arguments.batch]))
     out, counts = Path(arguments.out), Counter[int]()
     done = write_with_progress(paths, partial(write_labels, rows, names, teacher.categories, out, counts), errors)
-    found = ", ".join(f"{c.name} {counts[c.id]}" for c in teacher.categories if counts[c.id])
+    named = zip(teacher.class_names, teacher.categories)
+    found = ", ".join(f"{name} {counts[c.id]}" for name, c in named if counts[c.id])
     print(f"{done} of {len(paths)} images, {counts.total()} labels ({found or 'none'}): {out / 'instances.json'}")
     if done and not counts:
         errors.print(

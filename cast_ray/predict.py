@@ -19,19 +19,19 @@ from typing import IO, Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from pycocotools import mask as coco_mask
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cast_ray.console import exit_code
 from cast_ray.datasets.images import read_image
-from cast_ray.datasets.photos import find_images, output_names
+from cast_ray.datasets.photos import describe_left_out, find_photos, output_names
 from cast_ray.engine.loop import amp_dtype
 from cast_ray.engine.world import pick_device
 from cast_ray.models.drawing import draw_instances
 from cast_ray.models.student import CONFIG, WEIGHTS, Student
 from cast_ray.records import Category
 from cast_ray.runtime.models import open_student
+from cast_ray.stages.evaluate import coco_result
 from cast_ray.views import fit_image
 
 EXIT_NOTHING = 1
@@ -61,6 +61,7 @@ class InstanceModel(Protocol):
         image_hw: Sequence[tuple[int, int]],
         resized_hw: Sequence[tuple[int, int]],
         max_detections: int,
+        min_score: float,
     ) -> list[list[dict[str, Any]]]: ...
 
 
@@ -110,7 +111,7 @@ class Predictor:
         self, pixels: torch.Tensor, image_hw: list[tuple[int, int]], resized_hw: list[tuple[int, int]]
     ) -> list[list[dict[str, Any]]]:
         """The model's instances, as of `Teacher.predict`."""
-        return self.model.predict(pixels, image_hw, resized_hw, self.max_detections)
+        return self.model.predict(pixels, image_hw, resized_hw, self.max_detections, self.threshold)
 
     def choose(self, instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Those of an image that are kept."""
@@ -126,18 +127,17 @@ class Predictor:
             names, colours = self.model.class_names, self.model.colours
             draw_instances(Image.fromarray(image), instances, names, colours).save(buffer, "PNG", compress_level=1)
             overlay = buffer.getvalue()
-        results = json.dumps([self._result(i) for i in instances])
+        results = json.dumps([coco_result(i, self.model.categories) for i in instances])
         height, width = image.shape[:2]
         return {"path": path, "height": height, "width": width, "error": "", "results": results, "overlay": overlay}
 
-    def _result(self, instance: dict[str, Any]) -> dict[str, Any]:
-        rle = {"size": list(instance["size"]), "counts": instance["rle"]}
-        return {
-            "category_id": self.model.categories[instance["label"]].id,
-            "segmentation": rle | {"counts": instance["rle"].decode()},
-            "bbox": [round(float(v), 2) for v in coco_mask.toBbox(rle)],
-            "score": round(instance["score"], 5),
-        }
+
+def list_photos(sources: Sequence[str], errors: Console, exclude: Sequence[str] = ()) -> list[str]:
+    """The images that a command was asked for; says on `errors` what it leaves out. See `find_photos`."""
+    found = find_photos(sources, exclude)
+    if found.left_out:
+        errors.print(f"left out: {describe_left_out(found.left_out)}", markup=False, highlight=False, soft_wrap=True)
+    return found.paths
 
 
 def read_or_reason(path: str) -> np.ndarray | str:
@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, errors: Console) -> int:
-    paths = find_images(arguments.images)
+    paths = list_photos(arguments.images, errors)
     names = dict(zip(paths, output_names(paths)))
     student, _ = open_student(arguments.student)
     out = Path(arguments.out)

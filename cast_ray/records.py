@@ -8,12 +8,14 @@ at crop size (one training batch); dense masks exist only inside a worker.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from pycocotools import mask as coco_mask
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +26,7 @@ INSTANCE_TYPE = pa.struct(
         ("rle", pa.binary()),  # COCO compressed RLE counts at the image's own height x width
         ("score", pa.float32()),  # 1 for ground truth, the teacher's score for pseudo-labels
         ("is_crowd", pa.bool_()),  # an ignore region, never an instance
+        ("area", pa.float64()),  # as the annotation file gives it, pixels; null: it gives none, see `object_areas`
     ]
 )
 
@@ -36,6 +39,9 @@ RECORD_SCHEMA = pa.schema(
         ("instances", pa.list_(INSTANCE_TYPE)),  # null: nobody knows (an image of the extra unlabelled pool)
     ]
 )
+
+
+_MOST_RLES = 255  # pycocotools 2.0.11 counts the masks of one `area` call in 8 bits
 
 
 def rle_runs(counts: bytes) -> np.ndarray:
@@ -57,6 +63,29 @@ def rle_runs(counts: bytes) -> np.ndarray:
     return runs
 
 
+def mask_areas(rles: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Pixels of each mask: float64 [n].
+
+    Args:
+        rles: COCO RLEs, {"size", "counts"}, any number of them.
+    """
+    starts = range(0, len(rles), _MOST_RLES)
+    return np.concatenate([np.zeros(0), *(coco_mask.area(list(rles[i : i + _MOST_RLES])) for i in starts)])
+
+
+def object_areas(annotated: Sequence[float | None], masks: np.ndarray) -> np.ndarray:
+    """Areas by which objects and crowds are small, medium or large, pixels: float64 [n].
+
+    This is the annotation's `area`, as pycocotools has it, and the mask's where the annotation file gives none.
+
+    Args:
+        annotated: `area` of INSTANCE_TYPE.
+        masks: their masks' areas, see `mask_areas`.
+    """
+    given = np.array(annotated, dtype=np.float64)  # None becomes nan
+    return np.where(np.isnan(given), masks, given)
+
+
 def encode_image_id(original: int | str) -> str:
     """The record form of a dataset's own image id (ids may be integers or strings)."""
     return json.dumps(original)
@@ -73,6 +102,19 @@ class Category:
 
     id: int
     name: str
+
+
+def class_names(categories: Sequence[Category]) -> list[str]:
+    """Names of classes as they are shown and as results are kept by name: each is there once.
+
+    Annotation files may hold several categories of one name, which are different classes. Each of those also gets its
+    id: `fish (id 1)` and `fish (id 9)`.
+    """
+    names = [c.name for c in categories]
+    for _ in categories:  # once is enough, unless another category is really called `fish (id 9)`
+        count = Counter(names)
+        names = [f"{n} (id {c.id})" if count[n] > 1 else n for n, c in zip(names, categories)]
+    return names
 
 
 class ClassMap:
@@ -95,7 +137,8 @@ class ClassMap:
         return self._label[category_id]
 
     def names(self) -> list[str]:
-        return [c.name for c in self.categories]
+        """C names, each once: see `class_names`."""
+        return class_names(self.categories)
 
 
 @dataclass(frozen=True)

@@ -14,19 +14,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pycocotools import mask as mask_utils
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from cast_ray.console import exit_code
-from cast_ray.datasets.data_report import REPORT_FILE, check_report
+from cast_ray.datasets.data_report import REPORT_FILE, check_report, print_warnings
 from cast_ray.datasets.images import read_image
 from cast_ray.datasets.inspection import SplitFacts, choose_samples, facts_of, guess_format
 from cast_ray.datasets.paths import absolute
 from cast_ray.datasets.progress import track
 from cast_ray.datasets.reading import load
 from cast_ray.recipe import DataConfig, build_recipe, parse_overrides
-from cast_ray.records import ClassMap, DatasetSplits
+from cast_ray.records import ClassMap, DatasetSplits, class_names, mask_areas
 from cast_ray.report.overlays import contact_sheet
 
 MAX_SHOWN = 12
@@ -63,6 +63,9 @@ def inspect(arguments: argparse.Namespace, console: Console) -> int:
     console.print(_splits_table(facts))
     console.print(_classes_table(facts, dataset))
     _print_skipped(report, recipe_data, console)
+    for note in report["notes"]:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    print_warnings(report["warnings"], console)
     console.print(f"Written: {sheet}, {out / REPORT_FILE}", highlight=False, soft_wrap=True)
     return 0
 
@@ -74,12 +77,19 @@ def _splits_table(facts: list[SplitFacts]) -> Table:
     for column in (*columns, "size (pixels)"):
         table.add_column(column, justify="right")
     for split in facts:
-        (height, width), most = next(iter(split.sizes.items()))
-        others = f" and {len(split.sizes) - 1} others" if len(split.sizes) > 1 else ""
-        share = f" ({100 * most / split.num_images:.0f} %)" if others else ""
         counts = (split.num_images, split.num_empty, split.num_objects, split.num_crowds, *split.areas)
-        table.add_row(split.name, *(f"{count:,}" for count in counts), f"{width} x {height}{share}{others}")
+        table.add_row(split.name, *(f"{count:,}" for count in counts), _sizes(split))
     return table
+
+
+def _sizes(split: SplitFacts) -> str:
+    """The most frequent size of a split's images and how many others there are; empty without an image."""
+    if not split.sizes:
+        return ""
+    (height, width), most = next(iter(split.sizes.items()))
+    others = f" and {len(split.sizes) - 1} others" if len(split.sizes) > 1 else ""
+    share = f" ({100 * most / split.num_images:.0f} %)" if others else ""
+    return f"{width} x {height}{share}{others}"
 
 
 def _classes_table(facts: list[SplitFacts], dataset: DatasetSplits) -> Table:
@@ -90,9 +100,9 @@ def _classes_table(facts: list[SplitFacts], dataset: DatasetSplits) -> Table:
     for split in labelled:
         table.add_column(f"{split.name}: objects", justify="right")
         table.add_column("images", justify="right")
-    for label, category in enumerate(dataset.categories):
+    for label, (category, name) in enumerate(zip(dataset.categories, class_names(dataset.categories))):
         counts = [str(n) for s in labelled for n in (s.objects_by_class[label], s.images_by_class[label])]
-        table.add_row(str(category.id), category.name, *counts)
+        table.add_row(str(category.id), name, *counts)
     return table
 
 
@@ -126,7 +136,8 @@ def _draw(dataset: DatasetSplits, num_images: int, path: Path) -> Path:
 def _largest_first(record: dict[str, Any]) -> list[dict[str, Any]]:
     """So that small objects are drawn over large ones."""
     size = [record["height"], record["width"]]
-    return sorted(record["instances"], key=lambda i: -float(mask_utils.area({"size": size, "counts": i["rle"]})))
+    areas = mask_areas([{"size": size, "counts": i["rle"]} for i in record["instances"]])
+    return [record["instances"][i] for i in np.argsort(-areas, kind="stable")]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ Classes are numbered 1..100 in both, as in the challenge.
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -84,6 +84,7 @@ def index(config: DataConfig, progress: Progress | None = None) -> DatasetIndex:
         )
     splits: dict[str, pa.Table] = {}
     skipped: list[Skipped] = []
+    left_out: Mapping[str, int] = {}
     for split, folder in _SPLITS.items():
         images, masks = pair(folder)
         if not images.keys() & masks.keys():
@@ -93,8 +94,8 @@ def index(config: DataConfig, progress: Progress | None = None) -> DatasetIndex:
     if config.unlabelled_pool != "rest":
         if not config.extra_image_dir:
             raise ValueError("data.unlabelled_pool: ADE20K has no extra images: name a folder by data.extra_image_dir")
-        splits["extra"] = index_pool(listing, config.extra_image_dir)
-    return DatasetIndex(splits, CATEGORIES, listing, skipped, sources=_SPLITS, decode_map=decode)
+        splits["extra"], left_out = index_pool(listing, config.extra_image_dir)
+    return DatasetIndex(splits, CATEGORIES, listing, skipped, sources=_SPLITS, decode_map=decode, left_out=left_out)
 
 
 def decode_challenge(map_HWC: np.ndarray) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
@@ -155,8 +156,4 @@ def _pair_full(listing: Listing, base: str, folder: str) -> tuple[dict[str, str]
 
 def _scenes(listing: Listing, folder: str) -> Iterator[str]:
     """The folders of images; not those that hold the amodal masks of one image, of which there are 27,000."""
-    yield folder
-    images = set(listing.files(folder, "*.jpg"))
-    for name in listing.folders(folder):
-        if f"{name}.jpg" not in images:
-            yield from _scenes(listing, f"{folder}/{name}")
+    return listing.walk(folder, enter=lambda place, name: listing.file(f"{place}/{name}.jpg") is None)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,15 +57,25 @@ def index(config: DataConfig, progress: Progress | None = None) -> DatasetIndex:
     listing = open_listing(config.root, "Cityscapes (leftImg8bit and gtFine)")
     splits: dict[str, pa.Table] = {}
     skipped: list[Skipped] = []
+    left_out: Mapping[str, int] = {}
     for split in ("train", "val"):
         images = _frames(listing, f"{_IMAGES}/{split}", "*_leftImg8bit.*")
         masks = _frames(listing, f"{_MASKS}/{split}", "*_gtFine_instanceIds.png")
         splits[split], bad = pair_maps(listing, split, images, masks)
         skipped += bad
     if config.unlabelled_pool != "rest":
-        splits["extra"] = index_pool(listing, config.extra_image_dir or _EXTRA, frame_name)
+        splits["extra"], left_out = index_pool(listing, config.extra_image_dir or _EXTRA, frame_name)
     sources = {split: f"{_MASKS}/{split}" for split in ("train", "val")}
-    return DatasetIndex(splits, CATEGORIES, listing, skipped, sources=sources, decode_map=decode_map)
+    return DatasetIndex(
+        splits,
+        CATEGORIES,
+        listing,
+        skipped,
+        sources=sources,
+        decode_map=decode_map,
+        left_out=left_out,
+        refuse_ignored=label_ids_alone,
+    )
 
 
 def frame_name(file: str) -> str:
@@ -91,6 +102,15 @@ def decode_map(map_HW: np.ndarray) -> tuple[list[dict[str, Any]], list[tuple[str
         elif label in _THING_IDS or value in VOID_IDS:
             instances.append(instance(label, rle, is_crowd=value < 1000))
     return instances, unknown
+
+
+def label_ids_alone(ids: Sequence[int]) -> str:
+    """Says that a split's maps hold label ids where instance ids belong: its only regions of the classes are groups."""
+    return (
+        f"in *_gtFine_instanceIds.png the classes are there by their label ids alone ({', '.join(map(str, ids))}), as "
+        f"in *_gtFine_labelIds.png: expected 1000 * class + instance ({ids[0]}000, {ids[0]}001, ...), as the files of "
+        "gtFine_trainvaltest.zip hold it and cityscapesScripts' json2instanceImg writes it"
+    )
 
 
 def _frames(listing: Listing, folder: str, pattern: str) -> dict[str, str]:

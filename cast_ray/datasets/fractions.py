@@ -51,6 +51,11 @@ def label_index(records: pa.Table) -> pa.Table:
     return records.select(["image_id", "uri"]).append_column("category_ids", classes)
 
 
+def mark_copies(index: pa.Table, same_as: np.ndarray, in_val: np.ndarray) -> pa.Table:
+    """Adds to a label index which images `split` keeps out of D_u, see `copies`; both [N], in its order."""
+    return index.append_column("same_as", pa.array(same_as)).append_column("in_val", pa.array(in_val))
+
+
 def split(
     records: pa.Table,
     config: DataConfig,
@@ -68,11 +73,14 @@ def split(
       rarest first, to `min_per_class` images (or all it has). Nested too; the fraction stays what it says.
     - `list`: the images of `label_list`; of a file of positions, those of this fraction and seed.
 
+    D_u never holds a copy of a labelled or of a validation image where the records are marked (`mark_copies`); the
+    facts then count those left out, `num_copies`.
+
     D_u are the other training images, the extra pool's or both, in the same order; with `unlabelled_fraction` or
     `num_unlabelled`, the last so many, so that all label fractions that leave as many share one D_u.
 
     Args:
-        records: training images as of `label_index`.
+        records: training images as of `label_index`, marked or not.
         config: how to choose.
         seed: of the run; `split_seed` goes before it.
         source: lists and pools that the choice reads.
@@ -109,6 +117,8 @@ def split(
     taken = np.zeros(len(order), dtype=bool)
     taken[pool] = True
     taken[labelled] = False
+    copies = _copies(records, labelled) & taken[:num_images]
+    taken[:num_images] &= ~copies
     unlabelled = order[taken[order]]
     num_unlabelled = math.floor(config.unlabelled_fraction * len(unlabelled) + 0.5)
     if config.num_unlabelled is not None:
@@ -120,15 +130,32 @@ def split(
         "fraction": len(labelled) / num_images if named else config.label_fraction,
         "seed": seed,
         "num_labelled": len(labelled),
+        "num_with_objects": _num_with_objects(records, labelled),
         "num_unlabelled": len(unlabelled),
         "num_extra": int((unlabelled >= num_images).sum()),
     }
+    if copies.any():
+        facts["num_copies"] = int(copies.sum())
     if config.label_family == "per-class":
         facts["min_per_class"] = config.min_per_class
     for name in ("label_list", "unlabelled_list"):
         if (chosen_list := getattr(source, name)) is not None:
             facts |= {name: chosen_list.file, f"{name}_sha256": chosen_list.sha256}
     return LabelSplit(labelled, unlabelled, facts)
+
+
+def _num_with_objects(records: pa.Table, rows: np.ndarray) -> int:
+    """How many of these training images hold an object that is no ignore region."""
+    lengths = pc.list_value_length(records.column("category_ids")).to_numpy()
+    return int((lengths[rows] > 0).sum())
+
+
+def _copies(records: pa.Table, labelled: np.ndarray) -> np.ndarray:
+    """bool [N]: which training images are the same as a labelled or a validation image."""
+    if "same_as" not in records.column_names:
+        return np.zeros(records.num_rows, dtype=bool)
+    same_as = records.column("same_as").to_numpy()
+    return np.isin(same_as, same_as[labelled]) | records.column("in_val").to_numpy()
 
 
 def _hash_order(ids: Sequence[str], seed: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,17 @@ MAX_PIXELS = 178_956_970
 """Pillow's own limit; more is taken for a decompression bomb unless the recipe says otherwise."""
 
 # EPS and friends run interpreters or open other files: only plain raster formats are tried.
-_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
+_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+)
+"""What files are called that `read_image` reads, in lower case."""
+UNREADABLE_SUFFIXES = (
+    *(".heic", ".heif", ".jxl", ".svg", ".psd", ".eps", ".pdf", ".raw", ".dng"),
+    *(".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".exr", ".hdr", ".dcm"),
+)
+"""Pictures that cannot be read here and must be converted first."""
 _HEAD_BYTES = 1 << 18
 _MAP_MODES = ("L", "P", "I", "I;16", "I;16B", "RGB", "RGBA")
 _ORIENTATION = 0x0112
@@ -52,22 +63,25 @@ def read_image(uri: str, image_hw: tuple[int, int] | None = None, max_pixels: in
         ImageError (a ValueError): missing, empty, truncated, of another size, too large or not an image.
         OSError: the file store failed (worth another try, which a bad file is not).
     """
-    with _opened(uri, image_hw, max_pixels) as image:
+    with _opened(uri, image_hw, max_pixels) as (image, _):
         return _to_rgb(image)
 
 
 def check_image(
     uri: str, image_hw: tuple[int, int] | None, max_pixels: int = MAX_PIXELS, *, decode: bool
-) -> tuple[int, int]:
-    """Height and width of an image file that `read_image` can read; `decode` False: that begins like one.
+) -> tuple[tuple[int, int], bytes]:
+    """Checks that `read_image` can read an image file; with `decode` False, only that it begins like one.
+
+    Returns:
+        (height, width), and the sha256 of the file's bytes; b"" with `decode` False, where only a part is read.
 
     Raises:
         ImageError, OSError: as `read_image`.
     """
-    with _opened(uri, image_hw, max_pixels, whole=decode) as image:
+    with _opened(uri, image_hw, max_pixels, whole=decode) as (image, content):
         if decode:
             _to_rgb(image)
-        return image.height, image.width
+        return (image.height, image.width), hashlib.sha256(content).digest() if decode else b""
 
 
 def read_map(uri: str, image_hw: tuple[int, int], max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -76,7 +90,7 @@ def read_map(uri: str, image_hw: tuple[int, int], max_pixels: int = MAX_PIXELS) 
     Raises:
         ImageError, OSError: as `read_image`; also for a mode in which no label map is stored.
     """
-    with _opened(uri, image_hw, max_pixels) as image:
+    with _opened(uri, image_hw, max_pixels) as (image, _):
         if image.mode not in _MAP_MODES:
             raise _Refused(f"a label map of mode {image.mode}: expected 8- or 16-bit grey or RGB")
         return np.asarray(image)
@@ -85,8 +99,11 @@ def read_map(uri: str, image_hw: tuple[int, int], max_pixels: int = MAX_PIXELS) 
 @contextmanager
 def _opened(
     uri: str, image_hw: tuple[int, int] | None, max_pixels: int, *, whole: bool = True
-) -> Iterator[Image.Image]:
-    """The image before it is decoded, its size checked; whatever goes wrong in the body is laid to the file."""
+) -> Iterator[tuple[Image.Image, bytes]]:
+    """The image before it is decoded, its size checked, and the bytes that were read.
+
+    Whatever goes wrong in the body is laid to the file.
+    """
     if image_hw is not None:
         max_pixels = image_hw[0] * image_hw[1]
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
@@ -98,7 +115,7 @@ def _opened(
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             _check_size(image, image_hw, max_pixels)
-            yield image
+            yield image, content
     except _Refused as error:
         raise ImageError(uri, str(error)) from None
     except Image.DecompressionBombError as error:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from cast_ray.datasets.listing import Listing, child
+from cast_ray.datasets.listing import Listing
+from cast_ray.datasets.photos import describe_left_out, images_below
 from cast_ray.records import RECORD_SCHEMA, Category, encode_image_id
 
 INDEX_SCHEMA = pa.schema(
@@ -22,8 +22,6 @@ INDEX_SCHEMA = pa.schema(
         ("mask_uri", pa.string()),  # label map that holds the instances; null: `instances` is final
     ]
 )
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 Skipped = dict[str, str]
 """An image or annotation that cannot be used: split, kind (image, annotation), id, file, reason."""
@@ -40,7 +38,10 @@ class DatasetIndex:
     annotation files hold, unusable ones included (0 where they are in label maps and counted when these are read).
     sources: split -> the file or folder of its annotations, for messages. content_hash: of a dataset that vouches for
     its own files, which are then not read again. annotated: image ids that the positions of published COCO label lists
-    count, see `label_lists`.
+    count, see `label_lists`. all_ignored_hint: one sentence that says what probably happened in a dataset of this
+    format where every annotation of a split is an ignore region, see `data_report`. left_out: what was not taken from
+    the folder of the extra pool, see `photos.FoundImages`. refuse_ignored: of a format in which a split whose objects
+    are all ignore regions is a mistake: the ids of their classes -> why it is refused.
     """
 
     splits: dict[str, pa.Table]
@@ -52,6 +53,9 @@ class DatasetIndex:
     decode_map: DecodeMap | None = None
     content_hash: str = ""
     annotated: tuple[str, ...] | None = None
+    all_ignored_hint: str = ""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    refuse_ignored: Callable[[Sequence[int]], str] | None = None
 
     def num_images(self, split: str) -> int:
         """Images of a split, unusable ones included."""
@@ -98,31 +102,28 @@ def pair_maps(
     return index_table(listing, split, rows), skipped
 
 
-def index_pool(listing: Listing, folder: str, stem: Callable[[str], str] | None = None) -> pa.Table:
-    """All image files below a folder, as images without labels.
+def index_pool(
+    listing: Listing, folder: str, stem: Callable[[str], str] | None = None
+) -> tuple[pa.Table, Mapping[str, int]]:
+    """Lists all image files below a folder as images without labels, and counts what is left out.
 
     Args:
         folder: below root, or an absolute path or URI.
         stem: file name -> image id; None: the path below `folder`.
 
+    Returns:
+        INDEX_SCHEMA rows of split extra, and `FoundImages.left_out`.
+
     Raises:
-        ValueError: there is no image file.
+        ValueError: there is no image file; the message says what there is instead.
     """
-    rows: list[tuple[str, str, str | None]] = []
-    for place in listing.walk(folder):
-        for name in listing.files(place):
-            if name.lower().endswith(IMAGE_SUFFIXES):
-                path = child(place, name)
-                rows.append((stem(name) if stem else path.removeprefix(f"{folder}/"), path, None))
-    if not rows:
-        raise ValueError(f"data.unlabelled_pool: no image below {folder} in {listing.root}")
-    return index_table(listing, "extra", rows)
-
-
-def without_known(pool: pa.Table, splits: dict[str, pa.Table]) -> pa.Table:
-    """A pool of unlabelled images without those that are training or validation images already."""
-    known = pa.concat_arrays([c for table in splits.values() for c in table.column("uri").chunks])
-    return pool.filter(pc.invert(pc.is_in(pool.column("uri"), value_set=known)))
+    folder = folder.rstrip("/") or folder
+    found = images_below(listing, folder)
+    if not found.paths:
+        instead = f" (left out: {describe_left_out(found.left_out)})" if found.left_out else ""
+        raise ValueError(f"data.unlabelled_pool: no image below {folder} in {listing.root}{instead}")
+    named = [(stem(path) if stem else path.removeprefix(f"{folder}/"), path, None) for path in found.paths]
+    return index_table(listing, "extra", named), found.left_out
 
 
 def describe(skipped: Sequence[Skipped], most: int = 3) -> str:

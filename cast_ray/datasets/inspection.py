@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pycocotools import mask as mask_utils
 
 from cast_ray.datasets.fractions import label_index
 from cast_ray.datasets.listing import Listing
-from cast_ray.records import Category, DatasetSplits
+from cast_ray.records import Category, DatasetSplits, mask_areas, object_areas
 
 SMALL_PX, MEDIUM_PX = 32**2, 96**2
 """COCO's borders between small, medium and large objects, pixels of area."""
@@ -36,8 +35,8 @@ class SplitFacts:
     """One split in numbers.
 
     num_objects: without crowds; num_crowds: ignore regions of a class; by class label 0..C-1: objects [C] and images
-    with at least one [C]; areas: objects that are small, medium and large; sizes: (height, width) -> images, the most
-    frequent first.
+    with at least one [C]; areas: objects that are small, medium and large, by their annotated area where there is one
+    (see `object_areas`); sizes: (height, width) -> images, the most frequent first.
     """
 
     name: str
@@ -67,7 +66,7 @@ def _facts(name: str, table: pa.Table, categories: Sequence[Category]) -> SplitF
     labels = labels[~crowd]
     rows = rows[~crowd]
     pairs = np.unique(np.stack([labels, rows], 1), axis=0) if len(rows) else np.empty((0, 2), np.int64)
-    areas = np.array(_areas(table, instances))[~crowd] if len(crowd) else np.empty(0)
+    areas = object_areas(flat.field("area").to_pylist(), _mask_areas(table, instances))[~crowd]
     heights, widths = (table.column(n).to_numpy() for n in ("height", "width"))
     sizes, counts = np.unique(np.stack([heights, widths], 1), axis=0, return_counts=True)
     return SplitFacts(
@@ -87,13 +86,12 @@ def _facts(name: str, table: pa.Table, categories: Sequence[Category]) -> SplitF
     )
 
 
-def _areas(table: pa.Table, instances: pa.ListArray) -> list[int]:
+def _mask_areas(table: pa.Table, instances: pa.ListArray) -> np.ndarray:
     rles = pa.ListArray.from_arrays(instances.offsets, instances.values.field("rle"))
     sizes = zip(table.column("height").to_pylist(), table.column("width").to_pylist())
-    areas: list[int] = []
-    for size, counts in zip(sizes, rles.to_pylist()):
-        areas += mask_utils.area([{"size": size, "counts": c} for c in counts]).tolist() if counts else []
-    return areas
+    return mask_areas(
+        [{"size": size, "counts": c} for size, counts in zip(sizes, rles.to_pylist()) for c in counts or ()]
+    )
 
 
 def choose_samples(table: pa.Table, count: int) -> list[dict[str, Any]]:

@@ -40,4 +40,4 @@ def encode_regions(map_HW: np.ndarray) -> dict[int, bytes]:
 
 def instance(category_id: int, rle: bytes, *, is_crowd: bool = False) -> dict[str, Any]:
     """One ground-truth instance, INSTANCE_TYPE as a dict."""
-    return {"category_id": category_id, "rle": rle, "score": 1.0, "is_crowd": is_crowd}
+    return {"category_id": category_id, "rle": rle, "score": 1.0, "is_crowd": is_crowd, "area": None}

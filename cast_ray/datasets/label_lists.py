@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import posixpath
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,11 +13,14 @@ import numpy as np
 import pyarrow as pa
 
 from cast_ray.datasets.cityscapes import frame_name
-from cast_ray.datasets.paths import absolute, first_line, is_uri, read_bytes
+from cast_ray.datasets.paths import is_uri
+from cast_ray.datasets.text_files import decode_text, parse_json, read_file
 from cast_ray.records import decode_image_id
 
 _AMBIGUOUS = -1
 _ENOUGH_NAMED = 3
+_NAME_SHOWN = 100
+"""Characters of a name in a message: a file of another kind can be one line of a million."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,12 @@ class LabelList:
 def read_list(file: str) -> LabelList:
     """Reads a label list in any of the forms they are published in.
 
-    Names, one a line: of image files, of Cityscapes label maps (Guided Distillation's perc_5.txt holds
-    `bremen_000041_000019_gtFine_instanceIds.png`), or image ids; blank lines and lines that start with # are passed
-    over. A COCO JSON: its images (Soft Teacher's and Guided Distillation's subsets of `instances_train2017.json`). A
-    JSON object percentage -> seed -> positions (unbiased-teacher's COCO_supervision.txt), each the place of an image
-    among those with at least one object that is no crowd, in the order of their ids.
+    Names, one a line or a JSON list of them: of image files, of Cityscapes label maps (Guided Distillation's perc_5.txt
+    holds `bremen_000041_000019_gtFine_instanceIds.png`), or image ids; blank lines and lines that start with # are
+    passed over. A COCO JSON: its images (Soft Teacher's and Guided Distillation's subsets of
+    `instances_train2017.json`). A JSON object percentage -> seed -> positions (unbiased-teacher's
+    COCO_supervision.txt), each the place of an image among those with at least one object that is no crowd, in the
+    order of their ids.
 
     Args:
         file: local path or URI; what it holds decides, not its name.
@@ -46,15 +49,10 @@ def read_list(file: str) -> LabelList:
     Raises:
         ValueError: unreadable, empty or of no such form; the message names the file.
     """
-    try:
-        content = read_bytes(absolute(file))
-    except OSError as error:
-        raise ValueError(f"data.label_list: {file} cannot be read ({first_line(error)})") from None
+    name = f"data.label_list: {file}"
+    content = read_file(file, name)
     sha256 = hashlib.sha256(content).hexdigest()
-    try:
-        text = content.decode()
-    except UnicodeDecodeError:
-        raise ValueError(f"data.label_list: {file} is not a text file") from None
+    text = decode_text(content, name)
     if text.lstrip().startswith(("{", "[")):
         return _read_json(file, sha256, text)
     lines = [line.strip() for line in text.splitlines()]
@@ -67,9 +65,11 @@ def read_list(file: str) -> LabelList:
 def _read_json(file: str, sha256: str, text: str) -> LabelList:
     expected = "expected names of images, a COCO JSON, or percentage -> seed -> positions"
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"data.label_list: {file} is not JSON ({first_line(error)}): {expected}") from None
+        value = parse_json(text, f"data.label_list: {file}")
+    except ValueError as error:
+        raise ValueError(f"{error}: {expected}") from None
+    if isinstance(value, list) and value and all(type(name) in (str, int) for name in value):
+        return LabelList(file, sha256, tuple(str(name) for name in value))
     if isinstance(value, dict) and isinstance(value.get("images"), list):
         names = [image.get("file_name") for image in value["images"] if isinstance(image, dict)]
         known = tuple(name for name in names if isinstance(name, str))
@@ -128,7 +128,7 @@ def listed_rows(
     if missing:
         raise ValueError(
             f"{chosen.file}: {len(missing)} of its {len(named)} images are no training images of the dataset: "
-            f"{', '.join(missing[:_ENOUGH_NAMED])}"
+            f"{', '.join(name[:_NAME_SHOWN] for name in missing[:_ENOUGH_NAMED])}"
         )
     return np.unique(np.array([row for _, row in named if row is not None], dtype=np.int64))
 
@@ -176,7 +176,9 @@ class _NameTable:
     def find(self, name: str) -> int | None:
         found = [self.rows[form] for form in _forms_of(name) if form in self.rows]
         if found and found[0] == _AMBIGUOUS:
-            raise ValueError(f"{self.file}: {name!r} fits several images: expected the folder before the name, or ids")
+            raise ValueError(
+                f"{self.file}: {name[:_NAME_SHOWN]!r} fits several images: expected the folder before the name, or ids"
+            )
         return found[0] if found else None
 
 

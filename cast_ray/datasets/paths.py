@@ -76,6 +76,12 @@ def write_bytes(uri: str, content: bytes) -> None:
         raise
 
 
+def real(uri: str) -> str:
+    """What a file or folder is known by, through however many links it was reached; object stores have no links."""
+    filesystem, path = resolve(uri)
+    return os.path.realpath(path) if isinstance(filesystem, fs.LocalFileSystem) else uri.rstrip("/")
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, on one line."""
     return (str(error).splitlines() or [type(error).__name__])[0]

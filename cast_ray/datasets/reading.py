@@ -14,9 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cast_ray import registry
-from cast_ray.datasets.data_report import check_report, data_report
+from cast_ray.datasets.copies import Copies, blind_spot, identity_of
+from cast_ray.datasets.data_report import Contents, check_report, data_report
 from cast_ray.datasets.images import ImageError, check_image, read_map
 from cast_ray.datasets.index import DatasetIndex, DecodeMap, Skipped
+from cast_ray.datasets.paths import real
+from cast_ray.datasets.photos import describe_left_out
 from cast_ray.recipe import DataConfig
 from cast_ray.records import RECORD_SCHEMA, DatasetSplits, decode_image_id
 
@@ -29,6 +32,7 @@ READ_SCHEMA = pa.schema(
         ("split", pa.string()),
         ("usable", pa.bool_()),
         ("digest", pa.binary()),  # of everything about the image that can change a result
+        ("identity", pa.binary()),  # see `copies`
         ("num_annotations", pa.int64()),  # found in its label map
         ("skipped", pa.list_(_SKIPPED)),
     ]
@@ -59,11 +63,12 @@ def _read_row(row: dict[str, Any], decode_map: DecodeMap | None, verify: str, ma
     skipped: list[dict[str, str]] = []
     num_annotations = 0
     usable = True
+    content = b""
     try:
         if row["num_bytes"] == 0:
             raise ImageError(row["uri"], "the file is empty")
         if verify != "none" or image_hw is None:
-            image_hw = check_image(row["uri"], image_hw, max_pixels, decode=verify == "full")
+            image_hw, content = check_image(row["uri"], image_hw, max_pixels, decode=verify == "full")
         if row["mask_uri"] is not None:
             assert decode_map is not None and image_hw is not None
             row["instances"], unknown = _read_instances(row["mask_uri"], image_hw, decode_map)
@@ -77,7 +82,9 @@ def _read_row(row: dict[str, Any], decode_map: DecodeMap | None, verify: str, ma
         ]
     result = {name: row[name] for name in (*RECORD_SCHEMA.names, "split")}
     facts = {"usable": usable, "num_annotations": num_annotations, "skipped": skipped}
-    return result | facts | {"digest": _digest(row) if usable else None}
+    if not usable:
+        return result | facts | {"digest": None, "identity": None}
+    return result | facts | {"digest": _digest(row, content), "identity": identity_of(content, real(row["uri"]))}
 
 
 def _read_instances(
@@ -91,12 +98,16 @@ def _read_instances(
         raise ImageError(uri, f"its label map: {error}") from None
 
 
-def _digest(row: dict[str, Any]) -> bytes:
-    """The image's id and size stand for its pixels: copies of a dataset on other disks are one dataset."""
-    facts = [row[name] for name in ("image_id", "num_bytes", "height", "width")]
+def _digest(row: dict[str, Any], content: bytes) -> bytes:
+    """Identity of an image and its instances, wherever the file lies: copies of a dataset on other disks are one.
+
+    Args:
+        content: sha256 of the file; b"" where it was not read whole: then the number of its bytes stands for it.
+    """
+    facts = [row["image_id"], content or row["num_bytes"], row["height"], row["width"]]
     instances = row["instances"]
     if instances is not None:
-        facts += [(i["category_id"], i["is_crowd"], i["rle"]) for i in instances]
+        facts += [(i["category_id"], i["is_crowd"], i["rle"], i["area"]) for i in instances]
     return hashlib.sha256(repr((facts, instances is None)).encode()).digest()
 
 
@@ -119,7 +130,8 @@ def in_threads(make: MakeRows, blocks: list[pa.Table]) -> Iterator[pa.Table]:
 class Reading:
     """One pass over an index.
 
-    Iterate `tables` to the end; then `skipped`, `num_images`, `num_annotations` and the hashes are complete.
+    Iterate `tables` to the end; then `skipped`, `num_images`, `num_annotations`, `contents` and the hashes are
+    complete.
     """
 
     def __init__(self, index: DatasetIndex, config: DataConfig):
@@ -127,6 +139,9 @@ class Reading:
         self.skipped: list[Skipped] = list(index.skipped)
         self.num_images = {split: index.num_images(split) for split in index.splits}
         self.num_annotations = {split: index.num_annotations.get(split, 0) for split in index.splits}
+        self.contents: dict[str, Contents] = {}
+        self._ignored_classes: dict[str, set[int]] = {split: set() for split in index.splits}
+        self.copies = Copies(by_content=config.verify == "full")
         self._digests = {split: hashlib.sha256() for split in index.splits}
 
     def tables(
@@ -143,9 +158,10 @@ class Reading:
             OSError: the file store failed.
         """
         index = self.index
+        assert "extra" not in list(index.splits)[:-1], "copies of all other images are left out of it"
         if index.content_hash:  # drawn here and hashed then
             for split, table in index.splits.items():
-                yield split, table.select(RECORD_SCHEMA.names).cast(RECORD_SCHEMA)
+                yield split, self._count(split, table.select(RECORD_SCHEMA.names).cast(RECORD_SCHEMA))
             return
         make = partial(
             read_rows,
@@ -177,9 +193,34 @@ class Reading:
         for entries in table.column("skipped").to_pylist():
             self.skipped += [{"split": split, **entry} for entry in entries]
         table = table.filter(table.column("usable"))
+        names = ("identity", "uri")
+        table = table.filter(pa.array(self.copies.add(split, *(table.column(name).to_pylist() for name in names))))
         for digest in table.column("digest").to_pylist():
             self._digests[split].update(digest)
-        return table.select(RECORD_SCHEMA.names)
+        return self._count(split, table.select(RECORD_SCHEMA.names))
+
+    def _count(self, split: str, records: pa.Table) -> pa.Table:
+        instances = records.column("instances")
+        if instances.null_count < len(instances):  # null: nobody knows what an image of the extra pool holds
+            num_ignored = pc.sum(pc.struct_field(pc.list_flatten(instances), "is_crowd")).as_py() or 0
+            num_objects = (pc.sum(pc.list_value_length(instances)).as_py() or 0) - num_ignored
+            before = self.contents.get(split, Contents(0, 0))
+            self.contents[split] = Contents(before.num_objects + num_objects, before.num_ignored + num_ignored)
+            if not self.contents[split].num_objects:
+                ids = pc.unique(pc.struct_field(pc.list_flatten(instances), "category_id")).to_pylist()
+                self._ignored_classes[split] |= set(ids) & {category.id for category in self.index.categories}
+        return records
+
+    def _refusals(self) -> list[str]:
+        """Why the dataset cannot be meant as it is, a sentence for each split that says so."""
+        if self.index.refuse_ignored is None:
+            return []
+        return [
+            f"{self.config.root} ({split}: {self.index.sources.get(split, '')}): no object in "
+            f"{self.num_images[split]:,} images: {self.index.refuse_ignored(sorted(self._ignored_classes[split]))}"
+            for split, held in self.contents.items()
+            if not held.num_objects and self._ignored_classes[split]
+        ]
 
     @property
     def content_hash(self) -> str:
@@ -187,6 +228,7 @@ class Reading:
         if self.index.content_hash:
             return self.index.content_hash
         parts = [(split, digest.hexdigest()) for split, digest in self._digests.items() if split != "extra"]
+        parts += [("copies", copies)] if (copies := self.copies.digest()) else []
         return hashlib.sha256(repr((parts, self.index.categories)).encode()).hexdigest()
 
     @property
@@ -196,7 +238,25 @@ class Reading:
 
     def report(self) -> dict[str, Any]:
         """What `data_report.json` says of it; before anything was read, of what the index skipped."""
-        return data_report(self.config, self.num_images, self.num_annotations, self.skipped, self.index.sources)
+        report = data_report(
+            self.config,
+            self.num_images,
+            self.num_annotations,
+            self.skipped,
+            self.index.sources,
+            self.contents,
+            self.index.all_ignored_hint,
+        )
+        notes = [*self.copies.notes(), "" if self.index.content_hash else blind_spot(self.config.verify)]
+        if self.index.left_out:
+            notes.append(f"Left out of the extra pool's folder: {describe_left_out(self.index.left_out)}.")
+        report["warnings"] += self.copies.warnings()
+        return report | {
+            "notes": [note for note in notes if note],
+            "refusals": self._refusals(),
+            "copies": self.copies.counts(),
+            "left_out": dict(self.index.left_out),
+        }
 
 
 def load(

@@ -11,9 +11,13 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from cast_ray.records import rle_runs
+from cast_ray.datasets.coco_document import whole_number
+from cast_ray.records import mask_areas, rle_runs
 
 _MAX_CHARACTERS_PER_COUNT = 7  # of 5 bits each: more than any run length of an image that is read
+_FARTHEST_PX = 1e8  # pycocotools counts fifths of a pixel in 32 bits; a number this large is no coordinate
+_LONG_OUTLINE_PX = 2**20  # pycocotools takes 40 bytes for each pixel of a polygon's outline
+_LONGEST_OUTLINE_PX = 2**24
 
 
 def encode_segmentation(segmentation: Any, height: int, width: int) -> bytes:
@@ -21,8 +25,9 @@ def encode_segmentation(segmentation: Any, height: int, width: int) -> bytes:
 
     Args:
         segmentation: the JSON value: a list of polygons [x0, y0, x1, y1, ...] in pixels, one such polygon, or an object
-            with `size` and compressed (string) or uncompressed (list) `counts`. Polygons may pass the image's border by
-            up to one image size: they are cut off there.
+            with `size` and compressed (string) or uncompressed (list) `counts`. Polygons are filled by the even-odd
+            rule as pycocotools does it, and cut off at the image's border. Parts without an inside (fewer than three
+            points, an odd number of coordinates) are left out where another part has one.
         height: of the image, pixels.
         width: of the image, pixels.
 
@@ -48,44 +53,99 @@ def encode_mask(mask: np.ndarray) -> bytes:
 def _encode_polygons(polygons: list[Any], height: int, width: int) -> bytes:
     if isinstance(polygons[0], int | float):
         polygons = [polygons]
-    area = 0.0
-    parts = []
+    parts, too_short = [], ""
     for polygon in polygons:
-        if not isinstance(polygon, list):
-            raise ValueError(f"polygon is of type {type(polygon).__name__}: expected a list of numbers")
-        if len(polygon) < 6:
-            raise ValueError(f"polygon of {len(polygon)} numbers: expected at least 6")
-        if len(polygon) % 2:
-            raise ValueError(f"polygon of {len(polygon)} numbers: expected x, y pairs")
-        try:
-            points = np.array(polygon, dtype=np.float64)
-        except (TypeError, ValueError, OverflowError):
-            raise ValueError("polygon holds something that is not a number") from None
-        if points.ndim != 1:
-            raise ValueError("polygon is nested: expected a flat list x0, y0, x1, y1, ...")
-        if not np.isfinite(points).all():
-            raise ValueError("polygon coordinate is not finite")
-        x, y = points[0::2], points[1::2]
-        for values, size in ((x, width), (y, height)):
-            low, high = values.min(), values.max()
-            if low < -size or high > 2 * size:
-                worst = low if low < -size else high
-                raise ValueError(f"polygon coordinate {worst:g} lies far outside the {width} x {height} image")
-        twice = np.dot(x[:-1], y[1:]) - np.dot(y[:-1], x[1:]) + x[-1] * y[0] - y[-1] * x[0]
-        area += abs(float(twice)) / 2
-        parts.append(points)
-    if area <= 1e-9:
+        if reason := _too_short(polygon):  # detectron2 leaves these parts out too, and keeps the others
+            too_short = too_short or reason
+        else:
+            parts.append(_points_of(polygon, height, width))
+    if not parts:
+        raise ValueError(too_short)
+    if all(_is_line(points) for points in parts):
         raise ValueError("polygon has no area")
-    rles = mask_utils.frPyObjects(parts, height, width)
-    rle = rles[0] if len(rles) == 1 else mask_utils.merge(rles)
-    if not mask_utils.area(rle):
+    drawable = [part for part in (_drawable(points, height, width) for points in parts) if len(part) > 2]
+    rles = mask_utils.frPyObjects([part.ravel() for part in drawable], height, width) if drawable else []
+    rle = mask_utils.merge(rles) if len(rles) > 1 else rles[0] if rles else None
+    if rle is None or not mask_areas([rle])[0]:
         raise ValueError("polygon covers no pixel of the image")
     return rle["counts"]
 
 
+def _too_short(polygon: Any) -> str:
+    """Why a polygon has no inside, whatever its numbers are; empty where it may have one."""
+    if not isinstance(polygon, list):
+        raise ValueError(f"polygon is of type {type(polygon).__name__}: expected a list of numbers")
+    if any(isinstance(value, list | dict) for value in polygon):
+        raise ValueError("polygon is nested: expected a flat list x0, y0, x1, y1, ...")
+    if len(polygon) < 6:
+        return f"polygon of {len(polygon)} numbers: expected at least 6"
+    return f"polygon of {len(polygon)} numbers: expected x, y pairs" if len(polygon) % 2 else ""
+
+
+def _points_of(polygon: list[Any], height: int, width: int) -> np.ndarray:
+    """A polygon's points, float64 [n, 2] as x, y in pixels."""
+    try:
+        numbers = np.array(polygon, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError("polygon holds something that is not a number") from None
+    if not np.isfinite(numbers).all():
+        raise ValueError("polygon coordinate is not finite")
+    worst = numbers[np.abs(numbers).argmax()]
+    if abs(worst) > _FARTHEST_PX:
+        raise ValueError(f"polygon coordinate {worst:g} lies far outside the {width} x {height} image")
+    return numbers.reshape(-1, 2)
+
+
+def _is_line(points: np.ndarray) -> bool:
+    """Whether all points lie on one line; a figure of eight, whose signed areas cancel, is none."""
+    offsets = points - points[0]
+    longest = offsets[np.square(offsets).sum(1).argmax()]
+    across = offsets[:, 0] * longest[1] - offsets[:, 1] * longest[0]
+    return bool(np.abs(across).max() <= 1e-9 * max(1.0, float(np.abs(longest).max())))
+
+
+def _drawable(points: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The polygon as pycocotools can draw it: unchanged, or cut off outside the image where its outline is too long.
+
+    pycocotools cuts polygons off at the border by itself, but its memory grows with the whole outline.
+    """
+    if _outline_px(points) <= _LONG_OUTLINE_PX:
+        return points
+    for axis, size in ((0, width), (1, height)):
+        points = _cut(points, axis, -size, 1)
+        points = _cut(points, axis, 2 * size, -1)
+    if _outline_px(points) > _LONGEST_OUTLINE_PX:
+        raise ValueError(
+            f"polygon outline of {_outline_px(points):,.0f} pixels: no object of a {width} x {height} image"
+        )
+    return points
+
+
+def _outline_px(points: np.ndarray) -> float:
+    return float(np.abs(points - np.roll(points, -1, axis=0)).max(1).sum()) if len(points) else 0.0
+
+
+def _cut(points: np.ndarray, axis: int, bound: float, sign: int) -> np.ndarray:
+    """The part of a polygon where sign * (coordinate - bound) >= 0: Sutherland and Hodgman's step for one border.
+
+    What lies beyond is moved onto the border, so that inside it every pixel is enclosed as often as before.
+    """
+    if not len(points):
+        return points
+    following = np.roll(points, -1, axis=0)
+    inside = sign * (points[:, axis] - bound) >= 0
+    crosses = inside != np.roll(inside, -1)
+    length = following[:, axis] - points[:, axis]
+    share = np.where(crosses, bound - points[:, axis], 0) / np.where(crosses, length, 1)
+    crossing = points + share[:, None] * (following - points)
+    crossing[:, axis] = bound
+    both = np.stack([points, crossing], axis=1).reshape(-1, 2)
+    return both[np.stack([inside, crosses], axis=1).ravel()]
+
+
 def _encode_rle(rle: dict[str, Any], height: int, width: int) -> bytes:
     size, counts = rle.get("size"), rle.get("counts")
-    if size != [height, width]:
+    if not isinstance(size, list) or [whole_number(value) for value in size] != [height, width]:
         raise ValueError(f"RLE size is {str(size)[:40]}: expected [{height}, {width}]")
     if isinstance(counts, list):
         runs = _runs_of_list(counts)

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from cast_ray.evaluation.detections import VOID_LABEL, Detections, Truth, areas, intersections
+from cast_ray.evaluation.detections import VOID_LABEL, Detections, Truth, intersections
 from cast_ray.evaluation.matches import NUM_THRESHOLDS, Matches, join
 from cast_ray.evaluation.precision import cityscapes_ap
-from cast_ray.records import Category
+from cast_ray.records import Category, class_names, mask_areas
 
 OVERLAPS = np.arange(0.5, 1.0, 0.05)
 """As the official tool has them; an overlap must be larger."""
@@ -39,11 +39,11 @@ def match_cityscapes(truth: Sequence[Truth], found: Sequence[Detections], num_cl
     image, label, score, matched, ignored = [], [], [], [], []
     num_truth = np.zeros((len(truth), num_classes, 1), dtype=np.uint16)
     for i, (objects, detections) in enumerate(zip(truth, found, strict=True)):
-        pixels = areas(detections.rles)
+        pixels = mask_areas(detections.rles)
         kept = np.lexsort((-detections.scores, detections.labels))
         kept = kept[pixels[kept] > 0]
         ranked = Detections(detections.labels[kept], detections.scores[kept], [detections.rles[k] for k in kept])
-        valid = ~objects.crowd & (objects.areas >= MIN_REGION_PX)
+        valid = ~objects.crowd & (objects.mask_areas >= MIN_REGION_PX)
         np.add.at(num_truth[i, :, 0], objects.labels[valid], 1)
         hits, skipped = _judge(ranked, pixels[kept], objects, valid)
         image.append(np.full(len(kept), i, dtype=np.int32))
@@ -73,8 +73,8 @@ def _judge(
     common_DG = intersections(detections, pixels_D, objects.rles)
     own_DG = detections.labels[:, None] == objects.labels
     void = objects.labels == VOID_LABEL
-    overlap_DG = np.where(own_DG, common_DG / (pixels_D[:, None] + objects.areas - common_DG), 0.0)
-    small, groups = objects.areas < MIN_REGION_PX, objects.crowd & ~void
+    overlap_DG = np.where(own_DG, common_DG / (pixels_D[:, None] + objects.mask_areas - common_DG), 0.0)
+    small, groups = objects.mask_areas < MIN_REGION_PX, objects.crowd & ~void
     weight_DG = np.where(own_DG, small.astype(int) + groups, 0) + void
     ignorable_D = (common_DG * weight_DG).sum(1) / pixels_D
     for t, threshold in enumerate(OVERLAPS):
@@ -94,7 +94,7 @@ def cityscapes_metrics(matches: Matches, categories: Sequence[Category]) -> dict
 
     Returns:
         metric ("cityscapes"); mask_ap, ap50 (percent, None where no object to find exists); per_class, per_class_ap50
-        (name -> percent or None); num_images, num_detections.
+        (name as in `class_names` -> percent or None); num_images, num_detections.
     """
     ap_CT = cityscapes_ap(matches.ranking(0), np.ones(matches.num_images, dtype=np.int64))
     assert ap_CT.shape[1] == NUM_THRESHOLDS
@@ -102,8 +102,8 @@ def cityscapes_metrics(matches: Matches, categories: Sequence[Category]) -> dict
         "metric": "cityscapes",
         "mask_ap": _mean_percent(ap_CT),
         "ap50": _mean_percent(ap_CT[:, 0]),
-        "per_class": {c.name: _mean_percent(ap_CT[k]) for k, c in enumerate(categories)},
-        "per_class_ap50": {c.name: _mean_percent(ap_CT[k, :1]) for k, c in enumerate(categories)},
+        "per_class": {name: _mean_percent(ap_T) for name, ap_T in zip(class_names(categories), ap_CT)},
+        "per_class_ap50": {name: _mean_percent(ap_T[:1]) for name, ap_T in zip(class_names(categories), ap_CT)},
         "num_images": matches.num_images,
         "num_detections": len(matches.image),
     }

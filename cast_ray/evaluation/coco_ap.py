@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cast_ray.evaluation.detections import Detections, Truth, areas, by_image, overlaps, tie_order
+from cast_ray.evaluation.detections import Detections, Truth, by_image, overlaps, tie_order
 from cast_ray.evaluation.matches import NUM_THRESHOLDS, Matches, join
 from cast_ray.evaluation.precision import coco_precision
-from cast_ray.records import Category, ClassMap
+from cast_ray.records import Category, ClassMap, class_names, mask_areas
 
 AREAS = ("all", "small", "medium", "large")
 AREA_RANGES = np.array([(0, 1e5**2), (0, 32**2), (32**2, 96**2), (96**2, 1e5**2)])
@@ -52,8 +52,8 @@ def mask_ap(
         ValueError: a score that is not finite, an image or category id that the ground truth does not have, or a mask
             whose size is not its image's.
 
-    Source: pycocotools' COCOeval. Deviations: none in the measure. An object's size is its mask's, not the `area` of
-    the annotation file; ids may be strings; a match with annotation 0 counts.
+    Source: pycocotools' COCOeval. Deviations: none in the measure. An object without `area`, for which pycocotools
+    raises, has its mask's (as in hotcoco); ids may be strings; a match with annotation 0 counts.
     """
     return coco_metrics(match_results(ground_truth, results, categories, max_detections), categories)
 
@@ -79,14 +79,14 @@ def coco_metrics(matches: Matches, categories: Sequence[Category]) -> dict[str, 
     Returns:
         metric ("coco"); mask_ap, ap50, ap75, ap_small, ap_medium, ap_large: average precision; ar_1, ar_10, ar: average
         recall of the best 1, 10 and all counted detections of an image and class, ar_small, ar_medium, ar_large: of the
-        sizes (all percent, None where no object to find exists); per_class, per_class_ap50 (name -> AP, percent or
-        None); num_images, num_detections.
+        sizes (all percent, None where no object to find exists); per_class, per_class_ap50 (name as in `class_names` ->
+        AP, percent or None); num_images, num_detections.
     """
     counts = np.ones(matches.num_images, dtype=np.int64)
     by_area = [coco_precision(matches.ranking(a), counts) for a in range(len(AREAS))]
     order = np.argsort([c.id for c in categories], kind="stable")  # pycocotools averages in the order of the ids
     everything, recall = by_area[0][0][..., order], by_area[0][1][:, order]
-    names = [categories[k].name for k in order]
+    names = [class_names(categories)[k] for k in order]
     measures = {"mask_ap": everything, "ap50": everything[0], "ap75": everything[5]}
     measures |= {f"ap_{name}": p[..., order] for name, (p, _) in zip(AREAS[1:], by_area[1:])}
     measures |= {f"ar_{n}": _recall_of_best(matches, n, counts)[:, order] for n in (1, 10)} | {"ar": recall}
@@ -131,7 +131,7 @@ def match_coco(
         image.append(np.full(len(kept), i, dtype=np.int32))
         label.append(labels)
         score.append(ranked.scores)
-        area.append(areas(ranked.rles))
+        area.append(mask_areas(ranked.rles))
         iou.append(iou_DG[d, g])
         position.append(np.stack([d + num_found, g + num_objects], axis=1))
         unwanted.append(outside)

@@ -11,12 +11,10 @@ import numpy as np
 import pyarrow as pa
 from pycocotools import mask as coco_mask
 
-from cast_ray.records import Category, ClassMap, decode_image_id
+from cast_ray.records import Category, ClassMap, decode_image_id, mask_areas, object_areas
 
 VOID_LABEL = -1
 """Label of an ignore region that belongs to no class."""
-
-_MOST_RLES = 255  # pycocotools 2.0.11 counts the masks of one `area` call in 8 bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,17 +37,22 @@ class Detections:
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """What is to be found on one image: labels int64 [G], crowd bool [G], areas [G] in pixels, G RLEs."""
+    """What is to be found on one image: labels int64 [G], crowd bool [G], G RLEs.
+
+    mask_areas: float64 [G], pixels of the masks; areas: float64 [G], those by which objects are small, medium or large
+    (see `object_areas`).
+    """
 
     labels: np.ndarray
     crowd: np.ndarray
+    mask_areas: np.ndarray
     areas: np.ndarray
     rles: list[dict[str, Any]]
 
     @classmethod
     def of(cls, row: dict[str, Any], classes: ClassMap) -> Truth:
         """Of a record: its instances and ignore regions. Instances of no class of the list are left out."""
-        labels, crowd, rles = [], [], []
+        labels, crowd, annotated, rles = [], [], [], []
         for instance in row["instances"]:
             try:
                 label = classes.label(instance["category_id"])
@@ -59,14 +62,12 @@ class Truth:
                 label = VOID_LABEL
             labels.append(label)
             crowd.append(instance["is_crowd"])
+            annotated.append(instance.get("area"))  # records of older versions have none
             rles.append({"size": [row["height"], row["width"]], "counts": instance["rle"]})
-        return cls(np.array(labels, dtype=np.int64), np.array(crowd, dtype=bool), areas(rles), rles)
-
-
-def areas(rles: Sequence[dict[str, Any]]) -> np.ndarray:
-    """Pixels of each mask: float64 [n]."""
-    parts = [coco_mask.area(list(rles[i : i + _MOST_RLES])) for i in range(0, len(rles), _MOST_RLES)]
-    return np.concatenate([np.zeros(0), *parts])
+        masks = mask_areas(rles)
+        return cls(
+            np.array(labels, dtype=np.int64), np.array(crowd, dtype=bool), masks, object_areas(annotated, masks), rles
+        )
 
 
 def overlaps(detections: Detections, truth: Truth) -> np.ndarray:

@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 from cast_ray.evaluation.coco_ap import AREAS, coco_metrics, match_coco
 from cast_ray.evaluation.detections import Detections, Truth, overlaps
 from cast_ray.evaluation.matches import Matches, join
-from cast_ray.records import ClassMap, decode_image_id
+from cast_ray.records import ClassMap, decode_image_id, mask_areas
 
 NUM_BINS = 10
 NUM_WORST = 12
@@ -75,7 +75,7 @@ def audit_images(
         order = np.lexsort((-labels.scores, labels.labels))  # that of the rows of `matches`
         kinds = _kinds_of_error(labels, objects, order[wrong])
         np.add.at(errors, (labels.labels[order[wrong]], kinds), 1)
-        counts[i] = (~objects.crowd).sum(), (right & ~ignored).sum(), len(order), wrong.sum()
+        counts[i] = matches.num_truth[i, :, 0].sum(), (right & ~ignored).sum(), len(order), wrong.sum()
         pixels[i] = _common_pixels(objects, labels)
         instances = [instance for instance in pairs[i][1]["instances"] if not instance["is_crowd"]]
         shares = np.array([instance.get("visible_share") for instance in instances], dtype=np.float64)[order]
@@ -114,7 +114,8 @@ def summarise_audit(part: AuditPart, classes: ClassMap) -> dict[str, Any] | None
     Returns:
         num_images, num_objects, num_labels, num_ignored (labels on ignore regions, which count nowhere); ap, ap50 (of
         COCO, by the labels' scores); precision, recall (at IoU .5): percent, None where nothing is counted.
-        per_class, by_size: name -> num_labels, num_objects, precision, recall, ap, ap50 (sizes without ap50).
+        per_class (see `class_names`), by_size: name -> num_labels, num_objects, precision, recall, ap, ap50 (sizes
+        without ap50).
         errors: kind -> count; errors_per_class: name -> kind -> count.
         calibration: edges of equal score bins, and in each the count, mean score and precision (0..1, None where
         empty); ece, the mean distance of the two, weighted by count (0..1).
@@ -192,7 +193,7 @@ def _common_pixels(objects: Truth, labels: Detections) -> tuple[float, float, fl
     def area(*rles: Any) -> float:
         if any(rle is None for rle in rles):
             return 0.0
-        return float(coco_mask.area(coco_mask.merge(list(rles), intersect=True)))
+        return float(mask_areas([coco_mask.merge(list(rles), intersect=True)])[0])
 
     both = area(truth, labelled)
     if ignore is None or labelled is None:

@@ -38,7 +38,7 @@ def model_card(config: Mapping[str, Any], num_parameters: int, result: Mapping[s
         result: result.json of the row that made the model; None: the card says that there are no measurements.
     """
     model = config["model"]
-    names = [c["name"] for c in config["categories"]]
+    names = list(config["id2label"].values())
     more = f" and {len(names) - MAX_CLASSES} more" if len(names) > MAX_CLASSES else ""
     height, width = config["image_px"]
     parts = [

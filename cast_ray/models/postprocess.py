@@ -24,6 +24,7 @@ def predict_instances(
     image_hw: Sequence[tuple[int, int]] | None = None,
     resized_hw: Sequence[tuple[int, int]] | None = None,
     max_detections: int = 100,
+    min_score: float = 0.0,
     soft: bool = False,
 ) -> list[list[dict[str, Any]]]:
     """Instances of each image at its own size.
@@ -34,6 +35,7 @@ def predict_instances(
         image_hw: B original sizes, pixels; None: as given.
         resized_hw: B sizes inside the padding, pixels; None: no padding.
         max_detections: at most so many per image.
+        min_score: least score of an instance, see `to_instances`.
         soft: see `to_instances`.
 
     Returns:
@@ -41,7 +43,9 @@ def predict_instances(
     """
     crop = (images.shape[-2], images.shape[-1])
     given = [crop] * len(images)
-    return to_instances(segmenter(images), image_hw or given, resized_hw or given, crop, max_detections, soft)
+    return to_instances(
+        segmenter(images), image_hw or given, resized_hw or given, crop, max_detections, min_score, soft
+    )
 
 
 @torch.no_grad()
@@ -51,6 +55,7 @@ def to_instances(
     resized_hw: Sequence[tuple[int, int]],
     image_px: tuple[int, int],
     max_detections: int,
+    min_score: float = 0.0,
     soft: bool = False,
 ) -> list[list[dict[str, Any]]]:
     """Mask2Former's instance inference: the best `max_detections` of query x class, masks as RLE.
@@ -64,6 +69,8 @@ def to_instances(
         resized_hw: as many sizes after the resize into the crop; the rest of the crop, below and right, is padding.
         image_px: height and width of the crop, pixels.
         max_detections: at most so many instances per image.
+        min_score: least score of an instance. A mask whose P(class) lies below it cannot reach it and is not brought to
+            the image's size, which takes most of the time on large images; the others are the same as without a limit.
         soft: also tell what the query believes: class_probs (C+1 floats, no-object last) and mask_probs (bytes, see
             `soft_targets.mask_probabilities`).
 
@@ -81,7 +88,7 @@ def to_instances(
     probabilities_BQC = class_logits.float().softmax(-1)
     return [
         _instances_of_image(
-            probabilities_BQC[b], mask_logits[b], image_hw[b], resized_hw[b], image_px, max_detections, soft
+            probabilities_BQC[b], mask_logits[b], image_hw[b], resized_hw[b], image_px, max_detections, min_score, soft
         )
         for b in range(len(image_hw))
     ]
@@ -94,11 +101,14 @@ def _instances_of_image(
     resized_hw: tuple[int, int],
     image_px: tuple[int, int],
     max_detections: int,
+    min_score: float,
     soft: bool,
 ) -> list[dict[str, Any]]:
     probabilities_QC = all_probabilities_QC[:, :-1]
     num_classes = probabilities_QC.shape[1]
     top, index = probabilities_QC.flatten().topk(min(max_detections, probabilities_QC.numel()))
+    reach = can_reach(top, min_score)
+    top, index = top[reach], index[reach]
     query, label = index // num_classes, index % num_classes
     used_K = query.unique()
     encoded, quality = encode_masks(
@@ -115,7 +125,7 @@ def _instances_of_image(
     instances = []
     for probability, q, c in zip(top.tolist(), query.tolist(), label.tolist()):
         k = place[q]
-        if quality[k] > 0:
+        if quality[k] > 0 and not probability * quality[k] < min_score:
             instances.append(
                 {
                     "label": c,
@@ -127,6 +137,14 @@ def _instances_of_image(
                 }
             )
     return sorted(instances, key=lambda instance: -instance["score"])
+
+
+def can_reach(upper: torch.Tensor, min_score: float) -> torch.Tensor:
+    """Which scores may be at least `min_score`, when each is `upper` times a mask's quality of at most 1: bool.
+
+    A mean that is computed in single precision may lie a little above 1. What is not a number may be anything.
+    """
+    return ~(upper < min_score * (1 - 1e-3))
 
 
 def encode_masks(

@@ -27,7 +27,7 @@ from cast_ray.models.drawing import class_colours
 from cast_ray.models.postprocess import predict_instances
 from cast_ray.models.segmenter import Segmenter
 from cast_ray.recipe import ModelConfig
-from cast_ray.records import Category, Predictions
+from cast_ray.records import Category, Predictions, class_names
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 MODEL_TYPE = "cast_ray"
@@ -59,7 +59,8 @@ class Student(nn.Module):
 
     @property
     def class_names(self) -> list[str]:
-        return [c.name for c in self.categories]
+        """C names, each once: see `records.class_names`."""
+        return class_names(self.categories)
 
     @property
     def device(self) -> torch.device:
@@ -75,9 +76,11 @@ class Student(nn.Module):
         image_hw: Sequence[tuple[int, int]] | None = None,
         resized_hw: Sequence[tuple[int, int]] | None = None,
         max_detections: int = 100,
+        min_score: float = 0.0,
     ) -> list[list[dict[str, Any]]]:
         """Instances of each image, as `predict_instances`; `cast_ray.views.fit_image` makes its inputs."""
-        return predict_instances(self.segmenter, images.to(self.device), image_hw, resized_hw, max_detections)
+        images = images.to(self.device)
+        return predict_instances(self.segmenter, images, image_hw, resized_hw, max_detections, min_score)
 
     def config(self) -> dict[str, Any]:
         """What `config.json` holds."""

@@ -33,13 +33,19 @@ class DataConfig(Part):
     """COCO JSON of the validation images; empty: found, else a `val_fraction` of the images is held out."""
     val_fraction: float = Field(0.25, gt=0, lt=1)
     image_dir: str = ""
+    """Folder of the training images; empty: found by the usual names of COCO, CVAT, FiftyOne and Roboflow."""
     val_image_dir: str = ""
     extra_annotations: str = ""
     """COCO JSON whose images are the extra unlabelled pool; empty: found (image_info_unlabeled*.json)."""
     extra_image_dir: str = ""
     """Folder of the extra unlabelled pool; empty: found (Cityscapes' train_extra, COCO's unlabeled2017)."""
     verify: Literal["full", "header", "none"] = "full"
-    """What is read of every image, once for a dataset: all of it (finds truncated files), its size, or nothing."""
+    """What is read of every image, once for a dataset: all of it, its head (the size), or nothing.
+
+    `full` finds truncated files and makes the dataset's hash one of all bytes. With `header` and `none` the sizes of
+    files and images stand for their content: a file that is rewritten with as many bytes, and a copy of an image under
+    another name, are not noticed.
+    """
     max_image_pixels: int = Field(178_956_970, ge=1)
     """Larger images are taken for decompression bombs and skipped."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)

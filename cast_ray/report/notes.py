@@ -72,7 +72,8 @@ def _dataset_text(results: Sequence[Result]) -> str:
             counts[-1] += f" (unused by {_named(list(without))})"
     classes = results[0]["dataset"].get("classes") or []
     skipped = max((r["dataset"] for r in results), key=lambda dataset: dataset.get("skipped") or 0)
-    text = ", ".join(counts) + f" images, {len(classes)} classes"
+    notes = dict.fromkeys(note for r in results for note in r["dataset"].get("notes") or [])
+    text = "; ".join([", ".join(counts) + f" images, {len(classes)} classes", *(note.rstrip(".") for note in notes)])
     if not skipped.get("skipped"):
         return text
     return f"{text}; {skipped.get('skipped_statement') or str(skipped['skipped']) + ' unusable skipped'}"
@@ -96,7 +97,7 @@ def _split_text(split: dict[str, Any]) -> str:
 
 def notes_of(report: Report) -> list[str]:
     """What a reader must know before believing the table, in plain words."""
-    notes = [*_progress_notes(report), *_seed_notes(report), *verdicts(report)]
+    notes = [*_data_notes(report), *_progress_notes(report), *_seed_notes(report), *verdicts(report)]
     done = [row for row in report.rows if row.seeds_done]
     if any(row.paper for row in done):
         where = f" ({report.paper_dataset})" if report.paper_dataset else ""
@@ -121,6 +122,19 @@ def notes_of(report: Report) -> list[str]:
         if len(values) > 1:
             notes.append(f"WARNING: results of {len(values)} different {what} are mixed in this table.")
     return notes
+
+
+def _data_notes(report: Report) -> list[str]:
+    """Warnings for splits, and choices of labelled images, without one object."""
+    datasets = [r["dataset"] for r in report.results if r.get("dataset")]
+    notes = dict.fromkeys(f"WARNING: {text}" for dataset in datasets for text in dataset.get("warnings") or [])
+    splits = [(r["row"], (r.get("dataset") or {}).get("split") or {}) for r in report.results]
+    empty = dict.fromkeys(row for row, split in splits if split.get("num_with_objects") == 0)
+    if empty and not notes:
+        notes[f"WARNING: No object in the labelled images of {_named(list(empty))}: nothing was learnt from them."] = (
+            None
+        )
+    return list(notes)
 
 
 def _progress_notes(report: Report) -> list[str]:

@@ -90,5 +90,5 @@ def _predict(
     fitted = [fit_image(image, image_px) for image in images]
     pixels = torch.from_numpy(np.stack([pixels for pixels, _ in fitted]))
     sizes = [(image.shape[0], image.shape[1]) for image in images]
-    found = load_teacher(context.store, key, image_px=image_px).predict(pixels, sizes, [size for _, size in fitted])
-    return [[i for i in instances if i["score"] > MIN_SCORE] for instances in found]
+    student = load_teacher(context.store, key, image_px=image_px)
+    return student.predict(pixels, sizes, [size for _, size in fitted], min_score=MIN_SCORE)

@@ -25,8 +25,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from cast_ray import registry
+from cast_ray.datasets.copies import Copies
 from cast_ray.datasets.data_report import REPORT_FILE, check_report
-from cast_ray.datasets.fractions import LabelSource, label_index
+from cast_ray.datasets.fractions import LabelSource, label_index, mark_copies
 from cast_ray.datasets.index import DatasetIndex, describe
 from cast_ray.datasets.label_lists import LabelList, forms_of_skipped, read_list
 from cast_ray.datasets.listing import state_of
@@ -34,12 +35,12 @@ from cast_ray.datasets.paths import absolute
 from cast_ray.datasets.progress import track
 from cast_ray.datasets.reading import MakeRows, Reading, Run, in_threads
 from cast_ray.recipe import DataConfig, Recipe
-from cast_ray.records import Category
+from cast_ray.records import Category, class_names
 from cast_ray.runtime.cluster import Cluster
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.stages.graph import DataHashes, Stage, fingerprint_of
 
-READER_VERSION = 1
+READER_VERSION = 2
 """Raise it when readers find other records in the same files: stored tables are then read again."""
 IN_THIS_PROCESS = 2000
 """Images that are read before Ray is asked: fewer take less time than its start."""
@@ -79,6 +80,11 @@ class StoredDataset:
     def has_source(self) -> bool:
         return "source" in self.num_images
 
+    @property
+    def warnings(self) -> list[str]:
+        """Splits without one object, a sentence each (see `data_report`)."""
+        return self.report.get("warnings", [])
+
     def facts(self) -> dict[str, Any]:
         """What every result says about the data."""
         return {
@@ -87,7 +93,9 @@ class StoredDataset:
             **{f"num_{split}": self.num_images.get(split, 0) for split in ("train", "val", "source", "extra")},
             "skipped": len(self.report["skipped"]),
             "skipped_statement": self.report["statement"],
-            "classes": [c.name for c in self.categories],
+            "warnings": self.warnings,
+            "notes": self.report.get("notes", []),
+            "classes": class_names(self.categories),
         }
 
     def hashes(self, data: DataConfig) -> DataHashes:
@@ -143,6 +151,8 @@ def read_dataset(
     report_paths = [f"{run_path}/{REPORT_FILE}" for run_path in run_paths]
     dataset = _find(data, asked, store) or _read(data, asked, store, console, report_paths, connect)
     _check(dataset.report, data, store, report_paths)
+    for note in dataset.report.get("notes", []):
+        console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
     if skipped := dataset.report["skipped"]:
         statement = f"[yellow]{dataset.report['statement']}[/yellow]"
         console.print(f"{statement} ({REPORT_FILE}), first: {escape(describe(skipped, 1))}", highlight=False)
@@ -233,7 +243,7 @@ def _read(
     with track(console, "reading images") as progress, _readers(total, index, connect) as run:
         for split, table in reading.tables(run, progress):
             parts.add(split, table)
-    parts.close()
+    parts.close(reading.copies)
     store.add(stage, REPORT_FILE, json.dumps(reading.report(), indent=1).encode())
     if index.annotated is not None:
         store.add(stage, ANNOTATED_FILE, json.dumps(index.annotated).encode())
@@ -262,6 +272,7 @@ class _Parts:
         self.num_rows: dict[str, int] = {}
         self.num_parts: dict[str, int] = {}
         self.pending: dict[str, list[pa.Table]] = {}
+        self.label_index: list[pa.Table] = []
 
     def add(self, split: str, table: pa.Table) -> None:
         pending = self.pending.setdefault(split, [])
@@ -270,19 +281,27 @@ class _Parts:
         if sum(t.num_rows for t in pending) >= IMAGES_PER_PART:
             self._write(split)
 
-    def close(self) -> None:
+    def close(self, copies: Copies) -> None:
+        """Writes what is left, and the label index, which needs to know all images that are there twice."""
         for split in list(self.pending):
             self._write(split)
+        index, same_as = pa.concat_tables(self.label_index), copies.same_as
+        if len(same_as) == index.num_rows:  # not of drawn scenes, which are not read
+            index = mark_copies(index, same_as, copies.in_val)
+        self._add(LABEL_INDEX, 0, index)
 
     def _write(self, split: str) -> None:
         part = self.num_parts[split] = self.num_parts.get(split, -1) + 1
         records = pa.concat_tables(self.pending.pop(split))
-        tables = {split: records} | ({LABEL_INDEX: label_index(records)} if split == "train" else {})
-        for name, table in tables.items():
-            buffer = io.BytesIO()
-            pa.parquet.write_table(table, buffer)
-            # readers take a folder's files in the order of their names
-            self.store.add(self.stage, f"{name}.parquet/{part:05d}.parquet", buffer.getvalue())
+        self._add(split, part, records)
+        if split == "train":
+            self.label_index.append(label_index(records))
+
+    def _add(self, name: str, part: int, table: pa.Table) -> None:
+        buffer = io.BytesIO()
+        pa.parquet.write_table(table, buffer)
+        # readers take a folder's files in the order of their names
+        self.store.add(self.stage, f"{name}.parquet/{part:05d}.parquet", buffer.getvalue())
 
 
 @contextmanager

@@ -83,6 +83,7 @@ class PseudoLabeller:
                 "rle": instance["rle"],
                 "score": instance["score"],
                 "is_crowd": False,
+                "area": None,
                 "visible_share": instance["visible_share"],
                 "num_suppressed": instance["num_suppressed"],
                 "class_probs": instance.get("class_probs"),

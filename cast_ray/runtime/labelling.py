@@ -28,7 +28,7 @@ import ray.data
 from ray.util.placement_group import PlacementGroup
 
 from cast_ray.recipe import Recipe
-from cast_ray.records import INSTANCE_TYPE, RECORD_SCHEMA, Category
+from cast_ray.records import INSTANCE_TYPE, RECORD_SCHEMA, Category, class_names
 from cast_ray.runtime.budget import configure_data, reserve, stream_bundle
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.streams import IMAGES_PER_TASK, Images, Pictures, Rows, picture_dataset
@@ -175,7 +175,7 @@ def nothing_found(stage: Stage, recipe: Recipe, categories: Sequence[Category], 
     asked = ""
     if "teacher" in stage.config:
         threshold += f" and teacher.inference.score_threshold {teacher.inference.score_threshold}"
-        names = [c.name for c in categories]
+        names = class_names(categories)
         words = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         asked = f" It was asked for {words}: other words go into teacher.prompt.synonyms."
     return (

@@ -20,7 +20,7 @@ from cast_ray.engine.loop import amp_dtype
 from cast_ray.models.segmenter import Segmenter
 from cast_ray.models.student import CONFIG, WEIGHTS, Student, read_config
 from cast_ray.recipe import ModelConfig, Recipe, TeacherConfig
-from cast_ray.records import Category
+from cast_ray.records import Category, class_names
 from cast_ray.registry import lookup
 from cast_ray.runtime.store import ArtifactStore, local_copy, open_uri
 from cast_ray.stages.graph import Stage, artifact_key
@@ -95,7 +95,7 @@ def open_teacher(
     with local_copy(folder) as local:
         if (local / CONFIG).is_file() and not (local / TEACHER_CARD).is_file():
             student = Student.from_pretrained(local)
-            if categories is not None and [c.name for c in categories] != student.class_names:
+            if categories is not None and [c.name for c in categories] != [c.name for c in student.categories]:
                 raise ValueError(f"{path!r} only knows its own classes: {', '.join(student.class_names[:12])}")
             yield ExpertTeacher(student.segmenter, student.categories, image_px or student.image_px)
             return
@@ -259,7 +259,7 @@ def _saved_teacher(
     if teacher.kind != config.kind:
         raise ValueError(f"stages.foundation: {str(folder)!r} holds {teacher.kind!r}, teacher.kind is {config.kind!r}")
     if teacher.categories != categories:
-        names, wanted = teacher.class_names, [c.name for c in categories]
+        names, wanted = teacher.class_names, class_names(categories)
         raise ValueError(
             f"stages.foundation: {str(folder)!r} was made for {_short(names)}, the dataset has {_short(wanted)}"
         )

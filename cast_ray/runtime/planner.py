@@ -36,6 +36,8 @@ class RowPlanner:
         connect: starts or joins Ray, for datasets of many images.
         dry_run: nothing is fetched from a hub.
 
+    `warnings` holds a sentence for each split, and each choice of labelled images, without one object.
+
     Raises:
         ValueError: a dataset is missing or unusable, or a label fraction leaves too few images.
     """
@@ -60,6 +62,7 @@ class RowPlanner:
         for key, recipes in of_each.items():
             run_paths = list(dict.fromkeys(named[key]))
             self.datasets[key] = read_dataset(recipes, store, console, run_paths, connect)
+        self.warnings: list[str] = [warning for dataset in self.datasets.values() for warning in dataset.warnings]
         self._chosen: set[tuple[str, int, int, bool]] = set()
         self._contexts: dict[tuple[str, str, str], SweepContext] = {}
         self._foundations: dict[tuple[str, str, str], str | None] = {}
@@ -114,7 +117,8 @@ class RowPlanner:
             needs_unlabelled = recipe.loss.lambda_semi > 0 or recipe.loss.lambda_pxl > 0
             new[recipe.data.model_dump_json(), recipe.seed, recipe.runtime.num_workers, needs_unlabelled] = recipe
         if missing := new.keys() - self._chosen:
-            store_splits(self.datasets[key], [new[choice] for choice in missing], self.store)
+            found = store_splits(self.datasets[key], [new[choice] for choice in missing], self.store)
+            self.warnings += [warning for warning in found if warning not in self.warnings]
             self._chosen |= missing
 
     def _foundation(self, recipe: Recipe, key: str) -> str | None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
+from cast_ray.datasets.data_report import print_warnings
 from cast_ray.runtime.dataset import StoredDataset
 from cast_ray.stages.cost import PlanCost
 from cast_ray.stages.graph import Stage, SweepPlan
@@ -25,7 +26,8 @@ class Preview:
     """What `print_plan` says; the numbers of a dry run.
 
     titles: one line a table; labels: of each row of the plan, with its table where there are several; memory: name of a
-    train stage -> bytes of one worker of each stage of that name (None: not estimated), where asked for.
+    train stage -> bytes of one worker of each stage of that name (None: not estimated), where asked for; warnings: what
+    the user must not overlook, one sentence each.
     """
 
     plan: SweepPlan
@@ -37,6 +39,7 @@ class Preview:
     price_per_hour: float | None = None
     budget_hours: float | None = None
     memory: Mapping[str, Sequence[int | None]] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
     tree: bool = True
 
 
@@ -67,6 +70,7 @@ def print_plan(preview: Preview, console: Console) -> None:
     console.print(f"  storage  {preview.storage}", soft_wrap=True)
     if preview.tree:
         console.print(stage_tree(preview), highlight=False)
+    print_warnings(preview.warnings, console)
 
 
 def _print_cost(preview: Preview, cost: PlanCost, console: Console) -> None:

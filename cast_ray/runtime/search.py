@@ -21,6 +21,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 
+from cast_ray.datasets.data_report import print_warnings
 from cast_ray.recipe import Recipe
 from cast_ray.runtime.broker import MAX_CALLS, Broker
 from cast_ray.runtime.claims import DEAD_AFTER_S, Presence, Watch
@@ -107,6 +108,7 @@ def run_search(
     planner = RowPlanner({request.name: [base]}, store, console, lambda: connect(request.address, request.num_cpus))
     storage = open_storage(request.study)
     context, _ = planner.plan(base, table=spec.name, run=request.name, row="base")
+    print_warnings(planner.warnings, console)
     identity = {
         "preset": request.preset,
         "scale": request.scale,
@@ -250,9 +252,11 @@ class _Search:
         def propose(number: int, point: dict[str, Any]) -> Job:
             """Plans the row of a point and leaves it with the broker, where its driver will fetch it."""
             recipe = request.recipe(point)
+            num_said = len(self.planner.warnings)
             context, row = self.planner.plan(
                 recipe, table=f"{spec.name}-{sampler}", run=request.name, row=f"t{number:04d}"
             )
+            print_warnings(self.planner.warnings[num_said:], self.console)  # of a point that labels other images
             self.rows.append(row)
             needed = {stage.fingerprint for r in self.rows for stage in r.stages} | self.planner.fingerprints()
             self.presence.need(needed.union(*map(given, self.rows)))

@@ -182,6 +182,7 @@ def _preview(
             price_per_hour=request.price_per_hour,
             budget_hours=request.budget_hours,
             memory=_memory(request, whole, planner),
+            warnings=planner.warnings,
         ),
         console,
     )

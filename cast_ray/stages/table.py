@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from cast_ray.datasets.text_files import read_text
 from cast_ray.recipe import SCALES, Recipe, build_recipe, preset_names
 
 TABLES_DIR = Path(__file__).parents[2] / "sweeps" / "tables"
@@ -280,8 +281,8 @@ def read_spec(path: Path, model: type[Spec], expected: str) -> Spec:
         ValueError: not YAML, not a mapping (the message gives the `expected` keys) or not valid (it names the key).
     """
     try:
-        spec = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        spec = yaml.safe_load(read_text(str(path), str(path)))
+    except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(spec, dict):
         raise ValueError(f"{path}: expected a mapping with {expected}, got {type(spec).__name__}")

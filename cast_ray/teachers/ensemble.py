@@ -75,10 +75,13 @@ class EnsembleTeacher(Teacher):
         image_hw: Sequence[tuple[int, int]],
         resized_hw: Sequence[tuple[int, int]],
         max_detections: int,
+        min_score: float,
     ) -> list[Instances]:
-        members = [member for member in self.members if isinstance(member, Teacher)]
-        of_members = [member.find(images, image_hw, resized_hw, max_detections) for member in members]
         settings = self.config.ensemble
+        # In a vote the unsure count too: they add to the score and the mask of those that they agree with.
+        least = 0.0 if settings.method == "vote" else min_score
+        members = [member for member in self.members if isinstance(member, Teacher)]
+        of_members = [member.find(images, image_hw, resized_hw, max_detections, least) for member in members]
         fused = []
         for of_image in zip(*of_members):
             everything = [i | {"source": source} for source, found in enumerate(of_image) for i in found]
@@ -87,5 +90,5 @@ class EnsembleTeacher(Teacher):
             else:
                 kept = suppress(everything, settings.iou_threshold)
                 kept = [{k: v for k, v in instance.items() if k != "source"} for instance in kept]
-            fused.append(kept[:max_detections])
+            fused.append([instance for instance in kept[:max_detections] if not instance["score"] < min_score])
         return fused

@@ -34,8 +34,9 @@ class ExpertTeacher(Teacher):
         image_hw: Sequence[tuple[int, int]],
         resized_hw: Sequence[tuple[int, int]],
         max_detections: int,
+        min_score: float,
     ) -> list[Instances]:
-        return predict_instances(self.segmenter, images, image_hw, resized_hw, max_detections, self.is_soft)
+        return predict_instances(self.segmenter, images, image_hw, resized_hw, max_detections, min_score, self.is_soft)
 
     def for_training(self, contrastive: ContrastiveConfig | None) -> tuple[TrainedNetwork, None]:
         return CastNetwork(self.segmenter, contrastive), None

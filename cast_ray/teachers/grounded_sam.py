@@ -52,7 +52,7 @@ class GroundedSamTeacher(Teacher):
     ):
         super().__init__(config, categories, image_px)
         self.detector, self.segmenter = detector, segmenter
-        self.prompter = Prompter(detector.tokenizer, self.class_names, config.prompt, detector.max_tokens)
+        self.prompter = Prompter(detector.tokenizer, self.categories, config.prompt, detector.max_tokens)
         self._prompts: list[Prompt] = []
 
     @classmethod
@@ -78,6 +78,7 @@ class GroundedSamTeacher(Teacher):
         image_hw: Sequence[tuple[int, int]],
         resized_hw: Sequence[tuple[int, int]],
         max_detections: int,
+        min_score: float,
     ) -> list[Instances]:
         settings = self.config.inference
         cut = [image[:, :height, :width] for image, (height, width) in zip(images, resized_hw)]
@@ -94,28 +95,38 @@ class GroundedSamTeacher(Teacher):
             masks, ious = self.segmenter.masks_in_parts(embeddings, image, corners, settings.boxes_at_a_time)
         counts = [len(c) for c, _ in unique]
         return [
-            self._instances(boxes, place, m, q.float().clamp(0, 1), size)
+            self._instances(boxes, place, m, q.float().clamp(0, 1), size, min_score)
             for boxes, (_, place), m, q, size in zip(found, unique, masks.split(counts), ious.split(counts), image_hw)
         ]
 
     def _instances(
-        self, found: FoundBoxes, place: torch.Tensor, masks: torch.Tensor, ious: torch.Tensor, size: tuple[int, int]
+        self,
+        found: FoundBoxes,
+        place: torch.Tensor,
+        masks: torch.Tensor,
+        ious: torch.Tensor,
+        size: tuple[int, int],
+        min_score: float,
     ) -> Instances:
-        rles, _ = encode_masks(masks, lambda logits: _resized(logits, size), size[0] * size[1])
         scores = {"detector": found.scores, "segmenter": ious[place], "product": found.scores * ious[place]}
         score = scores[self.config.inference.rank_by].tolist()
+        kept = [n for n, s in enumerate(score) if not s < min_score]
+        used = place[kept].unique()
+        encoded, _ = encode_masks(masks[used], lambda logits: _resized(logits, size), size[0] * size[1])
+        rles = dict(zip(used.tolist(), encoded))
+        labels, places, qualities = found.labels.tolist(), place.tolist(), ious[place].tolist()
         height, width = size
         corners = (found.corners * found.corners.new_tensor([width, height, width, height])).tolist()
         instances = [
             {
-                "label": label,
+                "label": labels[n],
                 "score": score[n],
-                "rle": rles[k]["counts"],
+                "rle": rles[places[n]]["counts"],
                 "size": list(size),
-                "mask_quality": quality,
+                "mask_quality": qualities[n],
                 "box": corners[n],
             }
-            for n, (label, k, quality) in enumerate(zip(found.labels.tolist(), place.tolist(), ious[place].tolist()))
+            for n in kept
         ]
         return sorted(instances, key=lambda instance: -instance["score"])
 

@@ -22,6 +22,7 @@ from cast_ray.models.postprocess import predict_instances
 from cast_ray.recipe import ContrastiveConfig, PromptConfig, TeacherConfig
 from cast_ray.records import Category, Predictions
 from cast_ray.teachers.checkpoints import load_model, load_processor
+from cast_ray.teachers.prompts import texts_of
 from cast_ray.teachers.protocol import Instances, Teacher, checkpoint_layers
 
 CHECKPOINT = "teacher.mask_transformer.checkpoint"
@@ -204,10 +205,10 @@ class MaskTransformerTeacher(Teacher):
     ) -> MaskTransformerTeacher:
         folder = folders[CHECKPOINT]
         model = load_model(MODELS, folder, CHECKPOINT)
-        names = [c.name for c in categories]
         if config.mask_transformer.unknown_classes == "add":
-            add_labels(model, [n for n in names if not _labels_for(n, _by_name(model.config.id2label), config.prompt)])
-        labels_of = match_labels(model.config.id2label, names, config.prompt)
+            known = _labels_of(model.config.id2label, categories, config.prompt)
+            add_labels(model, [name for name, labels in known.items() if not labels])
+        labels_of = match_labels(model.config.id2label, categories, config.prompt)
         return cls(MaskTransformer(model, load_processor(folder, CHECKPOINT), labels_of), config, categories, image_px)
 
     @property
@@ -224,8 +225,9 @@ class MaskTransformerTeacher(Teacher):
         image_hw: Sequence[tuple[int, int]],
         resized_hw: Sequence[tuple[int, int]],
         max_detections: int,
+        min_score: float,
     ) -> list[Instances]:
-        return predict_instances(self.segmenter, images, image_hw, resized_hw, max_detections, self.is_soft)
+        return predict_instances(self.segmenter, images, image_hw, resized_hw, max_detections, min_score, self.is_soft)
 
     def for_training(self, contrastive: ContrastiveConfig | None) -> tuple[TrainedNetwork, None]:
         return CastNetwork(self.segmenter, contrastive), None
@@ -249,27 +251,31 @@ def add_labels(model: Any, names: Sequence[str]) -> None:
     settings.label2id = {name: label for label, name in settings.id2label.items()}
 
 
-def match_labels(id2label: dict[int, str], names: Sequence[str], config: PromptConfig) -> list[list[int]]:
+def match_labels(id2label: dict[int, str], categories: Sequence[Category], config: PromptConfig) -> list[list[int]]:
     """Per class the checkpoint's labels for it: those of its synonyms where it has any, else the one of its name.
 
     Raises:
         ValueError: a class without a label, or two classes with the same; names them and the nearest labels.
     """
-    known = _by_name(id2label)
-    matched = [_labels_for(name, known, config) for name in names]
-    for name, labels in zip(names, matched):
+    matched = _labels_of(id2label, categories, config)
+    for name, labels in matched.items():
         if not labels:
-            near = difflib.get_close_matches(_plain(name), list(known), n=3, cutoff=0.3)
+            known = list(_by_name(id2label))
+            near = difflib.get_close_matches(_plain(name), known, n=3, cutoff=0.3)
             raise ValueError(
                 f"{CHECKPOINT}: the checkpoint has no label for class {name!r}: name its labels for it in "
-                f"teacher.prompt.synonyms (nearest: {', '.join(near or list(known)[:6])}), or fine-tune with "
+                f"teacher.prompt.synonyms (nearest: {', '.join(near or known[:6])}), or fine-tune with "
                 "teacher.mask_transformer.unknown_classes=add"
             )
-    used = [label for labels in matched for label in labels]
-    twice = [label for label in used if used.count(label) > 1]
-    if twice:
-        raise ValueError(f"{CHECKPOINT}: the label {id2label[twice[0]]!r} stands for two classes: expected one")
-    return matched
+    owner: dict[int, str] = {}
+    for name, labels in matched.items():
+        for label in labels:
+            if owner.setdefault(label, name) != name:
+                raise ValueError(
+                    f"{CHECKPOINT}: the label {id2label[label]!r} stands for both {owner[label]!r} and {name!r}: "
+                    "expected one class, name other labels in teacher.prompt.synonyms"
+                )
+    return list(matched.values())
 
 
 def _by_name(id2label: dict[int, str]) -> dict[str, list[int]]:
@@ -279,8 +285,16 @@ def _by_name(id2label: dict[int, str]) -> dict[str, list[int]]:
     return known
 
 
-def _labels_for(name: str, known: dict[str, list[int]], config: PromptConfig) -> list[int]:
-    return [label for word in config.synonyms.get(name, (name,)) for label in known.get(_plain(word), [])]
+def _labels_of(id2label: dict[int, str], categories: Sequence[Category], config: PromptConfig) -> dict[str, list[int]]:
+    """Name of each class, as in `class_names`, to the checkpoint's labels for it."""
+    known = _by_name(id2label)
+    found: dict[str, list[int]] = {}
+    for name, texts in texts_of(categories, config).items():
+        labels = [label for text in texts for label in known.get(_plain(text), [])]
+        if not labels and name not in config.synonyms:
+            labels = known.get(_plain(name), [])  # of `add_labels`, for one of several classes of one name
+        found[name] = list(dict.fromkeys(labels))
+    return found
 
 
 def _plain(text: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from cast_ray.recipe import PromptConfig
+from cast_ray.records import Category, class_names
 
 DELIMITERS = (".", "?")
 """What parts a prompt for Grounding DINO; never inside a class's words."""
@@ -59,28 +60,42 @@ class Prompt:
         return out.scatter_reduce(-1, self.labels.expand(scores.shape), scores, "amax")
 
 
-def class_words(names: Sequence[str], config: PromptConfig, field: str = "teacher.prompt.synonyms") -> list[list[str]]:
-    """The words for each class: its synonyms where it has any, else its name, in lower case and without punctuation.
+def texts_of(categories: Sequence[Category], config: PromptConfig) -> dict[str, tuple[str, ...]]:
+    """Name of each class, as in `class_names`, to the texts that mean it: its synonyms where it has any, else its name.
+
+    Classes of one name are told apart in `synonyms` only: `{"fish (id 9)": [tuna]}`.
+    """
+    return {name: config.synonyms.get(name, (c.name,)) for name, c in zip(class_names(categories), categories)}
+
+
+def class_words(
+    categories: Sequence[Category], config: PromptConfig, field: str = "teacher.prompt.synonyms"
+) -> list[list[str]]:
+    """The words for each class: see `texts_of`, in lower case and without punctuation.
 
     Raises:
         ValueError: no class, a synonym for a class that there is not, no word left, or one word for two classes.
     """
-    if not names:
+    if not categories:
         raise ValueError("no class to look for: expected at least one class name")
+    texts = texts_of(categories, config)
     for name in config.synonyms:
-        if name not in names:
-            close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-            hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(names[:12])}"
+        if name not in texts:
+            close = difflib.get_close_matches(name, list(texts), n=1, cutoff=0.4)
+            hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(list(texts)[:12])}"
             raise ValueError(f"{field}: the dataset has no class {name!r}: {hint}")
     taken: dict[str, str] = {}
     words: list[list[str]] = []
-    for name in names:
-        mine = list(dict.fromkeys(_plain(text) for text in config.synonyms.get(name, (name,))))
+    for name, given in texts.items():
+        mine = list(dict.fromkeys(_plain(text) for text in given))
         if not mine or not all(mine):
             raise ValueError(f"{field}: class {name!r} has no words to ask for: name some there")
         for word in mine:
             if taken.setdefault(word, name) != name:
-                raise ValueError(f"{field}: {word!r} stands for both {taken[word]!r} and {name!r}: expected one class")
+                raise ValueError(
+                    f"{field}: {word!r} stands for both {taken[word]!r} and {name!r}: expected one class, name other "
+                    "words there"
+                )
         words.append(mine)
     return words
 
@@ -95,7 +110,7 @@ class Prompter:
 
     Args:
         tokenizer: BERT's, of the detector.
-        names: C class names.
+        categories: C classes.
         config: synonyms and the length of a prompt.
         max_tokens: what the detector takes.
 
@@ -103,13 +118,14 @@ class Prompter:
         ValueError: a class that the tokenizer does not know, or whose words alone are longer than a prompt.
     """
 
-    def __init__(self, tokenizer: Any, names: Sequence[str], config: PromptConfig, max_tokens: int):
-        self.num_classes = len(names)
+    def __init__(self, tokenizer: Any, categories: Sequence[Category], config: PromptConfig, max_tokens: int):
+        self.num_classes = len(categories)
+        names = class_names(categories)
         self.max_tokens = min(max_tokens, config.max_tokens or max_tokens)
         self.start, self.stop = tokenizer.cls_token_id, tokenizer.sep_token_id
         self.full_stop = tokenizer.convert_tokens_to_ids(".")
         self.phrases: list[list[Phrase]] = []
-        for label, words in enumerate(class_words(names, config)):
+        for label, words in enumerate(class_words(categories, config)):
             mine = [Phrase(label, tuple(tokenizer(w, add_special_tokens=False)["input_ids"])) for w in words]
             for word, phrase in zip(words, mine):
                 if not phrase.ids or tokenizer.unk_token_id in phrase.ids:

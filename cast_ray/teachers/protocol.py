@@ -18,7 +18,7 @@ from cast_ray.models.drawing import class_colours
 from cast_ray.models.encoders import checkpoint_blocks
 from cast_ray.models.network import Output, TrainedNetwork
 from cast_ray.recipe import ContrastiveConfig, TeacherConfig
-from cast_ray.records import Category, Targets
+from cast_ray.records import Category, Targets, class_names
 from cast_ray.teachers.checkpoints import quiet_transformers
 
 CARD = "teacher.json"
@@ -63,7 +63,8 @@ class Teacher(nn.Module, ABC):
 
     @property
     def class_names(self) -> list[str]:
-        return [c.name for c in self.categories]
+        """C names, each once: see `records.class_names`."""
+        return class_names(self.categories)
 
     @property
     def colours(self) -> list[tuple[int, int, int]]:
@@ -80,6 +81,7 @@ class Teacher(nn.Module, ABC):
         image_hw: Sequence[tuple[int, int]] | None = None,
         resized_hw: Sequence[tuple[int, int]] | None = None,
         max_detections: int | None = None,
+        min_score: float = 0.0,
     ) -> list[Instances]:
         """Instances of each image at its own size.
 
@@ -88,6 +90,7 @@ class Teacher(nn.Module, ABC):
             image_hw: B original sizes, pixels; None: as given.
             resized_hw: B sizes inside the padding, pixels; None: no padding.
             max_detections: at most so many per image; None: `teacher.inference.max_detections`.
+            min_score: least score of an instance. Masks that cannot reach it are not made, which changes no other.
 
         Returns:
             Per image, in falling score order.
@@ -101,7 +104,7 @@ class Teacher(nn.Module, ABC):
         half = torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
         try:
             with half:
-                return self.find(images, image_hw or given, resized_hw or given, limit)
+                return self.find(images, image_hw or given, resized_hw or given, limit, min_score)
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"teacher.kind {self.kind!r} does not fit into the memory of {self.device} with {len(images)} images "
@@ -116,6 +119,7 @@ class Teacher(nn.Module, ABC):
         image_hw: Sequence[tuple[int, int]],
         resized_hw: Sequence[tuple[int, int]],
         max_detections: int,
+        min_score: float,
     ) -> list[Instances]:
         """`predict` on the device, with all sizes given."""
 

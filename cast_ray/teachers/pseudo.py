@@ -9,6 +9,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from cast_ray.recipe import PseudoConfig
+from cast_ray.records import mask_areas
 from cast_ray.teachers.fusion import group_instances
 
 
@@ -51,7 +52,7 @@ def pseudo_labels(instances: Sequence[dict[str, Any]], config: PseudoConfig) -> 
         seen.add(instance["rle"])
         rle = {"size": list(instance["size"]), "counts": instance["rle"]}
         if not config.non_overlapping:
-            if coco_mask.area(rle) >= config.min_area_px:
+            if mask_areas([rle])[0] >= config.min_area_px:
                 kept.append({**instance, "visible_share": 1.0})
             continue
         mask_HW = coco_mask.decode(rle).astype(bool)

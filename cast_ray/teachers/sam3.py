@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from cast_ray.losses.detection import Detections, boxes_of, detection_loss, match_boxes
 from cast_ray.losses.prompted_masks import prompted_mask_loss
 from cast_ray.models.network import Output, TrainedNetwork
-from cast_ray.models.postprocess import encode_masks
+from cast_ray.models.postprocess import can_reach, encode_masks
 from cast_ray.models.projector import Projector, select_stride
 from cast_ray.recipe import ContrastiveConfig, GroundedSamConfig, TeacherConfig, TrainConfig
 from cast_ray.records import Category, Predictions, Targets
@@ -136,7 +136,7 @@ class Sam3Teacher(Teacher):
     ):
         super().__init__(config, categories, image_px)
         self.model = model
-        words = class_words(self.class_names, config.prompt)
+        words = class_words(self.categories, config.prompt)
         self.words = [word for mine in words for word in mine]
         self.label_of = [label for label, mine in enumerate(words) for _ in mine]
         self.has_synonyms = len(self.words) > len(words)
@@ -160,6 +160,7 @@ class Sam3Teacher(Teacher):
         image_hw: Sequence[tuple[int, int]],
         resized_hw: Sequence[tuple[int, int]],
         max_detections: int,
+        min_score: float,
     ) -> list[Instances]:
         cut = [image[:, :height, :width] for image, (height, width) in zip(images, resized_hw)]
         seen, text = self.model.see(cut), self.model.read(self.words)
@@ -171,33 +172,39 @@ class Sam3Teacher(Teacher):
             image, words = (torch.tensor(side, device=images.device) for side in zip(*some))
             answer = self.model.ask(seen, text, image, words)
             for n, (b, w) in enumerate(some):
-                found[b] += self._instances(answer, n, self.label_of[w], image_hw[b], max_detections)
+                found[b] += self._instances(answer, n, self.label_of[w], image_hw[b], max_detections, min_score)
         if self.has_synonyms:
             found = [suppress(of_image, SYNONYM_IOU) for of_image in found]
         return [sorted(i, key=lambda instance: -instance["score"])[:max_detections] for i in found]
 
-    def _instances(self, answer: Asked, n: int, label: int, size: tuple[int, int], max_detections: int) -> Instances:
+    def _instances(
+        self, answer: Asked, n: int, label: int, size: tuple[int, int], max_detections: int, min_score: float
+    ) -> Instances:
+        rank_by = self.config.inference.rank_by
         probabilities = answer.logits[n].sigmoid()
         top, query = probabilities.topk(min(max_detections, len(probabilities)))
-        query, top = (t[top > self.config.inference.score_threshold] for t in (query, top))
+        kept = top > self.config.inference.score_threshold
+        if rank_by != "segmenter":  # whose score is known from the mask alone
+            kept &= can_reach(top, min_score)
+        query, top = query[kept], top[kept]
         if not len(query):
             return []
         resize = lambda m: F.interpolate(m[None], size=size, mode="bilinear", align_corners=False)[0]  # noqa: E731
         rles, quality = encode_masks(answer.masks[n, query], resize, size[0] * size[1])
         height, width = size
         boxes = answer.boxes[n, query].clamp(0, 1) * top.new_tensor([width, height, width, height])
-        rank = {"detector": lambda s, _: s, "segmenter": lambda _, q: q, "product": lambda s, q: s * q}
+        rank = {"detector": lambda s, _: s, "segmenter": lambda _, q: q, "product": lambda s, q: s * q}[rank_by]
         return [
             {
                 "label": label,
-                "score": rank[self.config.inference.rank_by](score, q),
+                "score": rank(score, q),
                 "rle": rle["counts"],
                 "size": list(size),
                 "mask_quality": q,
                 "box": box,
             }
             for score, rle, q, box in zip(top.tolist(), rles, quality, boxes.tolist())
-            if q > 0
+            if q > 0 and not rank(score, q) < min_score
         ]
 
     def for_training(self, contrastive: ContrastiveConfig | None) -> tuple[TrainedNetwork, TeacherTerms]:

@@ -27,14 +27,14 @@ def predict_by_vote(
 
     The answers are fused by `fusion.vote`: of those of one class that overlap by at least `vote_iou`, the mask is the
     majority's by score, and the score their sum divided by the number of times that the teacher was asked. With one
-    scale of 1 and no flip it is what the teacher predicts.
+    scale of 1 and no flip it is what the teacher predicts, of at least `score_threshold`.
 
     Args:
         images, image_hw, resized_hw: as of `Teacher.predict`.
     """
     asked = list(product(config.vote_scales, (False, True) if config.vote_flip else (False,)))
     if asked == [(1.0, False)]:
-        return teacher.predict(images, image_hw, resized_hw)
+        return teacher.predict(images, image_hw, resized_hw, min_score=config.score_threshold)
     pooled: list[Instances] = [[] for _ in image_hw]
     for source, (scale, mirrored) in enumerate(asked):
         seen, sizes = _seen(images, resized_hw, scale, mirrored)

@@ -40,7 +40,7 @@ def document() -> dict[str, Any]:
 def write_dataset(folder: Path, spec: Any = None, text: str | None = None) -> Path:
     (folder / "images").mkdir(parents=True)
     for i in range(NUM_IMAGES):
-        Image.new("RGB", (10, 8)).save(folder / "images" / f"{i}.png")
+        Image.new("RGB", (10, 8), (i, i, i)).save(folder / "images" / f"{i}.png")
     (folder / "instances.json").write_text(json.dumps(document() if spec is None else spec) if text is None else text)
     return folder
 

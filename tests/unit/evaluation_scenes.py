@@ -68,14 +68,25 @@ def random_scenes(
     return pa.Table.from_pylist(rows, schema=RECORD_SCHEMA), results
 
 
+def with_areas(ground_truth: pa.Table, areas: Sequence[float | None], seed: int = 0) -> pa.Table:
+    """The records with an annotated area, drawn from `areas`, on each object and crowd."""
+    rng = np.random.default_rng(seed)
+    rows = ground_truth.to_pylist()
+    for row in rows:
+        for instance in row["instances"]:
+            instance["area"] = areas[rng.integers(len(areas))]
+    return pa.Table.from_pylist(rows, schema=RECORD_SCHEMA)
+
+
 def coco_document(ground_truth: pa.Table, categories: Sequence[Category] = CATEGORIES) -> dict[str, Any]:
-    """The records as an instances JSON."""
+    """The records as an instances JSON. Objects without an annotated area get their mask's."""
     images, annotations = [], []
     for row in ground_truth.to_pylist():
         image_id = decode_image_id(row["image_id"])
         images.append({"id": image_id, "height": row["height"], "width": row["width"]})
         for instance in row["instances"]:
             rle = {"size": [row["height"], row["width"]], "counts": instance["rle"].decode()}
+            area = instance["area"]
             annotations.append(
                 {
                     "id": len(annotations) + 1,
@@ -83,7 +94,7 @@ def coco_document(ground_truth: pa.Table, categories: Sequence[Category] = CATEG
                     "category_id": instance["category_id"],
                     "iscrowd": int(instance["is_crowd"]),
                     "segmentation": rle,
-                    "area": float(coco_mask.area(rle)),
+                    "area": float(coco_mask.area(rle)) if area is None else area,
                     "bbox": coco_mask.toBbox(rle).tolist(),
                 }
             )

@@ -92,3 +92,13 @@ def test_folders_that_are_not_ade20k(tmp_path):
     with pytest.raises(ValueError, match=r"1 of 8 images skipped.*its label map is missing"):
         _load(tmp_path)
     assert _load(tmp_path, max_bad_fraction=0.2)[0].train.num_rows == 7
+
+
+def test_a_folder_that_links_to_itself_is_read_once(tmp_path):
+    root = write_ade20k_full(tmp_path)
+    expected, _ = _load(root)
+    training = root / "ADE20K_2021_17_01/images/ADE/training"
+    (training / "urban/all").symlink_to(training)
+    (training / "home_or_hotel/.ipynb_checkpoints").mkdir()
+    dataset, report = _load(root)
+    assert dataset.train.equals(expected.train) and report["skipped"] == []

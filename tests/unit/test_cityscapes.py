@@ -1,5 +1,7 @@
 """Cityscapes: the layout and the encoding as downloaded."""
 
+import shutil
+
 import numpy as np
 import pytest
 from dataset_folders import HEIGHT, WIDTH, cityscapes_map, write_cityscapes, write_png
@@ -88,6 +90,38 @@ def test_the_extra_images_are_a_pool_without_truth(tmp_path):
         _load(write_cityscapes(tmp_path / "without"), unlabelled_pool="both")
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_label_ids_under_the_name_of_instance_ids_are_refused(tmp_path, split):
+    root = write_cityscapes(tmp_path)
+    for path in root.glob(f"gtFine/{split}/*/*_instanceIds.png"):
+        values = np.asarray(Image.open(path))
+        write_png(path, np.where(values >= 1000, values // 1000, values).astype(np.uint8))
+    for fields in ({}, {"max_bad_fraction": 1.0}):
+        with pytest.raises(ValueError) as error:
+            _load(root, **fields)
+        assert f"({split}: gtFine/{split}): no object in " in str(error.value) and "\n" not in str(error.value)
+        assert "by their label ids alone (24, 26, 33)" in str(error.value)
+        assert "expected 1000 * class + instance (24000, 24001, ...)" in str(error.value)
+
+
+def test_a_split_without_any_of_the_classes_is_no_mistake_of_the_format(root):
+    for path in root.glob("gtFine/val/*/*_instanceIds.png"):
+        write_png(path, np.full((HEIGHT, WIDTH), 3, np.uint16))
+    _, report = _load(root)
+    assert report["warnings"][0].startswith("No object in the 4 validation images (gtFine/val)")
+
+
+def test_what_other_programs_leave_in_the_folders_is_passed_over(root):
+    expected = _load(root)[0].content_hash
+    for path in list(root.glob("*/train/*/*_000019_*.png")):
+        (path.parent / f"._{path.name}").write_bytes(b"AppleDouble")
+    for name in (".ipynb_checkpoints", "@eaDir"):
+        for kind in ("leftImg8bit", "gtFine"):
+            shutil.copytree(root / f"{kind}/train/ulm", root / f"{kind}/train/{name}")
+    dataset, report = _load(root)
+    assert dataset.content_hash == expected and report["skipped"] == []
+
+
 def test_frame_names():
     for name in ("_leftImg8bit.png", "_gtFine_instanceIds.png", "_gtFine_polygons.json", "_gtCoarse_labelIds.png"):
         assert frame_name(f"train/ulm/ulm_000005_000019{name}") == "ulm_000005_000019"
@@ -118,6 +152,7 @@ def test_what_is_wrong_is_listed(root):
         "source": "gtFine/train",
         **{"images": 8, "images_skipped": 5},
         **{"annotations": 11, "annotations_skipped": 1},
+        **{"objects": 6, "ignore_regions": 4},
     }
     with pytest.raises(
         ValueError, match=r"\(train: gtFine/train\): 2 of 8 images skipped, above data\.max_bad_fraction=0\.01"

@@ -107,6 +107,16 @@ def test_images_matched_apart_and_repeated() -> None:
     assert whole.mask_ap(counts) == pytest.approx(match(copies).mask_ap(), rel=1e-12)
 
 
+def test_classes_of_one_name_have_numbers_of_their_own() -> None:
+    renamed = [Category(c.id, "vehicle" if c.name in ("car", "train") else c.name) for c in CATEGORIES]
+    matches = match([scene for case in REFERENCE["cases"] for scene in case["scenes"]])
+    numbers, told_apart = cityscapes_metrics(matches, CATEGORIES), cityscapes_metrics(matches, renamed)
+    for key in ("per_class", "per_class_ap50"):
+        assert list(told_apart[key].values()) == list(numbers[key].values())
+        assert told_apart[key]["vehicle (id 26)"] == numbers[key]["car"]
+        assert told_apart[key]["vehicle (id 31)"] == numbers[key]["train"]
+
+
 def box(width: int, category: int = 26, crowd: bool = False) -> dict[str, Any]:
     mask = np.zeros((HEIGHT, WIDTH), dtype=bool)
     mask[:10, :width] = True
@@ -127,4 +137,6 @@ def test_what_differs_from_coco() -> None:
     # An overlap of exactly .95 does not pass .95, and the curve goes through the wrong detection's score: .25 there.
     assert ap([large], [large, box(19) | {"score": 0.95}]) == pytest.approx(100 * (9 * 1 + 0.25) / 10)
     assert ap([box(20, crowd=True)], [large]) is None
+    # The official tool reads label maps, which have no `area` but the mask's.
+    assert ap([large | {"area": 3.0}], [large]) == pytest.approx(100)
     assert math.isnan(match_cityscapes([], [], len(CLASSES)).mask_ap())

@@ -2,10 +2,17 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+from coco_folders import HEIGHT, SQUARE, WIDTH
+from coco_folders import annotation as _annotation
+from coco_folders import coco_document as _document
+from coco_folders import image_entry as _image
+from coco_folders import valid_document as _valid_document
+from coco_folders import write_coco as _write
 from PIL import Image
 from pycocotools import mask as mask_utils
 
@@ -15,37 +22,6 @@ from cast_ray.datasets.segmentations import encode_mask, encode_segmentation
 from cast_ray.recipe import DataConfig
 from cast_ray.records import RECORD_SCHEMA, decode_image_id
 
-SQUARE = [[2, 1, 6, 1, 6, 4, 2, 4]]
-HEIGHT, WIDTH = 8, 10
-
-
-def _image(identifier, name=None, **fields):
-    return {"id": identifier, "file_name": name or f"{identifier}.png", "height": HEIGHT, "width": WIDTH, **fields}
-
-
-def _annotation(identifier, image, category=1, segmentation=None, **fields):
-    segmentation = SQUARE if segmentation is None else segmentation
-    return {"id": identifier, "image_id": image, "category_id": category, "segmentation": segmentation, **fields}
-
-
-def _document(images, annotations, categories=((1, "cat"), (7, "dog"))):
-    return {
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": i, "name": n} for i, n in categories],
-    }
-
-
-def _write(root: Path, document, json_name="instances.json", image_dir="images"):
-    (root / json_name).parent.mkdir(parents=True, exist_ok=True)
-    (root / json_name).write_text(json.dumps(document))
-    for image in document["images"]:
-        name = image.get("file_name")
-        if isinstance(name, str) and not name.startswith("/") and ".." not in name and "\0" not in name:
-            (root / image_dir / name).parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (WIDTH, HEIGHT)).save(root / image_dir / name, format="PNG")
-    return root
-
 
 def _load(root, **fields):
     return load(DataConfig(format="coco", root=str(root), **fields))[0]
@@ -54,10 +30,6 @@ def _load(root, **fields):
 def _rows(splits):
     rows = splits.train.to_pylist() + splits.val.to_pylist()
     return {decode_image_id(row["image_id"]): row for row in rows}
-
-
-def _valid_document(count=6):
-    return _document([_image(i) for i in range(count)], [_annotation(i, i) for i in range(count)])
 
 
 def test_polygons_rle_and_crowds(tmp_path):
@@ -80,6 +52,37 @@ def test_polygons_rle_and_crowds(tmp_path):
     assert [i["is_crowd"] for i in row["instances"]] == [False, True, False, False]
     assert [i["category_id"] for i in row["instances"]] == [1, 1, 7, 1]
     assert (row["height"], row["width"]) == (HEIGHT, WIDTH)
+
+
+def test_iscrowd_is_read_in_every_form_that_tools_write(tmp_path):
+    values = [0, 0.0, False, None, "0", "0.0", "false", "False", "", 1, 1.0, True, "1", "1.0", "true"]
+    annotations = [_annotation(i, 0, iscrowd=value) for i, value in enumerate(values)]
+    annotations.append(_annotation("without", 1))
+    splits = _load(_write(tmp_path, _document([_image(0), _image(1), _image(2)], annotations)))
+    assert splits.skipped == ()
+    assert [i["is_crowd"] for i in _rows(splits)[0]["instances"]] == [False] * 9 + [True] * 6
+    assert splits.annotated == ("0", "1")
+
+
+@pytest.mark.parametrize("value", [-1, 2, 0.5, "no", "-1", [0], {}, float("nan")])
+def test_an_annotation_of_an_unknown_iscrowd_is_skipped_with_the_reason(tmp_path, value):
+    annotations = [_annotation(0, 0, iscrowd=value), _annotation(1, 1)]
+    splits = _load(_write(tmp_path, _document([_image(0), _image(1)], annotations)), max_bad_fraction=0.5)
+    (skipped,) = splits.skipped
+    assert skipped["id"] == "0" and skipped["file"] == "0.png"
+    assert skipped["reason"] == f"iscrowd is {str(value)!r}: expected 0 for one object or 1 for a region of many"
+    assert splits.annotated == ("1",)
+
+
+def test_areas_are_the_annotation_files(tmp_path):
+    """Not the masks': AP by size follows pycocotools, which takes them as they stand. What is no number is none."""
+    areas = [12.5, 0, -1, 10**9, None, "12", True, math.nan, math.inf, 10**400, [3]]
+    annotations = [_annotation(n, 0, area=area) for n, area in enumerate(areas)] + [_annotation(99, 0)]
+    document = _document([_image(0), _image(1)], annotations)
+    splits = _load(_write(tmp_path / "a", document))
+    assert [i["area"] for i in _rows(splits)[0]["instances"]] == [12.5, 0, -1, 1e9, *[None] * 8]
+    annotations[0]["area"] = 13
+    assert _load(_write(tmp_path / "b", document)).content_hash != splits.content_hash
 
 
 def test_identifiers_of_every_kind(tmp_path):
@@ -195,6 +198,10 @@ BAD_SEGMENTATIONS = {
     "line": ([[2, 1, 4, 1, 6, 1]], "no area"),
     "thin": ([[2.01, 1, 2.02, 1, 2.02, 4]], "covers no pixel"),
     "nested": ([[[2, 1], [6, 1], [6, 4], [2, 4], [2, 3], [2, 2]]], "nested"),
+    "nested, few points": ([[[2, 1], [6, 1], [6, 4], [2, 4]]], "nested: expected a flat list x0, y0, x1, y1"),
+    "nested in the middle": ([[2, 1, [6, 1], 6, 4, 2]], "nested"),
+    "degenerate parts only": ([[2, 1, 6, 4], [2, 1, 6]], "4 numbers: expected at least 6"),
+    "lines only": ([[2, 1, 4, 1, 6, 1], [0.1, 0.1, 0.7, 0.7, 0.3, 0.3]], "no area"),
     "words": ([["a", "b", "c", "d", "e", "f"]], "not a number"),
     "part is text": (["2,1,6,1,6,4"], "type str"),
     "missing": ([], "no segmentation"),
@@ -247,12 +254,76 @@ def test_bad_annotations_are_skipped_and_listed(tmp_path):
         _load(root)
 
 
+def _drawn_by_pycocotools(polygons, height, width):
+    return mask_utils.merge(mask_utils.frPyObjects(polygons, height, width))["counts"]
+
+
 def test_polygon_past_the_border_is_cut_off():
     rle = encode_segmentation([[-5, -4, 4, -4, 4, 3, -5, 3]], HEIGHT, WIDTH)
     mask = mask_utils.decode({"size": [HEIGHT, WIDTH], "counts": rle})
     expected = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
     expected[:3, :4] = 1
     np.testing.assert_array_equal(mask, expected)
+
+
+@pytest.mark.parametrize("reach", [0.0, 0.3, 5.0, 300.0])
+def test_polygons_are_drawn_as_pycocotools_draws_them(reach):
+    """Also those far outside the image, those that cross themselves, and several parts."""
+    rng = np.random.default_rng(int(reach * 10))
+    num_drawn = 0
+    for _ in range(150):
+        height, width = rng.integers(8, 60, 2).tolist()
+        polygons = []
+        for _ in range(rng.integers(1, 4)):
+            points = rng.uniform(-reach, 1 + reach, (rng.integers(3, 9), 2)) * (width, height)
+            polygons.append(np.round(points, rng.integers(0, 3)).ravel().tolist())
+        expected = _drawn_by_pycocotools(polygons, height, width)
+        try:
+            rle = encode_segmentation(polygons, height, width)
+        except ValueError as error:
+            assert str(error) == "polygon covers no pixel of the image"
+            assert mask_utils.area({"size": [height, width], "counts": expected}) == 0
+            continue
+        num_drawn += 1
+        assert rle == expected
+    assert num_drawn > 80
+
+
+def test_a_polygon_that_crosses_itself_is_drawn_though_its_area_cancels():
+    eight = [[1, 1, 5, 5, 5, 1, 1, 5]]
+    rle = encode_segmentation(eight, HEIGHT, WIDTH)
+    assert rle == _drawn_by_pycocotools(eight, HEIGHT, WIDTH)
+    assert mask_utils.area({"size": [HEIGHT, WIDTH], "counts": rle}) > 4
+
+
+@pytest.mark.parametrize("part", [[], [4, 4], [4, 4, 5, 5], [4, 4, 5, 5, 5], [2, 1, 6, 1, 6, 4, 2]])
+@pytest.mark.parametrize("first", [True, False])
+def test_the_valid_part_beside_a_degenerate_one_is_kept(part, first):
+    polygons = [part, *SQUARE] if first else [*SQUARE, part]
+    assert encode_segmentation(polygons, HEIGHT, WIDTH) == encode_segmentation(SQUARE, HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("polygon", "expected"),
+    [
+        ([-9e7, -9e7, 9e7, -9e7, 9e7, 9e7, -9e7, 9e7], np.s_[:, :]),
+        ([2, 1, 3e7, 1, 3e7, 4, 2, 4], np.s_[1:4, 2:]),
+        ([2, 1, 2, 9e7, 6, 9e7, 6, 1], np.s_[1:, 2:6]),
+        ([-8e7, 4, 9e7, 4, 9e7, 9e7, 5, 9e7, 5, -9e7, -8e7, -9e7], (np.s_[:4, :5], np.s_[4:, 5:])),
+    ],
+)
+def test_a_polygon_too_long_for_pycocotools_is_cut_first(polygon, expected):
+    mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    for part in expected if isinstance(expected[0], tuple) else (expected,):
+        mask[part] = 1
+    rle = encode_segmentation([polygon], HEIGHT, WIDTH)
+    np.testing.assert_array_equal(mask_utils.decode({"size": [HEIGHT, WIDTH], "counts": rle}), mask)
+
+
+def test_an_outline_without_end_is_refused():
+    zigzag = np.stack([np.tile([-WIDTH, 2 * WIDTH], 600_000), np.tile([0, 1, 2, 3], 300_000)], axis=1)
+    with pytest.raises(ValueError, match=r"polygon outline of 3\d,\d+,\d+ pixels: no object of a 10 x 8 image"):
+        encode_segmentation([zigzag.ravel().tolist()], HEIGHT, WIDTH)
 
 
 def test_random_rle_strings_survive_validation():
@@ -274,9 +345,9 @@ def test_bad_images_are_skipped_and_listed(tmp_path):
         _image(14, "http://host/a.png"),
         _image(15, "a\0b.png"),
         _image(16, "empty.png"),
-        _image(17, "17.png", width=0),
-        _image(18, "18.png", height="8"),
-        _image(19, "19.png", height=None),
+        _image(17, "17.png", width=-7),
+        _image(18, "18.png", height="eight"),
+        _image(19, "19.png", height=8.5),
         _image(20, "20.png", height=10**6, width=10**6),
         {"id": 21, "height": 8, "width": 10},
         _image(22, "\ud800.png"),
@@ -296,10 +367,12 @@ def test_bad_images_are_skipped_and_listed(tmp_path):
     assert set(_rows(splits)) == {0, 1, 2, 3}
     reasons = {s["id"]: s["reason"] for s in splits.skipped}
     assert all(s["kind"] == "image" for s in splits.skipped) and len(reasons) == 15
-    assert reasons["10"] == reasons["23"] == "the file is missing"
-    assert {reasons[i] for i in ("11", "12", "13", "14")} == {"file_name leaves the dataset's folder"}
+    missing = "the file is missing in images (another folder is named by data.image_dir)"
+    assert reasons["10"] == reasons["23"] == missing
+    assert {reasons[i] for i in ("11", "12", "13", "14")} == {f"file_name leaves the dataset's folder, and {missing}"}
     assert reasons["16"] == "the file is empty"
-    assert reasons["17"].startswith("width is 0") and reasons["18"].startswith("height is 8")
+    assert reasons["17"] == "width is '-7': expected a whole number of pixels"
+    assert reasons["18"].startswith("height is 'eight'") and reasons["19"].startswith("height is '8.5'")
     assert "at most" in reasons["20"] and all("file_name is" in reasons[i] for i in ("15", "21", "22"))
     with pytest.raises(ValueError, match=r"15 of 18 images skipped.*gone\.png.*missing") as error:
         _load(root)
@@ -315,7 +388,7 @@ def _changed(change):
 BAD_FILES = {
     "truncated": (b'{"images": [', "not JSON"),
     "empty": (b"", "not JSON"),
-    "binary": (b"\x89PNG\xff\xfe", "not JSON"),
+    "binary": (b"\x89PNG\xff\xfe", "not UTF-8 text"),
     "deep": (b"[" * 100_000, "not JSON"),
     "list": (b"[]", "not COCO: expected an object"),
     "captions": (b'{"images": [], "annotations": []}', "'categories' is missing"),
@@ -323,9 +396,21 @@ BAD_FILES = {
     "no images": (b'{"images": [], "annotations": [], "categories": []}', "'images' is empty"),
     "entry": (b'{"images": [3], "annotations": [], "categories": []}', r"images\[0\] is of type int"),
     "no classes": (_changed(lambda d: d.update(categories=[])), "'categories' is empty"),
-    "class id": (_changed(lambda d: d["categories"][1].update(id="7")), r"categories\[1\]\.id is '7'"),
+    "class id": (_changed(lambda d: d["categories"][1].update(id="seven")), r"categories\[1\]\.id is 'seven'"),
     "class id size": (_changed(lambda d: d["categories"][1].update(id=2**64)), r"categories\[1\]\.id is 1844"),
     "class name": (_changed(lambda d: d["categories"][1].pop("name")), r"categories\[1\]\.name is None"),
+    "class name of half a character": (
+        _changed(lambda d: d["categories"][1].update(name="\ud800")),
+        r"categories\[1\]\.name is '\\ud800': expected a string",
+    ),
+    "image id of half a character": (
+        _changed(lambda d: d["images"][2].update(id="\ud800")),
+        r"image \? .2\.png.: id is '\\ud800'",
+    ),
+    "annotation id of half a character": (
+        _changed(lambda d: d["annotations"][4].update(id="\ud800", category_id=3)),
+        r"annotation \? .4\.png.: category_id is 3",
+    ),
     "class twice": (_changed(lambda d: d["categories"][1].update(id=1)), r"categories\[1\]\.id is 1 for the second"),
     "image id": (_changed(lambda d: d["images"][2].pop("id")), r"image None .2\.png.: id is None"),
     "image id bool": (_changed(lambda d: d["images"][2].update(id=True)), r"image True .2\.png.: id is True"),
@@ -340,8 +425,8 @@ BAD_FILES = {
         r"annotation 4 \(4\.png\): category_id is 3: no such category",
     ),
     "unknown image": (
-        _changed(lambda d: d["annotations"][4].update(image_id="4")),
-        r"annotation 4 \(instances\.json\): image_id is '4': no such image",
+        _changed(lambda d: d["annotations"][4].update(image_id="x4")),
+        r"annotation 4 \(instances\.json\): image_id is 'x4': no such image",
     ),
     "no image": (
         _changed(lambda d: d["annotations"][4].pop("image_id")),

@@ -5,19 +5,28 @@ from __future__ import annotations
 import json
 import math
 
+import hotcoco
 import numpy as np
 import pyarrow as pa
 import pytest
 from evaluation_scenes import CATEGORIES as CLASSES
-from evaluation_scenes import coco_document, random_scenes, referee, referee_numbers
+from evaluation_scenes import coco_document, random_scenes, referee, referee_numbers, with_areas
+from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from cast_ray.datasets.reading import load
 from cast_ray.evaluation.coco_ap import mask_ap
+from cast_ray.recipe import DataConfig
 from cast_ray.records import RECORD_SCHEMA, Category, encode_image_id
 
 CATEGORIES = (Category(3, "disc"), Category(7, "cross"))
+
+
+STATS = ("mask_ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+STATS += ("ar_1", "ar_10", "ar", "ar_small", "ar_medium", "ar_large")
+"""Our names of the twelve numbers that pycocotools and hotcoco print, in their order."""
 
 
 def rle(top: int, left: int, height: int, width: int, size: tuple[int, int] = (40, 50)) -> bytes:
@@ -116,6 +125,16 @@ def test_numbers_of_each_class_are_those_of_it_alone() -> None:
         assert ours["per_class_ap50"][category.name] == pytest.approx(100 * alone[0].mean(), rel=1e-12)
 
 
+def test_classes_of_one_name_have_numbers_of_their_own() -> None:
+    """The second `fish` has no object to find; it must not hide what is known of the first."""
+    categories = (Category(1, "fish"), Category(2, "crab"), Category(9, "fish"))
+    square = rle(0, 0, 10, 10)
+    ground_truth = table({1: [truth(1, square), truth(2, rle(20, 20, 9, 9))]})
+    ap = mask_ap(ground_truth, [found(1, 1, square, 0.9), found(1, 9, square, 0.8)], categories)
+    assert ap["per_class"] == {"fish (id 1)": pytest.approx(100), "crab": 0, "fish (id 9)": None}
+    assert ap["per_class_ap50"].keys() == ap["per_class"].keys()
+
+
 def test_more_masks_than_pycocotools_counts_in_a_call() -> None:
     ground_truth, results = random_scenes(5, (1, 2), num_objects=4, num_detections=300)
     wanted = referee_numbers(referee(coco_document(ground_truth), results))
@@ -135,9 +154,67 @@ def test_results_files_are_read_by_pycocotools_unchanged(tmp_path) -> None:
     evaluation.summarize()
     ours = mask_ap(ground_truth, results, CLASSES)
     assert 0 < ours["mask_ap"] < 100
-    names = ["mask_ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"]
-    names += ["ar_1", "ar_10", "ar", "ar_small", "ar_medium", "ar_large"]
-    assert [ours[n] if ours[n] is not None else -100 for n in names] == [100 * s for s in evaluation.stats]
+    assert [ours[n] if ours[n] is not None else -100 for n in STATS] == [100 * s for s in evaluation.stats]
+
+
+EDGES = (0.0, 0.5, 1023.9, 1024.0, 1024.1, 2000.0, 9215.9, 9216.0, 9216.1, 1e10, 1e11, -1.0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_sizes_are_the_annotated_areas_as_in_pycocotools(seed: int) -> None:
+    """Of objects and crowds; areas that have nothing to do with the masks, and all borders of the ranges."""
+    ground_truth, results = random_scenes(seed, INT_IDS, crowds=0.3)
+    ours = mask_ap(with_areas(ground_truth, EDGES, seed), results, CLASSES)
+    wanted = referee_numbers(referee(coco_document(with_areas(ground_truth, EDGES, seed)), results))
+    assert {name: ours[name] for name in wanted} == wanted
+    by_mask = mask_ap(ground_truth, results, CLASSES)
+    assert {name for name in wanted if ours[name] != by_mask[name]} > {"ap_small", "ar_small"}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_object_without_an_area_has_its_masks_as_in_hotcoco(seed: int) -> None:
+    """pycocotools raises a KeyError there. Some annotations of the file have an area, some have none."""
+    ground_truth, results = random_scenes(seed, INT_IDS, crowds=0.3)
+    ground_truth = with_areas(ground_truth, (None, None, 500.0, 5000.0, 50_000.0), seed)
+    document = coco_document(ground_truth)
+    instances = [i for row in ground_truth.to_pylist() for i in row["instances"]]
+    for annotation, instance in zip(document["annotations"], instances, strict=True):
+        if instance["area"] is None:
+            del annotation["area"]
+    coco = hotcoco.COCO(document)
+    evaluation = hotcoco.COCOeval(coco, coco.load_res(results), "segm")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    ours = mask_ap(ground_truth, results, CLASSES)
+    assert [ours[n] if ours[n] is not None else -100 for n in STATS] == pytest.approx(
+        [100 * s for s in evaluation.stats], rel=1e-12
+    )
+
+
+def test_sizes_of_a_folder_are_those_of_its_annotation_file(tmp_path) -> None:
+    """From the file through the reader to the numbers."""
+    ground_truth, results = random_scenes(2, INT_IDS)
+    document = coco_document(with_areas(ground_truth, EDGES))
+    for image in document["images"]:
+        image["file_name"] = f"{image['id']}.png"
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.new("RGB", (image["width"], image["height"])).save(tmp_path / "images" / image["file_name"])
+    (tmp_path / "instances.json").write_text(json.dumps(document))
+    dataset, _ = load(DataConfig(format="coco", root=str(tmp_path)))
+    everything = pa.concat_tables([dataset.train, dataset.val])
+    ours = mask_ap(everything, results, CLASSES)
+    wanted = referee_numbers(referee(document, results))
+    assert {name: ours[name] for name in wanted} == wanted
+
+
+def test_record_tables_of_older_versions_are_still_measured() -> None:
+    """Their instances have no `area`: sizes are the masks', as they were."""
+    ground_truth, results = random_scenes(3, INT_IDS)
+    instances = pa.list_(pa.struct([f for f in RECORD_SCHEMA.field("instances").type.value_type if f.name != "area"]))
+    schema = RECORD_SCHEMA.set(4, pa.field("instances", instances))
+    old = pa.Table.from_pylist(ground_truth.to_pylist(), schema=schema)
+    assert mask_ap(old, results, CLASSES) == mask_ap(ground_truth, results, CLASSES)
 
 
 def test_a_match_with_annotation_zero_counts() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from dataset_folders import write_cityscapes
+from PIL import Image, ImageOps
 from rich.console import Console
 
 from cast_ray.datasets.reading import in_threads, load
@@ -76,7 +79,7 @@ def test_it_is_read_once(reader: Reader) -> None:
     assert reader.num_read == 12
     again = reader({"data.label_fraction": "0.5"}, {"data.image_px": "[32, 64]"})
     assert reader.num_read == 12 and again == first
-    assert reader({"data.verify": "none"}).content_hash == first.content_hash
+    assert reader({"data.verify": "none"}).content_hash != first.content_hash
     assert reader.num_read == 24  # another promise about the same files
     assert reader({"data.unlabelled_pool": "extra"}).content_hash == first.content_hash
     assert reader.num_read == 24 + 15
@@ -95,6 +98,24 @@ def test_it_is_read_again_when_a_file_changes(reader: Reader) -> None:
     path.write_bytes(content)
     write_cityscapes(reader.folder / "data", num_train=10)
     assert reader().num_images["train"] == 10
+
+
+def test_pixels_that_change_behind_the_same_size_and_time_are_seen(reader: Reader) -> None:
+    """As rsync -t and cp -p leave a file: as many bytes, and written when the old one was."""
+    folder = reader.folder / "data"
+    for path in folder.rglob("*_leftImg8bit.png"):
+        path.rename(bmp := path.with_suffix(".bmp"))
+        with Image.open(bmp) as image:
+            image.save(bmp)
+    first = reader()
+    path = next((folder / "leftImg8bit/val/lindau").iterdir())
+    status = path.stat()
+    with Image.open(path) as image:
+        ImageOps.invert(image).save(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    second = reader()
+    assert reader.num_read == 24 and second.content_hash != first.content_hash
 
 
 def test_a_copy_elsewhere_is_the_same_dataset_in_another_place(reader: Reader) -> None:
@@ -174,11 +195,54 @@ def test_splits_of_classes_and_lists(reader: Reader) -> None:
     assert dataset.hashes(recipes[1].data) == DataHashes(label_list=listed.facts["label_list_sha256"])
 
 
+def test_a_pool_of_known_images_is_told_and_leaves_none(reader: Reader) -> None:
+    shutil.copytree(reader.folder / "data/leftImg8bit", reader.folder / "copies")
+    row = {"data.extra_image_dir": str(reader.folder / "copies"), "data.unlabelled_pool": "extra"}
+    dataset = reader(row)
+    note = "12 of 15 images of the extra pool are training or validation images (the same bytes; the first: "
+    assert dataset.num_images["extra"] == 3 and note in reader.output.getvalue()
+    assert dataset.facts()["notes"][0].startswith(note) and reader.report()["copies"]["pool_left_out"] == 12
+    store_splits(dataset, reader.recipes(row), reader.store)
+    shutil.rmtree(reader.folder / "copies/train_extra")
+    with pytest.raises(ValueError, match="leaves 0 unlabelled images: expected at least 1 per worker"):
+        store_splits(reader(row), reader.recipes(row), reader.store)
+
+
+def test_training_images_that_are_copies_leave_the_unlabelled(reader: Reader) -> None:
+    images, maps = reader.folder / "data/leftImg8bit/", reader.folder / "data/gtFine"
+    frame = "lindau/lindau_000000_000019"
+    shutil.copyfile(images / f"val/{frame}_leftImg8bit.png", images / "train/ulm/ulm_000001_000019_leftImg8bit.png")
+    shutil.copyfile(
+        maps / f"val/{frame}_gtFine_instanceIds.png", maps / "train/ulm/ulm_000001_000019_gtFine_instanceIds.png"
+    )
+    row = {"data.label_fraction": "0.25"}
+    dataset = reader(row)
+    assert len(dataset.warnings) == 1 and dataset.warnings[0].startswith(
+        "1 of 4 validation images are training images too (the same bytes; the first: "
+    )
+    store_splits(dataset, reader.recipes(row), reader.store)
+    chosen = stored_split(reader.store, dataset.content_hash, part(reader.recipes(row)[0], dataset, True))
+    assert (len(chosen.labelled), len(chosen.unlabelled), chosen.facts["num_copies"]) == (2, 5, 1)
+
+    for kind in ("leftImg8bit", "gtFine"):  # training and validation images are the same
+        shutil.rmtree(reader.folder / f"data/{kind}/val")
+        (reader.folder / f"data/{kind}/val").symlink_to("train")
+    for fields in ({}, {"data.verify": "none"}):
+        dataset = reader(row | fields)
+        assert dataset.warnings[0].startswith("8 of 8 validation images are training images too")
+        with pytest.raises(
+            ValueError, match=r"leaves 0 unlabelled images \(6 more are copies of labelled or validation"
+        ):
+            store_splits(dataset, reader.recipes(row | fields), reader.store)
+        supervised = row | fields | {"loss.lambda_semi": "0", "loss.lambda_pxl": "0"}
+        store_splits(dataset, reader.recipes(supervised), reader.store)
+
+
 def test_too_few_images_are_refused(reader: Reader) -> None:
     for row, message in (
         ({"data.label_fraction": "0.01"}, "gives 0 labelled images: expected at least 1 per worker"),
         ({"data.label_fraction": "1"}, r"leaves 0 unlabelled images: .* or data\.unlabelled_pool=both"),
-        ({"data.label_family": "list", "data.label_list": "none.txt"}, "none.txt cannot be read"),
+        ({"data.label_family": "list", "data.label_list": "none.txt"}, "none.txt: cannot be read"),
     ):
         with pytest.raises(ValueError, match=message):
             store_splits(reader(row), reader.recipes(row), reader.store)

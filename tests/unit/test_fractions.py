@@ -40,7 +40,7 @@ def test_sizes_and_disjoint():
     assert chosen.labelled.dtype == chosen.unlabelled.dtype == np.int64
     assert chosen.facts == {
         **{"family": "nested", "fraction": 0.04, "seed": 0},
-        **{"num_labelled": 20, "num_unlabelled": 480, "num_extra": 0},
+        **{"num_labelled": 20, "num_with_objects": 0, "num_unlabelled": 480, "num_extra": 0},
     }
 
 

@@ -16,8 +16,10 @@ from training_scenes import make_batch
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor, Sam2Model, Sam2VideoConfig, Sam2VideoModel
 
 from cast_ray.engine.optim import build_optimizer
+from cast_ray.models.postprocess import encode_masks
 from cast_ray.recipe import ContrastiveConfig, TeacherConfig, TrainConfig
 from cast_ray.records import Category
+from cast_ray.teachers import grounded_sam
 from cast_ray.teachers.grounded_sam import DETECTOR, SEGMENTER, GroundedSamTeacher, box_maps
 from cast_ray.teachers.protocol import load_teacher, save_teacher
 
@@ -142,6 +144,26 @@ def test_the_threshold_is_the_detectors(folders: dict[str, Path], teacher: Groun
     assert len(strict.predict(random_images(1))[0]) == sum(s > middle for s in scores)
     nothing = make_teacher(folders, inference={"score_threshold": 1.0})
     assert nothing.predict(random_images(2)) == [[], []]
+
+
+@pytest.mark.parametrize("rank_by", ["detector", "segmenter", "product"])
+def test_a_least_score_leaves_out_what_lies_below_it(
+    folders: dict[str, Path], rank_by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def counted(masks: torch.Tensor, *arguments: Any) -> Any:
+        made.append(len(masks))
+        return encode_masks(masks, *arguments)
+
+    monkeypatch.setattr(grounded_sam, "encode_masks", counted)
+    teacher = make_teacher(folders, inference={"score_threshold": 0.0, "rank_by": rank_by})
+    everything = teacher.predict(random_images())
+    least = float(np.median([i["score"] for found in everything for i in found]))
+    kept = [[i for i in found if i["score"] >= least] for found in everything]
+    assert teacher.predict(random_images(), min_score=least) == kept
+    assert sum(made[2:]) < sum(made[:2])
+    assert teacher.predict(random_images(), min_score=1.1) == [[], []]
 
 
 def test_several_prompts_share_one_look_at_the_image(folders: dict[str, Path], teacher: GroundedSamTeacher) -> None:

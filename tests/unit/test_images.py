@@ -1,5 +1,6 @@
 """read_image: every mode a dataset may hold, and files that are no images."""
 
+import hashlib
 import io
 import struct
 import zlib
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cast_ray.datasets.images import read_image
+from cast_ray.datasets.images import _FORMATS, IMAGE_SUFFIXES, UNREADABLE_SUFFIXES, check_image, read_image
 from cast_ray.datasets.paths import join
 
 
@@ -150,3 +151,25 @@ def test_max_pixels_and_missing(tmp_path, rgb):
         read_image(f"file://{tmp_path}/none.png")
     with pytest.raises(ValueError, match="nosuch://"):
         read_image("nosuch://a/b.png")
+
+
+@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
+def test_every_suffix_in_the_list_can_be_read(tmp_path, rgb, suffix):
+    path = str(tmp_path / f"a{suffix}")
+    options = {"format": Image.registered_extensions()[suffix]}
+    if suffix == ".mpo":
+        options |= {"save_all": True, "append_images": [Image.fromarray(rgb[::-1])]}
+    Image.fromarray(rgb).save(path, **options)
+    assert read_image(path).shape == rgb.shape
+    assert check_image(path, None, decode=False) == (rgb.shape[:2], b"")
+    assert check_image(path, None, decode=True) == (
+        rgb.shape[:2],
+        hashlib.sha256((tmp_path / f"a{suffix}").read_bytes()).digest(),
+    )
+
+
+def test_the_list_has_every_suffix_of_the_formats_that_are_read():
+    registered = {suffix for suffix, name in Image.registered_extensions().items() if name in _FORMATS}
+    not_photographs = {".pfm", ".avifs"}  # floating-point pixels, which are refused, and films
+    assert registered - not_photographs == set(IMAGE_SUFFIXES) - {".mpo"}  # several JPEGs in a file, read as JPEG
+    assert not set(UNREADABLE_SUFFIXES) & set(IMAGE_SUFFIXES)

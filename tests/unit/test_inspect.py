@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from dataset_folders import write_ade20k, write_cityscapes
 from PIL import Image
@@ -49,6 +50,41 @@ def test_facts(tmp_path):
     assert (extra.num_images, extra.num_empty, extra.num_objects) == (2, 2, 0)
     first = choose_samples(dataset.train, 3)
     assert first == choose_samples(dataset.train, 8)[:3] and len({r["image_id"] for r in first}) == 3
+
+
+def test_classes_of_one_name(tmp_path, run):
+    categories = [{"id": 0, "name": "fish"}, {"id": 1, "name": "crab"}, {"id": 9, "name": "fish"}]
+    images = [{"id": n, "file_name": f"{n}.png", "height": 8, "width": 8} for n in range(3)]
+    square = [[1, 1, 6, 1, 6, 6, 1, 6]]
+    annotations = [{"id": n, "image_id": n, "category_id": 9, "segmentation": square} for n in range(3)]
+    document = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/instances.json").write_text(json.dumps(document))
+    for image in images:
+        Image.new("RGB", (8, 8)).save(tmp_path / "data" / image["file_name"])
+    code, out, _ = run(str(tmp_path / "data"))
+    assert code == 0 and "fish (id 0)" in out and "fish (id 9)" in out
+
+
+def test_an_image_of_more_objects_than_pycocotools_counts_in_a_call(tmp_path, run):
+    """Cell images have hundreds. Sizes are those of the annotations, as in AP by size."""
+    size, areas = (40, 60), {1: 2000, 2: 10_000}
+    boxes = [[x, y, x + 2, y, x + 2, y + 2, x, y + 2] for x in range(0, 60, 3) for y in range(0, 40, 2)][:375]
+    annotations = [
+        {"id": n, "image_id": n % 2, "category_id": 1, "segmentation": [box], "area": areas.get(n, 4)}
+        for n, box in enumerate([*boxes, *boxes])
+    ]
+    images = [{"id": n, "file_name": f"{n}.png", "height": size[0], "width": size[1]} for n in range(2)]
+    document = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "cell"}]}
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/instances.json").write_text(json.dumps(document))
+    for image in images:
+        Image.new("RGB", size[::-1]).save(tmp_path / "data" / image["file_name"])
+    code, out, _ = run(str(tmp_path / "data"))
+    assert code == 0
+    lines = [line.split() for line in out.splitlines()]
+    counts = [line[3:8] for line in lines if line[:1] in (["train"], ["val"])]
+    assert np.array(counts, dtype=int).sum(0).tolist() == [750, 0, 748, 1, 1]
 
 
 def test_cityscapes(tmp_path, run):

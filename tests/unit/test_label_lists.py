@@ -41,7 +41,8 @@ def test_guided_distillations_cityscapes_list(tmp_path):
     ids = dataset.train.column("image_id").take(chosen.labelled).to_pylist()
     assert ids == ['"aachen_000000_000019"', '"ulm_000003_000019"'] and len(chosen.unlabelled) == 6
     assert chosen.facts == {
-        **{"family": "list", "fraction": 0.25, "seed": 0, "num_labelled": 2, "num_unlabelled": 6, "num_extra": 0},
+        **{"family": "list", "fraction": 0.25, "seed": 0, "num_labelled": 2, "num_with_objects": 2},
+        **{"num_unlabelled": 6, "num_extra": 0},
         "label_list": str(tmp_path / "perc_5.txt"),
         "label_list_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
@@ -149,9 +150,10 @@ def test_images_that_the_dataset_has_not(tmp_path):
     [
         (b"", "names no image"),
         (b"# nothing\n", "names no image"),
-        (b"\xff\xfe\x00", "is not a text file"),
-        (b'{"a": ', "is not JSON"),
-        (b"[1, 2]", "expected names of images, a COCO JSON, or percentage"),
+        (b"\xff\xfe\x00", "not a text file"),
+        (b'{"a": ', "not JSON"),
+        (b'["a.jpg", 1.5]', "expected names of images, a COCO JSON, or percentage"),
+        (b"[]", "expected names of images, a COCO JSON, or percentage"),
         (b'{"10": {"0": [1.5]}}', "expected names of images"),
         (b'{"10": {"0": [-1]}}', "expected names of images"),
         (b'{"images": [{"id": 1}]}', "expected names of images"),
@@ -163,7 +165,7 @@ def test_files_that_are_no_lists(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as error:
         read_list(str(path))
     assert "list.txt" in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=r"data\.label_list: .*gone\.txt cannot be read"):
+    with pytest.raises(ValueError, match=r"data\.label_list: .*gone\.txt: cannot be read"):
         read_list(str(tmp_path / "gone.txt"))
 
 

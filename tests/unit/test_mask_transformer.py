@@ -28,6 +28,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: write_mask_transformer(home / kind, kind, LABELS) for kind in KINDS}
 
 
+def classes(*names: str) -> list[Category]:
+    return [Category(number, name) for number, name in enumerate(names)]
+
+
 def make_teacher(folder: Path, categories: Any = CATEGORIES, **changes: Any) -> MaskTransformerTeacher:
     config = TeacherConfig(kind="mask2former", **changes)
     return MaskTransformerTeacher.load({CHECKPOINT: folder}, config, categories, CROP).eval()  # type: ignore[return-value]
@@ -86,11 +90,25 @@ def test_the_backbone_has_its_own_rate(folders: dict[str, Path]) -> None:
 def test_classes_find_their_labels_by_name_or_synonym() -> None:
     id2label = dict(enumerate(LABELS))
     config = PromptConfig(synonyms={"rider": ("person", "dog")})
-    assert match_labels(id2label, ["rider", "traffic light"], config) == [[0, 2], [3]]
+    assert match_labels(id2label, classes("rider", "traffic light"), config) == [[0, 2], [3]]
     with pytest.raises(ValueError, match=r"no label for class 'persons': .*nearest: person"):
-        match_labels(id2label, ["persons"], PromptConfig())
-    with pytest.raises(ValueError, match="'person' stands for two classes"):
-        match_labels(id2label, ["person", "rider"], config)
+        match_labels(id2label, classes("persons"), PromptConfig())
+    with pytest.raises(ValueError, match="'person' stands for both 'person' and 'rider'"):
+        match_labels(id2label, classes("person", "rider"), config)
+
+
+def test_classes_of_one_name_need_labels_of_their_own(folders: dict[str, Path], tmp_path: Path) -> None:
+    dogs = [Category(0, "dog"), Category(7, "dog")]
+    with pytest.raises(ValueError, match=r"'dog' stands for both 'dog \(id 0\)' and 'dog \(id 7\)'.*synonyms"):
+        match_labels(dict(enumerate(LABELS)), dogs, PromptConfig())
+    assert match_labels(dict(enumerate(LABELS)), dogs, PromptConfig(synonyms={"dog (id 7)": ("sky",)})) == [[2], [1]]
+    # words that say the same twice are no second class
+    assert match_labels({0: "dog"}, dogs[:1], PromptConfig(synonyms={"dog": ("dog", "Dog")})) == [[0]]
+    new = [Category(0, "person"), Category(3, "unicorn"), Category(4, "unicorn")]
+    teacher = make_teacher(folders["mask2former"], new, mask_transformer={"unknown_classes": "add"})
+    assert teacher.segmenter.labels_of == [[0], [len(LABELS)], [len(LABELS) + 1]]
+    save_teacher(teacher, tmp_path)
+    assert load_teacher(tmp_path).segmenter.labels_of == teacher.segmenter.labels_of  # type: ignore[union-attr]
 
 
 def test_a_class_without_a_label_gets_a_row_where_asked(folders: dict[str, Path], tmp_path: Path) -> None:

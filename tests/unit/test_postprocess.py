@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import Mask2FormerImageProcessor
 
 from cast_ray.models import postprocess
-from cast_ray.models.postprocess import to_instances
+from cast_ray.models.postprocess import can_reach, encode_masks, to_instances
 
 
 def logits(batch: int = 2, queries: int = 6, classes: int = 4, size: tuple[int, int] = (24, 32)):
@@ -79,6 +82,48 @@ def test_overlaps_are_kept_and_no_score_is_too_low() -> None:
     (found,) = to_instances((classes, torch.full((1, 2, 8, 8), 5.0)), [(32, 32)], [(32, 32)], (32, 32), 4)
     assert len(found) == 4 and all(decoded(i).all() for i in found)
     assert min(i["score"] for i in found) < 1e-6
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """So that a sum over one mask is added up as one over several is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("min_score", [0.05, 0.1, 0.3, 0.5, 1.0])
+def test_a_least_score_leaves_out_what_lies_below_it_and_changes_nothing_else(min_score: float) -> None:
+    predictions = logits(batch=3, queries=20)
+    sizes, resized, crop = [(70, 131), (90, 120), (10, 10)], [(51, 96), (72, 96), (72, 72)], (72, 96)
+    everything = to_instances(predictions, sizes, resized, crop, 60)
+    kept = [[i for i in found if i["score"] >= min_score] for found in everything]
+    assert to_instances(predictions, sizes, resized, crop, 60, min_score) == kept
+    assert sum(map(len, kept)) < sum(map(len, everything))
+
+
+def test_masks_that_cannot_reach_the_least_score_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def counted(masks: torch.Tensor, *arguments: Any) -> Any:
+        made.append(len(masks))
+        return encode_masks(masks, *arguments)
+
+    monkeypatch.setattr(postprocess, "encode_masks", counted)
+    classes, masks = logits(batch=1, queries=40)
+    best_Q = classes[0].softmax(-1)[:, :-1].amax(1)
+    for min_score in (0.0, 0.3, 0.9):
+        to_instances((classes, masks), [(64, 64)], [(64, 64)], (64, 64), 160, min_score)
+    assert made == [40, int((best_Q >= 0.3).sum()), int((best_Q >= 0.9).sum())] and 0 < made[2] < made[1] < 40
+
+
+def test_a_quality_that_rounds_above_1_is_not_cut_off() -> None:
+    """The mean over many sure pixels may come out a little above 1, and the score above P(class)."""
+    least = 0.3
+    below = torch.tensor([least * (1 - 1e-6), least * 0.99, math.nan])
+    assert can_reach(below, least).tolist() == [True, False, True]
 
 
 class Largest(TorchDispatchMode):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from tiny_checkpoints import write_bert_tokenizer
 from transformers import AutoTokenizer
 
 from cast_ray.recipe import PromptConfig
+from cast_ray.records import Category
 from cast_ray.teachers.prompts import Prompter, class_words
 
 NAMES = ["person", "traffic_light", "Dog/Cat", "tv."]
@@ -21,7 +24,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory):
 
 
 def prompter(tokenizer, names=NAMES, max_tokens=64, **config) -> Prompter:
-    return Prompter(tokenizer, names, PromptConfig(**config), max_tokens)
+    return Prompter(tokenizer, classes(names), PromptConfig(**config), max_tokens)
+
+
+def classes(names: Sequence[str]) -> list[Category]:
+    return [Category(number, name) for number, name in enumerate(names)]
 
 
 def test_the_ids_are_what_the_tokenizer_makes_of_the_text(tokenizer) -> None:
@@ -85,8 +92,21 @@ def test_what_cannot_be_asked_for_is_refused(tokenizer, names, config, message) 
         prompter(tokenizer, names, **config)
 
 
+def test_classes_of_one_name_need_words_of_their_own(tokenizer) -> None:
+    """Both would be found wherever one of them is."""
+    fish = [Category(0, "fish"), Category(1, "crab"), Category(9, "fish")]
+    with pytest.raises(
+        ValueError, match=r"'fish' stands for both 'fish \(id 0\)' and 'fish \(id 9\)'.* name other words"
+    ):
+        Prompter(tokenizer, fish, PromptConfig(), 64)
+    config = PromptConfig(synonyms={"fish (id 9)": ("tuna",)})
+    assert class_words(fish, config) == [["fish"], ["crab"], ["tuna"]]
+    with pytest.raises(ValueError, match=r"no class 'fish': did you mean 'fish \(id"):
+        class_words(fish, PromptConfig(synonyms={"fish": ("tuna",)}))
+
+
 def test_names_become_plain_words() -> None:
-    assert class_words(["Traffic_light", "aerosol-can/spray", "cup (paper)"], PromptConfig()) == [
+    assert class_words(classes(["Traffic_light", "aerosol-can/spray", "cup (paper)"]), PromptConfig()) == [
         ["traffic light"],
         ["aerosol-can spray"],
         ["cup paper"],

@@ -8,11 +8,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from evaluation_scenes import CATEGORIES, HEIGHT, WIDTH, coco_document, encode, random_scenes, referee, referee_numbers
+from evaluation_scenes import (
+    CATEGORIES,
+    HEIGHT,
+    WIDTH,
+    coco_document,
+    encode,
+    random_scenes,
+    referee,
+    referee_numbers,
+    with_areas,
+)
 from pycocotools import mask as coco_mask
 
 from cast_ray.evaluation.pseudo_labels import ERRORS, audit_images, join_audits, summarise_audit
-from cast_ray.records import RECORD_SCHEMA, ClassMap, encode_image_id
+from cast_ray.records import RECORD_SCHEMA, Category, ClassMap, encode_image_id
 
 CLASSES = ClassMap(CATEGORIES)
 IDS = (4, 9, 2, 7, 11, 5, 1, 30)
@@ -98,6 +108,26 @@ def count_slowly(truth: list[dict[str, Any]], labels: list[dict[str, Any]]) -> d
 
 def percent(part: int, whole: int) -> Any:
     return pytest.approx(100 * part / whole) if whole else None
+
+
+def test_classes_of_one_name_are_audited_apart() -> None:
+    table, results = random_scenes(0, IDS, num_detections=12)
+    truth, labels = table.to_pylist(), label_rows(table, results)
+    renamed = ClassMap([Category(c.id, "thing" if c.name != "cross" else c.name) for c in CATEGORIES])
+    audit, plain = summarise_audit(audit_images(truth, labels, renamed), renamed), audit_of(truth, labels)
+    for key in ("per_class", "errors_per_class"):
+        assert list(audit[key]) == ["thing (id 2)", "cross", "thing (id 9)"]
+        assert list(audit[key].values()) == list(plain[key].values())
+
+
+def test_sizes_are_those_of_the_annotations() -> None:
+    """As in AP by size; an object whose `area` lies outside all of COCO's ranges is nowhere to be found."""
+    table, results = random_scenes(0, IDS, num_detections=12)
+    labels = label_rows(table, results)
+    small, nowhere = (audit_of(with_areas(table, [area]).to_pylist(), labels) for area in (5.0, -1.0))
+    assert small["by_size"]["small"]["num_objects"] == small["num_objects"] > 0
+    assert small["by_size"]["large"]["num_objects"] == small["by_size"]["medium"]["num_objects"] == 0
+    assert nowhere["num_objects"] == 0 and nowhere["coverage"]["objects"]["mean"] is None
 
 
 @pytest.mark.parametrize("seed", range(6))

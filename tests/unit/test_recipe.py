@@ -21,7 +21,7 @@ from cast_ray.recipe import (
 def test_every_preset_builds_at_every_scale(preset: str, scale: str) -> None:
     recipe = build_recipe(preset, scale)
     assert (recipe.preset, recipe.scale) == (preset, scale)
-    assert recipe.data.format in (preset, "shapes")
+    assert recipe.data.format == {"nuclei": "coco"}.get(preset, preset)
 
 
 def test_the_papers_student_recipe() -> None:

@@ -60,6 +60,19 @@ def test_parts_of_the_pairs_change_nothing(folder: Path) -> None:
         assert [i["label"] for i in mine] == [i["label"] for i in other]
 
 
+@pytest.mark.parametrize("rank_by", ["detector", "segmenter", "product"])
+def test_a_least_score_leaves_out_what_lies_below_it(folder: Path, rank_by: str) -> None:
+    teacher = make_teacher(folder, inference={"score_threshold": 0.0, "rank_by": rank_by})
+    everything = teacher.predict(random_images())
+    least = float(np.median([i["score"] for found in everything for i in found]))
+    kept = [[i for i in found if i["score"] >= least] for found in everything]
+    found = teacher.predict(random_images(), min_score=least)
+    for mine, wanted in zip(found, kept):
+        assert [(i["label"], i["rle"]) for i in mine] == [(i["label"], i["rle"]) for i in wanted]
+        np.testing.assert_allclose([i["score"] for i in mine], [i["score"] for i in wanted], rtol=1e-6)
+    assert teacher.predict(random_images(), min_score=1.1) == [[], []]
+
+
 def test_synonyms_of_a_class_do_not_find_an_instance_twice(folder: Path) -> None:
     teacher = make_teacher(folder, prompt={"synonyms": {"dog": ["dog", "hound"]}})
     found = [i for i in teacher.predict(random_images(1))[0] if i["label"] == 2]

@@ -33,7 +33,9 @@ class Bright(Teacher):
         self.score, self.seen = score, []
         self.anchor = torch.nn.Parameter(torch.zeros(()))
 
-    def find(self, images: Any, image_hw: Any, resized_hw: Any, max_detections: int) -> list[Instances]:
+    def find(
+        self, images: Any, image_hw: Any, resized_hw: Any, max_detections: int, min_score: float
+    ) -> list[Instances]:
         self.seen.append((tuple(images.shape), [tuple(size) for size in resized_hw]))
         found = []
         for image, own, (h, w) in zip(images, image_hw, resized_hw):
