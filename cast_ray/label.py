@@ -214,6 +214,8 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     for key in overrides:
         if not key.startswith(("teacher.", "pseudo.")):
             raise ValueError(f"--set {key}: expected a key of `teacher` or `pseudo`")
+    if overrides.get("pseudo.class_thresholds", "fixed") != "fixed":
+        raise ValueError("--set pseudo.class_thresholds: balanced thresholds need labelled images; expected fixed")
     kind = {"teacher.kind": arguments.teacher} if arguments.teacher in PUBLISHED else {}
     return build_recipe("coco", "full", overrides={**threshold, **overrides, **kind, "stages.use_adapt": False})
 

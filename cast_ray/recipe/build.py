@@ -82,6 +82,15 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
+    def _balanced_thresholds_see_all_images(self) -> Recipe:
+        if self.pseudo.class_thresholds == "balanced" and self.labels.mode == "online":
+            raise ValueError(
+                "pseudo.class_thresholds is balanced and labels.mode online: the thresholds need the predictions on "
+                "all of D_u; expected labels.mode=offline, or pseudo.class_thresholds=fixed"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _refreshed_labels_are_online(self) -> Recipe:
         if self.labels.refresh_steps and self.labels.mode != "online":
             raise ValueError(

@@ -63,6 +63,10 @@ class PseudoConfig(Part):
 
     score_threshold: float = Field(0.3, ge=0, le=1)
     """A prediction is trusted when its score lies above."""
+    class_thresholds: Literal["fixed", "balanced"] = "fixed"
+    """fixed: `score_threshold` for every class. balanced: for each class a threshold of its own, not below that one,
+    at which the predictions on D_u hold as many of it an image as D_l does (found before painting, once for all of
+    D_u; not with labels.mode=online)."""
     mask_quality_threshold: float = Field(0.0, ge=0, le=1)
     """A prediction is trusted when its mask quality, as the teacher estimates it, is at least this; 0: not asked."""
     order: Literal["score", "detector"] = "score"

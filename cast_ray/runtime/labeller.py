@@ -19,7 +19,7 @@ from cast_ray.runtime.streams import Pictures
 from cast_ray.soft_targets import with_beliefs
 from cast_ray.stages.graph import Stage
 from cast_ray.teachers.expert import ExpertTeacher
-from cast_ray.teachers.pseudo import pseudo_labels
+from cast_ray.teachers.pseudo import pseudo_labels, trusted_instances
 from cast_ray.teachers.voting import predict_by_vote
 
 
@@ -74,7 +74,9 @@ class PseudoLabeller:
         return labels
 
     def _instances(self, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        chosen = pseudo_labels(found, self.pseudo)
+        # Balanced thresholds are known once all of D_u is predicted; `LabelJob.join` then paints.
+        choose = trusted_instances if self.pseudo.class_thresholds == "balanced" else pseudo_labels
+        chosen = choose(found, self.pseudo)
         if self.is_soft:
             chosen = [with_beliefs(instance, len(self.categories)) for instance in chosen]
         return [
@@ -84,7 +86,7 @@ class PseudoLabeller:
                 "score": instance["score"],
                 "is_crowd": False,
                 "area": None,
-                "visible_share": instance["visible_share"],
+                "visible_share": instance.get("visible_share"),
                 "num_suppressed": instance["num_suppressed"],
                 "class_probs": instance.get("class_probs"),
                 "mask_probs": instance.get("mask_probs"),

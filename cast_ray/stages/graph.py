@@ -29,7 +29,7 @@ HOW_IT_RUNS = ("checkpoint_every_steps", "accumulate")
 """Fields of TrainConfig that change no result and so enter no fingerprint."""
 
 OPTIONAL = {
-    "pseudo": ("min_visible_share", "nms_iou", "vote_flip", "vote_scales"),
+    "pseudo": ("min_visible_share", "nms_iou", "vote_flip", "vote_scales", "class_thresholds"),
     "loss": ("semi_view", "burn_in_fraction", "soft_targets"),
 }
 """Fields of a part of the recipe that do nothing at their default: they enter a stage's identity only where they do."""

@@ -35,12 +35,21 @@ def pseudo_labels(instances: Sequence[dict[str, Any]], config: PseudoConfig) -> 
     is the detector's. Deviations: the released ADE20K painter restarts instance ids per class and then merges ids
     across classes; here each instance keeps its own.
     """
+    return paint(trusted_instances(instances, config), config)
+
+
+def trusted_instances(instances: Sequence[dict[str, Any]], config: PseudoConfig) -> list[dict[str, Any]]:
+    """The instances that `pseudo_labels` paints, in the order in which it does, each with `num_suppressed`."""
     trusted = [i for i in instances if i["score"] > config.score_threshold]
     if config.mask_quality_threshold > 0:
         trusted = [i for i in trusted if i["mask_quality"] >= config.mask_quality_threshold]
     if config.order == "score":
         trusted.sort(key=lambda i: -i["score"])
-    trusted = _suppressed(trusted, config.nms_iou)
+    return _suppressed(trusted, config.nms_iou)
+
+
+def paint(trusted: Sequence[dict[str, Any]], config: PseudoConfig) -> list[dict[str, Any]]:
+    """The second half of `pseudo_labels`: what is left of the masks of `trusted_instances`."""
     kept: list[dict[str, Any]] = []
     seen: set[bytes] = set()
     taken_HW: np.ndarray | None = None

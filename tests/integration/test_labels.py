@@ -25,6 +25,7 @@ from cast_ray.runtime.online import OnlineLabels, start_teachers, teacher_bundle
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.streams import Images, Pictures, picture_dataset, pictures, training_stream
 from cast_ray.stages.graph import Stage
+from cast_ray.teachers.pseudo import paint
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(900)]
 
@@ -183,6 +184,40 @@ def test_images_that_cannot_be_read_are_skipped_by_name(tmp_path: Path, store: A
         label_images(strict)
     assert not store.has(strict.stage.key)
     assert len(strict.missing(strict.blocks)) == 0  # nothing is labelled twice when the user has looked at them
+
+
+def test_balanced_thresholds_give_each_class_what_the_labelled_images_have(
+    store: ArtifactStore, table: pa.Table
+) -> None:
+    """Predictions are painted once all of D_u is predicted, as painting by hand with the thresholds would."""
+    pseudo = PSEUDO.model_copy(update={"class_thresholds": "balanced", "max_per_image": 100, "non_overlapping": True})
+    job = job_of(store, table, "balanced", pseudo)
+    facts = label_images(job)
+    store.commit(job.stage, facts)
+    labeller = PseudoLabeller(store, job.stage, torch.device("cpu"), "off")
+    predicted = [labeller.label(picture(table, i))[0] for i in range(NUM_LABELLED, NUM_IMAGES)]
+    num_true = NUM_LABELLED / len(CATEGORIES)  # of each class, an image of D_l has one instance
+    for category in CATEGORIES:
+        scores = sorted(
+            (np.float32(i["score"]) for p in predicted for i in p if i["category_id"] == category.id), reverse=True
+        )
+        wanted = round(num_true * len(predicted) / NUM_LABELLED)
+        assert len(scores) > wanted and facts["class_thresholds"][category.name] == pytest.approx(
+            float(scores[wanted - 1])
+        )
+    ids = {c.id: c.name for c in CATEGORIES}
+    for row, candidates in zip(labels_of(job), predicted):
+        size = [row["height"], row["width"]]
+        sure = [
+            i | {"size": size, "score": float(np.float32(i["score"]))}
+            for i in candidates
+            if np.float32(i["score"]) >= facts["class_thresholds"][ids[i["category_id"]]]
+        ]
+        wanted_labels = [{k: v for k, v in i.items() if k != "size"} for i in paint(sure, pseudo)]
+        assert [(i["category_id"], i["rle"]) for i in row["instances"]] == [
+            (i["category_id"], i["rle"]) for i in wanted_labels
+        ]
+        assert all(i["visible_share"] is not None for i in row["instances"])
 
 
 def test_a_teacher_that_finds_nothing_stops_its_student(store: ArtifactStore, table: pa.Table) -> None:
