@@ -160,7 +160,7 @@ def _model_of(stage: Mapping[str, Any], find: Callable[[str], Mapping[str, Any] 
 
 
 def _images_of(kind: str, config: Mapping[str, Any]) -> float:
-    """Images that the model sees for each step or image of a stage: a vote asks about one several times, at its scales."""
+    """Images that the model sees for each step or image of a stage; a vote asks about each several times."""
     if kind == "train":
         return config["train"]["batch_labelled"] + config["train"].get("batch_unlabelled", 0)
     pseudo = config.get("pseudo", {})
