@@ -199,7 +199,7 @@ class Step:
             with self.timed("contrastive: projection"):
                 z = projector(leaves.features[network.stride], strong_leaf)
             z_leaves = [leaf(t) for t in z]
-            output = Output(leaves, *z_leaves)
+            output = Output(leaves, z_leaves[0], z_leaves[1])
         with (
             self.within("set loss", objective_module, "set_loss"),
             self.within("set loss: matching", set_criterion, "match_layers"),
