@@ -45,7 +45,8 @@ from cast_ray.batches import collate, join, to_batch
 from cast_ray.datasets.images import read_image
 from cast_ray.datasets.segmentations import encode_mask
 from cast_ray.models.segmenter import build_segmenter
-from cast_ray.recipe import DataConfig, LabelsConfig, PseudoConfig, RuntimeConfig, build_recipe
+from cast_ray.recipe import DataConfig, PseudoConfig, RuntimeConfig, build_recipe
+from cast_ray.recipe.labels import FIXED_SIZE_BATCH
 from cast_ray.records import RECORD_SCHEMA, Category, ClassMap, encode_image_id
 from cast_ray.runtime.budget import configure_data, reserve, stream_bundle
 from cast_ray.runtime.cluster import connect
@@ -216,7 +217,7 @@ def bench_labelling(arguments: argparse.Namespace, table: pa.Table, folder: Path
     save_model(store, teacher, segmenter, CATEGORIES)
     store.commit(teacher, {})
     pseudo = PseudoConfig(score_threshold=0.02)
-    config = {"pseudo": pseudo.model_dump(), "data": {"image_px": list(image_px)}, "batch": LabelsConfig().batch}
+    config = {"pseudo": pseudo.model_dump(), "data": {"image_px": list(image_px)}, "batch": FIXED_SIZE_BATCH}
     runtime = {"runtime.num_labellers": 1, "runtime.cpus_per_labeller": 0.5, "runtime.cpus_per_read": 0.5}
     recipe = build_recipe("coco", overrides=runtime)
     repeated = pa.concat_tables([table] * -(-arguments.num_labelled // table.num_rows)).slice(0, arguments.num_labelled)
@@ -227,7 +228,7 @@ def bench_labelling(arguments: argparse.Namespace, table: pa.Table, folder: Path
     def stage() -> Stage:
         return Stage("label", "label", config, {"teacher": teacher.fingerprint}, f"{next(runs):020d}")
 
-    labeller = PseudoLabeller(store, stage(), torch.device("cpu"), "off")
+    labeller = PseudoLabeller(store, stage(), torch.device("cpu"))
     fitted = [fit_image(read_image(uri), image_px) for uri in table.column("uri").to_pylist()[: 2 * labeller.batch]]
     size = (table.column("height")[0].as_py(), table.column("width")[0].as_py())
 
@@ -235,7 +236,7 @@ def bench_labelling(arguments: argparse.Namespace, table: pa.Table, folder: Path
         seconds = 0.0
         for start in range(0, len(fitted), labeller.batch):
             part = fitted[start : start + labeller.batch]
-            pixels = np.stack([pixels for pixels, _ in part])
+            pixels = [pixels for pixels, _ in part]
             pictures = Pictures(list(range(len(part))), pixels, [size] * len(part), [hw for _, hw in part])
             began = time.monotonic()
             labeller.label(pictures)

@@ -26,8 +26,36 @@ Parts = Mapping[str, Sequence[np.ndarray]]
 """Arrays by name, each in parts of one dtype that follow each other along the first dim."""
 
 
+UNKNOWN = {"truth_instance": -1, "truth_class": -1}
+"""What padding is filled with, where not with 0."""
+NOT_OF_PIXELS = ("labels", "weights")
+
+
+def pad_to_largest(samples: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    """Samples of `views.make_sample` with all pixels padded, below and right, to the largest height and width.
+
+    Padding is black, no object, not valid, and its truth is unknown; samples of one size are returned as they are.
+    """
+    sizes = [sample["valid"].shape for sample in samples]
+    largest = (max(height for height, _ in sizes), max(width for _, width in sizes))
+    return [s if size == largest else _padded(s, size, largest) for s, size in zip(samples, sizes)]
+
+
+def _padded(sample: dict[str, np.ndarray], size: tuple[int, ...], wanted: tuple[int, int]) -> dict[str, np.ndarray]:
+    added = [(0, wanted[0] - size[0]), (0, wanted[1] - size[1])]
+    padded = {
+        name: array
+        if name in NOT_OF_PIXELS
+        else np.pad(array, [(0, 0)] * (array.ndim - 2) + added, constant_values=UNKNOWN.get(name, 0))
+        for name, array in sample.items()
+    }
+    if sample["strong"] is sample["weak"]:  # by which `collate` knows that no term looks at it
+        padded["strong"] = padded["weak"]
+    return padded
+
+
 def collate(samples: list[dict[str, np.ndarray]], num_labelled: int) -> Parts:
-    """One optimiser step of one worker as a few flat arrays, masks as bits.
+    """One optimiser step of one worker as a few flat arrays, masks as bits; see `pad_to_largest` for mixed sizes.
 
     Args:
         samples: of `views.make_sample`, labelled images first.
@@ -41,6 +69,7 @@ def collate(samples: list[dict[str, np.ndarray]], num_labelled: int) -> Parts:
         class_probs float32 [sum N, C+1], mask_probs uint8 [sum N, H/4, W/4].
     """
     assert samples and 0 <= num_labelled <= len(samples)
+    samples = pad_to_largest(samples)
     with_ignore = [i for i, sample in enumerate(samples) if sample["ignore"].any()]
     with_truth = [i for i, sample in enumerate(samples) if (sample["truth_class"] >= 0).any()]
     parts = {

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -20,20 +19,24 @@ import torch
 from pycocotools import mask as coco_mask
 from rich.console import Console
 
-from cast_ray.console import exit_code
+import cast_ray
+from cast_ray.console import Parser, exit_code, output_folder, positive, share, whole_number
 from cast_ray.datasets.class_lists import read_classes
-from cast_ray.datasets.photos import output_names
 from cast_ray.engine.world import pick_device
+from cast_ray.files import replaced
+from cast_ray.models.autocast import fastest_precision
 from cast_ray.predict import (
     EXIT_NOTHING,
+    INTERRUPTED,
+    OVERLAYS,
     JsonList,
     Predictor,
+    Rows,
+    in_batches,
     list_photos,
-    positive,
-    write_overlay,
-    write_with_progress,
+    run_images,
 )
-from cast_ray.recipe import PseudoConfig, Recipe, build_recipe, parse_overrides
+from cast_ray.recipe import InputSize, PseudoConfig, Recipe, build_recipe, parse_overrides
 from cast_ray.recipe.teachers import KINDS
 from cast_ray.records import Category, mask_areas
 from cast_ray.registry import lookup
@@ -42,11 +45,10 @@ from cast_ray.teachers.checkpoints import find_checkpoint
 from cast_ray.teachers.protocol import Teacher
 from cast_ray.teachers.pseudo import pseudo_labels
 from cast_ray.teachers.voting import predict_by_vote
+from cast_ray.unfinished import weights_digest
 
 PUBLISHED = KINDS[1:]
 """Kinds of teachers that label without any training."""
-IMAGE_PX = (1024, 1024)
-"""What images are fitted to for a published teacher, unless teacher.image_px says otherwise."""
 
 
 class Labeller(Predictor):
@@ -64,9 +66,14 @@ class Labeller(Predictor):
         self.teacher, self.pseudo = teacher, pseudo
 
     def ask(
-        self, pixels: torch.Tensor, image_hw: list[tuple[int, int]], resized_hw: list[tuple[int, int]]
+        self,
+        images: torch.Tensor,
+        image_hw: Sequence[tuple[int, int]],
+        resized_hw: Sequence[tuple[int, int]],
+        max_detections: int,
+        min_score: float,
     ) -> list[list[dict[str, Any]]]:
-        return predict_by_vote(self.teacher, pixels, image_hw, resized_hw, self.pseudo)
+        return predict_by_vote(self.teacher, images, image_hw, resized_hw, self.pseudo)
 
     def choose(self, instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return pseudo_labels(instances, self.pseudo)
@@ -77,7 +84,10 @@ def make_labeller(
 ) -> Labeller:
     """A labeller in whichever process calls it; see `load`."""
     torch.set_num_threads(1)
-    return Labeller(load(recipe, source, categories).to(pick_device(device)), recipe.pseudo, amp=amp, overlays=overlays)
+    teacher = load(recipe, source, categories).to(pick_device(device))
+    if amp == "auto" and source in PUBLISHED:
+        amp = fastest_precision(teacher.device)
+    return Labeller(teacher, recipe.pseudo, amp=amp, overlays=overlays)
 
 
 def load(recipe: Recipe, source: str, categories: Sequence[Category] | None) -> Teacher:
@@ -96,60 +106,40 @@ def load(recipe: Recipe, source: str, categories: Sequence[Category] | None) -> 
         assert categories is not None
         folders = {field: find_checkpoint(name, field) for field, name in config.checkpoint_fields().items()}
         kind: type[Teacher] = lookup("teachers", source)
-        return kind.load(folders, config, categories, config.image_px or IMAGE_PX).eval()
+        return kind.load(folders, config, categories, recipe.input_size(by_teacher=True)).eval()
     part: dict[str, Any] = {"inference": config.inference.model_dump()}
     if config.prompt.synonyms:
         part["prompt"] = config.prompt.model_dump()
-    with open_teacher(source, part, config.image_px, categories) as teacher:
+    size = None if config.image_px is None else InputSize.of(config.image_px)
+    with open_teacher(source, part, size, categories) as teacher:
         return teacher
 
 
-def write_labels(
-    rows: Iterator[dict[str, Any]],
-    names: dict[str, str],
-    categories: Sequence[Category],
-    out: Path,
-    counts: Counter[int],
-    advance: Callable[[], None],
-) -> list[tuple[str, str]]:
-    """Writes rows as they come to `instances.json` (a COCO file with scores) and `overlays/<name>.png`.
-
-    Images are named relative to the folder that holds them all, which is then `data.root`. Image ids count from 1 in
-    the order of the rows.
+def write_labels(rows: Rows, folder: str, categories: Sequence[Category], out: Path, counts: Counter[int]) -> None:
+    """Writes `instances.json`, a COCO file with scores, which appears when it is whole.
 
     Args:
+        rows: of all images; they are gone through twice.
+        folder: that images are named relative to, which is then `data.root`; empty: by their whole paths.
+        categories: of the labels.
+        out: the output folder.
         counts: filled with the number of labels of each category id.
-
-    Returns:
-        (path, reason) of every image that was skipped.
     """
-    skipped = []
-    out.mkdir(parents=True, exist_ok=True)
-    folder = _shared_folder(list(names))
     classes = json.dumps([{"id": c.id, "name": c.name} for c in categories])
-    spool = out / "images.partial"
-    head = f'{{"categories": {classes}, "annotations": ['
-    with JsonList(out / "instances.json", head) as annotations, JsonList(spool, "") as images:
-        for number, row in enumerate(rows, 1):
-            advance()
-            if row["error"]:
-                skipped.append((row["path"], row["error"]))
-                continue
-            name = row["path"][len(folder) :].lstrip("/") if folder else row["path"]
-            images.add({"id": number, "file_name": name, "height": row["height"], "width": row["width"]})
-            for result in json.loads(row["results"]):
-                rle = result["segmentation"]
-                # `coco_result` leaves the box out for evaluators; beside an annotation's own `area` it does no harm.
-                facts = {"bbox": coco_mask.toBbox(rle).tolist(), "area": int(mask_areas([rle])[0]), "iscrowd": 0}
-                annotations.add({"id": annotations.num + 1, "image_id": number, **result, **facts})
-                counts[result["category_id"]] += 1
-            write_overlay(row, names, out)
-    with (out / "instances.json").open("a") as file, spool.open() as part:
-        file.write(', "images": [')
-        shutil.copyfileobj(part, file)
-        file.write("}\n")
-    spool.unlink()
-    return skipped
+    with replaced(out / "instances.json") as partial_file, partial_file.open("w") as file:
+        file.write(f'{{"categories": {classes}, ')
+        with JsonList(file, '"annotations": [', "],") as annotations:
+            for number, row in rows():
+                for result in json.loads(row["results"]):
+                    rle = result["segmentation"]
+                    # Unlike results (see `coco_result`), annotations have boxes: their size goes by their own `area`.
+                    facts = {"bbox": coco_mask.toBbox(rle).tolist(), "area": int(mask_areas([rle])[0]), "iscrowd": 0}
+                    annotations.add({"id": annotations.num + 1, "image_id": number, **result, **facts})
+                    counts[result["category_id"]] += 1
+        with JsonList(file, '"images": [', "]}") as images:
+            for number, row in rows():
+                name = row["path"][len(folder) :].lstrip("/") if folder else row["path"]
+                images.add({"id": number, "file_name": name, "height": row["height"], "width": row["width"]})
 
 
 def _shared_folder(paths: Sequence[str]) -> str:
@@ -161,13 +151,13 @@ def _shared_folder(paths: Sequence[str]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    return exit_code(lambda: _run(arguments, Console(stderr=True)))
+    return exit_code(lambda: _run(arguments, Console(stderr=True)), INTERRUPTED)
 
 
 def _run(arguments: argparse.Namespace, errors: Console) -> int:
     recipe = _recipe(arguments)
-    paths = list_photos(arguments.images, errors)
-    names = dict(zip(paths, output_names(paths)))
+    out = output_folder(arguments.out)
+    paths = list_photos(arguments.images, errors, exclude=[str(out / OVERLAYS)])
     categories = read_classes(arguments.classes) if arguments.classes else None
     if categories is None and arguments.teacher in PUBLISHED:
         raise ValueError(f"--teacher {arguments.teacher} can look for anything: name what by --classes")
@@ -181,17 +171,33 @@ def _run(arguments: argparse.Namespace, errors: Console) -> int:
         not arguments.no_overlays,
     )
     labeller = make()  # here too with --workers: what is wrong with a teacher shows before Ray starts
-    teacher = labeller.model
-    if arguments.workers:
-        from cast_ray.runtime.prediction import map_files
+    teacher = labeller.teacher
+    settings = {
+        "version": cast_ray.__version__,
+        "threshold": arguments.threshold,
+        "classes": teacher.class_names,
+        "category ids": [category.id for category in teacher.categories],
+        "teacher": arguments.teacher,
+        "teacher settings": teacher.config.settings(),
+        "input size": teacher.input_size.part(),
+        "weights": weights_digest(teacher),
+        **{f"pseudo.{name}": value for name, value in recipe.pseudo.model_dump().items()},
+        "precision": teacher.precision,
+        "overlays": not arguments.no_overlays,
+    }
 
-        del labeller
-        rows = map_files(make, paths, batch=arguments.batch, num_workers=arguments.workers, address=arguments.address)
-    else:
-        starts = range(0, len(paths), arguments.batch)
-        rows = (row for a in starts for row in labeller(paths[a : a + arguments.batch]))
-    out, counts = Path(arguments.out), Counter[int]()
-    done = write_with_progress(paths, partial(write_labels, rows, names, teacher.categories, out, counts), errors)
+    def rows_of(missing: list[str]) -> Iterator[dict[str, Any]]:
+        if arguments.workers:
+            from cast_ray.runtime.prediction import map_files
+
+            return map_files(
+                make, missing, batch=arguments.batch, num_workers=arguments.workers, address=arguments.address
+            )
+        return in_batches(labeller, missing, arguments.batch)
+
+    counts = Counter[int]()
+    write = partial(write_labels, folder=_shared_folder(paths), categories=teacher.categories, out=out, counts=counts)
+    done = run_images(paths, settings, rows_of, write, out, errors)
     named = zip(teacher.class_names, teacher.categories)
     found = ", ".join(f"{name} {counts[c.id]}" for name, c in named if counts[c.id])
     print(f"{done} of {len(paths)} images, {counts.total()} labels ({found or 'none'}): {out / 'instances.json'}")
@@ -220,8 +226,8 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     return build_recipe("coco", "full", overrides={**threshold, **overrides, **kind, "stages.use_adapt": False})
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m cast_ray.label",
         description="Labels images with a teacher. Writes instances.json (COCO, with scores) and overlays/*.png.",
     )
@@ -233,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--classes", help="names with commas, a .txt of one a line, or a COCO .json")
     parser.add_argument("--out", required=True, help="folder, made where missing")
-    parser.add_argument("--threshold", type=float, default=0.3, help="least score (default: %(default)s)")
+    parser.add_argument("--threshold", type=share, default=0.3, help="least score (default: %(default)s)")
     parser.add_argument(
         "--set",
         action="append",
@@ -242,10 +248,18 @@ def _parser() -> argparse.ArgumentParser:
         help="a recipe key of `teacher` or `pseudo`, for example teacher.grounded_sam.detector=DIR",
     )
     parser.add_argument("--batch", type=positive, default=8, help="images at a time (default: %(default)s)")
-    parser.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="autocast")
+    parser.add_argument(
+        "--amp",
+        choices=["auto", "off", "bf16", "fp16"],
+        default="auto",
+        help="precision; auto: that of a saved teacher's training, and for published weights the fastest of the device "
+        "(default: %(default)s)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--no-overlays", action="store_true", help="labels only")
-    parser.add_argument("--workers", type=int, default=0, help="processes of a Ray cluster (default: this one)")
+    parser.add_argument(
+        "--workers", type=whole_number, default=0, help="processes of a Ray cluster (default: 0, this process)"
+    )
     parser.add_argument("--address", help="Ray cluster of --workers (default: $RAY_ADDRESS, else a local one)")
     return parser
 

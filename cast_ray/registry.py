@@ -31,6 +31,7 @@ ROWS: dict[str, dict[str, str]] = {
     },
     "decoders": {
         "dpt": "cast_ray.models.decoders:DPTDecoder",
+        "dpt-released": "cast_ray.models.decoders:ReleasedDPTDecoder",
         "fpn": "cast_ray.models.decoders:FPNDecoder",
         "msdeform": "cast_ray.models.decoders:MSDeformDecoder",
     },

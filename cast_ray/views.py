@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torchvision.transforms.v2.functional as functional
 
-from cast_ray.recipe import DataConfig
+from cast_ray.recipe import DataConfig, InputSize
 from cast_ray.records import ClassMap, rle_runs
 from cast_ray.soft_targets import grid_hw, sample_probabilities
 
@@ -30,6 +30,15 @@ STRONG_JITTER = (0.4, 0.4, 0.4, 0.1)
 STRONG_GRAYSCALE = 0.2
 STRONG_BLUR_PX = 5
 STRONG_BLUR_SIGMA = (0.1, 2.0)
+
+SSD_BRIGHTNESS = 32
+"""Levels of 255 that are added or taken away."""
+SSD_FACTOR = (0.5, 1.5)
+"""Of contrast and of saturation."""
+SSD_HUE = 18
+"""Steps of 2 degrees, OpenCV's."""
+SSD_PROBABILITY = 0.5
+"""Of each of the four changes."""
 
 GREY_OF_RGB = np.array([0.299, 0.587, 0.114])
 
@@ -42,7 +51,7 @@ def use_one_thread() -> None:
 
 @dataclass(frozen=True)
 class _Geometry:
-    """A window of the source image, the place of the crop it is resized to, and whether it is mirrored."""
+    """A window of the source image, the place of the canvas it is resized to, and whether it is mirrored."""
 
     top: int
     left: int
@@ -53,6 +62,7 @@ class _Geometry:
     out_height: int
     out_width: int
     mirrored: bool
+    canvas: tuple[int, int]
 
     def place(self) -> tuple[slice, slice]:
         return (
@@ -74,16 +84,17 @@ def make_sample(
 ) -> dict[str, np.ndarray]:
     """The weak and strong view of one image with its targets at crop size.
 
-    Weak: resize by `data.scale_jitter` of the fitted size, random crop or random place on padding, mirroring, light
-    jitter of brightness, contrast and saturation. Strong: the weak view with ColorJitter .4/.4/.4/.1 in random order,
-    grayscale with p .2 and Gaussian blur k 5 sigma .1-2.
+    Weak: resize to `data.train_resize` times a random factor of `data.scale_jitter`, random crop or random place on
+    padding (or, with `data.whole_images`, the whole image without jitter), mirroring, colours of `data.color`. Strong:
+    the weak view with ColorJitter .4/.4/.4/.1 in random order, grayscale with p .2 and Gaussian blur k 5 sigma .1-2.
 
     Args:
         image_HWC: uint8 [h, w, 3] of the row's height and width.
         row: a record (RECORD_SCHEMA as Python values). An optional key `truth_instances` holds the ground truth where
             `instances` are pseudo-labels; without it the truth maps are drawn from `instances`.
         class_map: category ids to labels.
-        data: crop size and strength of the weak view.
+        data: crop size and strength of the weak view, whose height and width are H and W below; with
+            `data.whole_images` these are the resized image's own.
         seed: of this sample, any non-negative integer.
         use_instances: whether `instances` become targets.
         truth: whether the truth maps are known; they are -1 everywhere where not.
@@ -99,8 +110,10 @@ def make_sample(
     Raises:
         ValueError: the image has another size than its record, or an instance a category outside the class map.
     Source: CAST (arXiv 2505.21904), views of the contrastive term.
-    Deviations: the weak jitter leaves the hue alone; the paper does not say how strong it is. Colours are rounded to 8
-    bits after each operation, as in torchvision's transforms of PIL images.
+    Deviations: the paper does not say how strong the weak view's colours change; `data.color` offers the released
+    code's, and a weaker jitter that leaves the hue alone. An image smaller than the crop lies at a random place on
+    padding of 0, where detectron2 has it above and left on grey. Colours are rounded to 8 bits after each operation,
+    as in torchvision's transforms of PIL images.
     """
     height, width = image_HWC.shape[:2]
     if (height, width) != (row["height"], row["width"]):
@@ -109,9 +122,13 @@ def make_sample(
         )
     rng = np.random.default_rng(seed)
     geometry = _random_geometry(height, width, data, rng)
-    weak_HWC = _jitter(_take_window(image_HWC, geometry), (data.color_jitter,) * 3 + (0.0,), rng)
+    weak_HWC = _take_window(image_HWC, geometry)
+    if data.color == "ssd":
+        weak_HWC = _ssd_colours(weak_HWC, rng)
+    else:
+        weak_HWC = _jitter(weak_HWC, (data.color_jitter,) * 3 + (0.0,), rng)
 
-    crop = data.image_px
+    crop = geometry.canvas
     valid = np.zeros(crop, dtype=bool)
     valid[geometry.place()] = True
     ignore = np.zeros(crop, dtype=bool)
@@ -144,31 +161,35 @@ def make_sample(
     }
 
 
-def fit_image(image_HWC: np.ndarray, image_px: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
-    """The view for evaluation and labelling: the whole image, resized to fit and padded at the bottom and right.
+def fit_image(image_HWC: np.ndarray, input_size: InputSize | tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
+    """The view for evaluation and labelling: the whole image, resized and, where images are fitted into a size, padded
+    at the bottom and right.
 
     Args:
         image_HWC: uint8 [h, w, 3].
-        image_px: (H, W) of the result, pixels.
+        input_size: of the model; (H, W) in pixels: fitted into it.
 
     Returns:
         uint8 [3, H, W], 0 on padding, and the (height, width) the image has inside it: crop masks to it, then resize
         them to (h, w).
     """
-    height, width = image_HWC.shape[:2]
-    size = _scaled(height, width, min(image_px[0] / height, image_px[1] / width), image_px)
+    rule, (height, width) = InputSize.of(input_size), image_HWC.shape[:2]
+    size, canvas = rule.inside(height, width), rule.padded(height, width)
     fitted = _resize(image_HWC, size).transpose(2, 0, 1)
-    if size == tuple(image_px):
+    if size == canvas:
         return np.ascontiguousarray(fitted), size
-    padded = np.zeros((3, *image_px), dtype=np.uint8)
+    padded = np.zeros((3, *canvas), dtype=np.uint8)
     padded[:, : size[0], : size[1]] = fitted
     return padded, size
 
 
 def _random_geometry(height: int, width: int, data: DataConfig, rng: np.random.Generator) -> _Geometry:
     """The window is cut before resizing, so that pixels outside the crop are never resized."""
+    if data.whole_images:
+        out = InputSize(data.train_resize, data.image_px).inside(height, width)
+        return _Geometry(0, 0, height, width, 0, 0, *out, bool(rng.random() < 0.5) and data.flip, canvas=out)
     crop_height, crop_width = data.image_px
-    scale = min(crop_height / height, crop_width / width) * rng.uniform(*data.scale_jitter)
+    scale = _random_scale(height, width, data, rng)
     window = (min(height, max(1, round(crop_height / scale))), min(width, max(1, round(crop_width / scale))))
     out = _scaled(*window, scale, data.image_px)
     corner = rng.random(4)
@@ -182,7 +203,22 @@ def _random_geometry(height: int, width: int, data: DataConfig, rng: np.random.G
         out_height=out[0],
         out_width=out[1],
         mirrored=bool(rng.random() < 0.5) and data.flip,
+        canvas=data.image_px,
     )
+
+
+def _random_scale(height: int, width: int, data: DataConfig, rng: np.random.Generator) -> float:
+    """The factor by which an image is resized before it is cropped: that of `train_resize` times the jitter."""
+    if data.scale_steps is None:
+        factor = float(rng.uniform(*data.scale_jitter))
+    else:
+        factor = float(rng.choice(np.linspace(*data.scale_jitter, data.scale_steps)))
+    if data.train_resize == "native":
+        return factor
+    if data.train_resize == "fit":
+        return min(data.image_px[0] / height, data.image_px[1] / width) * factor
+    short, long = data.train_resize
+    return min(short * factor / min(height, width), long / max(height, width))
 
 
 def _scaled(height: int, width: int, scale: float, limit: tuple[int, int]) -> tuple[int, int]:
@@ -223,6 +259,35 @@ def _jitter(image_HWC: np.ndarray, strength: tuple[float, ...], rng: np.random.G
             hsv[..., 0] += np.uint8(round(256 * float(changes[operation])) % 256)  # a full turn is 256, and wraps
             image_HWC = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
     return image_HWC
+
+
+def _ssd_colours(image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """SSD's changes of colour: brightness, then contrast either before or after saturation and hue, each with p .5.
+
+    Source: Liu et al. 2016 (SSD), as Mask2Former's recipes and the released code of CAST have them.
+    """
+
+    def happens() -> bool:
+        return bool(rng.random() < SSD_PROBABILITY)
+
+    def contrast(image: np.ndarray) -> np.ndarray:
+        return _scale_levels(image, float(rng.uniform(*SSD_FACTOR)), 0.0) if happens() else image
+
+    if happens():
+        image_HWC = _scale_levels(image_HWC, 1.0, float(rng.uniform(-SSD_BRIGHTNESS, SSD_BRIGHTNESS)))
+    contrast_first = bool(rng.random() < 0.5)
+    if contrast_first:
+        image_HWC = contrast(image_HWC)
+    saturation = float(rng.uniform(*SSD_FACTOR)) if happens() else None
+    hue = int(rng.integers(-SSD_HUE, SSD_HUE + 1)) if happens() else None
+    if saturation is not None or hue is not None:
+        hsv = cv2.cvtColor(image_HWC, cv2.COLOR_RGB2HSV)
+        if saturation is not None:
+            hsv[..., 1] = _scale_levels(hsv[..., 1], saturation, 0.0)
+        if hue is not None:
+            hsv[..., 0] = (hsv[..., 0].astype(np.int16) + hue) % 180
+        image_HWC = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+    return image_HWC if contrast_first else contrast(image_HWC)
 
 
 def _scale_levels(image_HWC: np.ndarray, gain: float, offset: float) -> np.ndarray:

@@ -20,15 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
-from cast_ray.console import exit_code
+from cast_ray.console import Parser, amount, exit_code, plain_console, positive, whole_number
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
+from cast_ray.report.run_choice import choose_run
 from cast_ray.runtime.sweep import Sweep, SweepRequest, TableRequest, has_results, run_sweep, sweep_name, write_events
-from cast_ray.runtime.trackers import Trackers
+from cast_ray.runtime.trackers import TENSORBOARD, Trackers
 from cast_ray.stages.table import load_table, table_names
 
 EXIT_STOPPED = 3
-TENSORBOARD = "tensorboard"
-"""Folder of the event files inside a run's folder."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = plain_console()
     if argv[:1] == ["efficiency"]:  # no table of training runs
         from sweeps.efficiency import main as measure
 
@@ -62,7 +61,7 @@ def _ablate(argv: list[str], console: Console) -> int:
         for sweep, table in zip(sweeps, request.tables):
             recipes = {(row.row, row.seed): row.recipe for row in sweep.rows}
             results = sweep.context.store.uri(sweep.context.runs_path)
-            announce(out / table.name, table.table, recipes, results, console)
+            announce(out / table.name, table.table, recipes, table.settings, results, console)
 
     outcome = run_sweep(request, console, on_start)
     if outcome is None:
@@ -71,7 +70,10 @@ def _ablate(argv: list[str], console: Console) -> int:
     for sweep, table in zip(outcome.sweeps, request.tables):
         if not outcome.stopped or has_results(sweep):
             codes.append(publish(sweep, table.table, out / table.name, console))
+            if table.has_own_folder:
+                console.print(f"Results are in {table.folder}", soft_wrap=True, highlight=False)
     write_events(outcome.sweeps, request.trackers)
+    request.trackers.finish(lambda text: console.print(text, soft_wrap=True, highlight=False))
     return EXIT_STOPPED if outcome.stopped else max(codes)
 
 
@@ -81,7 +83,7 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
     names = [table.name for table in tables]
     if len(set(names)) != len(names):
         raise ValueError(f"tables: expected different names, got {', '.join(names)}")
-    _check_numbers(arguments)
+    _check_seeds(arguments)
     overrides = parse_overrides(arguments.set) | {
         key: str(value)
         for key, value in (
@@ -90,7 +92,7 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
         )
         if value is not None
     }
-    out = Path(arguments.out or home() / "runs")
+    out = runs_folder(arguments.out)
     requests = []
     for table in tables:
         rows = _rows(table.name, list(table.rows), arguments.rows, several=len(tables) > 1)
@@ -104,12 +106,26 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
         }
         of = f"{table.name}-{arguments.preset or table.preset}-{arguments.scale or table.scale}"
         name = of if not arguments.name else arguments.name if len(tables) == 1 else f"{arguments.name}-{table.name}"
-        requests.append(TableRequest(table, recipes, name, frozenset(rows if arguments.rows else ())))
+        settings = table.settings(arguments.preset, arguments.scale, overrides)
+        choice = choose_run(out, name, table, settings)
+        requests.append(
+            TableRequest(
+                table,
+                recipes,
+                choice.name,
+                frozenset(rows if arguments.rows else ()),
+                settings=settings,
+                folder=choice.words(out),
+                has_own_folder=bool(choice.beside),
+            )
+        )
     if not requests:
         raise ValueError(f"--rows: no row of {', '.join(names)} is called {', '.join(arguments.rows)}")
-    events = {} if arguments.no_tensorboard else {r.table.name: str(out / r.name / TENSORBOARD) for r in requests}
+    folders = {request.table.name: str(out / request.name) for request in requests}
+    events = {name: str(Path(folder) / TENSORBOARD) for name, folder in folders.items()}
     trackers = Trackers(
-        tensorboard=events,
+        folders=folders,
+        tensorboard={} if arguments.no_tensorboard else events,
         wandb=arguments.wandb,
         mlflow=arguments.mlflow,
         group=sweep_name([request.name for request in requests]),
@@ -129,14 +145,10 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
     return request, out
 
 
-def _check_numbers(arguments: argparse.Namespace) -> None:
+def _check_seeds(arguments: argparse.Namespace) -> None:
     seeds = arguments.seeds or []
-    if len(set(seeds)) != len(seeds) or any(seed < 0 for seed in seeds):
-        raise ValueError(f"--seeds: expected different whole numbers from 0 on, got {' '.join(map(str, seeds))}")
-    for flag in ("budget_hours", "price_per_gpu_hour"):
-        value = getattr(arguments, flag)
-        if value is not None and not value >= 0:
-            raise ValueError(f"--{flag.replace('_', '-')}: expected a number from 0 on, got {value:g}")
+    if len(set(seeds)) != len(seeds):
+        raise ValueError(f"--seeds: expected different numbers, got {' '.join(map(str, seeds))}")
 
 
 def _rows(table: str, known: list[str], wanted: list[str] | None, several: bool) -> list[str]:
@@ -153,14 +165,26 @@ def home() -> Path:
     return Path.home() / "cast_ray" if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") else Path()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def runs_folder(out: str | None) -> Path:
+    """The folder of all runs that `--out` names, or the default one.
+
+    Raises:
+        ValueError: it is a URI, which reports cannot be written to.
+    """
+    if out and "://" in out:
+        raise ValueError(f"--out {out}: expected a local folder for results and reports (--storage takes a URI)")
+    return Path(out or home() / "runs")
+
+
+def _parser() -> Parser:
+    parser = Parser(
         prog="ablate.py",
         description="Runs ablation tables of CAST on Ray. Stages that rows share run once, also those of several "
         "tables; the same command goes on with an interrupted run, tries failed rows again and ends in seconds when "
         "all is stored. `ablate.py store --help`: the artifacts of earlier runs.",
         epilog="A recipe key for --set is any field of cast_ray/recipe/, for example loss.lambda_pxl=0.2, "
-        "stages.distill.steps=800, contrastive=released, runtime.use_gpu=true. Exit codes: 0 all rows done, 1 a row "
+        "stages.distill.steps=800, runtime.use_gpu=true; variant=released (or contrastive=, student=) sets a named "
+        "variant. Exit codes: 0 all rows done, 1 a row "
         "failed (the others ran), 2 bad input, 3 stopped by a limit, 130 interrupted.",
     )
     parser.add_argument(
@@ -176,24 +200,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rows", nargs="+", metavar="ROW", help="only these rows; TABLE:ROW where several tables have one of that name"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds instead of the table's")
+    parser.add_argument("--seeds", nargs="+", type=whole_number, metavar="N", help="seeds instead of the table's")
     parser.add_argument("--name", help="name of the run (default: TABLE-PRESET-SCALE)")
-    parser.add_argument("--out", help="folder for results and reports (default: runs)")
+    parser.add_argument("--out", help="local folder for results and reports (default: runs)")
     parser.add_argument(
         "--storage",
         help="path or URI (s3://...) for artifacts and checkpoints, reachable from every node; default: "
         "$CAST_RAY_STORAGE, else ./storage",
     )
     parser.add_argument("--address", help="Ray cluster; 'local' for one of its own (default: $RAY_ADDRESS, else local)")
-    parser.add_argument("--num-cpus", type=int, help="logical CPUs of a local Ray (default: the machine's)")
-    parser.add_argument("--max-concurrent", type=int, metavar="N", help="stages at a time (default: as many as fit)")
-    parser.add_argument("--workers-per-trial", type=int, metavar="N", help="Train workers of a stage (default: 1)")
+    parser.add_argument("--num-cpus", type=positive, help="logical CPUs of a local Ray (default: the machine's)")
+    parser.add_argument(
+        "--max-concurrent", type=whole_number, metavar="N", help="stages at a time (default: as many as fit)"
+    )
+    parser.add_argument("--workers-per-trial", type=positive, metavar="N", help="Train workers of a stage (default: 1)")
     plan = parser.add_argument_group("what it costs")
     plan.add_argument("--dry-run", action="store_true", help="print the plan, its device-hours and cost, and stop")
-    plan.add_argument("--price-per-gpu-hour", type=float, metavar="P", help="price of a device-hour, for the plan")
+    plan.add_argument("--price-per-gpu-hour", type=amount, metavar="P", help="price of a device-hour, for the plan")
     plan.add_argument(
         "--budget-hours",
-        type=float,
+        type=amount,
         metavar="H",
         help="device-hours (hours x workers) after which no further stage is started; the command says what is left",
     )

@@ -10,23 +10,23 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import resources
-from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from rich.console import Console
 from rich.table import Table as Grid
 from torch import nn
 
-from cast_ray.engine.loop import amp_dtype
+from cast_ray.console import Parser, output_file, positive
 from cast_ray.engine.world import pick_device
 from cast_ray.evaluation.efficiency import count_gmacs, count_parameters, measure_seconds, peak_memory
+from cast_ray.files import write_atomically
+from cast_ray.models.autocast import autocast, fastest_precision, require_precision
 from cast_ray.models.segmenter import build_segmenter, outline
-from cast_ray.recipe import SCALES, Recipe, parse_overrides, preset_names
+from cast_ray.recipe import SCALES, Precision, Recipe, parse_overrides, preset_names
 from cast_ray.stages.table import load_table
 from cast_ray.teachers.outline import COUNTED, outline_teacher
 
@@ -57,6 +57,7 @@ def main(argv: list[str], console: Console) -> int:
         ValueError: an unknown row, preset or key, or a device that is not there.
     """
     arguments = _parser().parse_args(argv)
+    path = output_file(arguments.out) if arguments.out else None
     table = load_table(TABLE)
     overrides = parse_overrides(arguments.set)
     recipes = {
@@ -77,10 +78,9 @@ def main(argv: list[str], console: Console) -> int:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     console.print(_grid(costs, f"At {height} x {width} px" + ("" if arguments.count_only else f" on {where}")))
     console.print(_notes(arguments), highlight=False)
-    if arguments.out:
-        path = Path(arguments.out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"device": where, "image_px": [height, width], "rows": list(map(asdict, costs))}))
+    if path is not None:
+        content = {"device": where, "image_px": [height, width], "rows": list(map(asdict, costs))}
+        write_atomically(path, json.dumps(content))
         console.print(f"Written: {path}", soft_wrap=True, highlight=False)
     return 0
 
@@ -128,12 +128,13 @@ def measure(
     model: nn.Module, shape: tuple[int, ...], batch: int, repeats: int, amp: str, device: torch.device
 ) -> tuple[float, float, float]:
     """(latency of one image in ms, images per second in batches, peak memory of one image in GiB, without weights)."""
-    dtype = amp_dtype(amp, device)
-    autocast: Any = partial(torch.autocast, device.type, dtype) if dtype else nullcontext
+    precision = fastest_precision(device) if amp == "auto" else cast(Precision, amp)
+    require_precision(precision, device, "--amp")
+    context = partial(autocast, precision, device)
     images = torch.randint(0, 256, (batch, *shape), dtype=torch.uint8, device=device)
-    latency = measure_seconds(lambda: model(images[:1]), device, repeats, autocast)
-    seconds = measure_seconds(lambda: model(images), device, repeats, autocast) if batch > 1 else latency
-    with autocast():
+    latency = measure_seconds(lambda: model(images[:1]), device, repeats, context)
+    seconds = measure_seconds(lambda: model(images), device, repeats, context) if batch > 1 else latency
+    with context():
         num_bytes = peak_memory(lambda: model(images[:1]), device)
     return 1e3 * latency, batch / seconds, num_bytes / GIB
 
@@ -179,7 +180,7 @@ def _notes(arguments: argparse.Namespace) -> str:
         "teacher: published sizes of its checkpoints, one prompt and 20 boxes an image; the detector's side is 800 to",
         "1333 px, the segmenter's 1024, whatever the image's.",
         "dinov2-s is the paper's student: encoder 22.1 M, reassemble stage 6.2 M, DPT fusion 10.5 M, head 14.5 M. The",
-        "paper's 52 M has 22 M for its decoder; it does not give the widths.",
+        "paper's 52 M has 22 M for its decoder; it does not give the widths. released is that of the authors' code.",
     ]
     if not arguments.count_only:
         lines.append(
@@ -189,8 +190,8 @@ def _notes(arguments: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="ablate.py efficiency",
         description="Prints what the preset's teacher and each student of the table `student` cost on this device. "
         "Needs no weights or data.",
@@ -201,8 +202,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"only these rows, or {TEACHER}")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="autocast")
-    parser.add_argument("--batch", type=int, default=4, help="images of the throughput column (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed passes (default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=positive, default=4, help="images of the throughput column (default: %(default)s)"
+    )
+    parser.add_argument("--repeats", type=positive, default=5, help="timed passes (default: %(default)s)")
     parser.add_argument("--count-only", action="store_true", help="parameters and operations, nothing timed")
     parser.add_argument("--out", metavar="FILE.json", help="also write the numbers")
     return parser

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from rich.console import Console
 
+from cast_ray.console import Parser, positive_amount
+from cast_ray.report.run_choice import named, runs_beside
 from cast_ray.report.write import WATCH_EVERY_S, rebuild_report, show, watch_report
 
 
@@ -16,13 +17,21 @@ def main(argv: list[str], console: Console) -> int:
     Raises:
         ValueError: the folder holds neither results nor a plan, or a file that is not one.
     """
-    parser = argparse.ArgumentParser(prog="ablate.py report", description="Writes the report of a run folder again.")
+    parser = Parser(prog="ablate.py report", description="Writes the report of a run folder again.")
     parser.add_argument("run_dir", help="folder with <table>__<row>__s<seed>/result.json files, such as runs/NAME")
     parser.add_argument("--watch", action="store_true", help="again whenever a result is new, until all are there")
-    parser.add_argument("--every", type=float, default=WATCH_EVERY_S, metavar="S", help="seconds between two looks")
+    parser.add_argument(
+        "--every", type=positive_amount, default=WATCH_EVERY_S, metavar="S", help="seconds between two looks"
+    )
     arguments = parser.parse_args(argv)
     if (Path(arguments.run_dir) / "search.json").is_file():
         return _search_report(Path(arguments.run_dir), arguments.watch, arguments.every, console)
+    for folder, differences in runs_beside(Path(arguments.run_dir)):
+        console.print(
+            f"Beside it: {folder} holds the same table with other settings: {named(differences)}",
+            soft_wrap=True,
+            highlight=False,
+        )
     if not arguments.watch:
         return show(rebuild_report(arguments.run_dir, console), console)
     try:

@@ -16,13 +16,13 @@ from pathlib import Path
 # Run from a checkout without installing, and inside `ray job submit --working-dir .`.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rich.console import Console
+from rich.text import Text
 
-from cast_ray.console import exit_code
+from cast_ray.console import Parser, amount, exit_code, plain_console, positive, whole_number
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
-from cast_ray.runtime.trackers import Trackers
+from cast_ray.runtime.trackers import TENSORBOARD, Trackers
 from cast_ray.stages.search_spec import load_search, search_names
-from sweeps.ablate import EXIT_STOPPED, TENSORBOARD, home
+from sweeps.ablate import EXIT_STOPPED, home, runs_folder
 
 STUDY = "study.journal"
 
@@ -49,9 +49,10 @@ def _search(arguments: argparse.Namespace) -> int:
     }
     preset, scale = arguments.preset or spec.preset, arguments.scale or spec.scale
     name = arguments.name or f"{spec.name}-search-{preset}-{scale}"
-    out = Path(arguments.out or home() / "runs") / name
-    events = {} if arguments.no_tensorboard else {f"{spec.name}-{s}": str(out / TENSORBOARD) for s in spec.samplers}
-    trackers = Trackers(tensorboard=events, wandb=arguments.wandb, mlflow=arguments.mlflow, group=name)
+    out = runs_folder(arguments.out) / name
+    folders = {f"{spec.name}-{sampler}": str(out) for sampler in spec.samplers}
+    events = {} if arguments.no_tensorboard else dict.fromkeys(folders, str(out / TENSORBOARD))
+    trackers = Trackers(folders, events, wandb=arguments.wandb, mlflow=arguments.mlflow, group=name)
     trackers.check_installed()
     spec.recipe({}, preset, scale, arguments.seed, overrides)  # refused before Ray and Optuna are loaded
 
@@ -74,8 +75,8 @@ def _search(arguments: argparse.Namespace) -> int:
         keep_going=arguments.keep_going,
         trackers=trackers,
     )
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(f"[bold]{spec.title}[/bold]  ({spec.name}, {preset} at {scale})", highlight=False)
+    console = plain_console()
+    console.print(Text.assemble((spec.title, "bold"), f"  ({spec.name}, {preset} at {scale})"))
     plan = SearchPlan(name, spec, request.study, {"preset": preset, "scale": scale, **overrides})
 
     def on_start(context: SweepContext) -> None:
@@ -86,14 +87,15 @@ def _search(arguments: argparse.Namespace) -> int:
 
     outcome = run_search(request, console, on_start)
     code = show_search(write_search_report(plan, outcome.studies, out), console)
+    trackers.finish(lambda text: console.print(text, soft_wrap=True, highlight=False))
     if outcome.stopped:
-        console.print(f"[yellow]stopped[/yellow]: {outcome.stopped}; the same command goes on")
+        console.print(Text.assemble(("stopped", "yellow"), f": {outcome.stopped}; the same command goes on"))
         return EXIT_STOPPED
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="search.py",
         description="Searches recipe keys with Optuna on Ray. Trials share stages with each other and with all tables; "
         "the same command goes on with an interrupted search, and with more --trials it extends a finished one.",
@@ -103,19 +105,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", help=f"one of {', '.join(preset_names())} (default: the search's, else shapes)")
     parser.add_argument("--scale", help=f"one of {', '.join(SCALES)} (default: the search's, else demo)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
-    parser.add_argument("--trials", type=int, metavar="N", help="trials of each sampler, those before included")
+    parser.add_argument("--trials", type=positive, metavar="N", help="trials of each sampler, those before included")
     parser.add_argument("--samplers", nargs="+", metavar="S", help="tpe, random: a study each (default: the search's)")
     parser.add_argument("--scheduler", metavar="S", help="asha: stop trials early; none (default: the search's)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the recipes (default: 0)")
+    parser.add_argument("--seed", type=whole_number, default=0, help="seed of the recipes (default: 0)")
     parser.add_argument("--study", help=f"sqlite:///FILE or a journal file (default: <out>/<name>/{STUDY})")
     parser.add_argument("--name", help="name of the run (default: SEARCH-search-PRESET-SCALE)")
-    parser.add_argument("--out", help="folder for results and reports (default: runs)")
+    parser.add_argument("--out", help="local folder for results and reports (default: runs)")
     parser.add_argument("--storage", help="as of ablate.py")
     parser.add_argument("--address", help="Ray cluster; 'local' for one of its own (default: $RAY_ADDRESS, else local)")
-    parser.add_argument("--num-cpus", type=int, help="logical CPUs of a local Ray (default: the machine's)")
-    parser.add_argument("--max-concurrent", type=int, metavar="N", help="stages at a time (default: as many as fit)")
-    parser.add_argument("--workers-per-trial", type=int, metavar="N", help="Train workers of a stage (default: 1)")
-    parser.add_argument("--budget-hours", type=float, metavar="H", help="device-hours after which no stage is started")
+    parser.add_argument("--num-cpus", type=positive, help="logical CPUs of a local Ray (default: the machine's)")
+    parser.add_argument(
+        "--max-concurrent", type=whole_number, metavar="N", help="stages at a time (default: as many as fit)"
+    )
+    parser.add_argument("--workers-per-trial", type=positive, metavar="N", help="Train workers of a stage (default: 1)")
+    parser.add_argument("--budget-hours", type=amount, metavar="H", help="device-hours after which no stage is started")
     parser.add_argument("--keep-going", action="store_true", help="go on though the first three trials failed")
     parser.add_argument("--no-tensorboard", action="store_true", help=f"no event files in <run>/{TENSORBOARD}")
     parser.add_argument("--wandb", metavar="PROJECT", help="log trials to this Weights & Biases project")

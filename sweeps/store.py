@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from cast_ray.console import Parser, plain_console
 from cast_ray.runtime.pruning import Pruning, plan_pruning, prune
 from cast_ray.runtime.store import ArtifactStore, read_each
 
@@ -24,7 +26,7 @@ def main(argv: list[str]) -> int:
     store = ArtifactStore(arguments.storage or os.environ.get("CAST_RAY_STORAGE") or "storage")
     if not store.list_names(""):
         raise ValueError(f"no store at {store.storage!r}: expected the --storage of earlier runs")
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = plain_console(160)
     return {"ls": _list, "show": _show, "gc": _collect}[arguments.command](store, arguments, console)
 
 
@@ -128,13 +130,16 @@ def _seconds(text: str) -> float:
     units: dict[str, Any] = {"d": 86400, "h": 3600, "m": 60, "s": 1}
     number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "d")
     try:
-        return float(number) * units[unit]
+        seconds = float(number) * units[unit]
     except ValueError:
-        raise ValueError(f"--older-than {text!r}: expected a number of days, or 30d, 12h") from None
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"--older-than {text!r}: expected a number of days, or 30d, 12h")
+    return seconds
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ablate.py store", description="Artifacts of stages, across all runs.")
+def _parser() -> Parser:
+    parser = Parser(prog="ablate.py store", description="Artifacts of stages, across all runs.")
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("ls", help="newest artifacts first")
     listing.add_argument("--kind", choices=["train", "label", "evaluate", "dataset"], help="only these")

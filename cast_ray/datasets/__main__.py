@@ -18,13 +18,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from cast_ray.console import exit_code
+from cast_ray.console import Parser, exit_code, output_folder, positive
 from cast_ray.datasets.data_report import REPORT_FILE, check_report, print_warnings
 from cast_ray.datasets.images import read_image
 from cast_ray.datasets.inspection import SplitFacts, choose_samples, facts_of, guess_format
 from cast_ray.datasets.paths import absolute
 from cast_ray.datasets.progress import track
 from cast_ray.datasets.reading import load
+from cast_ray.files import write_atomically
 from cast_ray.recipe import DataConfig, build_recipe, parse_overrides
 from cast_ray.records import ClassMap, DatasetSplits, class_names, mask_areas
 from cast_ray.report.overlays import contact_sheet
@@ -43,10 +44,9 @@ def inspect(arguments: argparse.Namespace, console: Console) -> int:
     Raises:
         ValueError: the folder is no dataset; what a run would refuse for too many bad files is shown and said.
     """
-    if arguments.images < 1:
-        raise ValueError(f"--images {arguments.images}: expected at least 1")
     root = absolute(arguments.root)
     kind = arguments.format or guess_format(root)
+    out = output_folder(arguments.out or str(Path("inspect") / (Path(root.rstrip("/")).name or kind)))
     overrides: dict[str, Any] = {"data.root": root, **parse_overrides(arguments.set)}
     if unknown := [key for key in overrides if not key.startswith("data.")]:
         raise ValueError(f"--set {unknown[0]}: expected a key of the recipe's data part, for example data.annotations")
@@ -54,9 +54,8 @@ def inspect(arguments: argparse.Namespace, console: Console) -> int:
     config = recipe_data.model_copy(update={"max_bad_fraction": 1.0})
     with track(console, "reading images") as progress:
         dataset, report = load(config, progress)
-    out = Path(arguments.out or Path("inspect") / (Path(root.rstrip("/")).name or kind))
     out.mkdir(parents=True, exist_ok=True)
-    (out / REPORT_FILE).write_text(json.dumps(report, indent=1))
+    write_atomically(out / REPORT_FILE, json.dumps(report, indent=1))
     sheet = _draw(dataset, arguments.images, out / "samples.png")
     facts = facts_of(dataset)
     console.print(f"[bold]{root}[/bold]: {kind}, {len(dataset.categories)} classes", highlight=False)
@@ -140,8 +139,8 @@ def _largest_first(record: dict[str, Any]) -> list[dict[str, Any]]:
     return [record["instances"][i] for i in np.argsort(-areas, kind="stable")]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m cast_ray.datasets", description=__doc__.splitlines()[0])
+def _parser() -> Parser:
+    parser = Parser(prog="python -m cast_ray.datasets", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser(
         "inspect",
@@ -151,7 +150,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("root", metavar="DIR", help="folder or URI of the dataset, as its owners distribute it")
     command.add_argument("--format", choices=["coco", "cityscapes", "ade20k"], help="default: by its folders")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a data key of the recipe")
-    command.add_argument("--images", type=int, default=6, help="images on the contact sheet (default: %(default)s)")
+    command.add_argument(
+        "--images", type=positive, default=6, help="images on the contact sheet (default: %(default)s)"
+    )
     command.add_argument("--out", metavar="FOLDER", help="for samples.png and data_report.json (default: inspect/NAME)")
     return parser
 

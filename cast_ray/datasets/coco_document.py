@@ -211,7 +211,7 @@ def is_crowd(annotation: dict[str, Any]) -> bool:
 
 def annotated_area(annotation: dict[str, Any]) -> float | None:
     """The annotation's `area`, pixels; None where it is missing or not a finite number."""
-    value = annotation.get("area")
+    value: Any = annotation.get("area")
     is_number = type(value) in (int, float) and abs(value) <= sys.float_info.max  # false for nan
     return float(value) if is_number else None
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cast_ray.datasets.paths import real
+
 IDENTITY_BYTES = 16
 _HOW = {True: "the same bytes", False: "the same file"}
 
@@ -108,9 +110,9 @@ class Copies:
         return notes
 
 
-def identity_of(content_sha256: bytes, real_path: str) -> bytes:
+def identity_of(content_sha256: bytes, uri: str) -> bytes:
     """What `Copies` knows an image by: its content where that was read, else its path without links."""
-    return (content_sha256 or hashlib.sha256(real_path.encode()).digest())[:IDENTITY_BYTES]
+    return (content_sha256 or hashlib.sha256(real(uri).encode()).digest())[:IDENTITY_BYTES]
 
 
 def blind_spot(verify: str) -> str:

@@ -76,6 +76,8 @@ def split(
     D_u never holds a copy of a labelled or of a validation image where the records are marked (`mark_copies`); the
     facts then count those left out, `num_copies`.
 
+    With `drop_empty`, labelled images without an object of a class are then left out; they do not go to D_u either.
+
     D_u are the other training images, the extra pool's or both, in the same order; with `unlabelled_fraction` or
     `num_unlabelled`, the last so many, so that all label fractions that leave as many share one D_u.
 
@@ -88,7 +90,8 @@ def split(
 
     Raises:
         ValueError: too few images for the fraction, or a list that does not fit the dataset.
-    Deviations: unbiased-teacher also leaves images without objects out of D_u; here they are in it.
+    Deviations: unbiased-teacher also leaves images without objects out of D_u; here they are in it, because which
+    these are is known from the hidden truth alone.
     """
     seed = seed if config.split_seed is None else config.split_seed
     ids = records.column("image_id").to_pylist()
@@ -124,10 +127,20 @@ def split(
     if config.num_unlabelled is not None:
         num_unlabelled = min(num_unlabelled, config.num_unlabelled)
     unlabelled = unlabelled[len(unlabelled) - num_unlabelled :]
+    num_empty = 0
+    if config.drop_empty:
+        has_object = pc.list_value_length(records.column("category_ids")).to_numpy()[labelled] > 0
+        num_empty = int((~has_object).sum())
+        labelled = labelled[has_object]
+        if len(labelled) < min_labelled:
+            raise ValueError(
+                f"{chosen} {len(has_object)} labelled images, of which {num_empty} have no object and are left out: "
+                f"expected at least 1 per worker ({min_labelled}), or data.drop_empty=false"
+            )
     named = source.label_list is not None and source.label_list.positions is None
     facts = {
         "family": config.label_family,
-        "fraction": len(labelled) / num_images if named else config.label_fraction,
+        "fraction": (len(labelled) + num_empty) / num_images if named else config.label_fraction,
         "seed": seed,
         "num_labelled": len(labelled),
         "num_with_objects": _num_with_objects(records, labelled),
@@ -136,6 +149,8 @@ def split(
     }
     if copies.any():
         facts["num_copies"] = int(copies.sum())
+    if config.drop_empty:
+        facts["num_empty"] = num_empty
     if config.label_family == "per-class":
         facts["min_per_class"] = config.min_per_class
     for name in ("label_list", "unlabelled_list"):

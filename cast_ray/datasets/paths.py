@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-import uuid
 from functools import lru_cache
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from pyarrow import ArrowInvalid, fs
+
+from cast_ray.files import write_atomically
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 
@@ -65,15 +66,7 @@ def write_bytes(uri: str, content: bytes) -> None:
         with filesystem.open_output_stream(path) as stream:  # an object appears when its upload completes
             stream.write(content)
         return
-    partial = f"{path}.{uuid.uuid4().hex[:8]}.partial"
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-        os.replace(partial, path)
-    except BaseException:
-        if os.path.exists(partial):
-            os.unlink(partial)
-        raise
+    write_atomically(path, content)
 
 
 def real(uri: str) -> str:
@@ -83,8 +76,8 @@ def real(uri: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, on one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """The first line of what an error says, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _unsplit(parts: SplitResult, path: str) -> str:

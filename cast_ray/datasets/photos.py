@@ -98,7 +98,9 @@ def find_photos(sources: Sequence[str], exclude: Iterable[str] = ()) -> FoundIma
     for source in sources:
         found = _named(source if is_uri(source) else os.path.expanduser(source), exclude)
         if not found.paths:
-            instead = f" (left out: {describe_left_out(found.left_out)})" if found.left_out else ""
+            reasons = [f"left out: {describe_left_out(found.left_out)}"] if found.left_out else []
+            reasons += [f"what is in {', '.join(exclude)} is not read"] if exclude else []
+            instead = f" ({'; '.join(reasons)})" if reasons else ""
             raise ValueError(
                 f"no image in {source!r}{instead}: expected a file, a folder of images ({_USUAL}, ...) or a pattern"
             )

@@ -18,7 +18,6 @@ from cast_ray.datasets.copies import Copies, blind_spot, identity_of
 from cast_ray.datasets.data_report import Contents, check_report, data_report
 from cast_ray.datasets.images import ImageError, check_image, read_map
 from cast_ray.datasets.index import DatasetIndex, DecodeMap, Skipped
-from cast_ray.datasets.paths import real
 from cast_ray.datasets.photos import describe_left_out
 from cast_ray.recipe import DataConfig
 from cast_ray.records import RECORD_SCHEMA, DatasetSplits, decode_image_id
@@ -84,7 +83,7 @@ def _read_row(row: dict[str, Any], decode_map: DecodeMap | None, verify: str, ma
     facts = {"usable": usable, "num_annotations": num_annotations, "skipped": skipped}
     if not usable:
         return result | facts | {"digest": None, "identity": None}
-    return result | facts | {"digest": _digest(row, content), "identity": identity_of(content, real(row["uri"]))}
+    return result | facts | {"digest": _digest(row, content), "identity": identity_of(content, row["uri"])}
 
 
 def _read_instances(

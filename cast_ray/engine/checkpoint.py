@@ -30,6 +30,8 @@ class TrainState:
     recent: list[torch.Tensor] = field(default_factory=list)
     """Term means of the steps since the last curve entry, so that the next entry covers them too."""
     seconds: float = 0.0
+    num_skipped: int = 0
+    """Steps that float16 overflowed in."""
 
     def save(self, folder: str | Path) -> None:
         torch.save(vars(self), Path(folder) / FILE)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,11 +13,13 @@ from torch import nn
 
 from cast_ray.engine.accumulation import PartedForward
 from cast_ray.engine.checkpoint import TrainState
+from cast_ray.engine.loss_scale import LossScale
 from cast_ray.engine.objective import Objective, weighted_sum
 from cast_ray.engine.optim import WeightAverage, averaged_weights, build_optimizer, learnt_weights, set_lr
 from cast_ray.engine.world import World
+from cast_ray.models.autocast import autocast
 from cast_ray.models.network import TrainedNetwork
-from cast_ray.recipe import TrainConfig
+from cast_ray.recipe import Precision, TrainConfig
 from cast_ray.records import Batch
 
 LOG_EVERY_STEPS = 10
@@ -32,15 +33,8 @@ class TrainResult:
     diagnostics: list[dict[str, float]]
     seconds: float
     images_per_s: float
-
-
-def amp_dtype(setting: str, device: torch.device) -> torch.dtype | None:
-    """The autocast dtype of a recipe's `runtime.amp` on a device; None: full precision."""
-    if setting == "off" or (setting == "auto" and device.type != "cuda"):
-        return None
-    if setting == "auto":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}[setting]
+    num_skipped: int = 0
+    """Steps that were left out because float16 overflowed."""
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -65,7 +59,7 @@ def train(
     fingerprint: str,
     seed: int,
     world: World,
-    amp: str = "auto",
+    amp: Precision = "off",
     resume: TrainState | None = None,
     on_log: Callable[[dict[str, float]], None] = lambda facts: None,
     on_checkpoint: Callable[[TrainState], None] = lambda state: None,
@@ -83,7 +77,7 @@ def train(
         fingerprint: of the stage; stored in checkpoints.
         seed: of the stage's random numbers.
         world: the workers.
-        amp: `runtime.amp`.
+        amp: precision of the forward pass. A step in which fp16 overflows is left out, of the curve too, and counted.
         resume: state to continue from.
         on_log: called on every worker each LOG_EVERY_STEPS steps with step, loss, each term, lr, images_per_s.
         on_checkpoint: called on every worker each `checkpoint_every_steps` steps, not after the last.
@@ -94,32 +88,32 @@ def train(
             CPU of the segmenter's weights as they would be handed on then. It cannot change the training.
 
     Raises:
-        FloatingPointError: the loss is not finite, naming the step and the terms.
+        FloatingPointError: the loss is not finite, naming the step and the terms; or see `LossScale.step`.
         ValueError: the stream ended before the last step, or a loss refused its input (names the step).
     """
     device = world.device
     wrapped = world.wrap(network)
     optimizer = build_optimizer(network, config)
     average = WeightAverage(network, config.ema) if config.ema > 0 else None
-    dtype = amp_dtype(amp, device)
-    autocast = partial(torch.autocast, device.type, dtype) if dtype else nullcontext
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    scale = LossScale(amp, world, resume.num_skipped if resume is not None else 0)
     start, seconds_before = 0, 0.0
     curve: list[dict[str, float]] = []
     diagnostics: list[dict[str, float]] = []
     if resume is not None:
         network.load_state_dict(resume.network)
         optimizer.load_state_dict(resume.optimizer)
-        scaler.load_state_dict(resume.scaler)
+        scale.scaler.load_state_dict(resume.scaler)
         if average is not None and resume.average is not None:
             average.load_state_dict(resume.average)
         start, seconds_before = resume.step, resume.seconds
         curve, diagnostics = list(resume.curve), list(resume.diagnostics)
 
+    precise = partial(autocast, amp, device)
     names = list(objective.weights)
     every = objective.contrastive.diagnostics_every_steps if objective.contrastive else 0
     began = logged = time.monotonic()
-    means_since: list[torch.Tensor] = list(resume.recent) if resume is not None else []
+    # A checkpoint is loaded on the CPU: what is not copied into a module or optimiser must be moved to the device.
+    means_since = [means.to(device) for means in resume.recent] if resume is not None else []
     images, images_logged = 0, 0
     network.train()
     for step in range(start, config.steps):
@@ -132,37 +126,40 @@ def train(
         network.anneal(step / config.steps)
         # A seed of its own: dropped paths must not repeat the losses' draws.
         own = step_seed(seed, step, world.rank) + 1
-        forward = PartedForward(wrapped, network, min(config.accumulate, len(batch.weak)), autocast, own)
+        forward = PartedForward(wrapped, network, min(config.accumulate, len(batch.weak)), precise, own)
         strong = batch.strong if objective.reads_strong else None
         strong_from = batch.num_labelled if objective.is_semi_strong else None
         output = forward(batch.weak, strong, batch.targets, strong_from)
         done = step + 1
         due = every > 0 and (done % every == 0 or done == config.steps)
-        try:
-            terms, statistics = objective(output, batch, step, generator, diagnose=due)
-        except ValueError as error:  # for example of logits that are not finite, after a loss that was not
-            if means_since:
-                _finite_means(means_since, names, step)
-            raise ValueError(f"step {done}: {error}") from error
-        weights = objective.weights_at(step / config.steps)
-        loss, means = weighted_sum(terms, weights, world.all_reduce_sum, world.size)
+        means, statistics, weights = None, None, objective.weights_at(step / config.steps)
+        if scale.overflowed(output):
+            loss = scale.not_finite(output)
+        else:
+            try:
+                terms, statistics = objective(output, batch, step, generator, diagnose=due)
+            except ValueError as error:  # for example of logits that are not finite, after a loss that was not
+                if means_since:
+                    _finite_means(means_since, names, step)
+                raise ValueError(f"step {done}: {error}") from error
+            loss, means = weighted_sum(terms, weights, world.all_reduce_sum, world.size)
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        scale.scaler.scale(loss).backward()
         forward.backward()
-        scaler.unscale_(optimizer)
+        scale.scaler.unscale_(optimizer)
         for together in network.clip_groups():
             nn.utils.clip_grad_norm_(together, config.clip_norm)
-        scaler.step(optimizer)
-        scaler.update()
-        if network.projector is not None:
-            network.projector.update_ema()
-        if average is not None:
-            average.update()
-        means_since.append(means)
+        if scale.step(optimizer, done):
+            if network.projector is not None:
+                network.projector.update_ema()
+            if average is not None:
+                average.update()
+            assert means is not None
+            means_since.append(means)
         images += len(batch.weak) * world.size
         if statistics is not None:
             diagnostics.append({"step": done} | objective.diagnose(world.all_reduce_sum(statistics), step))
-        if done % LOG_EVERY_STEPS == 0 or done == config.steps:
+        if means_since and (done % LOG_EVERY_STEPS == 0 or done == config.steps):
             now = time.monotonic()
             values = _finite_means(means_since, names, done)
             total = sum(v * weights[n] for n, v in zip(names, values))
@@ -185,7 +182,8 @@ def train(
                     network=network.state_dict(),
                     average=average.state_dict() if average is not None else None,
                     optimizer=optimizer.state_dict(),
-                    scaler=scaler.state_dict(),
+                    scaler=scale.scaler.state_dict(),
+                    num_skipped=scale.num_skipped,
                     curve=curve,
                     diagnostics=diagnostics,
                     recent=means_since,
@@ -197,7 +195,7 @@ def train(
     if config.steps:
         network.anneal(1.0)
     seconds = time.monotonic() - began
-    return TrainResult(curve, diagnostics, seconds_before + seconds, images / max(seconds, 1e-9))
+    return TrainResult(curve, diagnostics, seconds_before + seconds, images / max(seconds, 1e-9), scale.num_skipped)
 
 
 def _copied_weights(network: TrainedNetwork, average: WeightAverage | None) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""How much memory one worker of a train stage needs, before it is started."""
+"""How much memory one worker of a stage needs, before it is started."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cast_ray.engine.accumulation import loss_inputs
+from cast_ray.evaluation.efficiency import peak_memory
 from cast_ray.models.network import CastNetwork
 from cast_ray.models.segmenter import outline
 from cast_ray.recipe import ContrastiveConfig, ModelConfig, TrainConfig
@@ -82,6 +83,30 @@ def estimate_memory(
     activations = others_at_a_time * of_other.activations + (at_a_time - others_at_a_time) * per_image.activations
     outputs = labelled * per_image.outputs + others * of_other.outputs
     return MemoryEstimate(weights, activations, 2 * outputs)
+
+
+@lru_cache(maxsize=64)
+def estimate_inference_memory(
+    model: ModelConfig, *, num_classes: int, image_px: tuple[int, int], images: int, half: bool = False
+) -> int:
+    """Bytes that one process needs to find instances in whole images: weights, and the most that a pass holds at once.
+
+    The pass runs on fake tensors, as in `estimate_memory`; what it is followed by (masks at the image's own size, a
+    few at a time) takes some 100 MiB more.
+
+    Args:
+        model: of a student or an expert.
+        num_classes: C.
+        image_px: height and width of what the model is given, pixels.
+        images: that pass together.
+        half: autocast to 16 bits.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        segmenter = outline(model, num_classes).to_empty(device="cpu").eval()
+        weights = sum(p.numel() * p.element_size() for p in segmenter.parameters())
+        batch = torch.zeros((images, 3, *image_px), dtype=torch.uint8)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            return weights + peak_memory(lambda: segmenter(batch), torch.device("cpu"))
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ def weighted_sum(
     sums = torch.stack([s.float() for s, _ in terms.values()])
     counts = torch.stack([c.detach().float() for _, c in terms.values()])
     reduced = all_reduce(torch.cat([sums.detach(), counts])).view(2, -1)
-    global_counts = reduced[1].clamp(min=1e-6)
+    global_counts = torch.where(reduced[1] > 0, reduced[1], 1.0)  # a count of 0 comes with a sum of 0
     scale = torch.tensor([weights[name] for name in terms], device=sums.device)
     loss = (sums * scale / global_counts).sum() * world_size
     return loss, reduced[0] / global_counts

@@ -8,6 +8,7 @@ from torch import nn
 from cast_ray.models.network import TrainedNetwork
 from cast_ray.recipe import TrainConfig
 
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 _EMBEDDING_NAMES = ("embed", "token", "position_bias_table")
 """In the last part of a bare parameter's name: class and register tokens, learnt positions, Swin's bias tables."""
 
@@ -15,14 +16,15 @@ _EMBEDDING_NAMES = ("embed", "token", "position_bias_table")
 def build_optimizer(network: TrainedNetwork, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW with the learning rates of `network.lr_factors`.
 
-    Not decayed, as in Mask2Former: vectors (norms, biases) and embeddings, learnt positions included.
+    Never decayed, as in Mask2Former: norms and embeddings, learnt positions included. Mask2Former decays biases and
+    other vectors (layer scales); here they are decayed only with `decay_biases`.
     """
     factors = network.lr_factors(config)
-    embeddings = _embeddings(network)
+    exempt = _embeddings(network) | _norms(network)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for parameter in network.parameters():
         if parameter.requires_grad:
-            decayed = parameter.ndim > 1 and id(parameter) not in embeddings
+            decayed = (parameter.ndim > 1 or config.decay_biases) and id(parameter) not in exempt
             groups.setdefault((factors.get(id(parameter), 1.0), decayed), []).append(parameter)
     return torch.optim.AdamW(
         [
@@ -43,6 +45,12 @@ def _embeddings(network: nn.Module) -> set[int]:
     found = {id(p) for m in network.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     leaves = ((name.rpartition(".")[2], p) for name, p in network.named_parameters())
     return found | {id(p) for leaf, p in leaves if any(part in leaf for part in _EMBEDDING_NAMES)}
+
+
+def _norms(network: nn.Module) -> set[int]:
+    """ids of the weights of norms; kinds of transformers' own (RMS norms) are known by their name."""
+    norms = (m for m in network.modules() if isinstance(m, _NORMS) or type(m).__name__.endswith("Norm"))
+    return {id(p) for m in norms for p in m.parameters(recurse=False)}
 
 
 def lr_factor(step: int, config: TrainConfig) -> float:

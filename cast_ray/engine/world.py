@@ -9,6 +9,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cast_ray.engine.collectives import WorkerGather
+from cast_ray.models.batch_norm import share_statistics
+
 CPU = torch.device("cpu")
 
 
@@ -48,8 +51,9 @@ class World:
             dist.barrier()
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """Moves a module to the device and, with more than one worker, averages its gradients."""
+        """Moves a module to the device; with several workers, averages gradients and shares batch norm's statistics."""
         module = module.to(self.device)
+        share_statistics(module, WorkerGather(self.rank, self.size) if self.size > 1 else None)
         if self.size == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None

@@ -44,7 +44,7 @@ def detection_loss(found: Detections, targets: Sequence[Targets], config: Ground
 
     With query k matched to instance g of weight w_g, s_kt the logit of token t, y_kt = 1 where t stands for g's class:
     class = sum_k w_k sum_t focal(s_kt, y_kt) (w_k = 1 for unmatched queries), box = sum_g w_g |b_k - b_g|_1,
-    giou = sum_g w_g (1 - GIoU(b_k, b_g)), each over the number of instances.
+    giou = sum_g w_g (1 - GIoU(b_k, b_g)), each over the number of instances, whatever their weights.
 
     Args:
         found: of B images.
@@ -77,7 +77,7 @@ def detection_loss(found: Detections, targets: Sequence[Targets], config: Ground
         )
         for name, value in zip(sums, terms):
             sums[name].append(value)
-        counts.append(weights.sum().clamp(min=1))
+        counts.append(weights.new_tensor(max(1, len(weights))))
     count = torch.stack(counts)
     return {name: (torch.stack(values), count) for name, values in sums.items()}
 

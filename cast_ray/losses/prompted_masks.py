@@ -21,7 +21,7 @@ def prompted_mask_loss(
 
     With m the logits, g the instance's mask and w its weight: mask_focal = w mean_p focal(m_p, g_p),
     mask_dice = w (1 - (2 sum_p s g + 1) / (sum_p s + sum_p g + 1)), s = sigmoid(m), and
-    mask_iou = w |predicted IoU - IoU(m > 0, g)|, each over the number of masks.
+    mask_iou = w |predicted IoU - IoU(m > 0, g)|, each over the number of masks, whatever their weights.
 
     Args:
         mask_logits: [B, M, h, w], whose pixels cover the image edge to edge.
@@ -54,7 +54,7 @@ def prompted_mask_loss(
         attached = (mask_logits[b].flatten()[:1].float().sum() + predicted_iou[b].float().sum()) * 0
         for name, values_M in zip(sums, (focal_M, dice_M, error_M)):
             sums[name].append((values_M * weight_M).sum() + attached)
-        counts.append(weight_M.sum())
+        counts.append(weight_M.new_tensor(len(weight_M)))
     count = torch.stack(counts)
     return {name: (torch.stack(values), count) for name, values in sums.items()}
 

@@ -50,9 +50,10 @@ def proposal_loss(
         valid: bool [B, H, W], False on padding; None: no padding.
 
     Returns:
-        Of each image, float32 [B]: proposal_class (sum of weighted cross-entropies, sum of their weights);
-        proposal_mask and proposal_dice (sum over assigned tokens, sum of their weights). A count of 0 comes with a sum
-        of 0 that still has a gradient.
+        Of each image, float32 [B], a weighted sum and its count as in `set_loss`, where an instance's own weight (of
+        `pseudo_weighting`) is in the sum alone: proposal_class (over tokens with a class target; no-object tokens count
+        `no_object_weight`); proposal_mask and proposal_dice (over assigned tokens, each counts 1). A count of 0 comes
+        with a sum of 0 that still has a gradient.
 
     Source: FCOS's centre sampling (Tian et al. 2019) for the assignment, Mask2Former's terms. Deviations: masks are
     compared at the mask features' own size, not at sampled points: there are few assigned tokens.
@@ -74,7 +75,10 @@ def proposal_loss(
     index_BT = assigned_BT.clamp(min=-1) % (labels_BN.shape[1] + 1)
     labels_BT = F.pad(labels_BN, (0, 1), value=num_classes).gather(1, index_BT)
     weights_BT = F.pad(weights_BN, (0, 1), value=config.no_object_weight).gather(1, index_BT)
-    weights_BT.masked_fill_(assigned_BT == UNASSIGNED, 0)
+    is_assigned_BT = assigned_BT >= 0
+    count_BT = torch.where(is_assigned_BT, 1.0, config.no_object_weight)
+    for x_BT in (weights_BT, count_BT):
+        x_BT.masked_fill_(assigned_BT == UNASSIGNED, 0)
     cross_entropy_BT = F.cross_entropy(class_logits.flatten(2), labels_BT, reduction="none")
 
     # Attached without any token too: every head gets a gradient on every worker, which DDP needs.
@@ -90,9 +94,9 @@ def proposal_loss(
         counted_1X = None if counted is None else counted[b].view(1, -1)
         mask_P, dice_P = mask_terms(logits_PX, masks[b].flatten(1)[instance_P], counted_1X)
         mask_sums[b], dice_sums[b] = mask_P @ weights[b][instance_P], dice_P @ weights[b][instance_P]
-    count_B = (weights_BT * (assigned_BT >= 0)).sum(1)
+    count_B = is_assigned_BT.sum(1).float()
     return {
-        "proposal_class": ((cross_entropy_BT * weights_BT).sum(1), weights_BT.sum(1)),
+        "proposal_class": ((cross_entropy_BT * weights_BT).sum(1), count_BT.sum(1)),
         "proposal_mask": (torch.stack(mask_sums), count_B),
         "proposal_dice": (torch.stack(dice_sums), count_B),
     }

@@ -47,12 +47,15 @@ def set_loss(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """L_sup or L_semi: class, mask and dice terms of the matched queries, summed over all decoder layers.
 
-    With m matched to g, w_n the target's weight and u_k that weight, or no_object_weight for unmatched queries:
-    class = sum_l [ sum_k u_k CE_k ] / [ sum_k u_k ],  mask = sum_l [ sum_n w_n mean_p BCE ] / [ sum_n w_n ],
-    dice = sum_l [ sum_n w_n (1 - (2 sum_p m g + 1) / (sum_p m + sum_p g + 1)) ] / [ sum_n w_n ].
-    Each is returned as numerator and denominator of every image, so that one matching serves D_l and D_u and the caller
-    can add up either part and the denominators of all workers; dividing the mask terms by `count.sum().clamp(min=1)`
-    gives Mask2Former's normalisation.
+    With m matched to g, N targets, w_n the target's weight (1 for an unmatched query), and u_k = 1 for matched queries,
+    no_object_weight for the others:
+    class = sum_l [ sum_k u_k w_k CE_k ] / [ sum_k u_k ],  mask = sum_l [ sum_n w_n mean_p BCE ] / N,
+    dice = sum_l [ sum_n w_n (1 - (2 sum_p m g + 1) / (sum_p m + sum_p g + 1)) ] / N.
+    The denominators count targets and do not contain their weights: a weight below 1 makes the loss smaller, also where
+    it is the only target of a step. Each term is returned as numerator and denominator of every image, so that one
+    matching serves D_l and D_u and the caller can add up either part and the denominators of all workers. The count of
+    the mask terms is a whole number; 0 comes with a sum of 0, so that Mask2Former's `count.sum().clamp(min=1)` gives
+    the same as a division by the count where there is one.
 
     Args:
         predictions: L layers; class_logits [B, Q, C+1], mask_logits [B, Q, h, w], any float dtype (float32 inside).
@@ -65,8 +68,9 @@ def set_loss(
         points: fixed points instead of drawn ones (tests, benchmarks).
 
     Returns:
-        {"class", "mask", "dice"} -> (sum, count), float32 [B], unweighted; sum has gradients, count none. count is that
-        of one layer. An image without instances has mask and dice (0, 0), still attached to the graph.
+        {"class", "mask", "dice"} -> (sum, count), float32 [B], before the term's own weight; sum has gradients, count
+        none. count is that of one layer. An image without instances has mask and dice (0, 0), still attached to the
+        graph.
 
     Raises:
         ValueError: another number of targets than images, a label outside 0..C-1, an empty mask, non-finite logits.
@@ -98,7 +102,7 @@ def set_loss(
         for layer, logits in enumerate(mask_logits):
             mask, dice = _mask_sums(logits, masks, torch.cat(weights), matches, layer, points, keep, config)
             mask_sum, dice_sum = mask_sum + mask, dice_sum + dice
-    count = torch.stack([w.sum() for w in weights])
+    count = class_count.new_tensor([len(w) for w in weights])
     return {"class": (class_sum, class_count), "mask": (mask_sum, count), "dice": (dice_sum, count)}
 
 
@@ -140,15 +144,17 @@ def _point_counts(config: LossConfig) -> tuple[int, int]:
 def _class_term(
     class_logits: Sequence[Tensor], targets: Sequence[Targets], matches: Matches, weights: Tensor, config: LossConfig
 ) -> tuple[Tensor, Tensor]:
-    """Weighted cross-entropies and their weights, [B] each."""
+    """Weighted cross-entropies, and what they are divided by: u_k of `set_loss`, without the targets' own weights."""
     logits = torch.stack([layer.float() for layer in class_logits]).flatten(1, 2)  # [L, B * Q, C+1]
     num_classes = logits.shape[-1] - 1
     wanted = torch.full(logits.shape[:2], num_classes, dtype=torch.int64, device=logits.device)
     importance = torch.full(logits.shape[:2], config.no_object_weight, device=logits.device)
+    weighted = importance
     if matches.query.shape[1]:
         labels = torch.cat([t.labels for t in targets])
         wanted.scatter_(1, matches.query, labels[matches.target])
-        importance.scatter_(1, matches.query, weights[matches.target])
+        importance = importance.scatter(1, matches.query, 1.0)
+        weighted = weighted.scatter(1, matches.query, weights[matches.target])
     losses = F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none")
     if matches.query.shape[1] and config.soft_targets in ("class", "both"):
         hard = F.one_hot(labels, num_classes + 1).float().split([len(t.labels) for t in targets])
@@ -158,7 +164,7 @@ def _class_term(
         losses = losses.scatter(1, matches.query, soft)
     by_image = (-1, len(targets), class_logits[0].shape[1])
     # Every layer matches every target once, so layers share one count (their mean, if N > Q leaves some out).
-    return (losses * importance).view(by_image).sum((0, 2)), importance.view(by_image).sum(2).mean(0)
+    return (losses * weighted).view(by_image).sum((0, 2)), importance.view(by_image).sum(2).mean(0)
 
 
 def _mask_sums(

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cast_ray.recipe import InputSize
+from cast_ray.recipe.stages import KINDS_OF_AP
+
 MAX_CLASSES = 20
 ROLES = {"refined": "refined student (step 3)", "student": "distilled student (step 2b)", "teacher": "its teacher"}
+PRECISIONS = {"off": "float32", "bf16": "bfloat16 (autocast)", "fp16": "float16 (autocast)"}
 
 _USE = """
 ## Use
@@ -21,7 +25,7 @@ from cast_ray.models.student import Student
 from cast_ray.views import fit_image
 
 student = Student.from_pretrained("THIS_FOLDER")
-pixels, inside = fit_image(image, student.image_px)  # image: uint8 [height, width, 3], RGB
+pixels, inside = fit_image(image, student.input_size)  # image: uint8 [height, width, 3], RGB
 (instances,) = student.predict(torch.from_numpy(pixels)[None], [image.shape[:2]], [inside])
 ```
 
@@ -40,14 +44,14 @@ def model_card(config: Mapping[str, Any], num_parameters: int, result: Mapping[s
     model = config["model"]
     names = list(config["id2label"].values())
     more = f" and {len(names) - MAX_CLASSES} more" if len(names) > MAX_CLASSES else ""
-    height, width = config["image_px"]
     parts = [
         "---\nlibrary_name: cast_ray\npipeline_tag: image-segmentation\ntags: [instance-segmentation]\n---",
         "# Instance segmentation student\n",
         f"- architecture: {model['encoder']['name']} encoder, "
         + (f"{model['decoder']} decoder, " if model["head"] != "eomt" else "")
         + f"{model['head']} head, {model['num_queries']} queries, {num_parameters / 1e6:.1f} M parameters",
-        f"- input: RGB, fitted into {height} x {width} px",
+        f"- input: RGB, {InputSize.read(config.get('input_size', config))}",
+        f"- computes in {PRECISIONS[config['precision']]}",
         f"- {len(names)} classes: {', '.join(names[:MAX_CLASSES])}{more}",
         "- trained by CAST (arXiv 2505.21904) as implemented in cast_ray " + config["cast_ray_version"],
     ]
@@ -67,7 +71,8 @@ def _measured(result: Mapping[str, Any]) -> list[str]:
                 f"| {label} | {metrics[f'{role}/mask_ap']:.1f} | {'' if ap50 is None else format(ap50, '.1f')} |"
             )
         images = f"{dataset['num_val']} validation images"
-        lines.append(f"\nCOCO mask AP in percent on {images}, one run with seed {result['seed']}.")
+        kind = KINDS_OF_AP[recipe.get("evaluation", {}).get("metric", "coco")]
+        lines.append(f"\n{kind} in percent on {images}, one run with seed {result['seed']}.")
     else:
         lines.append("The run has no evaluation.")
     lines += [

@@ -7,8 +7,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import FeaturePyramidNetwork
 from transformers import DPTConfig, Mask2FormerConfig
@@ -18,23 +20,37 @@ from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPreTrainedModel,
 )
 
+from cast_ray.models.batch_norm import JointBatchNorm
 from cast_ray.recipe import ModelConfig
 
 MASK_STRIDE = 4
-"""Stride of the mask features, and of `Predictions.mask_logits`."""
+"""Stride of the mask features and of `Predictions.mask_logits`, except with decoder `dpt-released`."""
 NUM_GROUPS = 32
 """Of the group norms, as in Mask2Former."""
 
 
 @dataclass
 class DecodedFeatures:
-    """levels: stride -> float [B, D, h, w], coarsest first; mask_features: float [B, D, H / 4, W / 4]."""
+    """levels: stride -> float [B, D, h, w], coarsest first; mask_features: float [B, D, H / 4, W / 4].
+
+    Those of decoder `dpt-released` have H / 2 and W / 2.
+    """
 
     levels: dict[int, torch.Tensor]
     mask_features: torch.Tensor
 
 
-class DPTDecoder(nn.Module):
+class PixelDecoder(nn.Module):
+    """What the segmenter needs to know of a decoder.
+
+    `keeps_padding`: the head sees the maps of the padded image and the masks are cut at the end; a ViT's patch grid may
+    then have odd sides. Else the levels and mask features are cut first, so that padding is not attended to.
+    """
+
+    keeps_padding: ClassVar[bool] = False
+
+
+class DPTDecoder(PixelDecoder):
     """DPT fusion from the coarsest map down to stride 4: each level adds a refined lateral map and doubles the size.
 
     Takes the maps of stride 4 and above. Levels are the fused maps before the stride-4 one is refined into the mask
@@ -78,7 +94,67 @@ class DPTDecoder(nn.Module):
         return DecodedFeatures(levels, mask_features)
 
 
-class FPNDecoder(nn.Module):
+class ReleasedDPTDecoder(PixelDecoder):
+    """The authors' pixel decoder: each DPT fusion doubles the size, the last one too, and its layers have batch norm.
+
+    Of encoder maps of stride 28, 14, 7 and 3.5 (patches of 14 px) the attended levels are the fused maps of stride 14,
+    7 and 3.5, and the mask features have stride 1.75; strides here are keyed as powers of two. It takes the maps of
+    stride 4 and above. The statistics of batch norm are those of the step's images on all workers (`JointBatchNorm`).
+
+    Source: the released student's configuration; Ranftl et al. 2021 for the fusion (bilinear, corners aligned), by
+    transformers' layers. Deviations: a fused map takes the size of the next lateral one, which is twice its own but for
+    patch grids of odd sides; the mask features' projection is 1x1 as in Mask2Former, since no source gives its kernel.
+    """
+
+    keeps_padding = True
+
+    def __init__(self, channels: dict[int, int], config: ModelConfig):
+        super().__init__()
+        hidden_dim = config.hidden_dim
+        self.strides = _doubling_strides("dpt-released", channels)
+        if len(self.strides) < 2:
+            raise ValueError(
+                f"decoder 'dpt-released' needs two encoder maps of stride {MASK_STRIDE} and above: "
+                f"got {sorted(channels)}"
+            )
+        dpt_config = DPTConfig(fusion_hidden_size=hidden_dim, use_batch_norm_in_fusion_residual=True)
+        self.laterals = nn.ModuleList(
+            nn.Conv2d(channels[s], hidden_dim, 3, padding=1, bias=False) for s in self.strides
+        )
+        self.fusions = nn.ModuleList(_SizedFusion(dpt_config) for _ in self.strides)
+        # The coarsest fusion has nothing to fuse with: DDP refuses parameters that never get a gradient.
+        del self.fusions[0].residual_layer1
+        self.project = nn.Conv2d(hidden_dim, hidden_dim, 1)
+
+    def forward(self, maps: dict[int, torch.Tensor]) -> DecodedFeatures:
+        """As `DPTDecoder.forward`, with the levels that follow the coarsest map and mask features of stride 2."""
+        laterals = [conv(maps[s]) for s, conv in zip(self.strides, self.laterals)]
+        height, width = laterals[-1].shape[-2:]
+        sizes = [(x.shape[-2], x.shape[-1]) for x in laterals[1:]] + [(2 * height, 2 * width)]
+        fused, levels = laterals[0], {}
+        for i, (fusion, size) in enumerate(zip(self.fusions, sizes)):
+            fused = fusion(fused, laterals[i] if i else None, size)
+            if i + 1 < len(self.strides):
+                levels[self.strides[i + 1]] = fused
+        return DecodedFeatures(levels, self.project(fused))
+
+
+class _SizedFusion(DPTFeatureFusionLayer):
+    """DPT's fusion to a given size, with batch norm over all workers."""
+
+    def __init__(self, config: DPTConfig):
+        super().__init__(config, align_corners=True)
+        for layer in (self.residual_layer1, self.residual_layer2):
+            layer.batch_norm1, layer.batch_norm2 = (JointBatchNorm(config.fusion_hidden_size) for _ in range(2))
+
+    def forward(self, fused: torch.Tensor, lateral: torch.Tensor | None, size: tuple[int, int]) -> torch.Tensor:
+        if lateral is not None:
+            fused = fused + self.residual_layer1(lateral)
+        fused = self.residual_layer2(fused)
+        return self.projection(F.interpolate(fused, size=size, mode="bilinear", align_corners=self.align_corners))
+
+
+class FPNDecoder(PixelDecoder):
     """A feature pyramid network over the maps of stride 4 and above; the finest level becomes the mask features.
 
     Source: Lin et al. 2017 by torchvision, with group norm as in Mask2Former's FPN decoder.
@@ -98,7 +174,7 @@ class FPNDecoder(nn.Module):
         return DecodedFeatures(levels, self.project(levels[MASK_STRIDE]))
 
 
-class MSDeformDecoder(nn.Module):
+class MSDeformDecoder(PixelDecoder):
     """Mask2Former's pixel decoder: deformable attention over the three coarsest maps, then up to stride 4.
 
     Takes the maps of stride 4 and above. Its own width is `hidden_dim` rounded up to a multiple of 32; where that

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from cast_ray.files import PARTIAL
 from cast_ray.models.student import Student
 
 OUTPUTS = ("boxes", "labels", "scores", "masks")
@@ -78,22 +81,32 @@ def _boxes(inside_BQHW: torch.Tensor) -> torch.Tensor:
     return torch.stack([x0, y0, x1, y1], dim=-1).float() * found[..., None]
 
 
-def export_onnx(student: Student, path: str | Path, max_detections: int = 100) -> dict[str, str]:
-    """Writes a student as an ONNX model: images uint8 [batch, 3, H, W] of its `image_px` in, `Detector`'s outputs out.
+def export_onnx(
+    student: Student, path: str | Path, max_detections: int = 100, image_px: tuple[int, int] | None = None
+) -> dict[str, str]:
+    """Writes a student as an ONNX model: images uint8 [batch, 3, H, W] in, `Detector`'s outputs out.
 
-    The batch size is free. Class names and input size are in the model's metadata, as JSON.
+    The batch size is free, height and width are not. Class names and input size are in the model's metadata, as JSON.
 
     Args:
         student: on the CPU.
         path: of the file.
         max_detections: K.
+        image_px: H, W, pixels; None: the size that the student fits images into.
 
     Returns:
         The model's metadata.
 
     Raises:
-        ValueError: onnx is not installed.
+        ValueError: onnx is not installed, or `image_px` is needed, because the student sees images at sizes of their
+            own.
     """
+    if image_px is None and not student.input_size.is_fixed:
+        raise ValueError(
+            f"this student sees images {student.input_size}, an ONNX model has one size: name it by --image-px H W, "
+            "for example 1024 2048 for Cityscapes"
+        )
+    height, width = image_px or student.image_px
     try:
         import onnx  # noqa: F401 - both are what torch.onnx writes with
         import onnxscript  # noqa: F401
@@ -102,7 +115,7 @@ def export_onnx(student: Student, path: str | Path, max_detections: int = 100) -
     for name in ("onnxscript", "onnx_ir"):  # each constant that they do not fold
         logging.getLogger(name).setLevel(logging.ERROR)
     detector = Detector(student, max_detections).eval()
-    example = torch.zeros(2, 3, *student.image_px, dtype=torch.uint8)
+    example = torch.zeros(2, 3, height, width, dtype=torch.uint8)
     with _plain_attention(student):
         program = torch.onnx.export(
             detector,
@@ -115,9 +128,15 @@ def export_onnx(student: Student, path: str | Path, max_detections: int = 100) -
             verbose=False,
         )
     assert program is not None
-    facts = {"class_names": json.dumps(student.class_names), "image_px": json.dumps(student.image_px)}
+    facts = {"class_names": json.dumps(student.class_names), "image_px": json.dumps([height, width])}
     program.model.metadata_props.update(facts)
-    program.save(str(path))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Weights of more than 2 GB become a second file, which the model names: both are written elsewhere, then moved.
+    with tempfile.TemporaryDirectory(dir=path.parent, suffix=PARTIAL) as folder:
+        program.save(str(Path(folder) / path.name))
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
+            os.replace(file, path.with_name(file.name))
     return facts
 
 

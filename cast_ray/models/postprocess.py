@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,53 @@ def predict_instances(
     return to_instances(
         segmenter(images), image_hw or given, resized_hw or given, crop, max_detections, min_score, soft
     )
+
+
+def groups_of_equal_size(sizes: Sequence[Hashable], limit: int | None = None) -> list[list[int]]:
+    """Positions in groups of one size each, in the order in which the sizes come first.
+
+    Images that pass through a model together must have one size; padding smaller ones would let an image's result
+    depend on the images beside it.
+
+    Args:
+        sizes: of the images.
+        limit: most images of a group; None: no limit.
+    """
+    by_size: dict[Hashable, list[int]] = {}
+    for position, size in enumerate(sizes):
+        by_size.setdefault(size, []).append(position)
+    step = limit or max(len(sizes), 1)
+    return [group[start : start + step] for group in by_size.values() for start in range(0, len(group), step)]
+
+
+def predict_in_groups(
+    predict: Callable[..., list[list[dict[str, Any]]]],
+    images: Sequence[np.ndarray],
+    image_hw: Sequence[tuple[int, int]],
+    resized_hw: Sequence[tuple[int, int]],
+    max_detections: int | None,
+    batch: int | None = None,
+    *,
+    min_score: float = 0.0,
+) -> list[list[dict[str, Any]]]:
+    """Instances of images that need not have one size: those of equal size pass through the model together.
+
+    Args:
+        predict: of a teacher or a student, for images [B, 3, H, W].
+        images: B of uint8 [3, H, W].
+        image_hw, resized_hw, max_detections, min_score: as of `predict`.
+        batch: most images of one forward pass; None: no limit.
+
+    Returns:
+        As `predict`, in the order of the images.
+    """
+    found: list[list[dict[str, Any]]] = [[] for _ in images]
+    for group in groups_of_equal_size([image.shape for image in images], batch):
+        pixels = torch.from_numpy(np.stack([images[i] for i in group]))
+        sizes = [[sizes[i] for i in group] for sizes in (image_hw, resized_hw)]
+        for i, instances in zip(group, predict(pixels, *sizes, max_detections, min_score)):
+            found[i] = instances
+    return found
 
 
 @torch.no_grad()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from cast_ray import registry
-from cast_ray.models.decoders import DecodedFeatures
+from cast_ray.models.decoders import DecodedFeatures, PixelDecoder
 from cast_ray.models.encoders import Encoder, checkpoint_blocks
 from cast_ray.models.heads import EomtHead, MaskedAttentionHead
 from cast_ray.models.padding import cut_padding, pad_to_multiple
@@ -16,12 +16,14 @@ from cast_ray.models.vit_encoders import ViTEncoder, vision_transformer, vit
 from cast_ray.recipe import ModelConfig
 from cast_ray.records import Predictions
 
+Key = TypeVar("Key")
+
 
 class Segmenter(nn.Module):
     """Mask classification: Q queries, each a class distribution and a mask.
 
     Images are padded to what the encoder takes; its maps and the masks are cut back to the image before anything else
-    sees them, so that padding is neither attended to nor contrasted.
+    sees them, so that padding is neither attended to nor contrasted (decoder `dpt-released` attends to it).
 
     Args:
         config: encoder, decoder and head.
@@ -49,15 +51,19 @@ class Segmenter(nn.Module):
             if build not in (vit, vision_transformer):
                 raise ValueError(f"encoder.name is {config.encoder.name!r}: head 'eomt' needs a plain ViT")
             options = {"pyramid": False, "num_joint_layers": config.num_layers}
+        else:
+            decoder: type[PixelDecoder] = registry.lookup("decoders", config.decoder)
+            if decoder.keeps_padding and build in (vit, vision_transformer):
+                options = {"even_grid": False}
         self.encoder: Encoder = build(config.encoder, architecture, **options)
         self.feature_dims = dict(self.encoder.channels)
-        self.decoder: nn.Module | None = None
+        self.decoder: PixelDecoder | None = None
         self.head: MaskedAttentionHead | EomtHead
         if config.head == "eomt":
             assert isinstance(self.encoder, ViTEncoder)
             self.head = EomtHead(config, num_classes, self.encoder)
         else:
-            self.decoder = registry.lookup("decoders", config.decoder)(self.feature_dims, config)
+            self.decoder = decoder(self.feature_dims, config)
             self.head = MaskedAttentionHead(config, num_classes)
         self.register_buffer("pixel_mean", torch.tensor(self.encoder.mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("pixel_std", torch.tensor(self.encoder.std).view(3, 1, 1) * 255, persistent=False)
@@ -116,8 +122,13 @@ class Segmenter(nn.Module):
             assert self.decoder is not None
             maps = self.encoder(pixels)
             decoded = self.decoder(maps)
-            (mask_features,) = self._cut({0: decoded.mask_features}, pixels, images).values()
-            out = self.head(DecodedFeatures(self._cut(decoded.levels, pixels, images), mask_features))
+            if self.decoder.keeps_padding:
+                out = self.head(decoded)
+                out.mask_logits = list(self._cut(dict(enumerate(out.mask_logits)), pixels, images).values())
+                out.auxiliary = self._cut(out.auxiliary, pixels, images)
+            else:
+                (mask_features,) = self._cut({0: decoded.mask_features}, pixels, images).values()
+                out = self.head(DecodedFeatures(self._cut(decoded.levels, pixels, images), mask_features))
         return Predictions(out.class_logits, out.mask_logits, self._cut(maps, pixels, images), out.auxiliary)
 
     def _normalised(self, images: torch.Tensor) -> torch.Tensor:
@@ -125,10 +136,10 @@ class Segmenter(nn.Module):
         return (padded.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
 
     def _cut(
-        self, maps: dict[int, torch.Tensor], pixels: torch.Tensor, images: torch.Tensor
-    ) -> dict[int, torch.Tensor]:
+        self, maps: dict[Key, torch.Tensor], pixels: torch.Tensor, images: torch.Tensor
+    ) -> dict[Key, torch.Tensor]:
         padded, own = (pixels.shape[-2], pixels.shape[-1]), (images.shape[-2], images.shape[-1])
-        return {stride: cut_padding(x_BDHW, padded, own) for stride, x_BDHW in maps.items()}
+        return {key: cut_padding(x_BDHW, padded, own) for key, x_BDHW in maps.items()}
 
 
 def build_segmenter(config: ModelConfig, num_classes: int, seed: int) -> Segmenter:

@@ -22,11 +22,13 @@ from torch import nn
 from transformers.utils import cached_file
 
 import cast_ray
+from cast_ray.files import write_atomically
+from cast_ray.models.autocast import DTYPES, autocast
 from cast_ray.models.card import model_card
 from cast_ray.models.drawing import class_colours
 from cast_ray.models.postprocess import predict_instances
 from cast_ray.models.segmenter import Segmenter
-from cast_ray.recipe import ModelConfig
+from cast_ray.recipe import InputSize, ModelConfig, Precision
 from cast_ray.records import Category, Predictions, class_names
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -39,8 +41,10 @@ class Student(nn.Module):
     Args:
         segmenter: trained.
         categories: C classes, in the order of its labels.
-        image_px: height and width that images were fitted to in training, pixels.
+        image_px: height and width of the crops it was trained on, pixels.
         colours: C, of overlays; None: well separated ones.
+        input_size: at which it sees whole images; None: fitted into `image_px`.
+        precision: that `predict` computes in: the one it was trained and measured in.
     """
 
     def __init__(
@@ -49,12 +53,16 @@ class Student(nn.Module):
         categories: Sequence[Category],
         image_px: tuple[int, int],
         colours: Sequence[tuple[int, int, int]] | None = None,
+        input_size: InputSize | None = None,
+        precision: Precision = "off",
     ):
         super().__init__()
+        self.precision: Precision = precision
         assert segmenter.num_classes == len(categories)
         self.segmenter = segmenter
         self.categories = tuple(categories)
         self.image_px = (image_px[0], image_px[1])
+        self.input_size = input_size or InputSize.of(self.image_px)
         self.colours = [(c[0], c[1], c[2]) for c in colours or class_colours(len(categories))]
 
     @property
@@ -80,7 +88,8 @@ class Student(nn.Module):
     ) -> list[list[dict[str, Any]]]:
         """Instances of each image, as `predict_instances`; `cast_ray.views.fit_image` makes its inputs."""
         images = images.to(self.device)
-        return predict_instances(self.segmenter, images, image_hw, resized_hw, max_detections, min_score)
+        with autocast(self.precision, self.device):
+            return predict_instances(self.segmenter, images, image_hw, resized_hw, max_detections, min_score)
 
     def config(self) -> dict[str, Any]:
         """What `config.json` holds."""
@@ -95,10 +104,12 @@ class Student(nn.Module):
             "id2label": {str(i): name for i, name in enumerate(names)},
             "colours": [list(c) for c in self.colours],
             "image_px": list(self.image_px),
+            "input_size": self.input_size.part(),
+            "precision": self.precision,
             "preprocessing": {
                 "channels": "RGB",
-                "resize": "to fit into image_px, aspect kept, bilinear with antialias",
-                "pad": "below and right, with 0",
+                "resize": f"{self.input_size}, aspect kept, bilinear with antialias",
+                "pad": "below and right, with 0" if self.input_size.is_fixed else "none",
                 "rescale_factor": 1 / 255,
                 "image_mean": list(encoder.mean),
                 "image_std": list(encoder.std),
@@ -122,9 +133,8 @@ class Student(nn.Module):
             folder: made where it is missing.
             result: result.json of the row that made the student: its numbers go into the model card.
         """
-        Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in self.files(result).items():
-            (Path(folder) / name).write_bytes(content)
+            write_atomically(Path(folder) / name, content)
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Student:
@@ -151,7 +161,11 @@ class Student(nn.Module):
             categories = [Category(**c) for c in spec["categories"]]
             with torch.random.fork_rng(devices=[]):  # random weights, overwritten below
                 segmenter = Segmenter(model, len(categories), spec["encoder_config"])
-            student = cls(segmenter, categories, spec["image_px"], spec["colours"])
+            precision = spec.get("precision", "off")  # students of earlier versions were measured in float32
+            if precision not in ("off", *DTYPES):
+                raise ValueError(f"precision is {precision!r}: expected off, {' or '.join(DTYPES)}")
+            size = InputSize.read(spec.get("input_size", spec))  # before, images were always fitted into image_px
+            student = cls(segmenter, categories, spec["image_px"], spec["colours"], size, precision)
         except (KeyError, TypeError, ValidationError, ValueError) as error:
             raise ValueError(f"{source}/{CONFIG}: cannot be read: {_first_line(error)}") from None
         try:

@@ -42,6 +42,8 @@ class ViTEncoder(Encoder):
         known: architecture of the name.
         saved: see `build_backbone`.
         pyramid: whether a pixel decoder follows.
+        even_grid: whether images are padded until the patch grid has even sides, so that the coarsest map has exactly
+            half of them; else it has half of an odd side rounded up.
         num_joint_layers: last layers that `forward` leaves to the head (`eomt`).
 
     Source: DPT by transformers' DPTReassembleLayer. Deviations: the class token is not read out into the patches.
@@ -54,6 +56,7 @@ class ViTEncoder(Encoder):
         saved: dict[str, Any] | None = None,
         *,
         pyramid: bool = True,
+        even_grid: bool = True,
         num_joint_layers: int = 0,
     ):
         super().__init__()
@@ -77,7 +80,7 @@ class ViTEncoder(Encoder):
             return
         widths = [self.width // 4, self.width // 2, self.width, 2 * self.width]
         self.channels = dict(zip((stride // 4, stride // 2, stride, 2 * stride), widths))
-        self.required_multiple = 2 * self.patch_px
+        self.required_multiple = 2 * self.patch_px if even_grid else self.patch_px
         layer_config = DPTConfig(hidden_size=self.width)
         self.pyramid = nn.ModuleList(DPTReassembleLayer(layer_config, w, f) for w, f in zip(widths, REASSEMBLE_FACTORS))
         self.taken = {24: (5, 12, 18, 24)}.get(depth) or tuple(max(1, round(depth * k / 4)) for k in (1, 2, 3, 4))

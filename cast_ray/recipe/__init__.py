@@ -15,10 +15,11 @@ from cast_ray.recipe.build import (
     recipe_keys,
 )
 from cast_ray.recipe.data import DataConfig, ShapesConfig
+from cast_ray.recipe.input_size import InputSize
 from cast_ray.recipe.labels import LabelsConfig
 from cast_ray.recipe.losses import CONTRASTIVE_PRESETS, ContrastiveConfig, LossConfig
-from cast_ray.recipe.models import EncoderConfig, ModelConfig
-from cast_ray.recipe.runtime import RuntimeConfig
+from cast_ray.recipe.models import STUDENT_PRESETS, EncoderConfig, ModelConfig
+from cast_ray.recipe.runtime import Precision, RuntimeConfig
 from cast_ray.recipe.stages import EvaluationConfig, PseudoConfig, StagesConfig, TrainConfig
 from cast_ray.recipe.teachers import GroundedSamConfig, InferenceConfig, PromptConfig, Sam3Config, TeacherConfig
 
@@ -31,13 +32,16 @@ __all__ = [
     "LabelsConfig",
     "GroundedSamConfig",
     "InferenceConfig",
+    "InputSize",
     "LossConfig",
     "ModelConfig",
+    "Precision",
     "PromptConfig",
     "PseudoConfig",
     "Recipe",
     "RuntimeConfig",
     "SCALES",
+    "STUDENT_PRESETS",
     "Sam3Config",
     "ShapesConfig",
     "StagesConfig",

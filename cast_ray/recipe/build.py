@@ -8,17 +8,19 @@ from functools import cache
 from importlib import resources
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
 from cast_ray.recipe.data import DataConfig
-from cast_ray.recipe.labels import LabelsConfig
-from cast_ray.recipe.losses import CONTRASTIVE_PRESETS, ContrastiveConfig, LossConfig
-from cast_ray.recipe.models import ModelConfig
+from cast_ray.recipe.input_size import InputSize
+from cast_ray.recipe.labels import FIXED_SIZE_BATCH, LabelsConfig
+from cast_ray.recipe.losses import ContrastiveConfig, LossConfig
+from cast_ray.recipe.models import BATCH_NORM_DECODERS, ModelConfig
 from cast_ray.recipe.part import Part
 from cast_ray.recipe.runtime import RuntimeConfig
 from cast_ray.recipe.stages import EvaluationConfig, PseudoConfig, StagesConfig, TrainConfig
+from cast_ray.recipe.strict_yaml import NotYamlError, read_yaml
 from cast_ray.recipe.teachers import TeacherConfig
+from cast_ray.recipe.variants import in_order, is_variant, variant_fields, variant_names
 
 SCALES = ("smoke", "demo", "full")
 
@@ -50,6 +52,21 @@ class Recipe(Part):
         """Whether theta_T0 is imported: a saved teacher, or published checkpoints."""
         return bool(self.stages.foundation) or self.teacher.kind != "expert"
 
+    def input_size(self, by_teacher: bool) -> InputSize:
+        """The size at which the teacher, or the student, sees whole images: for labels, evaluation and prediction."""
+        if by_teacher and self.teacher.image_px is not None:
+            return InputSize.of(self.teacher.image_px)
+        if by_teacher and self.teacher.kind != "expert":
+            return InputSize("native")
+        return self.data.inference_size
+
+    @property
+    def label_batch(self) -> int:
+        """Images of a teacher's forward pass over D_u; see `labels.batch`."""
+        if self.labels.batch is not None:
+            return self.labels.batch
+        return FIXED_SIZE_BATCH if self.input_size(by_teacher=True).is_fixed else 1
+
     @model_validator(mode="after")
     def _batches_fill_workers(self) -> Recipe:
         for name in ("pretrain", "adapt", "selftrain", "distill", "refine"):
@@ -59,6 +76,21 @@ class Recipe(Part):
                 if size % workers:
                     raise ValueError(
                         f"stages.{name}.{field} is {size}: expected a multiple of runtime.num_workers ({workers})"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _batch_norm_sees_a_whole_step(self) -> Recipe:
+        for part, model, stages in (
+            ("student", self.student, ("distill", "refine")),
+            ("teacher", self.teacher, ("pretrain", "adapt", "selftrain") if self.teacher.kind == "expert" else ()),
+        ):
+            for name in stages if model.decoder in BATCH_NORM_DECODERS and model.head != "eomt" else ():
+                parts = getattr(self.stages, name).accumulate
+                if parts > 1:
+                    raise ValueError(
+                        f"stages.{name}.accumulate is {parts} and {part}.decoder {model.decoder}: its batch norm needs "
+                        f"all images of a step at once, expected stages.{name}.accumulate=1"
                     )
         return self
 
@@ -78,6 +110,15 @@ class Recipe(Part):
                 "teacher.kind is ensemble and stages.use_adapt is true: an ensemble is not fine-tuned as a whole; "
                 "expected use_adapt=false, or adapt each member in a run of its own and name the adapted teachers' "
                 "folders in teacher.ensemble.members"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _soft_targets_are_of_crops(self) -> Recipe:
+        if self.loss.soft_targets != "off" and self.data.whole_images:
+            raise ValueError(
+                f"loss.soft_targets is {self.loss.soft_targets} and data.whole_images true: probabilities of images "
+                "of several sizes are not padded to each other; expected one of the two"
             )
         return self
 
@@ -137,30 +178,36 @@ def build_recipe(preset: str, scale: str = "demo", overrides: Mapping[str, Any] 
 
 @cache
 def _preset(name: str) -> dict[str, Any]:
-    return yaml.safe_load((resources.files("cast_ray") / "presets" / f"{name}.yaml").read_text())
+    path = resources.files("cast_ray") / "presets" / f"{name}.yaml"
+    try:
+        return read_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
-    """`["a.b=c", ...]` as a mapping, a named column before single fields. Raises ValueError for a pair without `=`."""
+    """`["a.b=c", ...]` as a mapping, named variants before single fields. Raises ValueError for a pair without `=`."""
     parsed: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.strip():
             raise ValueError(f"--set {pair!r}: expected key=value, for example loss.lambda_pxl=0.2")
         parsed[key.strip()] = value
-    return dict(sorted(parsed.items(), key=lambda item: item[0] != "contrastive"))
+    return {key: parsed[key] for key in in_order(parsed)}
 
 
 def apply_override(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Sets one dotted key in a nested mapping; `contrastive=NAME` expands a named column of the method.
+    """Sets one dotted key in a nested mapping.
+
+    `contrastive=NAME` and `student=NAME` set all fields of a named variant, `variant=NAME` those of both.
 
     Raises:
         ValueError: the key is not a recipe field; the message names the nearest one.
     """
-    if key == "contrastive":
-        if value not in CONTRASTIVE_PRESETS:
-            raise ValueError(f"contrastive={value!r}{_nearest(str(value), list(CONTRASTIVE_PRESETS))}")
-        tree["contrastive"] = {**tree.get("contrastive", {}), **CONTRASTIVE_PRESETS[value]}
+    if is_variant(key):
+        if value not in variant_names(key):
+            raise ValueError(f"{key}={value!r}{_nearest(str(value), variant_names(key))}")
+        _merge(tree, variant_fields(key, value))
         return
     known = recipe_keys()
     if key not in known or key in ("preset", "scale"):
@@ -193,19 +240,12 @@ def _leaf_keys(model: type[BaseModel], prefix: str):
 
 def _parse_scalar(key: str, text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = read_yaml(text)
+    except NotYamlError:
         return text
-    if isinstance(value, bool) and text.strip().lower() not in ("true", "false"):
-        return text.strip()  # YAML 1.1 reads off as false, which is a word of some fields
-    if isinstance(value, str):
-        try:  # YAML 1.1 reads 1e-3 as a string
-            return float(value)
-        except ValueError:
-            return value
-    if value is None and text.strip() == "":
-        return ""
-    return value
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    return "" if value is None and text.strip() == "" else value
 
 
 def _merge(tree: dict[str, Any], update: Mapping[str, Any]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from cast_ray.recipe.input_size import InputSize, Resize
 from cast_ray.recipe.part import Part
 
 
@@ -68,16 +69,67 @@ class DataConfig(Part):
     """Share of those that D_u holds: smaller shares are inside larger ones."""
     num_unlabelled: int | None = Field(None, ge=0)
     """At most this many unlabelled images (None: no limit)."""
+    drop_empty: bool = False
+    """Leave labelled images without an object out of D_l, as the published recipes do. D_u keeps its images without
+    objects: which these are is hidden. `label_fraction` counts the images before they are left out."""
     image_px: tuple[int, int] = (64, 64)
-    """Crop height and width in pixels, for training and (long side) for inference."""
+    """Height and width of the training crops, pixels."""
+    train_resize: Resize = "fit"
+    """Size of a training image before `scale_jitter`: `fit` (the largest that fits into `image_px`, so that the jitter
+    is relative to the crop), `native` (its own size), or [S, L]: the short side has S pixels times the jitter, the long
+    side at most L."""
     scale_jitter: tuple[float, float] = (0.8, 1.25)
-    """Range of the random resize of the weak view, relative to the fitted size."""
+    """Range of the random factor of the weak view's size, relative to `train_resize`."""
+    scale_steps: int | None = Field(None, ge=2)
+    """Draw that factor from so many evenly spaced values of the range, its ends included; None: from all of it."""
+    whole_images: bool = False
+    """Train on whole images of `train_resize`, without jitter, instead of on crops; those of a step are padded to the
+    largest of them. Teachers from published checkpoints are trained so, see `teacher.image_px`."""
+    inference_resize: Resize = "fit"
+    """Size of an image for evaluation, validation, prediction and the labels of an expert: `fit` (fitted into
+    `image_px` and padded), `native` (its own size), or [S, L]: the short side has S pixels, the long side at most L.
+    A trained model is saved with it."""
     flip: bool = True
+    color: Literal["jitter", "ssd"] = "jitter"
+    """Colours of the weak view. jitter: brightness, contrast and saturation by up to `color_jitter`. ssd: those of SSD
+    (Liu et al. 2016) as Mask2Former has them: brightness +-32 of 255, contrast and saturation times .5 to 1.5, hue +-18
+    of 180, each with probability .5."""
     color_jitter: float = Field(0.1, ge=0)
-    """Strength of the weak view's colour jitter; the strong view's is fixed by the paper (.4/.4/.4/.1)."""
+    """Strength of the weak view's colour jitter (`color=jitter`); the strong view's is fixed by the paper
+    (.4/.4/.4/.1)."""
     copy_paste: float = Field(0.0, ge=0, le=1)
-    """Probability that an image of the student (2b) gets instances of a random labelled image pasted over it."""
+    """Probability that an image of the student (2b) gets instances of a random labelled image pasted over it; both are
+    crops of one size, so not with `whole_images`."""
     shapes: ShapesConfig = ShapesConfig()
+
+    @property
+    def inference_size(self) -> InputSize:
+        """The size at which a model trained on these crops sees whole images."""
+        return InputSize(self.inference_resize, self.image_px)
+
+    @field_validator("train_resize", "inference_resize", mode="before")
+    @classmethod
+    def _is_a_rule_of_size(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            is_rule = len(value) == 2 and all(isinstance(side, int) for side in value) and 0 < value[0] <= value[1]
+        else:
+            is_rule = value in ("fit", "native")
+        if not is_rule:
+            raise ValueError("expected fit, native or [S, L], pixels of the short side and most of the long side")
+        return value
+
+    @model_validator(mode="after")
+    def _crop_and_jitter_are_positive(self) -> DataConfig:
+        if min(self.image_px) < 1:
+            raise ValueError(f"data.image_px is {list(self.image_px)}: expected a height and a width of 1 or more")
+        if self.copy_paste and self.whole_images:
+            raise ValueError(
+                f"data.copy_paste is {self.copy_paste} and data.whole_images true: instances are pasted between "
+                "crops of one size; expected one of the two"
+            )
+        if not 0 < self.scale_jitter[0] <= self.scale_jitter[1]:
+            raise ValueError(f"data.scale_jitter is {list(self.scale_jitter)}: expected a range above 0, low end first")
+        return self
 
     @model_validator(mode="after")
     def _lists_belong_to_their_family(self) -> DataConfig:

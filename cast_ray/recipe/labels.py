@@ -8,6 +8,8 @@ from pydantic import Field
 
 from cast_ray.recipe.part import Part
 
+FIXED_SIZE_BATCH = 8
+
 
 class LabelsConfig(Part):
     """How pseudo-labels reach training (1b, 2a); which predictions become labels is the part `pseudo`."""
@@ -24,6 +26,7 @@ class LabelsConfig(Part):
     """Stages whose teacher `refresh_steps` refreshes. selftrain (1c): any kind of teacher that is trained, after
     theta_T'. distill (2b): the student itself labels D_u, after theta_T'' has for the first two times `refresh_steps`
     steps."""
-    batch: int = Field(8, ge=1)
-    """Images of a teacher's forward pass. Fewer are filled up: the shape of a pass decides how its sums are rounded, so
-    a fixed one makes an image's labels independent of the images beside it."""
+    batch: int | None = Field(None, ge=1)
+    """Images of a teacher's forward pass, all of one size. Fewer are filled up: the shape of a pass decides how its
+    sums are rounded, so a fixed one makes an image's labels independent of the images beside it. None: 8 where all
+    images are fitted into one size; 1 where they keep sizes of their own, so that nothing needs filling up."""

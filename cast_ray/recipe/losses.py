@@ -44,11 +44,12 @@ class LossConfig(Part):
     proposal_weight: float = Field(1.0, ge=0)
     """Weight of the dense proposals' auxiliary loss (models with `proposals` only)."""
     pseudo_weighting: Literal["hard", "score"] = "hard"
-    """Weight of a pseudo-label: 1, or the teacher's score."""
+    """Weight of a pseudo-label: 1, or the teacher's score. The terms are divided by the number of labels, not by the
+    sum of their weights: a step whose only label has score 0.5 counts half."""
 
 
 class ContrastiveConfig(Part):
-    """L_pxl. The defaults are the paper's column of the method; `contrastive=released` is the authors' code."""
+    """L_pxl. The defaults are the paper's variant of the method; `contrastive=released` is the authors' code."""
 
     kind: Literal["cast", "supervised", "pc2seg", "infonce", "none"] = "cast"
     """cast, or a rival: class-supervised pixel contrast, debiased pixel contrast, plain cross-view InfoNCE."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -27,12 +27,17 @@ class EncoderConfig(Part):
     """Folder or hub name for `from_pretrained`; `hub`: the published weights of `name`; empty: random weights."""
 
 
+BATCH_NORM_DECODERS = ("dpt-released",)
+"""Decoders that take all images of a step at once: their statistics depend on them."""
+
+
 class ModelConfig(Part):
     """A mask-classification segmenter: encoder, pixel decoder, head."""
 
     encoder: EncoderConfig = EncoderConfig()
     decoder: str = "dpt"
-    """dpt, fpn or msdeform (Mask2Former's deformable attention); head `eomt` has none."""
+    """dpt, dpt-released (the authors': masks of twice the size, batch norm), fpn or msdeform (Mask2Former's deformable
+    attention); head `eomt` has none."""
     decoder_layers: int = Field(6, ge=1)
     """Deformable-attention layers of decoder `msdeform`."""
     decoder_feedforward_dim: int = Field(1024, ge=8)
@@ -53,3 +58,20 @@ class ModelConfig(Part):
         if self.head == "eomt" and self.proposals:
             raise ValueError("head 'eomt' has learnt queries only: expected proposals=false")
         return self
+
+
+_MASK2FORMER: dict[str, Any] = {
+    "encoder": {"name": "dinov2-s"},
+    "head": "masked-attention",
+    "num_queries": 100,
+    "num_layers": 9,
+    "num_heads": 8,
+    "feedforward_dim": 2048,
+    "proposals": False,
+}
+# The paper gives neither the widths nor the decoder's last stride: there ours stand, which meet its 52 M parameters.
+STUDENT_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": _MASK2FORMER | {"decoder": "dpt", "hidden_dim": 256},
+    "released": _MASK2FORMER | {"decoder": "dpt-released", "hidden_dim": 384},
+}
+"""The student as the paper and as the authors' code have it. Its checkpoint is not a part of either."""

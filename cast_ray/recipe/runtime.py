@@ -8,15 +8,20 @@ from pydantic import Field
 
 from cast_ray.recipe.part import Part
 
+Precision = Literal["off", "bf16", "fp16"]
+"""What a stage computes in: float32, or autocast to bfloat16 or float16."""
+
 
 class RuntimeConfig(Part):
-    """Where and how wide it runs. Nothing here enters a fingerprint: it must not change a result."""
+    """Where and how wide it runs. Of this only `precision` enters fingerprints: the rest must not change a result."""
 
     num_workers: int = Field(1, ge=1)
     use_gpu: bool = False
     cpus_per_worker: float = Field(0.5, gt=0)
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
-    """Autocast; auto: bfloat16 on GPUs that have it, else float16, and none on a CPU."""
+    """Precision of training, labelling and evaluation (autocast). auto: bf16 where `use_gpu`, else off. The recipe
+    alone decides, because results depend on it: a worker whose device does not have that precision refuses. GPUs before
+    NVIDIA's Ampere (T4, V100) have no bfloat16 and need fp16 or off."""
     gradient_checkpointing: bool = False
     """Compute the layers' activations again in the backward pass instead of keeping them."""
     validate_on_gpu: bool = True
@@ -35,3 +40,10 @@ class RuntimeConfig(Part):
     """Worker groups and labelling jobs at a time; 0: as many as the cluster's resources hold."""
     max_failures: int = Field(3, ge=0)
     """Times a stage's workers are restarted from the last checkpoint before its row fails."""
+
+    @property
+    def precision(self) -> Precision:
+        """What `amp` means for this recipe, on whatever machine it is planned."""
+        if self.amp == "auto":
+            return "bf16" if self.use_gpu else "off"
+        return self.amp

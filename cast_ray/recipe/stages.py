@@ -22,6 +22,9 @@ class TrainConfig(Part):
     layer_decay: float = Field(1.0, gt=0, le=1)
     """Each layer of the encoder learns at this share of the rate of the layer after it."""
     weight_decay: float = Field(0.05, ge=0)
+    decay_biases: bool = False
+    """Decay biases and layer scales too, as Mask2Former and the released code do. Norms, embeddings and learnt
+    positions are never decayed."""
     clip_norm: float = Field(1.0, gt=0)
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["hold-decay", "poly", "constant"] = "hold-decay"
@@ -39,6 +42,10 @@ class TrainConfig(Part):
 class StagesConfig(Part):
     """The six steps of CAST and which of them a row takes."""
 
+    images_per_step: Literal["supervised", "total"] = "supervised"
+    """What stays equal between rows with and without D_u in step 2b. supervised: the labelled images of a step, so that
+    D_u adds to them. total: all images of a step, as in the published experiments: a row without D_u takes
+    `batch_labelled` + `batch_unlabelled` labelled images."""
     foundation: str = ""
     """Folder of a saved teacher to use as theta_T0 instead of `pretrain` or the checkpoints that `teacher` names."""
     pretrain: TrainConfig = TrainConfig(steps=1000, batch_unlabelled=0)
@@ -49,8 +56,9 @@ class StagesConfig(Part):
     """1c: theta_T0 -> theta_T'' on D_l + D_u."""
     distill: TrainConfig = TrainConfig(steps=400)
     """2b: student -> theta_s* on D_l + D_u."""
-    refine: TrainConfig = TrainConfig(steps=100, batch_unlabelled=0, lr=5e-4)
-    """3: theta_s* -> theta_s-dagger on D_l."""
+    refine: TrainConfig = TrainConfig(steps=100, batch_unlabelled=0, lr=2e-4)
+    """3: theta_s* -> theta_s-dagger on D_l. It fine-tunes: at the rate of 2b, which it would start at again, it would
+    undo what D_u has taught; presets take a tenth of that rate or less."""
     use_adapt: bool = True
     """False: the teacher labels D_u as theta_T0 (paper table "stages")."""
     use_distill: bool = True
@@ -105,6 +113,10 @@ class PseudoConfig(Part):
 
     on_empty: Literal["stop", "warn"] = "stop"
     """What to do when no image of the pool got a single pseudo-label."""
+
+
+KINDS_OF_AP = {"coco": "COCO AP", "cityscapes": "Cityscapes AP"}
+"""`evaluation.metric` -> what that AP is called, wherever it stands beside the other kind."""
 
 
 class EvaluationConfig(Part):

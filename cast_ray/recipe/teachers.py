@@ -128,7 +128,9 @@ class TeacherConfig(ModelConfig):
     kind: Literal["expert", "mask2former", "grounded_sam", "sam3", "ensemble"] = "expert"
     """expert: a segmenter trained by the stages themselves; the others start from published checkpoints."""
     image_px: tuple[int, int] | None = None
-    """Height and width that images are fitted to for this teacher, and its training crop; None: `data.image_px`."""
+    """Height and width that images are fitted to for this teacher, and its training crop. None: an expert sees what the
+    student sees; a teacher from checkpoints sees whole images at their own size, which its own processor resizes once,
+    in labelling and in training."""
     prompt: PromptConfig = PromptConfig()
     inference: InferenceConfig = InferenceConfig()
     grounded_sam: GroundedSamConfig = GroundedSamConfig()

@@ -46,7 +46,8 @@ class Words:
 class Series:
     """One line (or, in an interval panel, one set of points) of a figure.
 
-    colour: index of its row, `paper`, `shared` (stages that several rows share); low, high: a band or error bars.
+    colour: index of its row, `paper`, `shared` (stages that several rows share); low, high: a band or error bars;
+    is_published: values of the paper's, which look different. A row may be called anything, also `paper`.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Series:
     is_dashed: bool = False
     has_markers: bool = False
     has_line: bool = True
+    is_published: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,11 @@ class Details:
 Block = Grid | Words | Figure | Picture | Samples | Details
 
 
+def anchor_of(text: str) -> str:
+    """Letters and digits of a text with `-` between them: an id has no spaces, and a link to it needs no escapes."""
+    return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
+
+
 @dataclass(frozen=True)
 class Section:
     """A heading and what stands under it."""
@@ -135,7 +142,7 @@ class Section:
 
     @property
     def anchor(self) -> str:
-        return "-".join("".join(c if c.isalnum() else " " for c in self.title.lower()).split())
+        return anchor_of(self.title)
 
 
 @dataclass(frozen=True)
@@ -146,6 +153,11 @@ class Article:
     title: str
     context: Mapping[str, str]
     sections: Sequence[Section]
+
+    @property
+    def anchor(self) -> str:
+        """The name as a part of an address inside the page."""
+        return anchor_of(self.name)
 
     @property
     def blocks(self) -> list[Block]:

@@ -75,10 +75,13 @@ class RowSummary:
     seeds_done: tuple[int, ...]
     num_failed: int
     num_pending: int
+    """Results that are still to come, or whose file cannot be read."""
     cells: Mapping[str, Cell]
     paper: Mapping[str, float]
     seconds: float | None
     device_hours: float
+    num_unreadable: int = 0
+    """Of those pending: results whose file cannot be read."""
 
     @property
     def num_seeds(self) -> int:
@@ -91,11 +94,16 @@ class RowSummary:
 
     @property
     def seeds_text(self) -> str:
-        """`1 seed*`, `3 seeds`, `2 of 3 seeds`, `FAILED, 1 seed`, `pending` or `not run`; * marks a single run."""
+        """How many seeds are done; * marks a single run.
+
+        `1 seed*`, `3 seeds`, `2 of 3 seeds`, `FAILED, 1 seed`, `UNREADABLE, 1 seed`, `pending` or `not run`.
+        """
         if not self.num_seeds:
             return "not run"
         total = f"{self.num_seeds} seed{'s' if self.num_seeds > 1 else ''}"
         if not self.seeds_done:
+            if self.num_unreadable and not self.num_failed:
+                return f"UNREADABLE, {total}"
             return f"FAILED, {total}" if self.num_failed else "pending"
         text = f"{len(self.seeds_done)} of {total}" if len(self.seeds_done) < self.num_seeds else total
         return f"{text}*" if len(self.seeds_done) == 1 else text
@@ -154,6 +162,8 @@ class Report:
     paper_curves: Mapping[str, Mapping[float, float]]
     """What the paper's table has over a number: metric of ours, or its own column's name -> number -> value."""
     paper_dataset: str
+    paper_metric: str
+    """Which AP the published values are, as in `evaluation.metric`."""
     context: Mapping[str, str]
     notes: tuple[str, ...]
     results: tuple[Result, ...] = field(repr=False, default=())

@@ -71,7 +71,7 @@ def comparison(report: Report) -> Figure | None:
         series = _measured({row: (d.mean, d.interval) for row, d in compared.items()})
         paper = {row: d.paper for row, d in compared.items() if d.paper is not None}
         if paper:
-            series = (*series, Series("paper", tuple(paper), tuple(paper.values()), colour="paper", has_markers=True))
+            series = (*series, _published("paper", tuple(paper), tuple(paper.values())))
         title = f"{label_of(metric)}: difference to {report.baseline}"
         panels.append(Panel(title, "", series, kind="intervals", names=tuple(compared), zero_line=True))
     caption = f"{label_of(metric)} of the rows, with 95 % intervals"
@@ -254,8 +254,18 @@ def _paper_series(report: Report, axis: Axis, metric: str, first_rival: int | No
         if is_rival and first_rival is not None:
             colour = first_rival
             first_rival += 1
-        series.append(Series(label, x, y, colour=colour, is_dashed=True, has_markers=True))
+        series.append(_published(label, x, y, colour, is_dashed=True))
     return series
+
+
+def _published(
+    name: str,
+    x: tuple[Any, ...],
+    y: tuple[float, ...],
+    colour: int | Literal["paper"] = "paper",
+    is_dashed: bool = False,
+) -> Series:
+    return Series(name, x, y, colour=colour, is_dashed=is_dashed, has_markers=True, is_published=True)
 
 
 def _flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

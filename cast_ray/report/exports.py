@@ -8,40 +8,26 @@ import io
 import re
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import quote
 
 from cast_ray.report.blocks import Article, Block, Figure, Grid, Picture, Samples, Words
 from cast_ray.report.content import Difference, Report
-from cast_ray.report.metrics import format_signed, format_value, label_of, split_metric
-
-LATEX = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    "<": r"$<$",
-    ">": r"$>$",
-}
+from cast_ray.report.markup import latex_text, markdown_code, markdown_text, one_line
+from cast_ray.report.metrics import format_signed, format_value, label_of, paper_label, split_metric
 
 
 def markdown_page(articles: Sequence[Article]) -> str:
     """`report.md`: each table's sections; figures are files beside it."""
     lines = []
     for article in articles:
-        lines += [f"# {article.title}", ""]
+        lines += [f"# {markdown_text(article.title)}", ""]
         lines += [
-            f"- {name}: `{text}`" if name == "command" else f"- {name}: {text}"
+            f"- {name}: {markdown_code(text) if name == 'command' else markdown_text(text)}"
             for name, text in article.context.items()
         ]
         lines.append("")
         for made in article.sections:
-            lines += [f"## {made.title}", ""]
+            lines += [f"## {markdown_text(made.title)}", ""]
             for block in made.blocks:
                 lines += _markdown_block(block, article, len(articles))
     return "\n".join(lines).rstrip() + "\n"
@@ -54,20 +40,26 @@ def figure_file(article: Article, figure: Figure, num_articles: int) -> str:
 
 def _markdown_block(block: Block, article: Article, num_articles: int) -> list[str]:
     if isinstance(block, Grid):
-        head = [c.name for c in block.columns]
+        head = [markdown_text(c.name) for c in block.columns]
         rule = ["---:" if c.is_number else "---" for c in block.columns]
-        body = [[text.replace("|", r"\|") for text in line] for line in block.body]
-        return [f"{block.caption}:", "", *(f"| {' | '.join(cells)} |" for cells in (head, rule, *body)), ""]
+        body = [[markdown_text(text) for text in line] for line in block.body]
+        return [
+            f"{markdown_text(block.caption)}:",
+            "",
+            *(f"| {' | '.join(cells)} |" for cells in (head, rule, *body)),
+            "",
+        ]
     if isinstance(block, Words):
         if block.kind == "list":
-            return [*(f"- {line}" for line in block.lines), ""]
+            return [*(f"- {markdown_text(line)}" for line in block.lines), ""]
         mark = "**FAILED** " if block.kind == "failed" else ""
-        return [part for line in block.lines for part in (mark + line, "")]
+        return [part for line in block.lines for part in (mark + markdown_text(line), "")]
     if isinstance(block, Figure | Picture):
         file = figure_file(article, block, num_articles) if isinstance(block, Figure) else block.path.name
-        return [f"![{block.caption}]({file})", "", f"*{block.caption}.*", ""]
+        caption = markdown_text(block.caption)
+        return [f"![{caption}]({quote(file)})", "", f"*{caption}.*", ""]
     if isinstance(block, Samples):
-        return [f"{block.caption}: see `report.html`.", ""]
+        return [f"{markdown_text(block.caption)}: see `report.html`.", ""]
     return []  # details: each result's own file holds them
 
 
@@ -109,15 +101,17 @@ def _latex_table(report: Report) -> str:
     differences = report.differences_in(report.metric)
     head, align = ["", "seeds"], "lr"
     for metric in metrics:
-        head += [_latex(label_of(metric)), "paper"] if metric in with_paper else [_latex(label_of(metric))]
+        head.append(latex_text(label_of(metric)))
+        if metric in with_paper:
+            head.append(latex_text(paper_label(metric, report.paper_metric)))
         align += "rr" if metric in with_paper else "r"
         if metric == report.metric and differences:
-            head += [rf"$\Delta$ {_latex(report.baseline)}", r"95\,\% interval"]
+            head += [rf"$\Delta$ {latex_text(report.baseline)}", r"95\,\% interval"]
             align += "rr"
     lines = [" & ".join(head) + r" \\"]
     for row in report.rows:
         done = len(row.seeds_done)
-        cells = [_latex(row.name), str(done) if done or not row.num_failed else "failed"]
+        cells = [latex_text(row.name), str(done) if done or not row.num_failed else "failed"]
         for metric in metrics:
             cell = row.cells.get(metric)
             spread = rf" \pm {format_value(metric, cell.sd)}" if cell and cell.sd is not None else ""
@@ -129,14 +123,14 @@ def _latex_table(report: Report) -> str:
         lines.append(" & ".join(cells) + r" \\")
     # a caption says how the numbers were made; what they show is for the text around it
     told = [note for note in report.notes if note.startswith(("Up to", "*", "The paper"))]
-    left = [f"% {note}" for note in report.notes if note not in told]
+    left = [f"% {one_line(note)}" for note in report.notes if note not in told]
     caption = " ".join([f"{report.title}.", *told])
     return "\n".join(
         [
             *left,
             r"\begin{table}",
             r"  \centering\small",
-            rf"  \caption{{{_latex(caption)}}}",
+            rf"  \caption{{{latex_text(caption)}}}",
             rf"  \label{{tab:{re.sub('[^a-z0-9-]', '-', report.table.lower())}}}",
             rf"  \begin{{tabular}}{{{align}}}",
             r"    \toprule",
@@ -160,10 +154,6 @@ def _latex_difference(difference: Difference | None) -> list[str]:
         return [*signed, "--"]
     low, high = (format_signed(difference.metric, value) for value in (interval.low, interval.high))
     return [*signed, f"$[{low}, {high}]$"]
-
-
-def _latex(text: str) -> str:
-    return "".join(LATEX.get(character, character) for character in text)
 
 
 def json_page(reports: Sequence[Report]) -> dict[str, Any]:

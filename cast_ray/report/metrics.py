@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from cast_ray.recipe.stages import KINDS_OF_AP
+
 ROLES = {"zero_shot": "zero-shot", "teacher": "teacher", "student": "student", "refined": "refined", "final": "final"}
 """Models that a row evaluates, as the metrics' first part -> how they are called."""
 MEASURES = {
@@ -42,6 +44,11 @@ def label_of(metric: str) -> str:
     else:
         label = MEASURES.get(measure, measure.replace("_", " "))
     return f"{ROLES[role]} {label}" if role in ROLES else label if measure in MEASURES else metric
+
+
+def paper_label(metric: str, kind: str) -> str:
+    """The heading of published values beside a metric: `paper (Cityscapes AP)`, with the kind of AP where it is one."""
+    return f"paper ({KINDS_OF_AP[kind]})" if is_ap(metric) and kind in KINDS_OF_AP else "paper"
 
 
 def is_ap(metric: str) -> bool:

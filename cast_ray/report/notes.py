@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from cast_ray.recipe.stages import KINDS_OF_AP
 from cast_ray.report.content import Difference, Report, Result
 from cast_ray.report.metrics import format_signed, label_of
+from cast_ray.report.run_folder import UNREADABLE
+from cast_ray.report.settings import first_of
 from cast_ray.report.statistics import NUM_REPLICATES
 
 NEAR_ZERO_AP = 1.0
@@ -35,6 +38,8 @@ def context_of(results: Sequence[Result]) -> dict[str, str]:
             context["fixed seeds"] = ", ".join(fixed)
     if kinds := _kinds_of_ap(results):
         context["AP"] = " and ".join(AP_NAMES.get(kind, kind) for kind in sorted(kinds))
+    if per_step := _images_per_step(results):
+        context["images a step"] = per_step
     if with_data := [r for r in results if r.get("dataset")]:
         context["dataset"] = _dataset_text(with_data)
         context["label split"] = _splits_text([r["dataset"]["split"] for r in with_data if r["dataset"].get("split")])
@@ -45,6 +50,22 @@ def context_of(results: Sequence[Result]) -> dict[str, str]:
 
 def _kinds_of_ap(results: Sequence[Result]) -> set[str]:
     return {str((r.get("recipe") or {}).get("evaluation", {}).get("metric")) for r in results} - {"None"}
+
+
+def _images_per_step(results: Sequence[Result]) -> str:
+    """How many images rows with and without D_u see in a step of 2b, and which of them stay equal."""
+    recipes = [r["recipe"] for r in results if "distill" in (r.get("recipe") or {}).get("stages", {})]
+    sizes = {(s["distill"]["batch_labelled"], s["distill"]["batch_unlabelled"]) for s in (r["stages"] for r in recipes)}
+    rules = {r["stages"].get("images_per_step", "supervised") for r in recipes}
+    if len(sizes) != 1 or len(rules) != 1:
+        return ""
+    ((labelled, unlabelled),) = sizes
+    both = f"{labelled} labelled + {unlabelled} unlabelled, step 2b"
+    if not unlabelled:
+        return f"{labelled} labelled, step 2b"
+    if rules == {"total"}:
+        return f"{both}; rows without D_u take {labelled + unlabelled} labelled: all rows see as many images"
+    return f"{both}; rows without D_u take {labelled} labelled: all rows see as many labelled images"
 
 
 def hardware_text(hardware: dict[str, Any]) -> str:
@@ -83,11 +104,15 @@ def _splits_text(splits: Sequence[dict[str, Any]]) -> str:
     """How labelled images were chosen, each way once: `nested 10 %; 6 unlabelled images of the extra pool`."""
     text = _named(list(dict.fromkeys(_split_text(split) for split in splits)))
     extra = max((split["num_extra"] for split in splits), default=0)
-    return text + (f"; {extra} unlabelled images of the extra pool" if extra else "")
+    copies = max((split.get("num_copies", 0) for split in splits), default=0)
+    text += f"; {extra} unlabelled images of the extra pool" if extra else ""
+    return text + (f"; {copies} copies of labelled or validation images left out" if copies else "")
 
 
 def _split_text(split: dict[str, Any]) -> str:
     text = f"{split['family']} {100 * split['fraction']:.3g} %"
+    if split.get("num_empty"):
+        text += f" less {split['num_empty']} images without objects"
     if "min_per_class" in split:
         text += f" with at least {split['min_per_class']} images of each class"
     if "label_list" in split:
@@ -101,7 +126,12 @@ def notes_of(report: Report) -> list[str]:
     done = [row for row in report.rows if row.seeds_done]
     if any(row.paper for row in done):
         where = f" ({report.paper_dataset})" if report.paper_dataset else ""
-        notes.append(f"The paper's values{where} are single runs on other data and models: compare order, not size.")
+        note = f"The paper's values{where} are single runs on other data and models: compare order, not size."
+        measured = _kinds_of_ap(report.results) - {report.paper_metric}
+        if report.paper_metric and measured:
+            kinds = " and ".join(KINDS_OF_AP.get(kind, kind) for kind in sorted(measured))
+            note += f" They are {KINDS_OF_AP[report.paper_metric]}, the measured ones {kinds}: two different numbers."
+        notes.append(note)
     if report.zero_shot:
         ap, ap50 = report.zero_shot.get("zero_shot/mask_ap"), report.zero_shot.get("zero_shot/ap50")
         parts = [f"AP {ap:.1f}" if ap is not None else "", f"AP50 {ap50:.1f}" if ap50 is not None else ""]
@@ -142,6 +172,12 @@ def _progress_notes(report: Report) -> list[str]:
     if report.num_pending:
         there = report.num_expected - report.num_pending
         notes.append(f"Not complete: {there} of {report.num_expected} results are there; numbers will change.")
+    notes += [
+        f"WARNING: {r['row']}, seed {r['seed']}: its result cannot be read and is left out. {r['error']}. The sweep's "
+        "command writes it again."
+        for r in report.results
+        if r["status"] == UNREADABLE
+    ]
     done = [row for row in report.rows if row.seeds_done]
     aps = [cell.mean for row in done for name, cell in row.cells.items() if name.endswith("/mask_ap")]
     if aps and max(aps) < NEAR_ZERO_AP:
@@ -155,6 +191,13 @@ def _progress_notes(report: Report) -> list[str]:
             f"WARNING: no pseudo-label at all from {', '.join(sorted(empty))}: nothing reached pseudo.score_threshold; "
             "rows that learn from pseudo-labels learnt nothing from them."
         )
+    stages = [s for r in report.results for s in r.get("stages") or []]
+    overflowed = {s["fingerprint"]: s for s in stages if s.get("skipped_steps")}
+    notes += [
+        f"{s['name']} ({fingerprint[:8]}): float16 overflowed in {s['skipped_steps']:,} of {s['steps']:,} steps, which "
+        "were left out."
+        for fingerprint, s in overflowed.items()
+    ]
     bad = {s["name"]: s for r in report.results for s in r.get("stages") or [] if s.get("num_skipped")}
     notes += [
         f"WARNING: {name} left out {s['num_skipped']} of {s['num_skipped'] + s['num_images']} unlabelled images that "
@@ -218,6 +261,10 @@ def failure_text(report: Report) -> list[str]:
     return [f"{f.row}, seed {f.seed}: {f.reason}" + (f" (log: {f.log})" if f.log else "") for f in report.failures]
 
 
+def status_text(result: Result) -> str:
+    """`done`, `FAILED` or `UNREADABLE`."""
+    return {"done": "done", UNREADABLE: "UNREADABLE"}.get(result["status"], "FAILED")
+
+
 def _named(names: Sequence[str]) -> str:
-    more = len(names) - MAX_NAMED
-    return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return first_of(names, MAX_NAMED)

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from cast_ray.models.drawing import class_colours, draw_instances, font
+from cast_ray.report.markup import one_line
 
 CONTACT_SHEET = "samples.png"
 """Where a run folder keeps its sheet; the report shows a file of this name."""
@@ -58,7 +59,7 @@ def contact_sheet(
     # eighty classes would bury the few that are on the sheet
     shown = range(len(class_names)) if len(class_names) <= MAX_LEGEND else sorted(drawn)
     colours = class_colours(len(class_names))
-    _draw_legend(sheet, [class_names[i] for i in shown], [colours[i] for i in shown]).save(path)
+    _draw_legend(sheet, [one_line(class_names[i]) for i in shown], [colours[i] for i in shown]).save(path)
     return Path(path)
 
 

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from cast_ray.report.blocks import Article, Samples, Series
-from cast_ray.report.plots import css_variable, dash_of, draw_svg, draws_line, is_paper, legend_of, marks_hollow
+from cast_ray.report.plots import css_variable, dash_of, draw_svg, draws_line, legend_of, marks_hollow
 
 DASH_ARRAYS = {"-": "", "--": ' stroke-dasharray="6 4"', ":": ' stroke-dasharray="2 3"'}
 MINUS = re.compile(r"(?<![\w.-])-(?=\d)")
@@ -80,7 +80,7 @@ def _legend_mark(series: Series) -> Markup:
         parts.append(f'<path d="M0 6H28" stroke="{colour}" stroke-width="2" fill="none"{dash}/>')
     if series.has_markers:
         fill = "none" if is_hollow else colour
-        shape = "M14 2L18 6L14 10L10 6Z" if is_paper(series) else "M10 6a4 4 0 1 0 8 0a4 4 0 1 0-8 0"
+        shape = "M14 2L18 6L14 10L10 6Z" if series.is_published else "M10 6a4 4 0 1 0 8 0a4 4 0 1 0-8 0"
         parts.append(f'<path d="{shape}" stroke="{colour}" stroke-width="1.5" fill="{fill}"/>')
     return Markup("".join(parts))
 

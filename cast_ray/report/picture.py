@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from cast_ray.datasets.images import read_image
+from cast_ray.files import write_atomically
 from cast_ray.records import ClassMap, instances_of
 from cast_ray.report.overlays import contact_sheet
 from cast_ray.runtime.label_splits import stored_split
@@ -40,13 +41,12 @@ def draw_samples(sweep: Sweep, path: Path) -> bool:
     if picture is None:
         picture = _draw(context, row, labels.key, student.key)
         store.write_bytes(cached, picture)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(picture)
+    write_atomically(path, picture)
     return True
 
 
 def _draw(context: SweepContext, row: RowPlan, labels_key: str, student_key: str) -> bytes:
-    store, data = context.store, row.recipe.data
+    store = context.store
     classes = ClassMap(context.categories)
     train = store.read_table(context.dataset_key, "train.parquet")
     part = row.roles["label-teacher"].config["split"]
@@ -66,7 +66,7 @@ def _draw(context: SweepContext, row: RowPlan, labels_key: str, student_key: str
     columns = [
         *truth,
         ("pseudo-labels", [_drawable(pseudo[p], classes, scores=True) for p in positions.tolist()]),
-        ("student", _predict(context, student_key, images, data.image_px)),
+        ("student", _predict(context, student_key, images)),
     ]
     with tempfile.TemporaryDirectory() as folder:
         return contact_sheet(images, columns, classes.names(), Path(folder) / "samples.png").read_bytes()
@@ -79,16 +79,15 @@ def _drawable(record: dict[str, Any], classes: ClassMap, *, scores: bool) -> lis
     ]
 
 
-def _predict(
-    context: SweepContext, key: str, images: list[np.ndarray], image_px: tuple[int, int]
-) -> list[list[dict[str, Any]]]:
-    import torch
-
+def _predict(context: SweepContext, key: str, images: list[np.ndarray]) -> list[list[dict[str, Any]]]:
+    from cast_ray.models.postprocess import predict_in_groups
     from cast_ray.runtime.models import load_teacher
     from cast_ray.views import fit_image
 
-    fitted = [fit_image(image, image_px) for image in images]
-    pixels = torch.from_numpy(np.stack([pixels for pixels, _ in fitted]))
+    student = load_teacher(context.store, key)
+    fitted = [fit_image(image, student.input_size) for image in images]
     sizes = [(image.shape[0], image.shape[1]) for image in images]
-    student = load_teacher(context.store, key, image_px=image_px)
-    return student.predict(pixels, sizes, [size for _, size in fitted], min_score=MIN_SCORE)
+    inside = [size for _, size in fitted]
+    return predict_in_groups(
+        student.predict, [pixels for pixels, _ in fitted], sizes, inside, None, min_score=MIN_SCORE
+    )

@@ -20,9 +20,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
 from cast_ray.report.blocks import Figure, Panel, Series
+from cast_ray.report.markup import one_line
 
 # Rows in black-and-white print and for colour-blind readers: the Okabe-Ito colours, then dashes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -30,7 +31,11 @@ Dash = Literal["-", "--", ":", ""]
 DASHES: tuple[Dash, ...] = ("-", "--", ":")
 PANEL_INCHES = (4.4, 3.1)
 BAR_INCHES, LINE_INCHES, LETTER_INCHES = 0.3, 0.24, 0.085
-STAND_IN = re.compile("#fe00([0-9a-f]{2})")
+MAX_LETTERS = 36
+PLAIN_TEXT: Any = {"text.parse_math": False}
+"""A `$` in the name of a row or class is a `$`, not the beginning of a formula."""
+TAG, STAND_IN = re.compile("<[^>]*>"), re.compile("#fe00([0-9a-f]{2})")
+"""Colours stand in tags; between them stands text, which may say anything."""
 VARIABLES = {"ink": 0xA0, "grid": 0xA1, "paper": 0xA2, "shared": 0xA3}
 
 
@@ -67,13 +72,8 @@ def dash_of(series: Series) -> Dash:
     return DASHES[(turn + series.is_dashed) % len(DASHES)]
 
 
-def is_paper(series: Series) -> bool:
-    """Whether a series is of published values, which are drawn as hollow diamonds."""
-    return series.name.startswith("paper")
-
-
 def marks_hollow(series: Series) -> bool:
-    return is_paper(series) or series.is_dashed
+    return series.is_published or series.is_dashed
 
 
 def draws_line(series: Series) -> bool:
@@ -84,8 +84,9 @@ def draws_line(series: Series) -> bool:
 def legend_of(figure: Figure) -> list[Series]:
     """One series of each name, in the order they appear; none where a single name says nothing."""
     series = [s for panel in figure.panels if panel.kind != "bars" for s in panel.series]
-    named = {s.name: s for s in sorted(series, key=lambda s: not s.has_markers)}  # plain lines come last and stay
-    named = {s.name: named[s.name] for s in series}
+    lines_last = sorted(series, key=lambda s: not s.has_markers)  # of one name the last one stays: a plain line
+    named = {(s.name, s.is_published): s for s in lines_last}
+    named = {(s.name, s.is_published): named[s.name, s.is_published] for s in series}
     return list(named.values()) if len(named) > 1 else []
 
 
@@ -95,11 +96,17 @@ def draw_png(figure: Figure, path: Path) -> None:
     height = -(-len(figure.panels) // columns)
     legend = legend_of(figure)
     is_wide = columns == 3  # else the legend stands beside the panels and does not press on them
-    longest = max((len(series.name) for series in legend), default=0)
+    longest = max((len(_label(series.name)) for series in legend), default=0)
     num_columns = max(1, int(PANEL_INCHES[0] * columns / (0.5 + LETTER_INCHES * longest)))
     below = LINE_INCHES * -(-len(legend) // num_columns) if is_wide else 0.0
     beside = 0.7 + LETTER_INCHES * longest if legend and not is_wide else 0.0
     size = (PANEL_INCHES[0] * columns + beside, max(map(_height, figure.panels)) * height + below)
+    with matplotlib.rc_context(PLAIN_TEXT):
+        _draw_canvas(figure, size, columns, height, num_columns if is_wide else 0).savefig(path, dpi=110)
+
+
+def _draw_canvas(figure: Figure, size: tuple[float, float], columns: int, height: int, below: int) -> Canvas:
+    """All panels of a figure on one canvas; `below`: columns of the legend below them, 0: it stands beside them."""
     # The canvas is named, so that no display and no global pyplot state is needed inside a worker or a thread.
     canvas = Canvas(figsize=size, layout="constrained")
     FigureCanvasAgg(canvas)
@@ -108,15 +115,15 @@ def draw_png(figure: Figure, path: Path) -> None:
         _draw_panel(axes, panel, PRINT)
     for axes in all_axes[len(figure.panels) :]:
         axes.remove()
-    if legend:
+    if legend := legend_of(figure):
         canvas.legend(
             [_handle(series, PRINT) for series in legend],
-            [series.name for series in legend],
-            loc="outside lower center" if is_wide else "outside right upper",
-            ncols=num_columns if is_wide else 1,
+            [_label(series.name) for series in legend],
+            loc="outside lower center" if below else "outside right upper",
+            ncols=below or 1,
             frameon=False,
         )
-    canvas.savefig(path, dpi=110)
+    return canvas
 
 
 def draw_svg(panel: Panel, place: int = 0) -> str:
@@ -125,7 +132,7 @@ def draw_svg(panel: Panel, place: int = 0) -> str:
     Args:
         place: of the panel on its page: no two elements of a page may have one id.
     """
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"panel {place}"}):
+    with matplotlib.rc_context(PLAIN_TEXT | {"svg.fonttype": "none", "svg.hashsalt": f"panel {place}"}):
         canvas = Canvas(figsize=(PANEL_INCHES[0], _height(panel)), layout="constrained")
         FigureCanvasSVG(canvas)
         _draw_panel(canvas.subplots(), panel, PAGE)
@@ -136,13 +143,19 @@ def draw_svg(panel: Panel, place: int = 0) -> str:
     text = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r"[ \t]*\n[ \t]*", "\n", text)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # figure_1, axes_1, ...: the same in every panel
-    title = f'<svg role="img" aria-label="{escape(panel.title)}"'
-    return STAND_IN.sub(lambda m: f"var({_VARIABLE_OF[int(m[1], 16)]})", text.replace("<svg", title, 1))
+    text = TAG.sub(lambda tag: STAND_IN.sub(lambda m: f"var({_VARIABLE_OF[int(m[1], 16)]})", tag[0]), text)
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(one_line(panel.title))}"', 1)
 
 
 _VARIABLE_OF = {code: f"--{name}" for name, code in VARIABLES.items()} | {
     i: css_variable(i) for i in range(len(COLOURS))
 }
+
+
+def _label(name: str) -> str:
+    """A name beside an axis or in a legend, cut so that there is room for the drawing; tables have all of it."""
+    name = one_line(name)
+    return name if len(name) <= MAX_LETTERS else f"{name[: MAX_LETTERS - 3]}..."
 
 
 def _height(panel: Panel) -> float:
@@ -161,7 +174,7 @@ def _marker_style(series: Series, theme: Theme) -> dict[str, Any]:
     colour = theme.colour(series.colour)
     return {
         "color": colour,
-        "marker": ("D" if is_paper(series) else "o") if series.has_markers else "",
+        "marker": ("D" if series.is_published else "o") if series.has_markers else "",
         "markerfacecolor": "none" if marks_hollow(series) else colour,
     }
 
@@ -169,9 +182,9 @@ def _marker_style(series: Series, theme: Theme) -> dict[str, Any]:
 def _draw_panel(axes: Axes, panel: Panel, theme: Theme) -> None:
     draw = {"lines": _draw_lines, "intervals": _draw_intervals, "bars": _draw_bars}[panel.kind]
     draw(axes, panel, theme)
-    axes.set_title(panel.title, fontsize=10, color=theme.ink)
-    axes.set_xlabel("" if panel.kind == "bars" else panel.x_label, color=theme.ink)
-    axes.set_ylabel(panel.y_label, color=theme.ink)
+    axes.set_title(one_line(panel.title), fontsize=10, color=theme.ink)
+    axes.set_xlabel("" if panel.kind == "bars" else one_line(panel.x_label), color=theme.ink)
+    axes.set_ylabel(one_line(panel.y_label), color=theme.ink)
     axes.spines[["top", "right"]].set_visible(False)
     for spine in axes.spines.values():
         spine.set_color(theme.ink)
@@ -188,12 +201,14 @@ def _draw_lines(axes: Axes, panel: Panel, theme: Theme) -> None:
             axes.fill_between(series.x, series.low, series.high, color=style["color"], alpha=0.16, linewidth=0)
     if panel.is_log:
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # the default writes formulas
+        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(color=theme.grid, linewidth=0.6)
 
 
 def _draw_intervals(axes: Axes, panel: Panel, theme: Theme) -> None:
     for series in panel.series:
-        places = [panel.names.index(name) + (0.22 if is_paper(series) else 0.0) for name in series.x]
+        places = [panel.names.index(name) + (0.22 if series.is_published else 0.0) for name in series.x]
         style = _marker_style(series, theme)
         if series.low:
             dashes = {"color": style["color"], "linestyle": dash_of(series), "linewidth": 1.8, "zorder": 1}
@@ -225,6 +240,6 @@ def _draw_bars(axes: Axes, panel: Panel, theme: Theme) -> None:
 
 
 def _name_rows(axes: Axes, names: Sequence[str], theme: Theme) -> None:
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [_label(name) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(color=theme.grid, linewidth=0.6, axis="x")

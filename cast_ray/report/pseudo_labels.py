@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.dataset
 
 from cast_ray.datasets.images import read_image
+from cast_ray.files import write_atomically
 from cast_ray.records import ClassMap, encode_image_id, instances_of
 from cast_ray.report.content import Result
 from cast_ray.report.overlays import contact_sheet
@@ -82,8 +83,7 @@ def worst_cases(context: SweepContext, row: RowPlan, path: Path) -> bool:
         if page is None:
             return False
         store.write_bytes(cached, page)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(page)
+    write_atomically(path, page)
     return True
 
 

@@ -16,7 +16,8 @@ from typing import Any
 from cast_ray.report.content import Compute, Difference, Failure, Report, Result, RowSummary, StageSummary
 from cast_ray.report.metrics import split_metric
 from cast_ray.report.notes import context_of, notes_of
-from cast_ray.report.run_folder import Run
+from cast_ray.report.run_folder import UNREADABLE, Run
+from cast_ray.report.settings import averageable, mixed_settings
 from cast_ray.report.statistics import NUM_REPLICATES, Resampling, cell_of, value_of
 from cast_ray.stages.table import Table, load_table
 
@@ -66,12 +67,15 @@ def summarise(
         raise ValueError(f"expected the results of one table, got {', '.join(names) or 'none'}")
     if table is None:
         table = _table_of(names[0])
-    pending = list(pending)
+    pending = list(dict.fromkeys([*pending, *((r["row"], r["seed"]) for r in results if r["status"] == UNREADABLE)]))
     found = [*(r["row"] for r in results), *(row for row, _ in pending)]
     order = list(dict.fromkeys([*(table.rows if table else ()), *found]))
     place = {row: i for i, row in enumerate(order)}
     results = sorted(results, key=lambda r: (place[r["row"]], r["seed"]))
-    paper = table.paper_values() if table else {}
+    preset = next((str(r["recipe"].get("preset")) for r in results if r.get("recipe")), "")
+    paper = table.paper_values(preset) if table else {}
+    results, warnings = averageable(results)
+    warnings += mixed_settings(results, table)
     by_row: dict[str, list[Result]] = {row: [] for row in order}
     for result in results:
         by_row[result["row"]].append(result)
@@ -118,19 +122,20 @@ def summarise(
         failures=tuple(
             Failure(r["row"], r["seed"], _one_line(r.get("error")), r.get("log"))
             for r in results
-            if r["status"] != "done"
+            if r["status"] not in ("done", UNREADABLE)
         ),
         stages=stages,
         steps=_compute([(s.steps if s.kind == "train" else 0, s) for s in stages]),
         device_hours=_compute([(s.device_hours, s) for s in stages]),
-        zero_shot=_agreed_metrics(results, "zero_shot/"),
+        zero_shot=_zero_shot(results),
         paper_curves=table.paper_curves() if table else {},
-        paper_dataset=table.paper_dataset() if table else "",
+        paper_dataset=table.paper_dataset(preset) if table else "",
+        paper_metric=table.paper_metric(preset) if table else "",
         context=context_of(results),
         notes=(),
         results=tuple(results),
     )
-    return replace(report, notes=tuple(notes_of(report)))
+    return replace(report, notes=(*warnings, *notes_of(report)))
 
 
 def _table_of(name: str) -> Table | None:
@@ -161,12 +166,13 @@ def _summarise_row(
     return RowSummary(
         name=row,
         seeds_done=tuple(sorted(r["seed"] for r in done)),
-        num_failed=len(results) - len(done),
+        num_failed=sum(r["status"] not in ("done", UNREADABLE) for r in results),
         num_pending=num_pending,
         cells=cells,
         paper=paper,
         seconds=statistics.fmean(seconds) if seconds else None,
         device_hours=sum(r.get("device_hours") or 0.0 for r in results),
+        num_unreadable=sum(r["status"] == UNREADABLE for r in results),
     )
 
 
@@ -240,9 +246,11 @@ def _compute(costs: Sequence[tuple[float, StageSummary]]) -> Compute:
     )
 
 
-def _agreed_metrics(results: Sequence[Result], prefix: str) -> dict[str, float]:
-    """Metrics under a prefix, averaged over the finished results (the zero-shot teacher is the same in all rows)."""
+def _zero_shot(results: Sequence[Result]) -> dict[str, float]:
+    """Metrics of the teacher before adaptation, which most tables have one of; none where rows have different ones."""
     done = [r for r in results if r["status"] == "done"]
-    names = sorted({m for r in done for m in r["metrics"] if m.startswith(prefix)})
+    names = sorted({m for r in done for m in r["metrics"] if m.startswith("zero_shot/")})
+    if len({_evaluated(r, names[0]) for r in done if r["metrics"].get(names[0]) is not None} if names else ()) > 1:
+        return {}
     values = {m: [v for r in done if (v := value_of(r, m)) is not None] for m in names}
     return {m: statistics.fmean(v) for m, v in values.items() if v}

@@ -11,18 +11,25 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cast_ray.files import write_atomically
 from cast_ray.report.content import Result
 from cast_ray.report.metrics import PER_CLASS
 from cast_ray.stages.table import Table, load_table
 
 PLAN = "sweep.json"
 RESULT = "result.json"
+UNREADABLE = "unreadable"
+"""Status of a result whose file cannot be read: its row says so, and all others are shown."""
+PARTS = {
+    dict: ("metrics", "recipe", "dataset", "hardware", "per_class", "diagnostics", "curves", "pseudo_labels"),
+    list: ("stages", "given"),
+}
+"""Type -> the parts of a result that have it, where they are there."""
 
 
 def matches_file(role: str) -> str:
@@ -40,6 +47,8 @@ class RunPlan:
     recipes: tuple[str, ...] = ()
     """Digest of the recipe of each; empty: any. Results of another recipe are of an earlier command."""
     results_uri: str = ""
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Table -> what its rows have in common (`Table.settings`); a plan of an older version has none."""
 
     @property
     def digests(self) -> dict[tuple[str, str, int], str]:
@@ -71,17 +80,14 @@ class Run:
         return tuple(dict.fromkeys(names))
 
     def pending(self, table: str | None = None) -> list[tuple[str, str, int]]:
-        """(table, row, seed) that were asked for and have no result yet."""
-        there = {(r["table"], r["row"], r["seed"]) for r in self.results}
-        return [key for key in self.plan.expected if key not in there and table in (None, key[0])]
+        """(table, row, seed) that were asked for and have no result yet, or one that cannot be read."""
+        there = {_key(r) for r in self.results if r["status"] != UNREADABLE}
+        wanted = [*self.plan.expected, *(_key(r) for r in self.results if r["status"] == UNREADABLE)]
+        return [key for key in dict.fromkeys(wanted) if key not in there and table in (None, key[0])]
 
 
-def write_atomically(path: Path, text: str | bytes) -> None:
-    """A reader, or a browser that reloads, sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(text.encode() if isinstance(text, str) else text)
-    partial.replace(path)
+def _key(result: Result) -> tuple[str, str, int]:
+    return result["table"], result["row"], result["seed"]
 
 
 def recipe_digest(recipe: Mapping[str, Any]) -> str:
@@ -96,6 +102,7 @@ def write_plan(
     expected: Iterable[tuple[str, str, int]],
     results_uri: str = "",
     recipes: Iterable[str] = (),
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
     """Notes in a run folder what a sweep is about to run, before its first result is there.
 
@@ -106,6 +113,7 @@ def write_plan(
         results_uri: see `RunPlan`.
         recipes: digest of each expected recipe: until they are there, results of other recipes are not shown; none:
             whatever lies in the folder counts.
+        settings: see `RunPlan`; of other tables those before stay.
     """
     path = Path(run_dir) / PLAN
     before = read_plan(run_dir)
@@ -119,6 +127,7 @@ def write_plan(
         "expected": [list(key) for key in (*others, *expected)],
         "recipes": [digests.get(key, "") for key in others] + (recipes or [""] * len(expected)),
         "results_uri": results_uri or before.results_uri,
+        "settings": {**before.settings, **(settings or {})},
     }
     write_atomically(path, json.dumps(content, indent=1))
     return path
@@ -139,7 +148,8 @@ def read_plan(run_dir: str | Path) -> RunPlan:
         tables = tuple(table for spec in content["tables"] if (table := _table_of(spec)) is not None)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the plan of a sweep: {error}") from None
-    return RunPlan(tables, expected, tuple(content.get("recipes", ())), content.get("results_uri", ""))
+    recipes, results_uri = tuple(content.get("recipes", ())), content.get("results_uri", "")
+    return RunPlan(tables, expected, recipes, results_uri, content.get("settings", {}))
 
 
 def _table_of(spec: dict[str, Any]) -> Table | None:
@@ -152,7 +162,7 @@ def read_run(run_dir: str | Path) -> Run:
     """Plan and results of a run folder; results of a recipe that is about to be replaced are left out.
 
     Raises:
-        ValueError: neither a result nor a plan, or a file that is not one (the message names it and the missing key).
+        ValueError: neither a result nor a plan, or a plan that is not one.
     """
     folder = Path(run_dir)
     if not folder.is_dir():
@@ -161,33 +171,69 @@ def read_run(run_dir: str | Path) -> Run:
     digests = plan.digests
     results = [
         result
-        for result in read_results(folder, may_be_empty=bool(plan.expected))
-        for wanted in [digests.get((result["table"], result["row"], result["seed"]))]
-        if wanted is None or wanted == recipe_digest(result.get("recipe") or {})
+        for result in read_results(folder, plan.expected)
+        for wanted in [digests.get(_key(result))]
+        if wanted is None or result["status"] == UNREADABLE or wanted == recipe_digest(result.get("recipe") or {})
     ]
     return Run(folder, plan, tuple(results))
 
 
-def read_results(run_dir: str | Path, may_be_empty: bool = False) -> list[Result]:
+def read_results(run_dir: str | Path, expected: Sequence[tuple[str, str, int]] = ()) -> list[Result]:
     """The results of one run folder, in the order in which they were started.
 
+    A file that cannot be read (cut by a full disk, edited by hand) is a result too: its status is UNREADABLE, its error
+    says why, and its table, row and seed follow from its folder's name.
+
+    Args:
+        expected: (table, row, seed) that a plan names; where there are some, a folder may have no result yet.
+
     Raises:
-        ValueError: no result in the folder, or a file that is not a result (the message names it and the missing key).
+        ValueError: no result in the folder.
     """
     paths = sorted(Path(run_dir).glob(f"*/{RESULT}"))
-    if not paths and not may_be_empty:
+    if not paths and not expected:
         raise ValueError(f"{run_dir}: expected <table>__<row>__s<seed>/{RESULT} files, found none")
-    results = []
+    results: list[Result] = []
+    unreadable: list[tuple[Path, ValueError]] = []
     for path in paths:
         try:
-            result = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not a JSON file: {error}") from None
-        missing = [key for key in ("table", "row", "seed", "status") if key not in result]
-        if missing:
-            raise ValueError(f"{path}: not a result: no {', '.join(missing)}")
-        results.append(result | {"metrics": _all_metrics(result), "folder": str(path.parent)})
+            results.append(_read_result(path))
+        except ValueError as error:
+            unreadable.append((path, error))
+    names = {f"{table}__{row}__s{seed}": (table, row, seed) for table, row, seed in expected}
+    default = results[0]["table"] if results else "unknown"
+    for path, reason in unreadable:
+        table, row, seed = names.get(path.parent.name) or _key_of_folder(path.parent.name, default)
+        place = {"table": table, "row": row, "seed": seed, "folder": str(path.parent)}
+        results.append(place | {"status": UNREADABLE, "error": str(reason), "metrics": {}})
     return sorted(results, key=lambda r: (r.get("started") or "", r["seed"]))
+
+
+def _key_of_folder(name: str, default_table: str) -> tuple[str, str, int]:
+    """(table, row, seed) as the name of a result's folder says them."""
+    table, _, rest = name.partition("__")
+    row, _, seed = rest.rpartition("__s")
+    return (table, row, int(seed)) if table and row and seed.isdecimal() else (default_table, name, 0)
+
+
+def _read_result(path: Path) -> Result:
+    """One result; raises ValueError, which names the file, when it is not one."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a JSON file: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    if not isinstance(result, dict):
+        raise ValueError(f"{path}: not a result: expected a mapping, got {type(result).__name__}")
+    types: dict[str, type] = {"table": str, "row": str, "seed": int, "status": str}
+    if missing := [key for key in types if key not in result]:
+        raise ValueError(f"{path}: not a result: no {', '.join(missing)}")
+    parts = {key: kind for kind, keys in PARTS.items() for key in keys if result.get(key) is not None}
+    for key, kind in (types | parts).items():
+        if not isinstance(result[key], kind):
+            raise ValueError(f"{path}: not a result: {key} is {type(result[key]).__name__}, expected {kind.__name__}")
+    return result | {"metrics": _all_metrics(result), "folder": str(path.parent)}
 
 
 def _all_metrics(result: dict[str, Any]) -> dict[str, Any]:

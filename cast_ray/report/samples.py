@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -108,7 +109,7 @@ def _draw(context: SweepContext, row: RowPlan, student: Stage, teacher: Stage | 
     chosen = choose(qualities)
     answers = {"student": found} | ({"teacher": _detections(store, teacher, classes)} if teacher else {})
     samples = []
-    for (kind, i), record in zip(chosen, val.take([i for _, i in chosen]).to_pylist()):
+    for (kind, i), record in zip(chosen, val.take(pa.array([i for _, i in chosen], pa.int64())).to_pylist()):
         shown = {"ground truth": _truth(record, classes)}
         shown |= {name: answers[name].get(ids[i], []) for name in ("teacher", "student") if name in answers}
         panels = draw_panels(read_image(record["uri"]), list(shown.values()), classes.names(), UPSCALE, MAX_PX)
@@ -167,14 +168,18 @@ def read_samples(folders: Mapping[str, tuple[int, Path]]) -> Samples | None:
     """
     per_row: dict[str, list[Sample]] = {}
     legend: dict[str, str] = {}
+    unreadable = []
     for row, (seed, folder) in folders.items():
         if (folder / SAMPLES).is_file():
-            content = json.loads((folder / SAMPLES).read_text())
-            legend |= dict(content["legend"])
-            per_row[row] = [
-                Sample(row, seed, s["kind"], s["image_id"], s["score"], tuple((n, uri) for n, uri in s["panels"]))
-                for s in content["samples"]
-            ]
+            try:
+                content = json.loads((folder / SAMPLES).read_text())
+                per_row[row] = [
+                    Sample(row, seed, s["kind"], s["image_id"], s["score"], tuple((n, uri) for n, uri in s["panels"]))
+                    for s in content["samples"]
+                ]
+                legend |= dict(content["legend"])
+            except (OSError, ValueError, KeyError, TypeError):
+                unreadable.append(row)
     left, chosen = MAX_PAGE_BYTES, set()
     for place in range(2 * NUM_EACH):
         # worst, best, second worst, ...: a page of many rows still shows both ends of each
@@ -192,4 +197,6 @@ def read_samples(folders: Mapping[str, tuple[int, Path]]) -> Samples | None:
     caption = "Worst and best validation images of each row by its student's panoptic quality (PQ, percent)"
     if len(shown) < total:
         caption += f"; {total - len(shown)} of {total} left out to keep the page small"
+    if unreadable:
+        caption += f"; {SAMPLES} cannot be read of {', '.join(unreadable)}"
     return Samples(caption, shown, tuple(legend.items()))

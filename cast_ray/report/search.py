@@ -22,12 +22,12 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.markdown import Markdown
 
+from cast_ray.files import write_atomically
 from cast_ray.report.blocks import Article, Column, Figure, Grid, Panel, Section, Series, Words, section
 from cast_ray.report.exports import markdown_page
 from cast_ray.report.metrics import format_value, label_of
 from cast_ray.report.notes import context_of
 from cast_ray.report.page import html_page, state_of
-from cast_ray.report.run_folder import write_atomically
 from cast_ray.report.write import WATCH_EVERY_S, draw_figures
 from cast_ray.runtime.results import SweepContext
 from cast_ray.runtime.study import ENDED, best_trials, open_storage

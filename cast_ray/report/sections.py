@@ -18,7 +18,7 @@ from cast_ray.report.curves import (
     margin_curves,
 )
 from cast_ray.report.metrics import format_value
-from cast_ray.report.notes import failure_text, hardware_text
+from cast_ray.report.notes import failure_text, hardware_text, status_text
 from cast_ray.report.overlays import CONTACT_SHEET
 from cast_ray.report.pseudo_labels import WORST_SHEET, audit_table, coverage_table
 from cast_ray.report.samples import read_samples
@@ -176,7 +176,7 @@ def sections_of(report: Report, folder: Path) -> list[Section]:
 
 def _facts(result: Result, recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts = [
-        ("status", result["status"] if result["status"] == "done" else f"FAILED: {result.get('error')}"),
+        ("status", status_text(result) + ("" if result["status"] == "done" else f": {result.get('error')}")),
         ("log", result.get("log")),
         ("command", result.get("command")),
         ("code", result.get("code_version")),

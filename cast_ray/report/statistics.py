@@ -19,6 +19,7 @@ from typing import Protocol
 import numpy as np
 from scipy import stats
 
+from cast_ray.files import replaced
 from cast_ray.report.content import Cell, Interval, Result
 from cast_ray.report.metrics import split_metric
 from cast_ray.report.run_folder import matches_file
@@ -159,9 +160,9 @@ class Resampling:
     def save(self) -> None:
         """Keeps what this rendering used for the next one."""
         if self.file is not None and self.used != self.stored:
-            partial = self.file.with_suffix(".partial.npz")
-            np.savez(partial, **{key: self.replicates[key] for key in sorted(self.used)})  # type: ignore[arg-type]
-            partial.replace(self.file)
+            kept = {key: self.replicates[key] for key in sorted(self.used)}
+            with replaced(self.file) as partial, partial.open("wb") as file:
+                np.savez(file, **kept)  # type: ignore[arg-type]
             self.stored = set(self.used)
 
     def _interval(self, replicates: Sequence[np.ndarray | None], values: Sequence[float]) -> Interval | None:
@@ -189,7 +190,11 @@ class Resampling:
             return None
         key = f"{hashlib.sha256(path.read_bytes()).hexdigest()[:24]}-{self.num_replicates}"
         if key not in self.replicates:
-            matches = load_matches(path)
+            try:
+                matches = load_matches(path)
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                self.tell(f"{path}: cannot be read, so its row has no interval of images: {error}")
+                return None
             if matches is None:
                 return None
             counts = image_counts(matches.num_images, self.num_replicates)

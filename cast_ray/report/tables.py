@@ -22,9 +22,10 @@ from cast_ray.report.metrics import (
     format_value,
     is_lower_better,
     label_of,
+    paper_label,
     split_metric,
 )
-from cast_ray.report.notes import failure_text
+from cast_ray.report.notes import failure_text, status_text
 
 TERMINAL_COLUMNS = 100
 MAX_TERMINAL_ROWS = 60
@@ -63,7 +64,7 @@ def comparison_grid(report: Report, metric: str) -> Grid | None:
     base = paper.get(report.baseline)
     columns = [Column("row", False), Column("seeds", False), Column("measured")]
     columns += [Column(f"difference to {report.baseline}"), Column("95 % interval", False)]
-    columns += [Column("paper"), Column("paper's difference")] if paper else []
+    columns += [Column(paper_label(metric, report.paper_metric)), Column("paper's difference")] if paper else []
     body, marks = [], []
     for row in report.rows:
         difference, cell = differences.get(row.name), row.cells.get(metric)
@@ -234,7 +235,7 @@ def _result_line(result: Result, metric: str) -> tuple[str, ...]:
     return (
         result["row"],
         str(result["seed"]),
-        "done" if result["status"] == "done" else "FAILED",
+        status_text(result),
         format_value(metric, value) if isinstance(value, int | float) else "",
         *("" if dataset.get(k) is None else str(dataset[k]) for k in ("num_labelled", "num_unlabelled")),
         f"{result['seconds']:,.0f}" if result.get("seconds") is not None else "",
@@ -277,14 +278,14 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 def _rich_table(report: Report, keys: Sequence[str]) -> RichTable:
     table = RichTable(
-        title=report.title, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), title_justify="left"
+        title=Text(report.title), box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), title_justify="left"
     )
     for key in keys:
-        heading = (
-            _heading(key, report).replace(" ", "\n", 1) if key not in ("row", "interval") else _heading(key, report)
-        )
+        heading = _heading(key, report)
+        if key not in ("row", "interval"):
+            heading = heading.replace(" ", "\n", -1 if key.endswith(" paper") else 1)
         table.add_column(
-            heading,
+            Text(heading),
             justify="left" if key in ("row", "seeds") else "right",
             no_wrap=key != "row",
             overflow="fold",
@@ -292,7 +293,7 @@ def _rich_table(report: Report, keys: Sequence[str]) -> RichTable:
             style="dim" if key.endswith(" paper") else "",
         )
     for row in report.rows[:MAX_TERMINAL_ROWS]:
-        table.add_row(*(_cell(key, row, report) for key in keys), style="red" if row.has_failed else "")
+        table.add_row(*(Text(_cell(key, row, report)) for key in keys), style="red" if row.has_failed else "")
     return table
 
 
@@ -308,7 +309,9 @@ def _heading(key: str, report: Report) -> str:
     fixed = {"row": "row", "seeds": "seeds", "seconds": "wall time (s)", "interval": "95 % interval"}
     if key == "difference":
         return f"to {report.baseline}" if len(report.baseline) < 10 else "difference"
-    return "paper" if key.endswith(" paper") else fixed.get(key) or label_of(key)
+    if key.endswith(" paper"):
+        return paper_label(key.removesuffix(" paper"), report.paper_metric)
+    return fixed.get(key) or label_of(key)
 
 
 def _cell(key: str, row: RowSummary, report: Report) -> str:

@@ -211,9 +211,15 @@ class Broker:
         self.orders = 0
         self.looked = 0.0
 
-    async def load(self, jobs: dict[str, bytes]) -> None:
-        """Keeps what each row's driver is to do, so that a driver fetches its own row and not all of them."""
+    async def load(self, jobs: dict[str, bytes], stored: Sequence[str] = ()) -> None:
+        """Keeps what each row's driver is to do, so that a driver fetches its own row and not all of them.
+
+        Args:
+            stored: fingerprints of stages of these rows that were found in the store.
+        """
         self.jobs |= jobs
+        for fingerprint in stored:
+            self.leases.finish(fingerprint)
 
     async def job(self, name: str) -> bytes:
         return self.jobs[name]

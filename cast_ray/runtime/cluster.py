@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cast_ray.datasets.paths import first_line
 from cast_ray.recipe import Recipe
 
 # One machine, few stages of a minute each: starting and stopping worker groups is what costs. These settings bring one
@@ -23,11 +24,21 @@ LOCAL_SETTINGS = {
     # Ray runs actors' methods on threads. glibc gives a thread heaps of 64 MB that go back to the kernel when they are
     # empty: half of a labeller's time was page faults (`processes.prepare_process` comes too late for those threads).
     "MALLOC_ARENA_MAX": "1",
+    # Ray gives up after 60 s, which a busy machine needs at times.
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180",
     # Rows, workers and readers are many small processes by design; Ray warns from 4 x this number on.
     "RAY_worker_maximum_startup_concurrency": "8",
 }
 LOGICAL_CPUS_PER_CORE = 3
 LOCALHOST = "127.0.0.1"
+ADDRESS_VARIABLE, TEMP_VARIABLE = "RAY_ADDRESS", "RAY_TMPDIR"
+PROBE_S = 10.0
+"""How long an answer from a cluster's address is waited for."""
+SHORT_TEMP_DIR = "/tmp"
+MAX_SOCKET_PATH = 107
+"""Bytes of a Unix socket's path on Linux."""
+SOCKET_PATH = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+"""The longest that Ray appends to its folder for temporary files."""
 
 # Ray's logs stay in its session folder, Ctrl-C reaches this program, Tune takes reports as they come.
 SETTINGS = {
@@ -58,16 +69,26 @@ def connect(address: str | None, num_cpus: int | None = None) -> Cluster:
     Args:
         address: "local" for a Ray of this command alone; None: the cluster of RAY_ADDRESS (set in jobs), else local.
         num_cpus: cores that a local Ray may use; None: the machine's.
+
+    Raises:
+        ValueError: no Ray answers at the address, or a local one does not start; one line that says what to do.
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    local = address == "local" or (address is None and not os.environ.get("RAY_ADDRESS"))
+    from_variable = os.environ.get(ADDRESS_VARIABLE)  # Ray reads it for "auto", too
+    wanted = from_variable or address or "local" if address in (None, "auto") else address
+    said_by = ADDRESS_VARIABLE if wanted == from_variable else "--address"
+    local = wanted == "local"
     if local:
         for name, value in LOCAL_SETTINGS.items():
             os.environ.setdefault(name, value)
+        _choose_temp_dir()
+    else:
+        _check_address(wanted, said_by)
     import ray
 
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "cast_ray"}
+    # What goes wrong in starting or joining is said in one line below.
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL, "namespace": "cast_ray"}
     cores = num_cpus or os.cpu_count() or 1
     if local:
         port = _free_port()
@@ -75,21 +96,78 @@ def connect(address: str | None, num_cpus: int | None = None) -> Cluster:
         # another one, or one that `ray start` noted and that is gone: then every worker group ends 12 s late
         # (train/v2 PlacementGroupCleaner), or is taken for dead.
         os.environ["RAY_API_SERVER_ADDRESS"] = f"http://{LOCALHOST}:{port}"
-        context = ray.init(
-            "local",
-            num_cpus=LOGICAL_CPUS_PER_CORE * cores,
-            include_dashboard=True,
-            dashboard_host=LOCALHOST,
-            dashboard_port=port,
-            **options,
-        )
-    else:
-        context = ray.init(address or "auto", **options)
+        options |= {"num_cpus": LOGICAL_CPUS_PER_CORE * cores, "include_dashboard": True}
+        options |= {"dashboard_host": LOCALHOST, "dashboard_port": port}
+    try:
+        context = ray.init(wanted, **options)
+    except Exception as error:  # Ray raises anything, from OSError to Exception itself
+        ray.shutdown()
+        reason = first_line(error)
+        if local:
+            raise ValueError(
+                f"a local Ray did not start: {reason}. The load of this machine is {os.getloadavg()[0]:.1f} on "
+                f"{os.cpu_count()} cores: try again when it is less busy, or name a running cluster by --address or "
+                f"{ADDRESS_VARIABLE}; Ray's files are in {_temp_dir()}/ray ({TEMP_VARIABLE})"
+            ) from error
+        raise ValueError(
+            f"{said_by} {wanted}: what answers there cannot be joined: {reason} (Ray {ray.__version__} here). "
+            f"{_how_to_go_on(said_by)}"
+        ) from error
+    logging.getLogger("ray").setLevel(logging.ERROR)
     resources = ray.cluster_resources() | ({"CPU": float(cores)} if local else {})
     dashboard = f", dashboard http://{context.dashboard_url}" if context.dashboard_url else ""
     size = f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
     where = "started here" if local else "cluster"
     return Cluster(f"Ray {ray.__version__} {where}: {size}{dashboard}", resources)
+
+
+def _check_address(address: str, said_by: str) -> None:
+    """Asks whether anything listens at a cluster's address: Ray itself would print warnings for minutes.
+
+    Raises:
+        ValueError: nothing does, or this is no address; names the variable or flag that said it.
+    """
+    if address == "auto":
+        return
+    scheme, _, place = address.rpartition("://")
+    host, _, port = place.partition("/")[0].rpartition(":")
+    if not (host and port.isdigit()):
+        if scheme:
+            return  # of a kind that Ray or a plug-in of it may know
+        raise ValueError(f"{said_by} {address}: expected HOST:PORT, ray://HOST:PORT, auto or local")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), PROBE_S).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"{said_by} {address}: no Ray answers there ({error}). {_how_to_go_on(said_by)}") from None
+
+
+def _how_to_go_on(said_by: str) -> str:
+    if said_by == ADDRESS_VARIABLE:
+        return f"Unset {ADDRESS_VARIABLE} or pass --address local for a Ray of this command's own"
+    return "Pass --address local for a Ray of this command's own"
+
+
+def _temp_dir() -> str:
+    """Where a local Ray puts its files, in a folder `ray`."""
+    return os.environ.get(TEMP_VARIABLE) or os.environ.get("TMPDIR") or SHORT_TEMP_DIR
+
+
+def _choose_temp_dir() -> None:
+    """Keeps the paths of a local Ray's sockets within what the system allows.
+
+    Raises:
+        ValueError: the folder is too long and there is none to take in its place.
+    """
+    longest = MAX_SOCKET_PATH - len(SOCKET_PATH)
+    if len(os.fsencode(os.path.abspath(_temp_dir()))) <= longest:
+        return
+    if os.environ.get(TEMP_VARIABLE) or not os.access(SHORT_TEMP_DIR, os.W_OK):
+        name = TEMP_VARIABLE if os.environ.get(TEMP_VARIABLE) else "TMPDIR"
+        raise ValueError(
+            f"{name} {_temp_dir()}: a local Ray's sockets need a folder of at most {longest} characters: set "
+            f"{TEMP_VARIABLE} to a short one"
+        )
+    os.environ[TEMP_VARIABLE] = SHORT_TEMP_DIR
 
 
 def _free_port() -> int:
@@ -131,6 +209,14 @@ def stage_slots(
     if runtime.use_gpu:
         gpus_for_training = runtime.num_workers + teachers + sum(b.get("GPU", 0.0) for b in beside_training)
         gpus_per_stage = max(gpus_for_training, runtime.num_labellers)
+        if gpus < gpus_per_stage:
+            fewer = ", or lower runtime.num_workers or runtime.num_labellers" if gpus else ""
+            if any(b.get("GPU") for b in beside_training):
+                fewer += ", or set runtime.validate_on_gpu=false (evaluation.every_steps asks for a GPU of its own)"
+            raise ValueError(
+                f"runtime.use_gpu: one stage needs {gpus_per_stage:g} GPUs, Ray has {gpus:g}: set "
+                f"runtime.use_gpu=false to run on CPUs{fewer}"
+            )
         slots = min(slots, int(gpus // gpus_per_stage))
         wanted += f" and {gpus_per_stage:g} GPUs"
     # Not reserved in Ray (see `budget._as_seen`), so counted here: streams beyond it would spill to disk.

@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from cast_ray import registry
 from cast_ray.datasets.copies import Copies
@@ -154,8 +154,8 @@ def read_dataset(
     for note in dataset.report.get("notes", []):
         console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
     if skipped := dataset.report["skipped"]:
-        statement = f"[yellow]{dataset.report['statement']}[/yellow]"
-        console.print(f"{statement} ({REPORT_FILE}), first: {escape(describe(skipped, 1))}", highlight=False)
+        words = f" ({REPORT_FILE}), first: {describe(skipped, 1)}"
+        console.print(Text.assemble((dataset.report["statement"], "yellow"), words))
     return dataset
 
 

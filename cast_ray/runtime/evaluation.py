@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from cast_ray.engine.world import World
 from cast_ray.evaluation.detections import Detections, Truth, tie_order
 from cast_ray.evaluation.matches import Matches, join, load_matches
 from cast_ray.evaluation.measures import match_images, metrics_of
-from cast_ray.recipe import EvaluationConfig, Recipe, RuntimeConfig
+from cast_ray.recipe import EvaluationConfig, InputSize, Recipe, RuntimeConfig
 from cast_ray.records import Category, ClassMap
 from cast_ray.runtime.models import load_labeller
 from cast_ray.runtime.results import MATCHES, METRICS, RESULTS
@@ -29,7 +29,7 @@ from cast_ray.runtime.streams import picture_dataset, pictures
 from cast_ray.runtime.tables import record_at
 from cast_ray.runtime.workers import Segment
 from cast_ray.stages.evaluate import coco_results, predict, results_document, results_lines
-from cast_ray.stages.graph import Stage
+from cast_ray.stages.graph import Stage, input_size_of
 from cast_ray.teachers.protocol import Teacher
 
 POST_EVERY_S = 1.0
@@ -41,18 +41,17 @@ class ValidationSet:
 
     records: ray.ObjectRef
     num_images: int
-    image_px: tuple[int, int]
+    input_size: InputSize
     categories: tuple[Category, ...]
     settings: EvaluationConfig
     runtime: RuntimeConfig
 
     @classmethod
-    def of(cls, segment: Segment, recipe: Recipe, image_px: Sequence[int]) -> ValidationSet:
-        """Of a segment: the first `evaluation.num_images` validation images."""
+    def of(cls, segment: Segment, recipe: Recipe, input_size: InputSize) -> ValidationSet:
+        """Of a segment: the first `evaluation.num_images` validation images, at the size that a model sees."""
         assert segment.val is not None
         num_images = min(segment.num_val, recipe.evaluation.num_images or segment.num_val)
-        size = (image_px[0], image_px[1])
-        return cls(segment.val, num_images, size, segment.categories, recipe.evaluation, recipe.runtime)
+        return cls(segment.val, num_images, input_size, segment.categories, recipe.evaluation, recipe.runtime)
 
     def tie_order(self) -> np.ndarray:
         table: pa.Table = ray.get(self.records)
@@ -78,9 +77,10 @@ def measure(
     """
     settings, classes = images.settings, ClassMap(images.categories)
     parts, positions, done = [], [], 0
-    for batch in pictures(picture_dataset(images.records, rows, images.image_px, images.runtime), images.image_px):
-        pixels = torch.from_numpy(batch.pixels).to(device)
-        found = predict(teacher, pixels, batch.image_hw, batch.resized_hw, settings.max_detections, settings.batch)
+    for batch in pictures(picture_dataset(images.records, rows, images.input_size, images.runtime)):
+        found = predict(
+            teacher, batch.pixels, batch.image_hw, batch.resized_hw, settings.max_detections, settings.batch
+        )
         records = [record_at(images.records, rows[p]) for p in batch.positions]
         truth = [Truth.of(record, classes) for record in records]
         parts.append(match_images(truth, [Detections.of(f) for f in found], len(classes), settings))
@@ -97,8 +97,8 @@ def measure(
 def evaluate_stage(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
     """An evaluate stage on this worker; the first one writes the artifact's metrics, matches and results."""
     store = segment.store
-    images = ValidationSet.of(segment, segment.recipe, stage.config["data"]["image_px"])
-    teacher = load_labeller(store, stage, "model", world.device, segment.recipe.runtime.amp)
+    images = ValidationSet.of(segment, segment.recipe, input_size_of(stage))
+    teacher = load_labeller(store, stage, "model", world.device)
     share = [np.arange(images.num_images)[rank :: world.size] for rank in range(world.size)]
     began = time.monotonic()
     post = {"stage": "evaluate", "fingerprint": stage.fingerprint, "steps": len(share[world.rank]), "unit": "image"}

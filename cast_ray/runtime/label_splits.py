@@ -58,8 +58,11 @@ def store_splits(dataset: StoredDataset, recipes: Iterable[Recipe], store: Artif
             )
         for key, unlabelled in zip(keys, (chosen.unlabelled[:0], chosen.unlabelled)):
             rows = {"labelled": chosen.labelled.tolist(), "unlabelled": unlabelled.tolist()}
-            none = {} if len(unlabelled) else {"num_unlabelled": 0, "num_extra": 0}
-            store.write_json(f"splits/{key}.json", {"facts": chosen.facts | none} | rows)
+            facts = dict(chosen.facts)
+            if not len(unlabelled):
+                facts |= {"num_unlabelled": 0, "num_extra": 0}
+                facts.pop("num_copies", None)
+            store.write_json(f"splits/{key}.json", {"facts": facts} | rows)
     return list(warnings)
 
 

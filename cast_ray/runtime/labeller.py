@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load as load_tensors
 
+from cast_ray.models.postprocess import predict_in_groups
 from cast_ray.models.segmenter import build_segmenter
-from cast_ray.recipe import ModelConfig, PseudoConfig
+from cast_ray.recipe import InputSize, ModelConfig, PseudoConfig
 from cast_ray.runtime.models import load_labeller
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.streams import Pictures
@@ -26,15 +26,16 @@ from cast_ray.teachers.voting import predict_by_vote
 class PseudoLabeller:
     """Labels images as one label stage says, the same whichever images come together.
 
-    Every forward pass has the shape that the stage's config names, the last one filled up, and on a CPU one thread: an
-    image's labels are then those of the same kernels on the same numbers, whether it is labelled offline, online, or by
-    how many processes (tests/integration/test_labels.py). On two CPU models a pass of 1 differed from one of 8 by 1e-6,
-    one of 2 threads from one of 1 by 1e-6, and passes of equal shape and threads not at all, whatever else they held.
+    Every forward pass has as many images as the stage's config names, all of one size, the last one filled up, and on a
+    CPU one thread: an image's labels are then those of the same kernels on the same numbers, whether it is labelled
+    offline, online, or by how many processes (tests/integration/test_labels.py). On two CPU models a pass of 1 differed
+    from one of 8 by 1e-6, one of 2 threads from one of 1 by 1e-6, and passes of equal shape and threads not at all,
+    whatever else they held.
     Kinds of devices still differ.
     """
 
-    def __init__(self, store: ArtifactStore, stage: Stage, device: torch.device, amp: str):
-        self.teacher = load_labeller(store, stage, "teacher", device, amp)
+    def __init__(self, store: ArtifactStore, stage: Stage, device: torch.device):
+        self.teacher = load_labeller(store, stage, "teacher", device)
         self.categories = self.teacher.categories
         self.pseudo = PseudoConfig(**stage.config["pseudo"])
         self.batch: int = stage.config["batch"]
@@ -46,10 +47,11 @@ class PseudoLabeller:
         unknown = trained.load_state_dict(load_tensors(weights), strict=False).unexpected_keys
         assert not unknown, unknown
 
-    def become(self, model: ModelConfig, image_px: tuple[int, int]) -> None:
+    def become(self, model: ModelConfig, input_size: InputSize) -> None:
         """From now on a segmenter of this architecture labels, a student; its weights are still to be loaded."""
-        segmenter = build_segmenter(model, len(self.categories), seed=0)
-        self.teacher = ExpertTeacher(segmenter, self.categories, image_px).to(self.teacher.device)
+        student = ExpertTeacher(build_segmenter(model, len(self.categories), seed=0), self.categories, input_size)
+        student.precision = self.teacher.precision
+        self.teacher = student.to(self.teacher.device)
 
     def label(self, pictures: Pictures) -> list[list[dict[str, Any]]]:
         """Instances of each image as of LABEL_SCHEMA, at its own size."""
@@ -61,17 +63,30 @@ class PseudoLabeller:
             torch.set_num_threads(num_threads)
 
     def _label(self, pictures: Pictures) -> list[list[dict[str, Any]]]:
-        labels: list[list[dict[str, Any]]] = []
-        for start in range(0, len(pictures.positions), self.batch):
-            here = slice(start, start + self.batch)
-            count = len(pictures.positions[here])
-            pixels = np.zeros((self.batch, *pictures.pixels.shape[1:]), dtype=np.uint8)
-            pixels[:count] = pictures.pixels[here]
-            self.teacher.is_soft = self.is_soft
-            sizes = (pictures.image_hw[here], pictures.resized_hw[here])
-            found = predict_by_vote(self.teacher, torch.from_numpy(pixels), *sizes, self.pseudo)
-            labels += [self._instances(instances) for instances in found]
-        return labels
+        found = predict_in_groups(
+            self._full_pass,
+            pictures.pixels,
+            pictures.image_hw,
+            pictures.resized_hw,
+            None,
+            self.batch,
+            min_score=self.pseudo.score_threshold,
+        )
+        return [self._instances(instances) for instances in found]
+
+    def _full_pass(
+        self,
+        images: torch.Tensor,
+        image_hw: list[tuple[int, int]],
+        resized_hw: list[tuple[int, int]],
+        max_detections: int | None,
+        min_score: float,
+    ) -> list[list[dict[str, Any]]]:
+        """The teacher's instances of images of one size, from a pass that is filled up with black ones."""
+        filled = images.new_zeros((self.batch, *images.shape[1:]))
+        filled[: len(images)] = images
+        self.teacher.is_soft = self.is_soft
+        return predict_by_vote(self.teacher, filled, image_hw, resized_hw, self.pseudo)
 
     def _instances(self, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
         # Balanced thresholds are known once all of D_u is predicted; `LabelJob.join` then paints.

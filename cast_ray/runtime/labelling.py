@@ -28,13 +28,13 @@ import ray
 import ray.data
 from ray.util.placement_group import PlacementGroup
 
-from cast_ray.recipe import PseudoConfig, Recipe
+from cast_ray.recipe import InputSize, PseudoConfig, Recipe
 from cast_ray.records import INSTANCE_TYPE, RECORD_SCHEMA, Category, class_names
 from cast_ray.runtime.budget import configure_data, reserve, stream_bundle
 from cast_ray.runtime.store import ArtifactStore
-from cast_ray.runtime.streams import IMAGES_PER_TASK, Images, Pictures, Rows, picture_dataset
+from cast_ray.runtime.streams import Images, Pictures, Rows, images_per_task, picture_dataset
 from cast_ray.runtime.tables import fetched, record_at
-from cast_ray.stages.graph import Stage
+from cast_ray.stages.graph import Stage, input_size_of
 
 LABELS = "labels/labels.parquet"
 LABEL_TYPE = pa.struct(
@@ -66,9 +66,9 @@ class LabelJob:
     recipe: Recipe
 
     @property
-    def image_px(self) -> tuple[int, int]:
-        height, width = self.stage.config["data"]["image_px"]
-        return height, width
+    def input_size(self) -> InputSize:
+        """The size at which the teacher sees whole images."""
+        return input_size_of(self.stage)
 
     @property
     def folder(self) -> str:
@@ -79,7 +79,7 @@ class LabelJob:
     def blocks(self) -> list[Rows]:
         """All of D_u in blocks of whole forward passes."""
         batch = self.stage.config["batch"]
-        size = batch * max(1, IMAGES_PER_TASK // batch)
+        size = batch * max(1, images_per_task(self.input_size) // batch)
         count = len(self.images.unlabelled)
         return [(start, min(start + size, count)) for start in range(0, count, size)]
 
@@ -250,7 +250,7 @@ def _join(job: LabelJob) -> dict[str, Any]:
 def _run(job: LabelJob, group: PlacementGroup, blocks: list[Rows]) -> None:
     runtime, images = job.recipe.runtime, job.images
     configure_data(group, runtime, -1)
-    pictures = picture_dataset(images.records, images.unlabelled, job.image_px, runtime, blocks, skip_bad=True)
+    pictures = picture_dataset(images.records, images.unlabelled, job.input_size, runtime, blocks, skip_bad=True)
     labelled = pictures.map_batches(
         _Labeller,
         fn_constructor_args=(job,),
@@ -275,10 +275,10 @@ class _Labeller:
 
         prepare_process()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.labeller = PseudoLabeller(job.store, job.stage, device, job.recipe.runtime.amp)
+        self.labeller = PseudoLabeller(job.store, job.stage, device)
         self.job = job
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        pictures = Pictures.of(block, self.job.image_px)
+        pictures = Pictures.of(block)
         self.job.write(pictures, self.labeller.label(pictures))
         return block.select(["position"])

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from cast_ray.engine.loop import amp_dtype
+from cast_ray.models.autocast import require_precision
 from cast_ray.models.segmenter import Segmenter
 from cast_ray.models.student import CONFIG, WEIGHTS, Student, read_config
-from cast_ray.recipe import ModelConfig, Recipe, TeacherConfig
+from cast_ray.recipe import InputSize, ModelConfig, Recipe, TeacherConfig
 from cast_ray.records import Category, class_names
 from cast_ray.registry import lookup
 from cast_ray.runtime.store import ArtifactStore, local_copy, open_uri
-from cast_ray.stages.graph import Stage, artifact_key
+from cast_ray.stages.graph import Stage, artifact_key, input_size_of
 from cast_ray.teachers.checkpoints import content_hash, find_checkpoint, is_hub_name
 from cast_ray.teachers.expert import ExpertTeacher
 from cast_ray.teachers.protocol import CARD as TEACHER_CARD
@@ -44,11 +44,18 @@ def save_model(
 ) -> None:
     """Adds a model's files to an artifact that is not yet committed."""
     if isinstance(model, Teacher):
+        model.precision = stage.precision
         with tempfile.TemporaryDirectory() as folder:
             save_teacher(model, Path(folder))
             store.add_folder(stage, Path(folder))
         return
-    student = Student(model, categories, stage.config["data"]["image_px"])
+    student = Student(
+        model,
+        categories,
+        stage.config["data"]["image_px"],
+        input_size=input_size_of(stage),
+        precision=stage.precision,
+    )
     for name, content in student.files().items():
         store.add(stage, name, content)
 
@@ -77,7 +84,7 @@ def open_student(path: str) -> tuple[Student, dict[str, Any] | None]:
 
 @contextmanager
 def open_teacher(
-    path: str, part: dict[str, Any], image_px: tuple[int, int] | None, categories: Sequence[Category] | None
+    path: str, part: dict[str, Any], input_size: InputSize | None, categories: Sequence[Category] | None
 ) -> Iterator[Teacher]:
     """The teacher that a user means, on the CPU.
 
@@ -85,7 +92,7 @@ def open_teacher(
         path: a folder or URI of a saved teacher or student (an artifact of the store is one), or a row's folder, as of
             `open_student`.
         part: fields of TeacherConfig that replace the saved ones.
-        image_px: size that images are fitted to; None: as saved.
+        input_size: at which it is given whole images; None: as saved.
         categories: to look for; None: as saved.
 
     Raises:
@@ -97,9 +104,9 @@ def open_teacher(
             student = Student.from_pretrained(local)
             if categories is not None and [c.name for c in categories] != [c.name for c in student.categories]:
                 raise ValueError(f"{path!r} only knows its own classes: {', '.join(student.class_names[:12])}")
-            yield ExpertTeacher(student.segmenter, student.categories, image_px or student.image_px)
+            yield _as_teacher(student, input_size)
             return
-        yield read_teacher(local, part, image_px, categories)
+        yield read_teacher(local, part, input_size, categories)
 
 
 def _follow(path: str, what: str, wanted: Sequence[str]) -> tuple[str, dict[str, Any] | None]:
@@ -133,23 +140,22 @@ def _row_of_run(path: Path) -> Path | None:
     return found[0] if found else None
 
 
-def load_labeller(store: ArtifactStore, stage: Stage, role: str, device: torch.device, amp: str = "auto") -> Teacher:
+def load_labeller(store: ArtifactStore, stage: Stage, role: str, device: torch.device) -> Teacher:
     """The model that a label or evaluate stage predicts with, on its device: a teacher of any kind, or a student.
 
     Args:
-        stage: whose parent `role` the model is; its config says how it is read out.
+        stage: whose parent `role` the model is; its config says how it is read out and in which precision.
         role: `teacher` or `model`.
         device: of the model.
-        amp: `runtime.amp`; an expert and a student compute in full precision.
 
     Raises:
-        ValueError: an artifact that cannot be read, or a device that is too small for the weights.
+        ValueError: an artifact that cannot be read, or a device that is too small for the weights or does not have the
+            stage's precision.
     """
+    require_precision(stage.precision, device, "runtime.amp")
     key = artifact_key("train", stage.parents[role])
-    height, width = stage.config["data"]["image_px"]
-    teacher = load_teacher(store, key, stage.config.get("teacher"), (height, width))
-    if not isinstance(teacher, ExpertTeacher):
-        teacher.autocast_dtype = amp_dtype(amp, device)
+    teacher = load_teacher(store, key, stage.config.get("teacher"), input_size_of(stage))
+    teacher.precision = stage.precision
     try:
         return teacher.to(device)
     except torch.OutOfMemoryError as error:
@@ -161,23 +167,32 @@ def load_labeller(store: ArtifactStore, stage: Stage, role: str, device: torch.d
 
 
 def load_teacher(
-    store: ArtifactStore, key: str, part: dict[str, Any] | None = None, image_px: tuple[int, int] | None = None
+    store: ArtifactStore,
+    key: str,
+    part: dict[str, Any] | None = None,
+    input_size: InputSize | tuple[int, int] | None = None,
 ) -> Teacher:
     """A teacher from its artifact, on the CPU; of an expert or a student, the segmenter as a teacher.
 
     Args:
         key: of the artifact.
         part: fields of TeacherConfig that replace the saved ones.
-        image_px: size that images are fitted to; None: as saved.
+        input_size: at which it is given whole images; None: as saved.
 
     Raises:
         ValueError: an artifact that cannot be read.
     """
     if not store.holds(key, TEACHER_CARD):
-        student = load_student(store, key)
-        return ExpertTeacher(student.segmenter, student.categories, image_px or student.image_px)
+        return _as_teacher(load_student(store, key), input_size)
     with store.local_folder(key) as folder:
-        return read_teacher(folder, part, image_px)
+        return read_teacher(folder, part, input_size)
+
+
+def _as_teacher(student: Student, input_size: InputSize | tuple[int, int] | None) -> ExpertTeacher:
+    """A saved segmenter as a teacher; `input_size`: at which it is given whole images, None: as saved."""
+    teacher = ExpertTeacher(student.segmenter, student.categories, input_size or student.input_size)
+    teacher.precision = student.precision
+    return teacher
 
 
 def import_foundation(
@@ -225,7 +240,7 @@ def import_foundation(
         stage = Stage("foundation", "train", facts, {}, fingerprint)
         if dry_run or store.has(stage.key):
             return fingerprint
-        size = config.image_px or recipe.data.image_px
+        size = recipe.input_size(by_teacher=True)
         if saved:
             teacher = _saved_teacher(folders["stages.foundation"], config, categories, size)
         else:
@@ -250,10 +265,10 @@ def _find(copies: ExitStack, source: str, field: str, *, download: bool) -> Path
 
 
 def _saved_teacher(
-    folder: Path, config: TeacherConfig, categories: tuple[Category, ...], image_px: tuple[int, int]
+    folder: Path, config: TeacherConfig, categories: tuple[Category, ...], input_size: InputSize
 ) -> Teacher:
     try:
-        teacher = read_teacher(folder, {"prompt": config.prompt.model_dump()}, image_px)
+        teacher = read_teacher(folder, {"prompt": config.prompt.model_dump()}, input_size)
     except ValueError as error:
         raise ValueError(f"stages.foundation: {error}") from None
     if teacher.kind != config.kind:

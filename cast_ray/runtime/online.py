@@ -27,12 +27,12 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cast_ray.recipe import Recipe, RuntimeConfig
+from cast_ray.recipe import InputSize, Recipe, RuntimeConfig
 from cast_ray.records import Category
 from cast_ray.runtime.labelling import nothing_found
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.streams import Pictures
-from cast_ray.stages.graph import Stage
+from cast_ray.stages.graph import Stage, input_size_of
 
 VERSIONS_HELD = 4
 EMPTY_AFTER = 500
@@ -51,29 +51,34 @@ def versions_from(step: int, refresh_steps: int) -> list[int]:
 
 
 @dataclass(frozen=True)
+class Learner:
+    """A student in training that labels: its architecture (fields of ModelConfig), and the size at which it does."""
+
+    model: dict[str, Any]
+    input_size: InputSize
+
+
+@dataclass(frozen=True)
 class OnlineLabels:
     """What a training stream's tasks need to have their images labelled: a label stage and who runs it.
 
-    learner: the training part of a stage whose own model labels from version 1 on, where that is not the teacher's
-    (2b); else None.
+    learner: the model in training, where it is not the teacher's own (2b): from version 1 on it labels.
     """
 
     stage: Stage
     teachers: tuple[Any, ...]
     versions: Any
     refresh_steps: int
-    learner: dict[str, Any] | None = None
+    learner: Learner | None = None
 
     @property
     def batch(self) -> int:
         """Images of a teacher's forward pass."""
         return self.stage.config["batch"]
 
-    def image_px_of(self, version: int) -> tuple[int, int]:
-        """The size that images are fitted to for a version of the teacher."""
-        config = self.learner if self.learner is not None and version else self.stage.config
-        height, width = config["data"]["image_px"]
-        return height, width
+    def input_size_of(self, version: int) -> InputSize:
+        """The size at which a version of the teacher sees whole images."""
+        return self.learner.input_size if self.learner is not None and version else input_size_of(self.stage)
 
     def version_of(self, step: int) -> int:
         return version_of(step, self.refresh_steps)
@@ -102,7 +107,7 @@ class OnlineTeacher:
     def label(
         self,
         stage: Stage,
-        learner: dict[str, Any] | None,
+        learner: Learner | None,
         version: int,
         weights: list[ray.ObjectRef] | None,
         pictures: Pictures,
@@ -126,9 +131,7 @@ class OnlineTeacher:
             raise ValueError(nothing_found(stage, self.recipe, self.categories, f"the first {self.num_images}"))
         return labels
 
-    def _load(
-        self, stage: Stage, learner: dict[str, Any] | None, version: int, weights: list[ray.ObjectRef] | None
-    ) -> None:
+    def _load(self, stage: Stage, learner: Learner | None, version: int, weights: list[ray.ObjectRef] | None) -> None:
         import torch
 
         from cast_ray.recipe import ModelConfig
@@ -137,10 +140,9 @@ class OnlineTeacher:
         if self.loaded[0] != stage.fingerprint or version == 0:
             self.num_images = self.num_labels = 0
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            self.labeller = PseudoLabeller(self.store, stage, device, self.recipe.runtime.amp)
+            self.labeller = PseudoLabeller(self.store, stage, device)
         if learner is not None and version:
-            height, width = learner["data"]["image_px"]
-            self.labeller.become(ModelConfig(**learner["model"]), (height, width))
+            self.labeller.become(ModelConfig(**learner.model), learner.input_size)
         if weights is not None:
             self.labeller.load(ray.get(weights[0]))
         self.loaded = (stage.fingerprint, version)
@@ -183,7 +185,7 @@ class Teachers:
     def labels(self, stage: Stage) -> OnlineLabels:
         """For the stream of a stage that labels online."""
         assert stage.online is not None
-        learner = {part: stage.config[part] for part in ("model", "data")} if stage.name == "distill" else None
+        learner = Learner(stage.config["model"], input_size_of(stage)) if stage.name == "distill" else None
         return OnlineLabels(stage.online, self.actors, self.versions, stage.config.get("refresh_steps", 0), learner)
 
 

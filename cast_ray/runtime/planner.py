@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 import cast_ray
@@ -66,6 +67,7 @@ class RowPlanner:
         self._chosen: set[tuple[str, int, int, bool]] = set()
         self._contexts: dict[tuple[str, str, str], SweepContext] = {}
         self._foundations: dict[tuple[str, str, str], str | None] = {}
+        self._typical: dict[str, tuple[int, int]] = {}
         for key, recipes in of_each.items():
             self._choose_images(key, recipes)
 
@@ -100,15 +102,29 @@ class RowPlanner:
         return self._contexts[table, run, key], planned
 
     def size(self, recipe: Recipe) -> Size:
-        """How many images a row's stages without steps go through."""
+        """How many images a row's stages without steps go through, and how large these are."""
         dataset = self.datasets[_dataset_key(recipe.data)]
         part = split_part(recipe, dataset.hashes(recipe.data), unlabelled=True)
         chosen = stored_split(self.store, dataset.content_hash, part)
-        return Size(len(chosen.unlabelled), dataset.num_images["val"])
+        sizes = (recipe.input_size(by_teacher=by_teacher) for by_teacher in (True, False))
+        image_hw = None if all(size.is_fixed for size in sizes) else self._typical_hw(dataset)
+        return Size(len(chosen.unlabelled), dataset.num_images["val"], image_hw)
+
+    def _typical_hw(self, dataset: StoredDataset) -> tuple[int, int]:
+        """Median height and width of the validation images, pixels."""
+        if dataset.key not in self._typical:
+            table = self.store.read_table(dataset.key, "val.parquet", columns=["height", "width"])
+            height, width = (int(np.median(table.column(name).to_numpy())) for name in ("height", "width"))
+            self._typical[dataset.key] = (height, width)
+        return self._typical[dataset.key]
 
     def num_classes(self, recipe: Recipe) -> int:
         """C of a row's dataset."""
         return len(self.datasets[_dataset_key(recipe.data)].categories)
+
+    def forget_foundations(self) -> None:
+        """Imports teachers again when they are next needed: the store may have lost them."""
+        self._foundations.clear()
 
     def _choose_images(self, key: str, recipes: Sequence[Recipe]) -> None:
         """Stores D_l and D_u of recipes that choose images in a way that is new."""

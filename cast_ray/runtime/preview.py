@@ -27,7 +27,7 @@ class Preview:
 
     titles: one line a table; labels: of each row of the plan, with its table where there are several; memory: name of a
     train stage -> bytes of one worker of each stage of that name (None: not estimated), where asked for; warnings: what
-    the user must not overlook, one sentence each.
+    the user must not overlook, one sentence each; folders: where the results of each table go.
     """
 
     plan: SweepPlan
@@ -40,6 +40,7 @@ class Preview:
     budget_hours: float | None = None
     memory: Mapping[str, Sequence[int | None]] = field(default_factory=dict)
     warnings: Sequence[str] = ()
+    folders: Sequence[str] = ()
     tree: bool = True
 
 
@@ -47,9 +48,9 @@ def print_plan(preview: Preview, console: Console) -> None:
     """Says what will run before it runs."""
     plan = preview.plan
     for title in preview.titles:
-        console.print(f"[bold]{title}[/bold]", highlight=False)
+        console.print(Text(title, "bold"))
     names, seeds = list(dict.fromkeys(preview.labels)), sorted({row.seed for row in plan.rows})
-    console.print(f"  rows     {len(names):,}: {_few(names)}")
+    console.print(f"  rows     {len(names):,}: {_few(names)}", markup=False)
     console.print(f"  seeds    {len(seeds)}: {_few([str(seed) for seed in seeds])}")
     for dataset in preview.datasets:
         num = dataset.num_images
@@ -67,7 +68,9 @@ def print_plan(preview: Preview, console: Console) -> None:
         _print_cost(preview, preview.cost, console)
     if preview.memory:
         console.print(f"  memory   {_memory_line(preview.memory)}", soft_wrap=True, highlight=False)
-    console.print(f"  storage  {preview.storage}", soft_wrap=True)
+    console.print(f"  storage  {preview.storage}", soft_wrap=True, markup=False)
+    for folder in preview.folders:
+        console.print(f"  results  {folder}", soft_wrap=True, markup=False, highlight=False)
     if preview.tree:
         console.print(stage_tree(preview), highlight=False)
     print_warnings(preview.warnings, console)
@@ -153,7 +156,7 @@ def stage_tree(preview: Preview) -> Tree:
     evaluations = [stage for stage in plan.unique.values() if stage.kind == "evaluate"]
     if evaluations:
         stored = sum(stage.fingerprint in plan.stored for stage in evaluations)
-        tree.add(f"[dim]evaluate ×{len(evaluations):,}{f', {stored:,} stored' if stored else ''}[/dim]")
+        tree.add(Text(f"evaluate ×{len(evaluations):,}{f', {stored:,} stored' if stored else ''}", "dim"))
     return tree
 
 

@@ -90,7 +90,15 @@ def _used(store: ArtifactStore) -> set[str]:
     fs, root = store._fs
     selector = pa.fs.FileSelector(f"{root}/runs", recursive=True, allow_not_found=True)
     paths = [i.path[len(root) + 1 :] for i in fs.get_file_info(selector) if i.base_name == "result.json"]
-    results = [json.loads(data) for data in read_each(store.find_bytes, paths) if data]
+    results = []
+    for path, data in zip(paths, read_each(store.find_bytes, paths)):
+        try:
+            results += [json.loads(data)] if data else []
+        except ValueError as error:
+            raise ValueError(
+                f"{store.uri(path)}: cannot be read, so that nothing says what it uses: run its sweep again, or remove "
+                f"it: {error}"
+            ) from None
     used = {stage["fingerprint"] for result in results for stage in result["stages"]}
     used |= {fingerprint for result in results for fingerprint in result.get("given", [])}
     return used | {fingerprint_of(result["dataset"].get("artifact", "")) for result in results}

@@ -51,9 +51,12 @@ def row_name(table: str, row: RowPlan) -> str:
 
 
 def read_result(context: SweepContext, row: RowPlan) -> dict[str, Any] | None:
-    """The row's result.json as last written, done or failed; None when there is none."""
+    """The row's result.json as last written, done or failed; None when there is none, or one that is cut."""
     stored = context.store.find_bytes(context.result_path(row))
-    return json.loads(stored) if stored else None
+    try:
+        return json.loads(stored) if stored else None
+    except ValueError:  # its stages are in the store, and it is made from them again
+        return None
 
 
 @lru_cache(maxsize=64)
@@ -116,7 +119,14 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[
                 "num_workers": facts["num_workers"],
                 **{
                     k: facts.get(k)
-                    for k in ("seconds", "stage_seconds", "startup_seconds", "images_per_s", "resumed_at_step")
+                    for k in (
+                        "seconds",
+                        "stage_seconds",
+                        "startup_seconds",
+                        "images_per_s",
+                        "resumed_at_step",
+                        "skipped_steps",
+                    )
                 },
                 **(_label_facts(facts) if stage.kind == "label" else {}),
             }

@@ -20,6 +20,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
+from rich.text import Text
 
 from cast_ray.datasets.data_report import print_warnings
 from cast_ray.recipe import Recipe
@@ -28,7 +29,7 @@ from cast_ray.runtime.claims import DEAD_AFTER_S, Presence, Watch
 from cast_ray.runtime.cluster import connect
 from cast_ray.runtime.planner import RowPlanner, command_line
 from cast_ray.runtime.results import SweepContext, row_name
-from cast_ray.runtime.store import ArtifactStore, committed
+from cast_ray.runtime.store import ArtifactStore, committed, read_each
 from cast_ray.runtime.study import (
     again,
     distribution,
@@ -39,7 +40,7 @@ from cast_ray.runtime.study import (
     open_study,
     reap,
 )
-from cast_ray.runtime.sweep import say_pruning, slots_of
+from cast_ray.runtime.sweep import check_still_stored, say_pruning, slots_of
 from cast_ray.runtime.telemetry import ProgressDisplay
 from cast_ray.runtime.trackers import Trackers
 from cast_ray.runtime.trials import (
@@ -51,7 +52,7 @@ from cast_ray.runtime.trials import (
     trial_dirname,
     write_lost,
 )
-from cast_ray.stages.graph import RowPlan, given, plan_sweep
+from cast_ray.stages.graph import RowPlan, artifact_key, fingerprint_of, given, plan_sweep
 from cast_ray.stages.search_spec import RUNG_METRIC, SearchSpec
 
 MAX_PROPOSALS = 20
@@ -107,7 +108,7 @@ def run_search(
     base = request.recipe({})
     planner = RowPlanner({request.name: [base]}, store, console, lambda: connect(request.address, request.num_cpus))
     storage = open_storage(request.study)
-    context, _ = planner.plan(base, table=spec.name, run=request.name, row="base")
+    context, first = planner.plan(base, table=spec.name, run=request.name, row="base")
     print_warnings(planner.warnings, console)
     identity = {
         "preset": request.preset,
@@ -120,7 +121,9 @@ def run_search(
         s: open_study(storage, f"{request.name}-{s}", spec, identity) for s in spec.samplers
     }
     with Presence(store, command_line()) as presence:
-        presence.need(planner.fingerprints(), on_wait=lambda holder: say_pruning(holder, console))
+        read = planner.fingerprints() | given(first)
+        presence.need(read, on_wait=lambda holder: say_pruning(holder, console))
+        check_still_stored(read, committed(store.list_artifacts()))
         _reap(studies, store, presence.holder.id, console)
         left: dict[str, int] = {sampler: spec.num_trials - num_ended(study) for sampler, study in studies.items()}
         for sampler, study in studies.items():
@@ -171,7 +174,10 @@ class _Search:
         self.storage, self.store, self.console = storage, planner.store, console
         self.rows: list[RowPlan] = []
         self.names: list[str] = []
-        self.stored = committed(self.store.list_artifacts())
+        self.looked_at: set[str] = set()
+        self.stored: set[str] = set()
+        """What was stored when a point first needed it. Looking earlier is no use: until this search has left word that
+        it needs an artifact, `store gc` may remove it."""
         self.broker: Any = None
         self.display: ProgressDisplay | None = None
 
@@ -184,7 +190,7 @@ class _Search:
             slots = slots_of([request.recipe({})], cluster.resources, DRIVER_CPUS)
             self.broker = Broker.options(max_concurrency=MAX_CALLS).remote(  # type: ignore[attr-defined]
                 slots,
-                self.stored,
+                set(),
                 self.store.storage,
                 self.presence.holder.id,
                 request.budget_hours,
@@ -205,7 +211,9 @@ class _Search:
         search = StudySearch(
             spec, study, self.storage, chosen, self.presence.holder.id, self._proposer(sampler), self._spent
         )
-        callbacks = self.request.trackers.callbacks(lambda text: self.console.print(f"[yellow]{text}[/yellow]"))
+        callbacks = self.request.trackers.callbacks(
+            search.jobs.__getitem__, lambda text: self.console.print(Text(text, "yellow"))
+        )
         asha = spec.scheduler == "asha"
         steps = getattr(self.request.recipe({}).stages, spec.early_stopping.stage).steps
         experiment = f"{self.request.name}-{sampler}-{int(time.time())}-{self.store.attempt}"
@@ -253,23 +261,41 @@ class _Search:
             """Plans the row of a point and leaves it with the broker, where its driver will fetch it."""
             recipe = request.recipe(point)
             num_said = len(self.planner.warnings)
-            context, row = self.planner.plan(
-                recipe, table=f"{spec.name}-{sampler}", run=request.name, row=f"t{number:04d}"
-            )
+            names = {"table": f"{spec.name}-{sampler}", "run": request.name, "row": f"t{number:04d}"}
+            context, row = self.planner.plan(recipe, **names)
+            found = self._look_again(row)
+            if not given(row) <= self.stored:
+                # An imported teacher was removed before this search could say that it needs it.
+                self.planner.forget_foundations()
+                context, row = self.planner.plan(recipe, **names)
+                found |= self._look_again(row)
             print_warnings(self.planner.warnings[num_said:], self.console)  # of a point that labels other images
             self.rows.append(row)
-            needed = {stage.fingerprint for r in self.rows for stage in r.stages} | self.planner.fingerprints()
-            self.presence.need(needed.union(*map(given, self.rows)))
             measured = tuple(name for name in spec.objectives if name.endswith("/latency_ms"))
             stage = spec.early_stopping.stage if spec.scheduler == "asha" else None
             job = Job(context, row, rungs_of=stage, measure=measured)
             self.names.append(row_name(context.table, row))
             if self.display is not None:
                 self.display.plan = plan_sweep(self.rows, self.stored)
-            ray.get(self.broker.load.remote({job.name: job.packed()}))
+            ray.get(self.broker.load.remote({job.name: job.packed()}, sorted(found)))
             return job
 
         return propose
+
+    def _look_again(self, row: RowPlan) -> set[str]:
+        """Leaves word of what a row needs, then looks which of it is stored; returns what was found for the first time.
+
+        Afterwards nothing that was found can be removed, and what is missing is made again.
+        """
+        rows = [*self.rows, row]
+        needed = {stage.fingerprint for each in rows for stage in each.stages} | self.planner.fingerprints()
+        self.presence.need(needed.union(*map(given, rows)))
+        keys = [stage.key for stage in row.stages] + [artifact_key("train", fingerprint) for fingerprint in given(row)]
+        new = [key for key in keys if fingerprint_of(key) not in self.looked_at]
+        found = {fingerprint_of(key) for key, is_there in zip(new, read_each(self.store.has, new)) if is_there}
+        self.looked_at |= {stage.fingerprint for stage in row.stages} | found
+        self.stored |= found
+        return found
 
 
 class StudySearch(OptunaSearch):

@@ -25,6 +25,7 @@ from safetensors.torch import save as save_tensors
 
 from cast_ray.engine.checkpoint import TrainState
 from cast_ray.engine.world import World
+from cast_ray.models.autocast import require_precision
 from cast_ray.recipe import DataConfig
 from cast_ray.runtime.audit import audit_labels
 from cast_ray.runtime.budget import configure_data
@@ -38,7 +39,7 @@ from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.streams import Images, picture_dataset, pictures, training_stream
 from cast_ray.runtime.validation import SideValidation, is_validated, validation_bundles
 from cast_ray.runtime.workers import Segment
-from cast_ray.stages.graph import Stage, artifact_key
+from cast_ray.stages.graph import Stage, artifact_key, input_size_of
 from cast_ray.stages.train import is_semi_strong, order_seed, train_config, train_stage
 
 VALIDATION_LOOK_S = 20.0
@@ -69,6 +70,7 @@ def run_stages(segment: Segment, group: PlacementGroup, teachers: Teachers | Non
             return
         began = time.monotonic()
         try:
+            require_precision(stage.precision, world.device, "runtime.amp")
             if stage.kind == "train":
                 facts = _train(segment, stage, world, teachers, validation)
             elif stage.kind == "label":
@@ -113,7 +115,7 @@ def _train(
     weights, teacher = None, None
     if "kind" in stage.config["model"]:  # a teacher that starts from checkpoints, not from a segmenter's fields
         key = artifact_key("train", stage.parents["init"])
-        teacher = load_teacher(store, key, stage.config["model"], tuple(stage.config["data"]["image_px"]))
+        teacher = load_teacher(store, key, stage.config["model"], input_size_of(stage))
     elif "init" in stage.parents:
         weights = load_tensors(store.read_bytes(artifact_key("train", stage.parents["init"]), WEIGHTS))
     data = DataConfig(**recipe.data.model_dump() | stage.config["data"])
@@ -181,7 +183,6 @@ def _train(
         batches=batches,
         world=world,
         train_config=config,
-        amp=recipe.runtime.amp,
         gradient_checkpointing=recipe.runtime.gradient_checkpointing,
         resume=resume,
         on_log=on_log,
@@ -206,6 +207,7 @@ def _train(
         "num_labelled": len(images.labelled),
         "num_unlabelled": len(images.unlabelled),
         "resumed_at_step": resume.step if resume else None,
+        "skipped_steps": result.num_skipped,
     }
 
 
@@ -238,9 +240,11 @@ def _label(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
         job.start()
     mine = missing[world.rank :: world.size]
     if mine:
-        labeller = PseudoLabeller(segment.store, stage, world.device, recipe.runtime.amp)
-        dataset = picture_dataset(images.records, images.unlabelled, job.image_px, recipe.runtime, mine, skip_bad=True)
-        for batch in pictures(dataset, job.image_px):
+        labeller = PseudoLabeller(segment.store, stage, world.device)
+        dataset = picture_dataset(
+            images.records, images.unlabelled, job.input_size, recipe.runtime, mine, skip_bad=True
+        )
+        for batch in pictures(dataset):
             job.write(batch, labeller.label(batch))
     world.barrier()
     if world.rank > 0:

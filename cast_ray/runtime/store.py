@@ -30,11 +30,10 @@ import pyarrow.dataset
 import pyarrow.fs
 import pyarrow.parquet
 
+from cast_ray.files import PARTIAL, write_atomically
 from cast_ray.stages.graph import Stage, fingerprint_of
 
 MANIFEST = "manifest.json"
-PARTIAL = ".partial"
-"""Ending of a local file that is being written."""
 OBJECT_STORES = ("s3", "gcs", "abfs")
 """Where folders are only a way of speaking, and making one costs a request."""
 NUM_READERS = 16
@@ -198,13 +197,13 @@ class ArtifactStore:
         """Writes one file below the storage path, which appears whole or not at all (object stores do so anyway)."""
         fs, root = self._fs
         target = f"{root}/{path}"
+        if isinstance(fs, pa.fs.LocalFileSystem):
+            write_atomically(target, data)
+            return
         if fs.type_name not in OBJECT_STORES:
             fs.create_dir(target.rsplit("/", 1)[0], recursive=True)
-        partial = f"{target}.{uuid.uuid4().hex[:8]}{PARTIAL}" if isinstance(fs, pa.fs.LocalFileSystem) else target
-        with fs.open_output_stream(partial) as file:
+        with fs.open_output_stream(target) as file:
             file.write(data)
-        if partial != target:
-            fs.move(partial, target)
 
     def write_json(self, path: str, value: Any) -> None:
         self.write_bytes(path, json.dumps(value, indent=1).encode())

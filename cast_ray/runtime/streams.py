@@ -13,6 +13,7 @@ nothing of the size of the dataset is held in a worker but its indices (8 bytes 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from ray.data import DataContext
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-from cast_ray.recipe import DataConfig, RuntimeConfig
+from cast_ray.recipe import DataConfig, InputSize, RuntimeConfig
 from cast_ray.records import Batch, Category, ClassMap
 from cast_ray.runtime.budget import block_bytes, tasks_per_stream
 from cast_ray.runtime.tables import fetched, record_at
@@ -43,6 +44,9 @@ GIVE_UP_S = 20.0
 MAX_TASKS_PER_EXECUTION = 2000
 """Ray Data stores every task's input before it starts the first, 0.8 ms each: 90,000 steps would begin after 70 s."""
 IMAGES_PER_TASK = 16
+"""Images of one block that are fitted into a model's crop."""
+NATIVE_IMAGES_PER_TASK = 4
+"""The same of images of their own size, which may be large: 6 MB each at 1024 x 2048."""
 BYTES_PER_PIXEL = 10
 """Of one image of a step: two views, truth maps, some masks as bits."""
 
@@ -207,13 +211,23 @@ def training_stream(
         strong_unlabelled,
         copy_paste,
     )
-    step_bytes = (labelled.shape[1] + unlabelled.shape[1]) * data.image_px[0] * data.image_px[1] * BYTES_PER_PIXEL
+    step_bytes = (labelled.shape[1] + unlabelled.shape[1]) * _sample_pixels(images, data) * BYTES_PER_PIXEL
     max_size = max(1, min(block_bytes(runtime) // step_bytes, MAX_STEPS_PER_TASK))
     blocks = step_blocks(start_step, steps, max_size, online.refresh_steps if online is not None else 0)
     make = ray.put(partial(_make_steps, plan=plan))
     parts = [blocks[i : i + MAX_TASKS_PER_EXECUTION] for i in range(0, len(blocks), MAX_TASKS_PER_EXECUTION)]
     payloads = (payload for part in parts for payload in _payloads(plan_dataset(part, make, runtime)))
     yield from _ahead(partial(_to_batch, device=device), payloads)
+
+
+def _sample_pixels(images: Images, data: DataConfig) -> int:
+    """Pixels of one sample: of a crop, or of the largest labelled image where whole ones are trained on."""
+    if not data.whole_images:
+        return data.image_px[0] * data.image_px[1]
+    table = fetched(images.records)
+    sides = (table.column(name).to_numpy()[images.labelled].tolist() for name in ("height", "width"))
+    size = InputSize(data.train_resize, data.image_px)
+    return max((math.prod(size.inside(height, width)) for height, width in zip(*sides)), default=1)
 
 
 def step_blocks(start_step: int, steps: int, max_size: int, window: int = 0) -> list[Rows]:
@@ -300,10 +314,10 @@ def _label_online(plan: StepPlan, online: OnlineLabels, rows: range, drawn: list
     from cast_ray.views import fit_image
 
     version = online.version_of(plan.first_step + rows.start)
-    fitted = [fit_image(image, online.image_px_of(version)) for image, _ in drawn]
+    fitted = [fit_image(image, online.input_size_of(version)) for image, _ in drawn]
     pictures = Pictures(
         list(range(len(drawn))),
-        np.stack([pixels for pixels, _ in fitted]),
+        [pixels for pixels, _ in fitted],
         [(image.shape[0], image.shape[1]) for image, _ in drawn],
         [size for _, size in fitted],
     )
@@ -351,33 +365,38 @@ def _binary(payloads: list[np.ndarray]) -> pa.ChunkedArray:
 class Pictures:
     """A few images ready for inference, in the order of their positions.
 
-    positions [n]; pixels: uint8 [n, 3, H, W]; image_hw, resized_hw: their own sizes and those inside the padding,
-    pixels; bad: position and reason (naming the file) of images that could not be read, where that was asked for.
+    positions [n]; pixels: n of uint8 [3, H, W], which need not have one size; image_hw, resized_hw: their own sizes and
+    those inside the padding, pixels; bad: position and reason (naming the file) of images that could not be read, where
+    that was asked for.
     """
 
     positions: list[int]
-    pixels: np.ndarray
+    pixels: list[np.ndarray]
     image_hw: list[tuple[int, int]]
     resized_hw: list[tuple[int, int]]
     bad: list[tuple[int, str]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, block: pa.Table, image_px: tuple[int, int]) -> Pictures:
+    def of(cls, block: pa.Table) -> Pictures:
+        """The rows of a block of a `picture_dataset`."""
         errors = zip(block.column("position").to_pylist(), block.column("error").to_pylist())
         bad = [(position, error) for position, error in errors if error is not None]
         good = block.filter(pa.compute.is_null(block.column("error"))) if bad else block
-        values = [np.frombuffer(b.as_buffer(), np.uint8) for b in good.column("pixels")]
-        pixels = np.concatenate(values or [np.zeros(0, np.uint8)]).reshape(-1, 3, *image_px)
-        sizes = zip(*(good.column(name).to_pylist() for name in ("height", "width", "fit_height", "fit_width")))
-        both = [((h, w), (fit_h, fit_w)) for h, w, fit_h, fit_w in sizes]
-        return cls(good.column("position").to_pylist(), pixels, [b[0] for b in both], [b[1] for b in both], bad)
+        padded, image_hw, resized_hw = (_sizes(good, name) for name in ("padded_", "", "fit_"))
+        values = (np.frombuffer(b.as_buffer(), np.uint8) for b in good.column("pixels"))
+        pixels = [value.reshape(3, *size) for value, size in zip(values, padded)]
+        return cls(good.column("position").to_pylist(), pixels, image_hw, resized_hw, bad)
+
+
+def _sizes(table: pa.Table, prefix: str) -> list[tuple[int, int]]:
+    return list(zip(*(table.column(f"{prefix}{side}").to_pylist() for side in ("height", "width"))))
 
 
 PICTURE_SCHEMA = pa.schema(
     [
         ("position", pa.int64()),
         ("pixels", pa.large_binary()),
-        *((name, pa.int32()) for name in ("height", "width", "fit_height", "fit_width")),
+        *((f"{of}{side}", pa.int32()) for of in ("", "fit_", "padded_") for side in ("height", "width")),
         ("error", pa.string()),
     ]
 )
@@ -386,31 +405,37 @@ PICTURE_SCHEMA = pa.schema(
 def picture_dataset(
     records: ray.ObjectRef,
     indices: np.ndarray,
-    image_px: tuple[int, int],
+    input_size: InputSize,
     runtime: RuntimeConfig,
     blocks: list[Rows] | None = None,
     skip_bad: bool = False,
 ) -> ray.data.Dataset:
-    """Images decoded and fitted to `image_px`: rows of position (in `indices`), pixels and sizes (PICTURE_SCHEMA).
+    """Images decoded and resized as a model sees them: rows of position (in `indices`), pixels and sizes
+    (PICTURE_SCHEMA).
 
     Args:
         blocks: ranges of positions, each a block; None: all of them.
         skip_bad: an image that cannot be read has its reason in the column `error`; else it ends the stream.
     """
     if blocks is None:
-        starts = range(0, len(indices), IMAGES_PER_TASK)
-        blocks = [(start, min(start + IMAGES_PER_TASK, len(indices))) for start in starts]
-    fit = partial(_fit_images, records=records, indices=indices, image_px=image_px, skip_bad=skip_bad)
+        step = images_per_task(input_size)
+        blocks = [(start, min(start + step, len(indices))) for start in range(0, len(indices), step)]
+    fit = partial(_fit_images, records=records, indices=indices, input_size=input_size, skip_bad=skip_bad)
     return plan_dataset(blocks, ray.put(fit), runtime)
 
 
+def images_per_task(input_size: InputSize) -> int:
+    """Images of one block of a `picture_dataset`."""
+    return IMAGES_PER_TASK if input_size.is_fixed else NATIVE_IMAGES_PER_TASK
+
+
 def _fit_images(
-    start: int, stop: int, *, records: ray.ObjectRef, indices: np.ndarray, image_px: tuple[int, int], skip_bad: bool
+    start: int, stop: int, *, records: ray.ObjectRef, indices: np.ndarray, input_size: InputSize, skip_bad: bool
 ) -> pa.Table:
     rows = []
     for position in range(start, stop):
         try:
-            rows.append(_fit_image(position, record_at(records, indices[position]), image_px))
+            rows.append(_fit_image(position, record_at(records, indices[position]), input_size))
         except ValueError as error:
             if not skip_bad:
                 raise
@@ -418,12 +443,12 @@ def _fit_images(
     return pa.Table.from_pylist(rows, schema=PICTURE_SCHEMA)
 
 
-def _fit_image(position: int, record: dict[str, Any], image_px: tuple[int, int]) -> dict[str, Any]:
+def _fit_image(position: int, record: dict[str, Any], input_size: InputSize) -> dict[str, Any]:
     from cast_ray.datasets.images import read_image
     from cast_ray.views import fit_image
 
     image = read_image(record["uri"], (record["height"], record["width"]))
-    pixels, (fit_height, fit_width) = fit_image(image, image_px)
+    pixels, (fit_height, fit_width) = fit_image(image, input_size)
     height, width = image.shape[:2]
     return {
         "position": position,
@@ -432,14 +457,16 @@ def _fit_image(position: int, record: dict[str, Any], image_px: tuple[int, int])
         "width": width,
         "fit_height": fit_height,
         "fit_width": fit_width,
+        "padded_height": pixels.shape[1],
+        "padded_width": pixels.shape[2],
         "error": None,
     }
 
 
-def pictures(dataset: ray.data.Dataset, image_px: tuple[int, int]) -> Iterator[Pictures]:
+def pictures(dataset: ray.data.Dataset) -> Iterator[Pictures]:
     """Iterates a `picture_dataset` block by block."""
     for block in _blocks(dataset):
-        yield Pictures.of(block, image_px)
+        yield Pictures.of(block)
 
 
 def _blocks(dataset: ray.data.Dataset) -> Iterator[pa.Table]:

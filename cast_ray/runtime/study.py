@@ -28,6 +28,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from cast_ray.stages.search_spec import Domain, SearchSpec
+from cast_ray.stages.settings import changes_nothing
 
 IDENTITY = "cast_ray"
 """Attribute of a study that says which search it belongs to."""
@@ -80,9 +81,9 @@ def open_study(storage: BaseStorage, name: str, spec: SearchSpec, identity: Mapp
     """
     directions = [StudyDirection.MAXIMIZE if o == "max" else StudyDirection.MINIMIZE for o in spec.objectives.values()]
     wanted = {"space": spec.space, "objectives": spec.objectives, "base": spec.base, **identity}
-    wanted = json.loads(json.dumps(wanted, default=list))
+    wanted = _without_effects(json.loads(json.dumps(wanted, default=list)))
     study = optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
-    found = study.user_attrs.get(IDENTITY)
+    found = _without_effects(study.user_attrs.get(IDENTITY))
     if found is None and not study.trials:
         study.set_user_attr(IDENTITY, wanted)
         for point in spec.start:
@@ -93,6 +94,15 @@ def open_study(storage: BaseStorage, name: str, spec: SearchSpec, identity: Mapp
             f"study {name!r} was made with another {', '.join(changed)}: expected the same, or another --name"
         )
     return study
+
+
+def _without_effects(identity: Any) -> Any:
+    """The identity of a study without overrides that change no result, such as `runtime.num_workers`."""
+    if not isinstance(identity, dict):
+        return identity
+    parts = {name: identity[name] for name in ("base", "overrides") if isinstance(identity.get(name), dict)}
+    kept = {name: {k: v for k, v in part.items() if not changes_nothing(k)} for name, part in parts.items()}
+    return identity | kept
 
 
 def reap(study: Study, is_alive: Callable[[str], bool]) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from cast_ray.recipe import Recipe
 from cast_ray.runtime.claims import Holder, Presence
@@ -20,7 +21,7 @@ from cast_ray.runtime.results import SweepContext, is_current, read_result, resu
 from cast_ray.runtime.store import ArtifactStore, Listed, committed, read_each
 from cast_ray.runtime.trackers import Trackers
 from cast_ray.stages.cost import CostModel, PlanCost, Size, cost_of
-from cast_ray.stages.graph import NoTeacherError, RowPlan, Stage, SweepPlan, given, plan_sweep
+from cast_ray.stages.graph import NoTeacherError, RowPlan, Stage, SweepPlan, given, input_size_of, plan_sweep
 from cast_ray.stages.table import Table
 
 MAX_MANIFESTS = 400
@@ -38,6 +39,12 @@ class TableRequest:
     """Of the run: the folder of its results."""
     asked: frozenset[str] = frozenset()
     """Rows that the user named: one that cannot be is refused, any other one left out."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What its rows have in common, see `Table.settings`."""
+    folder: str = ""
+    """Where its results and report go, in words; empty: not said."""
+    has_own_folder: bool = False
+    """Whether another folder holds results of the same table with other settings."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +106,11 @@ def run_sweep(
         _preview(request, sweeps, plan_sweep(rows, committed(listed)), planner, listed, store, console)
         return None
     with Presence(store, command_line()) as presence:
-        needed = {stage.fingerprint for row in rows for stage in row.stages}.union(*map(given, rows))
-        presence.need(needed | planner.fingerprints(), on_wait=lambda holder: say_pruning(holder, console))
+        read = planner.fingerprints().union(*map(given, rows))
+        needed = {stage.fingerprint for row in rows for stage in row.stages}
+        presence.need(needed | read, on_wait=lambda holder: say_pruning(holder, console))
         listed = store.list_artifacts()
+        check_still_stored(read, committed(listed))
         whole = plan_sweep(rows, committed(listed))
         _preview(request, sweeps, whole, planner, listed, store, console)
         on_start(sweeps)
@@ -138,6 +147,20 @@ def say_pruning(holder: Holder, console: Console) -> None:
     console.print(f"waiting for `store gc` of {holder.user} on {holder.host} (process {holder.pid})")
 
 
+def check_still_stored(read: Iterable[str], stored: Collection[str]) -> None:
+    """Raises ValueError when `store gc` has removed what planning has read, before the sweep could say it needs it.
+
+    Args:
+        read: fingerprints of the datasets and imported teachers that the plan builds on.
+        stored: fingerprints in the store, listed after the sweep has left word of its needs.
+    """
+    if gone := sorted(set(read) - set(stored)):
+        raise ValueError(
+            f"`store gc` has removed {len(gone)} artifacts that this command had just read ({gone[0]}): run it again, "
+            "which reads them anew"
+        )
+
+
 def _plan_table(request: TableRequest, planner: RowPlanner, console: Console) -> Sweep:
     """The rows of a table, each with the context of its dataset.
 
@@ -153,7 +176,7 @@ def _plan_table(request: TableRequest, planner: RowPlanner, console: Console) ->
                 raise
             left_out[row] = str(error)
     for reason in left_out.values():
-        console.print(f"[yellow]left out[/yellow]: {escape(reason)}", soft_wrap=True, highlight=False)
+        console.print(Text.assemble(("left out", "yellow"), f": {reason}"), soft_wrap=True)
     return Sweep(pairs[0][0], plan_sweep([row for _, row in pairs], []).rows, tuple(context for context, _ in pairs))
 
 
@@ -183,6 +206,7 @@ def _preview(
             budget_hours=request.budget_hours,
             memory=_memory(request, whole, planner),
             warnings=planner.warnings,
+            folders=[table.folder for table in request.tables if table.folder],
         ),
         console,
     )
@@ -204,33 +228,53 @@ def _cost(
 
 
 def _memory(request: SweepRequest, whole: SweepPlan, planner: RowPlanner) -> dict[str, list[int | None]]:
-    """Bytes of one worker of each train stage to run, by name; {} unless the user asked or takes a GPU."""
+    """Bytes of one worker of each stage to run, by name; {} unless the user asked or takes a GPU.
+
+    Of stages that only look at whole images, those whose model sees these at a size of their own: the others need less
+    than the training before them.
+    """
     if not request.dry_run and not any(row.recipe.runtime.use_gpu for row in whole.rows):
         return {}
-    from cast_ray.stages.train import stage_memory  # torch
+    from cast_ray.stages.evaluate import inference_memory  # torch
+    from cast_ray.stages.train import stage_memory
 
     found: dict[str, list[int | None]] = {}
     seen = set(whole.stored)
     alike: dict[str, int | None] = {}
     for row in whole.rows:
+        models = {stage.fingerprint: stage.config["model"] for stage in row.stages if stage.kind == "train"}
         for stage in row.stages:
-            if stage.kind != "train" or stage.fingerprint in seen:
+            if stage.fingerprint in seen or (stage.kind != "train" and input_size_of(stage).is_fixed):
                 continue
             seen.add(stage.fingerprint)
-            key = _memory_key(stage, row.recipe)
+            model = models.get(stage.parents.get("teacher") or stage.parents.get("model") or stage.fingerprint)
+            key = _memory_key(stage, row.recipe, model)
             if key not in alike:
-                estimate = stage_memory(stage, row.recipe, planner.num_classes(row.recipe))
-                alike[key] = estimate.total if estimate else None
+                num_classes = planner.num_classes(row.recipe)
+                if stage.kind == "train":
+                    estimate = stage_memory(stage, row.recipe, num_classes)
+                    alike[key] = estimate.total if estimate else None
+                else:
+                    image_hw = planner.size(row.recipe).image_hw
+                    alike[key] = inference_memory(stage, row.recipe, model, num_classes, image_hw)
                 found.setdefault(stage.name, []).append(alike[key])
     return found
 
 
-def _memory_key(stage: Stage, recipe: Recipe) -> str:
-    """Equal for stages that need the same memory: thousands of rows may differ in learning rates and the like alone."""
-    config, train = stage.config, stage.config["train"]
-    part = [stage.name, config["model"], config["contrastive"], config["unlabelled"], config["data"]["image_px"]]
+def _memory_key(stage: Stage, recipe: Recipe, model: Mapping[str, Any] | None) -> str:
+    """Equal for stages that need the same memory: thousands of rows may differ in learning rates and the like alone.
+
+    Args:
+        model: that the stage runs; None: an imported teacher's.
+    """
+    config, where = stage.config, [recipe.data.root, recipe.runtime.model_dump()]
+    part = [stage.name, model, config["data"].get("image_px"), config["data"].get("resize"), *where]
+    if stage.kind != "train":
+        return json.dumps([*part, recipe.evaluation.batch, recipe.label_batch], default=list)
+    train = config["train"]
+    part += [config["contrastive"], config["unlabelled"]]
     part += [train["batch_labelled"], train.get("batch_unlabelled"), train["ema"] > 0]
-    part += [getattr(recipe.stages, stage.name).accumulate, recipe.data.root, recipe.runtime.model_dump()]
+    part += [getattr(recipe.stages, stage.name).accumulate]
     return json.dumps(part, default=list)
 
 
@@ -294,7 +338,10 @@ def _run(
         )
         jobs = [Job(context, row) for context, row in pairs]
         with ProgressDisplay(console, broker, whole, [job.name for job in jobs]):
-            callbacks = request.trackers.callbacks(lambda message: console.print(f"[yellow]{message}[/yellow]"))
+            by_name = {job.name: job for job in jobs}
+            callbacks = request.trackers.callbacks(
+                by_name.__getitem__, lambda message: console.print(Text(message, "yellow"))
+            )
             name = sweep_name([table.name for table in request.tables])
             outcomes = run_trials(name, store, jobs, broker, min(len(jobs), 2 * slots + 2), callbacks)
         board = ray.get(broker.board.remote())
@@ -304,8 +351,9 @@ def _run(
     if not left:
         return None
     rest = plan_sweep(left, board["done"])
-    console.print(
-        f"[yellow]stopped[/yellow]: {board['stop']}. Left: {len(left)} rows, {len(rest.to_run)} stages, "
-        f"{rest.steps_to_run:,} steps; used {hours(board['device_s'] / 3600)}. The same command goes on."
+    words = (
+        f": {board['stop']}. Left: {len(left)} rows, {len(rest.to_run)} stages, {rest.steps_to_run:,} steps; "
+        f"used {hours(board['device_s'] / 3600)}. The same command goes on."
     )
+    console.print(Text.assemble(("stopped", "yellow"), words))
     return board["stop"]

@@ -10,6 +10,7 @@ import ray
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from cast_ray.stages.graph import SweepPlan
 
@@ -108,9 +109,9 @@ class ProgressDisplay:
             post = board["posts"].get(name)
             if post is None:
                 state = "done" if name in board["ended"] else "waiting" if name in board["waiting"] else "starting"
-                table.add_row(name, f"[dim]{state}[/dim]", "", "", "", "")
+                table.add_row(Text(name), Text(state, "dim"), "", "", "", "")
             else:
-                table.add_row(name, *_cells(post), self._stage_left(name, post))
+                table.add_row(Text(name), *_cells(post), self._stage_left(name, post))
         return table
 
     def _lines(self, board: dict[str, Any]) -> None:
@@ -123,7 +124,8 @@ class ProgressDisplay:
                 self.seen[name] = stage
                 cells = (*_cells(post), left and f"{left} left") if post else (stage,)
                 self.console.print(
-                    f"{_clock(time.monotonic() - self.began)}  {name}  " + "  ".join(c for c in cells if c)
+                    f"{_clock(time.monotonic() - self.began)}  {name}  " + "  ".join(c for c in cells if c),
+                    markup=False,
                 )
         overall = self._left(board)
         if due:

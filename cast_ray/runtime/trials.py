@@ -10,6 +10,7 @@ import traceback
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -340,17 +341,20 @@ def measure_metric(job: Job, name: str) -> float:
 
 @ray.remote(num_cpus=0.01, scheduling_strategy="DEFAULT")
 def measure_latency(store: ArtifactStore, key: str, image_px: tuple[int, int]) -> float:
-    """Median milliseconds of one image through a stored model, after a warm-up; one thread on a CPU."""
+    """Median milliseconds of one image of a training crop's size through a stored model, after a warm-up; one thread on
+    a CPU."""
     import torch
 
     from cast_ray.evaluation.efficiency import measure_seconds
+    from cast_ray.models.autocast import autocast
     from cast_ray.runtime.models import load_student
 
     torch.set_num_threads(1)
     device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-    segmenter = load_student(store, key).segmenter.to(device).eval()
+    student = load_student(store, key).to(device)
     image = torch.zeros(1, 3, *image_px, dtype=torch.uint8, device=device)
-    return 1000 * measure_seconds(lambda: segmenter(image), device, LATENCY_REPEATS)
+    context = partial(autocast, student.precision, device)
+    return 1000 * measure_seconds(lambda: student(image), device, LATENCY_REPEATS, context)
 
 
 def write_log(job: Job, text: str) -> str:

@@ -16,11 +16,11 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cast_ray.recipe import Recipe, RuntimeConfig
+from cast_ray.recipe import Precision, Recipe, RuntimeConfig
 from cast_ray.runtime.budget import configure_data, stream_bundle
 from cast_ray.runtime.processes import prepare_process
 from cast_ray.runtime.store import ArtifactStore
-from cast_ray.stages.graph import Stage
+from cast_ray.stages.graph import Stage, input_size_of
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +71,7 @@ class SideValidation:
 
         from cast_ray.runtime.evaluation import ValidationSet
 
-        images = ValidationSet.of(self.segment, self.segment.recipe, stage.config["data"]["image_px"])
+        images = ValidationSet.of(self.segment, self.segment.recipe, input_size_of(stage))
         if _find_point(self.segment.store, stage.fingerprint, step, _rules(images)) is not None:
             return
         refs = list(self.pending.values())
@@ -82,7 +82,7 @@ class SideValidation:
         if self.actor is None:
             self.actor = self._start()
         self.pending[step] = self.actor.validate.remote(
-            stage.fingerprint, stage.config["model"], images, step, save(dict(weights))
+            stage.fingerprint, stage.config["model"], stage.precision, images, step, save(dict(weights))
         )
 
     def _start(self) -> Any:
@@ -115,7 +115,7 @@ class SideValidation:
                 ray.get(ref)
             except ray.exceptions.RayError as error:  # the weights are right all the same
                 failed[str(step)] = str(error).strip().splitlines()[-1]
-        images = ValidationSet.of(self.segment, self.segment.recipe, stage.config["data"]["image_px"])
+        images = ValidationSet.of(self.segment, self.segment.recipe, input_size_of(stage))
         every = images.settings.every_steps
         points = [
             point
@@ -148,7 +148,13 @@ class Validator:
         self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
 
     def validate(
-        self, fingerprint: str, model: dict[str, Any], images: ValidationSet, step: int, weights: bytes
+        self,
+        fingerprint: str,
+        model: dict[str, Any],
+        precision: Precision,
+        images: ValidationSet,
+        step: int,
+        weights: bytes,
     ) -> None:
         """Measures one snapshot and writes its point."""
         import numpy as np
@@ -162,7 +168,8 @@ class Validator:
 
         segmenter = build_segmenter(ModelConfig(**model), len(images.categories), seed=0)
         segmenter.load_state_dict(load(weights))
-        teacher = ExpertTeacher(segmenter, images.categories, images.image_px).to(self.device)
+        teacher = ExpertTeacher(segmenter, images.categories, images.input_size).to(self.device)
+        teacher.precision = precision
         matches = measure(teacher, images, np.arange(images.num_images), self.device)
         numbers = metrics_of(matches, images.categories)
         point = {"step": step, "rules": _rules(images), "val/mask_ap": numbers["mask_ap"], "val/ap50": numbers["ap50"]}

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from cast_ray.recipe import ModelConfig, TeacherConfig
-from cast_ray.stages.graph import Stage, SweepPlan
+from cast_ray.recipe import InputSize, ModelConfig, TeacherConfig
+from cast_ray.stages.graph import Stage, SweepPlan, input_size_of
 
 Source = Literal["measured", "scaled", "estimated", "unknown"]
 Manifest = Mapping[str, Any]
@@ -40,10 +40,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Size:
-    """How many images the stages without steps go through."""
+    """How many images the stages without steps go through, and how large these are.
+
+    image_hw: height and width of a typical image of the dataset, pixels; None: unknown.
+    """
 
     num_unlabelled: int
     num_val: int
+    image_hw: tuple[int, int] | None = None
 
 
 class CostModel:
@@ -91,6 +95,7 @@ class CostModel:
             count_flops: False: do not, which saves loading torch.
         """
         model = _model_of(vars(stage), find)
+        seen_hw = seen_size(stage, size.image_hw)
         count = stage.steps or (size.num_unlabelled if stage.kind == "label" else _to_evaluate(stage, size))
         images = count * _images_of(stage.kind, stage.config)
         if seen := self.exact.get(_exact_key(stage.kind, stage.config, model)):
@@ -98,10 +103,9 @@ class CostModel:
         if seen := self.scaled.get(_scaled_key(stage.kind, stage.config, model)):
             return Estimate(statistics.median(seen) * images, "scaled")
         flops = 0.0
-        if count_flops and model is not None:
-            height, width = stage.config["data"]["image_px"]
+        if count_flops and model is not None and seen_hw is not None:
             spec = teacher.model_dump_json() if "kind" in model else json.dumps(model, sort_keys=True)
-            flops = _forward_flops(spec, (height, width))
+            flops = _forward_flops(spec, seen_hw)
         if not flops:
             return Estimate(0.0, "unknown")
         passes = TRAINING_PASSES * (2 if stage.config.get("contrastive") else 1) if stage.kind == "train" else 1.0
@@ -147,6 +151,24 @@ def cost_of(plan: SweepPlan, model: CostModel, size_of: Callable[[Stage], Size],
     )
 
 
+def seen_size(stage: Stage, image_hw: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Height and width in pixels of what the model of a stage is given; None where it depends on unknown images.
+
+    Args:
+        image_hw: of a typical image of the dataset; None: unknown.
+    """
+    data = stage.config["data"]
+    size = input_size_of(stage)
+    if stage.kind == "train":
+        if not data.get("whole_images"):
+            return data["image_px"][0], data["image_px"][1]
+        size = InputSize.read(data | {"resize": data.get("train_resize", "fit")})
+        return None if image_hw is None else size.inside(*image_hw)
+    if size.is_fixed:
+        return size.crop_px
+    return None if image_hw is None else size.padded(*image_hw)
+
+
 def _model_of(stage: Mapping[str, Any], find: Callable[[str], Mapping[str, Any] | None]) -> dict[str, Any] | None:
     """The model that a stage runs: its own, or that of the parent it labels or evaluates with.
 
@@ -168,7 +190,7 @@ def _images_of(kind: str, config: Mapping[str, Any]) -> float:
 
 
 def _exact_key(kind: str, config: Mapping[str, Any], model: Any) -> str:
-    work = [kind, model, config["data"]["image_px"], _images_of(kind, config)]
+    work = [kind, model, _seen(config), _images_of(kind, config)]
     if kind == "train":
         train, contrastive = config["train"], config["contrastive"]
         work += [train["batch_labelled"], train.get("batch_unlabelled", 0), config["loss"].get("num_points")]
@@ -178,7 +200,13 @@ def _exact_key(kind: str, config: Mapping[str, Any], model: Any) -> str:
 
 
 def _scaled_key(kind: str, config: Mapping[str, Any], model: Any) -> str:
-    return json.dumps([kind, model, config["data"]["image_px"]], sort_keys=True, default=list)
+    return json.dumps([kind, model, _seen(config)], sort_keys=True, default=list)
+
+
+def _seen(config: Mapping[str, Any]) -> Any:
+    """The crop of a train stage, or the rule by which whole images are resized."""
+    data = config["data"]
+    return data.get("resize") or data.get("image_px") or "whole images"
 
 
 def _images_seen(manifest: Manifest) -> float:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from cast_ray.recipe import Recipe, TrainConfig
+from cast_ray.recipe import DataConfig, InputSize, Precision, Recipe, TrainConfig
 from cast_ray.recipe.part import Part
 
 Kind = Literal["train", "label", "evaluate", "dataset"]
@@ -33,6 +33,21 @@ OPTIONAL = {
     "loss": ("semi_view", "burn_in_fraction", "soft_targets"),
 }
 """Fields of a part of the recipe that do nothing at their default: they enter a stage's identity only where they do."""
+
+
+VIEW_FIELDS = (
+    "scale_jitter",
+    "flip",
+    "color_jitter",
+    "train_resize",
+    "scale_steps",
+    "whole_images",
+    "inference_resize",
+    "color",
+)
+"""Fields of DataConfig that decide what a train stage's model sees, beside `image_px`."""
+ALWAYS_NAMED = ("scale_jitter", "flip", "color_jitter")
+"""Those that stood in fingerprints before the others existed, whose defaults are left out of them."""
 
 
 class NoTeacherError(ValueError):
@@ -61,6 +76,11 @@ class Stage:
     def key(self) -> str:
         """Directory name of the artifact."""
         return artifact_key(self.kind, self.fingerprint)
+
+    @property
+    def precision(self) -> Precision:
+        """What the stage computes in."""
+        return self.config.get("precision", "off")
 
 
 def artifact_key(kind: str, fingerprint: str) -> str:
@@ -134,6 +154,8 @@ def split_part(recipe: Recipe, hashes: DataHashes, *, unlabelled: bool) -> dict[
         part["min_per_class"] = data.min_per_class
     if data.label_list:
         part["label_list"] = hashes.label_list
+    if data.drop_empty:
+        part["drop_empty"] = True
     if unlabelled:
         part["pool"] = data.unlabelled_pool
         part |= data.model_dump(include={"unlabelled_fraction", "num_unlabelled"})
@@ -225,10 +247,13 @@ class _Planner:
         # D_u enters a step only where a term reads it; 1a and 3 are on D_l alone by definition.
         unlabelled = labels is not None or (pxl > 0 and name == "distill")
         train_part = train.model_dump(exclude=set(HOW_IT_RUNS))
+        if not train.decay_biases:
+            train_part.pop("decay_biases")
         if not unlabelled:
-            train_part.pop("batch_unlabelled")
-        data_part = recipe.data.model_dump(include={"scale_jitter", "flip", "color_jitter"})
-        data_part["image_px"] = self.image_px(by_teacher)
+            added = train_part.pop("batch_unlabelled")
+            if name == "distill" and recipe.stages.images_per_step == "total":
+                train_part["batch_labelled"] += added
+        data_part = self._view_part(by_teacher)
         if name == "distill" and recipe.data.copy_paste:
             data_part["copy_paste"] = recipe.data.copy_paste
         of_student = OPTIONAL["loss"] if labels is None or by_teacher else ()
@@ -263,9 +288,9 @@ class _Planner:
         how = {"on_empty"} if self.recipe.pseudo.has_vote else {"on_empty", "vote_iou"}
         config = {
             "pseudo": _without_unused(self.recipe.pseudo, OPTIONAL["pseudo"], exclude=how),
-            "data": {"image_px": self.image_px(by_teacher=True)},
+            "data": self.recipe.input_size(by_teacher=True).part(),
             "split": split_part(self.recipe, self.hashes, unlabelled=True),
-            "batch": self.recipe.labels.batch,
+            "batch": self.recipe.label_batch,
         }
         if part := self.recipe.teacher.inference_part():
             config["teacher"] = part
@@ -277,7 +302,7 @@ class _Planner:
     def evaluate(self, role: str, model: Stage, by_teacher: bool = False) -> Stage:
         config: dict[str, Any] = {
             "evaluation": self.recipe.evaluation.model_dump(exclude={"batch", "every_steps"}),
-            "data": {"image_px": self.image_px(by_teacher)},
+            "data": self.recipe.input_size(by_teacher).part(),
         }
         if by_teacher and (part := self.recipe.teacher.inference_part()):
             # Average precision is an area over all scores: a threshold would only cut it off.
@@ -286,14 +311,33 @@ class _Planner:
         self.roles[role] = stage
         return stage
 
-    def image_px(self, by_teacher: bool) -> tuple[int, int]:
-        """The size that images are fitted to for the model of a stage."""
-        return (self.recipe.teacher.image_px if by_teacher else None) or self.recipe.data.image_px
+    def _view_part(self, by_teacher: bool) -> dict[str, Any]:
+        """How a train stage makes its views, and the size at which its model sees whole images afterwards.
+
+        Fields at their defaults, and those that the others make idle, are left out.
+        """
+        data, teacher = self.recipe.data, self.recipe.teacher
+        own_px = teacher.image_px if by_teacher else None
+        part = data.model_dump(include=set(VIEW_FIELDS)) | {"image_px": own_px or data.image_px}
+        part["inference_resize"] = self.recipe.input_size(by_teacher).resize
+        if by_teacher and teacher.kind != "expert" and own_px is None:
+            part |= {"whole_images": True, "train_resize": "native"}
+        idle = {name for name in VIEW_FIELDS if name not in ALWAYS_NAMED and part[name] == _default(name)}
+        if part["whole_images"]:
+            idle |= {"scale_jitter", "scale_steps"}
+            if "fit" not in (part["train_resize"], part["inference_resize"]):
+                idle.add("image_px")
+        if part["color"] != "jitter":
+            idle.add("color_jitter")
+        return {name: value for name, value in part.items() if name not in idle}
 
     def _stage(
         self, name: str, kind: Kind, config: dict[str, Any], parents: dict[str, Stage | None], steps: int = 0
     ) -> Stage:
         parent_prints = {role: parent.fingerprint for role, parent in parents.items() if parent is not None}
+        precision = self.recipe.runtime.precision
+        if precision != "off":  # float32 is left out, as it was before precision was a part of what a stage is
+            config = config | {"precision": precision}
         return Stage(name, kind, config, parent_prints, self._fingerprint(kind, config, parent_prints), steps)
 
     def _add(self, stage: Stage) -> Stage:
@@ -317,6 +361,17 @@ def _without_unused(part: Part, optional: Iterable[str], exclude: Iterable[str] 
     """A part as plain data, without those of the optional fields that have their default."""
     unused = {name for name in optional if getattr(part, name) == type(part).model_fields[name].default}
     return part.model_dump(exclude={*exclude, *unused})
+
+
+def input_size_of(stage: Stage) -> InputSize:
+    """The size at which the model of a stage sees whole images: a train stage's, once it is trained."""
+    data = stage.config["data"]
+    return InputSize.read(data | {"resize": data.get("inference_resize", "fit")} if stage.kind == "train" else data)
+
+
+def _default(field: str) -> Any:
+    """Of a field of DataConfig."""
+    return DataConfig.model_fields[field].default
 
 
 def given(row: RowPlan) -> set[str]:

@@ -17,11 +17,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cast_ray.datasets.text_files import read_text
 from cast_ray.recipe import SCALES, Recipe, build_recipe, preset_names
+from cast_ray.recipe.strict_yaml import read_yaml
+from cast_ray.stages.settings import overridden, settings_of
 
 TABLES_DIR = Path(__file__).parents[2] / "sweeps" / "tables"
 DEFAULT_PRESET, DEFAULT_SCALE = "shapes", "demo"
@@ -68,6 +69,8 @@ class Table(BaseModel):
         expanded = {}
         for (row, overrides), *point in itertools.product(rows.items(), *axes):
             name = ", ".join(part for part in (row, *(label for label, _ in point)) if part)
+            if name in expanded:
+                raise ValueError(f"grid: two rows are called {name!r}: expected points with different names")
             expanded[name] = {**overrides, **{k: v for _, part in point for k, v in part.items()}}
         return {**spec, "rows": expanded}
 
@@ -157,9 +160,20 @@ class Table(BaseModel):
                         values[metric][row] = float(published[theirs][column])
         return values
 
-    def paper_dataset(self) -> str:
-        """What the published values were measured on, or an empty string."""
-        return str(_paper_tables()[self.paper].get("dataset", "")) if self.paper else ""
+    def paper_dataset(self, preset: str = "") -> str:
+        """What the published values of `paper_values` were measured on, or an empty string."""
+        if not self.paper:
+            return ""
+        both = any("{dataset}" in column for column in self.paper_columns)
+        chosen = "ade20k" if preset == "ade20k" else "cityscapes"
+        return str(_paper_tables()[self.paper].get("dataset", chosen if both else ""))
+
+    def paper_metric(self, preset: str = "") -> str:
+        """Which AP the published values of `paper_values` are, as in `evaluation.metric`: Cityscapes' own on that
+        dataset, COCO's on ADE20K."""
+        if not self.paper:
+            return ""
+        return "coco" if self.paper_dataset(preset).startswith("ade20k") else "cityscapes"
 
     def paper_curves(self) -> dict[str, dict[float, float]]:
         """The paper's table where its rows are numbers (label fractions, weights): metric or column -> number -> value.
@@ -202,6 +216,24 @@ class Table(BaseModel):
             raise ValueError(f"unknown row {row!r} of table {self.name!r}{nearest(row, list(self.rows))}")
         base = _in_turn(self._base_overrides, {**(overrides or {}), "seed": seed})
         return resolve_recipe(preset or self.preset, scale or self.scale, base, self.rows[row])
+
+    def settings(
+        self, preset: str | None = None, scale: str | None = None, overrides: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """What all rows have in common: preset, scale, the table's base, the user's own; see `settings.settings_of`."""
+        base = _in_turn(self._base_overrides, {**(overrides or {})})
+        try:
+            recipe = resolve_recipe(preset or self.preset, scale or self.scale, base, {})
+            own: set[str] = set()
+        except ValueError:  # what only a row makes valid
+            recipe = self.row_recipe(self.baseline, preset, scale, overrides=overrides)
+            own = overridden(self.rows[self.baseline])
+        return {key: value for key, value in settings_of(recipe.model_dump(mode="json")).items() if key not in own}
+
+    @property
+    def base_keys(self) -> set[str]:
+        """Dotted recipe keys that the table sets for all of its rows."""
+        return overridden(self._base_overrides)
 
 
 def _axis(name: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -278,12 +310,15 @@ def read_spec(path: Path, model: type[Spec], expected: str) -> Spec:
     """A YAML file as a checked model whose `name` is the file's.
 
     Raises:
-        ValueError: not YAML, not a mapping (the message gives the `expected` keys) or not valid (it names the key).
+        ValueError: not YAML, a key that is there twice (the message gives its line), not a mapping (it gives the
+            `expected` keys) or not valid (it names the key).
     """
+    texts = [name for name, field in model.model_fields.items() if field.annotation is str]
+    text = read_text(str(path), str(path))
     try:
-        spec = yaml.safe_load(read_text(str(path), str(path)))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        spec = read_yaml(text, as_text=texts)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if not isinstance(spec, dict):
         raise ValueError(f"{path}: expected a mapping with {expected}, got {type(spec).__name__}")
     try:

@@ -33,8 +33,8 @@ def train_config(stage: Stage, recipe: Recipe) -> TrainConfig:
 def stage_memory(stage: Stage, recipe: Recipe, num_classes: int) -> MemoryEstimate | None:
     """What one worker of a train stage needs, for a plan; see `estimate_memory`. None: a teacher from checkpoints."""
     config, runtime = stage.config, recipe.runtime
-    if "kind" in config["model"]:  # its architecture is known once its checkpoints are here
-        return None
+    if "kind" in config["model"] or config["data"].get("whole_images"):
+        return None  # its architecture is known once its checkpoints are here; images of any size have no one answer
     height, width = config["data"]["image_px"]
     return estimate_memory(
         ModelConfig(**config["model"]),
@@ -44,7 +44,7 @@ def stage_memory(stage: Stage, recipe: Recipe, num_classes: int) -> MemoryEstima
         contrastive=ContrastiveConfig(**config["contrastive"]) if config["contrastive"] else None,
         unlabelled=config["unlabelled"],
         num_workers=runtime.num_workers,
-        half=runtime.amp in ("bf16", "fp16") or (runtime.amp == "auto" and runtime.use_gpu),
+        half=stage.precision != "off",
         gradient_checkpointing=runtime.gradient_checkpointing,
         semi_strong=is_semi_strong(stage),
     )
@@ -69,7 +69,6 @@ def train_stage(
     batches: Iterator[Batch],
     world: World,
     train_config: TrainConfig,
-    amp: str = "auto",
     gradient_checkpointing: bool = False,
     resume: TrainState | None,
     on_log: Callable[[dict[str, float]], None],
@@ -84,7 +83,7 @@ def train_stage(
         stage: from `stages.graph`.
         num_classes: C.
         train_config: of `train_config(stage, recipe)`.
-        amp, gradient_checkpointing: of the recipe's `runtime`.
+        gradient_checkpointing: of the recipe's `runtime`.
         initial_weights: of the parent (theta_T0 for 1a and 1c, theta_s* for 3); None: seeded random weights.
         teacher: the parent itself, where it is not a segmenter; trained in place.
         batches: this worker's batches from the resumed step on.
@@ -118,7 +117,7 @@ def train_stage(
         fingerprint=stage.fingerprint,
         seed=order_seed(stage),
         world=world,
-        amp=amp,
+        amp=stage.precision,
         resume=resume,
         on_log=on_log,
         on_checkpoint=on_checkpoint,

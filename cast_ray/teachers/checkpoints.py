@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -112,6 +113,22 @@ def load_processor(folder: Path, field: str) -> Any:
         return AutoImageProcessor.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{field}: {str(folder)!r}: no image processor: {first_line(error)}") from None
+
+
+def processed_hw(processor: Any, height: int, width: int) -> tuple[float, float]:
+    """Height and width that an image processor resizes an image of this size to, pixels, not yet rounded.
+
+    The processors of Mask2Former and MaskFormer stretch images to multiples of their `size_divisor` where others pad.
+    """
+    size = processor.size
+    if not size.get("shortest_edge"):
+        return size["height"], size["width"]
+    longest = size.get("longest_edge") or float("inf")
+    scale = min(size["shortest_edge"] / min(height, width), longest / max(height, width))
+    divisor = getattr(processor, "size_divisor", None)
+    if not divisor:
+        return height * scale, width * scale
+    return math.ceil(round(height * scale) / divisor) * divisor, math.ceil(round(width * scale) / divisor) * divisor
 
 
 def load_tokenizer(folder: Path, field: str) -> Any:

@@ -15,7 +15,8 @@ from torchvision.ops import box_convert
 from transformers import GroundingDinoForObjectDetection, MMGroundingDinoForObjectDetection
 
 from cast_ray.losses.detection import Detections
-from cast_ray.teachers.checkpoints import load_model, load_processor, load_tokenizer
+from cast_ray.models.postprocess import groups_of_equal_size
+from cast_ray.teachers.checkpoints import load_model, load_processor, load_tokenizer, processed_hw
 from cast_ray.teachers.prompts import Prompt
 
 MODELS = {
@@ -128,13 +129,7 @@ class TextDetector(nn.Module):
 
     def training_pixels(self, images: torch.Tensor) -> torch.Tensor:
         """Whole images at the size that the processor would give them, rounded to a multiple of 32, normalised."""
-        height, width = images.shape[-2:]
-        size = self.processor.size
-        if size.get("shortest_edge"):
-            scale = min(size["shortest_edge"] / min(height, width), size["longest_edge"] / max(height, width))
-            wanted = [height * scale, width * scale]
-        else:
-            wanted = [size["height"], size["width"]]
+        wanted = processed_hw(self.processor, images.shape[-2], images.shape[-1])
         rounded = [max(1, round(side / SIZE_MULTIPLE)) * SIZE_MULTIPLE for side in wanted]
         pixels = F.interpolate(images.float(), size=rounded, mode="bilinear", align_corners=False, antialias=True)
         return (pixels - self.pixel_mean) / self.pixel_std
@@ -161,11 +156,8 @@ class TextDetector(nn.Module):
         images of one size run together, because the padding of a mixed batch reaches into its features: an image's
         boxes must not depend on its neighbours.
         """
-        by_size: dict[tuple[int, ...], list[int]] = {}
-        for b, image in enumerate(images):
-            by_size.setdefault(tuple(image.shape), []).append(b)
         found: dict[int, FoundBoxes] = {}
-        for members in by_size.values():
+        for members in groups_of_equal_size([tuple(image.shape) for image in images]):
             inputs = self.processor(images=[images[b] for b in members], return_tensors="pt", device=images[0].device)
             scores, boxes = [], []
             with self._shared_backbone():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cast_ray import registry
-from cast_ray.recipe import TeacherConfig
+from cast_ray.recipe import InputSize, TeacherConfig
 from cast_ray.records import Category
 from cast_ray.teachers.fusion import suppress, vote
 from cast_ray.teachers.protocol import Instances, Teacher, load_teacher, read_card, save_teacher
@@ -20,7 +20,7 @@ class EnsembleTeacher(Teacher):
 
     Args:
         members: teachers for the same classes.
-        config, categories, image_px: see `Teacher`.
+        config, categories, input_size: see `Teacher`.
     """
 
     kind = "ensemble"
@@ -34,9 +34,9 @@ class EnsembleTeacher(Teacher):
         members: Sequence[Teacher],
         config: TeacherConfig,
         categories: Sequence[Category],
-        image_px: tuple[int, int],
+        input_size: InputSize | tuple[int, int],
     ):
-        super().__init__(config, categories, image_px)
+        super().__init__(config, categories, input_size)
         self.members = nn.ModuleList(members)
 
     @classmethod
@@ -45,7 +45,11 @@ class EnsembleTeacher(Teacher):
 
     @classmethod
     def load(
-        cls, folders: dict[str, Path], config: TeacherConfig, categories: Sequence[Category], image_px: tuple[int, int]
+        cls,
+        folders: dict[str, Path],
+        config: TeacherConfig,
+        categories: Sequence[Category],
+        input_size: InputSize | tuple[int, int],
     ) -> EnsembleTeacher:
         members: list[Teacher] = []
         for i, name in enumerate(config.ensemble.members):
@@ -58,11 +62,11 @@ class EnsembleTeacher(Teacher):
                         f"{field}: {str(folders[field])!r} is for the classes {names[:6]}, not {wanted[:6]}"
                     )
                 part = {"inference": config.inference.model_dump()} if card["kind"] != "expert" else {}
-                members.append(load_teacher(folders[field], part, image_px))
+                members.append(load_teacher(folders[field], part, input_size))
             else:
                 kind: type[Teacher] = registry.lookup("teachers", name)
-                members.append(kind.load(folders, config.model_copy(update={"kind": name}), categories, image_px))
-        return cls(members, config, categories, image_px)
+                members.append(kind.load(folders, config.model_copy(update={"kind": name}), categories, input_size))
+        return cls(members, config, categories, input_size)
 
     def save_weights(self, folder: Path) -> None:
         for i, member in enumerate(self.members):

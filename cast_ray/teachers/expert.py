@@ -12,7 +12,7 @@ from torch import nn
 from cast_ray.models.network import CastNetwork, TrainedNetwork
 from cast_ray.models.postprocess import predict_instances
 from cast_ray.models.segmenter import Segmenter, build_segmenter
-from cast_ray.recipe import ContrastiveConfig, TeacherConfig
+from cast_ray.recipe import ContrastiveConfig, InputSize, TeacherConfig
 from cast_ray.records import Category
 from cast_ray.teachers.protocol import Instances, Teacher
 
@@ -24,8 +24,8 @@ class ExpertTeacher(Teacher):
 
     kind = "expert"
 
-    def __init__(self, segmenter: Segmenter, categories: Sequence[Category], image_px: tuple[int, int]):
-        super().__init__(TeacherConfig(**segmenter.config.model_dump()), categories, image_px)
+    def __init__(self, segmenter: Segmenter, categories: Sequence[Category], input_size: InputSize | tuple[int, int]):
+        super().__init__(TeacherConfig(**segmenter.config.model_dump()), categories, input_size)
         self.segmenter = segmenter.eval()
 
     def find(
@@ -56,7 +56,11 @@ class ExpertTeacher(Teacher):
 
     @classmethod
     def load(
-        cls, folders: dict[str, Path], config: TeacherConfig, categories: Sequence[Category], image_px: tuple[int, int]
+        cls,
+        folders: dict[str, Path],
+        config: TeacherConfig,
+        categories: Sequence[Category],
+        input_size: InputSize | tuple[int, int],
     ) -> ExpertTeacher:
         segmenter = build_segmenter(config.segmenter, len(categories), seed=0)
         path = folders["teacher"] / WEIGHTS
@@ -64,4 +68,4 @@ class ExpertTeacher(Teacher):
             segmenter.load_state_dict(load_file(path))
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{path}: the weights do not fit the teacher: {str(error).splitlines()[0]}") from None
-        return cls(segmenter, categories, image_px)
+        return cls(segmenter, categories, input_size)

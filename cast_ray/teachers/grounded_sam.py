@@ -15,7 +15,7 @@ from cast_ray.losses.prompted_masks import prompted_mask_loss
 from cast_ray.models.network import Output, TrainedNetwork
 from cast_ray.models.postprocess import encode_masks
 from cast_ray.models.projector import Projector, select_stride
-from cast_ray.recipe import ContrastiveConfig, GroundedSamConfig, TeacherConfig, TrainConfig
+from cast_ray.recipe import ContrastiveConfig, GroundedSamConfig, InputSize, TeacherConfig, TrainConfig
 from cast_ray.records import Category, Predictions, Targets
 from cast_ray.teachers.box_segmenter import BoxSegmenter
 from cast_ray.teachers.detector import FoundBoxes, TextDetector
@@ -34,7 +34,7 @@ class GroundedSamTeacher(Teacher):
 
     Args:
         detector, segmenter: loaded.
-        config, categories, image_px: see `Teacher`.
+        config, categories, input_size: see `Teacher`.
 
     Source: CAST (arXiv 2505.21904), its teacher of a detector and a promptable segmenter.
     """
@@ -48,19 +48,23 @@ class GroundedSamTeacher(Teacher):
         segmenter: BoxSegmenter,
         config: TeacherConfig,
         categories: Sequence[Category],
-        image_px: tuple[int, int],
+        input_size: InputSize | tuple[int, int],
     ):
-        super().__init__(config, categories, image_px)
+        super().__init__(config, categories, input_size)
         self.detector, self.segmenter = detector, segmenter
         self.prompter = Prompter(detector.tokenizer, self.categories, config.prompt, detector.max_tokens)
         self._prompts: list[Prompt] = []
 
     @classmethod
     def load(
-        cls, folders: dict[str, Path], config: TeacherConfig, categories: Sequence[Category], image_px: tuple[int, int]
+        cls,
+        folders: dict[str, Path],
+        config: TeacherConfig,
+        categories: Sequence[Category],
+        input_size: InputSize | tuple[int, int],
     ) -> GroundedSamTeacher:
         detector = TextDetector.load(folders[DETECTOR], DETECTOR)
-        return cls(detector, BoxSegmenter.load(folders[SEGMENTER], SEGMENTER), config, categories, image_px)
+        return cls(detector, BoxSegmenter.load(folders[SEGMENTER], SEGMENTER), config, categories, input_size)
 
     def save_weights(self, folder: Path) -> None:
         self.detector.save(folder / "detector")

@@ -19,9 +19,9 @@ from transformers import (
 
 from cast_ray.models.network import CastNetwork, TrainedNetwork
 from cast_ray.models.postprocess import predict_instances
-from cast_ray.recipe import ContrastiveConfig, PromptConfig, TeacherConfig
+from cast_ray.recipe import ContrastiveConfig, InputSize, PromptConfig, TeacherConfig
 from cast_ray.records import Category, Predictions
-from cast_ray.teachers.checkpoints import load_model, load_processor
+from cast_ray.teachers.checkpoints import load_model, load_processor, processed_hw
 from cast_ray.teachers.prompts import texts_of
 from cast_ray.teachers.protocol import Instances, Teacher, checkpoint_layers
 
@@ -40,16 +40,18 @@ class MaskTransformer(nn.Module):
 
     Args:
         model: one of MODELS.
-        processor: normalisation of its images.
+        processor: size and normalisation of its images.
         labels_of: per class the labels of the checkpoint that mean it.
+        resizes: whether images come at their own size and are resized as the processor does; else they are taken as
+            they are. A plain ViT resizes in any case.
     """
 
     pixel_mean: torch.Tensor
     pixel_std: torch.Tensor
 
-    def __init__(self, model: Any, processor: Any, labels_of: Sequence[Sequence[int]]):
+    def __init__(self, model: Any, processor: Any, labels_of: Sequence[Sequence[int]], resizes: bool = False):
         super().__init__()
-        self.model, self.processor = model, processor
+        self.model, self.processor, self.resizes = model, processor, resizes
         self.labels_of = [list(labels) for labels in labels_of]
         mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
         self.register_buffer("pixel_mean", mean.view(3, 1, 1) * 255, persistent=False)
@@ -87,7 +89,7 @@ class MaskTransformer(nn.Module):
         """Backbone maps of uint8 [B, 3, H, W]: stride -> float [B, D, h, w]."""
         pixels = self._pixels(images)
         if not self.is_plain:
-            shares = _shares(images, pixels)
+            shares = self._shares(images, pixels)
             return {s: _cut(x, shares) for s, x in zip(self.feature_dims, self._backbone()(pixels).feature_maps)}
         model = self.model
         states = model.embeddings(pixels)
@@ -109,7 +111,7 @@ class MaskTransformer(nn.Module):
             pairs = [(a["class_queries_logits"], a["masks_queries_logits"]) for a in out.auxiliary_logits or []]
             layers = [*pairs, (out.class_queries_logits, out.masks_queries_logits)]
         features = dict(zip(self.feature_dims, maps[0]))
-        shares = (1.0, 1.0) if self.is_plain else _shares(images, pixels)
+        shares = (1.0, 1.0) if self.is_plain else self._shares(images, pixels)
         return Predictions(
             [self._of_dataset(logits) for logits, _ in layers],
             [_cut(masks, shares) for _, masks in layers],
@@ -132,8 +134,23 @@ class MaskTransformer(nn.Module):
         if self.is_plain:
             side = self.model.config.image_size
             return F.interpolate(pixels, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
-        height, width = images.shape[-2:]
+        height, width = self._seen_hw(images)
+        if (height, width) != tuple(images.shape[-2:]):
+            pixels = F.interpolate(pixels, size=(height, width), mode="bilinear", align_corners=False, antialias=True)
         return F.pad(pixels, (0, -width % SIZE_MULTIPLE, 0, -height % SIZE_MULTIPLE))
+
+    def _seen_hw(self, images: torch.Tensor) -> tuple[int, int]:
+        """Height and width of images as the model sees them, without padding."""
+        height, width = images.shape[-2], images.shape[-1]
+        if self.resizes:
+            wanted = processed_hw(self.processor, height, width)
+            height, width = (max(1, round(side)) for side in wanted)
+        return height, width
+
+    def _shares(self, images: torch.Tensor, padded: torch.Tensor) -> tuple[float, float]:
+        """How much of a padded image's height and width is the image."""
+        height, width = self._seen_hw(images)
+        return height / padded.shape[-2], width / padded.shape[-1]
 
     @contextmanager
     def _kept_maps(self) -> Iterator[list[list[torch.Tensor]]]:
@@ -170,11 +187,6 @@ class MaskTransformer(nn.Module):
             del self.model.predict
 
 
-def _shares(images: torch.Tensor, padded: torch.Tensor) -> tuple[float, float]:
-    """How much of a padded image's height and width is the image."""
-    return images.shape[-2] / padded.shape[-2], images.shape[-1] / padded.shape[-1]
-
-
 def _cut(maps_BDHW: torch.Tensor, shares: tuple[float, float]) -> torch.Tensor:
     """The part of maps over a padded image that lies over the image itself."""
     height, width = (max(1, round(side * share)) for side, share in zip(maps_BDHW.shape[-2:], shares))
@@ -184,7 +196,8 @@ def _cut(maps_BDHW: torch.Tensor, shares: tuple[float, float]) -> torch.Tensor:
 class MaskTransformerTeacher(Teacher):
     """A mask transformer, zero-shot where its labels cover the classes; fine-tuned by the same losses as a student.
 
-    Labels of the checkpoint that no class means count as no object. Images are taken as they are fitted to `image_px`.
+    Labels of the checkpoint that no class means count as no object. Images that come at their own size are resized as
+    the checkpoint's processor does; where `teacher.image_px` fits them into a size, they are taken as they are.
     """
 
     kind = "mask2former"
@@ -194,14 +207,18 @@ class MaskTransformerTeacher(Teacher):
         segmenter: MaskTransformer,
         config: TeacherConfig,
         categories: Sequence[Category],
-        image_px: tuple[int, int],
+        input_size: InputSize | tuple[int, int],
     ):
-        super().__init__(config, categories, image_px)
+        super().__init__(config, categories, input_size)
         self.segmenter = segmenter
 
     @classmethod
     def load(
-        cls, folders: dict[str, Path], config: TeacherConfig, categories: Sequence[Category], image_px: tuple[int, int]
+        cls,
+        folders: dict[str, Path],
+        config: TeacherConfig,
+        categories: Sequence[Category],
+        input_size: InputSize | tuple[int, int],
     ) -> MaskTransformerTeacher:
         folder = folders[CHECKPOINT]
         model = load_model(MODELS, folder, CHECKPOINT)
@@ -209,7 +226,9 @@ class MaskTransformerTeacher(Teacher):
             known = _labels_of(model.config.id2label, categories, config.prompt)
             add_labels(model, [name for name, labels in known.items() if not labels])
         labels_of = match_labels(model.config.id2label, categories, config.prompt)
-        return cls(MaskTransformer(model, load_processor(folder, CHECKPOINT), labels_of), config, categories, image_px)
+        resizes = InputSize.of(input_size).resize == "native"
+        segmenter = MaskTransformer(model, load_processor(folder, CHECKPOINT), labels_of, resizes)
+        return cls(segmenter, config, categories, input_size)
 
     @property
     def trained(self) -> nn.Module:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -14,10 +13,12 @@ from pydantic import ValidationError
 from torch import nn
 
 from cast_ray import registry
+from cast_ray.files import write_atomically
+from cast_ray.models.autocast import DTYPES, autocast
 from cast_ray.models.drawing import class_colours
 from cast_ray.models.encoders import checkpoint_blocks
 from cast_ray.models.network import Output, TrainedNetwork
-from cast_ray.recipe import ContrastiveConfig, TeacherConfig
+from cast_ray.recipe import ContrastiveConfig, InputSize, Precision, TeacherConfig
 from cast_ray.records import Category, Targets, class_names
 from cast_ray.teachers.checkpoints import quiet_transformers
 
@@ -42,7 +43,7 @@ class Teacher(nn.Module, ABC):
     Args:
         config: its kind's own section is read.
         categories: C classes, in the order of the labels.
-        image_px: height and width that images are fitted to, pixels.
+        input_size: at which it is given whole images; (H, W) in pixels: fitted into it.
     """
 
     kind: ClassVar[str]
@@ -51,13 +52,13 @@ class Teacher(nn.Module, ABC):
     why_not_trained: ClassVar[str] = ""
     """Of a kind that the stages cannot fine-tune: why, and what to do instead."""
 
-    def __init__(self, config: TeacherConfig, categories: Sequence[Category], image_px: tuple[int, int]):
+    def __init__(self, config: TeacherConfig, categories: Sequence[Category], input_size: InputSize | tuple[int, int]):
         super().__init__()
         self.config = config
         self.categories = tuple(categories)
-        self.image_px = (image_px[0], image_px[1])
-        self.autocast_dtype: torch.dtype | None = None
-        """Of inference; None: as the weights are."""
+        self.input_size = InputSize.of(input_size)
+        self.precision: Precision = "off"
+        """What `predict` computes in; a trained teacher is saved with that of its training."""
         self.is_soft = False
         """Whether instances are to tell class_probs and mask_probs, see `to_instances`; of kinds with queries."""
 
@@ -86,7 +87,7 @@ class Teacher(nn.Module, ABC):
         """Instances of each image at its own size.
 
         Args:
-            images: uint8 [B, 3, H, W], resized and padded below and right to `image_px`.
+            images: uint8 [B, 3, H, W] of `views.fit_image` at `input_size`.
             image_hw: B original sizes, pixels; None: as given.
             resized_hw: B sizes inside the padding, pixels; None: no padding.
             max_detections: at most so many per image; None: `teacher.inference.max_detections`.
@@ -101,9 +102,8 @@ class Teacher(nn.Module, ABC):
         given = [(images.shape[-2], images.shape[-1])] * len(images)
         images = images.to(self.device)
         limit = max_detections or self.config.inference.max_detections
-        half = torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
         try:
-            with half:
+            with autocast(self.precision, self.device):
                 return self.find(images, image_hw or given, resized_hw or given, limit, min_score)
         except torch.OutOfMemoryError as error:
             raise ValueError(
@@ -143,7 +143,11 @@ class Teacher(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def load(
-        cls, folders: dict[str, Path], config: TeacherConfig, categories: Sequence[Category], image_px: tuple[int, int]
+        cls,
+        folders: dict[str, Path],
+        config: TeacherConfig,
+        categories: Sequence[Category],
+        input_size: InputSize | tuple[int, int],
     ) -> Teacher:
         """From the folders of its checkpoints, by the recipe's field (`teacher.sam3.checkpoint`).
 
@@ -182,9 +186,10 @@ def save_teacher(teacher: Teacher, folder: Path) -> None:
         "kind": teacher.kind,
         "config": teacher.config.settings(),
         "categories": [{"id": c.id, "name": c.name} for c in teacher.categories],
-        "image_px": list(teacher.image_px),
+        "input_size": teacher.input_size.part(),
+        "precision": teacher.precision,
     }
-    (folder / CARD).write_text(json.dumps(card, indent=1))
+    write_atomically(folder / CARD, json.dumps(card, indent=1))
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -196,6 +201,8 @@ def read_card(folder: Path) -> dict[str, Any]:
     try:
         card = json.loads((folder / CARD).read_text())
         TeacherConfig(**card["config"])
+        if card.setdefault("precision", "off") not in ("off", *DTYPES):
+            raise ValueError(f"precision is {card['precision']!r}: expected off, {' or '.join(DTYPES)}")
         return card
     except OSError:
         raise ValueError(f"no saved teacher in {str(folder)!r}: {CARD} is missing") from None
@@ -206,7 +213,7 @@ def read_card(folder: Path) -> dict[str, Any]:
 def load_teacher(
     folder: Path,
     part: dict[str, Any] | None = None,
-    image_px: tuple[int, int] | None = None,
+    input_size: InputSize | tuple[int, int] | None = None,
     categories: Sequence[Category] | None = None,
 ) -> Teacher:
     """A saved teacher, in evaluation mode on the CPU.
@@ -214,7 +221,7 @@ def load_teacher(
     Args:
         folder: as `save_teacher` writes it.
         part: fields of TeacherConfig that replace the saved ones (a stage's part of the recipe).
-        image_px: size that images are fitted to; None: as saved.
+        input_size: at which it is given whole images; None: as saved.
         categories: to look for; None: as saved.
 
     Raises:
@@ -227,8 +234,10 @@ def load_teacher(
     saved = [Category(**c) for c in card["categories"]]
     if categories is not None and not kind.takes_any_class and [c.name for c in categories] != [c.name for c in saved]:
         raise ValueError(f"{str(folder)!r} only knows its own classes: {', '.join(c.name for c in saved[:12])}")
-    size = image_px or (card["image_px"][0], card["image_px"][1])
-    return kind.load(folders, config, categories or saved, size).eval()
+    size = input_size or InputSize.read(card.get("input_size", card))  # before, images were always fitted
+    teacher = kind.load(folders, config, categories or saved, size).eval()
+    teacher.precision = card["precision"]
+    return teacher
 
 
 def _merged(saved: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:

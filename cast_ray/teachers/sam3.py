@@ -19,7 +19,7 @@ from cast_ray.losses.prompted_masks import prompted_mask_loss
 from cast_ray.models.network import Output, TrainedNetwork
 from cast_ray.models.postprocess import can_reach, encode_masks
 from cast_ray.models.projector import Projector, select_stride
-from cast_ray.recipe import ContrastiveConfig, GroundedSamConfig, TeacherConfig, TrainConfig
+from cast_ray.recipe import ContrastiveConfig, GroundedSamConfig, InputSize, TeacherConfig, TrainConfig
 from cast_ray.records import Category, Predictions, Targets
 from cast_ray.teachers.checkpoints import load_model, load_processor, load_tokenizer
 from cast_ray.teachers.fusion import suppress
@@ -132,9 +132,13 @@ class Sam3Teacher(Teacher):
     takes_any_class = True
 
     def __init__(
-        self, model: PromptedSam3, config: TeacherConfig, categories: Sequence[Category], image_px: tuple[int, int]
+        self,
+        model: PromptedSam3,
+        config: TeacherConfig,
+        categories: Sequence[Category],
+        input_size: InputSize | tuple[int, int],
     ):
-        super().__init__(config, categories, image_px)
+        super().__init__(config, categories, input_size)
         self.model = model
         words = class_words(self.categories, config.prompt)
         self.words = [word for mine in words for word in mine]
@@ -143,12 +147,16 @@ class Sam3Teacher(Teacher):
 
     @classmethod
     def load(
-        cls, folders: dict[str, Path], config: TeacherConfig, categories: Sequence[Category], image_px: tuple[int, int]
+        cls,
+        folders: dict[str, Path],
+        config: TeacherConfig,
+        categories: Sequence[Category],
+        input_size: InputSize | tuple[int, int],
     ) -> Sam3Teacher:
         folder = folders[CHECKPOINT]
         model = load_model(MODELS, folder, CHECKPOINT)
         prompted = PromptedSam3(model, load_tokenizer(folder, CHECKPOINT), load_processor(folder, CHECKPOINT))
-        return cls(prompted, config, categories, image_px)
+        return cls(prompted, config, categories, input_size)
 
     def save_weights(self, folder: Path) -> None:
         for part in (self.model.model, self.model.tokenizer, self.model.processor):

@@ -28,7 +28,7 @@ CONTRASTIVE = [
 ]
 # Draws without replacement of all candidates are the same on one and on two workers.
 CONTRASTIVE.append(ContrastiveConfig(sampler="class", scope="cross-image", replacement=False, num_negatives=200))
-SET = LossConfig(num_points=32)
+SET = LossConfig(num_points=32, pseudo_weighting="score")
 COUNTS = (1, 7)
 
 
@@ -48,7 +48,11 @@ def make_set_problem():
         {},
     )
     targets = [
-        Targets(torch.rand(n, 32, 32, generator=g) < 0.5, torch.randint(0, 3, (n,), generator=g), torch.ones(n))
+        Targets(
+            torch.rand(n, 32, 32, generator=g) < 0.5,
+            torch.randint(0, 3, (n,), generator=g),
+            0.3 + 0.5 * torch.rand(n, generator=g),
+        )
         for n in COUNTS
     ]
     points = LossPoints(*(2 * torch.rand(*shape, 2, generator=g) - 1 for shape in ((2, 2, 32), (2, 8, 96), (2, 8, 8))))
@@ -56,7 +60,7 @@ def make_set_problem():
 
 
 def set_gradients(predictions, losses, reduce):
-    total = sum(s.sum() / reduce(n.sum()).clamp(min=1) for s, n in losses.values())
+    total = sum(s.sum() / reduce(n.sum()) for s, n in losses.values())
     return torch.autograd.grad(total, predictions.class_logits + predictions.mask_logits)
 
 

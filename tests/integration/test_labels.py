@@ -15,13 +15,13 @@ from safetensors.torch import save as save_tensors
 from stream_scenes import CATEGORIES, DATA, assert_same, write_images
 
 from cast_ray.models.segmenter import build_segmenter
-from cast_ray.recipe import PseudoConfig, Recipe, RuntimeConfig, build_recipe
+from cast_ray.recipe import InputSize, PseudoConfig, Recipe, RuntimeConfig, build_recipe
 from cast_ray.records import Batch, Targets
 from cast_ray.runtime.budget import configure_data, reserve, stream_bundle
 from cast_ray.runtime.labeller import PseudoLabeller
 from cast_ray.runtime.labelling import LABELS, LabelJob, label_images
 from cast_ray.runtime.models import load_student, save_model
-from cast_ray.runtime.online import OnlineLabels, start_teachers, teacher_bundles
+from cast_ray.runtime.online import Learner, OnlineLabels, start_teachers, teacher_bundles
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.streams import Images, Pictures, picture_dataset, pictures, training_stream
 from cast_ray.stages.graph import Stage
@@ -103,7 +103,7 @@ def test_labels_are_the_teachers_for_every_image(offline: LabelJob, store: Artif
     assert [row["uri"] for row in rows] == table.column("uri").to_pylist()[NUM_LABELLED:]
     assert sum(len(row["instances"]) for row in rows) > NUM_IMAGES
     assert {i["category_id"] for row in rows for i in row["instances"]} <= {c.id for c in CATEGORIES}
-    labeller = PseudoLabeller(store, offline.stage, torch.device("cpu"), "off")
+    labeller = PseudoLabeller(store, offline.stage, torch.device("cpu"))
     alone = [labeller.label(picture(table, i))[0] for i in range(NUM_LABELLED, NUM_IMAGES)]
     assert instances(rows) == instances([{"instances": labels} for labels in alone])
 
@@ -115,7 +115,7 @@ def picture(table: pa.Table, index: int) -> Pictures:
 
     image = read_image(table.column("uri")[index].as_py())
     pixels, size = fit_image(image, IMAGE_PX)
-    return Pictures([0], pixels[None], [(image.shape[0], image.shape[1])], [size])
+    return Pictures([0], [pixels], [(image.shape[0], image.shape[1])], [size])
 
 
 def instances(rows: list[dict[str, Any]]) -> list[list[tuple[int, bytes, float]]]:
@@ -125,15 +125,15 @@ def instances(rows: list[dict[str, Any]]) -> list[list[tuple[int, bytes, float]]
 def test_the_workers_that_train_label_the_same(offline: LabelJob, store: ArtifactStore, table: pa.Table) -> None:
     """As two Train workers do (`stage_loop._label`): every other block each, at any time."""
     job = job_of(store, table, "in group")
-    labeller = PseudoLabeller(store, job.stage, torch.device("cpu"), "off")
+    labeller = PseudoLabeller(store, job.stage, torch.device("cpu"))
     missing = job.missing(job.blocks)
     for rank in (1, 0):
         with reserve([stream_bundle(RUNTIME)]) as group:
             configure_data(group, RUNTIME, 0)
             dataset = picture_dataset(
-                job.images.records, job.images.unlabelled, IMAGE_PX, RUNTIME, missing[rank::2], skip_bad=True
+                job.images.records, job.images.unlabelled, job.input_size, RUNTIME, missing[rank::2], skip_bad=True
             )
-            for block in pictures(dataset, IMAGE_PX):
+            for block in pictures(dataset):
                 job.write(block, labeller.label(block))
     assert job.missing(job.blocks) == []
     job.join()
@@ -194,7 +194,7 @@ def test_balanced_thresholds_give_each_class_what_the_labelled_images_have(
     job = job_of(store, table, "balanced", pseudo)
     facts = label_images(job)
     store.commit(job.stage, facts)
-    labeller = PseudoLabeller(store, job.stage, torch.device("cpu"), "off")
+    labeller = PseudoLabeller(store, job.stage, torch.device("cpu"))
     predicted = [labeller.label(picture(table, i))[0] for i in range(NUM_LABELLED, NUM_IMAGES)]
     num_true = NUM_LABELLED / len(CATEGORIES)  # of each class, an image of D_l has one instance
     for category in CATEGORIES:
@@ -247,7 +247,7 @@ class Stream:
         read: Callable[[Any, Any], Any],
         stage: Stage | None,
         refresh_steps: int = 0,
-        learner: dict[str, Any] | None = None,
+        learner: Learner | None = None,
     ):
         bundles = [stream_bundle(RUNTIME)] + (teacher_bundles(RUNTIME) if stage else [])
         with reserve(bundles) as group:
@@ -340,7 +340,7 @@ def test_a_student_labels_its_own_images_from_the_third_window_on(
     """Windows of 2 steps; the student is of another architecture and image size than the frozen teacher."""
     model = RECIPE.student.model_copy(update={"num_queries": 5})
     student = build_segmenter(model, len(CATEGORIES), seed=7)
-    learner = {"model": model.model_dump(), "data": {"image_px": [48, 32]}}
+    learner = Learner(model.model_dump(), InputSize("fit", (48, 32)))
 
     def train(batches: Any, teachers: Any) -> list[Batch]:
         found = []

@@ -15,7 +15,7 @@ import ray
 import torch
 from stream_scenes import CATEGORIES, DATA, STILL, assert_same, loop, write_images
 
-from cast_ray.recipe import RuntimeConfig
+from cast_ray.recipe import InputSize, RuntimeConfig
 from cast_ray.records import Batch
 from cast_ray.runtime import budget
 from cast_ray.runtime.budget import PacedLoop, configure_data, reserve, stream_bundle
@@ -162,7 +162,7 @@ def test_a_bad_image_ends_the_stream_by_name(tmp_path: Path, content: Any, reaso
     assert str(bad) in str(error.value) and reason in str(error.value)
     with pytest.raises(ValueError, match=r"image 9\.png"), reserve([stream_bundle(RUNTIME)]) as group:
         configure_data(group, RUNTIME, 0)
-        list(pictures(picture_dataset(ray.put(table), np.arange(NUM_IMAGES), (24, 32), RUNTIME), (24, 32)))
+        list(pictures(picture_dataset(ray.put(table), np.arange(NUM_IMAGES), InputSize("fit", (24, 32)), RUNTIME)))
 
 
 def test_a_stream_ahead_of_its_consumer_does_not_spin(

@@ -74,7 +74,7 @@ def with_areas(ground_truth: pa.Table, areas: Sequence[float | None], seed: int 
     rows = ground_truth.to_pylist()
     for row in rows:
         for instance in row["instances"]:
-            instance["area"] = areas[rng.integers(len(areas))]
+            instance["area"] = areas[int(rng.integers(len(areas)))]
     return pa.Table.from_pylist(rows, schema=RECORD_SCHEMA)
 
 

@@ -43,7 +43,6 @@ def run_steps(teacher: Teacher, contrastive: ContrastiveConfig | None, steps: in
         fingerprint="f",
         seed=0,
         world=World(),
-        amp="off",
     )
     return [entry["loss"] for entry in result.curve]
 

@@ -19,7 +19,7 @@ from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.sweep import sweep_name
 from cast_ray.stages.graph import plan, plan_sweep
 from cast_ray.stages.table import table_names
-from sweeps import ablate
+from sweeps import ablate, search
 
 TINY = ["data.shapes.num_source=8", "data.shapes.num_train=12", "data.shapes.num_val=4"]
 SMALL = ["--scale", "smoke", *(part for setting in TINY for part in ("--set", setting))]
@@ -189,15 +189,28 @@ def test_a_tables_own_preset_and_scale(tmp_path: Path) -> None:
         (["losses", "losses"], "tables: expected different names"),
         (["losses", "stages", "--rows", "none"], "no row of losses, stages is called none"),
         (["losses", "--rows", "sup+sem"], "unknown row 'sup\\+sem'"),
-        (["losses", "--seeds", "0", "0"], "--seeds: expected different whole numbers"),
-        (["losses", "--seeds", "-1"], "--seeds: expected different whole numbers"),
-        (["losses", "--budget-hours", "-1"], "--budget-hours: expected a number from 0 on"),
-        (["losses", "--price-per-gpu-hour", "nan"], "--price-per-gpu-hour: expected a number"),
+        (["losses", "--seeds", "0", "0"], "--seeds: expected different numbers"),
     ],
 )
 def test_bad_requests(arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         request_of(*arguments)
+
+
+@pytest.mark.parametrize("command", [ablate.main, search.main])
+@pytest.mark.parametrize("uri", ["s3://bucket/runs", "file:///tmp/runs"])
+def test_results_do_not_go_to_a_uri(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    command: Callable[..., int],
+    uri: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command(["losses", "--scale", "smoke", "--out", uri]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: --out {uri}: expected a local ")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_name_of_many_tables_fits_a_folder() -> None:

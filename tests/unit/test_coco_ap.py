@@ -24,8 +24,10 @@ from cast_ray.records import RECORD_SCHEMA, Category, encode_image_id
 CATEGORIES = (Category(3, "disc"), Category(7, "cross"))
 
 
-STATS = ("mask_ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
-STATS += ("ar_1", "ar_10", "ar", "ar_small", "ar_medium", "ar_large")
+STATS = (
+    *("mask_ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"),
+    *("ar_1", "ar_10", "ar", "ar_small", "ar_medium", "ar_large"),
+)
 """Our names of the twelve numbers that pycocotools and hotcoco print, in their order."""
 
 

@@ -12,7 +12,7 @@ from cast_ray.stages import cost as cost_module
 from cast_ray.stages.cost import ASSUMED_FLOPS, CostModel, Size, cost_of
 from cast_ray.stages.graph import RowPlan, Stage, SweepPlan, plan, plan_sweep
 
-SIZE = Size(num_unlabelled=36, num_val=16)
+SIZE = Size(num_unlabelled=36, num_val=16, image_hw=(64, 64))
 
 
 def row(overrides: dict[str, Any] | None = None) -> RowPlan:
@@ -160,3 +160,25 @@ def test_time_of_other_checkpoints_does_not_count() -> None:
 def test_a_kind_that_cannot_be_counted_is_unknown() -> None:
     found = estimates(plan_sweep([foundation_row(**{"teacher.kind": "sam3"})], ()), CostModel([], "cpu"))
     assert found["adapt"].source == "unknown" and found["distill"].source == "estimated"
+
+
+def test_operations_of_whole_images_are_those_of_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A native evaluation costs by the dataset's images, training by the crop; unknown images cost an unknown time."""
+    monkeypatch.setattr(cost_module, "_forward_flops", lambda _, size: 25e9 * size[0] * size[1])
+    native = sweep({"data.inference_resize": "native", "data.image_px": "[2, 2]"})
+    stages = {s.name: s for s in native.unique.values()}
+    for image_hw, expected in (((10, 20), 200.0), ((20, 20), 400.0), (None, 0.0)):
+        size = Size(num_unlabelled=36, num_val=16, image_hw=image_hw)
+        cost = cost_of(native, CostModel([], "cpu"), lambda stage, size=size: size)  # type: ignore[misc]
+        of = {name: cost.by_stage[stage.fingerprint] for name, stage in stages.items()}
+        assert of["label-teacher"].device_s == pytest.approx(36 * expected)
+        assert of["evaluate"].device_s == pytest.approx(16 * expected)
+        assert of["label-teacher"].source == ("estimated" if image_hw else "unknown")
+        assert of["refine"].device_s == pytest.approx(stages["refine"].steps * 8 * 3 * 4)
+
+
+def test_time_at_another_size_does_not_count() -> None:
+    model = CostModel(history(row()), "cpu")
+    native = estimates(sweep({"data.inference_resize": "native"}), model, count_flops=False)
+    assert native["label-teacher"].source == native["evaluate"].source == "unknown"
+    assert native["distill"].source == "measured"  # the crop is the same

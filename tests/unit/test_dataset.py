@@ -223,6 +223,8 @@ def test_training_images_that_are_copies_leave_the_unlabelled(reader: Reader) ->
     store_splits(dataset, reader.recipes(row), reader.store)
     chosen = stored_split(reader.store, dataset.content_hash, part(reader.recipes(row)[0], dataset, True))
     assert (len(chosen.labelled), len(chosen.unlabelled), chosen.facts["num_copies"]) == (2, 5, 1)
+    alone = stored_split(reader.store, dataset.content_hash, part(reader.recipes(row)[0], dataset, False))
+    assert "num_copies" not in alone.facts
 
     for kind in ("leftImg8bit", "gtFine"):  # training and validation images are the same
         shutil.rmtree(reader.folder / f"data/{kind}/val")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from cast_ray import export
 from cast_ray.models.deployment import OUTPUTS, Detector, export_onnx
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.models.student import Student
-from cast_ray.recipe import EncoderConfig, ModelConfig
+from cast_ray.recipe import EncoderConfig, InputSize, ModelConfig
 from cast_ray.records import Category
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="optional extra `export`")
@@ -65,6 +66,7 @@ def check(student: Student, path: Path) -> None:
     [
         {"encoder": "conv", "proposals": True},
         {"encoder": "vit", "decoder": "msdeform"},
+        {"encoder": "vit", "decoder": "dpt-released"},
         {"encoder": "vit", "head": "eomt"},
     ],
     ids=lambda o: "-".join(map(str, o.values())),
@@ -106,13 +108,31 @@ def test_the_model_knows_its_classes_and_the_student_stays_as_it_was(tmp_path: P
     assert student.segmenter.encoder.backbone.config._attn_implementation == "sdpa"
 
 
+def test_a_student_of_native_images_needs_the_size_of_its_model(tmp_path: Path, capsys: Any) -> None:
+    """A graph of the crop's size would see native images shrunk: the size is asked for, never taken for granted."""
+    native = Student(make("vit").segmenter, make("vit").categories, (64, 96), input_size=InputSize("native")).eval()
+    native.save_pretrained(tmp_path / "native")
+    command = ["--student", str(tmp_path / "native"), "--out", str(tmp_path / "s.onnx")]
+    assert export.main(command) == 2
+    assert "one size: name it by --image-px H W" in capsys.readouterr().err
+    assert export.main([*command, "--image-px", "0", "9"]) == 2
+    assert export.main([*command, "--image-px", "96", "80", "--max-detections", str(NUM)]) == 0
+    session = onnxruntime.InferenceSession(str(tmp_path / "s.onnx"))
+    assert json.loads(session.get_modelmeta().custom_metadata_map["image_px"]) == [96, 80]
+    pixels = torch.randint(0, 256, (1, 3, 96, 80), generator=torch.Generator().manual_seed(1)).byte()
+    (scores,) = session.run(["scores"], {"images": pixels.numpy()})
+    wanted = [i["score"] for i in native.predict(pixels, max_detections=NUM)[0]]
+    np.testing.assert_allclose(scores[0][: len(wanted)], wanted, rtol=1e-3, atol=1e-4)
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make().save_pretrained(tmp_path / "student")
     assert export.main(["--student", str(tmp_path / "student"), "--out", str(tmp_path / "copy")]) == 0
     assert (tmp_path / "copy" / "README.md").is_file()
-    arguments = ["--student", str(tmp_path / "copy"), "--out", str(tmp_path / "new" / "s.onnx")]
+    arguments = ["--student", str(tmp_path / "copy"), "--out", str(tmp_path / "new" / "S4.ONNX")]
     assert export.main([*arguments, "--max-detections", "5"]) == 0
-    session = onnxruntime.InferenceSession(str(tmp_path / "new" / "s.onnx"))
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["S4.ONNX"]
+    session = onnxruntime.InferenceSession(str(tmp_path / "new" / "S4.ONNX"))
     assert session.run(["scores"], {"images": images(1).numpy()})[0].shape == (1, 5)
     assert export.main(["--student", str(tmp_path / "gone"), "--out", "x"]) == 2
     assert "no saved student" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from transformers import MMGroundingDinoConfig
 from transformers.loss.loss_grounding_dino import GroundingDinoForObjectDetectionLoss
 
 from cast_ray.losses.detection import Detections, boxes_of, detection_loss, match_boxes
+from cast_ray.losses.prompted_masks import prompted_mask_loss
 from cast_ray.recipe import GroundedSamConfig
 from cast_ray.records import Targets
 
@@ -112,7 +113,22 @@ def test_a_pseudo_label_counts_by_its_weight() -> None:
     targets[0].weights[:] = 0.5
     half = detection_loss(found, targets, GroundedSamConfig())
     torch.testing.assert_close(half["box"][0], whole["box"][0] / 2)
-    assert half["box"][1].tolist() == [1]
+    assert half["box"][1].tolist() == whole["box"][1].tolist() == [2]
+
+
+def test_a_prompted_mask_counts_by_its_weight() -> None:
+    g = torch.Generator().manual_seed(3)
+    logits, ious, instance = (
+        torch.randn(1, 3, 8, 8, generator=g),
+        torch.rand(1, 3, generator=g),
+        torch.tensor([[0, 1, -1]]),
+    )
+    target = Targets(torch.rand(2, 32, 32, generator=g) < 0.5, torch.zeros(2, dtype=torch.int64), torch.ones(2))
+    whole = prompted_mask_loss(logits, ious, instance, [target])
+    target.weights = torch.full((2,), 0.5)
+    for name, (sums, counts) in prompted_mask_loss(logits, ious, instance, [target]).items():
+        torch.testing.assert_close(sums, whole[name][0] / 2)
+        assert counts.tolist() == whole[name][1].tolist() == [2], name
 
 
 def test_boxes_lie_round_the_pixels() -> None:

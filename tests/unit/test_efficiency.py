@@ -62,12 +62,14 @@ def test_peak_memory_counts_what_is_held_at_a_time() -> None:
 
 def test_the_command_counts_full_size_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "e.json"
-    arguments = ["efficiency", "--count-only", "--rows", "dinov2-s", "eomt", "--out", str(out)]
+    arguments = ["efficiency", "--count-only", "--rows", "dinov2-s", "released", "eomt", "--out", str(out)]
     assert ablate.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "paper: student" in printed and "568" in printed and "350.87" in printed
     rows = {row["row"]: row for row in json.loads(out.read_text())["rows"]}
     assert rows["dinov2-s"]["params_m"] == pytest.approx(53.1, abs=0.1)  # the paper: 52
+    assert rows["released"]["params_m"] == pytest.approx(77.9, abs=0.1)
+    assert rows["released"]["gmacs"] > rows["dinov2-s"]["gmacs"]
     assert rows["eomt"]["gmacs"] < 0.6 * rows["dinov2-s"]["gmacs"]
     assert rows["eomt"]["latency_ms"] is None and "teacher" not in rows
 

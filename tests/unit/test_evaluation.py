@@ -51,7 +51,7 @@ def validation_set(monkeypatch: pytest.MonkeyPatch, num_images: int, drop: int =
                 [np.random.default_rng(int(rows[p])).integers(0, 256, (3, SIZE, SIZE)) for p in positions]
             )
             sizes = [(SIZE, SIZE)] * len(positions)
-            yield Pictures(positions, pixels.astype(np.uint8), sizes, sizes)
+            yield Pictures(positions, list(pixels.astype(np.uint8)), sizes, sizes)
 
     monkeypatch.setattr(evaluation, "picture_dataset", lambda records, rows, *_: rows)
     monkeypatch.setattr(evaluation, "pictures", blocks)
@@ -105,7 +105,7 @@ def test_the_batch_changes_nothing_but_memory(teacher: ExpertTeacher, monkeypatc
 
 
 def test_scores_are_single_precision_wherever_they_go(teacher: ExpertTeacher) -> None:
-    images = torch.randint(0, 256, (2, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0)).byte()
+    images = list(np.random.default_rng(0).integers(0, 256, (2, 3, SIZE, SIZE), dtype=np.uint8))
     sizes = [(SIZE, SIZE)] * 2
     found = predict(teacher, images, sizes, sizes, 10, batch=2)
     (line, *_) = results_lines(coco_results(["3", '"b"'], found, CATEGORIES)).splitlines()

@@ -74,7 +74,6 @@ def run(stage: Stage, teacher: Teacher, steps: int, resume: TrainState | None = 
         batches=batches(resume.step if resume else 0, steps, num_labelled=1),
         world=World(),
         train_config=train_config(stage, RECIPE).model_copy(update={"checkpoint_every_steps": every}),
-        amp="off",
         resume=resume,
         on_log=lambda _: None,
         on_checkpoint=lambda state: states.append(copy.deepcopy(state)),  # its tensors are the live ones

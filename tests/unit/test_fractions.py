@@ -44,6 +44,20 @@ def test_sizes_and_disjoint():
     }
 
 
+def test_images_without_objects_leave_the_labelled_ones_and_stay_unlabelled():
+    """Images 0, 4, 8, ... are empty, 1, 5, ... show crowds alone; D_u keeps such images, whose truth is hidden."""
+    records = _records(range(400), lambda i: ((), (-1,), (1,), (1, -2))[i % 4])
+    whole, chosen = (_split(records, 0.25, drop_empty=drop) for drop in (False, True))
+    kept = [i for i in whole.labelled.tolist() if i % 4 >= 2]
+    assert chosen.labelled.tolist() == kept and 30 < len(kept) < 70
+    np.testing.assert_array_equal(chosen.unlabelled, whole.unlabelled)
+    assert {i % 4 for i in chosen.unlabelled.tolist()} == {0, 1, 2, 3}
+    assert chosen.facts["num_labelled"] == len(kept) and chosen.facts["num_empty"] == 100 - len(kept)
+    assert chosen.facts["fraction"] == 0.25 and "num_empty" not in whole.facts
+    with pytest.raises(ValueError, match=r"of which 1 have no object .* or data\.drop_empty=false"):
+        _split(_records(range(10)), 0.1, drop_empty=True)
+
+
 @pytest.mark.parametrize("family", ["nested", "per-class"])
 def test_smaller_fractions_are_inside_larger_ones(family):
     records = _records(range(1000), lambda i: (i % 5 + 1,))

@@ -23,6 +23,10 @@ FOUNDATION = "f" * 20
 HASHES = DataHashes(extra="e" * 64, label_list="a" * 64, unlabelled_list="b" * 64)
 OVERRIDES: dict[str, dict[str, Any]] = {
     "released": {"contrastive": "released"},
+    "released student": {"student": "released"},
+    "all of released": {"variant": "released"},
+    "bfloat16": {"runtime.amp": "bf16"},
+    "a GPU": {"runtime.use_gpu": True},
     "online": {"labels.mode": "online"},
     "refreshed": {"labels.mode": "online", "labels.refresh_steps": 100},
     "seeds": {"seed": 3, "init_seed": 1, "order_seed": 2, "data.split_seed": 0},

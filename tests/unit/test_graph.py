@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 
 from cast_ray.recipe import ModelConfig, Recipe, TrainConfig, build_recipe, recipe_keys
-from cast_ray.stages.graph import HOW_IT_RUNS, DataHashes, RowPlan, Stage, artifact_key, plan, plan_sweep
+from cast_ray.stages.graph import HOW_IT_RUNS, DataHashes, RowPlan, Stage, artifact_key, input_size_of, plan, plan_sweep
 from cast_ray.stages.table import load_table
 from cast_ray.stages.train import train_config
 
 HASH = "0" * 64
 SUP = ["pretrain", "adapt", "distill", "refine"]
 SEMI = ["pretrain", "adapt", "label-adapted", "selftrain", "label-teacher", "distill", "refine"]
+PRECISION = ("runtime.amp", "runtime.use_gpu")
 ROLES = {"zero_shot", "teacher", "student", "refined"}
 
 
@@ -156,6 +157,12 @@ RESULT_FIELDS = {
     "data.scale_jitter": ("[0.9, 1.1]", {"pretrain", "adapt", "distill"}),
     "data.flip": ("false", {"pretrain", "adapt", "distill"}),
     "data.color_jitter": ("0.3", {"pretrain", "adapt", "distill"}),
+    "data.color": ("ssd", {"pretrain", "adapt", "distill"}),
+    "data.train_resize": ("native", {"pretrain", "adapt", "distill"}),
+    "data.scale_steps": ("4", {"pretrain", "adapt", "distill"}),
+    "data.whole_images": ("true", {"pretrain", "adapt", "distill"}),
+    "data.inference_resize": ("[64, 100]", {"pretrain", "adapt", "distill", "zero_shot", "label-teacher", "student"}),
+    "data.drop_empty": ("true", {"adapt", "label-adapted", "selftrain", "label-teacher", "distill", "refine"}),
     "teacher.hidden_dim": ("32", {"pretrain", "adapt", "selftrain"}),
     "student.num_queries": ("9", {"distill", "refine"}),
     "student.encoder.widths": ("[8, 16, 32, 64]", {"distill", "refine"}),
@@ -174,6 +181,7 @@ RESULT_FIELDS = {
     "stages.distill.clip_norm": ("0.5", {"distill"}),
     "stages.distill.layer_decay": ("0.8", {"distill"}),
     "stages.refine.weight_decay": ("0.1", {"refine"}),
+    "stages.refine.decay_biases": ("true", {"refine"}),
     "loss.lambda_semi": ("0.5", {"distill"}),
     "loss.lambda_pxl": ("0.2", {"adapt", "selftrain", "distill"}),
     "loss.mask_weight": ("4", {"pretrain", "adapt", "selftrain", "distill", "refine"}),
@@ -248,7 +256,7 @@ def test_a_field_that_changes_a_result_changes_its_stages(key: str) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [(k, None) for k in recipe_keys() if k.startswith("runtime.")]
+    [(k, None) for k in recipe_keys() if k.startswith("runtime.") and k not in PRECISION]
     + [
         (f"stages.{s}.{field}", "3")
         for s in ("pretrain", "adapt", "selftrain", "distill", "refine")
@@ -264,8 +272,6 @@ def test_a_field_that_changes_a_result_changes_its_stages(key: str) -> None:
 def test_where_and_how_it_runs_changes_nothing(key: str, value: str | None) -> None:
     others = {
         "runtime.num_workers": "2",
-        "runtime.use_gpu": "true",
-        "runtime.amp": "bf16",
         "runtime.gradient_checkpointing": "true",
         "runtime.cpus_per_worker": "2",
         "runtime.validate_on_gpu": "false",
@@ -281,6 +287,31 @@ def test_where_and_how_it_runs_changes_nothing(key: str, value: str | None) -> N
     before, after = make(), make({key: value})
     assert before.recipe != after.recipe
     assert not changed(before, after)
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({}, "off"),
+        ({"runtime.amp": "off", "runtime.use_gpu": "true"}, "off"),
+        ({"runtime.use_gpu": "true"}, "bf16"),
+        ({"runtime.amp": "bf16"}, "bf16"),
+        ({"runtime.amp": "bf16", "runtime.use_gpu": "true"}, "bf16"),
+        ({"runtime.amp": "fp16"}, "fp16"),
+    ],
+)
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_precision_is_a_part_of_every_stage_whatever_machine_plans(
+    fields: dict[str, str], wanted: str, has_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("is_available", "is_bf16_supported"):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *_, **__: has_gpu)
+    row = make(fields)
+    assert {stage.precision for stage in row.stages} == {wanted}
+    same = make({} if wanted == "off" else {"runtime.amp": wanted})
+    assert prints(row) == prints(same)
+    others = [make({"runtime.amp": amp}) for amp in ("off", "bf16", "fp16") if amp != wanted]
+    assert all(changed(other, row) == set(prints(row)) for other in others)  # no artifact is shared
 
 
 def test_naming_the_default_seed_changes_nothing() -> None:
@@ -450,6 +481,41 @@ def test_a_train_stage_gives_its_config_back(losses: dict[str, RowPlan]) -> None
     assert config == semi.recipe.stages.distill
 
 
+def test_images_of_a_step_stay_equal_as_the_recipe_says() -> None:
+    """supervised: 8 labelled images in every row; total: 16 images in every row, all labelled where D_u has no use."""
+    sup, pxl = {"loss.lambda_semi": 0, "loss.lambda_pxl": 0}, {"loss.lambda_semi": 0}
+    rows: dict[str, dict[str, Any]] = {
+        "sup": sup,
+        "sup+pxl": pxl,
+        "sup+semi": {"loss.lambda_pxl": 0},
+        "all": {},
+        "no step 2b": {"stages.use_distill": "false"},
+    }
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    for rule in ("supervised", "total"):
+        for name, overrides in rows.items():
+            stages = make(overrides | {"stages.images_per_step": rule}).roles
+            parts = [stages[s].config["train"] for s in ("distill", "refine")]
+            sizes = [(part["batch_labelled"], part.get("batch_unlabelled", 0)) for part in parts]
+            found.setdefault(rule, {})[name] = sizes[0]
+            assert sizes[1] == (8, 0)  # step 3 has no D_u in any row
+    alone = {"sup", "no step 2b"}
+    assert found["supervised"] == {name: (8, 0 if name in alone else 8) for name in rows}
+    assert found["total"] == {name: (16, 0) if name in alone else (8, 8) for name in rows}
+
+
+def test_a_published_teacher_sees_native_images_in_every_stage() -> None:
+    row = make(GROUNDED | {"data.image_px": "[32, 32]"}, foundation="f" * 20)
+    for name in ("zero_shot", "adapt", "label-adapted", "selftrain", "teacher", "label-teacher"):
+        assert input_size_of(row.roles[name]).resize == "native", name
+    for name in ("adapt", "selftrain"):
+        part = row.roles[name].config["data"]
+        assert part["whole_images"] and part["train_resize"] == "native" and "image_px" not in part
+    assert input_size_of(row.roles["student"]).resize == "fit"
+    other = make(GROUNDED, foundation="f" * 20)  # the student's crop is nothing to the teacher
+    assert row.roles["selftrain"].fingerprint == other.roles["selftrain"].fingerprint
+
+
 GROUNDED = {"teacher.kind": "grounded_sam"}
 LABELLED = {"label-adapted", "selftrain", "label-teacher", "distill", "refine"}
 # Field of a foundation teacher -> another value, stages that it changes first, and some that it does not.
@@ -520,7 +586,7 @@ def test_a_detector_that_is_not_trained_has_no_contrast() -> None:
 
 def test_the_teacher_has_its_own_size() -> None:
     row = make(GROUNDED | {"teacher.image_px": "[96, 128]"}, foundation="f" * 20)
-    sizes = {name: tuple(stage.config["data"]["image_px"]) for name, stage in row.roles.items()}
+    sizes = {name: input_size_of(stage).crop_px for name, stage in row.roles.items()}
     own = {"zero_shot", "adapt", "label-adapted", "selftrain", "teacher", "label-teacher"}
     assert {name for name, size in sizes.items() if size == (96, 128)} == own
 
@@ -533,9 +599,9 @@ def test_a_foundation_is_given_and_not_made() -> None:
 def test_what_is_painted_changes_labels_and_all_that_reads_them() -> None:
     readers = {"label-adapted", "selftrain", "teacher", "label-teacher", "distill", "student", "refine", "refined"}
     for key, off, on in (("pseudo.min_visible_share", "0", "0.5"), ("pseudo.nms_iou", "1", "0.7")):
-        assert changed(make(), make({key: off})) == set()
-        assert changed(make(), make({key: on})) == readers
-        assert key.partition(".")[2] not in make().roles["label-teacher"].config["pseudo"]
+        without = make({"pseudo.min_visible_share": "0", key: off})
+        assert changed(without, make({"pseudo.min_visible_share": "0", key: on})) == readers
+        assert key.partition(".")[2] not in without.roles["label-teacher"].config["pseudo"]
 
 
 def test_the_view_of_l_semi_is_the_students_alone() -> None:

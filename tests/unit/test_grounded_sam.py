@@ -261,7 +261,7 @@ def test_training_in_half_precision_is_finite(folders: dict[str, Path]) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         output = network(batch.weak, batch.strong, batch.targets)
     assert all(sums.isfinite().all() for sums, _ in terms(output, batch.targets).values())
-    teacher.eval().autocast_dtype = torch.bfloat16
+    teacher.eval().precision = "bf16"
     assert len(teacher.predict(random_images(1))[0]) > 0
 
 

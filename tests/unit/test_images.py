@@ -4,6 +4,7 @@ import hashlib
 import io
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -156,7 +157,7 @@ def test_max_pixels_and_missing(tmp_path, rgb):
 @pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
 def test_every_suffix_in_the_list_can_be_read(tmp_path, rgb, suffix):
     path = str(tmp_path / f"a{suffix}")
-    options = {"format": Image.registered_extensions()[suffix]}
+    options: dict[str, Any] = {"format": Image.registered_extensions()[suffix]}
     if suffix == ".mpo":
         options |= {"save_all": True, "append_images": [Image.fromarray(rgb[::-1])]}
     Image.fromarray(rgb).save(path, **options)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from coco_folders import valid_document, write_coco
 from dataset_folders import write_ade20k, write_cityscapes
 from PIL import Image
 
@@ -124,13 +125,21 @@ def test_ade20k_and_settings(tmp_path, run):
             ["{}", "--set", "loss.lambda_pxl=1"],
             "error: --set loss.lambda_pxl: expected a key of the recipe's data part",
         ),
-        (["{}", "--images", "0"], "error: --images 0: expected at least 1"),
         (["{}", "--set", "data.verfy=none"], "error: unknown recipe key 'data.verfy': did you mean 'data.verify'?"),
     ],
 )
 def test_what_is_no_dataset(tmp_path, run, arguments, message):
     code, out, err = run(*(a.format(tmp_path) for a in arguments))
     assert code == 2 and out == "" and err.startswith(message.format(tmp_path)) and err.count("\n") == 1
+
+
+def test_a_folder_of_unusable_images_only_is_refused_with_the_reason(tmp_path, run):
+    root = write_coco(tmp_path / "data", valid_document())
+    for path in (root / "images").iterdir():
+        path.write_bytes(b"no image")
+    code, out, err = run(str(root))
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert "no usable image of " in err and ".png): not an image of a known format" in err
 
 
 def test_as_a_user_types_it(tmp_path):

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import copy
+import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import repeat
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from training_scenes import CONTRAST, LOSS, batches, make_batch, make_network, run
 
 from cast_ray.engine.checkpoint import TrainState
-from cast_ray.engine.loop import amp_dtype
 from cast_ray.engine.objective import Objective, weighted_sum
 from cast_ray.engine.world import World
+from cast_ray.models.segmenter import Segmenter
 from cast_ray.recipe import ContrastiveConfig, LossConfig, TrainConfig
-from cast_ray.records import Batch
+from cast_ray.records import Batch, Predictions
 
 SHORT = TrainConfig(steps=16, checkpoint_every_steps=6, lr=3e-3, ema=0.9)
 SEMI = LOSS.model_copy(update={"lambda_semi": 0.5})
@@ -136,6 +142,12 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
         # 3 and 15 steps done: T of steps 2 and 14 of 20.
         assert temperatures[3] == pytest.approx(0.3 - 0.23 * 2 / 20)
         assert temperatures[15] == pytest.approx(0.3 - 0.23 * 14 / 20)
+
+
+def test_a_stage_resumes_on_a_device_that_is_not_the_cpu(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("second_device.py")
+    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "resumed\n", done.stderr
 
 
 def test_another_stages_checkpoint_is_not_taken(tmp_path: Path) -> None:
@@ -295,22 +307,94 @@ def test_images_without_instances_train() -> None:
     assert trained.result.curve[-1]["sup/mask"] == 0
 
 
-@pytest.mark.parametrize(
-    ("setting", "device", "wanted"),
-    [
-        ("off", "cuda", None),
-        ("auto", "cpu", None),
-        ("bf16", "cpu", torch.bfloat16),
-        ("bf16", "cuda", torch.bfloat16),
-        ("fp16", "cuda", torch.float16),
-    ],
-)
-def test_precision_by_recipe_and_device(setting: str, device: str, wanted: torch.dtype | None) -> None:
-    assert amp_dtype(setting, torch.device(device)) is wanted
-
-
 def test_half_precision_trains_on_the_cpu_too() -> None:
     batch = make_batch((2, 3), num_labelled=2)
     trained = run(TrainConfig(steps=20, lr=5e-3, ema=0.9), repeat(batch), amp="bf16", contrastive=CONTRAST)
     assert trained.result.curve[-1]["loss"] < trained.result.curve[0]["loss"]
     assert {t.dtype for t in trained.weights.values()} == {torch.float32}
+
+
+class Overflowing(Objective):
+    """A loss whose gradients leave float16's range in some steps."""
+
+    def __init__(self, steps: set[int]):
+        super().__init__(LOSS, None)
+        self.steps = steps
+
+    def __call__(self, output, batch, step, generator, diagnose=False):
+        terms, facts = super().__call__(output, batch, step, generator, diagnose)
+        factor = 1e30 if step + 1 in self.steps else 1.0
+        return {name: (sums * factor, counts) for name, (sums, counts) in terms.items()}, facts
+
+
+def overflowing_forward(steps: set[int]) -> Any:
+    """Class logits of the training network beyond float16's range in some steps, counted by its forward passes."""
+    done = 0
+    whole = Segmenter.forward
+
+    def forward(self: Segmenter, images: torch.Tensor) -> Predictions:
+        nonlocal done
+        done += 1
+        found = whole(self, images)
+        if done in steps:
+            found.class_logits[0] = found.class_logits[0] * 1e6
+        return found
+
+    return mock.patch.object(Segmenter, "forward", forward)
+
+
+@pytest.fixture
+def small_scale() -> Iterator[None]:
+    """A first scale at which this network's own gradients fit into float16."""
+    with mock.patch.object(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=64.0)):
+        yield
+
+
+def test_gradients_that_overflow_at_the_first_scale_do_not_end_the_stage() -> None:
+    trained = run(SHORT, batches(0, 16), amp="fp16")
+    assert trained.result.num_skipped > 0  # 65536 times this loss's gradients
+    assert all(t.isfinite().all() for t in trained.weights.values())
+    assert trained.curve[-1]["step"] == 16 and trained.curve[-1]["loss"] < trained.curve[0]["loss"]
+
+
+@pytest.mark.usefixtures("small_scale")
+@pytest.mark.parametrize("where", ["gradients", "forward pass", "forward pass of parts"])
+def test_a_step_that_overflows_in_float16_is_left_out_and_counted(where: str) -> None:
+    config = SHORT.model_copy(update={"accumulate": 2 if where.endswith("parts") else 1, "clip_norm": 0.01})
+    bad = {3, 4, 12}
+    if where == "gradients":
+        trained = run(config, batches(0, 16), amp="fp16", objective=Overflowing(bad))
+    else:  # a step with two parts has four forward passes
+        passes = {4 * step - 3 for step in bad} if config.accumulate == 2 else bad
+        with overflowing_forward(passes):
+            trained = run(config, batches(0, 16), amp="fp16")
+    assert trained.result.num_skipped == 3
+    assert all(t.isfinite().all() for t in trained.weights.values())
+    assert [e["step"] for e in trained.curve] == [10, 16]
+    assert all(math.isfinite(value) for entry in trained.curve for value in entry.values())
+    assert [(s.step, s.num_skipped) for s in trained.states] == [(6, 2), (12, 3)]
+    assert trained.states[1].scaler["scale"] == 64 / 8
+
+
+@pytest.mark.usefixtures("small_scale")
+def test_a_step_that_overflows_moves_neither_the_weights_nor_their_average() -> None:
+    config = SHORT.model_copy(update={"schedule": "constant"})
+    before = run(config.model_copy(update={"steps": 2}), batches(0, 2), amp="fp16")
+    with overflowing_forward({3, 4}):
+        after = run(config.model_copy(update={"steps": 4}), batches(0, 4), amp="fp16")
+    assert after.result.num_skipped == 2
+    assert_same(after.weights, before.weights)
+
+
+@pytest.mark.usefixtures("small_scale")
+def test_a_resumed_stage_goes_on_counting_overflows() -> None:
+    state = run(SHORT, batches(0, 16), amp="fp16", objective=Overflowing({3, 4, 14})).states[1]
+    assert state.num_skipped == 2
+    resumed = run(SHORT, batches(12, 16), amp="fp16", objective=Overflowing({14}), resume=state)
+    assert resumed.result.num_skipped == 3
+
+
+def test_float16_that_overflows_in_every_step_ends_the_stage() -> None:
+    always = Overflowing(set(range(1, 100)))
+    with pytest.raises(FloatingPointError, match=r"overflowed in 50 steps .*up to step 50: expected runtime\.amp=bf16"):
+        run(SHORT.model_copy(update={"steps": 60}), batches(0, 60), amp="fp16", objective=always)

@@ -13,7 +13,7 @@ from teacher_scenes import CATEGORIES, CONTRAST, CROP, changed, random_images, r
 from tiny_checkpoints import write_mask_transformer
 from transformers import AutoModelForUniversalSegmentation
 
-from cast_ray.recipe import PromptConfig, TeacherConfig
+from cast_ray.recipe import InputSize, PromptConfig, TeacherConfig
 from cast_ray.records import Category
 from cast_ray.teachers.mask_transformer import CHECKPOINT, MaskTransformerTeacher, match_labels
 from cast_ray.teachers.protocol import load_teacher, save_teacher
@@ -65,6 +65,22 @@ def test_maps_and_masks_cover_the_image_edge_to_edge(folders: dict[str, Path], k
             assert features.shape[-2:] == (max(1, round(48 / stride)), max(1, round(80 / stride)))
     if kind != "eomt":
         assert out.mask_logits[-1].shape[-2:] == (12, 20)
+
+
+@pytest.mark.parametrize("kind", ["mask2former", "maskformer"])
+def test_native_images_are_resized_once_by_the_checkpoints_own_processor(folders: dict[str, Path], kind: str) -> None:
+    config = TeacherConfig(kind="mask2former")
+    teacher = MaskTransformerTeacher.load({CHECKPOINT: folders[kind]}, config, CATEGORIES, InputSize("native")).eval()
+    assert isinstance(teacher, MaskTransformerTeacher)
+    images = random_images(1, (48, 80))
+    wanted = teacher.segmenter.processor(images=list(images), return_tensors="pt")["pixel_values"]
+    pixels = teacher.segmenter._pixels(images)
+    assert pixels.shape == wanted.shape == (1, 3, 800, 1344)
+    torch.testing.assert_close(pixels, wanted, rtol=0, atol=0.03)
+    with torch.no_grad():
+        assert teacher.segmenter(images).mask_logits[-1].shape[-2:] == (200, 336)
+    (found,) = teacher.predict(images)
+    assert all(i["size"] == [48, 80] for i in found)
 
 
 @pytest.mark.parametrize("kind", KINDS)

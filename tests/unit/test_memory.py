@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cast_ray.engine.memory import estimate_memory
+from cast_ray.engine.memory import estimate_inference_memory, estimate_memory
+from cast_ray.evaluation.efficiency import peak_memory
 from cast_ray.models.network import CastNetwork
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.recipe import ContrastiveConfig, EncoderConfig, ModelConfig, TrainConfig, build_recipe
+from cast_ray.stages.cost import seen_size
+from cast_ray.stages.evaluate import inference_memory
+from cast_ray.stages.graph import plan
 
 VIT = EncoderConfig(name="vit", widths=(8, 16, 32, 64), depths=(1, 1, 2, 2), stem_stride=2)
 MODEL = ModelConfig(encoder=VIT, hidden_dim=32, num_queries=10, num_layers=3, num_heads=2, proposals=False)
@@ -95,3 +99,48 @@ def test_the_papers_student_on_one_gpu() -> None:
     # Weights, gradients and two moments of 53 M parameters in float32, and a projector.
     assert found.weights / 2**30 == pytest.approx(0.80, abs=0.01)
     assert 10 < found.total / 2**30 < 24
+
+
+def test_inference_needs_what_a_pass_holds_at_once() -> None:
+    """On fake tensors as on real ones, and by the pixels of what the model is given."""
+    real = build_segmenter(MODEL, 3, 0).eval()
+    weights = sum(p.numel() * p.element_size() for p in real.parameters())
+    images = torch.zeros(2, 3, *SIZE, dtype=torch.uint8)
+    held = peak_memory(lambda: real(images), torch.device("cpu"))
+    found = estimate_inference_memory(MODEL, num_classes=3, image_px=SIZE, images=2)
+    assert found - weights == pytest.approx(held, rel=0.05)
+    larger = estimate_inference_memory(MODEL, num_classes=3, image_px=(128, 192), images=2)
+    assert 3 * held < larger - weights < 20 * held  # attention grows with the square of the pixels
+
+
+def test_the_papers_student_sees_whole_images_on_one_gpu() -> None:
+    recipe = build_recipe("cityscapes", "full")
+    crop, whole = (
+        estimate_inference_memory(recipe.student, num_classes=8, image_px=size, images=recipe.evaluation.batch)
+        for size in ((512, 1024), (1024, 2048))
+    )
+    assert crop < whole / 2 and whole / 2**30 < 24
+
+
+@pytest.mark.parametrize(
+    ("overrides", "size"),
+    [
+        ({}, (64, 96)),
+        ({"data.inference_resize": "native"}, (200, 300)),
+        ({"data.inference_resize": "[40, 900]"}, (40, 60)),
+    ],
+)
+def test_a_plan_knows_the_size_of_whole_images(overrides: dict, size: tuple[int, int]) -> None:
+    recipe = build_recipe("shapes", "smoke", {"data.image_px": "[64, 96]", "labels.batch": 2} | overrides)
+    row = plan(recipe, "0" * 64)
+    for name in ("student", "label-teacher"):
+        stage = row.roles[name]
+        model = row.roles["distill" if name == "student" else "selftrain"].config["model"]
+        images = recipe.evaluation.batch if name == "student" else 2
+        assert seen_size(stage, (200, 300)) == size
+        wanted = estimate_inference_memory(ModelConfig(**model), num_classes=4, image_px=size, images=images)
+        assert inference_memory(stage, recipe, model, 4, (200, 300)) == wanted
+    assert seen_size(row.roles["distill"], (200, 300)) == (64, 96)
+    unknown = inference_memory(row.roles["student"], recipe, recipe.student.model_dump(), 4, None)
+    assert (unknown is None) == bool(overrides)
+    assert inference_memory(row.roles["student"], recipe, {"kind": "sam3"}, 4, (200, 300)) is None

@@ -50,7 +50,7 @@ def test_parts_are_counted_apart() -> None:
     scored = replace(BATCH, targets=[replace(t, weights=torch.full_like(t.weights, 0.25)) for t in BATCH.targets])
     assert terms_of(scored)["semi/mask"] == terms["semi/mask"]  # hard: a label is a label
     by_score = terms_of(scored, SEMI.model_copy(update={"pseudo_weighting": "score"}))
-    assert by_score["semi/mask"][1] == 0.75
+    assert by_score["semi/mask"][1] == 3
     torch.testing.assert_close(by_score["semi/mask"][0], 0.25 * terms["semi/mask"][0])
 
 

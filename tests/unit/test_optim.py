@@ -92,6 +92,30 @@ def test_learnt_positions_and_tokens_are_not_decayed(name: str) -> None:
     assert {n.rpartition(".")[2] for n in names} == wanted[name]
 
 
+@pytest.mark.parametrize("name", ["vit", "swin-t", "dinov3-s"])
+def test_biases_are_decayed_where_the_recipe_says_so(name: str) -> None:
+    """As in Mask2Former: of the vectors only those of norms stay free, beside embeddings."""
+    model = outline(TINY.model_copy(update={"encoder": EncoderConfig(name=name, **VIT)}), 3)
+    network = CastNetwork(model, None)
+
+    def free(**fields: Any) -> set[str]:
+        optimizer = build_optimizer(network, TrainConfig(weight_decay=0.3, **fields))
+        ids = {id(p) for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
+        return {n for n, p in network.named_parameters() if id(p) in ids}
+
+    of_norms = {
+        f"{n}.{leaf}"
+        for n, m in network.named_modules()
+        if isinstance(m, nn.LayerNorm | nn.GroupNorm)
+        for leaf, _ in m.named_parameters()
+    }
+    without, with_biases = free(), free(decay_biases=True)
+    vectors = {n for n, p in network.named_parameters() if p.ndim <= 1 and p.requires_grad and "token" not in n}
+    assert with_biases < without and of_norms & without == of_norms & with_biases != set()
+    assert without - with_biases == vectors - of_norms - {n for n in vectors if "bias_table" in n}
+    assert any(n.endswith("bias") for n in without - with_biases)
+
+
 def test_each_layer_learns_slower_than_the_next() -> None:
     model = build_segmenter(TINY.model_copy(update={"encoder": EncoderConfig(name="vit", **VIT)}), 3, seed=0)
     config = TrainConfig(lr=1e-2, encoder_lr_factor=0.1, layer_decay=0.5)

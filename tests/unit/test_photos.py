@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from cast_ray.datasets.index import index_pool
-from cast_ray.datasets.listing import Listing
+from cast_ray.datasets.listing import Listing, state_of
+from cast_ray.datasets.paths import resolve
 from cast_ray.datasets.photos import describe_left_out, find_photos, images_below, output_names
 from cast_ray.records import decode_image_id
 
@@ -130,8 +131,9 @@ def test_a_folder_can_be_closed(messy: Path, monkeypatch: pytest.MonkeyPatch) ->
     for closed in ("day/late", "results", str(messy / "day/late"), f"file://{messy}/day/late/"):
         assert find_photos(["."], [closed]).paths == ["./1.jpg", "./2.JPEG", "./day/3.png", "./day/4.jfif"]
     assert find_photos(["**/*.avif", "1.jpg"], ["nothing"]).paths == ["day/late/5.avif", "1.jpg"]
-    with pytest.raises(ValueError, match="no image in"):
-        find_photos(["**/*.avif"], ["day/late"])
+    for source in ("**/*.avif", "day/late"):
+        with pytest.raises(ValueError, match=r"no image in '.*' \(what is in .*/day/late is not read\): expected"):
+            find_photos([source], ["day/late"])
 
 
 def test_one_rule_for_pools_and_commands(messy: Path) -> None:
@@ -153,3 +155,22 @@ def test_names_in_another_encoding_are_counted(messy: Path) -> None:
     found = find_photos([str(messy)])
     assert names(found.paths, messy) == FIVE and found.left_out == LEFT_OUT | {"names that are not UTF-8": 2}
     assert names(find_photos([f"{messy}/*.jpg", f"{messy}/**/*.png"]).paths, messy) == ["1.jpg", "day/3.png"]
+
+
+def test_an_object_store() -> None:
+    root = "mock:///photographs"  # arrow's store in memory
+    filesystem, base = resolve(root)
+    for name in ("b.jpg", "a/c.avif", "a/.x.jpg", "@eaDir/b.jpg", "notes.txt", "out/d.png"):
+        filesystem.create_dir(f"{base}/{name}".rpartition("/")[0], recursive=True)
+        with filesystem.open_output_stream(f"{base}/{name}") as file:
+            file.write(b"x")
+    found = find_photos([root], [f"{root}/out"])
+    assert found.paths == [f"{root}/a/c.avif", f"{root}/b.jpg"]
+    assert found.left_out == {".txt": 1, "hidden files": 1, "folders called @eaDir": 1}
+    listing = Listing(root)
+    assert index_pool(listing, "a")[0].column("uri").to_pylist() == [f"{root}/a/c.avif"]
+    before = listing.state()
+    assert state_of(root, listing.seen) == before
+    with filesystem.open_output_stream(f"{base}/a/c.avif") as file:
+        file.write(b"longer")
+    assert state_of(root, listing.seen) != before

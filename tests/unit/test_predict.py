@@ -172,8 +172,15 @@ def test_mistakes_are_one_line(
     assert line.startswith("error: ") and part in line
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "x"])
-def test_numbers_are_checked(student: Path, photos: Path, value: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        run(photos, "--student", student, "--out", "out", "--batch", value)
-    assert "--batch" in capsys.readouterr().err
+def test_what_is_left_out_of_a_folder_is_said(
+    student: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "raw.heic").write_bytes(b"x")
+    (photos / "._a.png").write_bytes(b"x")
+    (photos / "again").symlink_to(photos)
+    out = tmp_path / "out"
+    assert predict.main([str(photos), "--student", str(student), "--out", str(out), "--no-overlays"]) == 0
+    written = capsys.readouterr()
+    assert "left out: .heic: 1 (cannot be read: convert to JPEG or PNG), hidden files: 1\n" in written.err
+    images = json.loads((out / "images.json").read_text())["images"]
+    assert not any("again" in image["file_name"] for image in images)

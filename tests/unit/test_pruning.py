@@ -68,6 +68,14 @@ def test_finished_ones_go_by_age_and_use(store: ArtifactStore) -> None:
     assert keys(store) == {stage("a").key, stage("c").key}
 
 
+def test_a_result_that_cannot_be_read_stops_the_pruning_of_what_is_unused(store: ArtifactStore) -> None:
+    commit(store, "a", OLD_S)
+    store.write_bytes("runs/x/losses__sup__s0/result.json", b'{"stages": [')
+    with pytest.raises(ValueError, match=r"losses__sup__s0/result.json: cannot be read, so that nothing says"):
+        plan_pruning(store, None, True)
+    assert [a.key for a in plan_pruning(store, OLD_S / 2, False).artifacts] == [stage("a").key]
+
+
 def test_the_data_and_the_foundation_of_a_result_are_in_use(store: ArtifactStore) -> None:
     for name in "abc":
         commit(store, name, OLD_S)
@@ -139,6 +147,8 @@ def test_the_command_lists_shows_and_prunes(store: ArtifactStore, capsys: pytest
     [
         (["show", "zzzz"], "expected one artifact, found none"),
         (["gc", "--older-than", "soon"], "--older-than 'soon': expected a number of days"),
+        (["gc", "--older-than=-1d"], "--older-than '-1d': expected a number of days"),
+        (["gc", "--older-than", "nan"], "--older-than 'nan': expected a number of days"),
     ],
 )
 def test_bad_input_of_the_command(

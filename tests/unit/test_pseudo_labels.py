@@ -115,6 +115,7 @@ def test_classes_of_one_name_are_audited_apart() -> None:
     truth, labels = table.to_pylist(), label_rows(table, results)
     renamed = ClassMap([Category(c.id, "thing" if c.name != "cross" else c.name) for c in CATEGORIES])
     audit, plain = summarise_audit(audit_images(truth, labels, renamed), renamed), audit_of(truth, labels)
+    assert audit and plain
     for key in ("per_class", "errors_per_class"):
         assert list(audit[key]) == ["thing (id 2)", "cross", "thing (id 9)"]
         assert list(audit[key].values()) == list(plain[key].values())

@@ -24,28 +24,6 @@ def test_every_preset_builds_at_every_scale(preset: str, scale: str) -> None:
     assert recipe.data.format == {"nuclei": "coco"}.get(preset, preset)
 
 
-def test_the_papers_student_recipe() -> None:
-    """Optimiser, schedule, crop, batch and model of the paper, at scale full."""
-    for preset, lr, decay, steps, crop in (
-        ("cityscapes", 5e-5, 0.1, 90_000, (512, 1024)),
-        ("ade20k", 1e-4, 0.05, 160_000, (630, 630)),
-    ):
-        recipe = build_recipe(preset, "full")
-        for stage in (recipe.stages.distill, recipe.stages.refine):
-            assert (stage.lr, stage.weight_decay, stage.clip_norm) == (lr, decay, 0.01)
-            assert (stage.schedule, stage.poly_power, stage.warmup_steps) == ("poly", 0.9, 0)
-            assert (stage.encoder_lr_factor, stage.ema) == (0.1, 0)
-        distill = recipe.stages.distill
-        assert distill.steps == steps and distill.batch_labelled + distill.batch_unlabelled == 8
-        assert recipe.stages.refine.batch_labelled == 8 and recipe.data.image_px == crop
-        student = recipe.student
-        assert (student.encoder.name, student.decoder, student.head) == ("dinov2-s", "dpt", "masked-attention")
-        assert (student.num_queries, student.num_layers, student.proposals) == (100, 9, False)
-        loss = recipe.loss
-        assert (loss.num_points, loss.oversample_ratio, loss.importance_ratio) == (12544, 3, 0.75)
-        assert (loss.class_weight, loss.mask_weight, loss.dice_weight, loss.no_object_weight) == (2, 5, 5, 0.1)
-
-
 @pytest.mark.parametrize("preset", ["cityscapes", "ade20k"])
 def test_smoke_needs_no_download(preset: str) -> None:
     recipe = build_recipe(preset, "smoke")

@@ -18,10 +18,10 @@ from cast_ray.engine.loop import train
 from cast_ray.engine.objective import Objective
 from cast_ray.engine.world import World
 from cast_ray.models.segmenter import build_segmenter
-from cast_ray.recipe import LossConfig, PseudoConfig, TeacherConfig, TrainConfig
+from cast_ray.recipe import InputSize, LossConfig, PseudoConfig, TeacherConfig, TrainConfig
 from cast_ray.runtime.labeller import PseudoLabeller
 from cast_ray.runtime.models import save_model
-from cast_ray.runtime.online import OnlineLabels
+from cast_ray.runtime.online import Learner, OnlineLabels
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.streams import Pictures
 from cast_ray.stages.graph import Stage
@@ -88,7 +88,7 @@ def trained(teacher: Teacher, steps: int) -> list[bytes]:
 def labeller_of(store: ArtifactStore) -> PseudoLabeller:
     config = {"pseudo": PSEUDO.model_dump(), "data": {"image_px": list(CROP)}, "batch": 2}
     stage = Stage("label-adapted", "label", config, {"teacher": TEACHER.fingerprint}, "b" * 20)
-    return PseudoLabeller(store, stage, torch.device("cpu"), "off")
+    return PseudoLabeller(store, stage, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("make", [expert, mask2former, grounded_sam, sam3])
@@ -124,10 +124,10 @@ def test_a_labeller_becomes_the_student_that_it_labels_for(tmp_path: Path) -> No
     config = MODEL.model_copy(update={"hidden_dim": 32, "num_queries": 5})
     student = build_segmenter(config, len(CATEGORIES), seed=3)
     labeller = labeller_of(store)
-    labeller.become(config, (32, 48))
+    labeller.become(config, InputSize("fit", (32, 48)))
     labeller.load(save_tensors(student.state_dict()))
     pixels = random_images(2, (32, 48)).numpy()
-    labels = labeller.label(Pictures([0, 1], pixels, [(64, 96)] * 2, [(32, 48)] * 2))
+    labels = labeller.label(Pictures([0, 1], list(pixels), [(64, 96)] * 2, [(32, 48)] * 2))
     alone = ExpertTeacher(student, CATEGORIES, (32, 48)).predict(torch.from_numpy(pixels), [(64, 96)] * 2)
     assert len(labels) == 2 and all(len(mine) > 0 for mine in labels)
     for mine, found in zip(labels, alone):
@@ -138,6 +138,6 @@ def test_a_labeller_becomes_the_student_that_it_labels_for(tmp_path: Path) -> No
         (),
         None,
         4,
-        {"model": config.model_dump(), "data": {"image_px": [32, 48]}},
+        Learner(config.model_dump(), InputSize("fit", (32, 48))),
     )
-    assert [online.image_px_of(version) for version in (0, 1, 7)] == [(48, 64), (32, 48), (32, 48)]
+    assert [online.input_size_of(version).crop_px for version in (0, 1, 7)] == [(48, 64), (32, 48), (32, 48)]

@@ -21,7 +21,7 @@ from cast_ray.report.overlays import CONTACT_SHEET
 from cast_ray.report.publish import announce
 from cast_ray.report.results import summarise, summarise_run
 from cast_ray.report.run_folder import read_plan, read_results, read_run, write_plan
-from cast_ray.report.tables import comparison_grid, print_report, results_grid, stage_grid, terminal_table
+from cast_ray.report.tables import comparison_grid, main_grid, print_report, results_grid, stage_grid, terminal_table
 from cast_ray.report.write import write_report
 from cast_ray.stages.table import Table, load_table
 
@@ -61,6 +61,47 @@ def test_one_seed_shows_values_paper_and_a_warning(tmp_path: Path) -> None:
     for word in ("15.8", "30.7", "1 seed*", "16.3", "110", "+2.3"):
         assert word in line_of(text, "sup+semi")
     assert "interval" not in text
+
+
+@pytest.mark.parametrize(
+    ("preset", "measured", "published", "value"),
+    [
+        ("shapes", "coco", "Cityscapes AP", 32.2),
+        ("cityscapes", "cityscapes", "Cityscapes AP", 32.2),
+        ("ade20k", "coco", "COCO AP", 16.1),
+    ],
+)
+def test_published_values_name_their_kind_of_ap(
+    tmp_path: Path, preset: str, measured: str, published: str, value: float
+) -> None:
+    """Beside ADE20K's numbers stand those of ADE20K, and two kinds of AP in one row are told in words."""
+    recipe = {"preset": preset, "scale": "full", "seed": 0, "evaluation": {"metric": measured}}
+    results = [result("sup", recipe=recipe) | {"table": "main", "row": row} for row in ("supervised", "CAST")]
+    report = report_of(tmp_path, results)
+    assert {row.name: row.paper.get("student/mask_ap") for row in report.rows}["CAST"] == value
+    headings = [column.name for column in main_grid(report).columns]
+    assert headings[headings.index("student AP") + 1] == f"paper ({published})"
+    compared = comparison_grid(report, "student/mask_ap")
+    assert compared is not None and f"paper ({published})" in [column.name for column in compared.columns]
+    assert "paper" not in {column.name for column in compared.columns}
+    differ = [note for note in report.notes if "two different numbers" in note]
+    assert bool(differ) == (preset == "shapes")
+    if differ:
+        assert "They are Cityscapes AP, the measured ones COCO AP" in differ[0]
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ("total", "rows without D_u take 8 labelled: all rows see as many images"),
+        ("supervised", "rows without D_u take 4 labelled: all rows see as many labelled images"),
+    ],
+)
+def test_the_report_says_which_images_of_a_step_stay_equal(tmp_path: Path, rule: str, words: str) -> None:
+    stages = {"images_per_step": rule, "distill": {"batch_labelled": 4, "batch_unlabelled": 4}}
+    recipe = {"preset": "cityscapes", "scale": "full", "seed": 0, "stages": stages}
+    report = report_of(tmp_path, [result(row, recipe=recipe) for row in ROWS])
+    assert report.context["images a step"] == f"4 labelled + 4 unlabelled, step 2b; {words}"
 
 
 def test_three_seeds_show_spread_and_paired_differences(tmp_path: Path) -> None:
@@ -198,6 +239,14 @@ def test_the_report_says_which_ap_it_is(tmp_path: Path) -> None:
     assert "WARNING: results of 2 different kinds of AP are mixed in this table." in both.notes
 
 
+def test_steps_that_overflowed_are_said(tmp_path: Path) -> None:
+    results = [result("sup"), result("sup+semi")]
+    assert not any("overflowed" in note for note in report_of(tmp_path, results).notes)
+    results[1]["stages"][0] |= {"skipped_steps": 7, "steps": 1200}
+    (note,) = [n for n in report_of(tmp_path, results).notes if "overflowed" in n]
+    assert note.startswith(results[1]["stages"][0]["name"]) and "in 7 of 1,200 steps" in note
+
+
 def test_skipped_images_and_missing_pseudo_labels_are_said(tmp_path: Path) -> None:
     results = [result("sup"), result("sup+semi")]
     results[1]["dataset"]["skipped"] = 3
@@ -221,6 +270,11 @@ def test_the_report_says_how_labelled_images_were_chosen(tmp_path: Path) -> None
     assert report_of(tmp_path / "two", results).context["label split"] == (
         "nested 5 %, per-class 10 % with at least 2 images of each class; 6 unlabelled images of the extra pool"
     )
+    results[0]["dataset"]["split"]["num_copies"] = 3
+    results[0]["dataset"]["notes"] = ["12 of 15 images of the extra pool are known and are left out."]
+    context = report_of(tmp_path / "copies", results).context
+    assert context["label split"].endswith("pool; 3 copies of labelled or validation images left out")
+    assert context["dataset"].endswith("; 12 of 15 images of the extra pool are known and are left out")
     listed = {"family": "list", "fraction": 0.25, "num_extra": 0, "label_list": "a.txt", "label_list_sha256": "0" * 64}
     results[0]["dataset"]["split"] = listed
     assert report_of(tmp_path / "list", results[:1]).context["label split"] == "list 25 % (a.txt, sha256 000000000000)"
@@ -347,9 +401,9 @@ def test_results_of_an_earlier_recipe_do_not_count_as_those_of_a_running_one(tmp
         for steps in (10, 20)
     )
     run = save(tmp_path, [result(row, recipe=recipe.model_dump(mode="json")) for (row, _), recipe in before.items()])
-    announce(run, table, before, "", console)
+    announce(run, table, before, {}, "", console)
     assert len(read_run(run).results) == 2 and read_run(run).pending() == []
-    announce(run, table, now, "", console)
+    announce(run, table, now, {}, "", console)
     assert read_run(run).results == () and len(read_run(run).pending()) == 2
     save(run, [result("sup", recipe=now["sup", 0].model_dump(mode="json"))])
     assert [r["row"] for r in read_run(run).results] == ["sup"]
@@ -419,13 +473,51 @@ def test_long_row_names_fold_within_the_terminal(tmp_path: Path, num_seeds: int,
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "result.json: not a JSON file"), ('{"table": "losses"}', "not a result: no row, seed")],
+    [
+        ("{", "result.json: not a JSON file"),
+        ("[]", "not a result: expected a mapping, got list"),
+        ('{"table": "losses"}', "not a result: no row, seed"),
+        (json.dumps(result("sup") | {"stages": "x"}), "not a result: stages is str, expected list"),
+        (json.dumps(result("sup") | {"seed": "x"}), "not a result: seed is str, expected int"),
+    ],
 )
-def test_a_file_that_is_no_result_is_named(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "losses__sup__s0").mkdir()
-    (tmp_path / "losses__sup__s0" / "result.json").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_results(tmp_path)
+@pytest.mark.parametrize("is_planned", [True, False])
+def test_a_result_that_cannot_be_read_hides_no_other(
+    tmp_path: Path, content: str, message: str, is_planned: bool
+) -> None:
+    run = save(tmp_path / "run", [result("sup"), result("sup+semi"), result("sup+semi", 1)])
+    (run / "losses__sup+semi__s1" / "result.json").write_text(content)
+    (run / "losses__sup+pxl__s0").mkdir()
+    (run / "losses__sup+pxl__s0" / "result.json").write_text(content)
+    if is_planned:
+        expected = [("losses", row, seed) for row in ROWS[:3] for seed in range(2)]
+        write_plan(run, [load_table("losses")], [key for key in expected if key[2] == 0 or key[1] == "sup+semi"])
+    written = write_report(run)
+    (report,) = written.reports
+    assert [(row.name, row.seeds_text) for row in report.rows] == [
+        ("sup", "1 seed*"),
+        ("sup+semi", "1 of 2 seeds*"),
+        ("sup+pxl", "UNREADABLE, 1 seed"),
+        ("sup+semi+pxl", "not run"),
+    ]
+    assert not written.is_complete and not written.has_failures and report.num_expected == 4
+    text = terminal_text(report)
+    assert "WARNING: sup+pxl, seed 0: its result cannot be read and is left out." in " ".join(text.split())
+    assert message in " ".join(text.split()) and "15.8" in line_of(text, "sup+semi")
+    assert "| sup+pxl | UNREADABLE, 1 seed |" in written.files["markdown"].read_text()
+    assert "UNREADABLE" in written.files["html"].read_text()
+
+
+def test_a_folder_of_unreadable_results_alone_still_names_them(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "result.json").write_text("{")
+    (report,) = write_report(tmp_path).reports
+    assert [(row.name, row.seeds_text) for row in report.rows] == [("x", "UNREADABLE, 1 seed")]
+
+
+def test_half_a_character_in_a_class_name_does_not_end_the_report(tmp_path: Path) -> None:
+    written = write_report(save(tmp_path, [result("sup", per_class={"student": {"\ud800": 1.0}})]))
+    assert "AP of each class" in written.files["html"].read_text()
 
 
 def test_an_empty_folder_and_mixed_tables_are_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
+from report_scenes import result
+from rich.console import Console
 
 from cast_ray.recipe import build_recipe
 from cast_ray.records import RECORD_SCHEMA, Category, encode_image_id
-from cast_ray.report import samples
+from cast_ray.report import publish, samples
 from cast_ray.report.blocks import Sample
 from cast_ray.report.samples import SAMPLES, choose, image_quality, read_samples, row_samples
-from cast_ray.runtime.results import SweepContext
+from cast_ray.runtime.results import SweepContext, read_result
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.stages.evaluate import results_document
 from cast_ray.stages.graph import RowPlan, Stage
@@ -175,6 +178,47 @@ def test_a_page_shows_all_images_that_fit(tmp_path: Path) -> None:
     assert read_samples({"none": (0, tmp_path / "none")}) is None
 
 
+def test_images_without_objects_or_detections_are_no_samples(sweep: tuple[SweepContext, RowPlan]) -> None:
+    """Nothing to find and nothing found: no image has a quality, so there is nothing to show and nothing to take."""
+    context, row = sweep
+    store = context.store
+    empty = pa.Table.from_pylist(
+        [{"image_id": encode_image_id("a"), "uri": "gone.png", "height": SIZE, "width": SIZE, "instances": []}],
+        schema=RECORD_SCHEMA,
+    )
+    buffer = io.BytesIO()
+    pa.parquet.write_table(empty, buffer)
+    dataset = Stage("dataset", "dataset", {}, {}, "empty")
+    store.add(dataset, "val.parquet", buffer.getvalue())
+    student = Stage("evaluate", "evaluate", {}, {}, "nothing")
+    store.add(student, "results.json", b"".join(results_document([])))
+    store.commit(student, {"num_workers": 1})
+    context = replace(context, dataset_key=dataset.key)
+    content = row_samples(context, RowPlan("sup", 0, row.recipe, (), {"student": student}))
+    assert content is not None and json.loads(content)["samples"] == []
+
+
+def test_a_row_whose_samples_are_cut_hides_no_other(tmp_path: Path) -> None:
+    write_samples(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / SAMPLES).write_text('{"samples": [{"ki')
+    block = read_samples({row: (0, tmp_path / row) for row in ("a", "b")})
+    assert block is not None and len(block.samples) == 6
+    assert block.caption.endswith("samples.json cannot be read of b")
+
+
+def test_an_image_that_is_gone_costs_its_picture_alone(
+    sweep: tuple[SweepContext, RowPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, row = sweep
+    (tmp_path / "0.png").unlink()
+    monkeypatch.setattr(publish, "read_result", lambda context, row: result("sup"))
+    output = io.StringIO()
+    assert publish.publish_row(context, row, tmp_path / "out", Console(file=output, width=200))
+    assert output.getvalue().startswith("sup: samples.json is left out: ") and "0.png" in output.getvalue()
+    assert [path.name for path in (tmp_path / "out").rglob("*.json")] == ["result.json"]
+
+
 def test_a_page_of_many_images_keeps_both_ends_of_each_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples, "MAX_PAGE_BYTES", 4500)
     for row in ("a", "b"):
@@ -182,3 +226,12 @@ def test_a_page_of_many_images_keeps_both_ends_of_each_row(tmp_path: Path, monke
     block = read_samples({row: (0, tmp_path / row) for row in ("a", "b")})
     assert block is not None and names(block.samples) == ["a worst0", "a best0", "b worst0", "b best0"]
     assert "8 of 12 left out" in block.caption
+
+
+def test_a_stored_result_that_is_cut_counts_as_none(sweep: tuple[SweepContext, RowPlan]) -> None:
+    """The sweep then makes it again from the stages in the store, instead of ending in a traceback."""
+    context, row = sweep
+    context.store.write_json(context.result_path(row), result("sup"))
+    assert read_result(context, row) is not None
+    context.store.write_bytes(context.result_path(row), b'{"status": "do')
+    assert read_result(context, row) is None

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from report_scenes import ImageScores, result, save
+from report_scenes import ROWS, ImageScores, result, save
 
 from cast_ray.report import statistics
 from cast_ray.report.content import Report
@@ -189,3 +189,13 @@ def test_intervals_hold_the_truth_as_often_as_they_say(num_seeds: int, image_noi
     assert held / num_sweeps >= 0.92
     if num_seeds == 3 and image_noise < 0.1:
         assert held_by_images_and_drawn_seeds / num_sweeps < 0.85  # why seeds are not simply drawn
+
+
+def test_per_image_data_that_is_cut_costs_its_interval_alone(tmp_path: Path) -> None:
+    run = save(tmp_path, [result(row) for row in ROWS[:2]])
+    for row in ROWS[:2]:
+        (run / f"losses__{row}__s0" / "matches-student.npz").write_bytes(b"PK\x03\x04 half of a file")
+    said: list[str] = []
+    report = summarise(read_results(run), resampling=Resampling(run, 10, said.append))
+    assert report.rows[1].cells["student/mask_ap"].mean == 15.8
+    assert len(said) == 2 and "matches-student.npz: cannot be read, so its row has no interval of images" in said[0]

@@ -9,6 +9,7 @@ import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import optuna
 import pytest
@@ -16,9 +17,14 @@ import yaml
 from optuna.trial import TrialState
 
 from cast_ray.report.search import SearchPlan, best_table, rebuild_search_report, write_search_report
-from cast_ray.runtime.search import StudySearch
+from cast_ray.runtime.claims import Presence
+from cast_ray.runtime.pruning import prune
+from cast_ray.runtime.search import SearchRequest, StudySearch, _Search
+from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.study import best_trials, make_sampler, num_ended, open_storage, open_study, reap
+from cast_ray.runtime.sweep import check_still_stored
 from cast_ray.runtime.trials import RUNG_STEP
+from cast_ray.stages.graph import Stage, plan
 from cast_ray.stages.search_spec import RUNG_METRIC, SearchSpec, load_search, search_names
 from cast_ray.stages.table import load_table
 
@@ -125,6 +131,13 @@ def test_a_study_of_another_search_is_refused(storage: Any) -> None:
         study_of(storage(), spec_of(), seed=1)
 
 
+def test_what_changes_no_result_is_no_other_search(storage: Any) -> None:
+    study_of(storage(), spec_of(), overrides={"loss.lambda_semi": "1", "runtime.max_failures": "1"})
+    study_of(storage(), spec_of(), overrides={"loss.lambda_semi": "1", "stages.distill.accumulate": "2"})
+    with pytest.raises(ValueError, match="made with another overrides"):
+        study_of(storage(), spec_of(), overrides={"loss.lambda_semi": "2"})
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, None])
 def test_an_undefined_objective_ends_its_trial(storage: Any, value: float | None) -> None:
     trial = ended(searcher(storage(), spec_of()), "a", status="done", **{"student/mask_ap": value})
@@ -188,6 +201,70 @@ def test_a_point_without_a_valid_recipe_is_ended_and_another_asked_for(storage: 
     assert search.suggest("a") == {"row": "t2"}
     assert [t.state for t in search.study.trials] == [TrialState.FAIL, TrialState.FAIL, TrialState.RUNNING]
     assert "num_heads" in search.study.trials[0].user_attrs["error"]
+
+
+def test_a_stage_that_is_pruned_before_a_point_needs_it_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`store gc --older-than` while a search runs removes what no live plan names: nothing may take it for stored."""
+    store, spec = ArtifactStore(str(tmp_path)), spec_of()
+    points = [POINT | {"loss.lambda_pxl": value} for value in (0.1, 0.2)]
+    rows = [plan(spec.recipe(point), "0" * 64) for point in points]
+    shared = {s.key: s for s in rows[0].stages if s.kind == "train" and s in rows[1].stages}
+    own = next(s for s in rows[1].stages if s.kind == "train" and s.key not in shared)
+    for stage in (*shared.values(), own):
+        store.commit(stage, {})
+    context = SimpleNamespace(table="mine-tpe")
+    planner = Mock(store=store, warnings=[], fingerprints=Mock(return_value=set()))
+    planner.plan = lambda recipe, *, row, **_: (context, plan(recipe, "0" * 64, row=row))
+    monkeypatch.setattr("cast_ray.runtime.search.ray.get", lambda value: value)
+    monkeypatch.setattr("cast_ray.runtime.search.Job.packed", lambda job: b"")
+    broker = Mock()
+    request = SearchRequest(spec, "shapes", "demo", {}, 0, "mine", "", str(tmp_path), None, None)
+    with Presence(store, "search") as presence:
+        search = _Search(request, planner, presence, None, Mock())  # type: ignore[arg-type]
+        search.broker = broker
+        propose = search._proposer("tpe")
+        propose(0, points[0])
+        (_, stored), _ = broker.load.remote.call_args
+        assert set(stored) == {stage.fingerprint for stage in shared.values()}
+        prune(store, 0.0, False, "gc")  # of the second point's stages nobody has left word
+        assert not store.has(own.key) and all(map(store.has, shared))
+        propose(1, points[1])
+        (_, stored), _ = broker.load.remote.call_args
+        assert stored == [] and own.fingerprint not in search.stored
+        store.commit(own, {})
+        prune(store, 0.0, False, "gc")
+        assert store.has(own.key)
+
+
+def test_a_teacher_that_is_pruned_while_a_point_is_planned_is_imported_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, spec = ArtifactStore(str(tmp_path)), spec_of()
+    teacher = Stage("foundation", "train", {}, {}, "f" * 20)
+
+    def planned(recipe: Any, *, row: str, **_: Any) -> Any:
+        if planner.forget_foundations.called:
+            store.commit(teacher, {})
+        return SimpleNamespace(table="mine-tpe"), plan(recipe, "0" * 64, row=row, foundation=teacher.fingerprint)
+
+    planner = Mock(store=store, warnings=[], fingerprints=Mock(return_value=set()), plan=planned)
+    monkeypatch.setattr("cast_ray.runtime.search.ray.get", lambda value: value)
+    monkeypatch.setattr("cast_ray.runtime.search.Job.packed", lambda job: b"")
+    request = SearchRequest(spec, "shapes", "demo", {}, 0, "mine", "", str(tmp_path), None, None)
+    with Presence(store, "search") as presence:
+        search = _Search(request, planner, presence, None, Mock())  # type: ignore[arg-type]
+        search.broker = Mock()
+        search._proposer("tpe")(0, POINT)
+        (_, stored), _ = search.broker.load.remote.call_args
+    assert stored == [teacher.fingerprint] and len(search.rows) == 1
+
+
+def test_what_gc_took_while_a_sweep_was_planned_is_said() -> None:
+    check_still_stored({"a"}, {"a", "b"})
+    with pytest.raises(ValueError, match=r"`store gc` has removed 1 artifacts .*\(c\): run it again"):
+        check_still_stored({"a", "c"}, {"a", "b"})
 
 
 def test_tune_may_pickle_its_settings(storage: Any) -> None:

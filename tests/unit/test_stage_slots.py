@@ -46,8 +46,13 @@ def test_online_teachers_run_beside_the_workers() -> None:
 def test_every_worker_and_teacher_has_a_gpu() -> None:
     assert slots(100, 4, runtime__use_gpu="true") == 2
     assert slots(100, 4, runtime__use_gpu="true", labels__mode="online") == 1
-    with pytest.raises(ValueError, match="and 3 GPUs"):
+    with pytest.raises(ValueError, match=r"needs 3 GPUs, Ray has 2: .*runtime\.use_gpu=false.*runtime\.num_workers"):
         slots(100, 2, runtime__use_gpu="true", labels__mode="online")
+
+
+def test_a_machine_without_gpu_is_told_how_to_go_on_without() -> None:
+    with pytest.raises(ValueError, match=r"needs 2 GPUs, Ray has 0: set runtime\.use_gpu=false to run on CPUs$"):
+        slots(100, 0, runtime__use_gpu="true")
 
 
 def test_streams_fit_the_object_store() -> None:

@@ -156,6 +156,12 @@ RESULT: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize(("metric", "name"), [("coco", "COCO AP"), ("cityscapes", "Cityscapes AP")])
+def test_the_card_names_the_kind_of_ap(tmp_path: Path, metric: str, name: str) -> None:
+    make().save_pretrained(tmp_path, RESULT | {"recipe": RESULT["recipe"] | {"evaluation": {"metric": metric}}})
+    assert f"\n{name} in percent on 200 validation images" in (tmp_path / CARD).read_text()
+
+
 def test_the_card_tells_the_measurements(tmp_path: Path) -> None:
     make().save_pretrained(tmp_path, RESULT)
     card = (tmp_path / CARD).read_text()
@@ -175,7 +181,16 @@ def test_the_card_tells_the_measurements(tmp_path: Path) -> None:
 
 
 def test_the_card_of_a_model_without_result_says_so(folder: Path) -> None:
-    assert "No measurements" in (folder / CARD).read_text()
+    card = (folder / CARD).read_text()
+    assert "No measurements" in card and "fitted into 32 x 48 px" in card and "computes in float32" in card
+
+
+def test_the_precision_of_the_training_is_kept_and_told(tmp_path: Path) -> None:
+    student = make()
+    student.precision = "bf16"
+    student.save_pretrained(tmp_path)
+    assert Student.from_pretrained(tmp_path).precision == "bf16"
+    assert "computes in bfloat16 (autocast)" in (tmp_path / CARD).read_text()
 
 
 STAGES = [

@@ -49,13 +49,14 @@ def test_the_same_text_in_every_encoding(tmp_path: Path, encoding: str) -> None:
 
     categories = [{"id": 7, "name": "person"}, {"id": 3, "name": "dog"}]
     rng = np.random.default_rng(0)
-    images = [{"id": i, "file_name": f"{i}.png", "height": 24, "width": 32} for i in range(4)]
-    for image in images:
-        random_image(rng).save(tmp_path / image["file_name"])
+    names = [f"{i}.png" for i in range(4)]
+    images = [{"id": i, "file_name": name, "height": 24, "width": 32} for i, name in enumerate(names)]
+    for name in names:
+        random_image(rng).save(tmp_path / name)
     document = {"images": images, "annotations": [], "categories": categories}
     (tmp_path / "instances.json").write_bytes(write(json.dumps(document)))
     assert read_classes(str(tmp_path / "instances.json")) == [Category(7, "person"), Category(3, "dog")]
-    assert read_list(str(tmp_path / "instances.json")).names == tuple(image["file_name"] for image in images)
+    assert read_list(str(tmp_path / "instances.json")).names == tuple(names)
     assert load(DataConfig(format="coco", root=str(tmp_path)))[0].categories == (
         Category(7, "person"),
         Category(3, "dog"),

@@ -37,7 +37,6 @@ def train(stage: Stage, steps: int, initial: Segmenter | None = None) -> Segment
         batches=batches(0, steps, num_labelled=1),
         world=World(),
         train_config=TrainConfig(**{"batch_unlabelled": 0} | stage.config["train"]),
-        amp="off",
         resume=None,
         on_log=lambda _: None,
         on_checkpoint=lambda _: None,

@@ -2,6 +2,7 @@
 
 import random
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -113,6 +114,22 @@ def test_masks_are_cut_as_if_drawn_at_the_images_size():
             np.testing.assert_array_equal(found, whole[np.ix_(rows, columns)], err_msg=f"{case} {density} {g}")
 
 
+def test_training_sizes_are_relative_to_what_the_recipe_names():
+    """fit: to the crop; native: to the image; [S, L]: to a short side of S, never more than L on the long one."""
+
+    def scales(height, width, **fields):
+        data = DataConfig(image_px=(64, 64), **fields)
+        rng = np.random.default_rng(0)
+        return np.array([views._random_scale(height, width, data, rng) for _ in range(300)])
+
+    fitted = scales(100, 200, scale_jitter=(0.1, 2.0))
+    assert 0.032 <= fitted.min() < 0.05 and 0.61 < fitted.max() <= 0.64  # .1 to 2 of 64 / 200
+    native = scales(100, 200, train_resize="native", scale_jitter=(0.5, 2.0))
+    assert 0.5 <= native.min() < 0.52 and 1.98 < native.max() <= 2
+    short = scales(100, 200, train_resize=(50, 80), scale_jitter=(0.5, 2.0), scale_steps=4)
+    np.testing.assert_allclose(np.unique(short), [0.25, 0.4])  # 25, then 50, 75 and 100 cut to 80 / 200
+
+
 def test_flip_mirrors_image_and_masks():
     image, mask = _image(), _box(32, 32, 3, 5, 20, 12)
     data = STILL.model_copy(update={"flip": True})
@@ -190,6 +207,41 @@ def test_each_jitter_is_torchvisions(operation, reference):
         difference = np.abs(found.astype(float) - expected.numpy())
         assert difference.mean() < (1.5 if operation == 3 else 0.6)
         assert difference.max() <= (12 if operation == 3 else 1.5)
+
+
+def _ssd(image, seeds=400):
+    data = STILL.model_copy(update={"color": "ssd"})
+    return [_sample(image, [], data, seed)["weak"][:, 0, 0] for seed in range(seeds)]
+
+
+def test_ssd_brightness_and_contrast_have_their_ranges_and_probability():
+    """Grey has neither hue nor saturation: brightness +-32 (p .5), then contrast .5 to 1.5 (p .5)."""
+    grey = [int(pixel[0]) for pixel in _ssd(np.full((32, 32, 3), 120, np.uint8))]
+    assert 0.18 < np.mean([level == 120 for level in grey]) < 0.33
+    assert 0.5 * 88 - 1 <= min(grey) < 70 and 200 < max(grey) <= 1.5 * 152 + 1
+
+
+def test_ssd_saturation_and_hue_have_their_ranges_and_probability(monkeypatch):
+    monkeypatch.setattr(views, "SSD_BRIGHTNESS", 0)
+    red = np.full((32, 32, 3), (200, 100, 100), np.uint8)
+    monkeypatch.setattr(views, "SSD_FACTOR", (1.0, 1.0))
+    hues = [int(cv2.cvtColor(pixel[None, None], cv2.COLOR_RGB2HSV)[0, 0, 0]) for pixel in _ssd(red)]
+    turned = [hue - 180 if hue > 90 else hue for hue in hues]
+    assert -19 <= min(turned) < -14 and 14 < max(turned) <= 19  # +-18, within the rounding to 8 bits
+    assert 0.42 < np.mean([turn == 0 for turn in turned]) < 0.62  # p .5, and the middle of the range
+    monkeypatch.setattr(views, "SSD_HUE", 0)
+    monkeypatch.setattr(views, "SSD_FACTOR", (0.5, 1.5))
+    shares = [1 - min(pixel) / max(pixel) for pixel in _ssd(red) if max(pixel) < 255]  # which contrast leaves alone
+    assert 0.24 <= min(shares) < 0.3 and 0.7 < max(shares) <= 0.77
+    assert 0.4 < np.mean([abs(share - 0.5) < 0.006 for share in shares]) < 0.62
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_ssd_changes_happen_with_their_probability(monkeypatch, probability):
+    monkeypatch.setattr(views, "SSD_PROBABILITY", probability)
+    image, data = _image(), STILL.model_copy(update={"color": "ssd"})
+    same = [np.array_equal(_sample(image, [], data, seed)["weak"], image.transpose(2, 0, 1)) for seed in range(20)]
+    assert not any(same) if probability else all(same)
 
 
 def test_weak_colour_jitter_has_its_strength():

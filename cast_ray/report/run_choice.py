@@ -1,0 +1,136 @@
+"""Which folder a run's results go to: runs of the same settings share one, others get a folder of their own."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cast_ray.datasets.paths import absolute
+from cast_ray.report.run_folder import PLAN, RESULT, UNREADABLE, RunPlan, read_plan, read_results
+from cast_ray.report.settings import first_of, value_words
+from cast_ray.stages.settings import differing, overridden, settings_of
+from cast_ray.stages.table import Table
+
+DIGITS = 6
+"""Of the digest at the end of the name of a folder of its own."""
+MAX_NAMED = 4
+
+
+@dataclass(frozen=True)
+class RunChoice:
+    """The folder of a run. differences: what the folder `beside`, which would have been its own, has otherwise."""
+
+    name: str
+    beside: str = ""
+    differences: tuple[str, ...] = ()
+
+    def words(self, out: Path) -> str:
+        """Where results go, and why not into the folder that one would expect."""
+        if not self.beside:
+            return str(out / self.name)
+        return f"{out / self.name}, because {out / self.beside} holds other settings: {named(self.differences)}"
+
+
+def choose_run(out: Path, name: str, table: Table, settings: Mapping[str, Any]) -> RunChoice:
+    """The folder `name` inside `out`, or one beside it if that holds results of other settings.
+
+    A folder fits if the table's rows that it knows are the same and so are their common settings. More seeds, rows and
+    tables of the same settings therefore join it, and so does a run that only differs in how it runs. The name of a
+    folder beside it ends in a digest, and the same settings find it again.
+
+    Args:
+        settings: `Table.settings` of the run.
+    """
+    differences = {}
+    for folder in [out / name, *_beside(out, name)]:
+        differences[folder.name] = _differences(folder, table, settings)
+        if _is_used(folder) and not differences[folder.name]:
+            beside = "" if folder.name == name else name
+            return RunChoice(folder.name, beside, tuple(differences.get(beside, ())))
+    if not _is_used(out / name):
+        return RunChoice(name)
+    content = json.dumps([_located(settings), table.rows], sort_keys=True, default=list)
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    lengths = (DIGITS, 2 * DIGITS, len(digest))
+    free = (f"{name}-{digest[:length]}" for length in lengths if not _is_used(out / f"{name}-{digest[:length]}"))
+    return RunChoice(next(free), name, tuple(differences[name]))
+
+
+def runs_beside(run_dir: Path) -> list[tuple[Path, list[str]]]:
+    """Folders of the same tables with other settings, and in what they differ from this one."""
+    run_dir = run_dir if run_dir.name else run_dir.resolve()
+    plan = read_plan(run_dir)
+    name = re.sub(rf"-[0-9a-f]{{{DIGITS}}}$", "", run_dir.name)
+    found = []
+    for folder in [run_dir.parent / name, *_beside(run_dir.parent, name)]:
+        if folder.name == run_dir.name or not (folder / PLAN).is_file():
+            continue
+        other = read_plan(folder)
+        shared = [table for table in plan.tables if table.name in other.settings and table.name in plan.settings]
+        if shared:
+            keys = [words for t in shared for words in _plan_differences(other, t, plan.settings[t.name])]
+            found.append((folder, list(dict.fromkeys(keys))))
+    return found
+
+
+def named(differences: Sequence[str]) -> str:
+    """The first differences in words, and how many more there are."""
+    return first_of(differences, MAX_NAMED)
+
+
+def _beside(out: Path, name: str) -> list[Path]:
+    pattern = f"{glob.escape(name)}-{'[0-9a-f]' * DIGITS}*"
+    return sorted(folder for folder in out.glob(pattern) if re.fullmatch(r"[0-9a-f]+", folder.name[len(name) + 1 :]))
+
+
+def _is_used(folder: Path) -> bool:
+    return (folder / PLAN).is_file() or any(folder.glob(f"*/{RESULT}"))
+
+
+def _differences(folder: Path, table: Table, settings: Mapping[str, Any]) -> list[str]:
+    """In what a folder's results differ from a run of a table, in words; [] where nothing is known to."""
+    plan = read_plan(folder)
+    if plan.settings:
+        return _plan_differences(plan, table, settings)
+    # A folder of an older version: its results say what they were made with.
+    settings = _located(settings)
+    words: dict[str, None] = {}
+    for result in read_results(folder, plan.expected) if _is_used(folder) else ():
+        if result["status"] == UNREADABLE or result["table"] != table.name or result["row"] not in table.rows:
+            continue
+        theirs = _located(settings_of(result.get("recipe") or {}))
+        keys = differing(settings, theirs, besides=overridden(table.rows[result["row"]]))
+        words |= dict.fromkeys(_words(key, settings, theirs) for key in keys)
+    return list(words)
+
+
+def _plan_differences(plan: RunPlan, table: Table, settings: Mapping[str, Any]) -> list[str]:
+    settings = _located(settings)
+    words = []
+    known = {other.name: other for other in plan.tables}
+    for name, theirs in plan.settings.items():
+        theirs = _located(theirs)
+        # What another table sets for all of its rows is no setting of the user's.
+        own = set() if name == table.name or name not in known else table.base_keys | known[name].base_keys
+        words += [_words(key, settings, theirs) for key in differing(settings, theirs, besides=own)]
+    if table.name in known:
+        rows = json.loads(json.dumps(table.rows, default=list))
+        before = json.loads(json.dumps(known[table.name].rows, default=list))
+        words += [f"row {row!r} is defined otherwise" for row in rows if row in before and rows[row] != before[row]]
+    return list(dict.fromkeys(words))
+
+
+def _located(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """With the dataset's folder as every folder of this machine names it."""
+    root = settings.get("data.root")
+    return dict(settings) | ({"data.root": absolute(root)} if root else {})
+
+
+def _words(key: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    return f"{key} is {value_words(ours[key])} here and {value_words(theirs[key])} there"

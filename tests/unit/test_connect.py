@@ -1,0 +1,149 @@
+"""Joining and starting Ray: what is wrong with an address or a folder is one line, before Ray prints anything."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+
+from cast_ray.runtime import cluster
+from cast_ray.runtime.cluster import ADDRESS_VARIABLE, MAX_SOCKET_PATH, SOCKET_PATH, TEMP_VARIABLE, connect
+
+LONG = "/" + 99 * "x"
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+    """Calls of `ray.init`, which starts nothing; the environment is put back."""
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    def init(address: str, **options: Any) -> SimpleNamespace:
+        calls.append((address, options | {"temp": os.environ.get(TEMP_VARIABLE)}))
+        return SimpleNamespace(dashboard_url="")
+
+    before = dict(os.environ)
+    for name in (ADDRESS_VARIABLE, TEMP_VARIABLE, "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
+    yield calls
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+
+
+def free_port() -> int:
+    return cluster._free_port()
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[int]:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "localhost:{}", "ray://127.0.0.1:{}"])
+@pytest.mark.parametrize("argument", [None, "auto"])
+def test_an_address_that_nobody_answers_names_the_variable(
+    started: list, monkeypatch: pytest.MonkeyPatch, form: str, argument: str | None
+) -> None:
+    address = form.format(free_port())
+    monkeypatch.setenv(ADDRESS_VARIABLE, address)
+    with pytest.raises(ValueError) as error:
+        connect(argument)
+    text = str(error.value)
+    assert text.startswith(f"RAY_ADDRESS {address}: no Ray answers there (") and "\n" not in text
+    assert "Unset RAY_ADDRESS or pass --address local" in text
+    assert started == []
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:{port}", "no Ray answers there"),
+        ("no.such.host.invalid:6379", "no Ray answers there"),
+        ("127.0.0.1:99999", "no Ray answers there"),
+        ("localhost", "expected HOST:PORT, ray://HOST:PORT, auto or local"),
+        ("127.0.0.1:port", "expected HOST:PORT"),
+    ],
+)
+def test_a_wrong_address_names_the_flag(started: list, address: str, message: str) -> None:
+    address = address.format(port=free_port())
+    with pytest.raises(ValueError, match=message) as error:
+        connect(address)
+    assert str(error.value).startswith(f"--address {address}: ") and "RAY_ADDRESS" not in str(error.value)
+    assert started == []
+
+
+def test_an_address_that_answers_is_joined(started: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    with listening() as port:
+        assert "cluster" in connect(f"127.0.0.1:{port}").description
+        monkeypatch.setenv(ADDRESS_VARIABLE, f"127.0.0.1:{port}")
+        connect(None)
+    monkeypatch.setenv(ADDRESS_VARIABLE, "127.0.0.1:1")
+    connect("local")  # the flag comes first
+    monkeypatch.setenv(ADDRESS_VARIABLE, "local")
+    connect(None)
+    monkeypatch.delenv(ADDRESS_VARIABLE)
+    connect(None)
+    connect("auto")  # Ray looks for a cluster of this machine
+    address = f"127.0.0.1:{port}"
+    assert [address for address, _ in started] == [address, address, "local", "local", "local", "auto"]
+
+
+def test_what_answers_may_be_no_ray(started: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 1.0\n")
+
+    monkeypatch.setattr(ray, "init", fail)
+    with listening() as port, pytest.raises(ValueError) as error:
+        connect(f"127.0.0.1:{port}")
+    assert str(error.value).startswith(f"--address 127.0.0.1:{port}: what answers there cannot be joined: Version mism")
+    assert "\n" not in str(error.value)
+
+
+def test_a_local_ray_that_does_not_start_is_one_line(started: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise Exception("\nThe current node timed out during startup. This could happen because\nthe raylet failed")
+
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(ValueError) as error:
+        connect("local")
+    text = str(error.value)
+    assert text.startswith("a local Ray did not start: The current node timed out during startup.") and "\n" not in text
+    assert "load of this machine is" in text and "RAY_ADDRESS" in text and "RAY_TMPDIR" in text
+
+
+def test_a_long_folder_for_temporary_files_is_left_aside(started: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", LONG)
+    connect("local")
+    assert started[0][1]["temp"] == "/tmp"
+
+
+@pytest.mark.parametrize(("excess", "temp"), [(0, None), (1, "/tmp")])
+def test_only_a_folder_that_is_too_long(
+    started: list, monkeypatch: pytest.MonkeyPatch, excess: int, temp: str | None
+) -> None:
+    monkeypatch.setenv("TMPDIR", "/" + "x" * (MAX_SOCKET_PATH - len(SOCKET_PATH) - 1 + excess))
+    connect("local")
+    assert started[0][1]["temp"] == temp
+
+
+def test_a_long_folder_that_the_user_chose_for_ray_is_refused(started: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TEMP_VARIABLE, LONG)
+    with pytest.raises(ValueError, match=r"^RAY_TMPDIR /xxx.*at most \d+ characters: set RAY_TMPDIR to a short one$"):
+        connect("local")
+    with listening() as port:
+        connect(f"127.0.0.1:{port}")  # a cluster has its own
+    monkeypatch.delenv(TEMP_VARIABLE)
+    monkeypatch.setenv("TMPDIR", LONG)
+    monkeypatch.setattr(cluster, "SHORT_TEMP_DIR", "/gone")
+    with pytest.raises(ValueError, match=r"^TMPDIR /xxx.*set RAY_TMPDIR to a short one$"):
+        connect("local")

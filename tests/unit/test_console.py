@@ -1,0 +1,129 @@
+"""Arguments that no command can use: one line that names the argument and what it expects, before anything is done."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cast_ray import export, label, predict
+from cast_ray.console import EXIT_BAD_INPUT
+from cast_ray.datasets import __main__ as datasets
+from sweeps import ablate, search
+
+STUDENT = ["photos", "--student", "gone", "--out", "out"]
+TEACHER = ["photos", "--teacher", "gone", "--out", "out"]
+WHOLE, POSITIVE, SHARE, AMOUNT = (
+    "a whole number from 0 on",
+    "a whole number, 1 or more",
+    "a number from 0 to 1",
+    "a number from 0 on",
+)
+
+NUMBERS: list[tuple[Callable[[list[str]], int], list[str], str, str, list[str]]] = [
+    (predict.main, STUDENT, "--threshold", SHARE, ["1.1", "-0.1", "nan", "high"]),
+    (predict.main, STUDENT, "--max-detections", POSITIVE, ["0", "-5", "1.5"]),
+    (predict.main, STUDENT, "--batch", POSITIVE, ["0", "-1", "x"]),
+    (predict.main, STUDENT, "--workers", WHOLE, ["-1", "all"]),
+    (label.main, TEACHER, "--threshold", SHARE, ["1.1", "-1"]),
+    (label.main, TEACHER, "--batch", POSITIVE, ["0"]),
+    (label.main, TEACHER, "--workers", WHOLE, ["-2"]),
+    (export.main, ["--student", "gone", "--out", "s.onnx"], "--max-detections", POSITIVE, ["0", "-5"]),
+    (datasets.main, ["inspect", "data"], "--images", POSITIVE, ["0", "-1"]),
+    (ablate.main, ["losses"], "--seeds", WHOLE, ["-1"]),
+    (ablate.main, ["losses"], "--num-cpus", POSITIVE, ["0", "-2"]),
+    (ablate.main, ["losses"], "--max-concurrent", WHOLE, ["-1"]),
+    (ablate.main, ["losses"], "--workers-per-trial", POSITIVE, ["0"]),
+    (ablate.main, ["losses"], "--budget-hours", AMOUNT, ["-1", "nan", "inf"]),
+    (ablate.main, ["losses"], "--price-per-gpu-hour", AMOUNT, ["-1", "nan"]),
+    (ablate.main, ["efficiency"], "--batch", POSITIVE, ["0"]),
+    (ablate.main, ["efficiency"], "--repeats", POSITIVE, ["0"]),
+    (ablate.main, ["report", "runs/x"], "--every", "a number above 0", ["0", "-1", "nan"]),
+    (search.main, ["losses"], "--trials", POSITIVE, ["0"]),
+    (search.main, ["losses"], "--seed", WHOLE, ["-1"]),
+    (search.main, ["losses"], "--num-cpus", POSITIVE, ["0"]),
+    (search.main, ["losses"], "--max-concurrent", WHOLE, ["-1"]),
+    (search.main, ["losses"], "--workers-per-trial", POSITIVE, ["-1"]),
+    (search.main, ["losses"], "--budget-hours", AMOUNT, ["-0.5"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "flag", "expected", "value"),
+    [(*case, value) for *case, values in NUMBERS for value in values],
+)
+def test_numbers_out_of_range(
+    main: Callable[[list[str]], int],
+    arguments: list[str],
+    flag: str,
+    expected: str,
+    value: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        main([*arguments, f"{flag}={value}"])
+    assert exit.value.code == EXIT_BAD_INPUT
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"error: argument {flag}: expected {expected}, got '{value}' (see ")
+    assert list(tmp_path.iterdir()) == []
+
+
+OUT_FOLDER: list[tuple[Callable[[list[str]], int], list[str]]] = [
+    (predict.main, ["photos", "--student", "gone"]),
+    (label.main, ["photos", "--teacher", "gone"]),
+    (export.main, ["--student", "gone"]),
+]
+
+
+@pytest.mark.parametrize(("main", "arguments"), OUT_FOLDER)
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("file", "--out file: expected a folder, file is a file"),
+        ("file/new", "--out file/new: expected a folder, {}/file is a file"),
+        ("s3://bucket/out", "--out s3://bucket/out: expected a local path"),
+    ],
+)
+def test_an_output_folder_that_cannot_be(
+    main: Callable[[list[str]], int],
+    arguments: list[str],
+    out: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    assert main([*arguments, "--out", out]) == EXIT_BAD_INPUT
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"error: {message.format(tmp_path)}")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_output_file_that_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.onnx").mkdir()
+    for out, message in (
+        ("folder.onnx", "expected a file, found a folder"),
+        ("s3://bucket/s.onnx", "expected a local path"),
+    ):
+        for main, arguments in ((export.main, ["--student", "gone"]), (ablate.main, ["efficiency", "--count-only"])):
+            assert main([*arguments, "--out", out]) == EXIT_BAD_INPUT
+            (line,) = capsys.readouterr().err.strip().splitlines()
+            assert line.startswith(f"error: --out {out}: {message}")
+    assert [p.name for p in tmp_path.iterdir()] == ["folder.onnx"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
+def test_a_folder_without_permission(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tmp_path.chmod(0o500)
+    assert export.main(["--student", "gone", "--out", str(tmp_path / "new")]) == EXIT_BAD_INPUT
+    assert f"the folder {tmp_path} cannot be written" in capsys.readouterr().err
