@@ -9,7 +9,9 @@ network's outputs: each term is differentiated to them on its own, then the netw
 gradients of the cut step are compared with the loop's before anything is timed.
 
 The rival is the step without the contrastive term. What it adds is its own work (projection heads, loss, their
-gradients) and the encoder's pass over the strong view; both are shown.
+gradients) and the encoder's pass over the strong view; both are shown. Two more steps have L_semi on the strong view
+of D_u: with the contrastive term, where decoder and head run on both views of D_u, and without, where one view takes
+the other's place.
 """
 
 from __future__ import annotations
@@ -130,14 +132,15 @@ CASES = {"shapes": shapes_case, "paper": paper_case}
 class Step:
     """One optimiser step, whole or cut into timed parts."""
 
-    def __init__(self, case: str, column: str | None, now: Callable[[], float]):
+    def __init__(self, case: str, column: str | None, now: Callable[[], float], semi_view: str = "weak"):
         model, recipe, self.batch, num_classes = CASES[case](column)
         config = recipe.contrastive if column else None
         self.train, self.now = recipe.stages.distill, now
         torch.manual_seed(0)
         with mock.patch.dict(registry.ROWS["encoders"], dinov2_small=f"{__name__}:Dinov2Small"):
             self.network = CastNetwork(build_segmenter(model, num_classes, seed=0), config).train()
-        self.objective = Objective(recipe.loss, config, proposals=model.proposals)
+        loss = recipe.loss.model_copy(update={"semi_view": semi_view})
+        self.objective = Objective(loss, config, proposals=model.proposals)
         self.optimizer = build_optimizer(self.network, self.train)
         self.average = WeightAverage(self.network, self.train.ema)
         self.seconds: dict[str, list[float]] = defaultdict(list)
@@ -156,7 +159,9 @@ class Step:
         return self.now() - start
 
     def backward(self) -> None:
-        output = self.network(self.batch.weak, self.batch.strong if self.objective.contrastive else None)
+        batch, objective = self.batch, self.objective
+        strong_from = batch.num_labelled if objective.is_semi_strong else None
+        output = self.network(batch.weak, batch.strong if objective.reads_strong else None, (), strong_from)
         terms, _ = self.objective(output, self.batch, 0, step_generator(0, 0, 0, CPU))
         self.weighted(terms).backward()
 
@@ -194,7 +199,7 @@ class Step:
             with self.timed("contrastive: projection"):
                 z = projector(leaves.features[network.stride], strong_leaf)
             z_leaves = [leaf(t) for t in z]
-            output = Output(leaves, *z_leaves)
+            output = Output(leaves, z_leaves[0], z_leaves[1])
         with (
             self.within("set loss", objective_module, "set_loss"),
             self.within("set loss: matching", set_criterion, "match_layers"),
@@ -284,7 +289,9 @@ def breakdown(case: str, column: str, repeats: int, now: Callable[[], float]) ->
     step, without = Step(case, column, now), Step(case, None, now)
     if case == "shapes":
         check(step)
+    strong, strong_alone = Step(case, column, now, "strong"), Step(case, None, now, "strong")
     variants = {"cut": step.parts, "with": step.whole, "without": without.whole}
+    variants |= {"strong": strong.whole, "strong alone": strong_alone.whole}
     seconds = interleaved(variants, repeats, warm_up=case == "shapes")
     parameters = sum(p.numel() for p in step.network.parameters()) / 1e6
     pixels = " x ".join(map(str, step.batch.weak.shape))
@@ -295,8 +302,10 @@ def breakdown(case: str, column: str, repeats: int, now: Callable[[], float]) ->
         print(f"  {part:40s} {1000 * value:10.1f} ms {100 * value / total:6.1f} %")
     term = sum(v for part, v in medians.items() if part.startswith("contrastive"))
     print(f"  {'the step, parts added up':40s} {1000 * total:10.1f} ms   contrastive term {100 * term / total:.1f} %")
-    whole = {name: statistics.median(seconds[name]) for name in ("with", "without")}
+    whole = {name: statistics.median(values) for name, values in seconds.items()}
     report(f"step_with_contrastive_{column}_{case}", whole["with"], whole["without"], "s")
+    report(f"step_with_semi_on_the_strong_view_and_contrastive_{column}_{case}", whole["strong"], whole["with"], "s")
+    report(f"step_with_semi_on_the_strong_view_alone_{case}", whole["strong alone"], whole["without"], "s")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ def collate(samples: list[dict[str, np.ndarray]], num_labelled: int) -> Parts:
         weak, strong: uint8 [B, 3, H, W] (no `strong` where it is the weak view); truth_instance, truth_class: int16
         [K, H, W] of the images in truth_images, the others' are unknown; valid: packed bits uint8 [B, ceil(HW/8)];
         masks: packed bits uint8 [sum N, ceil(HW/8)]; labels, weights: [sum N]; num_instances: int64 [B]; ignore: packed
-        bits of the images in ignore_images; num_labelled: int64 [1].
+        bits of the images in ignore_images; num_labelled: int64 [1]; of the images in soft_images, where there are any:
+        class_probs float32 [sum N, C+1], mask_probs uint8 [sum N, H/4, W/4].
     """
     assert samples and 0 <= num_labelled <= len(samples)
     samples = pad_to_largest(samples)
@@ -83,6 +84,11 @@ def collate(samples: list[dict[str, np.ndarray]], num_labelled: int) -> Parts:
         "truth_images": [np.array(with_truth, dtype=np.int64)],
         "num_labelled": [np.array([num_labelled], dtype=np.int64)],
     }
+    with_soft = [i for i, sample in enumerate(samples) if "mask_probs" in sample]
+    if with_soft:
+        parts["soft_images"] = [np.array(with_soft, dtype=np.int64)]
+        for name in ("class_probs", "mask_probs"):
+            parts[name] = [samples[i][name] for i in with_soft]
     if any(s["strong"] is not s["weak"] for s in samples):
         parts["strong"] = [s["strong"][None] for s in samples]
     for name in ("truth_instance", "truth_class"):
@@ -142,8 +148,9 @@ def to_batch(arrays: dict[str, np.ndarray], device: torch.device = CPU) -> Batch
     counts = arrays["num_instances"].tolist()
     assert len(counts) == num_images and sum(counts) == len(masks)
     labels, weights = _tensor(arrays["labels"], device), _tensor(arrays["weights"], device)
+    soft = _soft(arrays, counts, device)
     targets = [
-        Targets(m, lab, wei, ignore.get(index))
+        Targets(m, lab, wei, ignore.get(index), *soft.get(index, ()))
         for index, (m, lab, wei) in enumerate(zip(masks.split(counts), labels.split(counts), weights.split(counts)))
     ]
     return Batch(
@@ -155,6 +162,18 @@ def to_batch(arrays: dict[str, np.ndarray], device: torch.device = CPU) -> Batch
         truth_instance=_truth(arrays, "truth_instance", device),
         truth_class=_truth(arrays, "truth_class", device),
     )
+
+
+def _soft(
+    arrays: dict[str, np.ndarray], counts: list[int], device: torch.device
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Image -> class_probs and mask_probs of its instances, of the images that have soft targets."""
+    if "soft_images" not in arrays:
+        return {}
+    images = arrays["soft_images"].tolist()
+    sizes = [counts[i] for i in images]
+    both = (_tensor(arrays[name], device).split(sizes) for name in ("class_probs", "mask_probs"))
+    return dict(zip(images, zip(*both)))
 
 
 def _truth(arrays: dict[str, np.ndarray], name: str, device: torch.device) -> torch.Tensor:

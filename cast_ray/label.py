@@ -44,6 +44,7 @@ from cast_ray.runtime.models import open_teacher
 from cast_ray.teachers.checkpoints import find_checkpoint
 from cast_ray.teachers.protocol import Teacher
 from cast_ray.teachers.pseudo import pseudo_labels
+from cast_ray.teachers.voting import predict_by_vote
 from cast_ray.unfinished import weights_digest
 
 PUBLISHED = KINDS[1:]
@@ -63,6 +64,16 @@ class Labeller(Predictor):
         limit = teacher.config.inference.max_detections
         super().__init__(teacher, threshold=pseudo.score_threshold, max_detections=limit, amp=amp, overlays=overlays)
         self.teacher, self.pseudo = teacher, pseudo
+
+    def ask(
+        self,
+        images: torch.Tensor,
+        image_hw: Sequence[tuple[int, int]],
+        resized_hw: Sequence[tuple[int, int]],
+        max_detections: int,
+        min_score: float,
+    ) -> list[list[dict[str, Any]]]:
+        return predict_by_vote(self.teacher, images, image_hw, resized_hw, self.pseudo)
 
     def choose(self, instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return pseudo_labels(instances, self.pseudo)
@@ -209,6 +220,8 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     for key in overrides:
         if not key.startswith(("teacher.", "pseudo.")):
             raise ValueError(f"--set {key}: expected a key of `teacher` or `pseudo`")
+    if overrides.get("pseudo.class_thresholds", "fixed") != "fixed":
+        raise ValueError("--set pseudo.class_thresholds: balanced thresholds need labelled images; expected fixed")
     kind = {"teacher.kind": arguments.teacher} if arguments.teacher in PUBLISHED else {}
     return build_recipe("coco", "full", overrides={**threshold, **overrides, **kind, "stages.use_adapt": False})
 

@@ -115,7 +115,7 @@ class Predictor:
         sizes = [(image.shape[0], image.shape[1]) for image in images]
         inside = [size for _, size in fitted]
         found = predict_in_groups(
-            self.model.predict,
+            self.ask,
             [pixels for pixels, _ in fitted],
             sizes,
             inside,
@@ -123,6 +123,17 @@ class Predictor:
             min_score=self.threshold,
         )
         return [self.choose(instances) for instances in found]
+
+    def ask(
+        self,
+        images: torch.Tensor,
+        image_hw: Sequence[tuple[int, int]],
+        resized_hw: Sequence[tuple[int, int]],
+        max_detections: int,
+        min_score: float,
+    ) -> list[list[dict[str, Any]]]:
+        """The model's instances, as of `Teacher.predict`."""
+        return self.model.predict(images, image_hw, resized_hw, max_detections, min_score)
 
     def choose(self, instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Those of an image that are kept."""

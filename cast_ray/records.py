@@ -168,12 +168,16 @@ class Targets:
 
     masks: bool [N, H, W]; labels: int64 [N] in 0..C-1; weights: float32 [N], 1 for ground truth, the teacher's
     score for pseudo-labels; ignore: bool [H, W] pixels excluded from the mask losses, or None.
+    Of soft pseudo-labels what the teacher believed, else None: class_probs: float32 [N, C+1], no-object last;
+    mask_probs: uint8 [N, H/4, W/4], 255 for probability 1.
     """
 
     masks: torch.Tensor
     labels: torch.Tensor
     weights: torch.Tensor
     ignore: torch.Tensor | None = None
+    class_probs: torch.Tensor | None = None
+    mask_probs: torch.Tensor | None = None
 
 
 @dataclass
@@ -197,14 +201,14 @@ class Batch:
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=True)
 
+        def moved(target: Targets) -> Targets:
+            return Targets(*(None if t is None else move(t) for t in vars(target).values()))  # type: ignore[arg-type]
+
         return Batch(
             weak=move(self.weak),
             strong=move(self.strong),
             valid=move(self.valid),
-            targets=[
-                Targets(move(t.masks), move(t.labels), move(t.weights), None if t.ignore is None else move(t.ignore))
-                for t in self.targets
-            ],
+            targets=[moved(target) for target in self.targets],
             num_labelled=self.num_labelled,
             truth_instance=move(self.truth_instance),
             truth_class=move(self.truth_class),
@@ -224,6 +228,26 @@ class Predictions:
     mask_logits: list[torch.Tensor]
     features: dict[int, torch.Tensor]
     auxiliary: dict[str, torch.Tensor]
+
+    def part(self, start: int, stop: int) -> Predictions:
+        """The images start..stop-1 of the batch, as views."""
+        return Predictions(
+            class_logits=[t[start:stop] for t in self.class_logits],
+            mask_logits=[t[start:stop] for t in self.mask_logits],
+            features={stride: t[start:stop] for stride, t in self.features.items()},
+            auxiliary={name: t[start:stop] for name, t in self.auxiliary.items()},
+        )
+
+    def joined(self, other: Predictions) -> Predictions:
+        """The images of this batch and then those of another, without feature maps."""
+        import torch
+
+        return Predictions(
+            class_logits=[torch.cat(pair) for pair in zip(self.class_logits, other.class_logits)],
+            mask_logits=[torch.cat(pair) for pair in zip(self.mask_logits, other.mask_logits)],
+            features={},
+            auxiliary={name: torch.cat([t, other.auxiliary[name]]) for name, t in self.auxiliary.items()},
+        )
 
 
 def instances_of(row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ import torchvision.transforms.v2.functional as functional
 
 from cast_ray.recipe import DataConfig, InputSize
 from cast_ray.records import ClassMap, rle_runs
+from cast_ray.soft_targets import grid_hw, sample_probabilities
 
 MIN_VISIBLE_PX = 4
 """Instances with fewer pixels left in the crop are dropped (their pixels are unknown, not background)."""
@@ -101,6 +102,7 @@ def make_sample(
 
     Returns:
         weak, strong: uint8 [3, H, W], 0 on padding; valid: bool [H, W]; masks: bool [N, H, W]; labels: int64 [N];
+        of soft pseudo-labels class_probs: float32 [N, C+1] and mask_probs: uint8 [N, H/4, W/4], see `Targets`;
         weights: float32 [N]; ignore: bool [H, W], crowd regions; truth_instance, truth_class: int16 [H, W], numbered as
         `masks` where these are the truth. Smaller instances lie over larger ones in the truth maps; crowds, padding and
         dropped slivers are -1.
@@ -133,11 +135,13 @@ def make_sample(
     masks = np.zeros((0, *crop), dtype=bool)
     labels, weights = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
     truth_instance, truth_class = np.full((2, *crop), -1, dtype=np.int16)
+    soft: dict[str, np.ndarray] = {}
     truth_rows = row.get("truth_instances")
     if use_instances or (truth and truth_rows is None):
         cropped = _Cropped(row["instances"], row, class_map, geometry, crop)
         if use_instances:
             masks, labels, weights, ignore = cropped.masks, cropped.labels, cropped.weights, cropped.crowd
+            soft = cropped.soft_targets(geometry)
     if truth:
         if truth_rows is not None:
             cropped = _Cropped(truth_rows, row, class_map, geometry, crop)
@@ -153,6 +157,7 @@ def make_sample(
         "ignore": ignore,
         "truth_instance": truth_instance,
         "truth_class": truth_class,
+        **soft,
     }
 
 
@@ -381,9 +386,26 @@ class _Cropped:
         for mask, (_, columns, strip, _) in zip(self.masks, kept):
             self._place(mask, columns)[...] = strip
         self._kept = kept
+        self._image_hw, self._crop = (row["height"], row["width"]), crop
 
     def _place(self, canvas: np.ndarray, columns: slice) -> np.ndarray:
         return canvas[self._rows, self._first_column + columns.start : self._first_column + columns.stop]
+
+    def soft_targets(self, g: _Geometry) -> dict[str, np.ndarray]:
+        """class_probs and mask_probs of the instances, where all of them tell what a teacher believed."""
+        kept = [instance for instance, *_ in self._kept]
+        if not kept or any(i.get("mask_probs") is None for i in kept):
+            return {}
+        # The middle of each cell of a grid over the crop, in pixels of the crop's window, then of the image.
+        inside = [(np.arange(n) + 0.5) * side / n for n, side in zip(grid_hw(self._crop), self._crop)]
+        y, x = inside[0] - g.out_top, inside[1] - g.out_left
+        if g.mirrored:
+            x = g.out_width - x
+        y, x = g.top + y * g.height / g.out_height, g.left + x * g.width / g.out_width
+        return {
+            "class_probs": np.array([i["class_probs"] for i in kept], dtype=np.float32),
+            "mask_probs": np.stack([sample_probabilities(i["mask_probs"], self._image_hw, y, x) for i in kept]),
+        }
 
     def truth_maps(self, valid: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
         instance = np.zeros(valid.shape, dtype=np.int16)

@@ -34,18 +34,31 @@ class PartedForward:
     def __init__(self, wrapped: nn.Module, network: TrainedNetwork, num_parts: int, autocast: Any, seed: int):
         self.wrapped, self.network, self.num_parts = wrapped, network, num_parts
         self.autocast, self.seed = autocast, seed
-        self.parts: list[tuple[torch.Tensor, torch.Tensor | None, list[Targets]]] = []
+        self.parts: list[tuple[Any, ...]] = []
         self.joined: list[torch.Tensor] = []
 
-    def __call__(self, weak: torch.Tensor, strong: torch.Tensor | None, targets: list[Targets]) -> Output:
-        """Outputs of all images, differentiable; with several parts without the encoder's feature maps."""
+    def __call__(
+        self,
+        weak: torch.Tensor,
+        strong: torch.Tensor | None,
+        targets: list[Targets],
+        strong_from: int | None = None,
+    ) -> Output:
+        """Outputs of all images, differentiable; with several parts without the encoder's feature maps.
+
+        Args:
+            strong_from: as of `CastNetwork`; None: the network, which may not know it, is not told.
+        """
         if self.num_parts == 1:
             torch.manual_seed(self.seed)
             with self.autocast():
-                return self.wrapped(weak, strong, targets)
+                return self.wrapped(weak, strong, targets, *_given(strong_from))
         strong_parts = strong.chunk(self.num_parts) if strong is not None else [None] * self.num_parts
-        left = iter(targets)
-        self.parts = [(w, s, list(islice(left, len(w)))) for w, s in zip(weak.chunk(self.num_parts), strong_parts)]
+        left, self.parts, start = iter(targets), [], 0
+        for w, s in zip(weak.chunk(self.num_parts), strong_parts):
+            first = None if strong_from is None else min(max(strong_from - start, 0), len(w))
+            self.parts.append((w, s, list(islice(left, len(w))), *_given(first)))
+            start += len(w)
         with torch.no_grad():
             outputs = [self._run(self.network, i) for i in range(len(self.parts))]
         tensors = [loss_inputs(output) for output in outputs]
@@ -57,7 +70,7 @@ class PartedForward:
         if self.num_parts == 1:
             return
         start = 0
-        for i, (weak, _, _) in enumerate(self.parts):
+        for i, (weak, *_) in enumerate(self.parts):
             stop = start + len(weak)
             with self._without_sync(last=i == len(self.parts) - 1):
                 outputs = loss_inputs(self._run(self.wrapped, i))
@@ -80,24 +93,31 @@ class PartedForward:
         return nullcontext() if last or no_sync is None else no_sync()
 
 
+def _given(value: int | None) -> tuple[int, ...]:
+    return () if value is None else (value,)
+
+
 def loss_inputs(output: Output) -> list[torch.Tensor]:
     """What a loss may read of an output, in a fixed order."""
-    predictions = output.predictions
-    found = [*predictions.class_logits, *predictions.mask_logits, *predictions.auxiliary.values()]
-    return found + [z for z in (output.z_weak, output.z_strong) if z is not None]
+    found = [z for z in (output.z_weak, output.z_strong) if z is not None]
+    for predictions in (output.predictions, output.supervised):
+        if predictions is not None:
+            found += [*predictions.class_logits, *predictions.mask_logits, *predictions.auxiliary.values()]
+    return found
 
 
 def _rebuilt(like: Output, tensors: list[torch.Tensor]) -> Output:
     """The inverse of `loss_inputs`, for an output of the same structure."""
     left = iter(tensors)
-    predictions = Predictions(
-        class_logits=[next(left) for _ in like.predictions.class_logits],
-        mask_logits=[next(left) for _ in like.predictions.mask_logits],
-        features={},
-        auxiliary={name: next(left) for name in like.predictions.auxiliary},
-    )
-    return Output(
-        predictions,
-        next(left) if like.z_weak is not None else None,
-        next(left) if like.z_strong is not None else None,
-    )
+
+    def rebuilt(predictions: Predictions) -> Predictions:
+        return Predictions(
+            class_logits=[next(left) for _ in predictions.class_logits],
+            mask_logits=[next(left) for _ in predictions.mask_logits],
+            features={},
+            auxiliary={name: next(left) for name in predictions.auxiliary},
+        )
+
+    z_weak, z_strong = (next(left) if z is not None else None for z in (like.z_weak, like.z_strong))
+    predictions = rebuilt(like.predictions)
+    return Output(predictions, z_weak, z_strong, rebuilt(like.supervised) if like.supervised is not None else None)

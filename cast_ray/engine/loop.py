@@ -15,7 +15,7 @@ from cast_ray.engine.accumulation import PartedForward
 from cast_ray.engine.checkpoint import TrainState
 from cast_ray.engine.loss_scale import LossScale
 from cast_ray.engine.objective import Objective, weighted_sum
-from cast_ray.engine.optim import WeightAverage, averaged_weights, build_optimizer, set_lr
+from cast_ray.engine.optim import WeightAverage, averaged_weights, build_optimizer, learnt_weights, set_lr
 from cast_ray.engine.world import World
 from cast_ray.models.autocast import autocast
 from cast_ray.models.network import TrainedNetwork
@@ -82,7 +82,7 @@ def train(
         on_log: called on every worker each LOG_EVERY_STEPS steps with step, loss, each term, lr, images_per_s.
         on_checkpoint: called on every worker each `checkpoint_every_steps` steps, not after the last.
         on_refresh: called on every worker each `refresh_every_steps` steps (0: never), not after the last, with the
-            segmenter's averaged weights, which are to be copied at once.
+            averaged weights that are learnt, see `learnt_weights`, which are to be copied at once.
         snapshot_every_steps: 0: never.
         on_snapshot: called on the first worker each so many steps, not after the last, with the step and a copy on the
             CPU of the segmenter's weights as they would be handed on then. It cannot change the training.
@@ -127,10 +127,12 @@ def train(
         # A seed of its own: dropped paths must not repeat the losses' draws.
         own = step_seed(seed, step, world.rank) + 1
         forward = PartedForward(wrapped, network, min(config.accumulate, len(batch.weak)), precise, own)
-        output = forward(batch.weak, batch.strong if objective.contrastive else None, batch.targets)
+        strong = batch.strong if objective.reads_strong else None
+        strong_from = batch.num_labelled if objective.is_semi_strong else None
+        output = forward(batch.weak, strong, batch.targets, strong_from)
         done = step + 1
         due = every > 0 and (done % every == 0 or done == config.steps)
-        means, statistics = None, None
+        means, statistics, weights = None, None, objective.weights_at(step / config.steps)
         if scale.overflowed(output):
             loss = scale.not_finite(output)
         else:
@@ -140,7 +142,7 @@ def train(
                 if means_since:
                     _finite_means(means_since, names, step)
                 raise ValueError(f"step {done}: {error}") from error
-            loss, means = weighted_sum(terms, objective.weights, world.all_reduce_sum, world.size)
+            loss, means = weighted_sum(terms, weights, world.all_reduce_sum, world.size)
         optimizer.zero_grad(set_to_none=True)
         scale.scaler.scale(loss).backward()
         forward.backward()
@@ -160,14 +162,14 @@ def train(
         if means_since and (done % LOG_EVERY_STEPS == 0 or done == config.steps):
             now = time.monotonic()
             values = _finite_means(means_since, names, done)
-            total = sum(v * objective.weights[n] for n, v in zip(names, values))
+            total = sum(v * weights[n] for n, v in zip(names, values))
             entry = {"step": done, "loss": total, "lr": config.lr * factor, **dict(zip(names, values))}
             entry["images_per_s"] = (images - images_logged) / max(now - logged, 1e-9)
             curve.append(entry)
             on_log(entry)
             logged, images_logged, means_since = now, images, []
         if refresh_every_steps and done % refresh_every_steps == 0 and done < config.steps:
-            on_refresh(done, averaged_weights(network.trained, average))
+            on_refresh(done, learnt_weights(network.trained, average))
         if snapshot_every_steps and done % snapshot_every_steps == 0 and done < config.steps and world.rank == 0:
             on_snapshot(done, _copied_weights(network, average))
         if done % config.checkpoint_every_steps == 0 and done < config.steps:

@@ -50,6 +50,7 @@ def estimate_memory(
     num_workers: int = 1,
     half: bool = False,
     gradient_checkpointing: bool = False,
+    semi_strong: bool = False,
 ) -> MemoryEstimate:
     """The memory of one worker of a train stage, from shapes alone: nothing is allocated or computed.
 
@@ -62,18 +63,26 @@ def estimate_memory(
         num_workers: that share the batch.
         half: autocast to 16 bits.
         gradient_checkpointing: as `runtime.gradient_checkpointing`.
+        semi_strong: whether L_semi reads the strong view of D_u, whose decoder and head then come beside those of the
+            weak view where L_pxl is on.
 
     Raises:
         ValueError: parts of the model that do not fit each other.
     """
-    images = -(-train.batch_labelled // num_workers)
-    if unlabelled:
-        images += -(-train.batch_unlabelled // num_workers)
-    per_image = _per_image(model, num_classes, image_px, contrastive, half, gradient_checkpointing)
+    labelled = -(-train.batch_labelled // num_workers)
+    others = -(-train.batch_unlabelled // num_workers) if unlabelled else 0
+    settings = (model, num_classes, image_px, contrastive, half, gradient_checkpointing)
+    per_image = _per_image(*settings, False)
+    of_other = _per_image(*settings, semi_strong and contrastive is not None)
     # float32: weights, gradients, two moments and, where used, the average.
     weights = per_image.parameters * 4 * (5 if train.ema > 0 else 4)
+    images = labelled + others
     at_a_time = -(-images // train.accumulate)
-    return MemoryEstimate(weights, at_a_time * per_image.activations, 2 * images * per_image.outputs)
+    # A part holds D_u first in the worst case.
+    others_at_a_time = min(others, at_a_time)
+    activations = others_at_a_time * of_other.activations + (at_a_time - others_at_a_time) * per_image.activations
+    outputs = labelled * per_image.outputs + others * of_other.outputs
+    return MemoryEstimate(weights, activations, 2 * outputs)
 
 
 @lru_cache(maxsize=64)
@@ -116,6 +125,7 @@ def _per_image(
     contrastive: ContrastiveConfig | None,
     half: bool,
     checkpointing: bool,
+    semi_strong: bool,
 ) -> _PerImage:
     """Parameters, and bytes that the forward pass of one image leaves for the backward pass.
 
@@ -135,7 +145,7 @@ def _per_image(
             torch.autograd.graph.saved_tensors_hooks(kept.note, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=half),
         ):
-            output = network(image, image if contrastive is not None else None)
+            output = network(image, image if contrastive is not None else None, (), 0 if semi_strong else None)
     num_parameters = sum(p.numel() for p in network.parameters())
     num_bytes = sum(t.numel() * t.element_size() for t in loss_inputs(output))
     return _PerImage(num_parameters, kept.num_bytes, num_bytes)

@@ -10,7 +10,7 @@ import torch
 from cast_ray.losses.contrastive import contrastive_loss, diagnose, temperature_at
 from cast_ray.losses.pixel_problem import Gather
 from cast_ray.losses.proposals import proposal_loss, proposal_weights
-from cast_ray.losses.set_criterion import set_loss, slice_predictions, target_weights
+from cast_ray.losses.set_criterion import set_loss, target_weights
 from cast_ray.models.network import Output
 from cast_ray.recipe import ContrastiveConfig, LossConfig
 from cast_ray.records import Batch, Targets
@@ -29,7 +29,7 @@ class Criterion(Protocol):
 
 
 class Objective:
-    """The loss of every stage. `weights` holds the weight of each term by exact name.
+    """The loss of every stage. `weights` holds the weight of each term by exact name, `weights_at` those at a time.
 
     Terms: `sup/<term>` on D_l, `semi/<term>` on pseudo-labels (both the set loss and, for models with proposals, their
     auxiliary loss, or the terms of `criterion`), `pxl` on all images of the step.
@@ -62,6 +62,22 @@ class Objective:
             self.weights |= {f"semi/{name}": loss.lambda_semi * weight for name, weight in own.items()}
         if contrastive is not None:
             self.weights["pxl"] = loss.lambda_pxl
+
+    @property
+    def is_semi_strong(self) -> bool:
+        """Whether L_semi reads the strong view of D_u."""
+        return self.loss.lambda_semi > 0 and self.loss.semi_view == "strong"
+
+    @property
+    def reads_strong(self) -> bool:
+        """Whether any term reads a strong view."""
+        return self.contrastive is not None or self.is_semi_strong
+
+    def weights_at(self, progress: float) -> dict[str, float]:
+        """The weights after a share of the steps: L_semi has none before `loss.burn_in_fraction`."""
+        if progress >= self.loss.burn_in_fraction:
+            return self.weights
+        return {name: 0.0 if name.startswith("semi/") else weight for name, weight in self.weights.items()}
 
     def __call__(
         self, output: Output, batch: Batch, step: int, generator: torch.Generator, diagnose: bool = False
@@ -104,7 +120,7 @@ class Objective:
             weighted = [Targets(t.masks, t.labels, w, t.ignore) for t, w in zip(batch.targets, weights)]
             of_image = self.criterion(output, weighted)
         else:
-            predictions = slice_predictions(output.predictions, 0, used)
+            predictions = (output.supervised or output.predictions).part(0, used)
             of_image = set_loss(predictions, targets, self.loss, valid=valid, generator=generator)
             if self.proposals:
                 of_image |= proposal_loss(predictions.auxiliary, targets, self.loss, valid)

@@ -116,3 +116,13 @@ def averaged_weights(module: nn.Module, average: WeightAverage | None) -> dict[s
         averages = {id(live): mean for live, mean in zip(average.live, average.average)}
         state |= {name: averages[id(parameter)] for name, parameter in module.named_parameters()}
     return state
+
+
+def learnt_weights(module: nn.Module, average: WeightAverage | None) -> dict[str, torch.Tensor]:
+    """Of `averaged_weights`, what training changes, each once: no frozen parameters, which may be most of a teacher.
+
+    A parameter that several layers share has its first name only.
+    """
+    every = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    learnt = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return {name: value for name, value in averaged_weights(module, average).items() if name not in every - learnt}

@@ -21,6 +21,9 @@ ERRORS = ("duplicate", "other class", "poor mask", "background")
 """What a wrong label is: on an object that a better label has; on one of another class; overlapping one, but less than
 half; none of it."""
 
+LEFT_OVER_SHARE = 0.5
+"""A label that keeps less of its mask than this is what others left over of it."""
+
 _COUNTS = ("objects", "found", "labels", "wrong")
 _PIXELS = ("truth", "labelled", "both")
 
@@ -31,7 +34,8 @@ class AuditPart:
 
     matches: of the labels, at COCO's thresholds; positions: int64 [I], places of the images among the unlabelled ones;
     image_ids: I record ids; counts: int64 [I, 4] (objects, found, labels, wrong); pixels: float64 [I, 3] (of objects,
-    of labels, of both); errors: int64 [C, 4] (see ERRORS).
+    of labels, of both); errors: int64 [C, 4] (see ERRORS); visibility: int64 [2, NUM_BINS], labels by the visible share
+    of their mask: all that are counted, and the right ones; num_suppressed: predictions that labels suppressed.
     """
 
     matches: Matches
@@ -40,6 +44,8 @@ class AuditPart:
     counts: np.ndarray
     pixels: np.ndarray
     errors: np.ndarray
+    visibility: np.ndarray
+    num_suppressed: int
 
 
 def audit_images(
@@ -49,7 +55,8 @@ def audit_images(
 
     Args:
         truth_rows: records; images whose instances are null have no ground truth and are left out.
-        label_rows: the records of the same images as the labelling job wrote them, with `position`.
+        label_rows: the records of the same images as the labelling job wrote them, with `position`; labels that say
+            nothing of their `visible_share` and `num_suppressed` count in neither.
     """
     pairs = [(t, p) for t, p in zip(truth_rows, label_rows, strict=True) if t["instances"] is not None]
     truth = [Truth.of(t, classes) for t, _ in pairs]
@@ -58,6 +65,8 @@ def audit_images(
     counts = np.zeros((len(pairs), len(_COUNTS)), dtype=np.int64)
     pixels = np.zeros((len(pairs), len(_PIXELS)))
     errors = np.zeros((len(classes), len(ERRORS)), dtype=np.int64)
+    visibility = np.zeros((2, NUM_BINS), dtype=np.int64)
+    num_suppressed = 0
     first = np.uint16(1)  # the bit of IoU .5
     for i, (objects, labels) in enumerate(zip(truth, found)):
         mine = matches.image == i
@@ -68,8 +77,14 @@ def audit_images(
         np.add.at(errors, (labels.labels[order[wrong]], kinds), 1)
         counts[i] = matches.num_truth[i, :, 0].sum(), (right & ~ignored).sum(), len(order), wrong.sum()
         pixels[i] = _common_pixels(objects, labels)
+        instances = [instance for instance in pairs[i][1]["instances"] if not instance["is_crowd"]]
+        shares = np.array([instance.get("visible_share") for instance in instances], dtype=np.float64)[order]
+        for row, chosen in zip(visibility, (~ignored, right & ~ignored)):
+            row += np.histogram(shares[chosen & ~np.isnan(shares)], bins=NUM_BINS, range=(0, 1))[0]
+        num_suppressed += sum(instance.get("num_suppressed") or 0 for instance in instances)
     positions = np.array([p["position"] for _, p in pairs], dtype=np.int64)
-    return AuditPart(matches, positions, [t["image_id"] for t, _ in pairs], counts, pixels, errors)
+    image_ids = [t["image_id"] for t, _ in pairs]
+    return AuditPart(matches, positions, image_ids, counts, pixels, errors, visibility, num_suppressed)
 
 
 def join_audits(parts: Sequence[AuditPart]) -> AuditPart:
@@ -88,6 +103,8 @@ def join_audits(parts: Sequence[AuditPart]) -> AuditPart:
         counts[order],
         pixels[order],
         np.sum([p.errors for p in parts], axis=0),
+        np.sum([p.visibility for p in parts], axis=0),
+        sum(p.num_suppressed for p in parts),
     )
 
 
@@ -105,6 +122,10 @@ def summarise_audit(part: AuditPart, classes: ClassMap) -> dict[str, Any] | None
         coverage: per image, share of objects found and of object pixels labelled: mean (percent) and histogram over the
         images with objects (10 equal bins); pixel_precision (percent of labelled pixels on objects); labels_per_image;
         images_without_label (of those with objects), images_without_object.
+        visibility: edges of equal bins of the share of its mask that a label keeps after painting, and in each the
+        count and the precision (0..1); left_overs: count and precision (percent) of labels that keep less than half;
+        others: the same of the other labels. None where the labels do not say it.
+        num_suppressed: predictions that better ones of their class suppressed before painting.
         worst: the images with most errors, wrong labels and missed objects: position, image_id, labels, wrong, missed.
     """
     if not len(part.positions):
@@ -137,6 +158,8 @@ def summarise_audit(part: AuditPart, classes: ClassMap) -> dict[str, Any] | None
             "images_without_label": int(((labels == 0) & (objects > 0)).sum()),
             "images_without_object": int((objects == 0).sum()),
         },
+        "visibility": _visibility(part.visibility),
+        "num_suppressed": part.num_suppressed,
         "worst": _worst(part),
     }
 
@@ -206,6 +229,22 @@ def _calibration(matches: Matches) -> dict[str, Any]:
         "score": [float(v) if n else None for v, n in zip(mean_score, count)],
         "precision": [float(v) if n else None for v, n in zip(precision, count)],
         "ece": ece,
+    }
+
+
+def _visibility(visibility: np.ndarray) -> dict[str, Any] | None:
+    count, right = visibility
+    if not count.sum():
+        return None
+    half = round(LEFT_OVER_SHARE * NUM_BINS)
+    return {
+        "edges": np.linspace(0, 1, NUM_BINS + 1).round(6).tolist(),
+        "count": count.tolist(),
+        "precision": [float(r / n) if n else None for n, r in zip(count, right)],
+        **{
+            name: {"num_labels": int(count[bins].sum()), "precision": _percent(right[bins].sum(), count[bins].sum())}
+            for name, bins in (("left_overs", slice(half)), ("others", slice(half, None)))
+        },
     }
 
 

@@ -16,6 +16,7 @@ from cast_ray.losses.mask_terms import mask_terms
 from cast_ray.losses.matching import Matches, kept_pixels, match_layers, sample_kept, sample_maps
 from cast_ray.recipe import LossConfig
 from cast_ray.records import Predictions, Targets
+from cast_ray.soft_targets import mask_targets
 
 _SAMPLES_AT_A_TIME = {"cpu": 2**18}  # pairs x candidate points: what stays in cache (else 2**22, to bound memory)
 
@@ -59,7 +60,9 @@ def set_loss(
     Args:
         predictions: L layers; class_logits [B, Q, C+1], mask_logits [B, Q, h, w], any float dtype (float32 inside).
         targets: B targets, bool masks [N, H, W]; weights count if `config.pseudo_weighting` is "score", else all are 1.
-        config: weights of the matching costs and how points are drawn.
+        config: weights of the matching costs, how points are drawn, and whether matched queries learn the soft targets
+            of images that have them: CE against the teacher's distribution, BCE and dice against its mask
+            probabilities. Matching takes labels and masks as they are.
         generator: source of the random points, on the predictions' device.
         valid: bool [B, H, W], False on padding; None: no padding. Padding and `Targets.ignore` enter no mask term.
         points: fixed points instead of drawn ones (tests, benchmarks).
@@ -95,7 +98,7 @@ def set_loss(
         # Zero, but attached: every mask head gets a gradient on every worker, which DDP needs.
         mask_sum = dice_sum = sum((logits.flatten()[:1].float().sum() * 0 for logits in mask_logits), mask_sum)
     else:
-        masks = torch.cat([t.masks for t in targets])
+        masks = torch.cat([t.masks if config.soft_targets in ("off", "class") else mask_targets(t) for t in targets])
         for layer, logits in enumerate(mask_logits):
             mask, dice = _mask_sums(logits, masks, torch.cat(weights), matches, layer, points, keep, config)
             mask_sum, dice_sum = mask_sum + mask, dice_sum + dice
@@ -106,16 +109,6 @@ def set_loss(
 def target_weights(targets: Sequence[Targets], config: LossConfig) -> list[Tensor]:
     """Weight of each instance, float32 [N] of each image: the target's own if `pseudo_weighting` is "score", else 1."""
     return [t.weights.float() if config.pseudo_weighting == "score" else torch.ones_like(t.weights) for t in targets]
-
-
-def slice_predictions(predictions: Predictions, start: int, stop: int) -> Predictions:
-    """The images start..stop-1 of a batch, as views (labelled and pseudo-labelled parts take the loss apart)."""
-    return Predictions(
-        class_logits=[t[start:stop] for t in predictions.class_logits],
-        mask_logits=[t[start:stop] for t in predictions.mask_logits],
-        features={stride: t[start:stop] for stride, t in predictions.features.items()},
-        auxiliary={name: t[start:stop] for name, t in predictions.auxiliary.items()},
-    )
 
 
 def draw_points(
@@ -163,6 +156,12 @@ def _class_term(
         importance = importance.scatter(1, matches.query, 1.0)
         weighted = weighted.scatter(1, matches.query, weights[matches.target])
     losses = F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none")
+    if matches.query.shape[1] and config.soft_targets in ("class", "both"):
+        hard = F.one_hot(labels, num_classes + 1).float().split([len(t.labels) for t in targets])
+        probs = torch.cat([h if t.class_probs is None else t.class_probs for h, t in zip(hard, targets)])
+        matched = logits.gather(1, matches.query[..., None].expand(-1, -1, num_classes + 1))  # [L, K, C+1]
+        soft = -(probs[matches.target] * matched.log_softmax(-1)).sum(-1)
+        losses = losses.scatter(1, matches.query, soft)
     by_image = (-1, len(targets), class_logits[0].shape[1])
     # Every layer matches every target once, so layers share one count (their mean, if N > Q leaves some out).
     return (losses * weighted).view(by_image).sum((0, 2)), importance.view(by_image).sum(2).mean(0)

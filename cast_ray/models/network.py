@@ -16,18 +16,24 @@ from cast_ray.records import Predictions, Targets
 
 @dataclass
 class Output:
-    """predictions of the weak view; z_weak, z_strong: L2-normalised projections [B, D, h, w], or None."""
+    """What a network says of one step's images.
+
+    predictions: of the weak view, which y of L_pxl is made of; z_weak, z_strong: L2-normalised projections
+    [B, D, h, w], or None; supervised: what L_sup and L_semi read, where that is another view than `predictions`, of as
+    many images (without feature maps).
+    """
 
     predictions: Predictions
     z_weak: torch.Tensor | None = None
     z_strong: torch.Tensor | None = None
+    supervised: Predictions | None = None
 
 
 class TrainedNetwork(nn.Module):
     """What the training loop asks of a stage's network.
 
     `forward(weak, strong, targets)` returns an `Output`; strong is None where no term reads it, and targets are for
-    networks that are prompted with them.
+    networks that are prompted with them. A student's network also takes `strong_from`, see `CastNetwork`.
     """
 
     projector: Projector | None
@@ -38,7 +44,7 @@ class TrainedNetwork(nn.Module):
 
     @property
     def trained(self) -> nn.Module:
-        """The model that the stage hands on."""
+        """The model that the stage hands on; of a teacher, its `Teacher.trained`."""
         raise NotImplementedError
 
     def lr_factors(self, config: TrainConfig) -> dict[int, float]:
@@ -82,8 +88,9 @@ M = TypeVar("M", bound=MaskClassifier)
 class CastNetwork(TrainedNetwork, Generic[M]):
     """Runs both views in one forward call, as DistributedDataParallel needs it.
 
-    The set losses read the weak view. The strong view passes through the encoder and the projector only, which is all
-    that L_pxl reads of it.
+    The set losses read the weak view; of the images from `strong_from` on (D_u, with `loss.semi_view` strong) they read
+    the strong one. L_pxl reads nothing of the strong view but its encoder map. Each strong image is encoded once, for
+    both losses; decoder and head then run on both views of D_u, since y of L_pxl is made of the weak one.
     """
 
     segmenter: M
@@ -117,11 +124,26 @@ class CastNetwork(TrainedNetwork, Generic[M]):
         self.segmenter.checkpoint_activations()
 
     def forward(
-        self, weak: torch.Tensor, strong: torch.Tensor | None = None, targets: Sequence[Targets] = ()
+        self,
+        weak: torch.Tensor,
+        strong: torch.Tensor | None = None,
+        targets: Sequence[Targets] = (),
+        strong_from: int | None = None,
     ) -> Output:
-        predictions = self.segmenter(weak)
+        first = len(weak) if strong_from is None else strong_from
         if self.projector is None or self.contrastive is None or strong is None:
-            return Output(predictions)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.contrastive.strong_grad):
-            strong_features = self.segmenter.encode(strong)[self.stride]
-        return Output(predictions, *self.projector(predictions.features[self.stride], strong_features))
+            mixed = weak if strong is None or first == len(weak) else torch.cat([weak[:first], strong[first:]])
+            return Output(self.segmenter(mixed))
+        predictions = self.segmenter(weak)
+        supervised = predictions
+        strong_maps: list[torch.Tensor] = []
+        if first:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.contrastive.strong_grad):
+                strong_maps.append(self.segmenter.encode(strong[:first])[self.stride])
+        if first < len(weak):
+            of_strong = self.segmenter(strong[first:])
+            supervised = predictions.part(0, first).joined(of_strong)
+            of_map = of_strong.features[self.stride]
+            strong_maps.append(of_map if self.contrastive.strong_grad else of_map.detach())
+        z_weak, z_strong = self.projector(predictions.features[self.stride], torch.cat(strong_maps))
+        return Output(predictions, z_weak, z_strong, supervised if strong_from is not None else None)

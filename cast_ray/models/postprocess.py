@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 
 from cast_ray.records import Predictions
+from cast_ray.soft_targets import mask_probabilities
 
 CHUNK_PIXELS = 1 << 24
 """Float pixels held at once while masks are brought to an image's size (64 MiB)."""
@@ -24,6 +25,7 @@ def predict_instances(
     resized_hw: Sequence[tuple[int, int]] | None = None,
     max_detections: int = 100,
     min_score: float = 0.0,
+    soft: bool = False,
 ) -> list[list[dict[str, Any]]]:
     """Instances of each image at its own size.
 
@@ -34,13 +36,16 @@ def predict_instances(
         resized_hw: B sizes inside the padding, pixels; None: no padding.
         max_detections: at most so many per image.
         min_score: least score of an instance, see `to_instances`.
+        soft: see `to_instances`.
 
     Returns:
         As `to_instances`.
     """
     crop = (images.shape[-2], images.shape[-1])
     given = [crop] * len(images)
-    return to_instances(segmenter(images), image_hw or given, resized_hw or given, crop, max_detections, min_score)
+    return to_instances(
+        segmenter(images), image_hw or given, resized_hw or given, crop, max_detections, min_score, soft
+    )
 
 
 def groups_of_equal_size(sizes: Sequence[Hashable], limit: int | None = None) -> list[list[int]]:
@@ -98,6 +103,7 @@ def to_instances(
     image_px: tuple[int, int],
     max_detections: int,
     min_score: float = 0.0,
+    soft: bool = False,
 ) -> list[list[dict[str, Any]]]:
     """Mask2Former's instance inference: the best `max_detections` of query x class, masks as RLE.
 
@@ -112,6 +118,8 @@ def to_instances(
         max_detections: at most so many instances per image.
         min_score: least score of an instance. A mask whose P(class) lies below it cannot reach it and is not brought to
             the image's size, which takes most of the time on large images; the others are the same as without a limit.
+        soft: also tell what the query believes: class_probs (C+1 floats, no-object last) and mask_probs (bytes, see
+            `soft_targets.mask_probabilities`).
 
     Returns:
         Per image, in falling score order: label (0..C-1), score (0..1), rle (COCO compressed counts, bytes), size
@@ -124,24 +132,26 @@ def to_instances(
         class_logits, mask_logits = predictions.class_logits[-1], predictions.mask_logits[-1]
     else:
         class_logits, mask_logits = predictions
-    probabilities_BQC = class_logits.float().softmax(-1)[..., :-1]
+    probabilities_BQC = class_logits.float().softmax(-1)
     return [
         _instances_of_image(
-            probabilities_BQC[b], mask_logits[b], image_hw[b], resized_hw[b], image_px, max_detections, min_score
+            probabilities_BQC[b], mask_logits[b], image_hw[b], resized_hw[b], image_px, max_detections, min_score, soft
         )
         for b in range(len(image_hw))
     ]
 
 
 def _instances_of_image(
-    probabilities_QC: torch.Tensor,
+    all_probabilities_QC: torch.Tensor,
     mask_logits_QHW: torch.Tensor,
     image_hw: tuple[int, int],
     resized_hw: tuple[int, int],
     image_px: tuple[int, int],
     max_detections: int,
     min_score: float,
+    soft: bool,
 ) -> list[dict[str, Any]]:
+    probabilities_QC = all_probabilities_QC[:, :-1]
     num_classes = probabilities_QC.shape[1]
     top, index = probabilities_QC.flatten().topk(min(max_detections, probabilities_QC.numel()))
     reach = can_reach(top, min_score)
@@ -153,6 +163,11 @@ def _instances_of_image(
         lambda logits_KHW: _to_image_size(logits_KHW, image_hw, resized_hw, image_px),
         max(image_px[0] * image_px[1], image_hw[0] * image_hw[1]),
     )
+    beliefs: list[dict[str, Any]] = [{}] * len(used_K)
+    if soft:
+        stored = mask_probabilities(mask_logits_QHW[used_K], image_hw, resized_hw, image_px)
+        rows = all_probabilities_QC[used_K].tolist()
+        beliefs = [{"class_probs": row, "mask_probs": grid} for row, grid in zip(rows, stored)]
     place = {q: k for k, q in enumerate(used_K.tolist())}
     instances = []
     for probability, q, c in zip(top.tolist(), query.tolist(), label.tolist()):
@@ -165,6 +180,7 @@ def _instances_of_image(
                     "rle": encoded[k]["counts"],
                     "size": list(encoded[k]["size"]),
                     "mask_quality": quality[k],
+                    **beliefs[k],
                 }
             )
     return sorted(instances, key=lambda instance: -instance["score"])

@@ -114,16 +114,29 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
+    def _soft_targets_are_of_crops(self) -> Recipe:
+        if self.loss.soft_targets != "off" and self.data.whole_images:
+            raise ValueError(
+                f"loss.soft_targets is {self.loss.soft_targets} and data.whole_images true: probabilities of images "
+                "of several sizes are not padded to each other; expected one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _balanced_thresholds_see_all_images(self) -> Recipe:
+        if self.pseudo.class_thresholds == "balanced" and self.labels.mode == "online":
+            raise ValueError(
+                "pseudo.class_thresholds is balanced and labels.mode online: the thresholds need the predictions on "
+                "all of D_u; expected labels.mode=offline, or pseudo.class_thresholds=fixed"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _refreshed_labels_are_online(self) -> Recipe:
         if self.labels.refresh_steps and self.labels.mode != "online":
             raise ValueError(
                 f"labels.refresh_steps is {self.labels.refresh_steps}: expected labels.mode=online with it, since "
                 "labels that are written before training cannot be refreshed"
-            )
-        if self.labels.refresh_steps and self.teacher.kind != "expert":
-            raise ValueError(
-                f"labels.refresh_steps is {self.labels.refresh_steps} and teacher.kind {self.teacher.kind}: only an "
-                "expert can be refreshed while it trains; expected labels.refresh_steps=0"
             )
         return self
 

@@ -97,6 +97,9 @@ class DataConfig(Part):
     color_jitter: float = Field(0.1, ge=0)
     """Strength of the weak view's colour jitter (`color=jitter`); the strong view's is fixed by the paper
     (.4/.4/.4/.1)."""
+    copy_paste: float = Field(0.0, ge=0, le=1)
+    """Probability that an image of the student (2b) gets instances of a random labelled image pasted over it; both are
+    crops of one size, so not with `whole_images`."""
     shapes: ShapesConfig = ShapesConfig()
 
     @property
@@ -119,6 +122,11 @@ class DataConfig(Part):
     def _crop_and_jitter_are_positive(self) -> DataConfig:
         if min(self.image_px) < 1:
             raise ValueError(f"data.image_px is {list(self.image_px)}: expected a height and a width of 1 or more")
+        if self.copy_paste and self.whole_images:
+            raise ValueError(
+                f"data.copy_paste is {self.copy_paste} and data.whole_images true: instances are pasted between "
+                "crops of one size; expected one of the two"
+            )
         if not 0 < self.scale_jitter[0] <= self.scale_jitter[1]:
             raise ValueError(f"data.scale_jitter is {list(self.scale_jitter)}: expected a range above 0, low end first")
         return self

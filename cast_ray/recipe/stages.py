@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from cast_ray.recipe.part import Part
 
@@ -71,6 +71,10 @@ class PseudoConfig(Part):
 
     score_threshold: float = Field(0.3, ge=0, le=1)
     """A prediction is trusted when its score lies above."""
+    class_thresholds: Literal["fixed", "balanced"] = "fixed"
+    """fixed: `score_threshold` for every class. balanced: for each class a threshold of its own, not below that one,
+    at which the predictions on D_u hold as many of it an image as D_l does (found before painting, once for all of
+    D_u; not with labels.mode=online)."""
     mask_quality_threshold: float = Field(0.0, ge=0, le=1)
     """A prediction is trusted when its mask quality, as the teacher estimates it, is at least this; 0: not asked."""
     order: Literal["score", "detector"] = "score"
@@ -81,6 +85,32 @@ class PseudoConfig(Part):
     """A label with fewer pixels, after painting, is dropped."""
     non_overlapping: bool = True
     """Paint the masks in `order`; a pixel belongs to the first that takes it."""
+    min_visible_share: float = Field(0.0, ge=0, le=1)
+    """With `non_overlapping`: a prediction is dropped when a smaller share than this of its mask is still free. What is
+    left of a near-duplicate is a ring around the object that took its pixels, not an object. 0: the released code's."""
+    nms_iou: float = Field(1.0, gt=0, le=1)
+    """Before painting, of predictions of one class whose masks overlap with at least this IoU only the one with the
+    highest score stays (non-maximum suppression). 1: off."""
+    vote_flip: bool = False
+    """The teacher also labels each image mirrored, and the answers are fused by a vote; twice the time."""
+    vote_scales: tuple[float, ...] = Field((1.0,), min_length=1)
+    """Scales of each image, relative to the size that it is fitted to, that the teacher labels and a vote fuses. A
+    teacher whose processor has a size of its own sees that size at any of them."""
+    vote_iou: float = Field(0.6, gt=0, le=1)
+    """Answers of one class whose masks overlap with at least this IoU are one instance of the vote."""
+
+    @field_validator("vote_scales")
+    @classmethod
+    def _scales_are_positive(cls, scales: tuple[float, ...]) -> tuple[float, ...]:
+        if min(scales) <= 0 or len(set(scales)) != len(scales):
+            raise ValueError("expected different scales above 0, for example [1.0, 1.5]")
+        return scales
+
+    @property
+    def has_vote(self) -> bool:
+        """Whether the teacher is asked more than once about an image."""
+        return self.vote_flip or self.vote_scales != (1.0,)
+
     on_empty: Literal["stop", "warn"] = "stop"
     """What to do when no image of the pool got a single pseudo-label."""
 

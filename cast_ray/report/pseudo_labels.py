@@ -44,15 +44,23 @@ def audit_table(result: Result) -> Grid:
 
 
 def coverage_table(result: Result) -> Grid:
-    """Heading and lines of what the labels cover, one line a labelling stage; percent but for counts."""
+    """Heading and lines of what the labels cover, one line a labelling stage; percent but for counts.
+
+    Left-overs are labels that keep less than half of their mask after painting; suppressed are predictions that a
+    better one of their class removed before it.
+    """
     head = ["labels of", "images", "without label", "labels per image", "objects found", "object pixels labelled"]
-    head.append("labelled pixels right")
+    head += ["labelled pixels right", "left-overs", "precision of left-overs", "of the others", "suppressed"]
     body = []
     for stage, audit in (result.get("pseudo_labels") or {}).items():
         coverage = audit["coverage"]
         shares = (coverage["objects"]["mean"], coverage["pixels"]["mean"], coverage["pixel_precision"])
         counts = [str(audit["num_images"]), str(coverage["images_without_label"])]
-        body.append([stage, *counts, f"{coverage['labels_per_image']:.1f}", *map(_number, shares)])
+        line = [stage, *counts, f"{coverage['labels_per_image']:.1f}", *map(_number, shares)]
+        if visibility := audit.get("visibility"):  # absent from results of earlier versions
+            left_overs, others = visibility["left_overs"], visibility["others"]
+            line += [str(left_overs["num_labels"]), _number(left_overs["precision"]), _number(others["precision"])]
+        body.append([*line, *[""] * (len(head) - 1 - len(line)), str(audit.get("num_suppressed", ""))])
     return head, body
 
 

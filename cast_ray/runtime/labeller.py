@@ -11,13 +11,16 @@ import torch
 from safetensors.torch import load as load_tensors
 
 from cast_ray.models.postprocess import predict_in_groups
-from cast_ray.recipe import PseudoConfig
+from cast_ray.models.segmenter import build_segmenter
+from cast_ray.recipe import InputSize, ModelConfig, PseudoConfig
 from cast_ray.runtime.models import load_labeller
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.streams import Pictures
+from cast_ray.soft_targets import with_beliefs
 from cast_ray.stages.graph import Stage
 from cast_ray.teachers.expert import ExpertTeacher
-from cast_ray.teachers.pseudo import pseudo_labels
+from cast_ray.teachers.pseudo import pseudo_labels, trusted_instances
+from cast_ray.teachers.voting import predict_by_vote
 
 
 class PseudoLabeller:
@@ -36,14 +39,22 @@ class PseudoLabeller:
         self.categories = self.teacher.categories
         self.pseudo = PseudoConfig(**stage.config["pseudo"])
         self.batch: int = stage.config["batch"]
+        self.is_soft: bool = stage.config.get("soft", False)
 
     def load(self, weights: bytes) -> None:
-        """Other weights of the same teacher, an expert (safetensors)."""
-        assert isinstance(self.teacher, ExpertTeacher)
-        self.teacher.segmenter.load_state_dict(load_tensors(weights))
+        """Other weights of the same teacher (safetensors): all of those that its training changes."""
+        trained = self.teacher.trained
+        unknown = trained.load_state_dict(load_tensors(weights), strict=False).unexpected_keys
+        assert not unknown, unknown
+
+    def become(self, model: ModelConfig, input_size: InputSize) -> None:
+        """From now on a segmenter of this architecture labels, a student; its weights are still to be loaded."""
+        student = ExpertTeacher(build_segmenter(model, len(self.categories), seed=0), self.categories, input_size)
+        student.precision = self.teacher.precision
+        self.teacher = student.to(self.teacher.device)
 
     def label(self, pictures: Pictures) -> list[list[dict[str, Any]]]:
-        """Instances of each image as of RECORD_SCHEMA, at its own size."""
+        """Instances of each image as of LABEL_SCHEMA, at its own size."""
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -74,9 +85,15 @@ class PseudoLabeller:
         """The teacher's instances of images of one size, from a pass that is filled up with black ones."""
         filled = images.new_zeros((self.batch, *images.shape[1:]))
         filled[: len(images)] = images
-        return self.teacher.predict(filled, image_hw, resized_hw, max_detections, min_score)
+        self.teacher.is_soft = self.is_soft
+        return predict_by_vote(self.teacher, filled, image_hw, resized_hw, self.pseudo)
 
     def _instances(self, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        # Balanced thresholds are known once all of D_u is predicted; `LabelJob.join` then paints.
+        choose = trusted_instances if self.pseudo.class_thresholds == "balanced" else pseudo_labels
+        chosen = choose(found, self.pseudo)
+        if self.is_soft:
+            chosen = [with_beliefs(instance, len(self.categories)) for instance in chosen]
         return [
             {
                 "category_id": self.categories[instance["label"]].id,
@@ -84,6 +101,10 @@ class PseudoLabeller:
                 "score": instance["score"],
                 "is_crowd": False,
                 "area": None,
+                "visible_share": instance.get("visible_share"),
+                "num_suppressed": instance["num_suppressed"],
+                "class_probs": instance.get("class_probs"),
+                "mask_probs": instance.get("mask_probs"),
             }
-            for instance in pseudo_labels(found, self.pseudo)
+            for instance in chosen
         ]

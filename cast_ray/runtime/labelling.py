@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
@@ -27,16 +28,27 @@ import ray
 import ray.data
 from ray.util.placement_group import PlacementGroup
 
-from cast_ray.recipe import InputSize, Recipe
-from cast_ray.records import RECORD_SCHEMA, Category, class_names
+from cast_ray.recipe import InputSize, PseudoConfig, Recipe
+from cast_ray.records import INSTANCE_TYPE, RECORD_SCHEMA, Category, class_names
 from cast_ray.runtime.budget import configure_data, reserve, stream_bundle
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.streams import Images, Pictures, Rows, images_per_task, picture_dataset
-from cast_ray.runtime.tables import record_at
+from cast_ray.runtime.tables import fetched, record_at
 from cast_ray.stages.graph import Stage, input_size_of
 
 LABELS = "labels/labels.parquet"
-LABEL_SCHEMA = RECORD_SCHEMA.append(pa.field("position", pa.int64()))
+LABEL_TYPE = pa.struct(
+    [
+        *INSTANCE_TYPE,
+        pa.field("visible_share", pa.float32()),  # of the teacher's mask, after painting
+        pa.field("num_suppressed", pa.int32()),  # predictions of its class that this one suppressed before painting
+        pa.field("class_probs", pa.list_(pa.float32())),  # of soft targets (`loss.soft_targets`), else null
+        pa.field("mask_probs", pa.binary()),  # likewise, see `soft_targets.mask_probabilities`
+    ]
+)
+LABEL_SCHEMA = RECORD_SCHEMA.set(
+    RECORD_SCHEMA.get_field_index("instances"), pa.field("instances", pa.list_(LABEL_TYPE))
+).append(pa.field("position", pa.int64()))
 """One row an image that was labelled, in the order of D_u."""
 BLOCK_SCHEMA = LABEL_SCHEMA.append(pa.field("error", pa.string()))
 BLOCKS_JOINED_AT_A_TIME = 64
@@ -111,7 +123,7 @@ class LabelJob:
 
         Returns:
             num_images: labelled ones; num_pseudo_labels: instances on them; skipped: position, file and reason of the
-            other images.
+            other images; class_thresholds: class -> least score, where each class has its own.
 
         Raises:
             RuntimeError: an image has no row (nothing may be dropped silently).
@@ -120,6 +132,8 @@ class LabelJob:
         """
         skipped: list[dict[str, Any]] = []
         num_images = num_labels = 0
+        is_balanced = self.stage.config["pseudo"].get("class_thresholds", "fixed") == "balanced"
+        thresholds = self._balanced_thresholds() if is_balanced else None
         with (
             self.store.open_to_add(self.stage, LABELS) as file,
             pa.parquet.ParquetWriter(file, LABEL_SCHEMA) as writer,
@@ -128,6 +142,8 @@ class LabelJob:
                 bad = table.filter(pa.compute.is_valid(table["error"]))
                 skipped += bad.select(["position", "uri", "error"]).to_pylist()
                 labelled = table.filter(pa.compute.is_null(table["error"])).drop_columns("error")
+                if thresholds is not None:
+                    labelled = self._painted(labelled, thresholds)
                 writer.write_table(labelled)
                 num_images += labelled.num_rows
                 num_labels += pa.compute.sum(pa.compute.list_value_length(labelled["instances"])).as_py() or 0
@@ -144,7 +160,43 @@ class LabelJob:
             )
         if num_labels == 0 and self.recipe.pseudo.on_empty == "stop":
             raise ValueError(nothing_found(self.stage, self.recipe, self.images.categories, f"any of {num_images}"))
-        return {"num_images": num_images, "num_pseudo_labels": num_labels, "skipped": skipped}
+        facts: dict[str, Any] = {"num_images": num_images, "num_pseudo_labels": num_labels, "skipped": skipped}
+        if thresholds is not None:
+            names = dict(zip((c.id for c in self.images.categories), class_names(self.images.categories)))
+            facts["class_thresholds"] = {names[category]: least for category, least in sorted(thresholds.items())}
+        return facts
+
+    def _balanced_thresholds(self) -> dict[int, float]:
+        """Category -> least score of a label, from the predictions in all blocks and the truth of D_l."""
+        from cast_ray.teachers.class_thresholds import balanced_thresholds
+
+        scores: dict[int, list[np.ndarray]] = {}
+        for table in self._written():
+            instances = pa.compute.list_flatten(table["instances"])
+            category, score = (pa.compute.struct_field(instances, n).to_numpy() for n in ("category_id", "score"))
+            for found in np.unique(category):
+                scores.setdefault(int(found), []).append(score[category == found])
+        truth = fetched(self.images.records).column("instances").take(self.images.labelled)
+        objects = pa.compute.list_flatten(truth)
+        objects = objects.filter(pa.compute.invert(pa.compute.struct_field(objects, "is_crowd")))
+        counted = pa.compute.value_counts(pa.compute.struct_field(objects, "category_id")).to_pylist()
+        return balanced_thresholds(
+            {category: np.concatenate(parts) for category, parts in scores.items()},
+            {entry["values"]: entry["counts"] for entry in counted},
+            len(self.images.labelled),
+            len(self.images.unlabelled),
+        )
+
+    def _painted(self, table: pa.Table, thresholds: dict[int, float]) -> pa.Table:
+        """Predictions as labels: those of at least their class's threshold, painted image by image."""
+        from cast_ray.teachers.pseudo import paint
+
+        config, rows = PseudoConfig(**self.stage.config["pseudo"]), table.to_pylist()
+        for row in rows:
+            size = [row["height"], row["width"]]
+            sure = [i | {"size": size} for i in row["instances"] if i["score"] >= thresholds[i["category_id"]]]
+            row["instances"] = paint(sure, config)
+        return pa.Table.from_pylist(rows, schema=LABEL_SCHEMA)
 
     def _written(self) -> Iterator[pa.Table]:
         names = [_file_name(rows) for rows in self.blocks]

@@ -7,9 +7,11 @@ pool would hold teachers of its own. So nothing is decoded twice and no pixels p
 their way to the teacher; and as a task asks for one group of images at a time, there are never more requests than tasks
 (`budget.tasks_per_stream` of each worker): a student that is slow holds its teachers back.
 
-Self-training as a mean teacher (`labels.refresh_steps` = N) needs a rule that does not depend on who is faster. Steps
-are cut into windows of N. A window is labelled by the weight average of the model as it stood one window before the
-window's start: steps 0..2N-1 by theta_T', steps 2N..3N-1 by the average after step N, and so on. Teachers may thus work
+A mean teacher (`labels.refresh_steps` = N, in self-training or of the student) needs a rule that does not depend on who
+is faster. Steps are cut into windows of N. A window is labelled by the weight average of the model as it stood one
+window before the window's start: steps 0..2N-1 by the frozen teacher (theta_T' in 1c, theta_T'' in 2b), steps 2N..3N-1
+by the average after step N, and so on. In 2b that average is a student: another model, which sees images at its own
+size. Teachers may thus work
 a whole window ahead, and whenever a label is asked for, its teacher's weights exist or will be made without it: nothing
 can wait for itself. Weights are published by rank 0 and kept in the store until the stage ends, so that a resumed stage
 labels as if it had not stopped.
@@ -38,7 +40,7 @@ EMPTY_AFTER = 500
 
 
 def version_of(step: int, refresh_steps: int) -> int:
-    """Which teacher labels a step: 0 is theta_T', v the model's weight average after step v * refresh_steps."""
+    """Which teacher labels a step: 0 is the frozen one, v the weight average after step v * refresh_steps."""
     return max(0, step // refresh_steps - 1) if refresh_steps else 0
 
 
@@ -49,32 +51,43 @@ def versions_from(step: int, refresh_steps: int) -> list[int]:
 
 
 @dataclass(frozen=True)
+class Learner:
+    """A student in training that labels: its architecture (fields of ModelConfig), and the size at which it does."""
+
+    model: dict[str, Any]
+    input_size: InputSize
+
+
+@dataclass(frozen=True)
 class OnlineLabels:
-    """What a training stream's tasks need to have their images labelled: a label stage and who runs it."""
+    """What a training stream's tasks need to have their images labelled: a label stage and who runs it.
+
+    learner: the model in training, where it is not the teacher's own (2b): from version 1 on it labels.
+    """
 
     stage: Stage
     teachers: tuple[Any, ...]
     versions: Any
     refresh_steps: int
+    learner: Learner | None = None
 
     @property
     def batch(self) -> int:
         """Images of a teacher's forward pass."""
         return self.stage.config["batch"]
 
-    @property
-    def input_size(self) -> InputSize:
-        """The size at which the teacher sees whole images."""
-        return input_size_of(self.stage)
+    def input_size_of(self, version: int) -> InputSize:
+        """The size at which a version of the teacher sees whole images."""
+        return self.learner.input_size if self.learner is not None and version else input_size_of(self.stage)
 
     def version_of(self, step: int) -> int:
         return version_of(step, self.refresh_steps)
 
     def label(self, pictures: Pictures, version: int, turn: int) -> list[list[dict[str, Any]]]:
-        """Instances of each image as of RECORD_SCHEMA; waits for the teacher's weights, then for a teacher."""
+        """Instances of each image as of LABEL_SCHEMA; waits for the teacher's weights, then for a teacher."""
         weights = ray.get(self.versions.get.remote(version)) if version else None
         teacher = self.teachers[turn % len(self.teachers)]
-        return ray.get(teacher.label.remote(self.stage, version, weights, pictures))
+        return ray.get(teacher.label.remote(self.stage, self.learner, version, weights, pictures))
 
 
 # It holds no state but what it loaded last, so that a lost one is replaced without anybody noticing.
@@ -92,31 +105,44 @@ class OnlineTeacher:
         self.num_images = self.num_labels = 0
 
     def label(
-        self, stage: Stage, version: int, weights: list[ray.ObjectRef] | None, pictures: Pictures
+        self,
+        stage: Stage,
+        learner: Learner | None,
+        version: int,
+        weights: list[ray.ObjectRef] | None,
+        pictures: Pictures,
     ) -> list[list[dict[str, Any]]]:
-        """Instances of each image as of RECORD_SCHEMA.
+        """Instances of each image as of LABEL_SCHEMA.
 
         Raises:
             ValueError: the first EMPTY_AFTER images got no label, and `pseudo.on_empty` is stop.
         """
         if self.loaded != (stage.fingerprint, version):
-            self._load(stage, version, weights)
+            self._load(stage, learner, version, weights)
         labels = self.labeller.label(pictures)
         self.num_images += len(labels)
         self.num_labels += sum(map(len, labels))
-        if self.num_labels == 0 and self.num_images >= EMPTY_AFTER and self.recipe.pseudo.on_empty == "stop":
+        if (
+            version == 0
+            and self.num_labels == 0
+            and self.num_images >= EMPTY_AFTER
+            and self.recipe.pseudo.on_empty == "stop"
+        ):
             raise ValueError(nothing_found(stage, self.recipe, self.categories, f"the first {self.num_images}"))
         return labels
 
-    def _load(self, stage: Stage, version: int, weights: list[ray.ObjectRef] | None) -> None:
+    def _load(self, stage: Stage, learner: Learner | None, version: int, weights: list[ray.ObjectRef] | None) -> None:
         import torch
 
+        from cast_ray.recipe import ModelConfig
         from cast_ray.runtime.labeller import PseudoLabeller
 
         if self.loaded[0] != stage.fingerprint or version == 0:
             self.num_images = self.num_labels = 0
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             self.labeller = PseudoLabeller(self.store, stage, device)
+        if learner is not None and version:
+            self.labeller.become(ModelConfig(**learner.model), learner.input_size)
         if weights is not None:
             self.labeller.load(ray.get(weights[0]))
         self.loaded = (stage.fingerprint, version)
@@ -159,7 +185,8 @@ class Teachers:
     def labels(self, stage: Stage) -> OnlineLabels:
         """For the stream of a stage that labels online."""
         assert stage.online is not None
-        return OnlineLabels(stage.online, self.actors, self.versions, stage.config.get("refresh_steps", 0))
+        learner = Learner(stage.config["model"], input_size_of(stage)) if stage.name == "distill" else None
+        return OnlineLabels(stage.online, self.actors, self.versions, stage.config.get("refresh_steps", 0), learner)
 
 
 def num_teachers(runtime: RuntimeConfig) -> int:

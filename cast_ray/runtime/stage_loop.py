@@ -40,7 +40,7 @@ from cast_ray.runtime.streams import Images, picture_dataset, pictures, training
 from cast_ray.runtime.validation import SideValidation, is_validated, validation_bundles
 from cast_ray.runtime.workers import Segment
 from cast_ray.stages.graph import Stage, artifact_key, input_size_of
-from cast_ray.stages.train import order_seed, train_config, train_stage
+from cast_ray.stages.train import is_semi_strong, order_seed, train_config, train_stage
 
 VALIDATION_LOOK_S = 20.0
 
@@ -134,6 +134,8 @@ def _train(
         strong=bool(contrastive),
         oracle=bool(contrastive) and contrastive["sampler"] == "oracle",
         online=online,
+        strong_unlabelled=is_semi_strong(stage),
+        copy_paste=stage.config["data"].get("copy_paste", 0.0),
         device=world.device,
     )
     post = {"stage": stage.name, "fingerprint": stage.fingerprint, "steps": config.steps, "unit": "step"}
@@ -169,7 +171,7 @@ def _train(
 
     def on_refresh(step: int, weights: dict[str, torch.Tensor]) -> None:
         if world.rank == 0 and publisher is not None:
-            publisher.publish(step, save_tensors({name: t.cpu().contiguous() for name, t in weights.items()}))
+            publisher.publish(step, save_tensors({name: t.detach().cpu().contiguous() for name, t in weights.items()}))
 
     if world.rank == 0:
         segment.broker.post.remote(segment.owner, post | {"step": resume.step if resume else 0})

@@ -122,9 +122,10 @@ class StepPlan:
     """What the tasks of one worker's training stream share: its sampling plan and how samples are made.
 
     labelled, unlabelled: int64 [steps, share], positions in D_l and D_u; first_step: step of their first row;
-    first_slots: place of the worker's share in the global batch; strong: whether any term reads the strong view, and
-    with it the truth maps; oracle: give the hidden ground truth of D_u to the samplers (never to the set loss); online:
-    who labels D_u as it is drawn.
+    first_slots: place of the worker's share in the global batch; strong: whether L_pxl reads the strong view, and with
+    it the truth maps; oracle: give the hidden ground truth of D_u to the samplers (never to the set loss); online: who
+    labels D_u as it is drawn; strong_unlabelled: whether L_semi reads the strong view of D_u; copy_paste: probability
+    that an image gets instances of a random one of D_l pasted over it.
     """
 
     images: Images
@@ -137,6 +138,8 @@ class StepPlan:
     strong: bool
     oracle: bool
     online: OnlineLabels | None
+    strong_unlabelled: bool = False
+    copy_paste: float = 0.0
 
     @property
     def has_labels(self) -> bool:
@@ -175,6 +178,8 @@ def training_stream(
     strong: bool,
     oracle: bool,
     online: OnlineLabels | None = None,
+    strong_unlabelled: bool = False,
+    copy_paste: float = 0.0,
     device: Any = None,
 ) -> Iterator[Batch]:
     """This worker's batches of steps start_step..steps-1, in order.
@@ -183,7 +188,7 @@ def training_stream(
         images: D_l, D_u and pseudo-labels.
         data: crop size and view settings.
         batch_labelled, batch_unlabelled: global batch sizes.
-        strong, oracle: see `StepPlan`.
+        strong, oracle, strong_unlabelled, copy_paste: see `StepPlan`.
         online: who labels D_u as it is drawn; None: `images.labels`, or nobody.
         device: torch device of the batches; None: the CPU.
     """
@@ -203,6 +208,8 @@ def training_stream(
         strong,
         oracle,
         online,
+        strong_unlabelled,
+        copy_paste,
     )
     step_bytes = (labelled.shape[1] + unlabelled.shape[1]) * _sample_pixels(images, data) * BYTES_PER_PIXEL
     max_size = max(1, min(block_bytes(runtime) // step_bytes, MAX_STEPS_PER_TASK))
@@ -306,14 +313,14 @@ def _label_online(plan: StepPlan, online: OnlineLabels, rows: range, drawn: list
     """Puts a teacher's labels into the records of a group's unlabelled images."""
     from cast_ray.views import fit_image
 
-    fitted = [fit_image(image, online.input_size) for image, _ in drawn]
+    version = online.version_of(plan.first_step + rows.start)
+    fitted = [fit_image(image, online.input_size_of(version)) for image, _ in drawn]
     pictures = Pictures(
         list(range(len(drawn))),
         [pixels for pixels, _ in fitted],
         [(image.shape[0], image.shape[1]) for image, _ in drawn],
         [size for _, size in fitted],
     )
-    version = online.version_of(plan.first_step + rows.start)
     for (_, record), instances in zip(drawn, online.label(pictures, version, rows.start)):
         record["instances"] = instances
 
@@ -321,18 +328,25 @@ def _label_online(plan: StepPlan, online: OnlineLabels, rows: range, drawn: list
 def _sample(
     plan: StepPlan, classes: ClassMap, row: int, i: int, drawn: Drawn, is_labelled: bool
 ) -> dict[str, np.ndarray]:
-    from cast_ray.views import make_sample
+    from cast_ray.copy_paste import copy_paste
+    from cast_ray.views import MIN_VISIBLE_PX, make_sample
 
     slot = plan.first_slots[0 if is_labelled else 1] + i
-    return make_sample(
-        *drawn,
-        classes,
-        plan.data,
-        view_seed(plan.seed, plan.first_step + row, slot),
-        use_instances=is_labelled or plan.has_labels,
-        truth=plan.strong and (is_labelled or plan.oracle),
-        strong=plan.strong,
-    )
+    seed = view_seed(plan.seed, plan.first_step + row, slot)
+    use_instances = is_labelled or plan.has_labels
+    truth = plan.strong and (is_labelled or plan.oracle)
+    strong = plan.strong or (plan.strong_unlabelled and not is_labelled)
+    sample = make_sample(*drawn, classes, plan.data, seed, use_instances=use_instances, truth=truth, strong=strong)
+    if not (use_instances and plan.copy_paste):
+        return sample
+    rng = np.random.default_rng([seed, 1])  # of its own: the views are those of a plan without
+    if rng.random() >= plan.copy_paste:
+        return sample
+    # From all of D_l, and not from the step's: what one worker holds of it depends on how many there are.
+    position, its_seed = int(rng.integers(len(plan.images.labelled))), int(rng.integers(2**63))
+    other = _read(plan, position, True)
+    source = make_sample(*other, classes, plan.data, its_seed, use_instances=True, truth=truth, strong=strong)
+    return copy_paste(sample, source, rng, MIN_VISIBLE_PX)
 
 
 def _binary(payloads: list[np.ndarray]) -> pa.ChunkedArray:

@@ -75,7 +75,7 @@ class CostModel:
                 continue
             config, kind = manifest["config"], manifest["kind"]
             self.exact.setdefault(_exact_key(kind, config, model), []).append(device_s / count)
-            images = count * (_batch(config) if kind == "train" else 1)
+            images = count * _images_of(kind, config)
             self.scaled.setdefault(_scaled_key(kind, config, model), []).append(device_s / images)
 
     def estimate(
@@ -97,7 +97,7 @@ class CostModel:
         model = _model_of(vars(stage), find)
         seen_hw = seen_size(stage, size.image_hw)
         count = stage.steps or (size.num_unlabelled if stage.kind == "label" else _to_evaluate(stage, size))
-        images = count * (_batch(stage.config) if stage.kind == "train" else 1)
+        images = count * _images_of(stage.kind, stage.config)
         if seen := self.exact.get(_exact_key(stage.kind, stage.config, model)):
             return Estimate(statistics.median(seen) * count, "measured")
         if seen := self.scaled.get(_scaled_key(stage.kind, stage.config, model)):
@@ -181,17 +181,21 @@ def _model_of(stage: Mapping[str, Any], find: Callable[[str], Mapping[str, Any] 
     return None if parent is None else _model_of(parent, find)
 
 
-def _batch(config: Mapping[str, Any]) -> int:
-    train = config["train"]
-    return train["batch_labelled"] + train.get("batch_unlabelled", 0)
+def _images_of(kind: str, config: Mapping[str, Any]) -> float:
+    """Images that the model sees for each step or image of a stage; a vote asks about each several times."""
+    if kind == "train":
+        return config["train"]["batch_labelled"] + config["train"].get("batch_unlabelled", 0)
+    pseudo = config.get("pseudo", {})
+    return (1 + pseudo.get("vote_flip", False)) * sum(scale**2 for scale in pseudo.get("vote_scales", (1.0,)))
 
 
 def _exact_key(kind: str, config: Mapping[str, Any], model: Any) -> str:
-    work = [kind, model, _seen(config)]
+    work = [kind, model, _seen(config), _images_of(kind, config)]
     if kind == "train":
         train, contrastive = config["train"], config["contrastive"]
         work += [train["batch_labelled"], train.get("batch_unlabelled", 0), config["loss"].get("num_points")]
         work += [contrastive and {k: contrastive.get(k) for k in ("kind", "num_negatives", "num_anchors", "pool_size")}]
+        work += [config["loss"].get("semi_view", "weak")]
     return json.dumps(work, sort_keys=True, default=list)
 
 

@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from cast_ray.recipe import DataConfig, InputSize, Precision, Recipe, TrainConfig
+from cast_ray.recipe.part import Part
 
 Kind = Literal["train", "label", "evaluate", "dataset"]
 
@@ -26,6 +27,12 @@ STAGE_VERSION: dict[str, int] = {"train": 3, "label": 3, "evaluate": 2}
 
 HOW_IT_RUNS = ("checkpoint_every_steps", "accumulate")
 """Fields of TrainConfig that change no result and so enter no fingerprint."""
+
+OPTIONAL = {
+    "pseudo": ("min_visible_share", "nms_iou", "vote_flip", "vote_scales", "class_thresholds"),
+    "loss": ("semi_view", "burn_in_fraction", "soft_targets"),
+}
+"""Fields of a part of the recipe that do nothing at their default: they enter a stage's identity only where they do."""
 
 
 VIEW_FIELDS = (
@@ -205,7 +212,7 @@ class _Planner:
                 "stages.use_adapt is false and there is no pre-trained teacher (stages.pretrain.steps is 0 or the "
                 "dataset has no source images): nothing can label the unlabelled images (stages.foundation=DIR)"
             )
-        labels = self.label("label-teacher", teacher) if use_labels and teacher is not None else None
+        labels = self.label("label-teacher", teacher, True) if use_labels and teacher is not None else None
         student = self.train(
             "distill",
             "student",
@@ -247,7 +254,11 @@ class _Planner:
             if name == "distill" and recipe.stages.images_per_step == "total":
                 train_part["batch_labelled"] += added
         data_part = self._view_part(by_teacher)
-        loss_part = recipe.loss.model_dump() | {"lambda_semi": semi if labels else 0.0, "lambda_pxl": pxl}
+        if name == "distill" and recipe.data.copy_paste:
+            data_part["copy_paste"] = recipe.data.copy_paste
+        of_student = OPTIONAL["loss"] if labels is None or by_teacher else ()
+        loss_part = _without_unused(recipe.loss, OPTIONAL["loss"], exclude=of_student)
+        loss_part |= {"lambda_semi": semi if labels else 0.0, "lambda_pxl": pxl}
         if labels is None:
             loss_part.pop("pseudo_weighting")
         config = {
@@ -265,7 +276,7 @@ class _Planner:
             own = {"init_seed": recipe.init_seed, "order_seed": recipe.order_seed}
             config |= {name: value for name, value in own.items() if value not in (None, recipe.seed)}
         refresh = recipe.labels.refresh_steps
-        if labels is not None and name == "selftrain" and refresh:
+        if labels is not None and name in recipe.labels.refresh_stages and refresh:
             config["refresh_steps"] = refresh
         stage = self._stage(name, "train", config, {"init": init, "labels": labels}, train.steps)
         if labels is not None and recipe.labels.mode == "online":
@@ -273,15 +284,18 @@ class _Planner:
             stage = replace(stage, parents=parents, online=labels)
         return self._add(stage)
 
-    def label(self, name: str, teacher: Stage) -> Stage:
+    def label(self, name: str, teacher: Stage, for_student: bool = False) -> Stage:
+        how = {"on_empty"} if self.recipe.pseudo.has_vote else {"on_empty", "vote_iou"}
         config = {
-            "pseudo": self.recipe.pseudo.model_dump(exclude={"on_empty"}),
+            "pseudo": _without_unused(self.recipe.pseudo, OPTIONAL["pseudo"], exclude=how),
             "data": self.recipe.input_size(by_teacher=True).part(),
             "split": split_part(self.recipe, self.hashes, unlabelled=True),
             "batch": self.recipe.label_batch,
         }
         if part := self.recipe.teacher.inference_part():
             config["teacher"] = part
+        if for_student and self.recipe.loss.soft_targets != "off":
+            config["soft"] = True
         stage = self._stage(name, "label", config, {"teacher": teacher})
         return stage if self.recipe.labels.mode == "online" else self._add(stage)
 
@@ -341,6 +355,12 @@ class _Planner:
             "data": self.content_hash,
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+def _without_unused(part: Part, optional: Iterable[str], exclude: Iterable[str] = ()) -> dict[str, Any]:
+    """A part as plain data, without those of the optional fields that have their default."""
+    unused = {name for name in optional if getattr(part, name) == type(part).model_fields[name].default}
+    return part.model_dump(exclude={*exclude, *unused})
 
 
 def input_size_of(stage: Stage) -> InputSize:

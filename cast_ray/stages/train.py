@@ -46,7 +46,13 @@ def stage_memory(stage: Stage, recipe: Recipe, num_classes: int) -> MemoryEstima
         num_workers=runtime.num_workers,
         half=stage.precision != "off",
         gradient_checkpointing=runtime.gradient_checkpointing,
+        semi_strong=is_semi_strong(stage),
     )
+
+
+def is_semi_strong(stage: Stage) -> bool:
+    """Whether L_semi of a train stage reads the strong view of D_u."""
+    return stage.config["loss"].get("semi_view") == "strong"
 
 
 def order_seed(stage: Stage) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from cast_ray.models.network import CastNetwork, TrainedNetwork
 from cast_ray.models.postprocess import predict_instances
@@ -35,10 +36,14 @@ class ExpertTeacher(Teacher):
         max_detections: int,
         min_score: float,
     ) -> list[Instances]:
-        return predict_instances(self.segmenter, images, image_hw, resized_hw, max_detections, min_score)
+        return predict_instances(self.segmenter, images, image_hw, resized_hw, max_detections, min_score, self.is_soft)
 
     def for_training(self, contrastive: ContrastiveConfig | None) -> tuple[TrainedNetwork, None]:
         return CastNetwork(self.segmenter, contrastive), None
+
+    @property
+    def trained(self) -> nn.Module:
+        return self.segmenter
 
     def save_weights(self, folder: Path) -> None:
         (folder / "segmenter").mkdir(parents=True, exist_ok=True)

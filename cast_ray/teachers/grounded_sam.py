@@ -189,6 +189,7 @@ class GroundedSamNetwork(TrainedNetwork):
 
     def __init__(self, teacher: GroundedSamTeacher, contrastive: ContrastiveConfig | None):
         super().__init__()
+        self._teacher = (teacher,)  # in a tuple: its weights are registered below, part by part
         self.config = teacher.config.grounded_sam
         self.boxes_at_a_time = teacher.config.inference.boxes_at_a_time
         self.detector, self.segmenter = teacher.detector, teacher.segmenter
@@ -205,6 +206,10 @@ class GroundedSamNetwork(TrainedNetwork):
             assert self.config.train_detector
             self.stride = select_stride(self.detector.feature_dims, contrastive)
             self.projector = Projector(self.detector.feature_dims[self.stride], contrastive)
+
+    @property
+    def trained(self) -> nn.Module:
+        return self._teacher[0].trained
 
     def train(self, mode: bool = True) -> GroundedSamNetwork:
         """Frozen parts stay in evaluation mode: their dropout would only add noise."""

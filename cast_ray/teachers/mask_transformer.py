@@ -230,6 +230,10 @@ class MaskTransformerTeacher(Teacher):
         segmenter = MaskTransformer(model, load_processor(folder, CHECKPOINT), labels_of, resizes)
         return cls(segmenter, config, categories, input_size)
 
+    @property
+    def trained(self) -> nn.Module:
+        return self.segmenter
+
     def save_weights(self, folder: Path) -> None:
         self.segmenter.model.save_pretrained(folder / "checkpoint")
         self.segmenter.processor.save_pretrained(folder / "checkpoint")
@@ -242,7 +246,7 @@ class MaskTransformerTeacher(Teacher):
         max_detections: int,
         min_score: float,
     ) -> list[Instances]:
-        return predict_instances(self.segmenter, images, image_hw, resized_hw, max_detections, min_score)
+        return predict_instances(self.segmenter, images, image_hw, resized_hw, max_detections, min_score, self.is_soft)
 
     def for_training(self, contrastive: ContrastiveConfig | None) -> tuple[TrainedNetwork, None]:
         return CastNetwork(self.segmenter, contrastive), None

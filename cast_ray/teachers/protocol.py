@@ -59,6 +59,8 @@ class Teacher(nn.Module, ABC):
         self.input_size = InputSize.of(input_size)
         self.precision: Precision = "off"
         """What `predict` computes in; a trained teacher is saved with that of its training."""
+        self.is_soft = False
+        """Whether instances are to tell class_probs and mask_probs, see `to_instances`; of kinds with queries."""
 
     @property
     def class_names(self) -> list[str]:
@@ -128,6 +130,11 @@ class Teacher(nn.Module, ABC):
             ValueError: the kind cannot be fine-tuned.
         """
         raise ValueError(f"teacher.kind {self.kind!r} cannot be fine-tuned: {self.why_not_trained}")
+
+    @property
+    def trained(self) -> nn.Module:
+        """The module that the network of `for_training` trains: a refreshed teacher takes its weights."""
+        return self
 
     @abstractmethod
     def save_weights(self, folder: Path) -> None:

@@ -288,6 +288,7 @@ class Sam3Network(TrainedNetwork):
 
     def __init__(self, teacher: Sam3Teacher, contrastive: ContrastiveConfig | None):
         super().__init__()
+        self._teacher = (teacher,)  # in a tuple: its weights are registered below, part by part
         self.config = teacher.config.sam3
         self.sam3, self.num_classes = teacher.model, len(teacher.categories)
         self.words, self.label_of = teacher.words, teacher.label_of
@@ -299,6 +300,10 @@ class Sam3Network(TrainedNetwork):
         if contrastive is not None:
             self.stride = select_stride(self.sam3.feature_dims, contrastive)
             self.projector = Projector(self.sam3.feature_dims[self.stride], contrastive)
+
+    @property
+    def trained(self) -> nn.Module:
+        return self._teacher[0].trained
 
     def train(self, mode: bool = True) -> Sam3Network:
         super().train(mode)

@@ -11,7 +11,7 @@ from contrastive_scenes import gradients, scene
 
 from cast_ray.engine.collectives import WorkerGather
 from cast_ray.losses.contrastive import contrastive_loss
-from cast_ray.losses.set_criterion import LossPoints, set_loss, slice_predictions
+from cast_ray.losses.set_criterion import LossPoints, set_loss
 from cast_ray.recipe import ContrastiveConfig, LossConfig
 from cast_ray.records import Predictions, Targets
 
@@ -84,7 +84,7 @@ def worker(rank, port, folder):
         mean = out.sum / summed(out.count.clone()).clamp(min=1)
         results.append((out.sum.detach(), out.count, gradients(mine, mean)))
     predictions, targets, points = make_set_problem()
-    part = slice_predictions(predictions, rank, rank + 1)
+    part = predictions.part(rank, rank + 1)
     pairs = slice(0, 1) if rank == 0 else slice(1, 8)
     share = LossPoints(points.match[:, rank : rank + 1], points.candidates[:, pairs], points.uniform[:, pairs])
     losses = set_loss(part, targets[rank : rank + 1], SET, points=share)

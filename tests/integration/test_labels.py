@@ -15,16 +15,17 @@ from safetensors.torch import save as save_tensors
 from stream_scenes import CATEGORIES, DATA, assert_same, write_images
 
 from cast_ray.models.segmenter import build_segmenter
-from cast_ray.recipe import PseudoConfig, Recipe, RuntimeConfig, build_recipe
+from cast_ray.recipe import InputSize, PseudoConfig, Recipe, RuntimeConfig, build_recipe
 from cast_ray.records import Batch, Targets
 from cast_ray.runtime.budget import configure_data, reserve, stream_bundle
 from cast_ray.runtime.labeller import PseudoLabeller
 from cast_ray.runtime.labelling import LABELS, LabelJob, label_images
 from cast_ray.runtime.models import load_student, save_model
-from cast_ray.runtime.online import OnlineLabels, start_teachers, teacher_bundles
+from cast_ray.runtime.online import Learner, OnlineLabels, start_teachers, teacher_bundles
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.runtime.streams import Images, Pictures, picture_dataset, pictures, training_stream
 from cast_ray.stages.graph import Stage
+from cast_ray.teachers.pseudo import paint
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(900)]
 
@@ -185,6 +186,40 @@ def test_images_that_cannot_be_read_are_skipped_by_name(tmp_path: Path, store: A
     assert len(strict.missing(strict.blocks)) == 0  # nothing is labelled twice when the user has looked at them
 
 
+def test_balanced_thresholds_give_each_class_what_the_labelled_images_have(
+    store: ArtifactStore, table: pa.Table
+) -> None:
+    """Predictions are painted once all of D_u is predicted, as painting by hand with the thresholds would."""
+    pseudo = PSEUDO.model_copy(update={"class_thresholds": "balanced", "max_per_image": 100, "non_overlapping": True})
+    job = job_of(store, table, "balanced", pseudo)
+    facts = label_images(job)
+    store.commit(job.stage, facts)
+    labeller = PseudoLabeller(store, job.stage, torch.device("cpu"))
+    predicted = [labeller.label(picture(table, i))[0] for i in range(NUM_LABELLED, NUM_IMAGES)]
+    num_true = NUM_LABELLED / len(CATEGORIES)  # of each class, an image of D_l has one instance
+    for category in CATEGORIES:
+        scores = sorted(
+            (np.float32(i["score"]) for p in predicted for i in p if i["category_id"] == category.id), reverse=True
+        )
+        wanted = round(num_true * len(predicted) / NUM_LABELLED)
+        assert len(scores) > wanted and facts["class_thresholds"][category.name] == pytest.approx(
+            float(scores[wanted - 1])
+        )
+    ids = {c.id: c.name for c in CATEGORIES}
+    for row, candidates in zip(labels_of(job), predicted):
+        size = [row["height"], row["width"]]
+        sure = [
+            i | {"size": size, "score": float(np.float32(i["score"]))}
+            for i in candidates
+            if np.float32(i["score"]) >= facts["class_thresholds"][ids[i["category_id"]]]
+        ]
+        wanted_labels = [{k: v for k, v in i.items() if k != "size"} for i in paint(sure, pseudo)]
+        assert [(i["category_id"], i["rle"]) for i in row["instances"]] == [
+            (i["category_id"], i["rle"]) for i in wanted_labels
+        ]
+        assert all(i["visible_share"] is not None for i in row["instances"])
+
+
 def test_a_teacher_that_finds_nothing_stops_its_student(store: ArtifactStore, table: pa.Table) -> None:
     """Offline before it begins, online when it has hardly begun; unless `pseudo.on_empty` is warn."""
     nothing = r"found nothing above pseudo\.score_threshold 1\.0 in {} images"
@@ -206,14 +241,21 @@ class Stream:
     def __init__(self, table: pa.Table, steps: int, recipe: Recipe = RECIPE, **options: Any):
         self.table, self.steps, self.recipe, self.options = table, steps, recipe, options
 
-    def run(self, store: ArtifactStore, read: Callable[[Any, Any], Any], stage: Stage | None, refresh_steps: int = 0):
+    def run(
+        self,
+        store: ArtifactStore,
+        read: Callable[[Any, Any], Any],
+        stage: Stage | None,
+        refresh_steps: int = 0,
+        learner: Learner | None = None,
+    ):
         bundles = [stream_bundle(RUNTIME)] + (teacher_bundles(RUNTIME) if stage else [])
         with reserve(bundles) as group:
             configure_data(group, RUNTIME, 0)
             online = None
             teachers = start_teachers(store, self.recipe, CATEGORIES, group, 1) if stage else None
             if stage is not None and teachers is not None:
-                online = OnlineLabels(stage, teachers.actors, teachers.versions, refresh_steps)
+                online = OnlineLabels(stage, teachers.actors, teachers.versions, refresh_steps, learner)
             options = {"start_step": 0, "rank": 0, "world_size": 1, "batch_labelled": 2, "batch_unlabelled": 3}
             batches = training_stream(
                 self.options.get("images") or images_of(self.table),
@@ -290,6 +332,30 @@ def test_a_refreshed_teacher_labels_by_the_step_and_not_by_the_clock(
     assert len(resumed) == 6
     for mine, theirs in zip(resumed, refreshed[10:]):
         assert_same(mine, theirs)
+
+
+def test_a_student_labels_its_own_images_from_the_third_window_on(
+    offline: LabelJob, store: ArtifactStore, table: pa.Table
+) -> None:
+    """Windows of 2 steps; the student is of another architecture and image size than the frozen teacher."""
+    model = RECIPE.student.model_copy(update={"num_queries": 5})
+    student = build_segmenter(model, len(CATEGORIES), seed=7)
+    learner = Learner(model.model_dump(), InputSize("fit", (48, 32)))
+
+    def train(batches: Any, teachers: Any) -> list[Batch]:
+        found = []
+        for step in range(6):
+            if step == 2:
+                ray.get(teachers.versions.publish.remote(1, [ray.put(save_tensors(student.state_dict()))]))
+            found.append(next(batches))
+        return found
+
+    frozen = Stream(table, 6).run(store, read_all, offline.stage)
+    refreshed = Stream(table, 6).run(store, train, offline.stage, refresh_steps=2, learner=learner)
+    for step, (mine, theirs) in enumerate(zip(refreshed, frozen)):
+        assert all(equal(a, b) for a, b in zip(mine.targets, theirs.targets)) == (step < 4), step
+    labelled = [t for batch in refreshed[4:] for t in batch.targets[2:]]
+    assert any(len(t.labels) for t in labelled) and all(len(t.labels) <= 5 for t in labelled)
 
 
 def test_two_workers_share_a_refreshed_teacher(offline: LabelJob, store: ArtifactStore, table: pa.Table) -> None:

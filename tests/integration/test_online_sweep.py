@@ -79,7 +79,9 @@ def curve(folder: Path, manifest: dict[str, Any]) -> dict[str, float]:
 
 
 def test_a_refreshed_teacher_survives_a_kill(tmp_path: Path, offline: Path, start_sweep: Any, wait_until: Any) -> None:
-    refreshed = arguments("labels.mode=online", "labels.refresh_steps=2")
+    """In 1c and in 2b, where the student takes the place of theta_T''."""
+    stages_of = "labels.refresh_stages=[selftrain, distill]"
+    refreshed = arguments("labels.mode=online", "labels.refresh_steps=2", stages_of)
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     sweep = start_sweep(killed, *refreshed)
     notes = killed / "storage/checkpoints"

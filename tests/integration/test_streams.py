@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import ray
+import torch
 from stream_scenes import CATEGORIES, DATA, STILL, assert_same, loop, write_images
 
 from cast_ray.recipe import InputSize, RuntimeConfig
@@ -64,6 +65,31 @@ def test_a_stream_is_the_loop_in_order(table: pa.Table, wanted: list[Batch]) -> 
     for mine, theirs in zip(found, wanted):
         assert mine.num_labelled == 4
         assert_same(mine, theirs)
+
+
+def test_pseudo_labels_on_the_strong_view_ask_for_it_of_d_u_alone(table: pa.Table, wanted: list[Batch]) -> None:
+    found = read(images_of(table), 11, strong=False, strong_unlabelled=True)
+    assert len(found) == 11
+    for mine, theirs in zip(found, wanted):
+        assert torch.equal(mine.weak, theirs.weak) and torch.equal(mine.strong[4:], theirs.strong[4:])
+        assert torch.equal(mine.strong[:4], mine.weak[:4])
+        assert bool((mine.truth_instance == -1).all())  # that L_pxl alone reads
+    assert sum(not torch.equal(mine.strong[4:], mine.weak[4:]) for mine in found) > 5  # some are too dark to differ
+
+
+def test_instances_are_pasted_the_same_however_many_workers_there_are(table: pa.Table, wanted: list[Batch]) -> None:
+    """Of 4 + 2 images a step about half; the others, and the order of all, are those of a stream without."""
+    found = read(images_of(table), 11, copy_paste=0.5)
+    pasted = [
+        not torch.equal(a, b) or len(mine.targets[i].labels) != len(theirs.targets[i].labels)
+        for mine, theirs in zip(found, wanted)
+        for i, (a, b) in enumerate(zip(mine.weak, theirs.weak))
+    ]
+    assert 10 < sum(pasted) < 50  # of 66, where an image is chosen and an instance of its source too
+    for rank in range(2):
+        share = read(images_of(table), 11, copy_paste=0.5, rank=rank, world_size=2)
+        for mine, theirs in zip(share, found):
+            assert_same(mine, theirs, [2 * rank, 2 * rank + 1, 4 + rank])
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -96,6 +96,10 @@ class Squares:
     def __init__(self) -> None:
         self.weights = {"a": 1.0, "b": 0.5}
         self.contrastive = None
+        self.reads_strong = self.is_semi_strong = False
+
+    def weights_at(self, progress: float) -> dict[str, float]:
+        return self.weights
 
     def __call__(self, output: Output, batch: Batch, *_: Any, **__: Any) -> tuple[Terms, None]:
         logits = output.predictions.mask_logits[-1]

@@ -19,6 +19,7 @@ from cast_ray.recipe import ContrastiveConfig, EncoderConfig, LossConfig, ModelC
 from cast_ray.records import Batch
 
 SEMI = LOSS.model_copy(update={"lambda_semi": 1.0})
+STRONG = SEMI.model_copy(update={"semi_view": "strong"})
 # With parts of one image, each would have no other image at all.
 CROSS = CONTRAST.model_copy(update={"scope": "cross-image"})
 CONFIG = TrainConfig(steps=4, lr=1e-3, ema=0.5)
@@ -34,6 +35,9 @@ CASES = {
     "contrastive": (SEMI, CONTRAST),
     "across images": (SEMI, CROSS),
     "without gradients of the strong view": (SEMI, CROSS.model_copy(update={"strong_grad": False})),
+    "pseudo-labels on the strong view": (STRONG, None),
+    "both on the strong view": (STRONG, CROSS),
+    "both, without gradients of the projection": (STRONG, CROSS.model_copy(update={"strong_grad": False})),
 }
 
 
@@ -42,7 +46,8 @@ def gradients(loss: LossConfig, contrastive: ContrastiveConfig | None, parts: in
     batch = make_batch(COUNTS, num_labelled=2)
     objective = Objective(loss, contrastive)
     forward = PartedForward(network, network, parts, nullcontext, seed=0)
-    output = forward(batch.weak, batch.strong if contrastive else None, batch.targets)
+    strong_from = batch.num_labelled if objective.is_semi_strong else None
+    output = forward(batch.weak, batch.strong if objective.reads_strong else None, batch.targets, strong_from)
     terms, _ = objective(output, batch, 0, torch.Generator().manual_seed(0))
     weighted_sum(terms, objective.weights, World().all_reduce_sum, 1)[0].backward()
     forward.backward()

@@ -68,6 +68,24 @@ def test_the_table_names_every_stage_size_and_class() -> None:
     assert audit_table({"row": "sup"})[1] == coverage_table({"row": "sup", "pseudo_labels": {}})[1] == []
 
 
+def test_left_overs_and_suppressed_predictions_have_columns() -> None:
+    truth, labels = scenes(0)
+    for row in labels:
+        row["instances"] = [
+            i | {"visible_share": 0.3 if k % 2 else 1.0, "num_suppressed": 1} for k, i in enumerate(row["instances"])
+        ]
+    audit = summarise_audit(audit_images(truth, labels, CLASSES), CLASSES)
+    assert audit is not None
+    head, body = coverage_table(result("a", label_adapted=audit))
+    cells, left_overs = dict(zip(head, body[0])), audit["visibility"]["left_overs"]
+    assert cells["left-overs"] == str(left_overs["num_labels"]) != "0"
+    assert cells["precision of left-overs"] == f"{left_overs['precision']:.1f}"
+    assert cells["suppressed"] == str(sum(len(row["instances"]) for row in labels))
+    old = {name: value for name, value in audit.items() if name not in ("visibility", "num_suppressed")}
+    head, body = coverage_table(result("a", label_adapted=old))
+    assert dict(zip(head, body[0]))["left-overs"] == dict(zip(head, body[0]))["suppressed"] == ""
+
+
 def test_no_labels_leave_empty_cells() -> None:
     truth, labels = scenes(0)
     empty = summarise_audit(audit_images(truth, [row | {"instances": []} for row in labels], CLASSES), CLASSES)

@@ -65,6 +65,17 @@ def test_other_lengths_are_measured_by_the_step_and_other_batches_scaled_by_the_
     assert wider.source == "scaled" and 8 * 32 / 16 <= wider.device_s <= 8 * 32 / 8
 
 
+def test_a_vote_costs_a_pass_for_each_answer_at_its_scale() -> None:
+    vote = {"pseudo.vote_flip": "true", "pseudo.vote_scales": "[1.0, 2.0]"}
+    scaled = estimates(sweep(vote), CostModel(history(row()), "cpu"))["label-teacher"]
+    assert scaled.source == "scaled" and scaled.device_s == pytest.approx(3.6 * 2 * (1 + 4))
+    counted = estimates(sweep(vote), CostModel([], "cpu"))["label-teacher"].device_s
+    once = estimates(sweep(), CostModel([], "cpu"))["label-teacher"].device_s
+    assert counted == pytest.approx(10 * once)
+    seen = estimates(sweep(vote | {"seed": "7"}), CostModel(history(row(vote)), "cpu"))["label-teacher"]
+    assert (seen.source, seen.device_s) == ("measured", pytest.approx(3.6))
+
+
 def test_workers_and_their_start_count_as_device_time() -> None:
     twice = CostModel(history(row(), num_workers=2, startup_seconds=4.0), "cpu")
     assert estimates(sweep(), twice)["distill"].device_s == pytest.approx(2 * (8 + 4))

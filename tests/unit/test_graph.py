@@ -390,6 +390,36 @@ def test_a_refreshed_teacher_is_another_stage() -> None:
         make({"labels.refresh_steps": "5"})
 
 
+def test_the_student_can_be_its_own_teacher() -> None:
+    frozen = make({"labels.mode": "online"})
+    settings = {"labels.mode": "online", "labels.refresh_steps": "5", "labels.refresh_stages": "[distill]"}
+    assert changed(frozen, make(settings)) == {"distill", "student", "refine", "refined"}
+    both = make(settings | {"labels.refresh_stages": "[selftrain, distill]"})
+    assert [both.roles[name].config["refresh_steps"] for name in ("selftrain", "distill")] == [5, 5]
+    assert changed(frozen, make({"labels.mode": "online", "labels.refresh_stages": "[distill]"})) == set()  # off
+    assert make({"labels.mode": "online", "labels.refresh_steps": "5", "teacher.kind": "sam3"}, foundation="f")
+
+
+def test_soft_targets_ask_the_students_labels_for_what_the_teacher_believes() -> None:
+    mine = {"label-teacher", "distill", "student", "refine", "refined"}
+    soft = make({"loss.soft_targets": "both"})
+    assert changed(make(), soft) == mine and changed(make(), make({"loss.soft_targets": "off"})) == set()
+    assert soft.roles["label-teacher"].config["soft"] and "soft" not in soft.roles["label-adapted"].config
+    masks = make({"loss.soft_targets": "mask"})
+    assert changed(soft, masks) == mine - {"label-teacher"}  # the same labels
+
+
+def test_copy_paste_is_the_students_alone() -> None:
+    assert changed(make(), make({"data.copy_paste": "0.5"})) == {"distill", "student", "refine", "refined"}
+    assert changed(make(), make({"data.copy_paste": "0"})) == set()
+
+
+def test_burn_in_is_the_students_alone() -> None:
+    students = {"distill", "student", "refine", "refined"}
+    assert changed(make(), make({"loss.burn_in_fraction": "0.3"})) == students
+    assert changed(make(), make({"loss.burn_in_fraction": "0"})) == set()
+
+
 def test_an_imported_foundation_takes_the_place_of_pre_training() -> None:
     row = make(foundation="f" * 20)
     assert work(row) == SEMI[1:]
@@ -564,3 +594,20 @@ def test_the_teacher_has_its_own_size() -> None:
 def test_a_foundation_is_given_and_not_made() -> None:
     row = make(foundation="f" * 20)
     assert plan_sweep([row, make()], []).given == {"f" * 20}
+
+
+def test_what_is_painted_changes_labels_and_all_that_reads_them() -> None:
+    readers = {"label-adapted", "selftrain", "teacher", "label-teacher", "distill", "student", "refine", "refined"}
+    for key, off, on in (("pseudo.min_visible_share", "0", "0.5"), ("pseudo.nms_iou", "1", "0.7")):
+        without = make({"pseudo.min_visible_share": "0", key: off})
+        assert changed(without, make({"pseudo.min_visible_share": "0", key: on})) == readers
+        assert key.partition(".")[2] not in without.roles["label-teacher"].config["pseudo"]
+
+
+def test_the_view_of_l_semi_is_the_students_alone() -> None:
+    students = {"distill", "student", "refine", "refined"}
+    assert changed(make(), make({"loss.semi_view": "strong"})) == students
+    assert changed(make(), make({"loss.semi_view": "weak"})) == set()
+    assert "semi_view" not in make({"loss.semi_view": "strong"}).roles["selftrain"].config["loss"]
+    bare = {"loss.lambda_semi": "0"}
+    assert changed(make(bare), make(bare | {"loss.semi_view": "strong"})) == set()

@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # Low to high; a module may import modules of lower layers and of its own folder. `cast_ray/<name>.py` or `/<name>/`.
-CONTRACTS = ("console", "files", "recipe", "records", "registry")
-LEAVES = ("datasets", "views", "batches", "models", "losses", "evaluation")
+CONTRACTS = ("console", "files", "recipe", "records", "registry", "soft_targets")
+LEAVES = ("datasets", "views", "copy_paste", "batches", "models", "losses", "evaluation")
 UPPER = ("teachers", "engine", "stages", "runtime", "report", "sweeps")
 LAYER = {name: 0 for name in CONTRACTS} | {name: 1 for name in LEAVES} | {name: i + 2 for i, name in enumerate(UPPER)}
 LAYER["sweeps"] = LAYER["report"] + 1  # sweeps print reports; a report never starts a sweep
@@ -22,7 +22,7 @@ LAYER["unfinished"] = LAYER["sweeps"] - 1  # what predict and label share
 LAYER |= {"predict": LAYER["sweeps"], "export": LAYER["sweeps"], "label": LAYER["sweeps"] + 1}
 # What a contract may use of the others: the recipe knows nothing, the rest may read it.
 WITHIN_CONTRACTS: dict[str, set[str]] = {name: set() for name in ("console", "files", "recipe")}
-WITHIN_CONTRACTS |= {"records": {"recipe"}, "registry": {"recipe", "records"}}
+WITHIN_CONTRACTS |= {"records": {"recipe"}, "registry": {"recipe", "records"}, "soft_targets": {"records"}}
 RAY_AT_HOME = {"runtime", "sweeps"}
 DISTRIBUTED_AT_HOME = {"engine", "runtime"}
 

@@ -6,9 +6,11 @@ import contextlib
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -148,3 +150,21 @@ def test_wrong_input_is_one_line(
     assert run(photos, *arguments, "--out", tmp_path / "out") == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and message in lines[0]
+
+
+def test_a_teacher_can_be_asked_mirrored_too(
+    checkpoints: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[np.ndarray] = []
+    real = GroundedSamTeacher.find
+
+    def watched(self: GroundedSamTeacher, images: torch.Tensor, *arguments: Any) -> Any:
+        asked.append(images.numpy())
+        return real(self, images, *arguments)
+
+    monkeypatch.setattr(GroundedSamTeacher, "find", watched)
+    where = [photos / "a.png", "--out", tmp_path / "out", "--classes", "person, dog", "--threshold", "0"]
+    assert run(*where, *grounded(checkpoints), "--set", "pseudo.vote_flip=true") in (0, label.EXIT_NOTHING)
+    straight, mirrored = asked
+    height = round(40 * 64 / 60)  # 40 x 60 fitted to 64 x 64
+    assert np.array_equal(straight[0, :, :height], mirrored[0, :, :height, ::-1])

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -22,7 +23,7 @@ from cast_ray.engine.objective import Objective, weighted_sum
 from cast_ray.engine.world import World
 from cast_ray.models.segmenter import Segmenter
 from cast_ray.recipe import ContrastiveConfig, LossConfig, TrainConfig
-from cast_ray.records import Predictions
+from cast_ray.records import Batch, Predictions
 
 SHORT = TrainConfig(steps=16, checkpoint_every_steps=6, lr=3e-3, ema=0.9)
 SEMI = LOSS.model_copy(update={"lambda_semi": 0.5})
@@ -54,6 +55,21 @@ def test_the_loss_falls_on_one_batch_and_the_average_is_handed_on() -> None:
         return float(weighted_sum(terms, objective.weights, World().all_reduce_sum, 1)[0])
 
     assert total(trained.network) < 0.5 * total(make_network(CONTRAST))
+
+
+@pytest.mark.parametrize(("steps", "reads"), [(4, False), (6, True)])
+def test_pseudo_labels_change_nothing_before_the_burn_in_ends(steps: int, reads: bool) -> None:
+    """The first 4 of 8 steps of a stage, which is looked at after some of them."""
+    loss = SEMI.model_copy(update={"burn_in_fraction": 0.5})
+    config = TrainConfig(steps=8, lr=3e-3, ema=0.0, schedule="constant", checkpoint_every_steps=1)
+
+    def labelled(shift: int) -> Iterator[Batch]:
+        for batch in batches(0, 8, num_labelled=1):
+            others = [replace(t, masks=t.masks.roll(shift, 1)) for t in batch.targets[1:]]
+            yield replace(batch, targets=batch.targets[:1] + others)
+
+    mine, other = (run(config, labelled(shift), loss=loss).states[steps - 1].network for shift in (0, 7))
+    assert any(not torch.equal(mine[name], other[name]) for name in mine) == reads
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])

@@ -77,6 +77,15 @@ def test_it_follows_the_settings() -> None:
     assert "GiB" in str(base)
 
 
+def test_pseudo_labels_on_the_strong_view_cost_a_decoder_more_of_d_u_beside_l_pxl_alone() -> None:
+    assert estimate(semi_strong=True) == estimate()
+    both, pxl = estimate(contrastive=CONTRAST, semi_strong=True), estimate(contrastive=CONTRAST)
+    assert both.weights == pxl.weights and pxl.activations < both.activations < 2 * pxl.activations
+    assert pxl.outputs < both.outputs < 2 * pxl.outputs
+    labelled = estimate(contrastive=CONTRAST, semi_strong=True, unlabelled=False)
+    assert labelled == estimate(contrastive=CONTRAST, unlabelled=False)
+
+
 def test_the_papers_student_on_one_gpu() -> None:
     recipe = build_recipe("cityscapes", "full")
     found = estimate_memory(

@@ -8,6 +8,7 @@ from training_scenes import CONTRAST, LOSS, make_batch, make_network
 
 from cast_ray.engine.objective import Objective
 from cast_ray.losses.contrastive import contrastive_loss
+from cast_ray.models.segmenter import Segmenter
 from cast_ray.recipe import CONTRASTIVE_PRESETS, ContrastiveConfig
 
 BATCH = make_batch((2, 3, 1, 2), num_labelled=2)
@@ -78,3 +79,38 @@ def test_the_whole_objective_is_finite_under_autocast(dtype: torch.dtype) -> Non
     assert all(total.dtype == torch.float32 for total, _ in terms.values())
     sum(total for total, _ in terms.values()).backward()
     assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("strong_grad", [True, False])
+def test_the_set_losses_can_read_the_strong_view_of_d_u(strong_grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = make_network(CONTRAST.model_copy(update={"strong_grad": strong_grad})).eval()
+    with torch.no_grad():
+        of_weak, of_strong = network.segmenter(BATCH.weak), network.segmenter(BATCH.strong)
+    without = network(BATCH.weak, BATCH.strong)
+    assert without.supervised is None
+    encoded: list[int] = []
+    real = Segmenter._normalised  # before every pass of the encoder
+    monkeypatch.setattr(Segmenter, "_normalised", lambda self, x: encoded.append(len(x)) or real(self, x))
+    output = network(BATCH.weak, BATCH.strong, BATCH.targets, 2)
+    assert sum(encoded) == 2 * len(BATCH.weak)  # each view of each image once, for both losses
+    for name in ("class_logits", "mask_logits", "auxiliary"):
+        parts = [getattr(p, name) for p in (output.supervised, of_weak, of_strong)]
+        parts = [list(p.values()) if isinstance(p, dict) else p for p in parts]
+        for mine, first, second in zip(*parts, strict=True):
+            torch.testing.assert_close(mine[:2], first[:2])
+            torch.testing.assert_close(mine[2:], second[2:])
+            assert not torch.allclose(first[2:], second[2:])
+    torch.testing.assert_close(output.predictions.mask_logits[-1], of_weak.mask_logits[-1])  # y is the weak view's
+    torch.testing.assert_close(output.z_weak, without.z_weak)
+    torch.testing.assert_close(output.z_strong, without.z_strong)
+    assert output.z_strong.requires_grad == strong_grad
+    output.supervised.mask_logits[-1][2:].sum().backward()
+    assert all(p.grad is not None for p in network.segmenter.encoder.stages[0].parameters())
+
+
+def test_without_l_pxl_the_strong_view_of_d_u_takes_the_place_of_the_weak_one() -> None:
+    network = make_network(None).eval()
+    mixed = torch.cat([BATCH.weak[:2], BATCH.strong[2:]])
+    output = network(BATCH.weak, BATCH.strong, BATCH.targets, 2)
+    assert output.supervised is None  # one pass: the predictions are what the set losses read
+    torch.testing.assert_close(output.predictions.mask_logits[-1], network.segmenter(mixed).mask_logits[-1])

@@ -54,6 +54,39 @@ def test_parts_are_counted_apart() -> None:
     torch.testing.assert_close(by_score["semi/mask"][0], 0.25 * terms["semi/mask"][0])
 
 
+@pytest.mark.parametrize("contrastive", [None, CONTRAST])
+def test_l_semi_of_the_strong_view_is_that_of_a_step_whose_d_u_is_the_strong_view(contrastive: Any) -> None:
+    objective = Objective(SEMI.model_copy(update={"semi_view": "strong"}), contrastive)
+    network = make_network(contrastive).eval()
+    output = network(BATCH.weak, BATCH.strong, BATCH.targets, BATCH.num_labelled)
+    found, _ = objective(output, BATCH, 0, torch.Generator().manual_seed(0))
+    mixed = replace(BATCH, weak=torch.cat([BATCH.weak[:2], BATCH.strong[2:]]))
+    wanted, _ = Objective(SEMI, None)(network(mixed.weak), mixed, 0, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    weak, _ = Objective(SEMI, contrastive)(network(BATCH.weak, BATCH.strong), BATCH, 0, generator)
+    for name, (total, count) in wanted.items():
+        torch.testing.assert_close(found[name], (total, count))
+    for name in ("class", "mask", "dice"):
+        torch.testing.assert_close(found[f"sup/{name}"], weak[f"sup/{name}"])
+    assert not torch.allclose(found["semi/mask"][0], weak["semi/mask"][0])
+    if contrastive is not None:
+        torch.testing.assert_close(found["pxl"], weak["pxl"])  # y is the weak view's either way
+
+
+def test_pseudo_labels_have_no_weight_before_the_burn_in_ends() -> None:
+    objective = Objective(SEMI.model_copy(update={"burn_in_fraction": 0.5}), CONTRAST)
+    without = {name: 0.0 if name.startswith("semi/") else weight for name, weight in objective.weights.items()}
+    assert [objective.weights_at(step / 4) for step in range(4)] == [without] * 2 + [objective.weights] * 2
+    assert any(name.startswith("semi/") for name in without) and without["pxl"] == objective.weights["pxl"] > 0
+
+
+def test_which_views_a_step_reads() -> None:
+    strong = SEMI.model_copy(update={"semi_view": "strong"})
+    assert not Objective(SEMI, None).reads_strong and Objective(strong, None).reads_strong
+    no_labels = strong.model_copy(update={"lambda_semi": 0.0})
+    assert not Objective(no_labels, None).reads_strong and not Objective(no_labels, CONTRAST).is_semi_strong
+
+
 @pytest.mark.parametrize("kind", ["cast", "infonce", "pc2seg"])
 @pytest.mark.parametrize("sampler", ["uniform", "mask", "class", "fusion"])
 def test_the_truth_enters_no_loss_but_the_oracles(kind: str, sampler: str) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 from pycocotools import mask as coco_mask
 
@@ -106,6 +109,77 @@ def test_a_mask_with_two_classes_keeps_the_better_with_and_without_painting():
         labels = pseudo_labels(found, PseudoConfig(non_overlapping=painting))
         assert [i["label"] for i in labels] == [1, 2]
         assert columns(labels[1]) == list(range(10 if painting else 5, 12))
+
+
+def test_what_others_left_over_of_a_mask_is_no_label_where_its_share_is_asked_for():
+    """A near-duplicate (IoU .9) of a better label would become a sliver of 12 pixels beside it."""
+    found = [instance(0, 0.9, 0, 12), instance(0, 0.8, 0, 14), instance(1, 0.7, 8, 20)]
+    shares = [round(i["visible_share"], 4) for i in pseudo_labels(found, PseudoConfig())]
+    assert shares == [1.0, round(2 / 14, 4), round(6 / 12, 4)]
+    labels = pseudo_labels(found, PseudoConfig(min_visible_share=0.5))
+    assert [i["label"] for i in labels] == [0, 1]
+    assert columns(labels[1]) == list(range(12, 20))  # the pixels of the dropped one are free for those behind it
+    assert [i["label"] for i in pseudo_labels(found, PseudoConfig(min_visible_share=0.7))] == [0]
+    whole = pseudo_labels(found, PseudoConfig(min_visible_share=0.5, non_overlapping=False))
+    assert [i["visible_share"] for i in whole] == [1.0] * 3  # nothing is painted over
+
+
+def test_masks_that_overlap_a_better_one_of_their_class_are_suppressed_before_painting():
+    found = [instance(0, 0.7, 0, 14), instance(0, 0.9, 0, 12), instance(1, 0.8, 0, 13), instance(0, 0.6, 12, 20)]
+    labels = pseudo_labels(found, PseudoConfig(nms_iou=0.7, min_area_px=1, order="detector"))
+    assert [(i["label"], i["score"], i["num_suppressed"]) for i in labels] == [(0, 0.9, 1), (1, 0.8, 0), (0, 0.6, 0)]
+    assert len(pseudo_labels(found, PseudoConfig(nms_iou=0.9, min_area_px=1))) == 4  # IoU of the first two: 12 / 14
+    alone = pseudo_labels(found, PseudoConfig(nms_iou=0.7, min_area_px=1, score_threshold=0.75))
+    assert [i["num_suppressed"] for i in alone] == [0, 0]  # what is not trusted counts nowhere
+
+
+def paint_slowly(found: list[dict[str, Any]], config: PseudoConfig) -> list[tuple[int, float, list[tuple[int, int]]]]:
+    """The labelling rule pixel by pixel: (label, score, pixels) of each label."""
+
+    def pixels(one: dict[str, Any]) -> set[tuple[int, int]]:
+        mask = coco_mask.decode({"size": one["size"], "counts": one["rle"]})
+        return {(int(y), int(x)) for y, x in zip(*np.nonzero(mask))}
+
+    left = [i for i in found if i["score"] > config.score_threshold]
+    if config.nms_iou < 1:
+        stay: list[dict[str, Any]] = []
+        for one in sorted(left, key=lambda i: -i["score"]):
+            mine = pixels(one)
+            rivals = [pixels(other) for other in stay if other["label"] == one["label"]]
+            if all(len(mine & other) < config.nms_iou * len(mine | other) for other in rivals):
+                stay.append(one)
+        left = [one for one in left if any(one is other for other in stay)]
+    if config.order == "score":
+        left = sorted(left, key=lambda i: -i["score"])
+    taken: set[tuple[int, int]] = set()
+    labels = []
+    for one in left:
+        mine = pixels(one)
+        visible = mine - taken
+        big_enough = len(visible) >= max(1, config.min_area_px)
+        if big_enough and len(visible) / len(mine) >= config.min_visible_share and len(labels) < config.max_per_image:
+            taken |= visible
+            labels.append((one["label"], one["score"], sorted(visible)))
+    return labels
+
+
+@pytest.mark.parametrize("order", ["score", "detector"])
+@pytest.mark.parametrize(("share", "iou"), [(0.0, 1.0), (0.5, 1.0), (0.0, 0.6), (0.5, 0.6), (1.0, 0.3)])
+def test_labels_are_those_of_painting_pixel_by_pixel(order: Any, share: float, iou: float):
+    rng = np.random.default_rng(7)
+    config = PseudoConfig(order=order, min_visible_share=share, nms_iou=iou, max_per_image=8, score_threshold=0.2)
+    for _ in range(20):
+        found = []
+        for _ in range(14):
+            left, top = rng.integers(0, 14), rng.integers(0, 6)
+            mask = np.zeros((10, 20), np.uint8)
+            mask[top : top + rng.integers(3, 6), left : left + rng.integers(3, 8)] = 1
+            rle = coco_mask.encode(np.asfortranarray(mask))["counts"]
+            found.append({"label": int(rng.integers(2)), "score": float(rng.random()), "rle": rle, "size": [10, 20]})
+        labels = pseudo_labels(found, config)
+        painted = [coco_mask.decode({"size": i["size"], "counts": i["rle"]}) for i in labels]
+        pixels = [[(int(y), int(x)) for y, x in zip(*np.nonzero(mask))] for mask in painted]
+        assert [(i["label"], i["score"], p) for i, p in zip(labels, pixels)] == paint_slowly(found, config)
 
 
 def test_the_expert_teacher_predicts_at_image_size_without_training_state():

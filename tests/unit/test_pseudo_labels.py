@@ -249,6 +249,39 @@ def test_a_label_on_a_crowd_costs_nothing() -> None:
     assert audit["num_ignored"] == 1 and audit["worst"] == []
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_labels_are_counted_by_what_is_visible_of_their_masks(seed: int) -> None:
+    table, results = random_scenes(seed, IDS, num_detections=12)
+    truth, labels = table.to_pylist(), label_rows(table, results)
+    rng = np.random.default_rng(seed)
+    for row in labels:
+        for instance in row["instances"]:
+            instance |= {"visible_share": float(rng.integers(1, 101)) / 100, "num_suppressed": int(rng.integers(3))}
+    audit = audit_of(truth, labels)
+    right = {name: audit["visibility"][name]["num_labels"] for name in ("left_overs", "others")}
+    assert sum(right.values()) == audit["num_labels"] == sum(audit["visibility"]["count"])
+    assert audit["num_suppressed"] == sum(i["num_suppressed"] for row in labels for i in row["instances"])
+    for name, kept in (("left_overs", lambda share: share < 0.5), ("others", lambda share: share >= 0.5)):
+        # Slowly, of one label alone: whether it is right depends on the better ones that may take its object.
+        counted = correct = 0
+        for row, label_row in zip(truth, labels):
+            ranked = sorted(label_row["instances"], key=lambda i: -i["score"])
+            for k, instance in enumerate(ranked):
+                if kept(instance["visible_share"]):
+                    after, before = (count_slowly([row], [label_row | {"instances": ranked[:n]}]) for n in (k + 1, k))
+                    correct += sum(after["right"].values()) - sum(before["right"].values())
+                    counted += len(after["scored"]) - len(before["scored"])
+        assert audit["visibility"][name] == {"num_labels": counted, "precision": percent(correct, counted)}
+    parts = [audit_images(truth[k::2], labels[k::2], CLASSES) for k in range(2)]
+    assert summarise_audit(join_audits(parts), CLASSES) == audit
+
+
+def test_labels_that_do_not_say_what_is_visible_of_them_are_not_counted_as_whole() -> None:
+    table, results = random_scenes(1, IDS)
+    audit = audit_of(table.to_pylist(), label_rows(table, results))
+    assert audit["visibility"] is None and audit["num_suppressed"] == 0 and audit["num_labels"] > 0
+
+
 def test_no_labels_at_all() -> None:
     truth = rows([[box(0, 10, 2)], []])
     labels = [row | {"position": k} for k, row in enumerate(rows([[], []]))]

@@ -8,7 +8,7 @@ from transformers import Mask2FormerConfig
 from transformers.models.mask2former import modeling_mask2former as theirs
 
 from cast_ray.losses import matching, set_criterion
-from cast_ray.losses.set_criterion import LossPoints, set_loss, slice_predictions
+from cast_ray.losses.set_criterion import LossPoints, set_loss
 from cast_ray.recipe import LossConfig
 from cast_ray.records import Predictions, Targets
 
@@ -324,7 +324,7 @@ def test_each_image_has_the_terms_that_it_has_alone():
     points = make_points(config, 5)
     whole = set_loss(predictions, targets, config, points=points)
     for start, stop, pairs in ((0, 2, slice(0, 2)), (2, 3, slice(2, 5))):
-        part = slice_predictions(predictions, start, stop)
+        part = predictions.part(start, stop)
         assert part.features[8].shape[0] == part.auxiliary["p"].shape[0] == stop - start
         some = LossPoints(points.match[:, start:stop], points.candidates[:, pairs], points.uniform[:, pairs])
         alone = set_loss(part, targets[start:stop], config, points=some)
