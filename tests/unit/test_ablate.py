@@ -117,7 +117,7 @@ def test_the_papers_experiment_is_planned_without_a_hub(dry_run: DryRun, tmp_pat
     assert "device-hours to run" in line(output, "devices") and "left out" not in line(output, "devices")
     memory = line(output, "memory")
     assert re.search(r"GiB \(distill\)", memory) and re.search(r"MiB a worker \(evaluate\)", memory)
-    estimated, _, unknown = memory.partition("; ")
+    _, _, unknown = memory.partition("; ")
     assert unknown.endswith("not estimated: a teacher from checkpoints") and "selftrain" in unknown
 
 
