@@ -56,7 +56,13 @@ def inference_memory(
     if model is None or "kind" in model or seen_hw is None:
         return None
     images = recipe.label_batch if stage.kind == "label" else recipe.evaluation.batch
-    return estimate_inference_memory(ModelConfig(**model), num_classes=num_classes, image_px=seen_hw, images=images)
+    return estimate_inference_memory(
+        ModelConfig(**model),
+        num_classes=num_classes,
+        image_px=seen_hw,
+        images=images,
+        half=stage.precision != "off",
+    )
 
 
 def coco_results(

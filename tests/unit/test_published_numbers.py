@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from cast_ray.recipe import CONTRASTIVE_PRESETS, Recipe, build_recipe
+from cast_ray.recipe import CONTRASTIVE_PRESETS, SCALES, Recipe, build_recipe, preset_names
 
 
 class Published(NamedTuple):
@@ -237,8 +237,8 @@ def test_refinement_fine_tunes_at_a_tenth_of_the_rate(preset: str) -> None:
     assert stages.refine.model_dump(exclude=rest) == stages.distill.model_dump(exclude=rest)
 
 
-@pytest.mark.parametrize("preset", ["cityscapes", "ade20k", "coco", "shapes"])
-@pytest.mark.parametrize("scale", ["smoke", "demo", "full"])
+@pytest.mark.parametrize("preset", preset_names())
+@pytest.mark.parametrize("scale", SCALES)
 def test_no_preset_refines_at_more_than_a_tenth(preset: str, scale: str) -> None:
     stages = build_recipe(preset, scale).stages
     assert stages.refine.lr <= stages.distill.lr / 10 * (1 + 1e-9)
