@@ -139,7 +139,7 @@ def _named(source: str, exclude: Sequence[str]) -> FoundImages:
     filesystem, path = resolve(source)
     kind = filesystem.get_file_info(path).type
     if kind == fs.FileType.File:
-        return FoundImages([source])
+        return FoundImages([] if _is_inside(source, exclude) else [source])
     if kind == fs.FileType.Directory:
         root = absolute(source)
         found = images_below(Listing(root), root, exclude)
@@ -148,15 +148,20 @@ def _named(source: str, exclude: Sequence[str]) -> FoundImages:
     return FoundImages() if is_uri(source) else _matching(source, exclude)
 
 
+def _is_inside(path: str, folders: Sequence[str]) -> bool:
+    """Whether a local file lies in one of some local folders, links followed; a URI lies in none."""
+    real = os.path.realpath(path)
+    return not is_uri(path) and any(real.startswith(os.path.realpath(folder) + os.sep) for folder in folders)
+
+
 def _matching(pattern: str, exclude: Sequence[str]) -> FoundImages:
     """The images that a local pattern fits, by the rules of `images_below`."""
     found = FoundImages()
-    closed = [os.path.realpath(folder) + os.sep for folder in exclude]
     best: dict[str, str] = {}
     matches = [(path, os.path.realpath(path)) for path in _fitting(pattern) if os.path.isfile(path)]
     # the file itself before links to it, then the shortest path
     for path, real in sorted(matches, key=lambda m: (os.path.abspath(m[0]) != m[1], m[0].count(os.sep), m[0])):
-        if any(real.startswith(folder) for folder in closed):
+        if _is_inside(real, exclude):
             continue
         if not is_text(path):
             found.left_out["names that are not UTF-8"] += 1
