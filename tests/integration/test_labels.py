@@ -420,7 +420,9 @@ def test_a_slow_student_holds_its_teachers_back(
         def __init__(self) -> None:
             self.images = 0
 
-        def label(self, stage: Stage, version: int, weights: Any, asked: Pictures) -> list[list[dict[str, Any]]]:
+        def label(
+            self, stage: Stage, learner: Any, version: int, weights: Any, asked: Pictures
+        ) -> list[list[dict[str, Any]]]:
             self.images += len(asked.positions)
             return [[] for _ in asked.positions]
 

@@ -87,7 +87,11 @@ def test_workers_give_what_one_process_gives(folder: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert "36 of 40 images" in done.stdout and "skipped" in done.stderr and "30.png" in done.stderr
     for name in ("results.json", "images.json"):
-        one, two = (json.loads((folder / out / name).read_text()) for out in ("alone", "workers"))
+        # Scores to five digits: the images that pass a model together decide how its sums are rounded.
+        one, two = (
+            json.loads((folder / out / name).read_text(), parse_float=lambda number: round(float(number), 5))
+            for out in ("alone", "workers")
+        )
         assert one == two
     for path in (folder / "alone" / "overlays").iterdir():
         assert path.read_bytes() == (folder / "workers" / "overlays" / path.name).read_bytes()
