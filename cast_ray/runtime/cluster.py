@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import socket
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -176,6 +177,9 @@ def _choose_temp_dir() -> None:
             f"{TEMP_VARIABLE} to a short one"
         )
     os.environ[TEMP_VARIABLE] = SHORT_TEMP_DIR
+    # The processes of Ray's dashboard make sockets in TMPDIR, whatever Ray's own folder is, and do not start without.
+    tempfile.gettempdir()  # noted before: this process keeps the user's folder for its own files
+    os.environ["TMPDIR"] = SHORT_TEMP_DIR
 
 
 def _free_port() -> int:
