@@ -46,17 +46,23 @@ ROWS: dict[str, dict[str, str]] = {
 
 
 def lookup(kind: str, name: str) -> Any:
-    """The object that a recipe names.
+    """Returns the object that a recipe names.
 
     Args:
         kind: datasets, encoders, decoders or teachers.
-        name: a name of that kind.
+        name: a name of that kind, or `MODULE:ATTRIBUTE` of code that is not part of this package.
 
     Raises:
-        ValueError: unknown kind or name; the message names the nearest known one.
+        ValueError: unknown kind or name (the message names the nearest known one), or code that cannot be imported.
     """
     if kind not in ROWS:
         raise ValueError(f"unknown kind {kind!r}{_nearest(kind, list(ROWS))}")
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        try:
+            return getattr(import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"{name!r} in {kind}: expected MODULE:NAME that Python can import: {error}") from error
     if name not in ROWS[kind]:
         raise ValueError(f"unknown name {name!r} in {kind}{_nearest(name, list(ROWS[kind]))}")
     module, _, attribute = ROWS[kind][name].partition(":")

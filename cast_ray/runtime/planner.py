@@ -25,8 +25,14 @@ from cast_ray.stages.graph import NoTeacherError, RowPlan, plan, split_part
 
 
 def command_line() -> str:
-    """What the user typed."""
-    return shlex.join(["python", *sys.argv])
+    """Returns what the user typed, as it can be typed again."""
+    program, *arguments = sys.argv
+    path = Path(program)
+    if path.name == "__main__.py":
+        return shlex.join(["python", "-m", path.parent.name, *arguments])
+    if path.suffix == ".py":
+        return shlex.join(["python", program, *arguments])
+    return shlex.join([path.name, *arguments])
 
 
 class RowPlanner:

@@ -1,0 +1,52 @@
+"""`cast-ray export` takes a student out of a run: as a folder of its own with a model card, or as one ONNX file.
+
+cast-ray export --student runs/losses-shapes-demo/sup+semi+pxl --out student
+cast-ray export --student student --out student.onnx
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cast_ray.cli.options import STUDENT_HELP, Parser, exit_code, output_file, output_folder, positive
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns its exit code."""
+    parser = Parser(
+        prog="cast-ray export",
+        description="Writes a student as a folder (config.json, model.safetensors, README.md) or, where --out ends in "
+        ".onnx, as one file with inputs and outputs as in cast_ray/models/deployment.py.",
+    )
+    parser.add_argument("--student", required=True, help=STUDENT_HELP)
+    parser.add_argument("--out", required=True, help="local folder, or FILE.onnx; made where missing")
+    parser.add_argument(
+        "--image-px",
+        type=positive,
+        nargs=2,
+        metavar=("H", "W"),
+        help="size of an ONNX model's images (default: that of the student, where it has one)",
+    )
+    parser.add_argument("--max-detections", type=positive, default=100, help="of an ONNX model (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    return exit_code(lambda: _export(arguments.student, arguments.out, arguments.max_detections, arguments.image_px))
+
+
+def _export(name: str, out_name: str, max_detections: int, image_px: list[int] | None) -> int:
+    as_onnx = out_name.lower().endswith(".onnx")
+    size = None if image_px is None else (image_px[0], image_px[1])
+    if size is not None and not as_onnx:
+        raise ValueError(f"--image-px {size[0]} {size[1]}: expected --out FILE.onnx with it, got {out_name!r}")
+    out = output_file(out_name) if as_onnx else output_folder(out_name)
+
+    from cast_ray.runtime.models import open_student  # needs torch, once the arguments are sound
+
+    student, result = open_student(name)
+    if as_onnx:
+        from cast_ray.models.deployment import export_onnx
+
+        export_onnx(student, out, max_detections, size)
+    else:
+        student.save_pretrained(out, result)
+    print(f"written: {out}")
+    return 0

@@ -1,0 +1,155 @@
+"""`cast-ray inspect` looks into a dataset before anything is trained on it.
+
+cast-ray inspect DIR
+cast-ray inspect DIR --format coco --set data.annotations=my.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cast_ray.cli.options import Parser, add_set_option, exit_code, output_folder, plain_console, positive
+from cast_ray.datasets.data_report import REPORT_FILE, check_report, print_warnings
+from cast_ray.datasets.images import read_image
+from cast_ray.datasets.inspection import SplitFacts, choose_samples, facts_of, guess_format
+from cast_ray.datasets.paths import absolute
+from cast_ray.datasets.progress import track
+from cast_ray.datasets.reading import load
+from cast_ray.files import write_atomically
+from cast_ray.recipe import DataConfig, build_recipe, parse_overrides, preset_names
+from cast_ray.records import ClassMap, DatasetSplits, class_names, mask_areas
+from cast_ray.report.overlays import contact_sheet
+
+MAX_SHOWN = 12
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    return exit_code(lambda: inspect(arguments, plain_console()))
+
+
+def inspect(arguments: argparse.Namespace, console: Console) -> int:
+    """Reads a dataset, prints what is in it and writes a contact sheet and `data_report.json`; returns 0.
+
+    Raises:
+        ValueError: the folder is no dataset; what a run would refuse for too many bad files is shown and said.
+    """
+    root = absolute(arguments.root)
+    kind = arguments.format or guess_format(root)
+    if kind == "shapes":
+        raise ValueError("--format shapes: drawn scenes lie in no folder; expected coco, cityscapes, ade20k or a reader")
+    out = output_folder(arguments.out or str(Path("inspect") / (Path(root.rstrip("/")).name or kind)))
+    overrides: dict[str, Any] = {"data.root": root, "data.format": kind, **parse_overrides(arguments.set)}
+    if unknown := [key for key in overrides if not key.startswith("data.")]:
+        raise ValueError(f"--set {unknown[0]}: expected a key of the recipe's data part, for example data.annotations")
+    recipe_data = build_recipe(kind if kind in preset_names() else "coco", "full", overrides).data
+    config = recipe_data.model_copy(update={"max_bad_fraction": 1.0})
+    with track(console, "reading images") as progress:
+        dataset, report = load(config, progress)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / REPORT_FILE, json.dumps(report, indent=1))
+    sheet = _draw(dataset, arguments.images, out / "samples.png")
+    facts = facts_of(dataset)
+    console.print(Text.assemble((root, "bold"), f": {kind}, {len(dataset.categories)} classes"), soft_wrap=True)
+    console.print(_splits_table(facts))
+    console.print(_classes_table(facts, dataset))
+    _print_skipped(report, recipe_data, console)
+    for note in report["notes"]:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    print_warnings(report["warnings"], console)
+    console.print(f"Written: {sheet}, {out / REPORT_FILE}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _splits_table(facts: list[SplitFacts]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("split")
+    columns = ("images", "without objects", "objects", "ignore regions", "small", "medium", "large")
+    for column in (*columns, "size (pixels)"):
+        table.add_column(column, justify="right")
+    for split in facts:
+        counts = (split.num_images, split.num_empty, split.num_objects, split.num_crowds, *split.areas)
+        table.add_row(split.name, *(f"{count:,}" for count in counts), _sizes(split))
+    return table
+
+
+def _sizes(split: SplitFacts) -> str:
+    """The most frequent size of a split's images and how many others there are; empty without an image."""
+    if not split.sizes:
+        return ""
+    (height, width), most = next(iter(split.sizes.items()))
+    others = f" and {len(split.sizes) - 1} others" if len(split.sizes) > 1 else ""
+    share = f" ({100 * most / split.num_images:.0f} %)" if others else ""
+    return f"{width} x {height}{share}{others}"
+
+
+def _classes_table(facts: list[SplitFacts], dataset: DatasetSplits) -> Table:
+    labelled = [split for split in facts if split.name != "extra"]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("id", justify="right")
+    table.add_column("class")
+    for split in labelled:
+        table.add_column(f"{split.name}: objects", justify="right")
+        table.add_column("images", justify="right")
+    for label, (category, name) in enumerate(zip(dataset.categories, class_names(dataset.categories))):
+        counts = [str(n) for s in labelled for n in (s.objects_by_class[label], s.images_by_class[label])]
+        table.add_row(str(category.id), name, *counts)
+    return table
+
+
+def _print_skipped(report: dict[str, Any], config: DataConfig, console: Console) -> None:
+    console.print(report["statement"], highlight=False)
+    for entry in report["skipped"][:MAX_SHOWN]:
+        text = f"  {entry['split']} {entry['kind']} {entry['id']} ({entry['file']}): {entry['reason']}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if len(report["skipped"]) > MAX_SHOWN:
+        console.print(f"  and {len(report['skipped']) - MAX_SHOWN} more in {REPORT_FILE}", highlight=False)
+    try:
+        check_report(report, config.max_bad_fraction)
+    except ValueError as error:
+        console.print(f"A run would refuse it: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def _draw(dataset: DatasetSplits, num_images: int, path: Path) -> Path:
+    classes = ClassMap(dataset.categories)
+    records = choose_samples(dataset.train, num_images)
+    images = [read_image(r["uri"], (r["height"], r["width"])) for r in records]
+    columns = []
+    for title, is_crowd in (("objects", False), ("ignore regions", True)):
+        drawn = [[i for i in _largest_first(r) if i["category_id"] in classes] for r in records]
+        kept = [[i for i in each if i["is_crowd"] == is_crowd] for each in drawn]
+        chosen = [[{"rle": i["rle"], "label": classes.label(i["category_id"])} for i in each] for each in kept]
+        if not is_crowd or any(chosen):
+            columns.append((title, chosen))
+    return contact_sheet(images, columns, classes.names(), path)
+
+
+def _largest_first(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """So that small objects are drawn over large ones."""
+    size = [record["height"], record["width"]]
+    areas = mask_areas([{"size": size, "counts": i["rle"]} for i in record["instances"]])
+    return [record["instances"][i] for i in np.argsort(-areas, kind="stable")]
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="cast-ray inspect",
+        description="Reads every image and annotation of a dataset as a run would, and shows what is there: counts per "
+        "class and split, sizes, bad files, and a picture with masks drawn.",
+    )
+    parser.add_argument("root", metavar="DIR", help="folder or URI of the dataset, as its owners distribute it")
+    parser.add_argument("--format", help="coco, cityscapes or ade20k, or MODULE:FUNCTION (default: by its folders)")
+    add_set_option(parser, "a data key of the recipe")
+    parser.add_argument("--images", type=positive, default=6, help="images on the contact sheet (default: %(default)s)")
+    parser.add_argument("--out", metavar="FOLDER", help="for samples.png and data_report.json (default: inspect/NAME)")
+    return parser
