@@ -11,8 +11,6 @@ from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
 
-from cast_ray.recipe import SCALES, parse_overrides, preset_names
-
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 3, 130
 EXIT_CODES = (
     "exit codes: 0 done, 1 the result is bad or missing (a failed row, no image read), 2 the arguments or files cannot "
@@ -77,6 +75,8 @@ def add_recipe_options(
         of: what has a preset and a scale of its own where the user names none (table, search), for the help.
         preset, scale: the defaults, where it is the command that has them.
     """
+    from cast_ray.recipe import SCALES, preset_names  # not needed by `cast-ray --help`, which is to be quick
+
     defaults = [preset, scale] if preset and scale else [f"the {of}'s, else {name}" for name in ("shapes", "demo")]
     for flag, known, value, words in zip(("--preset", "--scale"), (preset_names(), SCALES), (preset, scale), defaults):
         parser.add_argument(flag, default=value, help=f"one of {', '.join(known)} (default: {words})")
@@ -120,6 +120,8 @@ def recipe_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: a --set that is not key=value.
     """
+    from cast_ray.recipe import parse_overrides
+
     named = {
         "runtime.num_workers": arguments.workers_per_trial,
         "runtime.max_concurrent_stages": arguments.max_concurrent,

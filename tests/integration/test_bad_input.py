@@ -16,7 +16,7 @@ from cast_ray.models.student import Student
 from cast_ray.recipe import build_recipe
 from cast_ray.records import Category
 from cast_ray.runtime import sweep as sweep_module
-from sweeps import ablate
+from cast_ray.cli import ablate
 
 NUM_IMAGES = 24
 SQUARE = [[2, 1, 6, 1, 6, 4, 2, 4]]

@@ -18,7 +18,7 @@ from cast_ray.recipe import DataConfig
 from cast_ray.runtime import dataset as dataset_module
 from cast_ray.runtime import sweep as sweep_module
 from cast_ray.runtime.cluster import Cluster
-from sweeps import ablate
+from cast_ray.cli import ablate
 
 WRITERS = {"cityscapes": write_cityscapes, "ade20k": write_ade20k}
 Run = Callable[..., tuple[int, str, str]]

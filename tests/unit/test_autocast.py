@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cast_ray import predict
+from cast_ray.cli import predict
 from cast_ray.models.autocast import fastest_precision, require_precision
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.models.student import CONFIG, Student

@@ -13,7 +13,8 @@ from dataset_folders import write_cityscapes
 from report_scenes import result, save
 from rich.console import Console
 
-from cast_ray.datasets.__main__ import main as inspect
+from cast_ray.cli import ablate
+from cast_ray.cli.inspect import main as inspect
 from cast_ray.datasets.reading import load
 from cast_ray.recipe import DataConfig, build_recipe
 from cast_ray.report.results import summarise
@@ -23,7 +24,6 @@ from cast_ray.runtime.dataset import read_dataset
 from cast_ray.runtime.label_splits import store_splits
 from cast_ray.runtime.store import ArtifactStore
 from cast_ray.stages.search_spec import SearchSpec
-from sweeps import ablate
 
 
 def warnings_of(root: Path, **fields: Any) -> list[str]:
@@ -86,7 +86,7 @@ def test_held_out_images_and_other_formats_too(tmp_path: Path) -> None:
 
 def test_inspect_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_coco(tmp_path / "data", valid_document(8, iscrowd=1))
-    assert inspect(["inspect", str(root), "--out", str(tmp_path / "out")]) == 0
+    assert inspect([str(root), "--out", str(tmp_path / "out")]) == 0
     output = capsys.readouterr().out
     assert output.count("WARNING: No object in the ") == 2 and "some tools export every mask with iscrowd 1" in output
     assert len(json.loads((tmp_path / "out/data_report.json").read_text())["warnings"]) == 2
