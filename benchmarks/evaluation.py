@@ -26,7 +26,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from cast_ray.evaluation.coco_ap import mask_ap, match_results
-from cast_ray.records import RECORD_SCHEMA, Category
+from cast_ray.contracts.records import RECORD_SCHEMA, Category
 
 NUM_IMAGES, NUM_DETECTIONS, NUM_CLASSES, SIZE = 500, 100, 8, (256, 512)
 CATEGORIES = tuple(Category(k, f"class {k}") for k in range(1, NUM_CLASSES + 1))

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cast_ray.console import Parser, plain_console
-from cast_ray.runtime.pruning import Pruning, plan_pruning, prune
-from cast_ray.runtime.store import ArtifactStore, read_each
+from cast_ray.runtime.store.pruning import Pruning, plan_pruning, prune
+from cast_ray.runtime.store.artifacts import ArtifactStore, read_each
 
 NUM_LISTED = 50
 

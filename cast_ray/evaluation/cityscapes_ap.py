@@ -13,7 +13,7 @@ import numpy as np
 from cast_ray.evaluation.detections import VOID_LABEL, Detections, Truth, intersections
 from cast_ray.evaluation.matches import NUM_THRESHOLDS, Matches, join
 from cast_ray.evaluation.precision import cityscapes_ap
-from cast_ray.records import Category, class_names, mask_areas
+from cast_ray.contracts.records import Category, class_names, mask_areas
 
 OVERLAPS = np.arange(0.5, 1.0, 0.05)
 """As the official tool has them; an overlap must be larger."""

@@ -16,7 +16,7 @@ import pyarrow as pa
 from cast_ray.evaluation.detections import Detections, Truth, by_image, overlaps, tie_order
 from cast_ray.evaluation.matches import NUM_THRESHOLDS, Matches, join
 from cast_ray.evaluation.precision import coco_precision
-from cast_ray.records import Category, ClassMap, class_names, mask_areas
+from cast_ray.contracts.records import Category, ClassMap, class_names, mask_areas
 
 AREAS = ("all", "small", "medium", "large")
 AREA_RANGES = np.array([(0, 1e5**2), (0, 32**2), (32**2, 96**2), (96**2, 1e5**2)])

@@ -10,7 +10,7 @@ from cast_ray.evaluation.coco_ap import coco_metrics, match_coco
 from cast_ray.evaluation.detections import Detections, Truth
 from cast_ray.evaluation.matches import Matches
 from cast_ray.recipe import EvaluationConfig
-from cast_ray.records import Category
+from cast_ray.contracts.records import Category
 
 
 def match_images(

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cast_ray.files import write_atomically
+from cast_ray.common.files import write_atomically
 from cast_ray.report.content import Result
 from cast_ray.report.metrics import PER_CLASS
-from cast_ray.stages.table import Table, load_table
+from cast_ray.plan.ablation import Table, load_table
 
 PLAN = "sweep.json"
 RESULT = "result.json"

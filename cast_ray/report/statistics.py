@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 from scipy import stats
 
-from cast_ray.files import replaced
+from cast_ray.common.files import replaced
 from cast_ray.report.content import Cell, Interval, Result
 from cast_ray.report.metrics import split_metric
 from cast_ray.report.run_folder import matches_file

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.fs
 from rich.console import Console
 
-from cast_ray.files import write_atomically
+from cast_ray.common.files import write_atomically
 from cast_ray.report.blocks import Article
 from cast_ray.report.content import Report
 from cast_ray.report.exports import csv_page, figure_file, json_page, latex_page, markdown_page
@@ -22,7 +22,7 @@ from cast_ray.report.results import summarise_run
 from cast_ray.report.run_folder import PLAN, RESULT, read_plan, read_run
 from cast_ray.report.sections import sections_of
 from cast_ray.report.tables import print_report
-from cast_ray.runtime.store import open_uri
+from cast_ray.runtime.store.artifacts import open_uri
 
 WATCH_EVERY_S = 5
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cast_ray.datasets.paths import first_line
+from cast_ray.common.paths import first_line
 from cast_ray.recipe import Recipe
 
 # One machine, few stages of a minute each: starting and stopping worker groups is what costs. These settings bring one
@@ -204,8 +204,8 @@ def stage_slots(
     Raises:
         ValueError: not even one fits; the message gives the sum.
     """
-    from cast_ray.runtime.budget import stream_bundle
-    from cast_ray.runtime.online import num_teachers
+    from cast_ray.runtime.data.resources import stream_bundle
+    from cast_ray.runtime.worker.online import num_teachers
 
     runtime = recipe.runtime
     teachers = num_teachers(runtime) if recipe.labels.mode == "online" else 0

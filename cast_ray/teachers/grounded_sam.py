@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import box_convert
 
-from cast_ray.losses.detection import Detections, boxes_of, detection_loss
-from cast_ray.losses.prompted_masks import prompted_mask_loss
-from cast_ray.models.network import Output, TrainedNetwork
+from cast_ray.losses.teacher.detector import Detections, boxes_of, detection_loss
+from cast_ray.losses.teacher.prompted_masks import prompted_mask_loss
+from cast_ray.models.cast_network import Output, TrainedNetwork
 from cast_ray.models.postprocess import encode_masks
 from cast_ray.models.projector import Projector, select_stride
 from cast_ray.recipe import ContrastiveConfig, GroundedSamConfig, InputSize, TeacherConfig, TrainConfig
-from cast_ray.records import Category, Predictions, Targets
+from cast_ray.contracts.records import Category, Predictions, Targets
 from cast_ray.teachers.box_segmenter import BoxSegmenter
 from cast_ray.teachers.detector import FoundBoxes, TextDetector
 from cast_ray.teachers.prompts import Prompt, Prompter

@@ -16,16 +16,16 @@ from stream_scenes import CATEGORIES, DATA, assert_same, write_images
 
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.recipe import InputSize, PseudoConfig, Recipe, RuntimeConfig, build_recipe
-from cast_ray.records import Batch, Targets
-from cast_ray.runtime.budget import configure_data, reserve, stream_bundle
-from cast_ray.runtime.labeller import PseudoLabeller
-from cast_ray.runtime.labelling import LABELS, LabelJob, label_images
-from cast_ray.runtime.models import load_student, save_model
-from cast_ray.runtime.online import Learner, OnlineLabels, start_teachers, teacher_bundles
-from cast_ray.runtime.store import ArtifactStore
-from cast_ray.runtime.streams import Images, Pictures, picture_dataset, pictures, training_stream
-from cast_ray.stages.graph import Stage
-from cast_ray.teachers.pseudo import paint
+from cast_ray.contracts.records import Batch, Targets
+from cast_ray.runtime.data.resources import configure_data, reserve, stream_bundle
+from cast_ray.runtime.worker.labeller import PseudoLabeller
+from cast_ray.runtime.worker.labelling import LABELS, LabelJob, label_images
+from cast_ray.runtime.store.models import load_student, save_model
+from cast_ray.runtime.worker.online import Learner, OnlineLabels, start_teachers, teacher_bundles
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.data.streams import Images, Pictures, picture_dataset, pictures, training_stream
+from cast_ray.plan.graph import Stage
+from cast_ray.teachers.pseudo_labels import paint
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(900)]
 
@@ -110,8 +110,8 @@ def test_labels_are_the_teachers_for_every_image(offline: LabelJob, store: Artif
 
 def picture(table: pa.Table, index: int) -> Pictures:
     """One image by itself: the rest of the pass is filled up."""
-    from cast_ray.datasets.images import read_image
-    from cast_ray.views import fit_image
+    from cast_ray.data.reading.images import read_image
+    from cast_ray.data.views import fit_image
 
     image = read_image(table.column("uri")[index].as_py())
     pixels, size = fit_image(image, IMAGE_PX)

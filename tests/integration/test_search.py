@@ -13,7 +13,7 @@ import pytest
 import yaml
 from optuna.trial import TrialState
 
-from cast_ray.runtime.study import open_storage
+from cast_ray.runtime.search.study import open_storage
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

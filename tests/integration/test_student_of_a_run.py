@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cast_ray import export, predict
-from cast_ray.runtime.models import open_student
+from cast_ray.runtime.store.models import open_student
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -14,8 +14,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from cast_ray.recipe import recipe_keys
-from cast_ray.runtime.trackers import Trackers
-from cast_ray.runtime.wandb_runs import sync_commands
+from cast_ray.runtime.sweep.trackers import Trackers
+from cast_ray.runtime.sweep.wandb_runs import sync_commands
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -27,8 +27,8 @@ import ray
 from ray import tune
 from cast_ray.runtime.cluster import connect
 from cast_ray.recipe import build_recipe
-from cast_ray.runtime.trackers import Trackers
-from cast_ray.runtime.trials import curve_report, trial_dirname
+from cast_ray.runtime.sweep.trackers import Trackers
+from cast_ray.runtime.sweep.row_driver import curve_report, trial_dirname
 from types import SimpleNamespace
 
 folder, *rows = sys.argv[1:]
@@ -122,7 +122,7 @@ def test_a_tracking_server_that_does_not_take_the_report_is_said(monkeypatch: py
     def refuse(*_: Any) -> None:
         raise ConnectionError("the server is gone")
 
-    monkeypatch.setattr("cast_ray.runtime.mlflow_runs.log_reports", refuse)
+    monkeypatch.setattr("cast_ray.runtime.sweep.mlflow_runs.log_reports", refuse)
     said: list[str] = []
     Trackers(folders={"losses": "runs/x"}, mlflow="http://tracker").finish(said.append)
     assert said == ["MLflow has not taken the report: the server is gone"]

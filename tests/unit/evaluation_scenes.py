@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from cast_ray.records import RECORD_SCHEMA, Category, decode_image_id, encode_image_id
+from cast_ray.contracts.records import RECORD_SCHEMA, Category, decode_image_id, encode_image_id
 
 CATEGORIES = (Category(2, "disc"), Category(5, "cross"), Category(9, "star"))
 HEIGHT, WIDTH = 60, 120

@@ -14,11 +14,11 @@ import yaml
 from dataset_folders import write_ade20k, write_cityscapes
 
 from cast_ray.recipe import build_recipe
-from cast_ray.runtime import sweep
-from cast_ray.runtime.store import ArtifactStore
-from cast_ray.runtime.sweep import sweep_name
-from cast_ray.stages.graph import plan, plan_sweep
-from cast_ray.stages.table import table_names
+from cast_ray.runtime.sweep import run as sweep
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.sweep.run import sweep_name
+from cast_ray.plan.graph import plan, plan_sweep
+from cast_ray.plan.ablation import table_names
 from sweeps import ablate, search
 
 TINY = ["data.shapes.num_source=8", "data.shapes.num_train=12", "data.shapes.num_val=4"]
@@ -85,7 +85,7 @@ def test_what_is_stored_is_shown(dry_run: DryRun, tmp_path: Path) -> None:
     dry_run("losses", *SMALL)
     from rich.console import Console
 
-    from cast_ray.runtime.planner import RowPlanner
+    from cast_ray.runtime.sweep.planner import RowPlanner
 
     store = ArtifactStore(str(tmp_path / "storage"))
     recipe = request.tables[0].recipes["sup", 0]

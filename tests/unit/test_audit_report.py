@@ -14,13 +14,13 @@ import pytest
 from evaluation_scenes import CATEGORIES, HEIGHT, WIDTH, random_scenes
 from PIL import Image
 
-from cast_ray.evaluation.pseudo_labels import audit_images, summarise_audit
+from cast_ray.evaluation.label_audit import audit_images, summarise_audit
 from cast_ray.recipe import build_recipe
-from cast_ray.records import RECORD_SCHEMA, ClassMap, encode_image_id
-from cast_ray.report.pseudo_labels import NUM_WORST, audit_table, coverage_table, worst_cases
-from cast_ray.runtime.results import SweepContext
-from cast_ray.runtime.store import ArtifactStore
-from cast_ray.stages.graph import RowPlan, Stage, plan
+from cast_ray.contracts.records import RECORD_SCHEMA, ClassMap, encode_image_id
+from cast_ray.publish.label_audit import NUM_WORST, audit_table, coverage_table, worst_cases
+from cast_ray.runtime.sweep.row_results import SweepContext
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.plan.graph import RowPlan, Stage, plan
 
 CLASSES = ClassMap(CATEGORIES)
 IDS = tuple(range(3, 13))

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from cast_ray.batches import collate, from_buffer, join, to_batch, to_buffer, unpack_bits
+from cast_ray.data.batches import collate, from_buffer, join, to_batch, to_buffer, unpack_bits
 
 TRUTH = ("truth_instance", "truth_class")
 

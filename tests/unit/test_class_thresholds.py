@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cast_ray.recipe import build_recipe
-from cast_ray.stages.graph import plan
+from cast_ray.plan.graph import plan
 from cast_ray.teachers.class_thresholds import balanced_thresholds
 
 

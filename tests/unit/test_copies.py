@@ -14,11 +14,11 @@ from coco_folders import valid_document, write_coco
 from dataset_folders import random_image, write_ade20k, write_cityscapes
 from PIL import Image, ImageOps
 
-from cast_ray.datasets.copies import Copies, identity_of
-from cast_ray.datasets.fractions import label_index, mark_copies, split
-from cast_ray.datasets.reading import load
+from cast_ray.data.reading.copies import Copies, identity_of
+from cast_ray.data.splits.fractions import label_index, mark_copies, split
+from cast_ray.data.reading.reader import load
 from cast_ray.recipe import DataConfig
-from cast_ray.records import RECORD_SCHEMA, DatasetSplits
+from cast_ray.contracts.records import RECORD_SCHEMA, DatasetSplits
 
 
 def write_noise(root: Path) -> Path:
@@ -111,7 +111,7 @@ def records(count: int) -> pa.Table:
 
 @pytest.mark.parametrize("pool", ["rest", "extra", "both"])
 def test_no_copy_of_a_labelled_or_validation_image_is_unlabelled(pool: str) -> None:
-    from cast_ray.datasets.fractions import LabelSource
+    from cast_ray.data.splits.fractions import LabelSource
 
     config = DataConfig(label_fraction=0.1, unlabelled_pool=pool)  # type: ignore[arg-type]
     source = LabelSource(extra_ids=[f"x{i}" for i in range(10)])

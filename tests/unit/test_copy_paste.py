@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cast_ray.copy_paste import SHARE, copy_paste
+from cast_ray.data.copy_paste import SHARE, copy_paste
 
 H, W, C = 12, 16, 3
 

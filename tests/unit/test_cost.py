@@ -8,9 +8,9 @@ from unittest.mock import Mock
 import pytest
 
 from cast_ray.recipe import build_recipe
-from cast_ray.stages import cost as cost_module
-from cast_ray.stages.cost import ASSUMED_FLOPS, CostModel, Size, cost_of
-from cast_ray.stages.graph import RowPlan, Stage, SweepPlan, plan, plan_sweep
+from cast_ray.plan import cost as cost_module
+from cast_ray.plan.cost import ASSUMED_FLOPS, CostModel, Size, cost_of
+from cast_ray.plan.graph import RowPlan, Stage, SweepPlan, plan, plan_sweep
 
 SIZE = Size(num_unlabelled=36, num_val=16, image_hw=(64, 64))
 

@@ -7,10 +7,10 @@ import torch
 from transformers import MMGroundingDinoConfig
 from transformers.loss.loss_grounding_dino import GroundingDinoForObjectDetectionLoss
 
-from cast_ray.losses.detection import Detections, boxes_of, detection_loss, match_boxes
-from cast_ray.losses.prompted_masks import prompted_mask_loss
+from cast_ray.losses.teacher.detector import Detections, boxes_of, detection_loss, match_boxes
+from cast_ray.losses.teacher.prompted_masks import prompted_mask_loss
 from cast_ray.recipe import GroundedSamConfig
-from cast_ray.records import Targets
+from cast_ray.contracts.records import Targets
 
 NUM_TOKENS, NUM_CLASSES, NUM_QUERIES = 12, 3, 8
 USED = 9

@@ -15,14 +15,14 @@ from cast_ray.engine.loop import train
 from cast_ray.engine.objective import Objective
 from cast_ray.engine.world import World
 from cast_ray.models.backbones import ARCHITECTURES
-from cast_ray.models.network import CastNetwork
+from cast_ray.models.cast_network import CastNetwork
 from cast_ray.models.projector import select_stride
 from cast_ray.models.segmenter import Segmenter, build_segmenter, outline
 from cast_ray.models.student import Student
 from cast_ray.models.vit_encoders import ViTEncoder
 from cast_ray.recipe import CONTRASTIVE_PRESETS, ContrastiveConfig, EncoderConfig, ModelConfig, TrainConfig
-from cast_ray.records import Category
-from cast_ray.registry import ROWS
+from cast_ray.contracts.records import Category
+from cast_ray.common.registry import ROWS
 
 NUM_CLASSES = 3
 VITS = [n for n, a in ARCHITECTURES.items() if a.model_type.startswith("dino")]

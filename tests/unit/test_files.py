@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from cast_ray.datasets.paths import write_bytes
-from cast_ray.files import PARTIAL, replaced, write_atomically
-from cast_ray.runtime.store import ArtifactStore
+from cast_ray.common.paths import write_bytes
+from cast_ray.common.files import PARTIAL, replaced, write_atomically
+from cast_ray.runtime.store.artifacts import ArtifactStore
 
 
 def test_a_file_is_replaced_when_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_every_writer_of_local_files_leaves_the_old_content_where_the_new_cannot
     def fail(*_: object) -> None:
         raise OSError("stopped before the rename")
 
-    monkeypatch.setattr("cast_ray.files.os.replace", fail)
+    monkeypatch.setattr("cast_ray.common.files.os.replace", fail)
     for write in (lambda: write_bytes(str(tmp_path / "dataset"), b"new"), lambda: store.write_bytes("artifact", b"n")):
         with pytest.raises(OSError, match="before the rename"):
             write()

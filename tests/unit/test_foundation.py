@@ -17,11 +17,11 @@ from training_scenes import batches
 from cast_ray.engine.checkpoint import TrainState
 from cast_ray.engine.world import World
 from cast_ray.recipe import Recipe, build_recipe
-from cast_ray.records import Category
-from cast_ray.runtime.models import import_foundation, load_labeller, load_teacher, save_model
-from cast_ray.runtime.store import ArtifactStore
-from cast_ray.stages.graph import RowPlan, Stage, plan
-from cast_ray.stages.train import train_config, train_stage
+from cast_ray.contracts.records import Category
+from cast_ray.runtime.store.models import import_foundation, load_labeller, load_teacher, save_model
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.plan.graph import RowPlan, Stage, plan
+from cast_ray.runtime.worker.train import train_config, train_stage
 from cast_ray.teachers.grounded_sam import GroundedSamTeacher
 from cast_ray.teachers.protocol import Teacher
 from cast_ray.teachers.protocol import load_teacher as read_teacher

@@ -18,7 +18,7 @@ from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor, Sam
 from cast_ray.engine.optim import build_optimizer
 from cast_ray.models.postprocess import encode_masks
 from cast_ray.recipe import ContrastiveConfig, TeacherConfig, TrainConfig
-from cast_ray.records import Category
+from cast_ray.contracts.records import Category
 from cast_ray.teachers import grounded_sam
 from cast_ray.teachers.grounded_sam import DETECTOR, SEGMENTER, GroundedSamTeacher, box_maps
 from cast_ray.teachers.protocol import load_teacher, save_teacher

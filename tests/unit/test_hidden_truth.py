@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from cast_ray.batches import from_buffer, to_batch
-from cast_ray.datasets import images as image_files
+from cast_ray.data.batches import from_buffer, to_batch
+from cast_ray.data.reading import images as image_files
 from cast_ray.recipe import DataConfig
-from cast_ray.records import Batch, Category
-from cast_ray.runtime import streams
+from cast_ray.contracts.records import Batch, Category
+from cast_ray.runtime.data import streams
 
 SIZE = 32
 DATA = DataConfig(image_px=(SIZE, SIZE), scale_jitter=(1, 1), flip=False)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as mask_utils
 
-from cast_ray.datasets.instance_maps import encode_regions
+from cast_ray.data.formats.instance_maps import encode_regions
 
 
 @pytest.mark.parametrize("seed", range(6))

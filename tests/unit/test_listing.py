@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from cast_ray.datasets.listing import Listing, open_listing, state_of
+from cast_ray.data.reading.listing import Listing, open_listing, state_of
 
 
 @pytest.fixture

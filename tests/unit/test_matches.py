@@ -13,7 +13,7 @@ from evaluation_scenes import CATEGORIES, coco_document, random_scenes, referee,
 from cast_ray.evaluation.coco_ap import coco_metrics, match_coco, match_results
 from cast_ray.evaluation.detections import Truth, by_image, tie_order
 from cast_ray.evaluation.matches import Matches, join, load_matches
-from cast_ray.records import ClassMap, encode_image_id
+from cast_ray.contracts.records import ClassMap, encode_image_id
 
 IDS = (12, 3, 40, 7, 8, 25)
 

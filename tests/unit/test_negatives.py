@@ -5,7 +5,7 @@ import torch
 from contrastive_reference import all_weights
 from contrastive_scenes import scene
 
-from cast_ray.losses.negatives import (
+from cast_ray.losses.contrastive.negatives import (
     candidate_weights,
     describe_pixels,
     draw_pixels,

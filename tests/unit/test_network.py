@@ -7,7 +7,7 @@ import torch
 from training_scenes import CONTRAST, LOSS, make_batch, make_network
 
 from cast_ray.engine.objective import Objective
-from cast_ray.losses.contrastive import contrastive_loss
+from cast_ray.losses.contrastive.loss import contrastive_loss
 from cast_ray.models.segmenter import Segmenter
 from cast_ray.recipe import CONTRASTIVE_PRESETS, ContrastiveConfig
 

@@ -12,7 +12,7 @@ from training_scenes import CONTRAST, LOSS, MODEL, NUM_CLASSES, make_batch, make
 
 from cast_ray.engine.objective import Objective, weighted_sum
 from cast_ray.engine.world import World
-from cast_ray.models.network import CastNetwork
+from cast_ray.models.cast_network import CastNetwork
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.recipe import CONTRASTIVE_PRESETS, ContrastiveConfig, LossConfig
 

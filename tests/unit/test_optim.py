@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cast_ray.engine.optim import WeightAverage, build_optimizer, lr_factor, set_lr
-from cast_ray.models.network import CastNetwork
+from cast_ray.models.cast_network import CastNetwork
 from cast_ray.models.segmenter import build_segmenter, outline
 from cast_ray.models.vit_encoders import ViTEncoder
 from cast_ray.recipe import ContrastiveConfig, EncoderConfig, ModelConfig, TrainConfig

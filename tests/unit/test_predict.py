@@ -22,8 +22,8 @@ from cast_ray.evaluation.coco_ap import mask_ap
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.models.student import Student
 from cast_ray.recipe import EncoderConfig, ModelConfig
-from cast_ray.records import RECORD_SCHEMA, Category, encode_image_id
-from cast_ray.views import fit_image
+from cast_ray.contracts.records import RECORD_SCHEMA, Category, encode_image_id
+from cast_ray.data.views import fit_image
 
 CATEGORIES = [Category(5, "disc"), Category(9, "bar")]
 

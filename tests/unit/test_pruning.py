@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from cast_ray.runtime.claims import Presence
-from cast_ray.runtime.pruning import SILENT_S, plan_pruning, prune
-from cast_ray.runtime.store import ArtifactStore
-from cast_ray.stages.graph import Stage
+from cast_ray.runtime.store.claims import Presence
+from cast_ray.runtime.store.pruning import SILENT_S, plan_pruning, prune
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.plan.graph import Stage
 from sweeps import ablate
 
 OLD_S = 10 * 86400

@@ -11,9 +11,9 @@ from pycocotools import mask as coco_mask
 
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.recipe import EncoderConfig, ModelConfig, PseudoConfig
-from cast_ray.records import Category
+from cast_ray.contracts.records import Category
 from cast_ray.teachers.expert import ExpertTeacher
-from cast_ray.teachers.pseudo import pseudo_labels
+from cast_ray.teachers.pseudo_labels import pseudo_labels
 
 
 def instance(label: int, score: float, left: int, right: int, mask_quality: float = 0.9) -> dict:

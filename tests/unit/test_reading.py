@@ -9,9 +9,9 @@ import pytest
 from dataset_folders import HEIGHT, WIDTH, random_image, write_cityscapes
 from PIL import Image
 
-from cast_ray.datasets.cityscapes import index
-from cast_ray.datasets.images import ImageError, check_image, read_image, read_map
-from cast_ray.datasets.reading import IMAGES_PER_BLOCK, Reading, in_threads, load
+from cast_ray.data.formats.cityscapes import index
+from cast_ray.data.reading.images import ImageError, check_image, read_image, read_map
+from cast_ray.data.reading.reader import IMAGES_PER_BLOCK, Reading, in_threads, load
 from cast_ray.recipe import DataConfig
 
 SQUARE = [[2, 1, 6, 1, 6, 4, 2, 4]]

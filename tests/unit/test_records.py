@@ -11,7 +11,7 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from cast_ray.records import (
+from cast_ray.contracts.records import (
     RECORD_SCHEMA,
     Batch,
     Category,

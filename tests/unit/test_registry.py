@@ -6,11 +6,12 @@ from importlib.util import find_spec
 
 import pytest
 
-from cast_ray.registry import ROWS, lookup
+from cast_ray.common.registry import ROWS, lookup
 
 
 def test_datasets_are_found():
-    from cast_ray.datasets import coco, shapes
+    from cast_ray.data.formats import coco
+    from cast_ray.data.formats import shapes
 
     assert lookup("datasets", "coco") is coco.index and lookup("datasets", "shapes") is shapes.index
 
@@ -32,5 +33,5 @@ def test_misspelt_names():
 
 
 def test_looking_up_is_lazy():
-    code = "import sys, cast_ray.registry as r; r.lookup('datasets', 'coco'); sys.exit('torch' in sys.modules)"
+    code = "import sys, cast_ray.common.registry as r; r.lookup('datasets', 'coco'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -26,7 +26,7 @@ from cast_ray.report.curves import (
 from cast_ray.report.plots import COLOURS, draw_png, draw_svg, legend_of
 from cast_ray.report.results import summarise
 from cast_ray.report.run_folder import read_results
-from cast_ray.stages.table import Table, load_table
+from cast_ray.plan.ablation import Table, load_table
 
 
 def report_of(tmp_path: Path, results: list[dict[str, Any]], table: Table | None = None) -> Report:

@@ -25,7 +25,7 @@ from cast_ray.report.results import summarise
 from cast_ray.report.run_folder import read_results, write_plan
 from cast_ray.report.tables import print_report
 from cast_ray.report.write import write_report
-from cast_ray.stages.table import Table
+from cast_ray.plan.ablation import Table
 
 NAMES = (
     *("$x^2_$ and $", "a|b", "*bold* _it_ `code`", "[link](x)", "[red]no[-red]", "# 1", "1. one", "- minus", "+plus"),

@@ -19,14 +19,15 @@ from report_scenes import result
 from rich.console import Console
 
 from cast_ray.recipe import build_recipe
-from cast_ray.records import RECORD_SCHEMA, Category, encode_image_id
-from cast_ray.report import publish, samples
+from cast_ray.contracts.records import RECORD_SCHEMA, Category, encode_image_id
+from cast_ray.publish import sweep as publish
+from cast_ray.publish import samples
 from cast_ray.report.blocks import Sample
-from cast_ray.report.samples import SAMPLES, choose, image_quality, read_samples, row_samples
-from cast_ray.runtime.results import SweepContext, read_result
-from cast_ray.runtime.store import ArtifactStore
-from cast_ray.stages.evaluate import results_document
-from cast_ray.stages.graph import RowPlan, Stage
+from cast_ray.publish.samples import SAMPLES, choose, image_quality, read_samples, row_samples
+from cast_ray.runtime.sweep.row_results import SweepContext, read_result
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.worker.predict import results_document
+from cast_ray.plan.graph import RowPlan, Stage
 
 SIZE = 32
 CATEGORIES = (Category(3, "disc"), Category(7, "box"))

@@ -19,12 +19,12 @@ from PIL import Image
 
 from cast_ray import label, predict
 from cast_ray.console import EXIT_BAD_INPUT, EXIT_INTERRUPTED
-from cast_ray.files import PARTIAL
+from cast_ray.common.files import PARTIAL
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.models.student import Student
 from cast_ray.predict import JsonList, Predictor
 from cast_ray.recipe import EncoderConfig, ModelConfig
-from cast_ray.records import Category
+from cast_ray.contracts.records import Category
 from cast_ray.unfinished import JOURNAL
 
 NUM_PHOTOS = 7
@@ -312,7 +312,7 @@ def test_results_that_cannot_be_written_are_tried_again(
         raise OSError("disk full")
 
     with monkeypatch.context() as context:
-        context.setattr("cast_ray.files.os.replace", full)
+        context.setattr("cast_ray.common.files.os.replace", full)
         with pytest.raises(OSError, match="disk full"):
             command.run(out)
     assert not any((out / name).exists() for name in FILES[command.name])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cast_ray.stages.sampling import epoch_positions, view_seed, worker_slots
+from cast_ray.data.sampling import epoch_positions, view_seed, worker_slots
 
 
 @pytest.mark.parametrize("num_images", [1, 2, 7, 20])

@@ -16,17 +16,17 @@ import pytest
 import yaml
 from optuna.trial import TrialState
 
-from cast_ray.report.search import SearchPlan, best_table, rebuild_search_report, write_search_report
-from cast_ray.runtime.claims import Presence
-from cast_ray.runtime.pruning import prune
-from cast_ray.runtime.search import SearchRequest, StudySearch, _Search
-from cast_ray.runtime.store import ArtifactStore
-from cast_ray.runtime.study import best_trials, make_sampler, num_ended, open_storage, open_study, reap
-from cast_ray.runtime.sweep import check_still_stored
-from cast_ray.runtime.trials import RUNG_STEP
-from cast_ray.stages.graph import Stage, plan
-from cast_ray.stages.search_spec import RUNG_METRIC, SearchSpec, load_search, search_names
-from cast_ray.stages.table import load_table
+from cast_ray.publish.search import SearchPlan, best_table, rebuild_search_report, write_search_report
+from cast_ray.runtime.store.claims import Presence
+from cast_ray.runtime.store.pruning import prune
+from cast_ray.runtime.search.run import SearchRequest, StudySearch, _Search
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.search.study import best_trials, make_sampler, num_ended, open_storage, open_study, reap
+from cast_ray.runtime.sweep.run import check_still_stored
+from cast_ray.runtime.sweep.row_driver import RUNG_STEP
+from cast_ray.plan.graph import Stage, plan
+from cast_ray.plan.search import RUNG_METRIC, SearchSpec, load_search, search_names
+from cast_ray.plan.ablation import load_table
 
 GOOD: dict[str, Any] = {
     "title": "t",
@@ -217,8 +217,8 @@ def test_a_stage_that_is_pruned_before_a_point_needs_it_is_made_again(
     context = SimpleNamespace(table="mine-tpe")
     planner = Mock(store=store, warnings=[], fingerprints=Mock(return_value=set()))
     planner.plan = lambda recipe, *, row, **_: (context, plan(recipe, "0" * 64, row=row))
-    monkeypatch.setattr("cast_ray.runtime.search.ray.get", lambda value: value)
-    monkeypatch.setattr("cast_ray.runtime.search.Job.packed", lambda job: b"")
+    monkeypatch.setattr("cast_ray.runtime.search.run.ray.get", lambda value: value)
+    monkeypatch.setattr("cast_ray.runtime.search.run.Job.packed", lambda job: b"")
     broker = Mock()
     request = SearchRequest(spec, "shapes", "demo", {}, 0, "mine", "", str(tmp_path), None, None)
     with Presence(store, "search") as presence:
@@ -250,8 +250,8 @@ def test_a_teacher_that_is_pruned_while_a_point_is_planned_is_imported_again(
         return SimpleNamespace(table="mine-tpe"), plan(recipe, "0" * 64, row=row, foundation=teacher.fingerprint)
 
     planner = Mock(store=store, warnings=[], fingerprints=Mock(return_value=set()), plan=planned)
-    monkeypatch.setattr("cast_ray.runtime.search.ray.get", lambda value: value)
-    monkeypatch.setattr("cast_ray.runtime.search.Job.packed", lambda job: b"")
+    monkeypatch.setattr("cast_ray.runtime.search.run.ray.get", lambda value: value)
+    monkeypatch.setattr("cast_ray.runtime.search.run.Job.packed", lambda job: b"")
     request = SearchRequest(spec, "shapes", "demo", {}, 0, "mine", "", str(tmp_path), None, None)
     with Presence(store, "search") as presence:
         search = _Search(request, planner, presence, None, Mock())  # type: ignore[arg-type]

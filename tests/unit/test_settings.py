@@ -17,9 +17,9 @@ from cast_ray.report.results import summarise
 from cast_ray.report.run_choice import choose_run, runs_beside
 from cast_ray.report.run_folder import read_results, write_plan
 from cast_ray.report.tables import print_report
-from cast_ray.stages.graph import DataHashes, plan
-from cast_ray.stages.settings import changes_nothing, settings_of
-from cast_ray.stages.table import Table, load_table
+from cast_ray.plan.graph import DataHashes, plan
+from cast_ray.plan.settings import changes_nothing, settings_of
+from cast_ray.plan.ablation import Table, load_table
 from sweeps import ablate
 from sweeps.report import main as report
 

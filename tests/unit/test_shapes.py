@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from pycocotools import mask as mask_utils
 
-from cast_ray.datasets import shapes
-from cast_ray.datasets.images import read_image
-from cast_ray.datasets.paths import write_bytes
-from cast_ray.datasets.reading import load
-from cast_ray.datasets.scenes import CATEGORIES, MIN_VISIBLE_PX, STYLES, draw_scene
+from cast_ray.data.formats import shapes
+from cast_ray.data.reading.images import read_image
+from cast_ray.common.paths import write_bytes
+from cast_ray.data.reading.reader import load
+from cast_ray.data.formats.scenes import CATEGORIES, MIN_VISIBLE_PX, STYLES, draw_scene
 from cast_ray.recipe import DataConfig, ShapesConfig
-from cast_ray.records import RECORD_SCHEMA
+from cast_ray.contracts.records import RECORD_SCHEMA
 
 SMALL = ShapesConfig(num_source=8, num_train=12, num_val=4)
 
@@ -204,5 +204,5 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_drawing_needs_no_torch():
-    code = "import sys, cast_ray.datasets.shapes; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    code = "import sys, cast_ray.data.formats.shapes; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from cast_ray.recipe import DataConfig
-from cast_ray.runtime.online import OnlineLabels, version_of, versions_from
-from cast_ray.runtime.streams import Images, StepPlan, step_blocks
-from cast_ray.stages.graph import Stage
+from cast_ray.runtime.worker.online import OnlineLabels, version_of, versions_from
+from cast_ray.runtime.data.streams import Images, StepPlan, step_blocks
+from cast_ray.plan.graph import Stage
 
 
 @pytest.mark.parametrize(("num_steps", "max_size"), [(1, 1), (1, 8), (7, 1), (7, 2), (100, 8), (1000, 32)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cast_ray.runtime.telemetry import Pace
+from cast_ray.runtime.sweep.progress import Pace
 
 
 def test_start_up_and_the_first_steps_give_no_estimate() -> None:

@@ -9,8 +9,8 @@ from training_scenes import NUM_CLASSES, batches
 from cast_ray.engine.world import World
 from cast_ray.models.segmenter import Segmenter, build_segmenter
 from cast_ray.recipe import TrainConfig, build_recipe
-from cast_ray.stages.graph import RowPlan, Stage, plan
-from cast_ray.stages.train import stage_memory, train_stage
+from cast_ray.plan.graph import RowPlan, Stage, plan
+from cast_ray.runtime.worker.train import stage_memory, train_stage
 
 TINY = {
     "student.encoder.widths": "[8, 8, 16, 16]",
@@ -82,7 +82,7 @@ def test_kind_none_runs_none_of_the_terms_code(monkeypatch: pytest.MonkeyPatch) 
     real = Segmenter._normalised  # before every pass of the encoder
     monkeypatch.setattr(Segmenter, "_normalised", lambda self, images: views.append(images) or real(self, images))
     monkeypatch.setattr("cast_ray.engine.objective.contrastive_loss", refuse)
-    monkeypatch.setattr("cast_ray.models.network.Projector", refuse)
+    monkeypatch.setattr("cast_ray.models.cast_network.Projector", refuse)
     train(make_plan(contrastive__kind="none").roles["distill"], 3)
     assert len(views) == 3  # one view a step
     with pytest.raises(AssertionError, match="the contrastive term ran"):

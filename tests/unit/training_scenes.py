@@ -13,10 +13,10 @@ from cast_ray.engine.checkpoint import TrainState
 from cast_ray.engine.loop import TrainResult, train
 from cast_ray.engine.objective import Objective
 from cast_ray.engine.world import World
-from cast_ray.models.network import CastNetwork
+from cast_ray.models.cast_network import CastNetwork
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.recipe import ContrastiveConfig, EncoderConfig, LossConfig, ModelConfig, TrainConfig
-from cast_ray.records import Batch, Targets
+from cast_ray.contracts.records import Batch, Targets
 
 NUM_CLASSES = 3
 SIZE = 32
