@@ -21,11 +21,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 
 from cast_ray.console import Parser, amount, exit_code, plain_console, positive, whole_number
+from cast_ray.plan.ablation import load_table, table_names
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
 from cast_ray.report.run_choice import choose_run
-from cast_ray.runtime.sweep.run import Sweep, SweepRequest, TableRequest, has_results, run_sweep, sweep_name, write_events
+from cast_ray.runtime.sweep.run import (
+    Sweep,
+    SweepRequest,
+    TableRequest,
+    has_results,
+    run_sweep,
+    sweep_name,
+    write_events,
+)
 from cast_ray.runtime.sweep.trackers import TENSORBOARD, Trackers
-from cast_ray.plan.ablation import load_table, table_names
 
 EXIT_STOPPED = 3
 

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 import torchvision.transforms.v2.functional as functional
 
-from cast_ray.recipe import DataConfig, InputSize
 from cast_ray.contracts.records import ClassMap, rle_runs
 from cast_ray.contracts.soft_targets import grid_hw, sample_probabilities
+from cast_ray.recipe import DataConfig, InputSize
 
 MIN_VISIBLE_PX = 4
 """Instances with fewer pixels left in the crop are dropped (their pixels are unknown, not background)."""

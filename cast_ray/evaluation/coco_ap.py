@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cast_ray.evaluation.detections import Detections, Truth, by_image, overlaps, tie_order
-from cast_ray.evaluation.matches import NUM_THRESHOLDS, Matches, join
-from cast_ray.evaluation.precision import coco_precision
 from cast_ray.contracts.records import Category, ClassMap, class_names, mask_areas
+from cast_ray.evaluation.detections import Detections, Truth, by_image, overlaps, tie_order
+from cast_ray.evaluation.matches import NUM_THRESHOLDS, DetectionMatches, join
+from cast_ray.evaluation.precision import coco_precision
 
 AREAS = ("all", "small", "medium", "large")
 AREA_RANGES = np.array([(0, 1e5**2), (0, 32**2), (32**2, 96**2), (96**2, 1e5**2)])
@@ -73,7 +73,7 @@ def match_results(
     return join(parts, rows, tie_order(ground_truth.column("image_id").to_pylist()))
 
 
-def coco_metrics(matches: Matches, categories: Sequence[Category]) -> dict[str, Any]:
+def coco_metrics(matches: DetectionMatches, categories: Sequence[Category]) -> dict[str, Any]:
     """All of COCO's measures.
 
     Returns:
@@ -147,7 +147,7 @@ def match_coco(
     )
     outside = _outside(np.concatenate([np.zeros(0), *area]))
     ignored |= np.where(outside, ~matched & ALL_BITS, 0).astype(np.uint16)
-    part = Matches(
+    part = DetectionMatches(
         "coco",
         np.concatenate([np.zeros(0, dtype=np.int32), *image]),
         np.concatenate([np.zeros(0, dtype=np.int64), *label]).astype(np.int16),
@@ -222,7 +222,7 @@ def _take(
     return matched, ignored
 
 
-def _recall_of_best(matches: Matches, most: int, image_counts: np.ndarray) -> np.ndarray:
+def _recall_of_best(matches: DetectionMatches, most: int, image_counts: np.ndarray) -> np.ndarray:
     """Recall [T, C] where only the best detections of each image and class count; -1 for classes without an object."""
     ranking = matches.ranking(0)
     positives = ranking.num_positives(image_counts)

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from cast_ray.contracts.records import ClassMap, decode_image_id, mask_areas
 from cast_ray.evaluation.coco_ap import AREAS, coco_metrics, match_coco
 from cast_ray.evaluation.detections import Detections, Truth, overlaps
-from cast_ray.evaluation.matches import Matches, join
-from cast_ray.contracts.records import ClassMap, decode_image_id, mask_areas
+from cast_ray.evaluation.matches import DetectionMatches, join
 
 NUM_BINS = 10
 NUM_WORST = 12
@@ -38,7 +38,7 @@ class AuditPart:
     of their mask: all that are counted, and the right ones; num_suppressed: predictions that labels suppressed.
     """
 
-    matches: Matches
+    matches: DetectionMatches
     positions: np.ndarray
     image_ids: list[str]
     counts: np.ndarray
@@ -203,7 +203,7 @@ def _common_pixels(objects: Truth, labels: Detections) -> tuple[float, float, fl
     return area(truth), area(labelled) - excused, both
 
 
-def _rates(matches: Matches, area: int, label: int | None) -> dict[str, Any]:
+def _rates(matches: DetectionMatches, area: int, label: int | None) -> dict[str, Any]:
     """Labels, objects, precision and recall at IoU .5 of a class (None: all) and size range."""
     mine = slice(None) if label is None else matches.label == label
     matched, ignored = (bits[mine, area] & 1 > 0 for bits in (matches.matched, matches.ignored))
@@ -214,7 +214,7 @@ def _rates(matches: Matches, area: int, label: int | None) -> dict[str, Any]:
     return {"num_labels": counted, "num_objects": objects, **rates}
 
 
-def _calibration(matches: Matches) -> dict[str, Any]:
+def _calibration(matches: DetectionMatches) -> dict[str, Any]:
     counted = matches.ignored[:, 0] & 1 == 0
     score, true = matches.score[counted], (matches.matched[counted, 0] & 1).astype(float)
     edges = np.linspace(0, 1, NUM_BINS + 1)

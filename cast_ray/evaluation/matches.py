@@ -113,7 +113,7 @@ class Matches:
 
 
 def load_matches(source: str | Path | bytes | BinaryIO) -> Matches:
-    """Reads what `Matches.save` wrote.
+    """Reads what `DetectionMatches.save` wrote.
 
     Raises:
         ValueError: the file is no such file.
@@ -124,11 +124,14 @@ def load_matches(source: str | Path | bytes | BinaryIO) -> Matches:
             metric = str(arrays["metric"])
     except (KeyError, ValueError, OSError, EOFError, BadZipFile) as error:
         raise ValueError(f"{_name(source)}: not a file of matches: {error}") from None
-    return Matches(metric, **columns | {"score": columns["score"].astype(np.float64)})  # type: ignore[arg-type]
+    return DetectionMatches(metric, **columns | {"score": columns["score"].astype(np.float64)})  # type: ignore[arg-type]
 
 
 def join(
-    parts: Sequence[Matches], images: Sequence[np.ndarray], tie_order: np.ndarray | None = None, num_images: int = 0
+    parts: Sequence[DetectionMatches],
+    images: Sequence[np.ndarray],
+    tie_order: np.ndarray | None = None,
+    num_images: int = 0,
 ) -> Matches:
     """The matches of disjoint sets of images as one.
 
@@ -146,7 +149,7 @@ def join(
     num_truth = np.zeros((num_images, *parts[0].num_truth.shape[1:]), dtype=np.uint16)
     for part, rows in zip(parts, images):
         num_truth[rows] = part.num_truth
-    return Matches(
+    return DetectionMatches(
         parts[0].metric,
         image[order],
         label[order],

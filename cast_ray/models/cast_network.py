@@ -9,9 +9,9 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import nn
 
+from cast_ray.contracts.records import Predictions, Targets
 from cast_ray.models.projector import Projector, select_stride
 from cast_ray.recipe import ContrastiveConfig, TrainConfig
-from cast_ray.contracts.records import Predictions, Targets
 
 
 @dataclass

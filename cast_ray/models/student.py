@@ -23,13 +23,13 @@ from transformers.utils import cached_file
 
 import cast_ray
 from cast_ray.common.files import write_atomically
+from cast_ray.contracts.records import Category, Predictions, class_names
 from cast_ray.models.autocast import DTYPES, autocast
 from cast_ray.models.card import model_card
 from cast_ray.models.drawing import class_colours
 from cast_ray.models.postprocess import predict_instances
 from cast_ray.models.segmenter import Segmenter
 from cast_ray.recipe import InputSize, ModelConfig, Precision
-from cast_ray.contracts.records import Category, Predictions, class_names
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 MODEL_TYPE = "cast_ray"

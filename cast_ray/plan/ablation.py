@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cast_ray.common.text_files import read_text
+from cast_ray.plan.settings import overridden, settings_of
 from cast_ray.recipe import SCALES, Recipe, build_recipe, preset_names
 from cast_ray.recipe.strict_yaml import read_yaml
-from cast_ray.plan.settings import overridden, settings_of
 
 TABLES_DIR = Path(__file__).parents[2] / "sweeps" / "tables"
 DEFAULT_PRESET, DEFAULT_SCALE = "shapes", "demo"

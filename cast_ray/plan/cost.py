@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from cast_ray.recipe import InputSize, ModelConfig, TeacherConfig
 from cast_ray.plan.graph import Stage, SweepPlan, input_size_of
+from cast_ray.recipe import InputSize, ModelConfig, TeacherConfig
 
 Source = Literal["measured", "scaled", "estimated", "unknown"]
 Manifest = Mapping[str, Any]

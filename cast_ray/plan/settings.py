@@ -11,9 +11,9 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from cast_ray.plan.graph import HOW_IT_RUNS
 from cast_ray.recipe import CONTRASTIVE_PRESETS
 from cast_ray.recipe.teachers import HOW_IT_RUNS as TEACHER_HOW_IT_RUNS
-from cast_ray.plan.graph import HOW_IT_RUNS
 
 NO_SETTING = frozenset(
     {"seed", "labels.mode", "evaluation.batch", "evaluation.every_steps", "pseudo.on_empty"}

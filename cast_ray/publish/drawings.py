@@ -10,14 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from cast_ray.data.reading.images import read_image
 from cast_ray.common.files import write_atomically
 from cast_ray.contracts.records import ClassMap, instances_of
+from cast_ray.data.reading.images import read_image
+from cast_ray.plan.graph import RowPlan
 from cast_ray.report.overlays import contact_sheet
 from cast_ray.runtime.data.splits import stored_split
 from cast_ray.runtime.sweep.row_results import SweepContext
 from cast_ray.runtime.sweep.run import Sweep
-from cast_ray.plan.graph import RowPlan
 
 NUM_IMAGES = 5
 MIN_SCORE = 0.3
@@ -80,9 +80,9 @@ def _drawable(record: dict[str, Any], classes: ClassMap, *, scores: bool) -> lis
 
 
 def _predict(context: SweepContext, key: str, images: list[np.ndarray]) -> list[list[dict[str, Any]]]:
+    from cast_ray.data.views import fit_image
     from cast_ray.models.postprocess import predict_in_groups
     from cast_ray.runtime.store.models import load_teacher
-    from cast_ray.data.views import fit_image
 
     student = load_teacher(context.store, key)
     fitted = [fit_image(image, student.input_size) for image in images]

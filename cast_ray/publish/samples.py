@@ -6,7 +6,6 @@ import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,22 +13,18 @@ import pyarrow as pa
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from cast_ray.data.reading.images import read_image
 from cast_ray.contracts.records import ClassMap, decode_image_id, instances_of
-from cast_ray.report.blocks import Sample, Samples
-from cast_ray.report.overlays import class_colours, draw_panels
-from cast_ray.runtime.sweep.row_results import RESULTS, SweepContext
-from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.data.reading.images import read_image
 from cast_ray.plan.graph import RowPlan, Stage
+from cast_ray.report.overlays import class_colours, draw_panels
+from cast_ray.report.samples import NUM_EACH
+from cast_ray.runtime.store.artifact_files import RESULTS
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.sweep.row_results import SweepContext
 
-SAMPLES = "samples.json"
-NUM_EACH = 3
-"""Worst images, and as many best ones."""
 MIN_SCORE = 0.3
 MATCH_IOU = 0.5
 UPSCALE, MAX_PX = 3, 320
-MAX_PAGE_BYTES = 2_500_000
-"""Of pictures on one page."""
 
 
 def image_quality(truth: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]) -> float | None:
@@ -127,7 +122,7 @@ def _draw(context: SweepContext, row: RowPlan, student: Stage, teacher: Stage | 
 
 def _detections(store: ArtifactStore, evaluation: Stage, classes: ClassMap) -> dict[Any, list[dict[str, Any]]]:
     """Image id -> what a model found there above the score that is shown."""
-    from cast_ray.runtime.worker.predict import results_of  # torch, which a report of files does without
+    from cast_ray.evaluation.coco_results import results_of
 
     found: dict[Any, list[dict[str, Any]]] = {}
     with store.read_stream(evaluation, RESULTS) as lines:
@@ -158,45 +153,3 @@ def _data_uri(panel: Image.Image) -> str:
     buffer = io.BytesIO()
     panel.save(buffer, "WEBP", quality=60, method=6)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def read_samples(folders: Mapping[str, tuple[int, Path]]) -> Samples | None:
-    """The worst and best images of a page's rows, as many as fit on it: the first of each row, then the second, ...
-
-    Args:
-        folders: row -> seed and folder of the result whose images are shown.
-    """
-    per_row: dict[str, list[Sample]] = {}
-    legend: dict[str, str] = {}
-    unreadable = []
-    for row, (seed, folder) in folders.items():
-        if (folder / SAMPLES).is_file():
-            try:
-                content = json.loads((folder / SAMPLES).read_text())
-                per_row[row] = [
-                    Sample(row, seed, s["kind"], s["image_id"], s["score"], tuple((n, uri) for n, uri in s["panels"]))
-                    for s in content["samples"]
-                ]
-                legend |= dict(content["legend"])
-            except (OSError, ValueError, KeyError, TypeError):
-                unreadable.append(row)
-    left, chosen = MAX_PAGE_BYTES, set()
-    for place in range(2 * NUM_EACH):
-        # worst, best, second worst, ...: a page of many rows still shows both ends of each
-        for row, samples in per_row.items():
-            worst, best = ([s for s in samples if s.kind == kind] for kind in ("worst", "best"))
-            candidates = (worst, best)[place % 2][place // 2 : place // 2 + 1]
-            for sample in candidates:
-                left -= sum(len(uri) for _, uri in sample.panels)
-                if left > 0:
-                    chosen.add((row, sample.kind, sample.image_id))
-    shown = tuple(s for samples in per_row.values() for s in samples if (s.row, s.kind, s.image_id) in chosen)
-    if not shown:
-        return None
-    total = sum(map(len, per_row.values()))
-    caption = "Worst and best validation images of each row by its student's panoptic quality (PQ, percent)"
-    if len(shown) < total:
-        caption += f"; {total - len(shown)} of {total} left out to keep the page small"
-    if unreadable:
-        caption += f"; {SAMPLES} cannot be read of {', '.join(unreadable)}"
-    return Samples(caption, shown, tuple(legend.items()))

@@ -23,15 +23,15 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from cast_ray.common.files import write_atomically
+from cast_ray.plan.search import SearchSpec
 from cast_ray.report.blocks import Article, Column, Figure, Grid, Panel, Section, Series, Words, section
 from cast_ray.report.exports import markdown_page
 from cast_ray.report.metrics import format_value, label_of
 from cast_ray.report.notes import context_of
 from cast_ray.report.page import html_page, state_of
 from cast_ray.report.write import WATCH_EVERY_S, draw_figures
-from cast_ray.runtime.sweep.row_results import SweepContext
 from cast_ray.runtime.search.study import ENDED, best_trials, open_storage
-from cast_ray.plan.search import SearchSpec
+from cast_ray.runtime.sweep.row_results import SweepContext
 
 SEARCH = "search.json"
 """File of a run folder that says which search its studies belong to."""
@@ -46,7 +46,7 @@ Studies = Mapping[str, optuna.Study]
 
 
 @dataclass(frozen=True)
-class SearchPlan:
+class SearchRun:
     """What a search was asked for. study: database URL, or journal file relative to the run folder.
 
     recipe: preset, scale and the user's overrides that all trials share, for `best.yaml`.
@@ -64,11 +64,11 @@ class SearchPlan:
         write_atomically(out / SEARCH, json.dumps(content, indent=1, default=list) + "\n")
 
     @staticmethod
-    def read(out: Path) -> SearchPlan:
+    def read(out: Path) -> SearchRun:
         """The plan in a run folder; raises ValueError where its file is not one."""
         try:
             content = json.loads((out / SEARCH).read_text())
-            return SearchPlan(**content | {"spec": SearchSpec.model_validate(content["spec"])})
+            return SearchRun(**content | {"spec": SearchSpec.model_validate(content["spec"])})
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{out / SEARCH}: not the plan of a search: {error}") from None
 
@@ -96,7 +96,7 @@ def rebuild_search_report(out: Path, refresh_s: int | None = None) -> SearchRepo
     Raises:
         ValueError: the folder's plan cannot be read, or its study is gone.
     """
-    plan = SearchPlan.read(out)
+    plan = SearchRun.read(out)
     path = out / plan.study
     if "://" not in plan.study and not path.is_file():
         raise ValueError(f"{path}: expected the journal of the search's study")
@@ -109,7 +109,7 @@ def rebuild_search_report(out: Path, refresh_s: int | None = None) -> SearchRepo
     return write_search_report(plan, studies, out, refresh_s)
 
 
-def write_search_report(plan: SearchPlan, studies: Studies, out: Path, refresh_s: int | None = None) -> SearchReport:
+def write_search_report(plan: SearchRun, studies: Studies, out: Path, refresh_s: int | None = None) -> SearchReport:
     """Writes `report.html`, `report.md`, `report.json`, `best.yaml` and the figures into `out`."""
     spec = plan.spec
     article = search_article(plan, studies)
@@ -160,7 +160,7 @@ def show_search(report: SearchReport, console: Console) -> int:
     return 0 if report.best is not None else 1
 
 
-def search_article(plan: SearchPlan, studies: Studies) -> Article:
+def search_article(plan: SearchRun, studies: Studies) -> Article:
     """All that is said of a search."""
     spec = plan.spec
     made = [

@@ -11,19 +11,21 @@ from typing import Any
 import pyarrow as pa
 from rich.console import Console
 
-from cast_ray.data.reading.data_report import REPORT_FILE
 from cast_ray.common.files import write_atomically
-from cast_ray.recipe import Recipe
-from cast_ray.report.overlays import CONTACT_SHEET
+from cast_ray.data.reading.data_report import REPORT_FILE
+from cast_ray.plan.ablation import Table
+from cast_ray.plan.graph import RowPlan
 from cast_ray.publish.drawings import draw_samples
-from cast_ray.publish.label_audit import WORST_SHEET, worst_cases
+from cast_ray.publish.label_audit import worst_cases
+from cast_ray.publish.samples import row_samples
+from cast_ray.recipe import Recipe
+from cast_ray.report.label_audit import WORST_SHEET
+from cast_ray.report.overlays import CONTACT_SHEET
 from cast_ray.report.run_folder import RESULT, matches_file, recipe_digest, write_plan
-from cast_ray.publish.samples import SAMPLES, row_samples
+from cast_ray.report.samples import SAMPLES
 from cast_ray.report.write import show, write_report
 from cast_ray.runtime.sweep.row_results import SweepContext, read_matches, read_result, row_name
 from cast_ray.runtime.sweep.run import Sweep
-from cast_ray.plan.graph import RowPlan
-from cast_ray.plan.ablation import Table
 
 
 def announce(

@@ -30,7 +30,7 @@ TELL_EVERY_S = 10.0
 REPLICATES_FILE = "replicates.npz"
 
 
-class Matches(Protocol):
+class MatchedImages(Protocol):
     """Which detections met which objects on each image of an evaluation."""
 
     @property
@@ -41,7 +41,7 @@ class Matches(Protocol):
         ...
 
 
-def load_matches(path: Path) -> Matches | None:
+def load_matches(path: Path) -> MatchedImages | None:
     """The per-image data of one evaluation; None where a result has none."""
     if not path.is_file():
         return None

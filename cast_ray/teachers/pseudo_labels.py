@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from cast_ray.recipe import PseudoConfig
 from cast_ray.contracts.records import mask_areas
+from cast_ray.recipe import PseudoConfig
 from cast_ray.teachers.fusion import group_instances
 
 

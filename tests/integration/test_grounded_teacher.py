@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from tiny_checkpoints import write_detector, write_sam2
 
-from cast_ray.runtime.store.models import open_teacher
-from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.plan.graph import artifact_key
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.store.models import open_teacher
 
 pytestmark = pytest.mark.timeout(1800)
 

@@ -14,17 +14,21 @@ import torch
 from safetensors.torch import save as save_tensors
 from stream_scenes import CATEGORIES, DATA, assert_same, write_images
 
-from cast_ray.models.segmenter import build_segmenter
-from cast_ray.recipe import InputSize, PseudoConfig, Recipe, RuntimeConfig, build_recipe
 from cast_ray.contracts.records import Batch, Targets
-from cast_ray.runtime.data.resources import configure_data, reserve, stream_bundle
-from cast_ray.runtime.worker.labeller import PseudoLabeller
-from cast_ray.runtime.worker.labelling import LABELS, LabelJob, label_images
-from cast_ray.runtime.store.models import load_student, save_model
-from cast_ray.runtime.worker.online import Learner, OnlineLabels, start_teachers, teacher_bundles
-from cast_ray.runtime.store.artifacts import ArtifactStore
-from cast_ray.runtime.data.streams import Images, Pictures, picture_dataset, pictures, training_stream
+from cast_ray.models.segmenter import build_segmenter
 from cast_ray.plan.graph import Stage
+from cast_ray.recipe import InputSize, PseudoConfig, Recipe, RuntimeConfig, build_recipe
+from cast_ray.runtime.data.images import Images
+from cast_ray.runtime.data.pictures import Pictures, picture_dataset, pictures
+from cast_ray.runtime.data.resources import configure_data, reserve, stream_bundle
+from cast_ray.runtime.data.training_stream import training_stream
+from cast_ray.runtime.store.artifact_files import LABELS
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.store.models import load_student, save_model
+from cast_ray.runtime.worker.label_job import LabelJob
+from cast_ray.runtime.worker.labeller import PseudoLabeller
+from cast_ray.runtime.worker.labelling import label_images
+from cast_ray.runtime.worker.online import Learner, OnlineLabels, start_teachers, teacher_bundles
 from cast_ray.teachers.pseudo_labels import paint
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(900)]

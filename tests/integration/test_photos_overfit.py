@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from cast_ray.contracts.records import Batch, Category, Targets
 from cast_ray.data.reading.images import read_image
+from cast_ray.data.views import fit_image
 from cast_ray.engine.loop import TrainResult, train
 from cast_ray.engine.objective import Objective
 from cast_ray.engine.world import World
@@ -22,10 +24,8 @@ from cast_ray.models.cast_network import CastNetwork
 from cast_ray.models.segmenter import Segmenter, build_segmenter
 from cast_ray.models.student import Student
 from cast_ray.recipe import EncoderConfig, LossConfig, ModelConfig, PseudoConfig, TrainConfig
-from cast_ray.contracts.records import Batch, Category, Targets
 from cast_ray.teachers.expert import ExpertTeacher
 from cast_ray.teachers.pseudo_labels import pseudo_labels
-from cast_ray.data.views import fit_image
 
 NUM_PHOTOS, SIZE = 4, (96, 96)
 TEACHER = ModelConfig(

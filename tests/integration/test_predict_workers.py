@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cast_ray.contracts.records import Category
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.models.student import Student
 from cast_ray.recipe import EncoderConfig, ModelConfig
-from cast_ray.contracts.records import Category
 
 ROOT = Path(__file__).parents[2]
 

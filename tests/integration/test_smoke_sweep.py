@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from cast_ray.evaluation.label_audit import audit_images, summarise_audit
-from cast_ray.recipe import Recipe
 from cast_ray.contracts.records import Category, ClassMap
-from cast_ray.runtime.store.artifacts import ArtifactStore
-from cast_ray.plan.graph import artifact_key, plan
+from cast_ray.evaluation.label_audit import audit_images, summarise_audit
 from cast_ray.plan.ablation import load_table
+from cast_ray.plan.graph import artifact_key, plan
+from cast_ray.recipe import Recipe
+from cast_ray.runtime.store.artifacts import ArtifactStore
 
 pytestmark = pytest.mark.timeout(1800)
 

@@ -15,11 +15,13 @@ import ray
 import torch
 from stream_scenes import CATEGORIES, DATA, STILL, assert_same, loop, write_images
 
-from cast_ray.recipe import InputSize, RuntimeConfig
 from cast_ray.contracts.records import Batch
+from cast_ray.recipe import InputSize, RuntimeConfig
 from cast_ray.runtime.data import resources as budget
+from cast_ray.runtime.data.images import Images
+from cast_ray.runtime.data.pictures import picture_dataset, pictures
 from cast_ray.runtime.data.resources import PacedLoop, configure_data, reserve, stream_bundle
-from cast_ray.runtime.data.streams import Images, picture_dataset, pictures, training_stream
+from cast_ray.runtime.data.training_stream import training_stream
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(600)]
 
@@ -131,7 +133,7 @@ def test_every_image_once_an_epoch_and_the_short_side_cycles(table: pa.Table) ->
 def test_a_long_plan_goes_on_through_several_executions(
     table: pa.Table, wanted: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cast_ray.runtime.data.streams.MAX_TASKS_PER_EXECUTION", 2)
+    monkeypatch.setattr("cast_ray.runtime.data.training_stream.MAX_TASKS_PER_EXECUTION", 2)
     found = read(images_of(table), 11)
     assert len(found) == 11
     for mine, theirs in zip(found, wanted):

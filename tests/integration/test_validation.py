@@ -15,8 +15,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from cast_ray.evaluation.matches import load_matches
-from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.plan.graph import artifact_key
+from cast_ray.runtime.store.artifacts import ArtifactStore
 
 pytestmark = pytest.mark.timeout(1200)
 

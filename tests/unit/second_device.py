@@ -17,13 +17,13 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from cast_ray.contracts.records import Batch, Predictions
 from cast_ray.engine import loop
 from cast_ray.engine.checkpoint import TrainState
 from cast_ray.engine.objective import Objective, Terms
 from cast_ray.engine.world import World
 from cast_ray.models.cast_network import Output, TrainedNetwork
 from cast_ray.recipe import TrainConfig
-from cast_ray.contracts.records import Batch, Predictions
 
 NAME = "stub"
 SCHEDULE = TrainConfig(steps=17, checkpoint_every_steps=4, lr=3e-3, ema=0.9)

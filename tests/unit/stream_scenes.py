@@ -10,13 +10,13 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from cast_ray.data.batches import collate, join, to_batch
-from cast_ray.data.reading.images import read_image
-from cast_ray.data.formats.segmentations import encode_mask
-from cast_ray.recipe import DataConfig
 from cast_ray.contracts.records import RECORD_SCHEMA, Batch, Category, ClassMap, encode_image_id
+from cast_ray.data.batches import collate, join, to_batch
+from cast_ray.data.formats.segmentations import encode_mask
+from cast_ray.data.reading.images import read_image
 from cast_ray.data.sampling import view_seed, worker_slots
 from cast_ray.data.views import make_sample
+from cast_ray.recipe import DataConfig
 
 CATEGORIES = (Category(2, "disc"), Category(7, "square"))
 SIZE = (24, 32)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from training_scenes import make_batch
 
+from cast_ray.contracts.records import Batch, Category
 from cast_ray.engine.loop import train
 from cast_ray.engine.objective import Objective
 from cast_ray.engine.world import World
 from cast_ray.recipe import ContrastiveConfig, LossConfig, TrainConfig
-from cast_ray.contracts.records import Batch, Category
 from cast_ray.teachers.protocol import Teacher
 
 CATEGORIES = [Category(3, "person"), Category(7, "traffic light"), Category(8, "dog")]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from training_scenes import CONTRAST, LOSS, NUM_CLASSES, batches, make_batch, make_network, run
 
+from cast_ray.contracts.records import Batch
 from cast_ray.engine.accumulation import PartedForward
 from cast_ray.engine.loop import train
 from cast_ray.engine.objective import Objective, weighted_sum
@@ -16,7 +17,6 @@ from cast_ray.engine.world import World
 from cast_ray.models.cast_network import CastNetwork
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.recipe import ContrastiveConfig, EncoderConfig, LossConfig, ModelConfig, TrainConfig
-from cast_ray.contracts.records import Batch
 
 SEMI = LOSS.model_copy(update={"lambda_semi": 1.0})
 STRONG = SEMI.model_copy(update={"semi_view": "strong"})

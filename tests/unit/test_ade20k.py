@@ -6,10 +6,10 @@ from dataset_folders import FULL_CLASSES, HEIGHT, WIDTH, write_ade20k, write_ade
 from PIL import Image
 from pycocotools import mask as mask_utils
 
+from cast_ray.contracts.records import decode_image_id
 from cast_ray.data.formats.ade20k import CATEGORIES, decode_challenge, decode_full
 from cast_ray.data.reading.reader import load
 from cast_ray.recipe import DataConfig
-from cast_ray.contracts.records import decode_image_id
 
 
 def _load(root, **fields):

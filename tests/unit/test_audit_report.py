@@ -14,13 +14,14 @@ import pytest
 from evaluation_scenes import CATEGORIES, HEIGHT, WIDTH, random_scenes
 from PIL import Image
 
-from cast_ray.evaluation.label_audit import audit_images, summarise_audit
-from cast_ray.recipe import build_recipe
 from cast_ray.contracts.records import RECORD_SCHEMA, ClassMap, encode_image_id
-from cast_ray.publish.label_audit import NUM_WORST, audit_table, coverage_table, worst_cases
-from cast_ray.runtime.sweep.row_results import SweepContext
-from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.evaluation.label_audit import audit_images, summarise_audit
 from cast_ray.plan.graph import RowPlan, Stage, plan
+from cast_ray.publish.label_audit import NUM_WORST, worst_cases
+from cast_ray.recipe import build_recipe
+from cast_ray.report.label_audit import audit_table, coverage_table
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.sweep.row_results import SweepContext
 
 CLASSES = ClassMap(CATEGORIES)
 IDS = tuple(range(3, 13))

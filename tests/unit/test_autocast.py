@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 
 from cast_ray import predict
+from cast_ray.contracts.records import Category
+from cast_ray.data.views import fit_image
 from cast_ray.models.autocast import fastest_precision, require_precision
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.models.student import CONFIG, Student
-from cast_ray.recipe import ModelConfig, Precision, RuntimeConfig, build_recipe
-from cast_ray.contracts.records import Category
-from cast_ray.runtime.store.models import load_labeller, open_teacher, save_model
-from cast_ray.runtime.store.artifacts import ArtifactStore
-from cast_ray.runtime.worker.predict import predict as evaluate
 from cast_ray.plan.graph import plan
-from cast_ray.data.views import fit_image
+from cast_ray.recipe import ModelConfig, Precision, RuntimeConfig, build_recipe
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.store.models import load_labeller, open_teacher, save_model
+from cast_ray.runtime.worker.measuring import predict as evaluate
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 CATEGORIES = (Category(5, "disc"), Category(9, "bar"))

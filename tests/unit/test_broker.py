@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from cast_ray.plan.graph import Stage
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.store.claims import Presence
 from cast_ray.runtime.sweep import broker as broker_module
 from cast_ray.runtime.sweep.broker import LEASE_TIMEOUT_S, Broker, Leases, Limits, Need
-from cast_ray.runtime.store.claims import Presence
-from cast_ray.runtime.store.artifacts import ArtifactStore
-from cast_ray.plan.graph import Stage
 
 PRETRAIN = Need("pre", "train", (), 8)
 ADAPT = Need("ada", "train", ("pre",), 6)

@@ -8,10 +8,10 @@ from dataset_folders import HEIGHT, WIDTH, cityscapes_map, write_cityscapes, wri
 from PIL import Image
 from pycocotools import mask as mask_utils
 
+from cast_ray.contracts.records import RECORD_SCHEMA, decode_image_id
 from cast_ray.data.formats.cityscapes import CATEGORIES, VOID_IDS, decode_map, frame_name
 from cast_ray.data.reading.reader import load
 from cast_ray.recipe import DataConfig
-from cast_ray.contracts.records import RECORD_SCHEMA, decode_image_id
 
 
 def _load(root, **fields):

@@ -12,10 +12,10 @@ import pytest
 from evaluation_scenes import encode
 from pycocotools import mask as coco_mask
 
+from cast_ray.contracts.records import Category, ClassMap
 from cast_ray.evaluation.cityscapes_ap import cityscapes_metrics, match_cityscapes
 from cast_ray.evaluation.detections import Detections, Truth
-from cast_ray.evaluation.matches import Matches, join
-from cast_ray.contracts.records import Category, ClassMap
+from cast_ray.evaluation.matches import join
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "data" / "cityscapes_reference.json").read_text())
 HEIGHT, WIDTH = REFERENCE["size"]

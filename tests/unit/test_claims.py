@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cast_ray.runtime.store.claims import DEAD_AFTER_S, Claims, Holder, Presence, Watch, live_sweeps
 from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.store.claims import DEAD_AFTER_S, Claims, Holder, Presence, Watch, live_sweeps
 
 KEYS = ["train-a", "label-b", "train-c"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cast_ray.recipe import build_recipe
 from cast_ray.plan.graph import plan
+from cast_ray.recipe import build_recipe
 from cast_ray.teachers.class_thresholds import balanced_thresholds
 
 

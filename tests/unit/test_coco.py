@@ -16,11 +16,11 @@ from coco_folders import write_coco as _write
 from PIL import Image
 from pycocotools import mask as mask_utils
 
+from cast_ray.contracts.records import RECORD_SCHEMA, decode_image_id
+from cast_ray.data.formats.segmentations import encode_mask, encode_segmentation
 from cast_ray.data.reading.images import read_image
 from cast_ray.data.reading.reader import load
-from cast_ray.data.formats.segmentations import encode_mask, encode_segmentation
 from cast_ray.recipe import DataConfig
-from cast_ray.contracts.records import RECORD_SCHEMA, decode_image_id
 
 
 def _load(root, **fields):

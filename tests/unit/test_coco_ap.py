@@ -16,10 +16,10 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from cast_ray.contracts.records import RECORD_SCHEMA, Category, encode_image_id
 from cast_ray.data.reading.reader import load
 from cast_ray.evaluation.coco_ap import mask_ap
 from cast_ray.recipe import DataConfig
-from cast_ray.contracts.records import RECORD_SCHEMA, Category, encode_image_id
 
 CATEGORIES = (Category(3, "disc"), Category(7, "cross"))
 

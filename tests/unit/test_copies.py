@@ -14,11 +14,11 @@ from coco_folders import valid_document, write_coco
 from dataset_folders import random_image, write_ade20k, write_cityscapes
 from PIL import Image, ImageOps
 
-from cast_ray.data.reading.copies import Copies, identity_of
-from cast_ray.data.splits.fractions import label_index, mark_copies, split
-from cast_ray.data.reading.reader import load
-from cast_ray.recipe import DataConfig
 from cast_ray.contracts.records import RECORD_SCHEMA, DatasetSplits
+from cast_ray.data.reading.copies import Copies, identity_of
+from cast_ray.data.reading.reader import load
+from cast_ray.data.splits.fractions import label_index, mark_copies, split
+from cast_ray.recipe import DataConfig
 
 
 def write_noise(root: Path) -> Path:

@@ -7,10 +7,10 @@ from unittest.mock import Mock
 
 import pytest
 
-from cast_ray.recipe import build_recipe
 from cast_ray.plan import cost as cost_module
 from cast_ray.plan.cost import ASSUMED_FLOPS, CostModel, Size, cost_of
 from cast_ray.plan.graph import RowPlan, Stage, SweepPlan, plan, plan_sweep
+from cast_ray.recipe import build_recipe
 
 SIZE = Size(num_unlabelled=36, num_val=16, image_hw=(64, 64))
 

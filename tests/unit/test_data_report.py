@@ -13,16 +13,16 @@ from dataset_folders import write_cityscapes
 from report_scenes import result, save
 from rich.console import Console
 
-from cast_ray.datasets.__main__ import main as inspect
 from cast_ray.data.reading.reader import load
+from cast_ray.datasets.__main__ import main as inspect
+from cast_ray.plan.search import SearchSpec
 from cast_ray.recipe import DataConfig, build_recipe
 from cast_ray.report.results import summarise
 from cast_ray.report.run_folder import read_results
-from cast_ray.runtime.search import run as search
 from cast_ray.runtime.data.dataset import read_dataset
 from cast_ray.runtime.data.splits import store_splits
+from cast_ray.runtime.search import run as search
 from cast_ray.runtime.store.artifacts import ArtifactStore
-from cast_ray.plan.search import SearchSpec
 from sweeps import ablate
 
 

@@ -16,12 +16,12 @@ from PIL import Image, ImageOps
 from rich.console import Console
 
 from cast_ray.data.reading.reader import in_threads, load
+from cast_ray.plan.graph import DataHashes, split_part
 from cast_ray.recipe import Recipe, build_recipe
 from cast_ray.runtime.data import dataset as dataset_module
 from cast_ray.runtime.data.dataset import StoredDataset, read_dataset
 from cast_ray.runtime.data.splits import store_splits, stored_split
 from cast_ray.runtime.store.artifacts import ArtifactStore
-from cast_ray.plan.graph import DataHashes, split_part
 
 
 class Reader:

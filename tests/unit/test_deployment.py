@@ -13,11 +13,11 @@ from hub_folders import save_folder
 from pycocotools import mask as coco_mask
 
 from cast_ray import export
+from cast_ray.contracts.records import Category
 from cast_ray.models.export import OUTPUTS, Detector, export_onnx
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.models.student import Student
 from cast_ray.recipe import EncoderConfig, InputSize, ModelConfig
-from cast_ray.contracts.records import Category
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="optional extra `export`")
 

@@ -7,10 +7,10 @@ import torch
 from transformers import MMGroundingDinoConfig
 from transformers.loss.loss_grounding_dino import GroundingDinoForObjectDetectionLoss
 
-from cast_ray.losses.teacher.detector import Detections, boxes_of, detection_loss, match_boxes
+from cast_ray.contracts.records import Targets
+from cast_ray.losses.teacher.detector import QueryDetections, boxes_of, detection_loss, match_boxes
 from cast_ray.losses.teacher.prompted_masks import prompted_mask_loss
 from cast_ray.recipe import GroundedSamConfig
-from cast_ray.contracts.records import Targets
 
 NUM_TOKENS, NUM_CLASSES, NUM_QUERIES = 12, 3, 8
 USED = 9
@@ -36,7 +36,7 @@ def make_target(counts: tuple[int, ...], seed: int, size: tuple[int, int] = (16,
     return targets
 
 
-def make_detections(num_images: int, num_layers: int, seed: int) -> Detections:
+def make_detections(num_images: int, num_layers: int, seed: int) -> QueryDetections:
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     logits = []
@@ -45,10 +45,10 @@ def make_detections(num_images: int, num_layers: int, seed: int) -> Detections:
         layer[..., USED:] = -torch.inf
         logits.append(layer.requires_grad_())
     boxes = [(draw(num_images, NUM_QUERIES, 4) * 0.5).sigmoid().requires_grad_() for _ in range(num_layers)]
-    return Detections(logits, boxes, token_map().expand(num_images, -1, -1))
+    return QueryDetections(logits, boxes, token_map().expand(num_images, -1, -1))
 
 
-def transformers_loss(found: Detections, targets: list[Targets], layer: int) -> dict[str, torch.Tensor]:
+def transformers_loss(found: QueryDetections, targets: list[Targets], layer: int) -> dict[str, torch.Tensor]:
     config = MMGroundingDinoConfig(two_stage=False, class_cost=2.0)
     labels = [
         {"class_labels": t.labels, "boxes": boxes_of(t.masks, (t.masks.shape[-2], t.masks.shape[-1]))} for t in targets

@@ -11,6 +11,8 @@ from hub_folders import make_model, make_sam2_video, save_folder
 from training_scenes import LOSS, make_batch
 from transformers import Dinov2Backbone, Dinov2WithRegistersBackbone, DINOv3ViTBackbone, Sam2VisionModel
 
+from cast_ray.common.registry import ROWS
+from cast_ray.contracts.records import Category
 from cast_ray.engine.loop import train
 from cast_ray.engine.objective import Objective
 from cast_ray.engine.world import World
@@ -21,8 +23,6 @@ from cast_ray.models.segmenter import Segmenter, build_segmenter, outline
 from cast_ray.models.student import Student
 from cast_ray.models.vit_encoders import ViTEncoder
 from cast_ray.recipe import CONTRASTIVE_PRESETS, ContrastiveConfig, EncoderConfig, ModelConfig, TrainConfig
-from cast_ray.contracts.records import Category
-from cast_ray.common.registry import ROWS
 
 NUM_CLASSES = 3
 VITS = [n for n, a in ARCHITECTURES.items() if a.model_type.startswith("dino")]

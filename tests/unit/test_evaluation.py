@@ -13,16 +13,16 @@ import pytest
 import torch
 from evaluation_scenes import CATEGORIES, coco_document, random_scenes, referee, referee_numbers
 
+from cast_ray.contracts.records import encode_image_id
+from cast_ray.evaluation.coco_results import coco_results, results_document, results_lines
 from cast_ray.evaluation.measures import metrics_of
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.recipe import EncoderConfig, EvaluationConfig, ModelConfig, RuntimeConfig, build_recipe
-from cast_ray.contracts.records import encode_image_id
+from cast_ray.runtime.data.pictures import Pictures
+from cast_ray.runtime.sweep.slots import stage_slots
 from cast_ray.runtime.worker import evaluation
-from cast_ray.runtime.cluster import stage_slots
-from cast_ray.runtime.worker.evaluation import ValidationSet, measure
-from cast_ray.runtime.data.streams import Pictures
+from cast_ray.runtime.worker.measuring import ValidationSet, measure, predict
 from cast_ray.runtime.worker.validation import validation_bundles, with_points
-from cast_ray.runtime.worker.predict import coco_results, predict, results_document, results_lines
 from cast_ray.teachers.expert import ExpertTeacher
 
 SIZE = 32

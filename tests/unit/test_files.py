@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cast_ray.common.paths import write_bytes
 from cast_ray.common.files import PARTIAL, replaced, write_atomically
+from cast_ray.common.paths import write_bytes
 from cast_ray.runtime.store.artifacts import ArtifactStore
 
 

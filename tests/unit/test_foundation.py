@@ -14,14 +14,15 @@ from teacher_scenes import CATEGORIES, random_images
 from tiny_checkpoints import write_detector, write_sam2
 from training_scenes import batches
 
+from cast_ray.contracts.records import Category
 from cast_ray.engine.checkpoint import TrainState
 from cast_ray.engine.world import World
-from cast_ray.recipe import Recipe, build_recipe
-from cast_ray.contracts.records import Category
-from cast_ray.runtime.store.models import import_foundation, load_labeller, load_teacher, save_model
-from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.plan.graph import RowPlan, Stage, plan
-from cast_ray.runtime.worker.train import train_config, train_stage
+from cast_ray.plan.stage_parts import train_config
+from cast_ray.recipe import Recipe, build_recipe
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.store.models import import_foundation, load_labeller, load_teacher, save_model
+from cast_ray.runtime.worker.train import train_stage
 from cast_ray.teachers.grounded_sam import GroundedSamTeacher
 from cast_ray.teachers.protocol import Teacher
 from cast_ray.teachers.protocol import load_teacher as read_teacher

@@ -4,9 +4,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from cast_ray.contracts.records import RECORD_SCHEMA
 from cast_ray.data.splits.fractions import LabelSource, label_index, split
 from cast_ray.recipe import DataConfig
-from cast_ray.contracts.records import RECORD_SCHEMA
 
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 1.0)
 

@@ -10,9 +10,9 @@ from pycocotools import mask as coco_mask
 from teacher_scenes import CATEGORIES, CONTRAST, CROP, random_images
 from tiny_checkpoints import write_mask_transformer, write_sam3
 
+from cast_ray.contracts.records import Category
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.recipe import EncoderConfig, ModelConfig, TeacherConfig
-from cast_ray.contracts.records import Category
 from cast_ray.teachers.ensemble import EnsembleTeacher
 from cast_ray.teachers.expert import ExpertTeacher
 from cast_ray.teachers.fusion import group_instances, suppress, vote

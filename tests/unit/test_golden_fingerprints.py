@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from cast_ray.recipe import SCALES, build_recipe, preset_names
-from cast_ray.plan.graph import DataHashes, plan
 from cast_ray.plan.ablation import load_table
+from cast_ray.plan.graph import DataHashes, plan
+from cast_ray.recipe import SCALES, build_recipe, preset_names
 
 GOLDEN = Path(__file__).resolve().parents[1] / "data" / "fingerprints.json"
 CONTENT = "c" * 64

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from cast_ray.recipe import ModelConfig, Recipe, TrainConfig, build_recipe, recipe_keys
-from cast_ray.plan.graph import HOW_IT_RUNS, DataHashes, RowPlan, Stage, artifact_key, input_size_of, plan, plan_sweep
 from cast_ray.plan.ablation import load_table
-from cast_ray.runtime.worker.train import train_config
+from cast_ray.plan.graph import HOW_IT_RUNS, DataHashes, RowPlan, Stage, artifact_key, input_size_of, plan, plan_sweep
+from cast_ray.plan.stage_parts import train_config
+from cast_ray.recipe import ModelConfig, Recipe, TrainConfig, build_recipe, recipe_keys
 
 HASH = "0" * 64
 SUP = ["pretrain", "adapt", "distill", "refine"]

@@ -15,10 +15,10 @@ from tiny_checkpoints import write_detector, write_sam2
 from training_scenes import make_batch
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor, Sam2Model, Sam2VideoConfig, Sam2VideoModel
 
+from cast_ray.contracts.records import Category
 from cast_ray.engine.optim import build_optimizer
 from cast_ray.models.postprocess import encode_masks
 from cast_ray.recipe import ContrastiveConfig, TeacherConfig, TrainConfig
-from cast_ray.contracts.records import Category
 from cast_ray.teachers import grounded_sam
 from cast_ray.teachers.grounded_sam import DETECTOR, SEGMENTER, GroundedSamTeacher, box_maps
 from cast_ray.teachers.protocol import load_teacher, save_teacher

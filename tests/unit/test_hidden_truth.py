@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
+from cast_ray.contracts.records import Batch, Category
 from cast_ray.data.batches import from_buffer, to_batch
 from cast_ray.data.reading import images as image_files
 from cast_ray.recipe import DataConfig
-from cast_ray.contracts.records import Batch, Category
-from cast_ray.runtime.data import streams
+from cast_ray.runtime.data import training_stream as streams
 
 SIZE = 32
 DATA = DataConfig(image_px=(SIZE, SIZE), scale_jitter=(1, 1), flip=False)
@@ -45,7 +45,7 @@ def steps(monkeypatch: pytest.MonkeyPatch, *, labels: bool, oracle: bool) -> Bat
         "labels" if labels else None,  # type: ignore[arg-type]
     )
     first = np.zeros((1, 1), dtype=np.int64)  # of D_l and of D_u
-    plan = streams.StepPlan(images, DATA, 0, first, first, 0, (0, 1), strong=True, oracle=oracle, online=None)
+    plan = streams.StepSchedule(images, DATA, 0, first, first, 0, (0, 1), strong=True, oracle=oracle, online=None)
     made = streams._make_steps(0, 1, plan=plan)
     return to_batch(from_buffer(made.column("batch")[0].as_buffer()))
 

@@ -20,9 +20,9 @@ from coco_folders import (
     write_image,
 )
 
+from cast_ray.contracts.records import DatasetSplits, decode_image_id
 from cast_ray.data.reading.reader import load
 from cast_ray.recipe import DataConfig
-from cast_ray.contracts.records import DatasetSplits, decode_image_id
 
 
 def read(root: Path, **fields: Any) -> DatasetSplits:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cast_ray.data.reading.images import _FORMATS, IMAGE_SUFFIXES, UNREADABLE_SUFFIXES, check_image, read_image
 from cast_ray.common.paths import join
+from cast_ray.data.reading.images import _FORMATS, IMAGE_SUFFIXES, UNREADABLE_SUFFIXES, check_image, read_image
 
 
 def _save(path, image, **options):

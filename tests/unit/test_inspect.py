@@ -13,9 +13,9 @@ from coco_folders import valid_document, write_coco
 from dataset_folders import write_ade20k, write_cityscapes
 from PIL import Image
 
-from cast_ray.datasets.__main__ import main
 from cast_ray.data.reading.inspection import choose_samples, facts_of, guess_format
 from cast_ray.data.reading.reader import load
+from cast_ray.datasets.__main__ import main
 from cast_ray.recipe import DataConfig
 
 ROOT = Path(__file__).parents[2]

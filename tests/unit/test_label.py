@@ -18,11 +18,11 @@ from teacher_scenes import CATEGORIES
 from tiny_checkpoints import write_detector, write_mask_transformer, write_sam2
 
 from cast_ray import label
+from cast_ray.contracts.records import Category
 from cast_ray.data.reading.reader import load
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.models.student import Student
 from cast_ray.recipe import DataConfig, EncoderConfig, ModelConfig, TeacherConfig
-from cast_ray.contracts.records import Category
 from cast_ray.teachers.grounded_sam import DETECTOR, SEGMENTER, GroundedSamTeacher
 from cast_ray.teachers.protocol import save_teacher
 

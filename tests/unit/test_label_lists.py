@@ -7,11 +7,11 @@ import pyarrow as pa
 import pytest
 from dataset_folders import write_cityscapes
 
+from cast_ray.contracts.records import RECORD_SCHEMA, encode_image_id
+from cast_ray.data.reading.reader import load
 from cast_ray.data.splits.fractions import LabelSource, label_index, split
 from cast_ray.data.splits.label_lists import forms_of_skipped, read_list
-from cast_ray.data.reading.reader import load
 from cast_ray.recipe import DataConfig
-from cast_ray.contracts.records import RECORD_SCHEMA, encode_image_id
 
 
 def _records(names):

@@ -18,12 +18,12 @@ import pytest
 import torch
 from training_scenes import CONTRAST, LOSS, batches, make_batch, make_network, run
 
+from cast_ray.contracts.records import Batch, Predictions
 from cast_ray.engine.checkpoint import TrainState
 from cast_ray.engine.objective import Objective, weighted_sum
 from cast_ray.engine.world import World
 from cast_ray.models.segmenter import Segmenter
 from cast_ray.recipe import ContrastiveConfig, LossConfig, TrainConfig
-from cast_ray.contracts.records import Batch, Predictions
 
 SHORT = TrainConfig(steps=16, checkpoint_every_steps=6, lr=3e-3, ema=0.9)
 SEMI = LOSS.model_copy(update={"lambda_semi": 0.5})

@@ -13,8 +13,8 @@ from teacher_scenes import CATEGORIES, CONTRAST, CROP, changed, random_images, r
 from tiny_checkpoints import write_mask_transformer
 from transformers import AutoModelForUniversalSegmentation
 
-from cast_ray.recipe import InputSize, PromptConfig, TeacherConfig
 from cast_ray.contracts.records import Category
+from cast_ray.recipe import InputSize, PromptConfig, TeacherConfig
 from cast_ray.teachers.mask_transformer import CHECKPOINT, MaskTransformerTeacher, match_labels
 from cast_ray.teachers.protocol import load_teacher, save_teacher
 

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pytest
 from evaluation_scenes import CATEGORIES, coco_document, random_scenes, referee, referee_numbers
 
+from cast_ray.contracts.records import ClassMap, encode_image_id
 from cast_ray.evaluation.coco_ap import coco_metrics, match_coco, match_results
 from cast_ray.evaluation.detections import Truth, by_image, tie_order
-from cast_ray.evaluation.matches import Matches, join, load_matches
-from cast_ray.contracts.records import ClassMap, encode_image_id
+from cast_ray.evaluation.matches import DetectionMatches, join, load_matches
 
 IDS = (12, 3, 40, 7, 8, 25)
 
@@ -67,11 +67,11 @@ def test_other_counts_are_refused(counts: np.ndarray) -> None:
         match_results(table, results, CATEGORIES).mask_ap(counts)
 
 
-def columns(matches: Matches) -> list[np.ndarray]:
+def columns(matches: DetectionMatches) -> list[np.ndarray]:
     return [getattr(matches, n) for n in ("image", "label", "score", "matched", "ignored", "num_truth")]
 
 
-def assert_same(a: Matches, b: Matches) -> None:
+def assert_same(a: DetectionMatches, b: DetectionMatches) -> None:
     assert a.metric == b.metric
     for x, y in zip(columns(a), columns(b)):
         assert x.dtype == y.dtype

@@ -5,9 +5,9 @@ from itertools import permutations
 import torch
 import torch.nn.functional as F
 
+from cast_ray.contracts.records import Targets
 from cast_ray.losses.set.matching import match_layers, sample_kept, sample_maps
 from cast_ray.recipe import LossConfig
-from cast_ray.contracts.records import Targets
 
 QUERIES, CLASSES = 5, 3
 

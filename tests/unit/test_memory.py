@@ -9,10 +9,10 @@ from cast_ray.engine.memory import estimate_inference_memory, estimate_memory
 from cast_ray.evaluation.efficiency import peak_memory
 from cast_ray.models.cast_network import CastNetwork
 from cast_ray.models.segmenter import build_segmenter
-from cast_ray.recipe import ContrastiveConfig, EncoderConfig, ModelConfig, TrainConfig, build_recipe
 from cast_ray.plan.cost import seen_size
-from cast_ray.runtime.worker.predict import inference_memory
 from cast_ray.plan.graph import plan
+from cast_ray.plan.memory import inference_memory
+from cast_ray.recipe import ContrastiveConfig, EncoderConfig, ModelConfig, TrainConfig, build_recipe
 
 VIT = EncoderConfig(name="vit", widths=(8, 16, 32, 64), depths=(1, 1, 2, 2), stem_stride=2)
 MODEL = ModelConfig(encoder=VIT, hidden_dim=32, num_queries=10, num_layers=3, num_heads=2, proposals=False)

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 
+from cast_ray.contracts.records import Predictions
 from cast_ray.models.heads import pick_proposals
 from cast_ray.models.postprocess import to_instances
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.recipe import EncoderConfig, ModelConfig
-from cast_ray.contracts.records import Predictions
 
 ENCODERS = {
     "convnext": EncoderConfig(name="convnext", widths=(8, 16, 24, 32), depths=(1, 1, 1, 1), stem_stride=2),

@@ -13,19 +13,19 @@ import torch.nn.functional as F
 from dataset_folders import write_png
 from torch import nn
 
+from cast_ray.contracts.records import ClassMap, DatasetSplits, Predictions
 from cast_ray.data import views
 from cast_ray.data.reading.images import read_image
 from cast_ray.data.reading.reader import load
+from cast_ray.data.views import make_sample
 from cast_ray.evaluation.detections import Detections, Truth
 from cast_ray.evaluation.measures import match_images, metrics_of
-from cast_ray.recipe import DataConfig, InputSize, ModelConfig, build_recipe
-from cast_ray.contracts.records import ClassMap, DatasetSplits, Predictions
-from cast_ray.runtime.data import streams
-from cast_ray.runtime.data.streams import PICTURE_SCHEMA, Pictures
-from cast_ray.runtime.worker.predict import predict
 from cast_ray.plan.graph import input_size_of, plan
+from cast_ray.recipe import DataConfig, InputSize, ModelConfig, build_recipe
+from cast_ray.runtime.data import training_stream as streams
+from cast_ray.runtime.data.pictures import PICTURE_SCHEMA, Pictures
+from cast_ray.runtime.worker.measuring import predict
 from cast_ray.teachers.expert import ExpertTeacher
-from cast_ray.data.views import make_sample
 
 HEIGHT, WIDTH = 1024, 2048
 STRIDE = 8

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from cast_ray.common.paths import resolve
+from cast_ray.contracts.records import decode_image_id
 from cast_ray.data.reading.index import index_pool
 from cast_ray.data.reading.listing import Listing, state_of
-from cast_ray.common.paths import resolve
 from cast_ray.data.reading.photos import describe_left_out, find_photos, images_below, output_names
-from cast_ray.contracts.records import decode_image_id
 
 
 @pytest.fixture

@@ -18,12 +18,12 @@ from pycocotools.coco import COCO
 
 from cast_ray import predict
 from cast_ray.console import EXIT_BAD_INPUT
+from cast_ray.contracts.records import RECORD_SCHEMA, Category, encode_image_id
+from cast_ray.data.views import fit_image
 from cast_ray.evaluation.coco_ap import mask_ap
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.models.student import Student
 from cast_ray.recipe import EncoderConfig, ModelConfig
-from cast_ray.contracts.records import RECORD_SCHEMA, Category, encode_image_id
-from cast_ray.data.views import fit_image
 
 CATEGORIES = [Category(5, "disc"), Category(9, "bar")]
 

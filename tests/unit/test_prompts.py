@@ -9,8 +9,8 @@ import torch
 from tiny_checkpoints import write_bert_tokenizer
 from transformers import AutoTokenizer
 
-from cast_ray.recipe import PromptConfig
 from cast_ray.contracts.records import Category
+from cast_ray.recipe import PromptConfig
 from cast_ray.teachers.prompts import Prompter, class_words
 
 NAMES = ["person", "traffic_light", "Dog/Cat", "tv."]

@@ -7,9 +7,9 @@ from unittest import mock
 import pytest
 import torch
 
+from cast_ray.contracts.records import Targets
 from cast_ray.losses.set.proposals import BACKGROUND, UNASSIGNED, assign_tokens, proposal_loss
 from cast_ray.recipe import LossConfig
-from cast_ray.contracts.records import Targets
 
 
 def square(height: int, width: int, top: int, left: int, side: int) -> torch.Tensor:

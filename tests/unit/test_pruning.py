@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from cast_ray.runtime.store.claims import Presence
-from cast_ray.runtime.store.pruning import SILENT_S, plan_pruning, prune
-from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.plan.graph import Stage
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.store.claims import Presence
+from cast_ray.runtime.store.pruning import SILENT_S, find_prunable, prune
 from sweeps import ablate
 
 OLD_S = 10 * 86400
@@ -46,7 +46,7 @@ def keys(store: ArtifactStore) -> set[str]:
 def test_unfinished_artifacts_go_and_finished_ones_stay(store: ArtifactStore) -> None:
     commit(store, "a")
     store.add(stage("b"), "model.safetensors", b"half")
-    assert [a.key for a in plan_pruning(store).unfinished] == [stage("b").key]
+    assert [a.key for a in find_prunable(store).unfinished] == [stage("b").key]
     prune(store, None, False, "test")
     assert keys(store) == {stage("a").key} and store.has(stage("a").key)
 
@@ -58,7 +58,7 @@ def test_finished_ones_go_by_age_and_use(store: ArtifactStore) -> None:
     store.write_json("runs/x/losses__sup__s0/result.json", used)
 
     def planned(older_s: float | None, unused: bool) -> set[str]:
-        return {a.fingerprint[0] for a in plan_pruning(store, older_s, unused).artifacts}
+        return {a.fingerprint[0] for a in find_prunable(store, older_s, unused).artifacts}
 
     assert planned(None, False) == set()
     assert planned(OLD_S / 2, False) == {"a", "b"}
@@ -72,8 +72,8 @@ def test_a_result_that_cannot_be_read_stops_the_pruning_of_what_is_unused(store:
     commit(store, "a", OLD_S)
     store.write_bytes("runs/x/losses__sup__s0/result.json", b'{"stages": [')
     with pytest.raises(ValueError, match=r"losses__sup__s0/result.json: cannot be read, so that nothing says"):
-        plan_pruning(store, None, True)
-    assert [a.key for a in plan_pruning(store, OLD_S / 2, False).artifacts] == [stage("a").key]
+        find_prunable(store, None, True)
+    assert [a.key for a in find_prunable(store, OLD_S / 2, False).artifacts] == [stage("a").key]
 
 
 def test_the_data_and_the_foundation_of_a_result_are_in_use(store: ArtifactStore) -> None:
@@ -81,7 +81,7 @@ def test_the_data_and_the_foundation_of_a_result_are_in_use(store: ArtifactStore
         commit(store, name, OLD_S)
     used = {"stages": [], "given": [stage("a").fingerprint], "dataset": {"artifact": stage("b").key}}
     store.write_json("runs/x/main__CAST__s0/result.json", used)
-    assert [a.key for a in plan_pruning(store, None, True).artifacts] == [stage("c").key]
+    assert [a.key for a in find_prunable(store, None, True).artifacts] == [stage("c").key]
 
 
 def test_what_a_live_sweep_needs_stays(store: ArtifactStore) -> None:
@@ -108,9 +108,9 @@ def test_a_fresh_unfinished_artifact_stays_while_somebody_is_at_work(store: Arti
     store.add(stage("b"), "model.safetensors", b"half")
     with Presence(store, "ablate.py losses") as presence:
         presence.need(["other"])
-        assert plan_pruning(store).unfinished == ()
+        assert find_prunable(store).unfinished == ()
         aged(store, "b", 2 * SILENT_S)
-        assert [a.key for a in plan_pruning(store).unfinished] == [stage("b").key]
+        assert [a.key for a in find_prunable(store).unfinished] == [stage("b").key]
 
 
 def test_attempts_beside_the_one_that_counts_go(store: ArtifactStore) -> None:

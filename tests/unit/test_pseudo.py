@@ -9,9 +9,9 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
+from cast_ray.contracts.records import Category
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.recipe import EncoderConfig, ModelConfig, PseudoConfig
-from cast_ray.contracts.records import Category
 from cast_ray.teachers.expert import ExpertTeacher
 from cast_ray.teachers.pseudo_labels import pseudo_labels
 

@@ -21,8 +21,8 @@ from evaluation_scenes import (
 )
 from pycocotools import mask as coco_mask
 
-from cast_ray.evaluation.label_audit import ERRORS, audit_images, join_audits, summarise_audit
 from cast_ray.contracts.records import RECORD_SCHEMA, Category, ClassMap, encode_image_id
+from cast_ray.evaluation.label_audit import ERRORS, audit_images, join_audits, summarise_audit
 
 CLASSES = ClassMap(CATEGORIES)
 IDS = (4, 9, 2, 7, 11, 5, 1, 30)

@@ -18,13 +18,13 @@ from cast_ray.engine.loop import train
 from cast_ray.engine.objective import Objective
 from cast_ray.engine.world import World
 from cast_ray.models.segmenter import build_segmenter
-from cast_ray.recipe import InputSize, LossConfig, PseudoConfig, TeacherConfig, TrainConfig
-from cast_ray.runtime.worker.labeller import PseudoLabeller
-from cast_ray.runtime.store.models import save_model
-from cast_ray.runtime.worker.online import Learner, OnlineLabels
-from cast_ray.runtime.store.artifacts import ArtifactStore
-from cast_ray.runtime.data.streams import Pictures
 from cast_ray.plan.graph import Stage
+from cast_ray.recipe import InputSize, LossConfig, PseudoConfig, TeacherConfig, TrainConfig
+from cast_ray.runtime.data.pictures import Pictures
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.store.models import save_model
+from cast_ray.runtime.worker.labeller import PseudoLabeller
+from cast_ray.runtime.worker.online import Learner, OnlineLabels
 from cast_ray.teachers.expert import ExpertTeacher
 from cast_ray.teachers.grounded_sam import GroundedSamTeacher
 from cast_ray.teachers.mask_transformer import MaskTransformerTeacher

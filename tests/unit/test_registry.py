@@ -10,8 +10,7 @@ from cast_ray.common.registry import ROWS, lookup
 
 
 def test_datasets_are_found():
-    from cast_ray.data.formats import coco
-    from cast_ray.data.formats import shapes
+    from cast_ray.data.formats import coco, shapes
 
     assert lookup("datasets", "coco") is coco.index and lookup("datasets", "shapes") is shapes.index
 

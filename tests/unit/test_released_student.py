@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from training_scenes import LOSS, NUM_CLASSES, make_batch
 
+from cast_ray.contracts.records import Category
 from cast_ray.engine.loop import train
 from cast_ray.engine.objective import Objective
 from cast_ray.engine.world import World
@@ -19,7 +20,6 @@ from cast_ray.models.padding import cut_padding
 from cast_ray.models.segmenter import build_segmenter, outline
 from cast_ray.models.student import Student
 from cast_ray.recipe import EncoderConfig, ModelConfig, TrainConfig, build_recipe, parse_overrides
-from cast_ray.contracts.records import Category
 
 TINY = ModelConfig(
     encoder=EncoderConfig(name="vit", widths=(16, 32, 64, 128), stem_stride=2),  # patches of 8 px

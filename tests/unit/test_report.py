@@ -15,15 +15,15 @@ from PIL import Image
 from report_scenes import ROWS, failed, result, save, stage
 from rich.console import Console
 
+from cast_ray.plan.ablation import Table, load_table
+from cast_ray.publish.sweep import announce
 from cast_ray.report.content import Report
 from cast_ray.report.exports import latex_page
 from cast_ray.report.overlays import CONTACT_SHEET
-from cast_ray.publish.sweep import announce
 from cast_ray.report.results import summarise, summarise_run
 from cast_ray.report.run_folder import read_plan, read_results, read_run, write_plan
 from cast_ray.report.tables import comparison_grid, main_grid, print_report, results_grid, stage_grid, terminal_table
 from cast_ray.report.write import write_report
-from cast_ray.plan.ablation import Table, load_table
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from report_scenes import ROWS, result, save
 
+from cast_ray.plan.ablation import Table, load_table
 from cast_ray.recipe import build_recipe
 from cast_ray.report.blocks import Figure, Panel, Series
 from cast_ray.report.content import Report
@@ -26,7 +27,6 @@ from cast_ray.report.curves import (
 from cast_ray.report.plots import COLOURS, draw_png, draw_svg, legend_of
 from cast_ray.report.results import summarise
 from cast_ray.report.run_folder import read_results
-from cast_ray.plan.ablation import Table, load_table
 
 
 def report_of(tmp_path: Path, results: list[dict[str, Any]], table: Table | None = None) -> Report:

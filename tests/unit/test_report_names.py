@@ -16,6 +16,7 @@ from markdown_it import MarkdownIt
 from report_scenes import ROWS, result, save
 from rich.console import Console
 
+from cast_ray.plan.ablation import Table
 from cast_ray.report.blocks import Figure, Panel, Series
 from cast_ray.report.exports import latex_page
 from cast_ray.report.markup import latex_text, markdown_code, markdown_text, one_line
@@ -25,7 +26,6 @@ from cast_ray.report.results import summarise
 from cast_ray.report.run_folder import read_results, write_plan
 from cast_ray.report.tables import print_report
 from cast_ray.report.write import write_report
-from cast_ray.plan.ablation import Table
 
 NAMES = (
     *("$x^2_$ and $", "a|b", "*bold* _it_ `code`", "[link](x)", "[red]no[-red]", "# 1", "1. one", "- minus", "+plus"),

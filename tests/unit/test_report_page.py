@@ -17,12 +17,12 @@ import pytest
 from PIL import Image
 from report_scenes import ROWS, failed, result, save
 
+from cast_ray.plan.ablation import load_table
 from cast_ray.report import sections
 from cast_ray.report.overlays import CONTACT_SHEET
 from cast_ray.report.run_folder import write_plan
-from cast_ray.publish.samples import SAMPLES
+from cast_ray.report.samples import SAMPLES
 from cast_ray.report.write import write_report
-from cast_ray.plan.ablation import load_table
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOID = {"meta", "link", "img", "input", "br", "path", "use", "rect"}

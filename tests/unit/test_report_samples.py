@@ -18,16 +18,17 @@ from pycocotools import mask as coco_mask
 from report_scenes import result
 from rich.console import Console
 
-from cast_ray.recipe import build_recipe
 from cast_ray.contracts.records import RECORD_SCHEMA, Category, encode_image_id
-from cast_ray.publish import sweep as publish
-from cast_ray.publish import samples
-from cast_ray.report.blocks import Sample
-from cast_ray.publish.samples import SAMPLES, choose, image_quality, read_samples, row_samples
-from cast_ray.runtime.sweep.row_results import SweepContext, read_result
-from cast_ray.runtime.store.artifacts import ArtifactStore
-from cast_ray.runtime.worker.predict import results_document
+from cast_ray.evaluation.coco_results import results_document
 from cast_ray.plan.graph import RowPlan, Stage
+from cast_ray.publish import samples
+from cast_ray.publish import sweep as publish
+from cast_ray.publish.samples import choose, image_quality, row_samples
+from cast_ray.recipe import build_recipe
+from cast_ray.report.blocks import Sample
+from cast_ray.report.samples import SAMPLES, read_samples
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.sweep.row_results import SweepContext, read_result
 
 SIZE = 32
 CATEGORIES = (Category(3, "disc"), Category(7, "box"))

@@ -13,9 +13,9 @@ from report_scenes import ROWS, result, save
 from rich.console import Console
 
 from cast_ray.common.files import write_atomically
+from cast_ray.plan.ablation import load_table
 from cast_ray.report.run_folder import write_plan
 from cast_ray.report.write import fetch_results, rebuild_report, watch_report
-from cast_ray.plan.ablation import load_table
 
 EXPECTED = [("losses", row, 0) for row in ROWS[:2]]
 

@@ -18,13 +18,13 @@ import pytest
 from PIL import Image
 
 from cast_ray import label, predict
-from cast_ray.console import EXIT_BAD_INPUT, EXIT_INTERRUPTED
 from cast_ray.common.files import PARTIAL
+from cast_ray.console import EXIT_BAD_INPUT, EXIT_INTERRUPTED
+from cast_ray.contracts.records import Category
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.models.student import Student
 from cast_ray.predict import JsonList, Predictor
 from cast_ray.recipe import EncoderConfig, ModelConfig
-from cast_ray.contracts.records import Category
 from cast_ray.unfinished import JOURNAL
 
 NUM_PHOTOS = 7

@@ -16,17 +16,17 @@ import pytest
 import yaml
 from optuna.trial import TrialState
 
-from cast_ray.publish.search import SearchPlan, best_table, rebuild_search_report, write_search_report
-from cast_ray.runtime.store.claims import Presence
-from cast_ray.runtime.store.pruning import prune
-from cast_ray.runtime.search.run import SearchRequest, StudySearch, _Search
-from cast_ray.runtime.store.artifacts import ArtifactStore
-from cast_ray.runtime.search.study import best_trials, make_sampler, num_ended, open_storage, open_study, reap
-from cast_ray.runtime.sweep.run import check_still_stored
-from cast_ray.runtime.sweep.row_driver import RUNG_STEP
+from cast_ray.plan.ablation import load_table
 from cast_ray.plan.graph import Stage, plan
 from cast_ray.plan.search import RUNG_METRIC, SearchSpec, load_search, search_names
-from cast_ray.plan.ablation import load_table
+from cast_ray.publish.search import SearchRun, best_table, rebuild_search_report, write_search_report
+from cast_ray.runtime.search.run import SearchRequest, StudySearch, _Search
+from cast_ray.runtime.search.study import best_trials, make_sampler, num_ended, open_storage, open_study, reap
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.store.claims import Presence
+from cast_ray.runtime.store.pruning import prune
+from cast_ray.runtime.sweep.row_driver import RUNG_STEP
+from cast_ray.runtime.sweep.run import check_still_stored
 
 GOOD: dict[str, Any] = {
     "title": "t",
@@ -289,7 +289,7 @@ def test_the_report_and_the_table_to_go_on_with(storage: Any, tmp_path: Path) ->
     other = open_study(storage(), "mine-random", spec, {})
     studies = {"tpe": study_of(storage(), spec), "random": other}
     out = tmp_path / "out"
-    report = write_search_report(SearchPlan("mine", spec, "", {"preset": "shapes", "scale": "smoke"}), studies, out)
+    report = write_search_report(SearchRun("mine", spec, "", {"preset": "shapes", "scale": "smoke"}), studies, out)
     page = (out / "report.md").read_text()
     assert "| tpe | 6 | 6 | 0 | 0 | 0.02 | 15.0 |" in page and "| random | 0 |" in page
     assert {p.name for p in out.glob("*.png")} == {"progress.png", "importances.png"}
@@ -311,7 +311,7 @@ def test_the_front_of_two_objectives(storage: Any, tmp_path: Path) -> None:
     search = searcher(storage(), spec)
     for i, (ap, latency) in enumerate([(10, 1), (20, 2), (15, 3), (30, 4), (5, 5)]):
         ended(search, str(i), status="done", **{"student/mask_ap": float(ap), "student/latency_ms": float(latency)})
-    report = write_search_report(SearchPlan("mine", spec, ""), {"tpe": search.study}, tmp_path)
+    report = write_search_report(SearchRun("mine", spec, ""), {"tpe": search.study}, tmp_path)
     assert "Points that no other beats" in report.html.read_text()
     assert (tmp_path / "pareto.png").is_file() and report.best is not None
     assert list(load_table(report.best).rows) == ["base", "front 1", "front 2", "front 3"]
@@ -327,7 +327,7 @@ def test_the_report_is_written_again_from_a_copy_of_the_folder(tmp_path: Path) -
     for i in range(4):
         ended(search, str(i), status="done", **{"student/mask_ap": 10.0 + i})
     ended(search, "4", status="failed", error="ValueError: <b>no</b>")
-    SearchPlan("mine", spec, str(folder / "study.journal"), {"scale": "smoke"}, {"command": "search"}).write(folder)
+    SearchRun("mine", spec, str(folder / "study.journal"), {"scale": "smoke"}, {"command": "search"}).write(folder)
     copy = tmp_path / "elsewhere"
     folder.rename(copy)
     report = rebuild_search_report(copy)

@@ -7,11 +7,11 @@ import torch
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former import modeling_mask2former as theirs
 
-from cast_ray.losses.set import matching
+from cast_ray.contracts.records import Predictions, Targets
 from cast_ray.losses.set import criterion as set_criterion
+from cast_ray.losses.set import matching
 from cast_ray.losses.set.criterion import LossPoints, set_loss
 from cast_ray.recipe import LossConfig
-from cast_ray.contracts.records import Predictions, Targets
 
 LAYERS, IMAGES, QUERIES, CLASSES, POINTS = 3, 3, 7, 4, 48
 HEIGHT, WIDTH = 12, 16

@@ -11,15 +11,15 @@ import pytest
 from report_scenes import result, save
 from rich.console import Console
 
+from cast_ray.plan.ablation import Table, load_table
+from cast_ray.plan.graph import DataHashes, plan
+from cast_ray.plan.settings import changes_nothing, settings_of
 from cast_ray.recipe import build_recipe, recipe_keys
 from cast_ray.report.content import Report
 from cast_ray.report.results import summarise
 from cast_ray.report.run_choice import choose_run, runs_beside
 from cast_ray.report.run_folder import read_results, write_plan
 from cast_ray.report.tables import print_report
-from cast_ray.plan.graph import DataHashes, plan
-from cast_ray.plan.settings import changes_nothing, settings_of
-from cast_ray.plan.ablation import Table, load_table
 from sweeps import ablate
 from sweeps.report import main as report
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from pycocotools import mask as mask_utils
 
-from cast_ray.data.formats import shapes
-from cast_ray.data.reading.images import read_image
 from cast_ray.common.paths import write_bytes
-from cast_ray.data.reading.reader import load
-from cast_ray.data.formats.scenes import CATEGORIES, MIN_VISIBLE_PX, STYLES, draw_scene
-from cast_ray.recipe import DataConfig, ShapesConfig
 from cast_ray.contracts.records import RECORD_SCHEMA
+from cast_ray.data.formats import shapes
+from cast_ray.data.formats.scenes import CATEGORIES, MIN_VISIBLE_PX, STYLES, draw_scene
+from cast_ray.data.reading.images import read_image
+from cast_ray.data.reading.reader import load
+from cast_ray.recipe import DataConfig, ShapesConfig
 
 SMALL = ShapesConfig(num_source=8, num_train=12, num_val=4)
 

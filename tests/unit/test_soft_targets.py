@@ -10,15 +10,21 @@ import torch
 import torch.nn.functional as F
 from training_scenes import MODEL, NUM_CLASSES, draw_image
 
+from cast_ray.contracts.records import Category, ClassMap, Predictions, Targets
+from cast_ray.contracts.soft_targets import (
+    grid_hw,
+    mask_probabilities,
+    mask_targets,
+    sample_probabilities,
+    with_beliefs,
+)
 from cast_ray.data.batches import collate, join, to_batch
 from cast_ray.data.formats.segmentations import encode_mask
+from cast_ray.data.views import make_sample
 from cast_ray.losses.set.criterion import LossPoints, set_loss
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.recipe import DataConfig, LossConfig
-from cast_ray.contracts.records import Category, ClassMap, Predictions, Targets
-from cast_ray.contracts.soft_targets import grid_hw, mask_probabilities, mask_targets, sample_probabilities, with_beliefs
 from cast_ray.teachers.expert import ExpertTeacher
-from cast_ray.data.views import make_sample
 
 CATEGORIES = [Category(4 + i, str(i)) for i in range(NUM_CLASSES)]
 HEIGHT, WIDTH = 60, 84

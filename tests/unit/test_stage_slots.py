@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cast_ray.recipe import build_recipe
-from cast_ray.runtime.cluster import stage_slots
+from cast_ray.runtime.sweep.slots import stage_slots
 
 BASE = {
     "runtime.num_workers": "2",

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from cast_ray.runtime.store.artifacts import ArtifactStore, open_uri
 from cast_ray.plan.graph import Stage
+from cast_ray.runtime.store.artifacts import ArtifactStore, open_uri
 
 STAGE = Stage("distill", "train", {"seed": 0}, {"init": "p" * 20}, "a" * 20, steps=4)
 OTHER = Stage("student", "evaluate", {}, {"model": "a" * 20}, "b" * 20)

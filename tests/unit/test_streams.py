@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cast_ray.recipe import DataConfig
-from cast_ray.runtime.worker.online import OnlineLabels, version_of, versions_from
-from cast_ray.runtime.data.streams import Images, StepPlan, step_blocks
 from cast_ray.plan.graph import Stage
+from cast_ray.recipe import DataConfig
+from cast_ray.runtime.data.images import Images
+from cast_ray.runtime.data.training_stream import StepSchedule, step_blocks
+from cast_ray.runtime.worker.online import OnlineLabels, version_of, versions_from
 
 
 @pytest.mark.parametrize(("num_steps", "max_size"), [(1, 1), (1, 8), (7, 1), (7, 2), (100, 8), (1000, 32)])
@@ -34,13 +35,13 @@ def test_no_block_waits_for_weights_that_come_from_its_own_steps(window: int, st
         assert published_after <= start_step + start
 
 
-def plan_of(share: int, batch: int, refresh_steps: int, first_step: int = 0, steps: int = 40) -> StepPlan:
+def plan_of(share: int, batch: int, refresh_steps: int, first_step: int = 0, steps: int = 40) -> StepSchedule:
     stage = Stage("label", "label", {"batch": batch, "data": {"image_px": [8, 8]}}, {}, "f")
     none: Any = None
     images = Images(none, np.arange(4), np.arange(9), ())
     slots = np.zeros((steps, share), dtype=np.int64)
     online = OnlineLabels(stage, (), None, refresh_steps) if batch else None
-    return StepPlan(images, DataConfig(), 0, slots, slots, first_step, (0, 0), False, False, online)
+    return StepSchedule(images, DataConfig(), 0, slots, slots, first_step, (0, 0), False, False, online)
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from cast_ray.plan.ablation import load_table, table_names
+from cast_ray.plan.search import load_search
 from cast_ray.recipe import build, build_recipe, parse_overrides, preset_names
 from cast_ray.recipe.strict_yaml import NotYamlError, read_yaml
-from cast_ray.plan.search import load_search
-from cast_ray.plan.ablation import load_table, table_names
 
 TABLE = """\
 title: t

@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cast_ray.contracts.records import Category
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.models.student import CARD, CONFIG, WEIGHTS, Student
-from cast_ray.recipe import EncoderConfig, ModelConfig, Recipe, StagesConfig, TeacherConfig, build_recipe
-from cast_ray.contracts.records import Category
-from cast_ray.runtime.store.models import import_foundation, load_student, open_student, save_model
-from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.plan.graph import plan
+from cast_ray.recipe import EncoderConfig, ModelConfig, Recipe, StagesConfig, TeacherConfig, build_recipe
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.store.models import import_foundation, load_student, open_student, save_model
 
 TINY = ModelConfig(
     encoder=EncoderConfig(name="conv", widths=(8, 8, 16, 16), stem_stride=2),

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from cast_ray.recipe import SCALES, build_recipe, preset_names
-from cast_ray.plan.graph import plan, plan_sweep
 from cast_ray.plan.ablation import Table, load_table, table_names
+from cast_ray.plan.graph import plan, plan_sweep
+from cast_ray.recipe import SCALES, build_recipe, preset_names
 
 GOOD: dict[str, Any] = {
     "title": "t",

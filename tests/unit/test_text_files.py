@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from dataset_folders import random_image
 
-from cast_ray.data.reading.class_lists import read_classes
-from cast_ray.data.splits.label_lists import read_list
-from cast_ray.data.reading.reader import load
 from cast_ray.common.text_files import read_text
-from cast_ray.recipe import DataConfig
 from cast_ray.contracts.records import Category
+from cast_ray.data.reading.class_lists import read_classes
+from cast_ray.data.reading.reader import load
+from cast_ray.data.splits.label_lists import read_list
 from cast_ray.plan.ablation import load_table
+from cast_ray.recipe import DataConfig
 
 TEXT = "person\nGroßer Bär\n"
 ENCODINGS = {
@@ -110,8 +110,8 @@ def test_json_that_holds_no_classes(tmp_path: Path, content: str, message: str) 
 
 
 def test_a_message_never_repeats_a_whole_file(tmp_path: Path) -> None:
-    from cast_ray.data.splits.fractions import LabelSource, label_index, split
     from cast_ray.contracts.records import RECORD_SCHEMA
+    from cast_ray.data.splits.fractions import LabelSource, label_index, split
 
     path = tmp_path / "list.txt"
     path.write_text("x" * 100_000)

@@ -8,9 +8,10 @@ from training_scenes import NUM_CLASSES, batches
 
 from cast_ray.engine.world import World
 from cast_ray.models.segmenter import Segmenter, build_segmenter
-from cast_ray.recipe import TrainConfig, build_recipe
 from cast_ray.plan.graph import RowPlan, Stage, plan
-from cast_ray.runtime.worker.train import stage_memory, train_stage
+from cast_ray.plan.memory import stage_memory
+from cast_ray.recipe import TrainConfig, build_recipe
+from cast_ray.runtime.worker.train import train_stage
 
 TINY = {
     "student.encoder.widths": "[8, 8, 16, 16]",

@@ -10,10 +10,10 @@ import torch
 import torchvision.transforms.v2.functional as functional
 from pycocotools import mask as mask_utils
 
-from cast_ray.data import views
-from cast_ray.recipe import DataConfig
 from cast_ray.contracts.records import INSTANCE_TYPE, Category, ClassMap
+from cast_ray.data import views
 from cast_ray.data.views import fit_image, make_sample
+from cast_ray.recipe import DataConfig
 
 CLASSES = ClassMap([Category(1, "disc"), Category(4, "square"), Category(9, "cross")])
 STILL = DataConfig(image_px=(32, 32), scale_jitter=(1.0, 1.0), flip=False, color_jitter=0)

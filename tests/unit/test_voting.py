@@ -9,10 +9,10 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from cast_ray.models.segmenter import build_segmenter
-from cast_ray.recipe import EncoderConfig, ModelConfig, PseudoConfig, build_recipe
 from cast_ray.contracts.records import Category
+from cast_ray.models.segmenter import build_segmenter
 from cast_ray.plan.graph import plan
+from cast_ray.recipe import EncoderConfig, ModelConfig, PseudoConfig, build_recipe
 from cast_ray.teachers.expert import ExpertTeacher
 from cast_ray.teachers.fusion import vote
 from cast_ray.teachers.protocol import Instances, Teacher

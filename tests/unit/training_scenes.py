@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cast_ray.contracts.records import Batch, Targets
 from cast_ray.engine.checkpoint import TrainState
 from cast_ray.engine.loop import TrainResult, train
 from cast_ray.engine.objective import Objective
@@ -16,7 +17,6 @@ from cast_ray.engine.world import World
 from cast_ray.models.cast_network import CastNetwork
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.recipe import ContrastiveConfig, EncoderConfig, LossConfig, ModelConfig, TrainConfig
-from cast_ray.contracts.records import Batch, Targets
 
 NUM_CLASSES = 3
 SIZE = 32

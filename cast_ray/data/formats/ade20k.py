@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cast_ray.contracts.records import Category
 from cast_ray.data.formats.coco import Progress
-from cast_ray.data.reading.index import DatasetIndex, Skipped, index_pool, pair_maps
 from cast_ray.data.formats.instance_maps import encode_regions, instance
+from cast_ray.data.reading.index import DatasetIndex, Skipped, index_pool, pair_maps
 from cast_ray.data.reading.listing import Listing, open_listing
 from cast_ray.recipe import DataConfig
-from cast_ray.contracts.records import Category
 
 # Name of class 1, 2, ... 100 = its numbers in the full dataset (the challenge's list and its category mapping).
 _CLASSES = """

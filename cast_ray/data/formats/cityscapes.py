@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cast_ray.contracts.records import Category
 from cast_ray.data.formats.coco import Progress
-from cast_ray.data.reading.index import DatasetIndex, Skipped, index_pool, pair_maps
 from cast_ray.data.formats.instance_maps import encode_regions, instance
+from cast_ray.data.reading.index import DatasetIndex, Skipped, index_pool, pair_maps
 from cast_ray.data.reading.listing import Listing, open_listing
 from cast_ray.recipe import DataConfig
-from cast_ray.contracts.records import Category
 
 CATEGORIES = (
     Category(24, "person"),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cast_ray.contracts.records import INSTANCE_TYPE, Category, encode_image_id
 from cast_ray.data.formats.coco_document import (
     EXTRA_NAMES,
     TRAIN_NAMES,
@@ -24,12 +25,11 @@ from cast_ray.data.formats.coco_document import (
     resolve,
     usable_images,
 )
+from cast_ray.data.formats.segmentations import encode_segmentation
 from cast_ray.data.reading.image_files import FoundImage, find_images, image_dirs_of
 from cast_ray.data.reading.index import INDEX_SCHEMA, DatasetIndex, Skipped, describe, index_pool
 from cast_ray.data.reading.listing import Listing, open_listing
-from cast_ray.data.formats.segmentations import encode_segmentation
 from cast_ray.recipe import DataConfig
-from cast_ray.contracts.records import INSTANCE_TYPE, Category, encode_image_id
 
 Progress = Callable[[int, int], None]
 EXTRA_FOLDERS = "unlabel*"

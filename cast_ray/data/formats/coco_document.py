@@ -8,10 +8,10 @@ from collections.abc import Container, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
-from cast_ray.data.reading.index import Skipped
-from cast_ray.data.reading.listing import Listing
 from cast_ray.common.text_files import parse_json, read_text
 from cast_ray.contracts.records import Category
+from cast_ray.data.reading.index import Skipped
+from cast_ray.data.reading.listing import Listing
 
 PARTS = ("images", "annotations", "categories")
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from cast_ray.data.formats.coco_document import whole_number
 from cast_ray.contracts.records import mask_areas, rle_runs
+from cast_ray.data.formats.coco_document import whole_number
 
 _MAX_CHARACTERS_PER_COUNT = 7  # of 5 bits each: more than any run length of an image that is read
 _FARTHEST_PX = 1e8  # pycocotools counts fifths of a pixel in 32 bits; a number this large is no coordinate

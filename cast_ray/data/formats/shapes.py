@@ -16,14 +16,14 @@ import numpy as np
 from PIL import Image
 from pyarrow import fs
 
-from cast_ray.data.formats.coco import read_annotations
-from cast_ray.data.reading.index import DatasetIndex, describe
-from cast_ray.data.reading.listing import Listing
 from cast_ray.common.paths import absolute, join, read_bytes, resolve, write_bytes
+from cast_ray.contracts.records import Category
+from cast_ray.data.formats.coco import read_annotations
 from cast_ray.data.formats.scenes import CATEGORIES, DRAWING_VERSION, SCENE_PX, STYLES, draw_scene
 from cast_ray.data.formats.segmentations import encode_mask
+from cast_ray.data.reading.index import DatasetIndex, describe
+from cast_ray.data.reading.listing import Listing
 from cast_ray.recipe import DataConfig, ShapesConfig
-from cast_ray.contracts.records import Category
 
 MANIFEST = "manifest.json"
 _SPLITS = ("source", "train", "val")

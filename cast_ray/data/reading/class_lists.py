@@ -6,10 +6,10 @@ import os
 from collections import Counter
 from typing import Any
 
-from cast_ray.data.formats.coco_document import read_categories
 from cast_ray.common.paths import absolute, is_uri
 from cast_ray.common.text_files import parse_json, read_text
 from cast_ray.contracts.records import Category
+from cast_ray.data.formats.coco_document import read_categories
 
 _EXPECTED = "expected names with commas between them, a .txt of one a line, a JSON list of names or a COCO .json"
 

@@ -10,11 +10,11 @@ from fnmatch import fnmatch
 from typing import Any, NamedTuple, TypeGuard
 from urllib.parse import unquote
 
+from cast_ray.common.paths import is_uri
 from cast_ray.data.formats.coco_document import printable, whole_number
 from cast_ray.data.reading.images import ImageError, check_image
 from cast_ray.data.reading.index import Skipped
 from cast_ray.data.reading.listing import Listing, child, is_text
-from cast_ray.common.paths import is_uri
 
 _DIR_KEYS = {"val": "data.val_image_dir", "extra": "data.extra_image_dir"}
 _UNKNOWN_SIZES = (0, -1)  # tools that do not know an image's size write these, null, or nothing

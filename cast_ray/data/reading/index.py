@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cast_ray.contracts.records import RECORD_SCHEMA, Category, encode_image_id
 from cast_ray.data.reading.listing import Listing
 from cast_ray.data.reading.photos import describe_left_out, images_below
-from cast_ray.contracts.records import RECORD_SCHEMA, Category, encode_image_id
 
 INDEX_SCHEMA = pa.schema(
     [

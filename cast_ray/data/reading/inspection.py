@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cast_ray.data.splits.fractions import label_index
-from cast_ray.data.reading.listing import Listing
 from cast_ray.contracts.records import Category, DatasetSplits, mask_areas, object_areas
+from cast_ray.data.reading.listing import Listing
+from cast_ray.data.splits.fractions import label_index
 
 SMALL_PX, MEDIUM_PX = 32**2, 96**2
 """COCO's borders between small, medium and large objects, pixels of area."""

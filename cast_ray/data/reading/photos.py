@@ -12,9 +12,9 @@ from fnmatch import fnmatchcase
 
 from pyarrow import fs
 
+from cast_ray.common.paths import absolute, is_uri, resolve
 from cast_ray.data.reading.images import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES
 from cast_ray.data.reading.listing import Listing, child, is_hidden, is_text
-from cast_ray.common.paths import absolute, is_uri, resolve
 
 _USUAL = ", ".join(IMAGE_SUFFIXES[:4])
 

@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cast_ray.common import registry
+from cast_ray.contracts.records import RECORD_SCHEMA, DatasetSplits, decode_image_id
 from cast_ray.data.reading.copies import Copies, blind_spot, identity_of
 from cast_ray.data.reading.data_report import Contents, check_report, data_report
 from cast_ray.data.reading.images import ImageError, check_image, read_map
 from cast_ray.data.reading.index import DatasetIndex, DecodeMap, Skipped
 from cast_ray.data.reading.photos import describe_left_out
 from cast_ray.recipe import DataConfig
-from cast_ray.contracts.records import RECORD_SCHEMA, DatasetSplits, decode_image_id
 
 IMAGES_PER_BLOCK = 32
 

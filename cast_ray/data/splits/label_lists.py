@@ -12,10 +12,10 @@ from urllib.parse import unquote
 import numpy as np
 import pyarrow as pa
 
-from cast_ray.data.formats.cityscapes import frame_name
 from cast_ray.common.paths import is_uri
 from cast_ray.common.text_files import decode_text, parse_json, read_file
 from cast_ray.contracts.records import decode_image_id
+from cast_ray.data.formats.cityscapes import frame_name
 
 _AMBIGUOUS = -1
 _ENOUGH_NAMED = 3

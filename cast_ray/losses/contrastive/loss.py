@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cast_ray.losses.contrastive.pixels import ContrastiveOutput, contrast, diagnose
 from cast_ray.losses.contrastive.pixel_problem import Gather
+from cast_ray.losses.contrastive.pixels import ContrastiveOutput, contrast, diagnose
 from cast_ray.losses.contrastive.rivals import RIVALS
 from cast_ray.recipe import ContrastiveConfig
 

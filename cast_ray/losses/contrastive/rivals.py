@@ -10,7 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from cast_ray.losses.contrastive.negatives import TINY, at_centres, candidate_weights, negative_counts, pseudo_probabilities
+from cast_ray.losses.contrastive.negatives import (
+    TINY,
+    at_centres,
+    candidate_weights,
+    negative_counts,
+    pseudo_probabilities,
+)
 from cast_ray.losses.contrastive.pixels import (
     ContrastiveOutput,
     PieceLoss,

@@ -12,18 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cast_ray.losses.mask_terms import mask_terms
-from cast_ray.losses.set.matching import Matches, kept_pixels, match_layers, sample_kept, sample_maps
-from cast_ray.recipe import LossConfig
 from cast_ray.contracts.records import Predictions, Targets
 from cast_ray.contracts.soft_targets import mask_targets
+from cast_ray.losses.mask_terms import mask_terms
+from cast_ray.losses.set.matching import QueryMatches, kept_pixels, match_layers, sample_kept, sample_maps
+from cast_ray.recipe import LossConfig
 
 _SAMPLES_AT_A_TIME = {"cpu": 2**18}  # pairs x candidate points: what stays in cache (else 2**22, to bound memory)
 
 
 @dataclass(frozen=True)
 class LossPoints:
-    """Where masks are compared, (x, y) in [-1, 1] from edge to edge; K as in `Matches`, in its order.
+    """Where masks are compared, (x, y) in [-1, 1] from edge to edge; K as in `QueryMatches`, in its order.
 
     match: float32 [L or 1, B, P, 2], the matcher's points.
     candidates: float32 [L, K, S, 2], S = int(P * oversample_ratio), of which the int(importance_ratio * P) most
@@ -142,7 +142,11 @@ def _point_counts(config: LossConfig) -> tuple[int, int]:
 
 
 def _class_term(
-    class_logits: Sequence[Tensor], targets: Sequence[Targets], matches: Matches, weights: Tensor, config: LossConfig
+    class_logits: Sequence[Tensor],
+    targets: Sequence[Targets],
+    matches: QueryMatches,
+    weights: Tensor,
+    config: LossConfig,
 ) -> tuple[Tensor, Tensor]:
     """Weighted cross-entropies, and what they are divided by: u_k of `set_loss`, without the targets' own weights."""
     logits = torch.stack([layer.float() for layer in class_logits]).flatten(1, 2)  # [L, B * Q, C+1]
@@ -171,7 +175,7 @@ def _mask_sums(
     logits: Tensor,
     masks: Tensor,
     weights: Tensor,
-    matches: Matches,
+    matches: QueryMatches,
     layer: int,
     points: LossPoints,
     keep: Tensor | None,

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from cast_ray.recipe import LossConfig
 from cast_ray.contracts.records import Targets
+from cast_ray.recipe import LossConfig
 
 _LARGEST_LOG = 87.0
 _PIXELS_IN_CACHE = 4096
@@ -20,7 +20,7 @@ _SAMPLES_AT_A_TIME = {"cpu": 2**18}  # queries x points of the layers that are c
 
 
 @dataclass(frozen=True)
-class Matches:
+class QueryMatches:
     """Matched pairs of L layers; K = sum over images of min(Q, N_b) pairs in each.
 
     query: int64 [L, K], index into the flattened [B * Q] queries; rows run image by image, queries rising.
@@ -93,7 +93,7 @@ def match_layers(
     config: LossConfig,
     points: Tensor,
     keep: Tensor | None = None,
-) -> Matches:
+) -> QueryMatches:
     """Assigns queries to targets in every decoder layer, minimising the matching cost.
 
     cost[k, n] = -cost_class * P_c[k, label_n] + cost_mask * BCE(m_k, g_n) + cost_dice * dice(m_k, g_n), the mask
@@ -147,7 +147,7 @@ def match_layers(
     device = class_logits[0].device
     if not blocks:
         none = torch.zeros((num_layers, 0), dtype=torch.int64, device=device)
-        return Matches(none, none, none[0])
+        return QueryMatches(none, none, none[0])
 
     sizes = [num_queries * count for _, _, count in blocks]
     pieces += [torch.cat([t.labels for t in targets]).float()]
@@ -224,7 +224,7 @@ def _assign(
     num_layers: int,
     num_queries: int,
     device: torch.device,
-) -> Matches:
+) -> QueryMatches:
     first_target = np.cumsum([0] + [t.labels.shape[0] for t in targets])
     query: list[list[np.ndarray]] = [[] for _ in range(num_layers)]
     target: list[list[np.ndarray]] = [[] for _ in range(num_layers)]
@@ -244,4 +244,4 @@ def _assign(
         [*(np.concatenate(q) for q in query), *(np.concatenate(t) for t in target), np.concatenate(image_of)]
     ).astype(np.int64)
     moved = torch.from_numpy(stacked).to(device, non_blocking=True)
-    return Matches(moved[:num_layers], moved[num_layers:-1], moved[-1])
+    return QueryMatches(moved[:num_layers], moved[num_layers:-1], moved[-1])

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from cast_ray.losses.mask_terms import mask_terms
-from cast_ray.losses.set.matching import kept_pixels
-from cast_ray.losses.set.criterion import target_weights
-from cast_ray.recipe import LossConfig
 from cast_ray.contracts.records import Targets
+from cast_ray.losses.mask_terms import mask_terms
+from cast_ray.losses.set.criterion import target_weights
+from cast_ray.losses.set.matching import kept_pixels
+from cast_ray.recipe import LossConfig
 
 MAX_TOKENS_PER_INSTANCE = 9
 CENTRAL_SHARE = 0.5

@@ -17,8 +17,8 @@ from torchvision.ops import (
     sigmoid_focal_loss,
 )
 
-from cast_ray.recipe import GroundedSamConfig
 from cast_ray.contracts.records import Targets
+from cast_ray.recipe import GroundedSamConfig
 
 ALPHA, GAMMA = 0.25, 2.0
 
@@ -26,7 +26,7 @@ Term = tuple[Tensor, Tensor]
 
 
 @dataclass
-class Detections:
+class QueryDetections:
     """What a detector predicts, once before its decoder and after each of its layers.
 
     token_logits: L tensors [B, Q, T], -inf past the prompt; boxes: L tensors [B, Q, 4] (centre x, centre y, width,
@@ -39,7 +39,7 @@ class Detections:
     token_map: Tensor
 
 
-def detection_loss(found: Detections, targets: Sequence[Targets], config: GroundedSamConfig) -> dict[str, Term]:
+def detection_loss(found: QueryDetections, targets: Sequence[Targets], config: GroundedSamConfig) -> dict[str, Term]:
     """Class and box terms of the matched queries, summed over all predictions.
 
     With query k matched to instance g of weight w_g, s_kt the logit of token t, y_kt = 1 where t stands for g's class:

@@ -25,20 +25,20 @@ from rich.console import Console
 from rich.text import Text
 
 from cast_ray.common import registry
+from cast_ray.common.paths import absolute
+from cast_ray.contracts.records import Category, class_names
 from cast_ray.data.reading.copies import Copies
 from cast_ray.data.reading.data_report import REPORT_FILE, check_report
-from cast_ray.data.splits.fractions import LabelSource, label_index, mark_copies
 from cast_ray.data.reading.index import DatasetIndex, describe
-from cast_ray.data.splits.label_lists import LabelList, forms_of_skipped, read_list
 from cast_ray.data.reading.listing import state_of
-from cast_ray.common.paths import absolute
 from cast_ray.data.reading.progress import track
 from cast_ray.data.reading.reader import MakeRows, Reading, Run, in_threads
+from cast_ray.data.splits.fractions import LabelSource, label_index, mark_copies
+from cast_ray.data.splits.label_lists import LabelList, forms_of_skipped, read_list
+from cast_ray.plan.graph import DataHashes, Stage, fingerprint_of
 from cast_ray.recipe import DataConfig, Recipe
-from cast_ray.contracts.records import Category, class_names
 from cast_ray.runtime.cluster import Cluster
 from cast_ray.runtime.store.artifacts import ArtifactStore
-from cast_ray.plan.graph import DataHashes, Stage, fingerprint_of
 
 READER_VERSION = 2
 """Raise it when readers find other records in the same files: stored tables are then read again."""
@@ -322,7 +322,7 @@ def _readers(total: int, index: DatasetIndex, connect: Callable[[], Cluster]) ->
 def _on_ray(make: MakeRows, blocks: list[pa.Table], *, num_tasks: int) -> Iterator[pa.Table]:
     import ray.data
 
-    from cast_ray.runtime.data.streams import PlanSource
+    from cast_ray.runtime.data.block_source import BlockSource
 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
@@ -331,7 +331,7 @@ def _on_ray(make: MakeRows, blocks: list[pa.Table], *, num_tasks: int) -> Iterat
     ends = list(accumulate(block.num_rows for block in blocks))
     rows = partial(_read_rows, make=make, plan=pa.concat_tables(blocks))
     dataset = ray.data.read_datasource(
-        PlanSource(list(zip([0, *ends], ends)), ray.put(rows)),
+        BlockSource(list(zip([0, *ends], ends)), ray.put(rows)),
         num_cpus=1,
         concurrency=num_tasks,
         override_num_blocks=len(blocks),

@@ -104,3 +104,7 @@ class PacedLoop(ExecutionCallback):
             self.pauses += 1
             time.sleep(LOOP_PAUSE_S)
         self.seen = now
+
+
+def num_teachers(runtime: RuntimeConfig) -> int:
+    return max(1, runtime.num_labellers)

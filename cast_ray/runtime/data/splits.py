@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow.compute as pc
 
 from cast_ray.data.splits.fractions import LabelSplit, split
+from cast_ray.plan.graph import split_part
 from cast_ray.recipe import Recipe
 from cast_ray.runtime.data.dataset import LABEL_INDEX, StoredDataset
 from cast_ray.runtime.store.artifacts import ArtifactStore
-from cast_ray.plan.graph import split_part
 
 
 def split_key(content_hash: str, part: dict[str, Any]) -> str:

@@ -23,13 +23,10 @@ from rich.console import Console
 from rich.text import Text
 
 from cast_ray.data.reading.data_report import print_warnings
+from cast_ray.plan.graph import RowPlan, artifact_key, fingerprint_of, given, plan_sweep
+from cast_ray.plan.search import RUNG_METRIC, SearchSpec
 from cast_ray.recipe import Recipe
-from cast_ray.runtime.sweep.broker import MAX_CALLS, Broker
-from cast_ray.runtime.store.claims import DEAD_AFTER_S, Presence, Watch
 from cast_ray.runtime.cluster import connect
-from cast_ray.runtime.sweep.planner import RowPlanner, command_line
-from cast_ray.runtime.sweep.row_results import SweepContext, row_name
-from cast_ray.runtime.store.artifacts import ArtifactStore, committed, read_each
 from cast_ray.runtime.search.study import (
     again,
     distribution,
@@ -40,9 +37,11 @@ from cast_ray.runtime.search.study import (
     open_study,
     reap,
 )
-from cast_ray.runtime.sweep.run import check_still_stored, say_pruning, slots_of
+from cast_ray.runtime.store.artifacts import ArtifactStore, committed, read_each
+from cast_ray.runtime.store.claims import DEAD_AFTER_S, Presence, Watch
+from cast_ray.runtime.sweep.broker import MAX_CALLS, Broker
+from cast_ray.runtime.sweep.planner import RowPlanner, command_line
 from cast_ray.runtime.sweep.progress import ProgressDisplay
-from cast_ray.runtime.sweep.trackers import Trackers
 from cast_ray.runtime.sweep.row_driver import (
     DRIVER_CPUS,
     MAX_DRIVER_FAILURES,
@@ -52,8 +51,9 @@ from cast_ray.runtime.sweep.row_driver import (
     trial_dirname,
     write_lost,
 )
-from cast_ray.plan.graph import RowPlan, artifact_key, fingerprint_of, given, plan_sweep
-from cast_ray.plan.search import RUNG_METRIC, SearchSpec
+from cast_ray.runtime.sweep.row_results import SweepContext, row_name
+from cast_ray.runtime.sweep.run import check_still_stored, say_pruning, slots_of
+from cast_ray.runtime.sweep.trackers import Trackers
 
 MAX_PROPOSALS = 20
 """Points asked for in a row that make no valid recipe, before a search gives up."""

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
+from cast_ray.common.registry import lookup
+from cast_ray.contracts.records import Category, class_names
 from cast_ray.models.autocast import require_precision
 from cast_ray.models.segmenter import Segmenter
 from cast_ray.models.student import CONFIG, WEIGHTS, Student, read_config
-from cast_ray.recipe import InputSize, ModelConfig, Recipe, TeacherConfig
-from cast_ray.contracts.records import Category, class_names
-from cast_ray.common.registry import lookup
-from cast_ray.runtime.store.artifacts import ArtifactStore, local_copy, open_uri
 from cast_ray.plan.graph import Stage, artifact_key, input_size_of
+from cast_ray.recipe import InputSize, ModelConfig, Recipe, TeacherConfig
+from cast_ray.runtime.store.artifacts import ArtifactStore, local_copy, open_uri
 from cast_ray.teachers.checkpoints import content_hash, find_checkpoint, is_hub_name
 from cast_ray.teachers.expert import ExpertTeacher
 from cast_ray.teachers.protocol import CARD as TEACHER_CARD

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.fs
 
-from cast_ray.runtime.store.claims import Holder, Presence, live_sweeps
-from cast_ray.runtime.store.artifacts import MANIFEST, ArtifactStore, Listed, read_each
 from cast_ray.plan.graph import fingerprint_of
+from cast_ray.runtime.store.artifacts import MANIFEST, ArtifactStore, Listed, read_each
+from cast_ray.runtime.store.claims import Holder, Presence, live_sweeps
 
 SILENT_S = 3600.0
 """A sweep whose sign of life is older than this is over; they come every few seconds, and clocks may differ."""
@@ -36,7 +36,7 @@ class Pruning:
         return sum(a.num_bytes for a in (*self.unfinished, *self.artifacts))
 
 
-def plan_pruning(store: ArtifactStore, older_s: float | None = None, unused: bool = False) -> Pruning:
+def find_prunable(store: ArtifactStore, older_s: float | None = None, unused: bool = False) -> Pruning:
     """What `prune` would remove now.
 
     Args:
@@ -77,7 +77,7 @@ def prune(store: ArtifactStore, older_s: float | None, unused: bool, command: st
     left word of what it needs before the plan is made (see `Presence.need`).
     """
     with Presence(store, command, role="gc"):
-        pruning = plan_pruning(store, older_s, unused)
+        pruning = find_prunable(store, older_s, unused)
         for artifact in (*pruning.unfinished, *pruning.artifacts):
             store.delete_artifact(artifact.key)
         for path in pruning.leftovers:

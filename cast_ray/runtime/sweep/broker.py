@@ -19,10 +19,10 @@ from typing import Any
 
 import ray
 
-from cast_ray.runtime.store.claims import Claims
-from cast_ray.runtime.store.artifacts import ArtifactStore
-from cast_ray.runtime.data.record_tables import load_records
 from cast_ray.plan.graph import artifact_key
+from cast_ray.runtime.data.record_tables import load_records
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.store.claims import Claims
 
 LEASE_TIMEOUT_S = 30.0
 HEARTBEAT_S = 5.0

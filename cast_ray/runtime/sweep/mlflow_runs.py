@@ -11,7 +11,7 @@ from mlflow.entities import Metric, Param
 from mlflow.tracking import MlflowClient
 from ray.air.integrations.mlflow import MLflowLoggerCallback
 
-from cast_ray.runtime.sweep.trackers import RowOf
+from cast_ray.runtime.sweep.tracked_row import RowOf
 
 MAX_BATCH = 100
 """Parameters that a server takes in one request."""

@@ -14,14 +14,14 @@ import numpy as np
 from rich.console import Console
 
 import cast_ray
+from cast_ray.plan.cost import Size
+from cast_ray.plan.graph import NoTeacherError, RowPlan, plan, split_part
 from cast_ray.recipe import DataConfig, Recipe
 from cast_ray.runtime.cluster import Cluster, hardware
 from cast_ray.runtime.data.dataset import READ_FIELDS, StoredDataset, read_dataset
 from cast_ray.runtime.data.splits import store_splits, stored_split
-from cast_ray.runtime.sweep.row_results import SweepContext
 from cast_ray.runtime.store.artifacts import ArtifactStore
-from cast_ray.plan.cost import Size
-from cast_ray.plan.graph import NoTeacherError, RowPlan, plan, split_part
+from cast_ray.runtime.sweep.row_results import SweepContext
 
 
 def command_line() -> str:

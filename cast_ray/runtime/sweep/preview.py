@@ -10,9 +10,9 @@ from rich.text import Text
 from rich.tree import Tree
 
 from cast_ray.data.reading.data_report import print_warnings
-from cast_ray.runtime.data.dataset import StoredDataset
 from cast_ray.plan.cost import PlanCost
 from cast_ray.plan.graph import Stage, SweepPlan
+from cast_ray.runtime.data.dataset import StoredDataset
 
 MAX_NAMES = 12
 MAX_USERS = 3

@@ -17,16 +17,18 @@ import numpy as np
 import ray
 from ray import tune
 
-from cast_ray.runtime.worker.audit import audit_labels
-from cast_ray.runtime.sweep.broker import HEARTBEAT_S, MAX_ENTRIES, Answer, Need
-from cast_ray.runtime.data.splits import stored_split
-from cast_ray.runtime.worker.labelling import LabelJob, label_images
-from cast_ray.runtime.sweep.row_results import SweepContext, assemble_result, row_name
-from cast_ray.runtime.store.artifacts import ArtifactStore
-from cast_ray.runtime.data.streams import Images
-from cast_ray.runtime.worker.group import Segment, SegmentFailed, run_segment
 from cast_ray.plan.graph import RowPlan, Stage, artifact_key
 from cast_ray.plan.search import RUNG_METRIC
+from cast_ray.runtime.data.images import Images
+from cast_ray.runtime.data.splits import stored_split
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.sweep.broker import HEARTBEAT_S, MAX_ENTRIES, Answer, Need
+from cast_ray.runtime.sweep.row_results import SweepContext, assemble_result, row_name
+from cast_ray.runtime.worker.audit import audit_labels
+from cast_ray.runtime.worker.group import run_segment
+from cast_ray.runtime.worker.label_job import LabelJob
+from cast_ray.runtime.worker.labelling import label_images
+from cast_ray.runtime.worker.segment import Segment, SegmentFailed
 
 DRIVER_CPUS = 0.01
 """Of a row's driver, which only waits; Tune refuses 0."""

@@ -10,14 +10,11 @@ from functools import lru_cache
 from typing import Any
 
 from cast_ray.contracts.records import Category
-from cast_ray.runtime.data.splits import stored_split
-from cast_ray.runtime.store.artifacts import ArtifactStore, read_each
 from cast_ray.plan.graph import RowPlan, Stage, given
+from cast_ray.runtime.data.splits import stored_split
+from cast_ray.runtime.store.artifact_files import AUDIT, MATCHES, METRICS
+from cast_ray.runtime.store.artifacts import ArtifactStore, read_each
 
-METRICS, RESULTS, MATCHES = "metrics.json", "results.json", "matches.npz"
-"""Files of an evaluation."""
-AUDIT = "audit.json"
-"""File of a labelling stage."""
 MAX_SKIPPED_NAMED = 20
 
 

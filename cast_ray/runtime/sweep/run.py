@@ -12,17 +12,18 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from cast_ray.plan.ablation import Table
+from cast_ray.plan.cost import CostModel, PlanCost, Size, cost_of
+from cast_ray.plan.graph import NoTeacherError, RowPlan, Stage, SweepPlan, given, input_size_of, plan_sweep
 from cast_ray.recipe import Recipe
+from cast_ray.runtime.cluster import connect
+from cast_ray.runtime.store.artifacts import ArtifactStore, Listed, committed, read_each
 from cast_ray.runtime.store.claims import Holder, Presence
-from cast_ray.runtime.cluster import connect, stage_slots
 from cast_ray.runtime.sweep.planner import RowPlanner, command_line
 from cast_ray.runtime.sweep.preview import Preview, hours, print_plan, row_labels, titles_of
 from cast_ray.runtime.sweep.row_results import SweepContext, is_current, read_result, result_from_store, row_name
-from cast_ray.runtime.store.artifacts import ArtifactStore, Listed, committed, read_each
+from cast_ray.runtime.sweep.slots import stage_slots
 from cast_ray.runtime.sweep.trackers import Trackers
-from cast_ray.plan.cost import CostModel, PlanCost, Size, cost_of
-from cast_ray.plan.graph import NoTeacherError, RowPlan, Stage, SweepPlan, given, input_size_of, plan_sweep
-from cast_ray.plan.ablation import Table
 
 MAX_MANIFESTS = 400
 """Manifests of earlier stages that an estimate is made from, newest first."""
@@ -235,8 +236,7 @@ def _memory(request: SweepRequest, whole: SweepPlan, planner: RowPlanner) -> dic
     """
     if not request.dry_run and not any(row.recipe.runtime.use_gpu for row in whole.rows):
         return {}
-    from cast_ray.runtime.worker.predict import inference_memory  # torch
-    from cast_ray.runtime.worker.train import stage_memory
+    from cast_ray.plan.memory import inference_memory, stage_memory
 
     found: dict[str, list[int | None]] = {}
     seen = set(whole.stored)

@@ -11,27 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from cast_ray.runtime.sweep.tracked_row import TrackedRow
+
 TENSORBOARD = "tensorboard"
 """Folder of the event files inside a run's folder."""
-
-
-@dataclass(frozen=True)
-class TrackedRow:
-    """One row and seed as a tracker shows it. folder: of its run, for what a tracker keeps on this machine."""
-
-    table: str
-    row: str
-    seed: int
-    recipe: Mapping[str, Any]
-    folder: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.row}, seed {self.seed}"
-
-
-RowOf = Callable[[str], TrackedRow]
-"""Name of a trial -> its row."""
 
 
 @dataclass(frozen=True)

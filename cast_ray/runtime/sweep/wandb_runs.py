@@ -10,7 +10,7 @@ from typing import Any
 
 from ray.air.integrations.wandb import WandbLoggerCallback
 
-from cast_ray.runtime.sweep.trackers import RowOf
+from cast_ray.runtime.sweep.tracked_row import RowOf
 
 OFFLINE = "offline-run-*"
 """Folders that W&B makes of runs which it could not, or should not, send at once."""

@@ -8,15 +8,14 @@ from typing import Any
 import pyarrow.dataset
 import ray
 
-from cast_ray.evaluation.label_audit import AuditPart, audit_images, join_audits, summarise_audit
-from cast_ray.recipe import RuntimeConfig
 from cast_ray.contracts.records import Category, ClassMap
-from cast_ray.runtime.worker.labelling import LABELS
-from cast_ray.runtime.sweep.row_results import AUDIT
-from cast_ray.runtime.store.artifacts import ArtifactStore
-from cast_ray.runtime.data.streams import Images
-from cast_ray.runtime.data.record_tables import record_at
+from cast_ray.evaluation.label_audit import AuditPart, audit_images, join_audits, summarise_audit
 from cast_ray.plan.graph import Stage
+from cast_ray.recipe import RuntimeConfig
+from cast_ray.runtime.data.images import Images
+from cast_ray.runtime.data.record_tables import record_at
+from cast_ray.runtime.store.artifact_files import AUDIT, LABELS
+from cast_ray.runtime.store.artifacts import ArtifactStore
 
 IMAGES_AT_ONCE = 64
 TASK_CPUS = 0.01  # as `load_records`: a stage has given its own back, and others may hold the rest

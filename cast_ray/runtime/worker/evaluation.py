@@ -7,91 +7,23 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import ray
-import torch
 
 from cast_ray.engine.world import World
-from cast_ray.evaluation.detections import Detections, Truth, tie_order
-from cast_ray.evaluation.matches import Matches, join, load_matches
-from cast_ray.evaluation.measures import match_images, metrics_of
-from cast_ray.recipe import EvaluationConfig, InputSize, Recipe, RuntimeConfig
-from cast_ray.contracts.records import Category, ClassMap
-from cast_ray.runtime.store.models import load_labeller
-from cast_ray.runtime.sweep.row_results import MATCHES, METRICS, RESULTS
-from cast_ray.runtime.data.streams import picture_dataset, pictures
-from cast_ray.runtime.data.record_tables import record_at
-from cast_ray.runtime.worker.group import Segment
-from cast_ray.runtime.worker.predict import coco_results, predict, results_document, results_lines
+from cast_ray.evaluation.coco_results import results_document, results_lines
+from cast_ray.evaluation.matches import join, load_matches
+from cast_ray.evaluation.measures import metrics_of
 from cast_ray.plan.graph import Stage, input_size_of
-from cast_ray.teachers.protocol import Teacher
+from cast_ray.runtime.store.artifact_files import MATCHES, METRICS, RESULTS
+from cast_ray.runtime.store.models import load_labeller
+from cast_ray.runtime.worker.measuring import ValidationSet, measure
+from cast_ray.runtime.worker.segment import Segment
 
 POST_EVERY_S = 1.0
-
-
-@dataclass(frozen=True)
-class ValidationSet:
-    """The images that models are measured on, by reference, and how; small, sent to workers and actors."""
-
-    records: ray.ObjectRef
-    num_images: int
-    input_size: InputSize
-    categories: tuple[Category, ...]
-    settings: EvaluationConfig
-    runtime: RuntimeConfig
-
-    @classmethod
-    def of(cls, segment: Segment, recipe: Recipe, input_size: InputSize) -> ValidationSet:
-        """Of a segment: the first `evaluation.num_images` validation images, at the size that a model sees."""
-        assert segment.val is not None
-        num_images = min(segment.num_val, recipe.evaluation.num_images or segment.num_val)
-        return cls(segment.val, num_images, input_size, segment.categories, recipe.evaluation, recipe.runtime)
-
-    def tie_order(self) -> np.ndarray:
-        table: pa.Table = ray.get(self.records)
-        return tie_order(table.column("image_id").slice(0, self.num_images).to_pylist())
-
-
-def measure(
-    teacher: Teacher,
-    images: ValidationSet,
-    rows: np.ndarray,
-    device: torch.device,
-    on_batch: Callable[[int, Iterator[dict[str, Any]]], None] = lambda count, results: None,
-) -> Matches:
-    """Matches a model's detections on some validation images.
-
-    Args:
-        teacher: a teacher, or a student as one, on `device`.
-        rows: int [n], row numbers of the images.
-        on_batch: called with the number of images done and the COCO results of each batch.
-
-    Raises:
-        RuntimeError: images went missing on the way.
-    """
-    settings, classes = images.settings, ClassMap(images.categories)
-    parts, positions, done = [], [], 0
-    for batch in pictures(picture_dataset(images.records, rows, images.input_size, images.runtime)):
-        found = predict(
-            teacher, batch.pixels, batch.image_hw, batch.resized_hw, settings.max_detections, settings.batch
-        )
-        records = [record_at(images.records, rows[p]) for p in batch.positions]
-        truth = [Truth.of(record, classes) for record in records]
-        parts.append(match_images(truth, [Detections.of(f) for f in found], len(classes), settings))
-        positions.append(np.array(batch.positions))
-        done += len(batch.positions)
-        on_batch(done, coco_results([r["image_id"] for r in records], found, images.categories))
-    if done != len(rows):
-        raise RuntimeError(f"evaluate: {len(rows)} images went in, {done} came out")
-    if not parts:  # more workers than images
-        parts, positions = [match_images([], [], len(classes), settings)], [np.arange(0)]
-    return join(parts, positions)
 
 
 def evaluate_stage(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:

@@ -7,7 +7,6 @@ rows that wait for it go on while the segment does.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -17,38 +16,13 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.exceptions import ControllerError
 from ray.util.placement_group import PlacementGroup
 
-from cast_ray.recipe import Recipe, RuntimeConfig
-from cast_ray.contracts.records import Category
+from cast_ray.recipe import RuntimeConfig
 from cast_ray.runtime.data.resources import reserve, stream_bundle
 from cast_ray.runtime.worker.online import Teachers, start_teachers, teacher_bundles
-from cast_ray.runtime.store.artifacts import ArtifactStore
-from cast_ray.runtime.data.streams import Images
+from cast_ray.runtime.worker.segment import Segment, SegmentFailed
 from cast_ray.runtime.worker.validation import validation_bundles
-from cast_ray.plan.graph import Stage
 
 ROOM_LOOK_S = 30.0
-
-
-@dataclass
-class Segment:
-    """What one worker group is told to do."""
-
-    owner: str
-    stages: list[Stage]
-    recipe: Recipe
-    store: ArtifactStore
-    broker: Any
-    categories: tuple[Category, ...]
-    images: dict[str, Images]
-    """Stage name -> its images (train and label stages); pseudo-labels are added when the stage begins."""
-    val: ray.ObjectRef | None
-    num_val: int
-    requested: float
-    """When the row's driver asked for the worker group (time.time())."""
-
-
-class SegmentFailed(RuntimeError):
-    """A stage raised an error that restarting its workers cannot mend; carries the workers' traceback."""
 
 
 def run_segment(segment: Segment) -> None:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from safetensors.torch import load as load_tensors
 
+from cast_ray.contracts.soft_targets import with_beliefs
 from cast_ray.models.postprocess import predict_in_groups
 from cast_ray.models.segmenter import build_segmenter
-from cast_ray.recipe import InputSize, ModelConfig, PseudoConfig
-from cast_ray.runtime.store.models import load_labeller
-from cast_ray.runtime.store.artifacts import ArtifactStore
-from cast_ray.runtime.data.streams import Pictures
-from cast_ray.contracts.soft_targets import with_beliefs
 from cast_ray.plan.graph import Stage
+from cast_ray.recipe import InputSize, ModelConfig, PseudoConfig
+from cast_ray.runtime.data.pictures import Pictures
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.store.models import load_labeller
 from cast_ray.teachers.expert import ExpertTeacher
 from cast_ray.teachers.pseudo_labels import pseudo_labels, trusted_instances
 from cast_ray.teachers.voting import predict_by_vote

@@ -27,12 +27,13 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cast_ray.recipe import InputSize, Recipe, RuntimeConfig
 from cast_ray.contracts.records import Category
-from cast_ray.runtime.worker.labelling import nothing_found
-from cast_ray.runtime.store.artifacts import ArtifactStore
-from cast_ray.runtime.data.streams import Pictures
 from cast_ray.plan.graph import Stage, input_size_of
+from cast_ray.recipe import InputSize, Recipe, RuntimeConfig
+from cast_ray.runtime.data.pictures import Pictures
+from cast_ray.runtime.data.resources import num_teachers
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.worker.label_job import nothing_found
 
 VERSIONS_HELD = 4
 EMPTY_AFTER = 500
@@ -187,10 +188,6 @@ class Teachers:
         assert stage.online is not None
         learner = Learner(stage.config["model"], input_size_of(stage)) if stage.name == "distill" else None
         return OnlineLabels(stage.online, self.actors, self.versions, stage.config.get("refresh_steps", 0), learner)
-
-
-def num_teachers(runtime: RuntimeConfig) -> int:
-    return max(1, runtime.num_labellers)
 
 
 def teacher_bundles(runtime: RuntimeConfig) -> list[dict[str, float]]:

@@ -11,9 +11,9 @@ import ray
 import ray.data
 
 from cast_ray.recipe import RuntimeConfig
-from cast_ray.runtime.data.resources import configure_data, reserve, stream_bundle
 from cast_ray.runtime.cluster import connect
-from cast_ray.runtime.data.streams import plan_dataset
+from cast_ray.runtime.data.block_source import block_dataset
+from cast_ray.runtime.data.resources import configure_data, reserve, stream_bundle
 
 BATCHES_PER_TASK = 4
 
@@ -52,7 +52,7 @@ def map_files(
     try:
         with reserve([stream_bundle(runtime), *[worker] * num_workers]) as group:
             configure_data(group, runtime, -1)
-            files = plan_dataset(blocks, ray.put(partial(_path_table, paths=pa.array(paths))), runtime)
+            files = block_dataset(blocks, ray.put(partial(_path_table, paths=pa.array(paths))), runtime)
             rows = files.map_batches(
                 _Actor,
                 fn_constructor_args=(make_worker,),

@@ -26,21 +26,25 @@ from safetensors.torch import save as save_tensors
 from cast_ray.engine.checkpoint import TrainState
 from cast_ray.engine.world import World
 from cast_ray.models.autocast import require_precision
-from cast_ray.recipe import DataConfig
-from cast_ray.runtime.worker.audit import audit_labels
-from cast_ray.runtime.data.resources import configure_data
-from cast_ray.runtime.worker.evaluation import POST_EVERY_S, evaluate_stage
-from cast_ray.runtime.worker.labeller import PseudoLabeller
-from cast_ray.runtime.worker.labelling import LABELS, LabelJob
-from cast_ray.runtime.store.models import WEIGHTS, load_teacher, save_model
-from cast_ray.runtime.worker.online import Publisher, Teachers
-from cast_ray.runtime.process_settings import prepare_process
-from cast_ray.runtime.store.artifacts import ArtifactStore
-from cast_ray.runtime.data.streams import Images, picture_dataset, pictures, training_stream
-from cast_ray.runtime.worker.validation import SideValidation, is_validated, validation_bundles
-from cast_ray.runtime.worker.group import Segment
 from cast_ray.plan.graph import Stage, artifact_key, input_size_of
-from cast_ray.runtime.worker.train import is_semi_strong, order_seed, train_config, train_stage
+from cast_ray.plan.stage_parts import is_semi_strong, order_seed, train_config
+from cast_ray.recipe import DataConfig
+from cast_ray.runtime.data.images import Images
+from cast_ray.runtime.data.pictures import picture_dataset, pictures
+from cast_ray.runtime.data.resources import configure_data
+from cast_ray.runtime.data.training_stream import training_stream
+from cast_ray.runtime.process_settings import prepare_process
+from cast_ray.runtime.store.artifact_files import LABELS
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.store.models import WEIGHTS, load_teacher, save_model
+from cast_ray.runtime.worker.audit import audit_labels
+from cast_ray.runtime.worker.evaluation import POST_EVERY_S, evaluate_stage
+from cast_ray.runtime.worker.label_job import LabelJob
+from cast_ray.runtime.worker.labeller import PseudoLabeller
+from cast_ray.runtime.worker.online import Publisher, Teachers
+from cast_ray.runtime.worker.segment import Segment
+from cast_ray.runtime.worker.train import train_stage
+from cast_ray.runtime.worker.validation import SideValidation, is_validated, validation_bundles
 
 VALIDATION_LOOK_S = 20.0
 

@@ -6,58 +6,18 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
+from cast_ray.contracts.records import Batch
 from cast_ray.engine.checkpoint import TrainState
 from cast_ray.engine.collectives import WorkerGather
 from cast_ray.engine.loop import TrainResult, train
-from cast_ray.engine.memory import MemoryEstimate, estimate_memory
 from cast_ray.engine.objective import Objective
 from cast_ray.engine.world import World
 from cast_ray.models.cast_network import CastNetwork, TrainedNetwork
 from cast_ray.models.segmenter import Segmenter, build_segmenter
-from cast_ray.recipe import ContrastiveConfig, LossConfig, ModelConfig, Recipe, TrainConfig
-from cast_ray.contracts.records import Batch
-from cast_ray.plan.graph import HOW_IT_RUNS, Stage
+from cast_ray.plan.graph import Stage
+from cast_ray.plan.stage_parts import order_seed
+from cast_ray.recipe import ContrastiveConfig, LossConfig, ModelConfig, TrainConfig
 from cast_ray.teachers.protocol import Teacher
-
-
-def train_config(stage: Stage, recipe: Recipe) -> TrainConfig:
-    """The optimisation part of a train stage, and of the recipe what changes no result.
-
-    A stage without D_u takes no unlabelled images.
-    """
-    how: TrainConfig = getattr(recipe.stages, stage.name)
-    part = {"batch_unlabelled": 0} | stage.config["train"]
-    return TrainConfig(**part, **how.model_dump(include=set(HOW_IT_RUNS)))
-
-
-def stage_memory(stage: Stage, recipe: Recipe, num_classes: int) -> MemoryEstimate | None:
-    """What one worker of a train stage needs, for a plan; see `estimate_memory`. None: a teacher from checkpoints."""
-    config, runtime = stage.config, recipe.runtime
-    if "kind" in config["model"] or config["data"].get("whole_images"):
-        return None  # its architecture is known once its checkpoints are here; images of any size have no one answer
-    height, width = config["data"]["image_px"]
-    return estimate_memory(
-        ModelConfig(**config["model"]),
-        train_config(stage, recipe),
-        num_classes=num_classes,
-        image_px=(height, width),
-        contrastive=ContrastiveConfig(**config["contrastive"]) if config["contrastive"] else None,
-        unlabelled=config["unlabelled"],
-        num_workers=runtime.num_workers,
-        half=stage.precision != "off",
-        gradient_checkpointing=runtime.gradient_checkpointing,
-        semi_strong=is_semi_strong(stage),
-    )
-
-
-def is_semi_strong(stage: Stage) -> bool:
-    """Whether L_semi of a train stage reads the strong view of D_u."""
-    return stage.config["loss"].get("semi_view") == "strong"
-
-
-def order_seed(stage: Stage) -> int:
-    """Seed of the order of a train stage's images, of their views and of the points its losses sample."""
-    return stage.config.get("order_seed", stage.config["seed"])
 
 
 def train_stage(

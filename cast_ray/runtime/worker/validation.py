@@ -16,17 +16,17 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cast_ray.plan.graph import Stage, input_size_of
 from cast_ray.recipe import Precision, Recipe, RuntimeConfig
 from cast_ray.runtime.data.resources import configure_data, stream_bundle
 from cast_ray.runtime.process_settings import prepare_process
 from cast_ray.runtime.store.artifacts import ArtifactStore
-from cast_ray.plan.graph import Stage, input_size_of
 
 if TYPE_CHECKING:
     import torch
 
-    from cast_ray.runtime.worker.evaluation import ValidationSet
-    from cast_ray.runtime.worker.group import Segment
+    from cast_ray.runtime.worker.measuring import ValidationSet
+    from cast_ray.runtime.worker.segment import Segment
 
 MAX_WAITING = 2
 """Snapshots that wait for the actor. Of a stage that outruns it the next ones are left out, not piled up."""
@@ -69,7 +69,7 @@ class SideValidation:
         """Has the weights after `step` steps measured, unless the actor is behind or an earlier attempt did so."""
         from safetensors.torch import save
 
-        from cast_ray.runtime.worker.evaluation import ValidationSet
+        from cast_ray.runtime.worker.measuring import ValidationSet
 
         images = ValidationSet.of(self.segment, self.segment.recipe, input_size_of(stage))
         if _find_point(self.segment.store, stage.fingerprint, step, _rules(images)) is not None:
@@ -107,7 +107,7 @@ class SideValidation:
             the curve with `val/mask_ap` and `val/ap50` at the steps that were measured, and facts for the manifest:
             steps skipped, and those that failed with the reason.
         """
-        from cast_ray.runtime.worker.evaluation import ValidationSet
+        from cast_ray.runtime.worker.measuring import ValidationSet
 
         failed: dict[str, str] = {}
         for step, ref in self.pending.items():
@@ -163,7 +163,7 @@ class Validator:
         from cast_ray.evaluation.measures import metrics_of
         from cast_ray.models.segmenter import build_segmenter
         from cast_ray.recipe import ModelConfig
-        from cast_ray.runtime.worker.evaluation import measure
+        from cast_ray.runtime.worker.measuring import measure
         from cast_ray.teachers.expert import ExpertTeacher
 
         segmenter = build_segmenter(ModelConfig(**model), len(images.categories), seed=0)

@@ -1,14 +1,12 @@
-"""Ray Data streams: training steps, and images to label or evaluate.
+"""Ray Data streams of training steps.
 
-A stream's dataset is a *plan*: which images every row takes, known before anything runs. Of a training stream a row is
+A stream's dataset is a *plan*: which images every row takes, known before anything runs. In a training stream a row is
 one step of one worker; Data tasks read, decode, make both views and collate, and the worker receives whole steps in
 plan order. Cycling of the short side, shuffling per epoch, order, equal step counts and resuming at step k are
-properties of the plan (`stages/sampling.py`), not of the stream: it knows no epochs, and no barriers between them.
+properties of the plan (`data/sampling.py`), not of the stream: it has no epochs, and no barriers between them.
 
 Record tables live in the object store (one copy a node, shared by all tasks there); images are read by URI when needed;
 nothing of the size of the dataset is held in a worker but its indices (8 bytes an image).
-
-`from_arrow` starts a task of 1 CPU for each block to learn its schema; a `Datasource` of our own starts none.
 """
 
 from __future__ import annotations
@@ -16,109 +14,66 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import ray
 import ray.data
-from ray.data import DataContext
-from ray.data.block import BlockMetadata
-from ray.data.datasource import Datasource, ReadTask
 
-from cast_ray.recipe import DataConfig, InputSize, RuntimeConfig
-from cast_ray.contracts.records import Batch, Category, ClassMap
-from cast_ray.runtime.data.resources import block_bytes, tasks_per_stream
-from cast_ray.runtime.data.record_tables import fetched, record_at
+from cast_ray.contracts.records import Batch, ClassMap
 from cast_ray.data.sampling import view_seed, worker_slots
-
-if TYPE_CHECKING:
-    from cast_ray.runtime.worker.online import OnlineLabels
+from cast_ray.recipe import DataConfig, InputSize, RuntimeConfig
+from cast_ray.runtime.data.block_source import Rows, block_dataset, iter_blocks
+from cast_ray.runtime.data.images import Images
+from cast_ray.runtime.data.pictures import Pictures
+from cast_ray.runtime.data.record_tables import fetched, record_at
+from cast_ray.runtime.data.resources import block_bytes
 
 MAX_STEPS_PER_TASK = 32
 GIVE_UP_S = 20.0
 """How long a stream that nobody reads any more waits for the batch that is being made."""
 MAX_TASKS_PER_EXECUTION = 2000
 """Ray Data stores every task's input before it starts the first, 0.8 ms each: 90,000 steps would begin after 70 s."""
-IMAGES_PER_TASK = 16
-"""Images of one block that are fitted into a model's crop."""
-NATIVE_IMAGES_PER_TASK = 4
-"""The same of images of their own size, which may be large: 6 MB each at 1024 x 2048."""
 BYTES_PER_PIXEL = 10
 """Of one image of a step: two views, truth maps, some masks as bits."""
 
 T = TypeVar("T")
 Drawn = tuple[np.ndarray, dict[str, Any]]
 """An image, uint8 [h, w, 3], and its record."""
-Rows = tuple[int, int]
-"""First row of a plan's block and the one behind its last."""
 
 
-class PlanSource(Datasource):
-    """A stream's dataset: blocks of a plan, each turned into one table by one task.
+class OnlineLabeller(Protocol):
+    """Labels unlabelled images as a stream's tasks draw them; `worker/online.py` has it."""
 
-    Args:
-        blocks: rows of the plan, in order.
-        make: reference to a function, first row, row behind the last -> table, that runs in Data tasks. So its own data
-            (the plan, index arrays, settings) is stored once, not per task.
-    """
+    @property
+    def batch(self) -> int:
+        """Images of a teacher's forward pass."""
+        ...
 
-    def __init__(self, blocks: list[Rows], make: ray.ObjectRef):
-        super().__init__()
-        self.blocks = blocks
-        self.make = make
+    @property
+    def refresh_steps(self) -> int:
+        """Steps that one version of the teacher labels; 0: the teacher stays as it is."""
+        ...
 
-    def estimate_inmemory_data_size(self) -> int | None:
-        return None
+    def version_of(self, step: int) -> int:
+        """Which version of the teacher labels a step."""
+        ...
 
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
-    ) -> list[ReadTask]:
-        return [
-            ReadTask(
-                partial(_run_block, self.make, *rows),
-                BlockMetadata(num_rows=rows[1] - rows[0], size_bytes=None, exec_stats=None),
-            )
-            for rows in self.blocks
-        ]
+    def input_size_of(self, version: int) -> InputSize:
+        """The size at which a version of the teacher sees whole images."""
+        ...
 
-
-def plan_dataset(blocks: list[Rows], make: ray.ObjectRef, runtime: RuntimeConfig) -> ray.data.Dataset:
-    """The dataset of a plan, see `PlanSource`."""
-    return ray.data.read_datasource(
-        PlanSource(blocks, make),
-        num_cpus=runtime.cpus_per_read,
-        concurrency=tasks_per_stream(runtime),
-        override_num_blocks=len(blocks),
-    )
-
-
-def _run_block(make: ray.ObjectRef, start: int, stop: int) -> list[pa.Table]:
-    from cast_ray.runtime.process_settings import prepare_process
-
-    prepare_process()
-    return [fetched(make)(start, stop)]
+    def label(self, pictures: Pictures, version: int, turn: int) -> list[list[dict[str, Any]]]:
+        """Instances of each image."""
+        ...
 
 
 @dataclass(frozen=True)
-class Images:
-    """The images of a stage, by reference: tables in the object store and the rows that count as D_l and D_u.
-
-    labels: pseudo-labels of D_u, row i belonging to unlabelled[i]; None where no term reads them.
-    """
-
-    records: ray.ObjectRef
-    labelled: np.ndarray
-    unlabelled: np.ndarray
-    categories: tuple[Category, ...]
-    labels: ray.ObjectRef | None = None
-
-
-@dataclass(frozen=True)
-class StepPlan:
+class StepSchedule:
     """What the tasks of one worker's training stream share: its sampling plan and how samples are made.
 
     labelled, unlabelled: int64 [steps, share], positions in D_l and D_u; first_step: step of their first row;
@@ -137,7 +92,7 @@ class StepPlan:
     first_slots: tuple[int, int]
     strong: bool
     oracle: bool
-    online: OnlineLabels | None
+    online: OnlineLabeller | None
     strong_unlabelled: bool = False
     copy_paste: float = 0.0
 
@@ -177,7 +132,7 @@ def training_stream(
     world_size: int,
     strong: bool,
     oracle: bool,
-    online: OnlineLabels | None = None,
+    online: OnlineLabeller | None = None,
     strong_unlabelled: bool = False,
     copy_paste: float = 0.0,
     device: Any = None,
@@ -188,7 +143,7 @@ def training_stream(
         images: D_l, D_u and pseudo-labels.
         data: crop size and view settings.
         batch_labelled, batch_unlabelled: global batch sizes.
-        strong, oracle, strong_unlabelled, copy_paste: see `StepPlan`.
+        strong, oracle, strong_unlabelled, copy_paste: see `StepSchedule`.
         online: who labels D_u as it is drawn; None: `images.labels`, or nobody.
         device: torch device of the batches; None: the CPU.
     """
@@ -197,7 +152,7 @@ def training_stream(
     slots = partial(worker_slots, start_step=start_step, stop_step=steps, seed=seed, rank=rank, world_size=world_size)
     labelled = slots(len(images.labelled), batch_labelled)
     unlabelled = slots(len(images.unlabelled), batch_unlabelled)
-    plan = StepPlan(
+    plan = StepSchedule(
         images,
         data,
         seed,
@@ -216,7 +171,7 @@ def training_stream(
     blocks = step_blocks(start_step, steps, max_size, online.refresh_steps if online is not None else 0)
     make = ray.put(partial(_make_steps, plan=plan))
     parts = [blocks[i : i + MAX_TASKS_PER_EXECUTION] for i in range(0, len(blocks), MAX_TASKS_PER_EXECUTION)]
-    payloads = (payload for part in parts for payload in _payloads(plan_dataset(part, make, runtime)))
+    payloads = (payload for part in parts for payload in _payloads(block_dataset(part, make, runtime)))
     yield from _ahead(partial(_to_batch, device=device), payloads)
 
 
@@ -246,7 +201,7 @@ def step_blocks(start_step: int, steps: int, max_size: int, window: int = 0) -> 
 
 
 def _payloads(dataset: ray.data.Dataset) -> Iterator[pa.Buffer]:
-    for block in _blocks(dataset):
+    for block in iter_blocks(dataset):
         for payload in block.column("batch"):
             yield payload.as_buffer()
 
@@ -273,14 +228,14 @@ def _ahead(make: Callable[[Any], T], items: Generator[Any]) -> Iterator[T]:
             yield current
     finally:
         # Ray must not end while a thread is in it, nor may a consumer that failed wait for ever for a batch that waits
-        # for its next step (see `online`).
+        # for its next step (see `worker/online.py`).
         is_idle = bool(wait([following], timeout=GIVE_UP_S).done)
         pool.shutdown(wait=is_idle, cancel_futures=True)
         if is_idle:
             items.close()
 
 
-def _make_steps(start: int, stop: int, *, plan: StepPlan) -> pa.Table:
+def _make_steps(start: int, stop: int, *, plan: StepSchedule) -> pa.Table:
     """Rows of the plan -> collated steps, one buffer a row. Runs in a Data task."""
     from cast_ray.data.batches import collate, to_buffer
 
@@ -298,7 +253,7 @@ def _make_steps(start: int, stop: int, *, plan: StepPlan) -> pa.Table:
     return pa.table({"step": np.arange(start, stop) + plan.first_step, "batch": _binary(payloads)})
 
 
-def _read(plan: StepPlan, position: int, is_labelled: bool) -> Drawn:
+def _read(plan: StepSchedule, position: int, is_labelled: bool) -> Drawn:
     from cast_ray.data.reading.images import read_image
 
     images = plan.images
@@ -309,7 +264,7 @@ def _read(plan: StepPlan, position: int, is_labelled: bool) -> Drawn:
     return read_image(record["uri"], (record["height"], record["width"])), record
 
 
-def _label_online(plan: StepPlan, online: OnlineLabels, rows: range, drawn: list[Drawn]) -> None:
+def _label_online(plan: StepSchedule, online: OnlineLabeller, rows: range, drawn: list[Drawn]) -> None:
     """Puts a teacher's labels into the records of a group's unlabelled images."""
     from cast_ray.data.views import fit_image
 
@@ -326,7 +281,7 @@ def _label_online(plan: StepPlan, online: OnlineLabels, rows: range, drawn: list
 
 
 def _sample(
-    plan: StepPlan, classes: ClassMap, row: int, i: int, drawn: Drawn, is_labelled: bool
+    plan: StepSchedule, classes: ClassMap, row: int, i: int, drawn: Drawn, is_labelled: bool
 ) -> dict[str, np.ndarray]:
     from cast_ray.data.copy_paste import copy_paste
     from cast_ray.data.views import MIN_VISIBLE_PX, make_sample
@@ -359,116 +314,3 @@ def _binary(payloads: list[np.ndarray]) -> pa.ChunkedArray:
             for p in payloads
         ]
     )
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """A few images ready for inference, in the order of their positions.
-
-    positions [n]; pixels: n of uint8 [3, H, W], which need not have one size; image_hw, resized_hw: their own sizes and
-    those inside the padding, pixels; bad: position and reason (naming the file) of images that could not be read, where
-    that was asked for.
-    """
-
-    positions: list[int]
-    pixels: list[np.ndarray]
-    image_hw: list[tuple[int, int]]
-    resized_hw: list[tuple[int, int]]
-    bad: list[tuple[int, str]] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, block: pa.Table) -> Pictures:
-        """The rows of a block of a `picture_dataset`."""
-        errors = zip(block.column("position").to_pylist(), block.column("error").to_pylist())
-        bad = [(position, error) for position, error in errors if error is not None]
-        good = block.filter(pa.compute.is_null(block.column("error"))) if bad else block
-        padded, image_hw, resized_hw = (_sizes(good, name) for name in ("padded_", "", "fit_"))
-        values = (np.frombuffer(b.as_buffer(), np.uint8) for b in good.column("pixels"))
-        pixels = [value.reshape(3, *size) for value, size in zip(values, padded)]
-        return cls(good.column("position").to_pylist(), pixels, image_hw, resized_hw, bad)
-
-
-def _sizes(table: pa.Table, prefix: str) -> list[tuple[int, int]]:
-    return list(zip(*(table.column(f"{prefix}{side}").to_pylist() for side in ("height", "width"))))
-
-
-PICTURE_SCHEMA = pa.schema(
-    [
-        ("position", pa.int64()),
-        ("pixels", pa.large_binary()),
-        *((f"{of}{side}", pa.int32()) for of in ("", "fit_", "padded_") for side in ("height", "width")),
-        ("error", pa.string()),
-    ]
-)
-
-
-def picture_dataset(
-    records: ray.ObjectRef,
-    indices: np.ndarray,
-    input_size: InputSize,
-    runtime: RuntimeConfig,
-    blocks: list[Rows] | None = None,
-    skip_bad: bool = False,
-) -> ray.data.Dataset:
-    """Images decoded and resized as a model sees them: rows of position (in `indices`), pixels and sizes
-    (PICTURE_SCHEMA).
-
-    Args:
-        blocks: ranges of positions, each a block; None: all of them.
-        skip_bad: an image that cannot be read has its reason in the column `error`; else it ends the stream.
-    """
-    if blocks is None:
-        step = images_per_task(input_size)
-        blocks = [(start, min(start + step, len(indices))) for start in range(0, len(indices), step)]
-    fit = partial(_fit_images, records=records, indices=indices, input_size=input_size, skip_bad=skip_bad)
-    return plan_dataset(blocks, ray.put(fit), runtime)
-
-
-def images_per_task(input_size: InputSize) -> int:
-    """Images of one block of a `picture_dataset`."""
-    return IMAGES_PER_TASK if input_size.is_fixed else NATIVE_IMAGES_PER_TASK
-
-
-def _fit_images(
-    start: int, stop: int, *, records: ray.ObjectRef, indices: np.ndarray, input_size: InputSize, skip_bad: bool
-) -> pa.Table:
-    rows = []
-    for position in range(start, stop):
-        try:
-            rows.append(_fit_image(position, record_at(records, indices[position]), input_size))
-        except ValueError as error:
-            if not skip_bad:
-                raise
-            rows.append({"position": position, "error": str(error)})
-    return pa.Table.from_pylist(rows, schema=PICTURE_SCHEMA)
-
-
-def _fit_image(position: int, record: dict[str, Any], input_size: InputSize) -> dict[str, Any]:
-    from cast_ray.data.reading.images import read_image
-    from cast_ray.data.views import fit_image
-
-    image = read_image(record["uri"], (record["height"], record["width"]))
-    pixels, (fit_height, fit_width) = fit_image(image, input_size)
-    height, width = image.shape[:2]
-    return {
-        "position": position,
-        "pixels": pixels.tobytes(),
-        "height": height,
-        "width": width,
-        "fit_height": fit_height,
-        "fit_width": fit_width,
-        "padded_height": pixels.shape[1],
-        "padded_width": pixels.shape[2],
-        "error": None,
-    }
-
-
-def pictures(dataset: ray.data.Dataset) -> Iterator[Pictures]:
-    """Iterates a `picture_dataset` block by block."""
-    for block in _blocks(dataset):
-        yield Pictures.of(block)
-
-
-def _blocks(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
-    # Whole Arrow blocks: slicing rows off one by one in Ray Data costs three times as much.
-    return cast(Iterator[pa.Table], dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
