@@ -8,8 +8,9 @@ from typing import Protocol
 import torch
 
 from cast_ray.contracts.records import Batch, Targets
-from cast_ray.losses.contrastive.loss import contrastive_loss, diagnose, temperature_at
+from cast_ray.losses.contrastive.loss import contrastive_loss, temperature_at
 from cast_ray.losses.contrastive.pixel_problem import Gather
+from cast_ray.losses.contrastive.pixels import diagnose
 from cast_ray.losses.set.criterion import set_loss, target_weights
 from cast_ray.losses.set.proposals import proposal_loss, proposal_weights
 from cast_ray.models.cast_network import Output

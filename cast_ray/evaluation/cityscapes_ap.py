@@ -20,7 +20,7 @@ OVERLAPS = np.arange(0.5, 1.0, 0.05)
 MIN_REGION_PX = 100
 
 
-def match_cityscapes(truth: Sequence[Truth], found: Sequence[Detections], num_classes: int) -> Matches:
+def match_cityscapes(truth: Sequence[Truth], found: Sequence[Detections], num_classes: int) -> DetectionMatches:
     """Tells true, false and ignored detections of a batch of images apart, by Cityscapes' rules.
 
     At each overlap threshold an object of at least 100 pixels is found by the detection of its class with the highest

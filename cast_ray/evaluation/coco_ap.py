@@ -60,7 +60,7 @@ def mask_ap(
 
 def match_results(
     ground_truth: pa.Table, results: Sequence[dict[str, Any]], categories: Sequence[Category], max_detections: int = 100
-) -> Matches:
+) -> DetectionMatches:
     """The matches behind `mask_ap`, with its arguments and errors."""
     found = by_image(ground_truth, results, categories)
     classes = ClassMap(categories)
@@ -103,7 +103,7 @@ def coco_metrics(matches: DetectionMatches, categories: Sequence[Category]) -> d
 
 def match_coco(
     truth: Sequence[Truth], found: Sequence[Detections], num_classes: int, max_detections: int = 100
-) -> Matches:
+) -> DetectionMatches:
     """Gives each detection of a batch of images the object it takes, by COCO's rules.
 
     At each IoU threshold, in falling score order, a detection takes of the free objects of its class the one it

@@ -26,7 +26,7 @@ NUM_THRESHOLDS = 10
 
 
 @dataclass(frozen=True, eq=False)
-class Matches:
+class DetectionMatches:
     """N detections on I images of C classes, for A ranges of object size (the first: all sizes).
 
     Rows are sorted by label and falling score; of equal scores the earlier image comes first, in it the earlier row.
@@ -112,7 +112,7 @@ class Matches:
         return buffer.getvalue()
 
 
-def load_matches(source: str | Path | bytes | BinaryIO) -> Matches:
+def load_matches(source: str | Path | bytes | BinaryIO) -> DetectionMatches:
     """Reads what `DetectionMatches.save` wrote.
 
     Raises:
@@ -132,7 +132,7 @@ def join(
     images: Sequence[np.ndarray],
     tie_order: np.ndarray | None = None,
     num_images: int = 0,
-) -> Matches:
+) -> DetectionMatches:
     """The matches of disjoint sets of images as one.
 
     Args:

@@ -15,7 +15,7 @@ from cast_ray.recipe import EvaluationConfig
 
 def match_images(
     truth: Sequence[Truth], found: Sequence[Detections], num_classes: int, settings: EvaluationConfig
-) -> Matches:
+) -> DetectionMatches:
     """Matches the detections of a batch of images to its ground truth, by the rules of `settings.metric`."""
     if settings.metric == "cityscapes":
         return match_cityscapes(truth, found, num_classes)

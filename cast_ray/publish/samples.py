@@ -15,8 +15,9 @@ from pycocotools import mask as coco_mask
 
 from cast_ray.contracts.records import ClassMap, decode_image_id, instances_of
 from cast_ray.data.reading.images import read_image
+from cast_ray.models.drawing import class_colours
 from cast_ray.plan.graph import RowPlan, Stage
-from cast_ray.report.overlays import class_colours, draw_panels
+from cast_ray.report.overlays import draw_panels
 from cast_ray.report.samples import NUM_EACH
 from cast_ray.runtime.store.artifact_files import RESULTS
 from cast_ray.runtime.store.artifacts import ArtifactStore

@@ -69,7 +69,7 @@ def joint_interval(values_S: Sequence[float], values_SB: np.ndarray, draws: np.r
     `mean_s d_s* + k (mean_drawn d_s - mean_s d_s)`, with d_s of all images, d_s* of the resampled ones and
     `k = t(n-1) / z * sqrt(n / (n-1))` at 95 %. Plain resampling of seeds (k = 1) is too narrow for few of them: of
     simulated sweeps of three seeds its intervals hold the truth in 74 %, these in 95 % or more
-    (tests/unit/test_report_statistics.py).
+    (tests/unit/report/test_statistics.py).
 
     Args:
         values_S: each seed's value, or paired difference, on all images.

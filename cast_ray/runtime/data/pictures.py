@@ -12,9 +12,8 @@ import pyarrow as pa
 import ray.data
 
 from cast_ray.recipe import InputSize, RuntimeConfig
-from cast_ray.runtime.data.block_source import Rows, block_dataset
+from cast_ray.runtime.data.block_source import Rows, block_dataset, iter_blocks
 from cast_ray.runtime.data.record_tables import record_at
-from cast_ray.runtime.data.streams import iter_blocks
 
 IMAGES_PER_TASK = 16
 """Images of one block that are fitted into a model's crop."""

@@ -5,7 +5,7 @@ Facts of Ray Data 2.60 that shape this file:
 - Concurrent executions get equal *integer* shares of each node's idle CPUs (`amount // len(requesters)` in its
   autoscaling coordinator): with fewer whole CPUs than streams the share is 0 and all wait for ever, silently. So every
   stream runs in a placement group of its own, where the group is the budget: concurrent trials cannot starve each
-  other, and one that finds no room waits for its group, not for its first block (tests/integration/test_streams.py).
+  other, and one that finds no room waits for its group, not for its first block (tests/ray/test_streams.py).
 - Its scheduling loop looks up to 0.1 s late for finished tasks (`ray.wait` for all that run). A stream that may submit
   only as many tasks as run at a time therefore leaves cores idle between two looks; ours may submit twice as many, of
   which Ray Core starts the second half by itself as slots fall free.

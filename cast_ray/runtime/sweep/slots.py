@@ -22,8 +22,7 @@ def stage_slots(
     Raises:
         ValueError: not even one fits; the message gives the sum.
     """
-    from cast_ray.runtime.data.resources import stream_bundle
-    from cast_ray.runtime.worker.online import num_teachers
+    from cast_ray.runtime.data.resources import num_teachers, stream_bundle
 
     runtime = recipe.runtime
     teachers = num_teachers(runtime) if recipe.labels.mode == "online" else 0

@@ -22,8 +22,10 @@ import pyarrow as pa
 from cast_ray.contracts.records import INSTANCE_TYPE, RECORD_SCHEMA, Category, class_names
 from cast_ray.plan.graph import Stage, input_size_of
 from cast_ray.recipe import InputSize, PseudoConfig, Recipe
+from cast_ray.runtime.data.block_source import Rows
+from cast_ray.runtime.data.images import Images
+from cast_ray.runtime.data.pictures import Pictures, images_per_task
 from cast_ray.runtime.data.record_tables import fetched, record_at
-from cast_ray.runtime.data.streams import Images, Pictures, Rows, images_per_task
 from cast_ray.runtime.store.artifact_files import LABELS
 from cast_ray.runtime.store.artifacts import ArtifactStore
 

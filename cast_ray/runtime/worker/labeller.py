@@ -28,7 +28,7 @@ class PseudoLabeller:
 
     Every forward pass has as many images as the stage's config names, all of one size, the last one filled up, and on a
     CPU one thread: an image's labels are then those of the same kernels on the same numbers, whether it is labelled
-    offline, online, or by how many processes (tests/integration/test_labels.py). On two CPU models a pass of 1 differed
+    offline, online, or by how many processes (tests/ray/test_labels.py). On two CPU models a pass of 1 differed
     from one of 8 by 1e-6, one of 2 threads from one of 1 by 1e-6, and passes of equal shape and threads not at all,
     whatever else they held.
     Kinds of devices still differ.

@@ -12,14 +12,14 @@ import ray
 import torch
 
 from cast_ray.contracts.records import Category, ClassMap
+from cast_ray.evaluation.coco_results import coco_results
 from cast_ray.evaluation.detections import Detections, Truth, tie_order
-from cast_ray.evaluation.matches import join
+from cast_ray.evaluation.matches import DetectionMatches, join
 from cast_ray.evaluation.measures import match_images
 from cast_ray.models.postprocess import predict_in_groups
 from cast_ray.recipe import EvaluationConfig, InputSize, Recipe, RuntimeConfig
+from cast_ray.runtime.data.pictures import picture_dataset, pictures
 from cast_ray.runtime.data.record_tables import record_at
-from cast_ray.runtime.data.streams import picture_dataset, pictures
-from cast_ray.runtime.worker.predict import coco_results, predict
 from cast_ray.runtime.worker.segment import Segment
 from cast_ray.teachers.protocol import Teacher
 
@@ -53,7 +53,7 @@ def measure(
     rows: np.ndarray,
     device: torch.device,
     on_batch: Callable[[int, Iterator[dict[str, Any]]], None] = lambda count, results: None,
-) -> Matches:
+) -> DetectionMatches:
     """Matches a model's detections on some validation images.
 
     Args:

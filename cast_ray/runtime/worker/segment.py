@@ -10,7 +10,7 @@ import ray
 from cast_ray.contracts.records import Category
 from cast_ray.plan.graph import Stage
 from cast_ray.recipe import Recipe
-from cast_ray.runtime.data.streams import Images
+from cast_ray.runtime.data.images import Images
 from cast_ray.runtime.store.artifacts import ArtifactStore
 
 

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from cast_ray.report.overlays import class_colours, contact_sheet
+from cast_ray.models.drawing import class_colours
+from cast_ray.report.overlays import contact_sheet
 
 
 def rle_of(mask: np.ndarray) -> bytes:

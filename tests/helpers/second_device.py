@@ -3,7 +3,7 @@
 Its tensors live in main memory. An operation that mixes them with tensors of the CPU fails, as on a GPU. The device is
 registered for a whole process, so that tests run this file in a process of its own:
 
-python tests/unit/second_device.py FOLDER
+python tests/helpers/second_device.py FOLDER
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def write(folder: Path, spec: object) -> Path:
 PAPERS = {"main", "losses", "stages", "negatives", "student", "labels", "margins"}
 ASKED_FOR = {"contrast", "unlabeled", "iterations", "refinement", "thresholds", "points", "photos", "semi"}
 """Tables that are not in the paper."""
-README = (Path(__file__).parents[2] / "README.md").read_text()
+README = (Path(__file__).parents[3] / "README.md").read_text()
 
 
 def test_the_shipped_tables_load() -> None:

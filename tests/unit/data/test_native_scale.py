@@ -22,7 +22,7 @@ from cast_ray.evaluation.detections import Detections, Truth
 from cast_ray.evaluation.measures import match_images, metrics_of
 from cast_ray.plan.graph import input_size_of, plan
 from cast_ray.recipe import DataConfig, InputSize, ModelConfig, build_recipe
-from cast_ray.runtime.data import training_stream as streams
+from cast_ray.runtime.data import pictures as picture_stream
 from cast_ray.runtime.data.pictures import PICTURE_SCHEMA, Pictures
 from cast_ray.runtime.worker.measuring import predict
 from cast_ray.teachers.expert import ExpertTeacher
@@ -106,7 +106,7 @@ class PerfectMasks(nn.Module):
 def measured(dataset: DatasetSplits, size: InputSize, metric: str) -> dict[str, Any]:
     """AP of perfect masks, by the very functions that evaluation runs."""
     rows = dataset.val.to_pylist()
-    fitted = [streams._fit_image(i, row, size) for i, row in enumerate(rows)]
+    fitted = [picture_stream._fit_image(i, row, size) for i, row in enumerate(rows)]
     batch = Pictures.of(pa.Table.from_pylist(fitted, schema=PICTURE_SCHEMA))
     teacher = ExpertTeacher(PerfectMasks(), dataset.categories, size)  # type: ignore[arg-type]
     found = predict(teacher, batch.pixels, batch.image_hw, batch.resized_hw, 100, 4)

@@ -18,7 +18,7 @@ from cast_ray.data.reading.reader import load
 from cast_ray.datasets.__main__ import main
 from cast_ray.recipe import DataConfig
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """Fingerprints are pinned: the store is content-addressed, so that a changed one recomputes every user's stage.
 
 Where a change is meant (a stage's code changes its result, a field enters its identity), raise its STAGE_VERSION, run
-`python tests/unit/test_golden_fingerprints.py`, which rewrites tests/data/fingerprints.json; the diff then names every
-stage that users will compute again. A failure that nobody meant is a fault of the change.
+`python tests/unit/recipe/test_golden_fingerprints.py`, which rewrites tests/data/fingerprints.json; the diff then names
+every stage that users will compute again. A failure that nobody meant is a fault of the change.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cast_ray.plan.ablation import load_table
 from cast_ray.plan.graph import DataHashes, plan
 from cast_ray.recipe import SCALES, build_recipe, preset_names
 
-GOLDEN = Path(__file__).resolve().parents[1] / "data" / "fingerprints.json"
+GOLDEN = Path(__file__).resolve().parents[2] / "data" / "fingerprints.json"
 CONTENT = "c" * 64
 FOUNDATION = "f" * 20
 HASHES = DataHashes(extra="e" * 64, label_list="a" * 64, unlabelled_list="b" * 64)

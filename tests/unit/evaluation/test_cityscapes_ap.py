@@ -15,9 +15,9 @@ from pycocotools import mask as coco_mask
 from cast_ray.contracts.records import Category, ClassMap
 from cast_ray.evaluation.cityscapes_ap import cityscapes_metrics, match_cityscapes
 from cast_ray.evaluation.detections import Detections, Truth
-from cast_ray.evaluation.matches import join
+from cast_ray.evaluation.matches import DetectionMatches, join
 
-REFERENCE = json.loads((Path(__file__).parents[1] / "data" / "cityscapes_reference.json").read_text())
+REFERENCE = json.loads((Path(__file__).parents[2] / "data" / "cityscapes_reference.json").read_text())
 HEIGHT, WIDTH = REFERENCE["size"]
 CATEGORIES = tuple(
     Category(i, name)
@@ -65,7 +65,7 @@ def detections(scene: dict[str, Any]) -> Detections:
     )
 
 
-def match(scenes: list[dict[str, Any]]) -> Matches:
+def match(scenes: list[dict[str, Any]]) -> DetectionMatches:
     truth, found = [Truth.of(record(s), CLASSES) for s in scenes], [detections(s) for s in scenes]
     return match_cityscapes(truth, found, len(CLASSES))
 

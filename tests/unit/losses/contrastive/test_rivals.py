@@ -7,7 +7,8 @@ import torch
 from contrastive_reference import all_weights, centres, dense_loss, pseudo_labels, similarity
 from contrastive_scenes import gradients, scene
 
-from cast_ray.losses.contrastive.loss import contrastive_loss, diagnose
+from cast_ray.losses.contrastive.loss import contrastive_loss
+from cast_ray.losses.contrastive.pixels import diagnose
 from cast_ray.recipe import ContrastiveConfig
 
 SIZE, T, R = (2, 3), 0.3, 4

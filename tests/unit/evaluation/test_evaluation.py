@@ -20,7 +20,7 @@ from cast_ray.models.segmenter import build_segmenter
 from cast_ray.recipe import EncoderConfig, EvaluationConfig, ModelConfig, RuntimeConfig, build_recipe
 from cast_ray.runtime.data.pictures import Pictures
 from cast_ray.runtime.sweep.slots import stage_slots
-from cast_ray.runtime.worker import evaluation
+from cast_ray.runtime.worker import measuring
 from cast_ray.runtime.worker.measuring import ValidationSet, measure, predict
 from cast_ray.runtime.worker.validation import validation_bundles, with_points
 from cast_ray.teachers.expert import ExpertTeacher
@@ -53,9 +53,9 @@ def validation_set(monkeypatch: pytest.MonkeyPatch, num_images: int, drop: int =
             sizes = [(SIZE, SIZE)] * len(positions)
             yield Pictures(positions, list(pixels.astype(np.uint8)), sizes, sizes)
 
-    monkeypatch.setattr(evaluation, "picture_dataset", lambda records, rows, *_: rows)
-    monkeypatch.setattr(evaluation, "pictures", blocks)
-    monkeypatch.setattr(evaluation, "record_at", lambda records, row: record(int(row)))
+    monkeypatch.setattr(measuring, "picture_dataset", lambda records, rows, *_: rows)
+    monkeypatch.setattr(measuring, "pictures", blocks)
+    monkeypatch.setattr(measuring, "record_at", lambda records, row: record(int(row)))
     return ValidationSet(None, num_images, (SIZE, SIZE), CATEGORIES, EvaluationConfig(**settings), RuntimeConfig())  # type: ignore[arg-type]
 
 
@@ -159,5 +159,5 @@ def test_validation_beside_training_is_counted_before_anything_starts() -> None:
 def test_tables_of_records_name_the_order_of_ties(monkeypatch: pytest.MonkeyPatch) -> None:
     images = validation_set(monkeypatch, 3)
     table = pa.table({"image_id": [encode_image_id(i) for i in (7, 30, 4, 1)]})
-    monkeypatch.setattr(evaluation.ray, "get", lambda ref: table)
+    monkeypatch.setattr(measuring.ray, "get", lambda ref: table)
     assert images.tie_order().tolist() == [1, 2, 0]  # of the first three alone

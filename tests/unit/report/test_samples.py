@@ -26,6 +26,7 @@ from cast_ray.publish import sweep as publish
 from cast_ray.publish.samples import choose, image_quality, row_samples
 from cast_ray.recipe import build_recipe
 from cast_ray.report.blocks import Sample
+from cast_ray.report import samples as report_samples
 from cast_ray.report.samples import SAMPLES, read_samples
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.sweep.row_results import SweepContext, read_result
@@ -222,7 +223,7 @@ def test_an_image_that_is_gone_costs_its_picture_alone(
 
 
 def test_a_page_of_many_images_keeps_both_ends_of_each_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples, "MAX_PAGE_BYTES", 4500)
+    monkeypatch.setattr(report_samples, "MAX_PAGE_BYTES", 4500)
     for row in ("a", "b"):
         write_samples(tmp_path / row, 1000)
     block = read_samples({row: (0, tmp_path / row) for row in ("a", "b")})

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-CLUSTER = Path(__file__).parents[2] / "cluster"
+CLUSTER = Path(__file__).parents[3] / "cluster"
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ from contrastive_reference import all_weights, centres, dense_loss
 from contrastive_scenes import gradients, scene
 
 from cast_ray.losses.contrastive import pixels as pixel_contrast
-from cast_ray.losses.contrastive.loss import contrastive_loss, diagnose, temperature_at
+from cast_ray.losses.contrastive.loss import contrastive_loss, temperature_at
 from cast_ray.losses.contrastive.pixel_problem import pose_problem
+from cast_ray.losses.contrastive.pixels import diagnose
 from cast_ray.recipe import CONTRASTIVE_PRESETS, ContrastiveConfig
 
 SIZE = (2, 3)

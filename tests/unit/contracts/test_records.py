@@ -68,7 +68,7 @@ def test_areas_of_any_number_of_masks(count: int) -> None:
 
 def test_nothing_else_counts_pixels_by_pycocotools() -> None:
     callers = []
-    for path in sorted((Path(__file__).parents[2] / "cast_ray").rglob("*.py")):
+    for path in sorted((Path(__file__).parents[3] / "cast_ray").rglob("*.py")):
         tree = ast.parse(path.read_text())
         imports = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == "pycocotools"]
         names = {alias.asname or alias.name for n in imports for alias in n.names}

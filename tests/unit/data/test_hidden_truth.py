@@ -12,7 +12,8 @@ from cast_ray.contracts.records import Batch, Category
 from cast_ray.data.batches import from_buffer, to_batch
 from cast_ray.data.reading import images as image_files
 from cast_ray.recipe import DataConfig
-from cast_ray.runtime.data import training_stream as streams
+from cast_ray.runtime.data import training_stream
+from cast_ray.runtime.data.images import Images
 
 SIZE = 32
 DATA = DataConfig(image_px=(SIZE, SIZE), scale_jitter=(1, 1), flip=False)
@@ -35,9 +36,9 @@ GUESSES = [record(instance(2, 0.5, slice(20, 32)))]
 def steps(monkeypatch: pytest.MonkeyPatch, *, labels: bool, oracle: bool) -> Batch:
     """One step of one labelled and one unlabelled image, as a Data task makes it."""
     tables = {"records": TRUTH, "labels": GUESSES}
-    monkeypatch.setattr(streams, "record_at", lambda ref, index: dict(tables[ref][int(index)]))
+    monkeypatch.setattr(training_stream, "record_at", lambda ref, index: dict(tables[ref][int(index)]))
     monkeypatch.setattr(image_files, "read_image", lambda uri, image_hw: np.zeros((SIZE, SIZE, 3), dtype=np.uint8))
-    images = streams.Images(
+    images = Images(
         "records",  # type: ignore[arg-type]
         np.array([0]),
         np.array([1]),
@@ -45,8 +46,10 @@ def steps(monkeypatch: pytest.MonkeyPatch, *, labels: bool, oracle: bool) -> Bat
         "labels" if labels else None,  # type: ignore[arg-type]
     )
     first = np.zeros((1, 1), dtype=np.int64)  # of D_l and of D_u
-    plan = streams.StepSchedule(images, DATA, 0, first, first, 0, (0, 1), strong=True, oracle=oracle, online=None)
-    made = streams._make_steps(0, 1, plan=plan)
+    plan = training_stream.StepSchedule(
+        images, DATA, 0, first, first, 0, (0, 1), strong=True, oracle=oracle, online=None
+    )
+    made = training_stream._make_steps(0, 1, plan=plan)
     return to_batch(from_buffer(made.column("batch")[0].as_buffer()))
 
 

@@ -25,7 +25,7 @@ from cast_ray.report.run_folder import read_plan, read_results, read_run, write_
 from cast_ray.report.tables import comparison_grid, main_grid, print_report, results_grid, stage_grid, terminal_table
 from cast_ray.report.write import write_report
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def report_of(tmp_path: Path, results: list[dict[str, Any]]) -> Report:
