@@ -75,11 +75,6 @@ def real(uri: str) -> str:
     return os.path.realpath(path) if isinstance(filesystem, fs.LocalFileSystem) else uri.rstrip("/")
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its kind where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _unsplit(parts: SplitResult, path: str) -> str:
     # urlunsplit drops the // of schemes it does not know when there is no host (hdfs:///data)
     return f"{parts.scheme}://{parts.netloc}{path}{'?' if parts.query else ''}{parts.query}"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from importlib import import_module
 from typing import Any
+
+from cast_ray.common.text import nearest
 
 ROWS: dict[str, dict[str, str]] = {
     "datasets": {
@@ -56,13 +57,8 @@ def lookup(kind: str, name: str) -> Any:
         ValueError: unknown kind or name; the message names the nearest known one.
     """
     if kind not in ROWS:
-        raise ValueError(f"unknown kind {kind!r}{_nearest(kind, list(ROWS))}")
+        raise ValueError(f"unknown kind {kind!r}{nearest(kind, list(ROWS))}")
     if name not in ROWS[kind]:
-        raise ValueError(f"unknown name {name!r} in {kind}{_nearest(name, list(ROWS[kind]))}")
+        raise ValueError(f"unknown name {name!r} in {kind}{nearest(name, list(ROWS[kind]))}")
     module, _, attribute = ROWS[kind][name].partition(":")
     return getattr(import_module(module), attribute)
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
-    return f": did you mean {close[0]!r}?" if close else f": expected one of {', '.join(known)}"

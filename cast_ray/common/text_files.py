@@ -6,7 +6,8 @@ import codecs
 import json
 from typing import Any
 
-from cast_ray.common.paths import absolute, first_line, read_bytes
+from cast_ray.common.paths import absolute, read_bytes
+from cast_ray.common.text import first_line
 
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",

@@ -7,11 +7,10 @@ paper's values stay in `cast_ray/paper/tables.json`; a table only names which of
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache, lru_cache
 from importlib import resources
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from cast_ray.common.text import nearest
 from cast_ray.common.text_files import read_text
 from cast_ray.plan.settings import overridden, settings_of
 from cast_ray.recipe import SCALES, Recipe, build_recipe, preset_names
@@ -357,12 +357,6 @@ def _paper_rows(key: str) -> dict[str, dict[str, float]]:
                 if isinstance(value, int | float) and not isinstance(value, bool):
                     published.setdefault(str(first), {})[prefix + name] = value
     return published
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """The end of an error message: the known word that was probably meant, else those there are."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
-    return f": did you mean {close[0]!r}?" if close else f": expected one of {', '.join(known[:12])}"
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

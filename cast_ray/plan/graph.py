@@ -9,13 +9,12 @@ dataset's content hash. Equal fingerprints are one artifact, whatever rows, seed
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from cast_ray.common.digest import digest_of
 from cast_ray.recipe import DataConfig, InputSize, Precision, Recipe, TrainConfig
 from cast_ray.recipe.part import Part
 
@@ -354,7 +353,7 @@ class _Planner:
             "parents": parents,
             "data": self.content_hash,
         }
-        return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:20]
+        return digest_of(identity, default=str)
 
 
 def _without_unused(part: Part, optional: Iterable[str], exclude: Iterable[str] = ()) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cast_ray.plan.ablation import DEFAULT_PRESET, DEFAULT_SCALE, explain, nearest, read_spec, resolve_recipe
+from cast_ray.common.text import nearest
+from cast_ray.plan.ablation import DEFAULT_PRESET, DEFAULT_SCALE, explain, read_spec, resolve_recipe
 from cast_ray.recipe import Recipe
 
 SEARCH_DIR = Path(__file__).parents[2] / "sweeps" / "search"

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cast_ray.common.digest import digest_of
 from cast_ray.common.files import write_atomically
 from cast_ray.plan.ablation import Table, load_table
 from cast_ray.report.content import Result
@@ -93,7 +93,7 @@ def _key(result: Result) -> tuple[str, str, int]:
 def recipe_digest(recipe: Mapping[str, Any]) -> str:
     """Of all that a recipe says but where it runs."""
     content = {key: value for key, value in recipe.items() if key != "runtime"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=list).encode()).hexdigest()[:16]
+    return digest_of(content, 16, default=list)
 
 
 def write_plan(

@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any
 
-from cast_ray.common.paths import first_line
+from cast_ray.common.text import first_line
 
 # One machine, few stages of a minute each: starting and stopping worker groups is what costs. These settings bring one
 # from 17 s to 12 s on two cores; each gives up a feature that matters on a cluster only (see the README, operations).

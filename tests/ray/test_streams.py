@@ -17,11 +17,12 @@ from stream_scenes import CATEGORIES, DATA, STILL, assert_same, loop, write_imag
 
 from cast_ray.contracts.records import Batch
 from cast_ray.recipe import InputSize, RuntimeConfig
-from cast_ray.runtime.data import resources as budget
+from cast_ray.runtime import ray_internals
 from cast_ray.runtime.data.images import Images
 from cast_ray.runtime.data.pictures import picture_dataset, pictures
-from cast_ray.runtime.data.resources import PacedLoop, configure_data, reserve, stream_bundle
+from cast_ray.runtime.data.resources import configure_data, reserve, stream_bundle
 from cast_ray.runtime.data.training_stream import training_stream
+from cast_ray.runtime.ray_internals import PacedLoop
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(600)]
 
@@ -178,7 +179,7 @@ def test_a_stream_ahead_of_its_consumer_does_not_spin(
             super().__init__()
             loops.append(self)
 
-    monkeypatch.setattr(budget, "PacedLoop", Watched)
+    monkeypatch.setattr(ray_internals, "PacedLoop", Watched)
     small = RuntimeConfig(cpus_per_read=0.25, stream_memory_mb=16)
     big = STILL.model_copy(update={"image_px": (512, 512)})
     with stream(images_of(table), 400, data=big, runtime=small) as batches:

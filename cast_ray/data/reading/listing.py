@@ -13,7 +13,8 @@ from urllib.parse import unquote
 
 from pyarrow import fs
 
-from cast_ray.common.paths import absolute, first_line, is_uri, join, real, resolve
+from cast_ray.common.paths import absolute, is_uri, join, real, resolve
+from cast_ray.common.text import first_line
 
 _NOT_THE_USERS = frozenset(
     {"@eadir", "@recycle", "#recycle", "$recycle.bin", "__macosx", "lost+found", "system volume information"}

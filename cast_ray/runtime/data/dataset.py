@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cast_ray.common import registry
+from cast_ray.common.digest import digest_of
 from cast_ray.common.paths import absolute
 from cast_ray.contracts.records import Category, class_names
 from cast_ray.data.reading.copies import Copies
@@ -147,7 +148,7 @@ def read_dataset(
     data = _shared_part(recipes)
     if data.format == "shapes":
         data = _draw(data, store, console)
-    asked = hashlib.sha256(json.dumps([READER_VERSION, _read_part(data)], sort_keys=True).encode()).hexdigest()[:20]
+    asked = digest_of([READER_VERSION, _read_part(data)])
     report_paths = [f"{run_path}/{REPORT_FILE}" for run_path in run_paths]
     dataset = _find(data, asked, store) or _read(data, asked, store, console, report_paths, connect)
     _check(dataset.report, data, store, report_paths)

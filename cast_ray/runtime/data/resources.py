@@ -21,25 +21,37 @@ Facts of Ray Data 2.60 that shape this file:
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import ray
 import ray.data
-from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cast_ray.recipe import RuntimeConfig
-
-LOOP_PAUSE_S = 0.02
+from cast_ray.runtime.ray_internals import execution_callbacks
 
 
 def stream_bundle(runtime: RuntimeConfig) -> dict[str, float]:
     """What one stream reserves: the CPUs of its decoding tasks."""
     return {"CPU": runtime.reads_per_stream * runtime.cpus_per_read}
+
+
+def worker_bundle(runtime: RuntimeConfig) -> dict[str, float]:
+    """What one training worker reserves."""
+    return {"CPU": runtime.cpus_per_worker} | ({"GPU": 1.0} if runtime.use_gpu else {})
+
+
+def labeller_bundle(runtime: RuntimeConfig) -> dict[str, float]:
+    """What one labeller or online teacher reserves."""
+    return {"CPU": runtime.cpus_per_labeller} | ({"GPU": 1.0} if runtime.use_gpu else {})
+
+
+def validator_bundle(runtime: RuntimeConfig) -> dict[str, float]:
+    """What the actor reserves that measures snapshots beside training."""
+    on_gpu = runtime.use_gpu and runtime.validate_on_gpu
+    return {"CPU": runtime.cpus_per_worker} | ({"GPU": 1.0} if on_gpu else {})
 
 
 def tasks_per_stream(runtime: RuntimeConfig) -> int:
@@ -74,7 +86,7 @@ def configure_data(group: PlacementGroup, runtime: RuntimeConfig, bundle: int) -
     strategy = PlacementGroupSchedulingStrategy(_as_seen(group, runtime, bundle), placement_group_bundle_index=bundle)
     context.scheduling_strategy = context.scheduling_strategy_large_args = strategy
     context.execution_options.preserve_order = True
-    context.custom_execution_callback_classes = [PacedLoop]
+    context.custom_execution_callback_classes = execution_callbacks()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = None  # a task's block is neither cut nor joined with others
@@ -89,22 +101,6 @@ def _as_seen(group: PlacementGroup, runtime: RuntimeConfig, bundle: int) -> Plac
     return PlacementGroup(group.id, bundle_cache=specs)
 
 
-class PacedLoop(ExecutionCallback):
-    """A pause after every turn of a stream's scheduling loop in which no task started, ended or gave a block."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[int, int, int]] = []
-        self.turns = self.pauses = 0
-
-    def on_execution_step(self, executor: Any) -> None:
-        metrics = [op.metrics for op in executor._topology]
-        now = [(m.num_tasks_submitted, m.num_tasks_finished, m.num_task_outputs_generated) for m in metrics]
-        self.turns += 1
-        if now == self.seen:
-            self.pauses += 1
-            time.sleep(LOOP_PAUSE_S)
-        self.seen = now
-
-
 def num_teachers(runtime: RuntimeConfig) -> int:
+    """Teachers that label online for one segment."""
     return max(1, runtime.num_labellers)

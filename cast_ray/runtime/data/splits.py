@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from cast_ray.common.digest import digest_of
 from cast_ray.data.splits.fractions import LabelSplit, split
 from cast_ray.plan.graph import split_part
 from cast_ray.recipe import Recipe
@@ -22,7 +22,7 @@ from cast_ray.runtime.store.artifacts import ArtifactStore
 
 def split_key(content_hash: str, part: dict[str, Any]) -> str:
     """Name of a stored choice of images; `part`: of a stage, see `graph.split_part`."""
-    return hashlib.sha256(json.dumps([content_hash, part], sort_keys=True).encode()).hexdigest()[:20]
+    return digest_of([content_hash, part])
 
 
 def store_splits(dataset: StoredDataset, recipes: Iterable[Recipe], store: ArtifactStore) -> list[str]:

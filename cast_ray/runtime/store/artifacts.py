@@ -14,14 +14,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +29,7 @@ import pyarrow.fs
 import pyarrow.parquet
 
 from cast_ray.common.files import PARTIAL, write_atomically
+from cast_ray.common.paths import absolute, resolve
 from cast_ray.plan.graph import Stage, fingerprint_of
 
 MANIFEST = "manifest.json"
@@ -43,23 +42,10 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def open_uri(uri: str) -> tuple[pa.fs.FileSystem, str]:
-    """Filesystem and path of a local path or URI (s3://, gs://, file://, hdfs://)."""
-    if "://" not in uri:
-        return pa.fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
-    return _open_remote(uri)
-
-
-@lru_cache(maxsize=64)
-def _open_remote(uri: str) -> tuple[pa.fs.FileSystem, str]:
-    """Kept, because each opening of an S3 bucket asks for its region first."""
-    return pa.fs.FileSystem.from_uri(uri)
-
-
 @contextlib.contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
     """A folder's files on this machine: the folder itself where it is local, else a temporary copy."""
-    fs, path = open_uri(uri)
+    fs, path = resolve(absolute(uri))
     if isinstance(fs, pa.fs.LocalFileSystem):
         yield Path(path)
         return
@@ -118,7 +104,7 @@ class ArtifactStore:
 
     @property
     def _fs(self) -> tuple[pa.fs.FileSystem, str]:
-        return open_uri(self.storage)
+        return resolve(absolute(self.storage))
 
     def check_writable(self) -> None:
         """Raises ValueError when the storage path cannot be written."""

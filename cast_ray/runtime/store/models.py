@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from cast_ray.common.digest import digest_of
+from cast_ray.common.paths import absolute, resolve
 from cast_ray.common.registry import lookup
 from cast_ray.contracts.records import Category, class_names
 from cast_ray.models.autocast import require_precision
@@ -23,7 +25,7 @@ from cast_ray.models.segmenter import Segmenter
 from cast_ray.models.student import CONFIG, WEIGHTS, Student, read_config
 from cast_ray.plan.graph import Stage, artifact_key, input_size_of
 from cast_ray.recipe import InputSize, ModelConfig, Recipe, TeacherConfig
-from cast_ray.runtime.store.artifacts import ArtifactStore, local_copy, open_uri
+from cast_ray.runtime.store.artifacts import ArtifactStore, local_copy
 from cast_ray.teachers.checkpoints import content_hash, find_checkpoint, is_hub_name
 from cast_ray.teachers.expert import ExpertTeacher
 from cast_ray.teachers.protocol import CARD as TEACHER_CARD
@@ -235,7 +237,7 @@ def import_foundation(
             "categories": [[c.id, c.name] for c in categories],
             "version": FOUNDATION_VERSION,
         }
-        fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
+        fingerprint = digest_of(identity)
         facts = {"imported_from": fields, "model": config.training_part()}
         stage = Stage("foundation", "train", facts, {}, fingerprint)
         if dry_run or store.has(stage.key):
@@ -307,7 +309,7 @@ def _import_expert(store: ArtifactStore, folder: str, expected: ModelConfig, cat
 def _read_files(folder: str) -> tuple[bytes, bytes]:
     """config.json and model.safetensors of a folder or URI."""
     try:
-        fs, path = open_uri(folder)
+        fs, path = resolve(absolute(folder))
         contents = []
         for name in (CONFIG, WEIGHTS):
             with fs.open_input_file(f"{path}/{name}") as file:

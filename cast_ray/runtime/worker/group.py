@@ -11,13 +11,11 @@ from typing import Any
 
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.exceptions import ControllerError
 from ray.util.placement_group import PlacementGroup
 
-from cast_ray.recipe import RuntimeConfig
-from cast_ray.runtime.data.resources import reserve, stream_bundle
+from cast_ray.runtime.data.resources import reserve, stream_bundle, worker_bundle
+from cast_ray.runtime.ray_internals import is_startup_timeout
 from cast_ray.runtime.worker.online import Teachers, start_teachers, teacher_bundles
 from cast_ray.runtime.worker.segment import Segment, SegmentFailed
 from cast_ray.runtime.worker.validation import validation_bundles
@@ -43,7 +41,7 @@ def run_segment(segment: Segment) -> None:
     bundles = [*reads, *beside, *(teacher_bundles(runtime) if online else [])]
     is_over = False
     while not is_over:
-        _wait_for_room([*bundles, *[_worker_resources(runtime)] * runtime.num_workers])
+        _wait_for_room([*bundles, *[worker_bundle(runtime)] * runtime.num_workers])
         with reserve(bundles) as group:
             num_others = len(reads) + len(beside)
             teachers = None
@@ -53,10 +51,6 @@ def run_segment(segment: Segment) -> None:
     if reason := ray.get(segment.broker.failure.remote(segment.owner)):
         raise SegmentFailed(reason)
     segment.store.forget_run(run_name, [s.fingerprint for s in segment.stages])
-
-
-def _worker_resources(runtime: RuntimeConfig) -> dict[str, float]:
-    return {"CPU": runtime.cpus_per_worker} | ({"GPU": 1.0} if runtime.use_gpu else {})
 
 
 def _wait_for_room(bundles: list[dict[str, float]]) -> None:
@@ -76,6 +70,8 @@ def _wait_for_room(bundles: list[dict[str, float]]) -> None:
 
 def _fit(segment: Segment, run_name: str, group: PlacementGroup, teachers: Teachers | None) -> bool:
     """Runs the worker group; False when it could not start because its resources were taken meanwhile."""
+    from ray.train.torch import TorchTrainer  # imports torch, which a row's driver does without until it trains
+
     runtime = segment.recipe.runtime
     trainer = TorchTrainer(
         _run_stages,
@@ -83,7 +79,7 @@ def _fit(segment: Segment, run_name: str, group: PlacementGroup, teachers: Teach
         scaling_config=ScalingConfig(
             num_workers=runtime.num_workers,
             use_gpu=runtime.use_gpu,
-            resources_per_worker=_worker_resources(runtime),
+            resources_per_worker=worker_bundle(runtime),
         ),
         run_config=RunConfig(
             name=run_name,
@@ -95,7 +91,7 @@ def _fit(segment: Segment, run_name: str, group: PlacementGroup, teachers: Teach
     try:
         trainer.fit()
     except ControllerError as error:
-        if not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+        if not is_startup_timeout(error.controller_failure):
             raise
         return False
     return True

@@ -26,7 +26,7 @@ from ray.util.placement_group import PlacementGroup
 
 from cast_ray.runtime.data.block_source import Rows
 from cast_ray.runtime.data.pictures import Pictures, picture_dataset
-from cast_ray.runtime.data.resources import configure_data, reserve, stream_bundle
+from cast_ray.runtime.data.resources import configure_data, labeller_bundle, reserve, stream_bundle
 from cast_ray.runtime.worker.label_job import LabelJob
 
 
@@ -36,8 +36,7 @@ def label_images(job: LabelJob) -> dict[str, Any]:
     job.start()
     blocks = job.missing(job.blocks)
     if blocks:
-        labeller = {"CPU": runtime.cpus_per_labeller} | ({"GPU": 1.0} if runtime.use_gpu else {})
-        with reserve([stream_bundle(runtime), *[labeller] * runtime.num_labellers]) as group:
+        with reserve([stream_bundle(runtime), *[labeller_bundle(runtime)] * runtime.num_labellers]) as group:
             _run(job, group, blocks)
     return job.facts(blocks, began) | ray.get(_join.remote(job))
 

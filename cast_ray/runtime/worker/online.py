@@ -31,7 +31,7 @@ from cast_ray.contracts.records import Category
 from cast_ray.plan.graph import Stage, input_size_of
 from cast_ray.recipe import InputSize, Recipe, RuntimeConfig
 from cast_ray.runtime.data.pictures import Pictures
-from cast_ray.runtime.data.resources import num_teachers
+from cast_ray.runtime.data.resources import labeller_bundle, num_teachers
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.worker.label_job import nothing_found
 
@@ -192,8 +192,7 @@ class Teachers:
 
 def teacher_bundles(runtime: RuntimeConfig) -> list[dict[str, float]]:
     """What the teachers of a segment reserve."""
-    device = {"GPU": 1.0} if runtime.use_gpu else {}
-    return [{"CPU": runtime.cpus_per_labeller} | device] * num_teachers(runtime)
+    return [labeller_bundle(runtime)] * num_teachers(runtime)
 
 
 def start_teachers(

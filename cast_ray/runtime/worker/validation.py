@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cast_ray.plan.graph import Stage, input_size_of
 from cast_ray.recipe import Precision, Recipe, RuntimeConfig
-from cast_ray.runtime.data.resources import configure_data, stream_bundle
+from cast_ray.runtime.data.resources import configure_data, stream_bundle, validator_bundle
 from cast_ray.runtime.process_settings import prepare_process
 from cast_ray.runtime.store.artifacts import ArtifactStore
 
@@ -41,19 +41,13 @@ def validation_bundles(recipe: Recipe, stages: Sequence[Stage] | None = None) ->
     """
     if not recipe.evaluation.every_steps or (stages is not None and not any(is_validated(recipe, s) for s in stages)):
         return []
-    return [stream_bundle(recipe.runtime), actor_resources(recipe.runtime)]
+    return [stream_bundle(recipe.runtime), validator_bundle(recipe.runtime)]
 
 
 def is_validated(recipe: Recipe, stage: Stage) -> bool:
     """Whether snapshots of a stage are measured: of segmenters only, not of teachers made of published checkpoints."""
     every = recipe.evaluation.every_steps
     return stage.kind == "train" and 0 < every < stage.steps and "kind" not in stage.config["model"]
-
-
-def actor_resources(runtime: RuntimeConfig) -> dict[str, float]:
-    """CPUs and GPUs of the validating actor."""
-    on_gpu = runtime.use_gpu and runtime.validate_on_gpu
-    return {"CPU": runtime.cpus_per_worker} | ({"GPU": 1.0} if on_gpu else {})
 
 
 class SideValidation:
@@ -87,7 +81,7 @@ class SideValidation:
 
     def _start(self) -> Any:
         runtime = self.segment.recipe.runtime
-        resources = actor_resources(runtime)
+        resources = validator_bundle(runtime)
         bundle = runtime.num_workers  # after the workers' streams: the actor's stream, then the actor
         return Validator.options(  # type: ignore[attr-defined]
             num_cpus=resources["CPU"],

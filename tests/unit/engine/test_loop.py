@@ -145,7 +145,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
 
 
 def test_a_stage_resumes_on_a_device_that_is_not_the_cpu(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("second_device.py")
+    script = Path(__file__).parents[2] / "helpers" / "second_device.py"
     done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=120)
     assert done.stdout == "resumed\n", done.stderr
 

@@ -25,8 +25,8 @@ from cast_ray.publish import samples
 from cast_ray.publish import sweep as publish
 from cast_ray.publish.samples import choose, image_quality, row_samples
 from cast_ray.recipe import build_recipe
-from cast_ray.report.blocks import Sample
 from cast_ray.report import samples as report_samples
+from cast_ray.report.blocks import Sample
 from cast_ray.report.samples import SAMPLES, read_samples
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.sweep.row_results import SweepContext, read_result
