@@ -3,9 +3,9 @@
 All were read in Ray 2.60.0. `tests/unit/runtime/test_ray_internals.py` fails where the installed Ray has lost one, and
 where another module uses a private name.
 
-- ray.train.v2._internal.exceptions.WorkerGroupStartupTimeoutError: tells resources that others took from a fault. Only its
-  name is compared.
-- ray.data._internal.execution.execution_callback.ExecutionCallback: base of `PacedLoop`. Without it streams are not paced.
+- ray.train.v2._internal.exceptions.WorkerGroupStartupTimeoutError: tells resources that others took from a fault. Only
+  its name is compared.
+- ray.data._internal.execution.execution_callback.ExecutionCallback: base of `PacedLoop`. Without it no stream is paced.
 - StreamingExecutor._topology: read by `PacedLoop`. Without it no turn is paused.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 try:
     from ray.data._internal.execution.execution_callback import ExecutionCallback
 except ImportError:  # another release of Ray
-    ExecutionCallback = object
+    ExecutionCallback = object  # type: ignore[misc, assignment]
 
 LOOP_PAUSE_S = 0.02
 STARTUP_TIMEOUT = "WorkerGroupStartupTimeoutError"

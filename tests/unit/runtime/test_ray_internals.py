@@ -16,7 +16,7 @@ from cast_ray.runtime import ray_internals
 from cast_ray.runtime.ray_internals import PacedLoop, counts_of, execution_callbacks, is_startup_timeout
 
 ROOT = Path(__file__).parents[3]
-PRIVATE = re.compile(r"^\s*(?:from|import) ray(?:\.\w+)*\.?_\w+|executor\._", re.MULTILINE)
+PRIVATE = re.compile(r"^\s*(?:from|import) ray(?:\.\w+)*\._\w+|executor\._", re.MULTILINE)
 
 
 def test_the_installed_ray_has_them() -> None:
