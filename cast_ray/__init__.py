@@ -6,15 +6,15 @@ The public names below are loaded when they are first used, so that `import cast
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from cast_ray.common.version import VERSION as __version__
+
 if TYPE_CHECKING:
     from cast_ray.evaluation.matches import load_matches
     from cast_ray.inference.labeller import load_teacher
     from cast_ray.models.student import Student
     from cast_ray.recipe import Recipe, build_recipe
 
-__version__ = "0.1.0"
-
-__all__ = ["Recipe", "Student", "build_recipe", "load_matches", "load_teacher"]
+__all__ = ["__version__", "Recipe", "Student", "build_recipe", "load_matches", "load_teacher"]
 
 _HOMES = {
     "Recipe": "cast_ray.recipe",

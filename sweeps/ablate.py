@@ -3,7 +3,7 @@
 python sweeps/ablate.py losses --preset shapes
 python sweeps/ablate.py losses stages negatives labels --dry-run
 python sweeps/ablate.py losses --preset coco --set data.root=DIR --scale smoke
-python sweeps/ablate.py report runs/losses-shapes-demo     # the same as `cast-ray report`; also `store` and `efficiency`
+python sweeps/ablate.py report runs/losses-shapes-demo     # as `cast-ray report`; also `store` and `efficiency`
 """
 
 import sys

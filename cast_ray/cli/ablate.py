@@ -28,10 +28,18 @@ from cast_ray.cli.options import (
     storage_path,
     whole_number,
 )
+from cast_ray.plan.ablation import load_table, table_names
 from cast_ray.report.run_choice import choose_run
-from cast_ray.runtime.sweep import Sweep, SweepRequest, TableRequest, has_results, run_sweep, sweep_name, write_events
-from cast_ray.runtime.trackers import TENSORBOARD, Trackers
-from cast_ray.stages.table import load_table, table_names
+from cast_ray.runtime.sweep.run import (
+    Sweep,
+    SweepRequest,
+    TableRequest,
+    has_results,
+    run_sweep,
+    sweep_name,
+    write_events,
+)
+from cast_ray.runtime.sweep.trackers import TENSORBOARD, Trackers
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
 def _ablate(arguments: argparse.Namespace, console: Console) -> int:
     request, out = _request(arguments)
 
-    from cast_ray.report.publish import announce, publish  # what draws, once the request is sound
+    from cast_ray.publish.sweep import announce, publish  # what draws, once the request is sound
 
     def on_start(sweeps: Sequence[Sweep]) -> None:
         for sweep, table in zip(sweeps, request.tables):

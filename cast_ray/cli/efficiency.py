@@ -27,9 +27,9 @@ from cast_ray.cli.options import (
     plain_console,
     positive,
 )
-from cast_ray.files import write_atomically
+from cast_ray.common.files import write_atomically
+from cast_ray.plan.ablation import load_table
 from cast_ray.recipe import parse_overrides
-from cast_ray.stages.table import load_table
 
 if TYPE_CHECKING:
     from cast_ray.inference.model_cost import Cost

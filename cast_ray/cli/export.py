@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="cast-ray export",
         description="Writes a student as a folder (config.json, model.safetensors, README.md) or, where --out ends in "
-        ".onnx, as one file with inputs and outputs as in cast_ray/models/deployment.py.",
+        ".onnx, as one file with inputs and outputs as in cast_ray/models/export.py.",
     )
     parser.add_argument("--student", required=True, help=STUDENT_HELP)
     parser.add_argument("--out", required=True, help="local folder, or FILE.onnx; made where missing")
@@ -39,11 +39,11 @@ def _export(name: str, out_name: str, max_detections: int, image_px: list[int] |
         raise ValueError(f"--image-px {size[0]} {size[1]}: expected --out FILE.onnx with it, got {out_name!r}")
     out = output_file(out_name) if as_onnx else output_folder(out_name)
 
-    from cast_ray.runtime.models import open_student  # needs torch, once the arguments are sound
+    from cast_ray.runtime.store.models import open_student  # needs torch, once the arguments are sound
 
     student, result = open_student(name)
     if as_onnx:
-        from cast_ray.models.deployment import export_onnx
+        from cast_ray.models.export import export_onnx
 
         export_onnx(student, out, max_detections, size)
     else:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cast_ray.cli.unfinished import FinishedImages
-from cast_ray.datasets.photos import describe_left_out, find_photos, output_names
+from cast_ray.data.reading.photos import describe_left_out, find_photos, output_names
 from cast_ray.inference.result_files import Rows, write_overlay
 
 MAX_REPORTED = 10

@@ -18,15 +18,15 @@ from rich.table import Table
 from rich.text import Text
 
 from cast_ray.cli.options import Parser, add_set_option, exit_code, output_folder, plain_console, positive
-from cast_ray.datasets.data_report import REPORT_FILE, check_report, print_warnings
-from cast_ray.datasets.images import read_image
-from cast_ray.datasets.inspection import SplitFacts, choose_samples, facts_of, guess_format
-from cast_ray.datasets.paths import absolute
-from cast_ray.datasets.progress import track
-from cast_ray.datasets.reading import load
-from cast_ray.files import write_atomically
+from cast_ray.common.files import write_atomically
+from cast_ray.common.paths import absolute
+from cast_ray.contracts.records import ClassMap, DatasetSplits, class_names, mask_areas
+from cast_ray.data.reading.data_report import REPORT_FILE, check_report, print_warnings
+from cast_ray.data.reading.images import read_image
+from cast_ray.data.reading.inspection import SplitFacts, choose_samples, facts_of, guess_format
+from cast_ray.data.reading.progress import track
+from cast_ray.data.reading.reader import load
 from cast_ray.recipe import DataConfig, build_recipe, parse_overrides, preset_names
-from cast_ray.records import ClassMap, DatasetSplits, class_names, mask_areas
 from cast_ray.report.overlays import contact_sheet
 
 MAX_SHOWN = 12
@@ -47,7 +47,9 @@ def inspect(arguments: argparse.Namespace, console: Console) -> int:
     root = absolute(arguments.root)
     kind = arguments.format or guess_format(root)
     if kind == "shapes":
-        raise ValueError("--format shapes: drawn scenes lie in no folder; expected coco, cityscapes, ade20k or a reader")
+        raise ValueError(
+            "--format shapes: drawn scenes lie in no folder; expected coco, cityscapes, ade20k or a reader"
+        )
     out = output_folder(arguments.out or str(Path("inspect") / (Path(root.rstrip("/")).name or kind)))
     overrides: dict[str, Any] = {"data.root": root, "data.format": kind, **parse_overrides(arguments.set)}
     if unknown := [key for key in overrides if not key.startswith("data.")]:

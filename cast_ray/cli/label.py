@@ -13,7 +13,6 @@ from typing import Any
 
 from rich.console import Console
 
-import cast_ray
 from cast_ray.cli.options import (
     EXIT_FAILED,
     INTERRUPTED_IMAGES,
@@ -24,7 +23,8 @@ from cast_ray.cli.options import (
     exit_code,
     output_folder,
 )
-from cast_ray.datasets.class_lists import read_classes
+from cast_ray.common.version import VERSION
+from cast_ray.data.reading.class_lists import read_classes
 from cast_ray.recipe import Recipe, build_recipe, parse_overrides
 from cast_ray.recipe.teachers import PUBLISHED
 
@@ -60,7 +60,7 @@ def _label(arguments: argparse.Namespace, errors: Console) -> int:
     labeller = make()  # here too with --workers: what is wrong with a teacher shows before Ray starts
     teacher = labeller.teacher
     settings = {
-        "version": cast_ray.__version__,
+        "version": VERSION,
         "threshold": arguments.threshold,
         "classes": teacher.class_names,
         "category ids": [category.id for category in teacher.categories],
@@ -75,7 +75,7 @@ def _label(arguments: argparse.Namespace, errors: Console) -> int:
 
     def rows_of(missing: list[str]) -> Iterator[dict[str, Any]]:
         if arguments.workers:
-            from cast_ray.runtime.prediction import map_files
+            from cast_ray.runtime.worker.prediction import map_files
 
             return map_files(
                 make, missing, batch=arguments.batch, num_workers=arguments.workers, address=arguments.address

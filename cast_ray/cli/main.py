@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-import cast_ray
 from cast_ray.cli.options import EXIT_BAD_INPUT, EXIT_CODES, exit_code, plain_console
+from cast_ray.common.version import VERSION
 
 COMMANDS = {
     "ablate": "Runs ablation tables: every row and seed, and each stage that several rows share only once.",
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(help_text(), end="")
         return 0
     if name == "--version":
-        print(f"cast_ray {cast_ray.__version__}")
+        print(f"cast_ray {VERSION}")
         return 0
     if name not in COMMANDS:
         what = "option" if name.startswith("-") else "command"

@@ -1,4 +1,4 @@
-"""What all commands share: how they read and refuse their arguments, which options several of them have, how they end."""
+"""What all commands share: how they read and refuse their arguments, the options of several of them, how they end."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from rich.console import Console
 
-import cast_ray
 from cast_ray.cli.options import (
     EXIT_FAILED,
     INTERRUPTED_IMAGES,
@@ -24,6 +23,7 @@ from cast_ray.cli.options import (
     output_folder,
     positive,
 )
+from cast_ray.common.version import VERSION
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,7 +39,7 @@ def _predict(arguments: argparse.Namespace, errors: Console) -> int:
     from cast_ray.inference.predictor import Predictor, in_batches, make_predictor
     from cast_ray.inference.result_files import OVERLAYS, write_predictions
     from cast_ray.models.student import CONFIG, WEIGHTS
-    from cast_ray.runtime.models import open_student
+    from cast_ray.runtime.store.models import open_student
 
     out = output_folder(arguments.out)
     paths = list_photos(arguments.images, errors, exclude=[str(out / OVERLAYS)])
@@ -51,7 +51,7 @@ def _predict(arguments: argparse.Namespace, errors: Console) -> int:
         "overlays": not arguments.no_overlays,
     }
     settings = {
-        "version": cast_ray.__version__,
+        "version": VERSION,
         **options,
         "student": student.config(),
         "weights": weights_digest(student.segmenter),
@@ -62,7 +62,7 @@ def _predict(arguments: argparse.Namespace, errors: Console) -> int:
 
     def rows_of(missing: list[str]) -> Iterator[dict[str, Any]]:
         if predictor is None:
-            from cast_ray.runtime.prediction import map_files
+            from cast_ray.runtime.worker.prediction import map_files
 
             files = student.files()
             make = partial(make_predictor, files[CONFIG], files[WEIGHTS], arguments.device, **options)

@@ -55,7 +55,7 @@ def _report(arguments: argparse.Namespace, console: Console) -> int:
 
 def _search_report(run_dir: Path, is_watched: bool, every_s: float, console: Console) -> int:
     """Writes the report of a search; its trials are read from its study."""
-    from cast_ray.report.search import rebuild_search_report, show_search, watch_search
+    from cast_ray.publish.search import rebuild_search_report, show_search, watch_search
 
     if not is_watched:
         return show_search(rebuild_search_report(run_dir), console)

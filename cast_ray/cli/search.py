@@ -29,8 +29,8 @@ from cast_ray.cli.options import (
     storage_path,
     whole_number,
 )
-from cast_ray.runtime.trackers import TENSORBOARD, Trackers
-from cast_ray.stages.search_spec import load_search, search_names
+from cast_ray.plan.search import load_search, search_names
+from cast_ray.runtime.sweep.trackers import TENSORBOARD, Trackers
 
 STUDY = "study.journal"
 
@@ -58,9 +58,9 @@ def _search(arguments: argparse.Namespace) -> int:
     trackers.check_installed()
     spec.recipe({}, preset, scale, arguments.seed, overrides)  # refused before Ray and Optuna are loaded
 
-    from cast_ray.report.search import SearchPlan, context_of_search, show_search, write_search_report
-    from cast_ray.runtime.results import SweepContext
-    from cast_ray.runtime.search import SearchRequest, run_search
+    from cast_ray.publish.search import SearchRun, context_of_search, show_search, write_search_report
+    from cast_ray.runtime.search.run import SearchRequest, run_search
+    from cast_ray.runtime.sweep.row_results import SweepContext
 
     request = SearchRequest(
         spec=spec,
@@ -79,7 +79,7 @@ def _search(arguments: argparse.Namespace) -> int:
     )
     console = plain_console()
     console.print(Text.assemble((spec.title, "bold"), f"  ({spec.name}, {preset} at {scale})"))
-    plan = SearchPlan(name, spec, request.study, {"preset": preset, "scale": scale, **overrides})
+    plan = SearchRun(name, spec, request.study, {"preset": preset, "scale": scale, **overrides})
 
     def on_start(context: SweepContext) -> None:
         nonlocal plan

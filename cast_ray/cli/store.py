@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cast_ray.cli.options import Parser, add_storage_option, exit_code, plain_console, storage_path
-from cast_ray.runtime.planner import command_line
-from cast_ray.runtime.pruning import Pruning, plan_pruning, prune
-from cast_ray.runtime.store import ArtifactStore, read_each
+from cast_ray.runtime.store.artifacts import ArtifactStore, read_each
+from cast_ray.runtime.store.pruning import Pruning, find_prunable, prune
+from cast_ray.runtime.sweep.planner import command_line
 
 NUM_LISTED = 50
 
@@ -99,7 +99,7 @@ def _collect(store: ArtifactStore, arguments: argparse.Namespace, console: Conso
     if arguments.yes:
         pruning = prune(store, older_s, arguments.unused, command_line())
     else:
-        pruning = plan_pruning(store, older_s, arguments.unused)
+        pruning = find_prunable(store, older_s, arguments.unused)
     _print_pruning(pruning, console)
     if arguments.yes:
         console.print(f"pruned {_size(pruning.num_bytes)}")
@@ -147,7 +147,9 @@ def _seconds(text: str) -> float:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="cast-ray store", description="Lists, shows and prunes the artifacts of stages, across all runs.")
+    parser = Parser(
+        prog="cast-ray store", description="Lists, shows and prunes the artifacts of stages, across all runs."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("ls", help="newest artifacts first")
     listing.add_argument("--kind", choices=["train", "label", "evaluate", "dataset"], help="only these")

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cast_ray.datasets.images import read_image
+from cast_ray.contracts.records import Category
+from cast_ray.data.reading.images import read_image
+from cast_ray.data.views import fit_image
 from cast_ray.engine.world import pick_device
+from cast_ray.evaluation.coco_results import coco_result
 from cast_ray.models.autocast import require_precision
 from cast_ray.models.drawing import draw_instances
 from cast_ray.models.postprocess import predict_in_groups
 from cast_ray.models.student import Student
 from cast_ray.recipe import InputSize, Precision
-from cast_ray.records import Category
-from cast_ray.stages.evaluate import coco_result
-from cast_ray.views import fit_image
 
 NUM_THREADS = 4
 """Threads that read and draw the images of a batch beside the model."""

@@ -11,8 +11,8 @@ from typing import IO, Any
 
 from pycocotools import mask as coco_mask
 
-from cast_ray.files import replaced
-from cast_ray.records import Category, mask_areas
+from cast_ray.common.files import replaced
+from cast_ray.contracts.records import Category, mask_areas
 
 OVERLAYS = "overlays"
 """Folder of the drawn images inside the output folder; it is never read as input."""

@@ -80,7 +80,9 @@ def test_the_installed_command_works_in_an_empty_folder(installed: Path, tmp_pat
     assert "losses" in cast_ray("search", "--help") and list(tmp_path.glob("runs/*")) == []
 
     small = [part for setting in TINY for part in ("--set", setting)]
-    cast_ray("ablate", "losses", "--preset", "shapes", "--scale", "smoke", "--rows", "sup", "--address", "local", *small)
+    cast_ray(
+        "ablate", "losses", "--preset", "shapes", "--scale", "smoke", "--rows", "sup", "--address", "local", *small
+    )
     run_folder = Path("runs") / "losses-shapes-smoke"
     assert (tmp_path / "storage").is_dir() and (tmp_path / run_folder / "losses__sup__s0" / "result.json").is_file()
     (tmp_path / run_folder / "report.html").unlink()

@@ -12,7 +12,7 @@ import pytest
 import cast_ray
 from cast_ray.cli.main import COMMANDS, main
 from cast_ray.cli.options import EXIT_BAD_INPUT, EXIT_CODES
-from cast_ray.runtime.sweep.row_planner import command_line
+from cast_ray.runtime.sweep.planner import command_line
 
 ROOT = Path(__file__).parents[3]
 
@@ -150,8 +150,6 @@ def test_files_of_a_checkout_start_the_same_commands(start: list[str], name: str
         (["sweeps/ablate.py", "losses"], "python sweeps/ablate.py losses"),
     ],
 )
-def test_results_name_the_command_as_it_was_typed(
-    argv: list[str], typed: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_name_the_command_as_it_was_typed(argv: list[str], typed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", argv)
     assert command_line() == typed
