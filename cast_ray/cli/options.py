@@ -13,7 +13,7 @@ from rich.console import Console
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 3, 130
 EXIT_CODES = (
-    "exit codes: 0 done, 1 the result is bad or missing (a failed row, no image read), 2 the arguments or files cannot "
+    "Exit codes: 0 done, 1 the result is bad or missing (a failed row, no image read), 2 the arguments or files cannot "
     "be used, 3 stopped by a limit such as --budget-hours, 130 stopped by Ctrl-C"
 )
 STORAGE_VARIABLE = "CAST_RAY_STORAGE"
@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **settings: Any):
-        settings.setdefault("epilog", EXIT_CODES.capitalize() + ".")
+        settings.setdefault("epilog", f"{EXIT_CODES}.")
         super().__init__(**settings)
 
     def error(self, message: str) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from cast_ray.common.version import VERSION
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE", "cast_ray", "sweeps")
@@ -46,8 +49,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with nothing but the installed wheel; its dependencies are those of the tests."""
+    """A folder with nothing but the installed wheel; its dependencies are those of the tests.
+
+    It lies in a git repository of something else, as a virtual environment often does.
+    """
     folder = tmp_path_factory.mktemp("site")
+    for command in (["init"], ["-c", "user.name=x", "-c", "user.email=x", "commit", "--allow-empty", "-m", "x"]):
+        assert run("git", *command, cwd=folder).returncode == 0
     pip("install", "--no-deps", "--no-index", "--target", str(folder), str(wheel), cwd=folder)
     return folder
 
@@ -85,6 +93,8 @@ def test_the_installed_command_works_in_an_empty_folder(installed: Path, tmp_pat
     )
     run_folder = Path("runs") / "losses-shapes-smoke"
     assert (tmp_path / "storage").is_dir() and (tmp_path / run_folder / "losses__sup__s0" / "result.json").is_file()
+    result = json.loads((tmp_path / run_folder / "losses__sup__s0" / "result.json").read_text())
+    assert result["code_version"] == VERSION and result["command"].startswith("cast-ray ablate losses --preset shapes")
     (tmp_path / run_folder / "report.html").unlink()
     shutil.rmtree(tmp_path / "storage")  # a report is made from the run folder alone
     printed = cast_ray("report", str(run_folder))

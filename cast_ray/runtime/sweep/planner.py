@@ -182,13 +182,16 @@ def _dataset_key(data: DataConfig) -> str:
 
 @cache
 def _code_version() -> str:
-    """The package's version and, in a git checkout, its commit."""
-    folder = Path(cast_ray.__file__).parent
+    """Returns the package's version and, in a git checkout of it, its commit."""
+    here = Path(__file__)
+    # An installed package may lie in a folder of somebody's repository (`.venv`), whose commit says nothing about it.
+    commands = (["git", "ls-files", "--error-unmatch", here.name], ["git", "describe", "--always", "--dirty"])
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True, timeout=10
-        )
+        for command in commands:
+            done = subprocess.run(command, cwd=here.parent, capture_output=True, text=True, timeout=10)
+            if done.returncode != 0:
+                return VERSION
     except (OSError, subprocess.TimeoutExpired):
         return VERSION
-    commit = described.stdout.strip()
-    return f"{VERSION}+{commit}" if described.returncode == 0 and commit else VERSION
+    commit = done.stdout.strip()
+    return f"{VERSION}+{commit}" if commit else VERSION
