@@ -46,6 +46,24 @@ ROWS: dict[str, dict[str, str]] = {
 }
 
 
+PATTERN = r"\w+(\.\w+)*:\w+"
+"""`MODULE:ATTRIBUTE`, as a regular expression."""
+
+
+def import_named(name: str) -> Any:
+    """Imports `MODULE:ATTRIBUTE`, the user's own code.
+
+    Raises:
+        ValueError: there is no such module or no such name in it, or the module itself fails.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except Exception as error:  # the user's module may raise anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{name!r}: expected MODULE:NAME that Python can import here: {reason}") from error
+
+
 def lookup(kind: str, name: str) -> Any:
     """Returns the object that a recipe names.
 
@@ -59,11 +77,7 @@ def lookup(kind: str, name: str) -> Any:
     if kind not in ROWS:
         raise ValueError(f"unknown kind {kind!r}{nearest(kind, list(ROWS))}")
     if ":" in name:
-        module, _, attribute = name.partition(":")
-        try:
-            return getattr(import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"{name!r} in {kind}: expected MODULE:NAME that Python can import: {error}") from error
+        return import_named(name)
     if name not in ROWS[kind]:
         raise ValueError(f"unknown name {name!r} in {kind}{nearest(name, list(ROWS[kind]))}")
     module, _, attribute = ROWS[kind][name].partition(":")

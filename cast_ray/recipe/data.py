@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from cast_ray.common.registry import PATTERN
 from cast_ray.recipe.input_size import InputSize, Resize
 from cast_ray.recipe.part import Part
 
@@ -115,7 +116,7 @@ class DataConfig(Part):
     @field_validator("format")
     @classmethod
     def _is_a_known_format_or_a_reader(cls, value: str) -> str:
-        if value not in FORMATS and not re.fullmatch(r"\w+(\.\w+)*:\w+", value):
+        if value not in FORMATS and not re.fullmatch(PATTERN, value):
             raise ValueError(f"expected one of {', '.join(FORMATS)}, or MODULE:FUNCTION of a reader of your own")
         return value
 
