@@ -22,7 +22,7 @@ def run(*arguments: str, code: int = 0) -> str:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=EXAMPLES, env=environment, capture_output=True, text=True, timeout=280
+        [sys.executable, *arguments], cwd=EXAMPLES, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -57,6 +57,7 @@ def test_a_dataset_format_of_ones_own_is_inspected(folder: Path, tmp_path: Path)
     assert "'own_datasets:index': expected MODULE:NAME that Python can import" in gone and "Traceback" not in gone
 
 
+@pytest.mark.timeout(1200)
 def test_a_format_and_a_loss_of_ones_own_in_a_sweep_and_its_student(folder: Path, tmp_path: Path) -> None:
     settings = [
         "data.format=own_dataset:index",

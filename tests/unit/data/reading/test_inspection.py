@@ -1,4 +1,4 @@
-"""python -m cast_ray.datasets inspect: counts, bad files by name, a picture, one line for what is no dataset."""
+"""cast-ray inspect: counts, bad files by name, a picture, one line for what is no dataset."""
 
 from __future__ import annotations
 
