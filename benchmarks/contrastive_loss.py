@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from measure import clock, interleaved, memory_growth_mb, report, spread
 
-from cast_ray.losses.contrastive import contrastive_loss
+from cast_ray.losses.contrastive.loss import contrastive_loss
 from cast_ray.recipe import CONTRASTIVE_PRESETS, ContrastiveConfig
 
 IMAGES, DIM, QUERIES, CLASSES, TEMPERATURE = 8, 128, 100, 8, 0.1

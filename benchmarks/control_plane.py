@@ -24,15 +24,15 @@ from typing import Any
 import ray
 from ray import tune
 
+from cast_ray.plan.graph import RowPlan, Stage, plan_sweep
 from cast_ray.recipe import build_recipe
-from cast_ray.runtime.broker import MAX_CALLS, Broker
-from cast_ray.runtime.claims import Presence
 from cast_ray.runtime.cluster import connect
-from cast_ray.runtime.label_splits import split_key
-from cast_ray.runtime.results import SweepContext
-from cast_ray.runtime.store import ArtifactStore
-from cast_ray.runtime.trials import DRIVER_CPUS, Job, RowDriver, run_trials
-from cast_ray.stages.graph import RowPlan, Stage, plan_sweep
+from cast_ray.runtime.data.splits import split_key
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.store.claims import Presence
+from cast_ray.runtime.sweep.broker import MAX_CALLS, Broker
+from cast_ray.runtime.sweep.row_driver import DRIVER_CPUS, Job, RowDriver, run_trials
+from cast_ray.runtime.sweep.row_results import SweepContext
 
 NUM_CHAINS, CHAIN_LENGTH = 4, 4
 SLOTS = 2

@@ -4,7 +4,7 @@
 
 Both start from the same ground truth and results in memory (reading JSON is not counted), compute COCO's twelve numbers
 and must agree in each of them to the last bit before anything is timed. A second part draws bootstrap samples of the
-images: pycocotools has to match and accumulate a repeated dataset, `Matches` counts what it has matched.
+images: pycocotools has to match and accumulate a repeated dataset, `DetectionMatches` counts what it has matched.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from cast_ray.contracts.records import RECORD_SCHEMA, Category
 from cast_ray.evaluation.coco_ap import mask_ap, match_results
-from cast_ray.records import RECORD_SCHEMA, Category
 
 NUM_IMAGES, NUM_DETECTIONS, NUM_CLASSES, SIZE = 500, 100, 8, (256, 512)
 CATEGORIES = tuple(Category(k, f"class {k}") for k in range(1, NUM_CLASSES + 1))

@@ -23,9 +23,9 @@ from measure import clock, interleaved, memory_growth_mb, report, spread
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former import modeling_mask2former as theirs
 
-from cast_ray.losses.set_criterion import LossPoints, draw_points, set_loss
+from cast_ray.contracts.records import Predictions, Targets
+from cast_ray.losses.set.criterion import LossPoints, draw_points, set_loss
 from cast_ray.recipe import LossConfig
-from cast_ray.records import Predictions, Targets
 
 IMAGES, QUERIES, CLASSES, LAYERS, SIZE, INSTANCES = 4, 100, 8, 10, (128, 256), (12, 8, 15, 5)
 

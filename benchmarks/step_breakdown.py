@@ -31,19 +31,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Dinov2Backbone, Dinov2Config
 
-from cast_ray import registry
-from cast_ray.datasets.scenes import CATEGORIES, STYLES, draw_scene
+from cast_ray.common import registry
+from cast_ray.contracts.records import Batch, Predictions, Targets
+from cast_ray.data.formats.scenes import CATEGORIES, STYLES, draw_scene
 from cast_ray.engine import objective as objective_module
 from cast_ray.engine.loop import step_generator
 from cast_ray.engine.objective import Objective, weighted_sum
 from cast_ray.engine.optim import WeightAverage, build_optimizer, set_lr
 from cast_ray.engine.world import CPU, World
-from cast_ray.losses import set_criterion
+from cast_ray.losses.set import criterion as set_criterion
+from cast_ray.models.cast_network import CastNetwork, Output
 from cast_ray.models.encoders import Encoder
-from cast_ray.models.network import CastNetwork, Output
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.recipe import EncoderConfig, ModelConfig, Recipe, build_recipe
-from cast_ray.records import Batch, Predictions, Targets
 
 PAPER_PX = (512, 1024)
 PAPER_STUDENT = ModelConfig(

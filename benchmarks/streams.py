@@ -41,24 +41,27 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from cast_ray.batches import collate, join, to_batch
-from cast_ray.datasets.images import read_image
-from cast_ray.datasets.segmentations import encode_mask
+from cast_ray.contracts.records import RECORD_SCHEMA, Category, ClassMap, encode_image_id
+from cast_ray.data.batches import collate, join, to_batch
+from cast_ray.data.formats.segmentations import encode_mask
+from cast_ray.data.reading.images import read_image
+from cast_ray.data.sampling import view_seed, worker_slots
+from cast_ray.data.views import fit_image, make_sample
 from cast_ray.models.segmenter import build_segmenter
+from cast_ray.plan.graph import Stage
 from cast_ray.recipe import DataConfig, PseudoConfig, RuntimeConfig, build_recipe
 from cast_ray.recipe.labels import FIXED_SIZE_BATCH
-from cast_ray.records import RECORD_SCHEMA, Category, ClassMap, encode_image_id
-from cast_ray.runtime.budget import configure_data, reserve, stream_bundle
 from cast_ray.runtime.cluster import connect
-from cast_ray.runtime.labeller import PseudoLabeller
-from cast_ray.runtime.labelling import LabelJob, label_images
-from cast_ray.runtime.models import save_model
-from cast_ray.runtime.processes import prepare_process
-from cast_ray.runtime.store import ArtifactStore
-from cast_ray.runtime.streams import Images, Pictures, training_stream
-from cast_ray.stages.graph import Stage
-from cast_ray.stages.sampling import view_seed, worker_slots
-from cast_ray.views import fit_image, make_sample
+from cast_ray.runtime.data.images import Images
+from cast_ray.runtime.data.pictures import Pictures
+from cast_ray.runtime.data.resources import configure_data, reserve, stream_bundle
+from cast_ray.runtime.data.training_stream import training_stream
+from cast_ray.runtime.process_settings import prepare_process
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.store.models import save_model
+from cast_ray.runtime.worker.label_job import LabelJob
+from cast_ray.runtime.worker.labeller import PseudoLabeller
+from cast_ray.runtime.worker.labelling import label_images
 
 CATEGORIES = tuple(Category(i + 1, name) for i, name in enumerate(("disc", "square", "cross", "ring")))
 SCORE = 0.9

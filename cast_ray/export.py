@@ -9,15 +9,15 @@ from __future__ import annotations
 import sys
 
 from cast_ray.console import Parser, exit_code, output_file, output_folder, positive
-from cast_ray.models.deployment import export_onnx
-from cast_ray.runtime.models import open_student
+from cast_ray.models.export import export_onnx
+from cast_ray.runtime.store.models import open_student
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m cast_ray.export",
         description="Writes a student as a folder (config.json, model.safetensors, README.md) or, where --out ends in "
-        ".onnx, as one file with inputs and outputs as in cast_ray/models/deployment.py.",
+        ".onnx, as one file with inputs and outputs as in cast_ray/models/export.py.",
     )
     parser.add_argument(
         "--student", required=True, help="folder of a saved student, a row runs/<name>/<row>, a URI or a hub name"

@@ -20,10 +20,12 @@ from pycocotools import mask as coco_mask
 from rich.console import Console
 
 import cast_ray
+from cast_ray.common.files import replaced
+from cast_ray.common.registry import lookup
 from cast_ray.console import Parser, exit_code, output_folder, positive, share, whole_number
-from cast_ray.datasets.class_lists import read_classes
+from cast_ray.contracts.records import Category, mask_areas
+from cast_ray.data.reading.class_lists import read_classes
 from cast_ray.engine.world import pick_device
-from cast_ray.files import replaced
 from cast_ray.models.autocast import fastest_precision
 from cast_ray.predict import (
     EXIT_NOTHING,
@@ -38,12 +40,10 @@ from cast_ray.predict import (
 )
 from cast_ray.recipe import InputSize, PseudoConfig, Recipe, build_recipe, parse_overrides
 from cast_ray.recipe.teachers import KINDS
-from cast_ray.records import Category, mask_areas
-from cast_ray.registry import lookup
-from cast_ray.runtime.models import open_teacher
+from cast_ray.runtime.store.models import open_teacher
 from cast_ray.teachers.checkpoints import find_checkpoint
 from cast_ray.teachers.protocol import Teacher
-from cast_ray.teachers.pseudo import pseudo_labels
+from cast_ray.teachers.pseudo_labels import pseudo_labels
 from cast_ray.teachers.voting import predict_by_vote
 from cast_ray.unfinished import weights_digest
 
@@ -188,7 +188,7 @@ def _run(arguments: argparse.Namespace, errors: Console) -> int:
 
     def rows_of(missing: list[str]) -> Iterator[dict[str, Any]]:
         if arguments.workers:
-            from cast_ray.runtime.prediction import map_files
+            from cast_ray.runtime.worker.prediction import map_files
 
             return map_files(
                 make, missing, batch=arguments.batch, num_workers=arguments.workers, address=arguments.address

@@ -22,21 +22,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import cast_ray
+from cast_ray.common.files import replaced
 from cast_ray.console import Parser, exit_code, output_folder, positive, share, whole_number
-from cast_ray.datasets.images import read_image
-from cast_ray.datasets.photos import describe_left_out, find_photos, output_names
+from cast_ray.contracts.records import Category
+from cast_ray.data.reading.images import read_image
+from cast_ray.data.reading.photos import describe_left_out, find_photos, output_names
+from cast_ray.data.views import fit_image
 from cast_ray.engine.world import pick_device
-from cast_ray.files import replaced
+from cast_ray.evaluation.coco_results import coco_result
 from cast_ray.models.autocast import require_precision
 from cast_ray.models.drawing import draw_instances
 from cast_ray.models.postprocess import predict_in_groups
 from cast_ray.models.student import CONFIG, WEIGHTS, Student
 from cast_ray.recipe import InputSize, Precision
-from cast_ray.records import Category
-from cast_ray.runtime.models import open_student
-from cast_ray.stages.evaluate import coco_result
+from cast_ray.runtime.store.models import open_student
 from cast_ray.unfinished import FinishedImages, weights_digest
-from cast_ray.views import fit_image
 
 EXIT_NOTHING = 1
 NUM_THREADS = 4
@@ -246,7 +246,7 @@ def _run(arguments: argparse.Namespace, errors: Console) -> int:
 
     def rows_of(missing: list[str]) -> Iterator[dict[str, Any]]:
         if predictor is None:
-            from cast_ray.runtime.prediction import map_files
+            from cast_ray.runtime.worker.prediction import map_files
 
             files = student.files()
             make = partial(make_predictor, files[CONFIG], files[WEIGHTS], arguments.device, **options)

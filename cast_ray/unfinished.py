@@ -14,7 +14,7 @@ from typing import IO, Any
 import torch
 from torch import nn
 
-from cast_ray.files import PARTIAL
+from cast_ray.common.files import PARTIAL
 
 JOURNAL = "unfinished.jsonl"
 KEPT = ("path", "height", "width", "results")

@@ -21,11 +21,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 
 from cast_ray.console import Parser, amount, exit_code, plain_console, positive, whole_number
+from cast_ray.plan.ablation import load_table, table_names
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
 from cast_ray.report.run_choice import choose_run
-from cast_ray.runtime.sweep import Sweep, SweepRequest, TableRequest, has_results, run_sweep, sweep_name, write_events
-from cast_ray.runtime.trackers import TENSORBOARD, Trackers
-from cast_ray.stages.table import load_table, table_names
+from cast_ray.runtime.sweep.run import (
+    Sweep,
+    SweepRequest,
+    TableRequest,
+    has_results,
+    run_sweep,
+    sweep_name,
+    write_events,
+)
+from cast_ray.runtime.sweep.trackers import TENSORBOARD, Trackers
 
 EXIT_STOPPED = 3
 
@@ -55,7 +63,7 @@ def _run(argv: list[str]) -> int:
 def _ablate(argv: list[str], console: Console) -> int:
     request, out = _request(_parser().parse_args(argv))
 
-    from cast_ray.report.publish import announce, publish  # what draws, once the request is sound
+    from cast_ray.publish.sweep import announce, publish  # what draws, once the request is sound
 
     def on_start(sweeps: Sequence[Sweep]) -> None:
         for sweep, table in zip(sweeps, request.tables):

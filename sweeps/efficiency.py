@@ -20,14 +20,14 @@ from rich.console import Console
 from rich.table import Table as Grid
 from torch import nn
 
+from cast_ray.common.files import write_atomically
 from cast_ray.console import Parser, output_file, positive
 from cast_ray.engine.world import pick_device
 from cast_ray.evaluation.efficiency import count_gmacs, count_parameters, measure_seconds, peak_memory
-from cast_ray.files import write_atomically
 from cast_ray.models.autocast import autocast, fastest_precision, require_precision
 from cast_ray.models.segmenter import build_segmenter, outline
+from cast_ray.plan.ablation import load_table
 from cast_ray.recipe import SCALES, Precision, Recipe, parse_overrides, preset_names
-from cast_ray.stages.table import load_table
 from cast_ray.teachers.outline import COUNTED, outline_teacher
 
 TABLE, PRESET, SCALE = "student", "cityscapes", "full"

@@ -44,7 +44,7 @@ def main(argv: list[str], console: Console) -> int:
 
 def _search_report(run_dir: Path, is_watched: bool, every_s: float, console: Console) -> int:
     """The same of a search's folder, whose trials are in its study."""
-    from cast_ray.report.search import rebuild_search_report, show_search, watch_search
+    from cast_ray.publish.search import rebuild_search_report, show_search, watch_search
 
     if not is_watched:
         return show_search(rebuild_search_report(run_dir), console)

@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.text import Text
 
 from cast_ray.console import Parser, amount, exit_code, plain_console, positive, whole_number
+from cast_ray.plan.search import load_search, search_names
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
-from cast_ray.runtime.trackers import TENSORBOARD, Trackers
-from cast_ray.stages.search_spec import load_search, search_names
+from cast_ray.runtime.sweep.trackers import TENSORBOARD, Trackers
 from sweeps.ablate import EXIT_STOPPED, home, runs_folder
 
 STUDY = "study.journal"
@@ -56,9 +56,9 @@ def _search(arguments: argparse.Namespace) -> int:
     trackers.check_installed()
     spec.recipe({}, preset, scale, arguments.seed, overrides)  # refused before Ray and Optuna are loaded
 
-    from cast_ray.report.search import SearchPlan, context_of_search, show_search, write_search_report
-    from cast_ray.runtime.results import SweepContext
-    from cast_ray.runtime.search import SearchRequest, run_search
+    from cast_ray.publish.search import SearchRun, context_of_search, show_search, write_search_report
+    from cast_ray.runtime.search.run import SearchRequest, run_search
+    from cast_ray.runtime.sweep.row_results import SweepContext
 
     request = SearchRequest(
         spec=spec,
@@ -77,7 +77,7 @@ def _search(arguments: argparse.Namespace) -> int:
     )
     console = plain_console()
     console.print(Text.assemble((spec.title, "bold"), f"  ({spec.name}, {preset} at {scale})"))
-    plan = SearchPlan(name, spec, request.study, {"preset": preset, "scale": scale, **overrides})
+    plan = SearchRun(name, spec, request.study, {"preset": preset, "scale": scale, **overrides})
 
     def on_start(context: SweepContext) -> None:
         nonlocal plan

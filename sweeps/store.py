@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cast_ray.console import Parser, plain_console
-from cast_ray.runtime.pruning import Pruning, plan_pruning, prune
-from cast_ray.runtime.store import ArtifactStore, read_each
+from cast_ray.runtime.store.artifacts import ArtifactStore, read_each
+from cast_ray.runtime.store.pruning import Pruning, find_prunable, prune
 
 NUM_LISTED = 50
 
@@ -91,7 +91,7 @@ def _collect(store: ArtifactStore, arguments: argparse.Namespace, console: Conso
     if arguments.yes:
         pruning = prune(store, older_s, arguments.unused, shlex.join(["ablate.py", "store", *sys.argv[2:]]))
     else:
-        pruning = plan_pruning(store, older_s, arguments.unused)
+        pruning = find_prunable(store, older_s, arguments.unused)
     _print_pruning(pruning, console)
     if arguments.yes:
         console.print(f"pruned {_size(pruning.num_bytes)}")

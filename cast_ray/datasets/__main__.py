@@ -18,16 +18,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from cast_ray.common.files import write_atomically
+from cast_ray.common.paths import absolute
 from cast_ray.console import Parser, exit_code, output_folder, positive
-from cast_ray.datasets.data_report import REPORT_FILE, check_report, print_warnings
-from cast_ray.datasets.images import read_image
-from cast_ray.datasets.inspection import SplitFacts, choose_samples, facts_of, guess_format
-from cast_ray.datasets.paths import absolute
-from cast_ray.datasets.progress import track
-from cast_ray.datasets.reading import load
-from cast_ray.files import write_atomically
+from cast_ray.contracts.records import ClassMap, DatasetSplits, class_names, mask_areas
+from cast_ray.data.reading.data_report import REPORT_FILE, check_report, print_warnings
+from cast_ray.data.reading.images import read_image
+from cast_ray.data.reading.inspection import SplitFacts, choose_samples, facts_of, guess_format
+from cast_ray.data.reading.progress import track
+from cast_ray.data.reading.reader import load
 from cast_ray.recipe import DataConfig, build_recipe, parse_overrides
-from cast_ray.records import ClassMap, DatasetSplits, class_names, mask_areas
 from cast_ray.report.overlays import contact_sheet
 
 MAX_SHOWN = 12

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from cast_ray.models.network import Output, TrainedNetwork
-from cast_ray.records import Predictions, Targets
+from cast_ray.contracts.records import Predictions, Targets
+from cast_ray.models.cast_network import Output, TrainedNetwork
 
 
 class PartedForward:

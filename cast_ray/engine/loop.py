@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cast_ray.contracts.records import Batch
 from cast_ray.engine.accumulation import PartedForward
 from cast_ray.engine.checkpoint import TrainState
 from cast_ray.engine.loss_scale import LossScale
@@ -18,9 +19,8 @@ from cast_ray.engine.objective import Objective, weighted_sum
 from cast_ray.engine.optim import WeightAverage, averaged_weights, build_optimizer, learnt_weights, set_lr
 from cast_ray.engine.world import World
 from cast_ray.models.autocast import autocast
-from cast_ray.models.network import TrainedNetwork
+from cast_ray.models.cast_network import TrainedNetwork
 from cast_ray.recipe import Precision, TrainConfig
-from cast_ray.records import Batch
 
 LOG_EVERY_STEPS = 10
 

@@ -6,7 +6,7 @@ import torch
 
 from cast_ray.engine.accumulation import loss_inputs
 from cast_ray.engine.world import World
-from cast_ray.models.network import Output
+from cast_ray.models.cast_network import Output
 from cast_ray.recipe import Precision
 
 MAX_SKIPPED_IN_A_ROW = 50

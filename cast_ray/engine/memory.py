@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cast_ray.engine.accumulation import loss_inputs
 from cast_ray.evaluation.efficiency import peak_memory
-from cast_ray.models.network import CastNetwork
+from cast_ray.models.cast_network import CastNetwork
 from cast_ray.models.segmenter import outline
 from cast_ray.recipe import ContrastiveConfig, ModelConfig, TrainConfig
 

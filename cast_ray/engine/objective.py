@@ -7,13 +7,14 @@ from typing import Protocol
 
 import torch
 
-from cast_ray.losses.contrastive import contrastive_loss, diagnose, temperature_at
-from cast_ray.losses.pixel_problem import Gather
-from cast_ray.losses.proposals import proposal_loss, proposal_weights
-from cast_ray.losses.set_criterion import set_loss, target_weights
-from cast_ray.models.network import Output
+from cast_ray.contracts.records import Batch, Targets
+from cast_ray.losses.contrastive.loss import contrastive_loss, temperature_at
+from cast_ray.losses.contrastive.pixel_problem import Gather
+from cast_ray.losses.contrastive.pixels import diagnose
+from cast_ray.losses.set.criterion import set_loss, target_weights
+from cast_ray.losses.set.proposals import proposal_loss, proposal_weights
+from cast_ray.models.cast_network import Output
 from cast_ray.recipe import ContrastiveConfig, LossConfig
-from cast_ray.records import Batch, Targets
 
 Terms = dict[str, tuple[torch.Tensor, torch.Tensor]]
 

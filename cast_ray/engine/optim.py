@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from cast_ray.models.network import TrainedNetwork
+from cast_ray.models.cast_network import TrainedNetwork
 from cast_ray.recipe import TrainConfig
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)

@@ -1,0 +1,1 @@
+"""AP of COCO and Cityscapes, the audit of pseudo-labels, parameters and speed."""

@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
+from cast_ray.contracts.records import Category, class_names, mask_areas
 from cast_ray.evaluation.detections import VOID_LABEL, Detections, Truth, intersections
-from cast_ray.evaluation.matches import NUM_THRESHOLDS, Matches, join
+from cast_ray.evaluation.matches import NUM_THRESHOLDS, DetectionMatches, join
 from cast_ray.evaluation.precision import cityscapes_ap
-from cast_ray.records import Category, class_names, mask_areas
 
 OVERLAPS = np.arange(0.5, 1.0, 0.05)
 """As the official tool has them; an overlap must be larger."""
 MIN_REGION_PX = 100
 
 
-def match_cityscapes(truth: Sequence[Truth], found: Sequence[Detections], num_classes: int) -> Matches:
+def match_cityscapes(truth: Sequence[Truth], found: Sequence[Detections], num_classes: int) -> DetectionMatches:
     """Tells true, false and ignored detections of a batch of images apart, by Cityscapes' rules.
 
     At each overlap threshold an object of at least 100 pixels is found by the detection of its class with the highest
@@ -51,7 +51,7 @@ def match_cityscapes(truth: Sequence[Truth], found: Sequence[Detections], num_cl
         score.append(ranked.scores)
         matched.append(hits)
         ignored.append(skipped)
-    part = Matches(
+    part = DetectionMatches(
         "cityscapes",
         np.concatenate([np.zeros(0, dtype=np.int32), *image]),
         np.concatenate([np.zeros(0, dtype=np.int64), *label]).astype(np.int16),
@@ -89,7 +89,7 @@ def _judge(
     return matched, ignored
 
 
-def cityscapes_metrics(matches: Matches, categories: Sequence[Category]) -> dict[str, Any]:
+def cityscapes_metrics(matches: DetectionMatches, categories: Sequence[Category]) -> dict[str, Any]:
     """The tool's averages over all distances.
 
     Returns:

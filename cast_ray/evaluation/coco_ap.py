@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cast_ray.contracts.records import Category, ClassMap, class_names, mask_areas
 from cast_ray.evaluation.detections import Detections, Truth, by_image, overlaps, tie_order
-from cast_ray.evaluation.matches import NUM_THRESHOLDS, Matches, join
+from cast_ray.evaluation.matches import NUM_THRESHOLDS, DetectionMatches, join
 from cast_ray.evaluation.precision import coco_precision
-from cast_ray.records import Category, ClassMap, class_names, mask_areas
 
 AREAS = ("all", "small", "medium", "large")
 AREA_RANGES = np.array([(0, 1e5**2), (0, 32**2), (32**2, 96**2), (96**2, 1e5**2)])
@@ -60,7 +60,7 @@ def mask_ap(
 
 def match_results(
     ground_truth: pa.Table, results: Sequence[dict[str, Any]], categories: Sequence[Category], max_detections: int = 100
-) -> Matches:
+) -> DetectionMatches:
     """The matches behind `mask_ap`, with its arguments and errors."""
     found = by_image(ground_truth, results, categories)
     classes = ClassMap(categories)
@@ -73,7 +73,7 @@ def match_results(
     return join(parts, rows, tie_order(ground_truth.column("image_id").to_pylist()))
 
 
-def coco_metrics(matches: Matches, categories: Sequence[Category]) -> dict[str, Any]:
+def coco_metrics(matches: DetectionMatches, categories: Sequence[Category]) -> dict[str, Any]:
     """All of COCO's measures.
 
     Returns:
@@ -103,7 +103,7 @@ def coco_metrics(matches: Matches, categories: Sequence[Category]) -> dict[str, 
 
 def match_coco(
     truth: Sequence[Truth], found: Sequence[Detections], num_classes: int, max_detections: int = 100
-) -> Matches:
+) -> DetectionMatches:
     """Gives each detection of a batch of images the object it takes, by COCO's rules.
 
     At each IoU threshold, in falling score order, a detection takes of the free objects of its class the one it
@@ -147,7 +147,7 @@ def match_coco(
     )
     outside = _outside(np.concatenate([np.zeros(0), *area]))
     ignored |= np.where(outside, ~matched & ALL_BITS, 0).astype(np.uint16)
-    part = Matches(
+    part = DetectionMatches(
         "coco",
         np.concatenate([np.zeros(0, dtype=np.int32), *image]),
         np.concatenate([np.zeros(0, dtype=np.int64), *label]).astype(np.int16),
@@ -222,7 +222,7 @@ def _take(
     return matched, ignored
 
 
-def _recall_of_best(matches: Matches, most: int, image_counts: np.ndarray) -> np.ndarray:
+def _recall_of_best(matches: DetectionMatches, most: int, image_counts: np.ndarray) -> np.ndarray:
     """Recall [T, C] where only the best detections of each image and class count; -1 for classes without an object."""
     ranking = matches.ranking(0)
     positives = ranking.num_positives(image_counts)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from pycocotools import mask as coco_mask
 
-from cast_ray.records import Category, ClassMap, decode_image_id, mask_areas, object_areas
+from cast_ray.contracts.records import Category, ClassMap, decode_image_id, mask_areas, object_areas
 
 VOID_LABEL = -1
 """Label of an ignore region that belongs to no class."""

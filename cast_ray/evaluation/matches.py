@@ -26,7 +26,7 @@ NUM_THRESHOLDS = 10
 
 
 @dataclass(frozen=True, eq=False)
-class Matches:
+class DetectionMatches:
     """N detections on I images of C classes, for A ranges of object size (the first: all sizes).
 
     Rows are sorted by label and falling score; of equal scores the earlier image comes first, in it the earlier row.
@@ -112,8 +112,8 @@ class Matches:
         return buffer.getvalue()
 
 
-def load_matches(source: str | Path | bytes | BinaryIO) -> Matches:
-    """Reads what `Matches.save` wrote.
+def load_matches(source: str | Path | bytes | BinaryIO) -> DetectionMatches:
+    """Reads what `DetectionMatches.save` wrote.
 
     Raises:
         ValueError: the file is no such file.
@@ -124,12 +124,15 @@ def load_matches(source: str | Path | bytes | BinaryIO) -> Matches:
             metric = str(arrays["metric"])
     except (KeyError, ValueError, OSError, EOFError, BadZipFile) as error:
         raise ValueError(f"{_name(source)}: not a file of matches: {error}") from None
-    return Matches(metric, **columns | {"score": columns["score"].astype(np.float64)})  # type: ignore[arg-type]
+    return DetectionMatches(metric, **columns | {"score": columns["score"].astype(np.float64)})  # type: ignore[arg-type]
 
 
 def join(
-    parts: Sequence[Matches], images: Sequence[np.ndarray], tie_order: np.ndarray | None = None, num_images: int = 0
-) -> Matches:
+    parts: Sequence[DetectionMatches],
+    images: Sequence[np.ndarray],
+    tie_order: np.ndarray | None = None,
+    num_images: int = 0,
+) -> DetectionMatches:
     """The matches of disjoint sets of images as one.
 
     Args:
@@ -146,7 +149,7 @@ def join(
     num_truth = np.zeros((num_images, *parts[0].num_truth.shape[1:]), dtype=np.uint16)
     for part, rows in zip(parts, images):
         num_truth[rows] = part.num_truth
-    return Matches(
+    return DetectionMatches(
         parts[0].metric,
         image[order],
         label[order],

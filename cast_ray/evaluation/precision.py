@@ -18,7 +18,7 @@ NUM_THRESHOLDS = 10
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """Detections of one size range, sorted by label and falling score (see `Matches`).
+    """Detections of one size range, sorted by label and falling score (see `DetectionMatches`).
 
     matched, ignored: uint16 [N], a bit for each IoU threshold; num_truth: uint16 [I, C].
     """

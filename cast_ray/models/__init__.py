@@ -1,0 +1,1 @@
+"""Encoders, decoders, heads, and the student as it is saved and exported."""

@@ -22,7 +22,7 @@ python -m cast_ray.predict PHOTOS --student THIS_FOLDER --out OUT
 ```python
 import torch
 from cast_ray.models.student import Student
-from cast_ray.views import fit_image
+from cast_ray.data.views import fit_image
 
 student = Student.from_pretrained("THIS_FOLDER")
 pixels, inside = fit_image(image, student.input_size)  # image: uint8 [height, width, 3], RGB

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 
-from cast_ray.records import Predictions
-from cast_ray.soft_targets import mask_probabilities
+from cast_ray.contracts.records import Predictions
+from cast_ray.contracts.soft_targets import mask_probabilities
 
 CHUNK_PIXELS = 1 << 24
 """Float pixels held at once while masks are brought to an image's size (64 MiB)."""

@@ -7,14 +7,14 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from cast_ray import registry
+from cast_ray.common import registry
+from cast_ray.contracts.records import Predictions
 from cast_ray.models.decoders import DecodedFeatures, PixelDecoder
 from cast_ray.models.encoders import Encoder, checkpoint_blocks
 from cast_ray.models.heads import EomtHead, MaskedAttentionHead
 from cast_ray.models.padding import cut_padding, pad_to_multiple
 from cast_ray.models.vit_encoders import ViTEncoder, vision_transformer, vit
 from cast_ray.recipe import ModelConfig
-from cast_ray.records import Predictions
 
 Key = TypeVar("Key")
 

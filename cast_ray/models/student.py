@@ -22,14 +22,14 @@ from torch import nn
 from transformers.utils import cached_file
 
 import cast_ray
-from cast_ray.files import write_atomically
+from cast_ray.common.files import write_atomically
+from cast_ray.contracts.records import Category, Predictions, class_names
 from cast_ray.models.autocast import DTYPES, autocast
 from cast_ray.models.card import model_card
 from cast_ray.models.drawing import class_colours
 from cast_ray.models.postprocess import predict_instances
 from cast_ray.models.segmenter import Segmenter
 from cast_ray.recipe import InputSize, ModelConfig, Precision
-from cast_ray.records import Category, Predictions, class_names
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 MODEL_TYPE = "cast_ray"
@@ -86,7 +86,7 @@ class Student(nn.Module):
         max_detections: int = 100,
         min_score: float = 0.0,
     ) -> list[list[dict[str, Any]]]:
-        """Instances of each image, as `predict_instances`; `cast_ray.views.fit_image` makes its inputs."""
+        """Instances of each image, as `predict_instances`; `cast_ray.data.views.fit_image` makes its inputs."""
         images = images.to(self.device)
         with autocast(self.precision, self.device):
             return predict_instances(self.segmenter, images, image_hw, resized_hw, max_detections, min_score)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
@@ -10,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError, model_validator
 
+from cast_ray.common.text import nearest
 from cast_ray.recipe.data import DataConfig
 from cast_ray.recipe.input_size import InputSize
 from cast_ray.recipe.labels import FIXED_SIZE_BATCH, LabelsConfig
@@ -161,7 +161,7 @@ def build_recipe(preset: str, scale: str = "demo", overrides: Mapping[str, Any] 
             names the key and what was expected).
     """
     if preset not in preset_names():
-        raise ValueError(f"unknown preset {preset!r}{_nearest(preset, preset_names())}")
+        raise ValueError(f"unknown preset {preset!r}{nearest(preset, preset_names())}")
     if scale not in SCALES:
         raise ValueError(f"unknown scale {scale!r}: expected one of {', '.join(SCALES)}")
     spec = _preset(preset)
@@ -206,13 +206,13 @@ def apply_override(tree: dict[str, Any], key: str, value: Any) -> None:
     """
     if is_variant(key):
         if value not in variant_names(key):
-            raise ValueError(f"{key}={value!r}{_nearest(str(value), variant_names(key))}")
+            raise ValueError(f"{key}={value!r}{nearest(str(value), variant_names(key))}")
         _merge(tree, variant_fields(key, value))
         return
     known = recipe_keys()
     if key not in known or key in ("preset", "scale"):
         raise ValueError(
-            f"unknown recipe key {key!r}{_nearest(key, [k for k in known if k not in ('preset', 'scale')])}"
+            f"unknown recipe key {key!r}{nearest(key, [k for k in known if k not in ('preset', 'scale')])}"
         )
     if isinstance(value, str):
         value = _parse_scalar(key, value)
@@ -256,17 +256,12 @@ def _merge(tree: dict[str, Any], update: Mapping[str, Any]) -> None:
             tree[key] = value
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
-    return f": did you mean {close[0]!r}?" if close else f": expected one of {', '.join(known[:12])}"
-
-
 def _explain(error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown recipe key {key!r}{_nearest(key, recipe_keys())}")
+            lines.append(f"unknown recipe key {key!r}{nearest(key, recipe_keys())}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
             whole_part = isinstance(problem["input"], Mapping)  # of several fields, which the message names

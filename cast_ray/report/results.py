@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from cast_ray.plan.ablation import Table, load_table
 from cast_ray.report.content import Compute, Difference, Failure, Report, Result, RowSummary, StageSummary
 from cast_ray.report.metrics import split_metric
 from cast_ray.report.notes import context_of, notes_of
 from cast_ray.report.run_folder import UNREADABLE, Run
 from cast_ray.report.settings import averageable, mixed_settings
 from cast_ray.report.statistics import NUM_REPLICATES, Resampling, cell_of, value_of
-from cast_ray.stages.table import Table, load_table
 
 MAIN_METRICS = tuple(f"{role}/{ap}" for role in ("teacher", "student", "refined") for ap in ("mask_ap", "ap50"))
 

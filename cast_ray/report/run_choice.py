@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cast_ray.datasets.paths import absolute
-from cast_ray.report.run_folder import PLAN, RESULT, UNREADABLE, RunPlan, read_plan, read_results
+from cast_ray.common.paths import absolute
+from cast_ray.plan.ablation import Table
+from cast_ray.plan.settings import differing, overridden, settings_of
+from cast_ray.report.run_folder import PLAN, RESULT, UNREADABLE, RunRequest, read_plan, read_results
 from cast_ray.report.settings import first_of, value_words
-from cast_ray.stages.settings import differing, overridden, settings_of
-from cast_ray.stages.table import Table
 
 DIGITS = 6
 """Of the digest at the end of the name of a folder of its own."""
@@ -110,7 +110,7 @@ def _differences(folder: Path, table: Table, settings: Mapping[str, Any]) -> lis
     return list(words)
 
 
-def _plan_differences(plan: RunPlan, table: Table, settings: Mapping[str, Any]) -> list[str]:
+def _plan_differences(plan: RunRequest, table: Table, settings: Mapping[str, Any]) -> list[str]:
     settings = _located(settings)
     words = []
     known = {other.name: other for other in plan.tables}

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cast_ray.files import write_atomically
+from cast_ray.common.digest import digest_of
+from cast_ray.common.files import write_atomically
+from cast_ray.plan.ablation import Table, load_table
 from cast_ray.report.content import Result
 from cast_ray.report.metrics import PER_CLASS
-from cast_ray.stages.table import Table, load_table
 
 PLAN = "sweep.json"
 RESULT = "result.json"
@@ -38,7 +38,7 @@ def matches_file(role: str) -> str:
 
 
 @dataclass(frozen=True)
-class RunPlan:
+class RunRequest:
     """What a sweep was asked for. results_uri: folder in the store that a row's result appears in when it ends."""
 
     tables: tuple[Table, ...] = ()
@@ -71,7 +71,7 @@ class Run:
     """All that lies in a run folder."""
 
     folder: Path
-    plan: RunPlan
+    plan: RunRequest
     results: tuple[Result, ...] = field(repr=False)
 
     @property
@@ -93,7 +93,7 @@ def _key(result: Result) -> tuple[str, str, int]:
 def recipe_digest(recipe: Mapping[str, Any]) -> str:
     """Of all that a recipe says but where it runs."""
     content = {key: value for key, value in recipe.items() if key != "runtime"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=list).encode()).hexdigest()[:16]
+    return digest_of(content, 16, default=list)
 
 
 def write_plan(
@@ -110,10 +110,10 @@ def write_plan(
 
     Args:
         expected: (table, row, seed).
-        results_uri: see `RunPlan`.
+        results_uri: see `RunRequest`.
         recipes: digest of each expected recipe: until they are there, results of other recipes are not shown; none:
             whatever lies in the folder counts.
-        settings: see `RunPlan`; of other tables those before stay.
+        settings: see `RunRequest`; of other tables those before stay.
     """
     path = Path(run_dir) / PLAN
     before = read_plan(run_dir)
@@ -133,7 +133,7 @@ def write_plan(
     return path
 
 
-def read_plan(run_dir: str | Path) -> RunPlan:
+def read_plan(run_dir: str | Path) -> RunRequest:
     """The plan of a run folder; an empty one where there is none.
 
     Raises:
@@ -141,7 +141,7 @@ def read_plan(run_dir: str | Path) -> RunPlan:
     """
     path = Path(run_dir) / PLAN
     if not path.is_file():
-        return RunPlan()
+        return RunRequest()
     try:
         content = json.loads(path.read_text())
         expected = tuple((str(table), str(row), int(seed)) for table, row, seed in content["expected"])
@@ -149,7 +149,7 @@ def read_plan(run_dir: str | Path) -> RunPlan:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the plan of a sweep: {error}") from None
     recipes, results_uri = tuple(content.get("recipes", ())), content.get("results_uri", "")
-    return RunPlan(tables, expected, recipes, results_uri, content.get("settings", {}))
+    return RunRequest(tables, expected, recipes, results_uri, content.get("settings", {}))
 
 
 def _table_of(spec: dict[str, Any]) -> Table | None:

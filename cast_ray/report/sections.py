@@ -17,10 +17,10 @@ from cast_ray.report.curves import (
     learning_curves,
     margin_curves,
 )
+from cast_ray.report.label_audit import WORST_SHEET, audit_table, coverage_table
 from cast_ray.report.metrics import format_value
 from cast_ray.report.notes import failure_text, hardware_text, status_text
 from cast_ray.report.overlays import CONTACT_SHEET
-from cast_ray.report.pseudo_labels import WORST_SHEET, audit_table, coverage_table
 from cast_ray.report.samples import read_samples
 from cast_ray.report.tables import (
     classes_grid,

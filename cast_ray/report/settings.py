@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cast_ray.plan.ablation import Table
+from cast_ray.plan.settings import LOCATIONS, differing, overridden, settings_of
 from cast_ray.report.content import Result
 from cast_ray.report.run_folder import UNREADABLE
-from cast_ray.stages.settings import LOCATIONS, differing, overridden, settings_of
-from cast_ray.stages.table import Table
 
 MAX_KEYS, MAX_ROWS = 6, 4
 

@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 from scipy import stats
 
-from cast_ray.files import replaced
+from cast_ray.common.files import replaced
 from cast_ray.report.content import Cell, Interval, Result
 from cast_ray.report.metrics import split_metric
 from cast_ray.report.run_folder import matches_file
@@ -30,7 +30,7 @@ TELL_EVERY_S = 10.0
 REPLICATES_FILE = "replicates.npz"
 
 
-class Matches(Protocol):
+class MatchedImages(Protocol):
     """Which detections met which objects on each image of an evaluation."""
 
     @property
@@ -41,7 +41,7 @@ class Matches(Protocol):
         ...
 
 
-def load_matches(path: Path) -> Matches | None:
+def load_matches(path: Path) -> MatchedImages | None:
     """The per-image data of one evaluation; None where a result has none."""
     if not path.is_file():
         return None
@@ -69,7 +69,7 @@ def joint_interval(values_S: Sequence[float], values_SB: np.ndarray, draws: np.r
     `mean_s d_s* + k (mean_drawn d_s - mean_s d_s)`, with d_s of all images, d_s* of the resampled ones and
     `k = t(n-1) / z * sqrt(n / (n-1))` at 95 %. Plain resampling of seeds (k = 1) is too narrow for few of them: of
     simulated sweeps of three seeds its intervals hold the truth in 74 %, these in 95 % or more
-    (tests/unit/test_report_statistics.py).
+    (tests/unit/report/test_statistics.py).
 
     Args:
         values_S: each seed's value, or paired difference, on all images.

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.fs
 from rich.console import Console
 
-from cast_ray.files import write_atomically
+from cast_ray.common.files import write_atomically
+from cast_ray.common.paths import absolute, resolve
 from cast_ray.report.blocks import Article
 from cast_ray.report.content import Report
 from cast_ray.report.exports import csv_page, figure_file, json_page, latex_page, markdown_page
@@ -22,7 +23,6 @@ from cast_ray.report.results import summarise_run
 from cast_ray.report.run_folder import PLAN, RESULT, read_plan, read_run
 from cast_ray.report.sections import sections_of
 from cast_ray.report.tables import print_report
-from cast_ray.runtime.store import open_uri
 
 WATCH_EVERY_S = 5
 
@@ -162,7 +162,7 @@ def fetch_results(run_dir: str | Path) -> int:
     plan = read_plan(run_dir)
     if not plan.results_uri:
         return 0
-    filesystem, root = open_uri(plan.results_uri)
+    filesystem, root = resolve(absolute(plan.results_uri))
     selector = pa.fs.FileSelector(root, recursive=True, allow_not_found=True)
     num_new = 0
     for info in filesystem.get_file_info(selector):

@@ -1,0 +1,1 @@
+"""Teachers, one file a kind, and how their predictions become pseudo-labels."""

@@ -14,7 +14,7 @@ from torch import nn
 from torchvision.ops import box_convert
 from transformers import GroundingDinoForObjectDetection, MMGroundingDinoForObjectDetection
 
-from cast_ray.losses.detection import Detections
+from cast_ray.losses.teacher.detector import QueryDetections
 from cast_ray.models.postprocess import groups_of_equal_size
 from cast_ray.teachers.checkpoints import load_model, load_processor, load_tokenizer, processed_hw
 from cast_ray.teachers.prompts import Prompt
@@ -101,7 +101,7 @@ class TextDetector(nn.Module):
 
     def forward(
         self, images: torch.Tensor, prompt: Prompt, num_classes: int
-    ) -> tuple[Detections, dict[int, torch.Tensor]]:
+    ) -> tuple[QueryDetections, dict[int, torch.Tensor]]:
         """Predictions of a batch of training images, with gradients.
 
         Args:
@@ -110,7 +110,7 @@ class TextDetector(nn.Module):
             num_classes: C.
 
         Returns:
-            Detections, and the backbone's maps: stride -> float [B, D, h, w], edge to edge with the image.
+            QueryDetections, and the backbone's maps: stride -> float [B, D, h, w], edge to edge with the image.
         """
         pixels = self.training_pixels(images)
         with self._shared_backbone() as kept:
@@ -119,7 +119,7 @@ class TextDetector(nn.Module):
         token_map = prompt.token_map(num_classes, self.model.config.max_text_len).expand(num, -1, -1)
         logits, boxes = self._layers(out, text_mask)
         first_logits, first_boxes = self._proposals(out)
-        found = Detections([first_logits, *logits], [first_boxes, *boxes], token_map)
+        found = QueryDetections([first_logits, *logits], [first_boxes, *boxes], token_map)
         return found, dict(zip(self.feature_dims, kept[0]))
 
     def encode(self, images: torch.Tensor) -> dict[int, torch.Tensor]:

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cast_ray import registry
+from cast_ray.common import registry
+from cast_ray.contracts.records import Category
 from cast_ray.recipe import InputSize, TeacherConfig
-from cast_ray.records import Category
 from cast_ray.teachers.fusion import suppress, vote
 from cast_ray.teachers.protocol import Instances, Teacher, load_teacher, read_card, save_teacher
 

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import box_convert
 
-from cast_ray.losses.detection import Detections, boxes_of, detection_loss
-from cast_ray.losses.prompted_masks import prompted_mask_loss
-from cast_ray.models.network import Output, TrainedNetwork
+from cast_ray.contracts.records import Category, Predictions, Targets
+from cast_ray.losses.teacher.detector import QueryDetections, boxes_of, detection_loss
+from cast_ray.losses.teacher.prompted_masks import prompted_mask_loss
+from cast_ray.models.cast_network import Output, TrainedNetwork
 from cast_ray.models.postprocess import encode_masks
 from cast_ray.models.projector import Projector, select_stride
 from cast_ray.recipe import ContrastiveConfig, GroundedSamConfig, InputSize, TeacherConfig, TrainConfig
-from cast_ray.records import Category, Predictions, Targets
 from cast_ray.teachers.box_segmenter import BoxSegmenter
 from cast_ray.teachers.detector import FoundBoxes, TextDetector
 from cast_ray.teachers.prompts import Prompt, Prompter
@@ -163,7 +163,7 @@ class GroundedSamTerms:
         if self.config.train_detector:
             num = sum(name.startswith("token_logits_") for name in found)
             logits = [found[f"token_logits_{i}"] for i in range(num)]
-            detections = Detections(logits, [found[f"boxes_{i}"] for i in range(num)], found["tokens"])
+            detections = QueryDetections(logits, [found[f"boxes_{i}"] for i in range(num)], found["tokens"])
             terms |= detection_loss(detections, targets, self.config)
         if self.config.train_segmenter:
             terms |= prompted_mask_loss(found["masks"], found["ious"], found["instance"], targets)
@@ -296,7 +296,7 @@ class GroundedSamNetwork(TrainedNetwork):
 
     @torch.no_grad()
     def _described(
-        self, found: Detections, prompt: Prompt, embeddings: Sequence[torch.Tensor], images: torch.Tensor
+        self, found: QueryDetections, prompt: Prompt, embeddings: Sequence[torch.Tensor], images: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What y is made of: class logits [B, K, C+1] and mask logits [B, K, h, w] of the K best boxes."""
         scores_BQC = prompt.class_scores(found.token_logits[-1].float().sigmoid(), self.num_classes)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from cast_ray.contracts.records import Category, class_names
 from cast_ray.recipe import PromptConfig
-from cast_ray.records import Category, class_names
 
 DELIMITERS = (".", "?")
 """What parts a prompt for Grounding DINO; never inside a class's words."""

@@ -12,14 +12,14 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from cast_ray import registry
-from cast_ray.files import write_atomically
+from cast_ray.common import registry
+from cast_ray.common.files import write_atomically
+from cast_ray.contracts.records import Category, Targets, class_names
 from cast_ray.models.autocast import DTYPES, autocast
+from cast_ray.models.cast_network import Output, TrainedNetwork
 from cast_ray.models.drawing import class_colours
 from cast_ray.models.encoders import checkpoint_blocks
-from cast_ray.models.network import Output, TrainedNetwork
 from cast_ray.recipe import ContrastiveConfig, InputSize, Precision, TeacherConfig
-from cast_ray.records import Category, Targets, class_names
 from cast_ray.teachers.checkpoints import quiet_transformers
 
 CARD = "teacher.json"

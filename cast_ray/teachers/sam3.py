@@ -14,13 +14,13 @@ from torchvision.ops import box_convert
 from transformers import Sam3Model
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from cast_ray.losses.detection import Detections, boxes_of, detection_loss, match_boxes
-from cast_ray.losses.prompted_masks import prompted_mask_loss
-from cast_ray.models.network import Output, TrainedNetwork
+from cast_ray.contracts.records import Category, Predictions, Targets
+from cast_ray.losses.teacher.detector import QueryDetections, boxes_of, detection_loss, match_boxes
+from cast_ray.losses.teacher.prompted_masks import prompted_mask_loss
+from cast_ray.models.cast_network import Output, TrainedNetwork
 from cast_ray.models.postprocess import can_reach, encode_masks
 from cast_ray.models.projector import Projector, select_stride
 from cast_ray.recipe import ContrastiveConfig, GroundedSamConfig, InputSize, TeacherConfig, TrainConfig
-from cast_ray.records import Category, Predictions, Targets
 from cast_ray.teachers.checkpoints import load_model, load_processor, load_tokenizer
 from cast_ray.teachers.fusion import suppress
 from cast_ray.teachers.prompts import class_words
@@ -242,7 +242,7 @@ class Sam3Terms:
         wanted = [_of_class(t, label) for t, labels in zip(targets, asked.tolist()) for label in labels]
         logits_N1, boxes = logits_BPQ.flatten(0, 1)[..., None], boxes_BPQ4.flatten(0, 1)
         one = logits_N1.new_ones((len(wanted), 1, 1))
-        terms = detection_loss(Detections([logits_N1], [boxes], one), wanted, self.config)
+        terms = detection_loss(QueryDetections([logits_N1], [boxes], one), wanted, self.config)
         terms |= prompted_mask_loss(*self._matched(logits_N1, boxes, masks.flatten(0, 1), wanted), wanted)
         per_image = {
             name: tuple(values.unflatten(0, (len(targets), num_asked)).sum(1) for values in terms[name])

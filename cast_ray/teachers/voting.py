@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 
+from cast_ray.contracts.soft_targets import BELIEFS
 from cast_ray.recipe import PseudoConfig
-from cast_ray.soft_targets import BELIEFS
 from cast_ray.teachers.fusion import vote
 from cast_ray.teachers.protocol import Instances, Teacher
 

@@ -17,7 +17,7 @@ from training_scenes import MODEL, NUM_CLASSES, make_batch, slice_batch
 
 from cast_ray.engine.world import World
 from cast_ray.models.batch_norm import JointBatchNorm
-from cast_ray.models.network import CastNetwork
+from cast_ray.models.cast_network import CastNetwork
 from cast_ray.models.segmenter import build_segmenter
 
 IMAGES, STEPS = 4, 3

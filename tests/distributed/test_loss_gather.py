@@ -9,11 +9,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from contrastive_scenes import gradients, scene
 
+from cast_ray.contracts.records import Predictions, Targets
 from cast_ray.engine.collectives import WorkerGather
-from cast_ray.losses.contrastive import contrastive_loss
-from cast_ray.losses.set_criterion import LossPoints, set_loss
+from cast_ray.losses.contrastive.loss import contrastive_loss
+from cast_ray.losses.set.criterion import LossPoints, set_loss
 from cast_ray.recipe import ContrastiveConfig, LossConfig
-from cast_ray.records import Predictions, Targets
 
 CONTRASTIVE = [
     ContrastiveConfig(estimator="expectation", kind=kind, scope=scope, sampler=sampler)

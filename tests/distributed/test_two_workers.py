@@ -15,13 +15,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from training_scenes import CONTRAST, LOSS, batches, make_batch, make_network, run, slice_batch
 
+from cast_ray.contracts.records import Batch
 from cast_ray.engine import objective as objective_module
 from cast_ray.engine.collectives import WorkerGather
 from cast_ray.engine.objective import Objective, weighted_sum
 from cast_ray.engine.world import World
-from cast_ray.losses.set_criterion import LossPoints, set_loss
+from cast_ray.losses.set.criterion import LossPoints, set_loss
 from cast_ray.recipe import TrainConfig
-from cast_ray.records import Batch
 
 # One image of each kind on each worker; 1 instance of D_l on the first, 7 on the second.
 COUNTS = (1, 7, 4, 0)

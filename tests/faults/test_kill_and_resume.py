@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from cast_ray.runtime.store import ArtifactStore
-from cast_ray.stages.graph import artifact_key
+from cast_ray.plan.graph import artifact_key
+from cast_ray.runtime.store.artifacts import ArtifactStore
 
 pytestmark = pytest.mark.timeout(1800)
 

@@ -1,0 +1,90 @@
+"""Local paths and object-store URIs behind one pair of functions, through pyarrow.fs."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+from functools import lru_cache
+from urllib.parse import SplitResult, quote, unquote, urlsplit
+
+from pyarrow import ArrowInvalid, fs
+
+from cast_ray.common.files import write_atomically
+
+_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+def is_uri(path: str) -> bool:
+    """Whether a path is a URI (`s3://...`) and not a local path, which may hold any of `: ? # %`."""
+    return _SCHEME.match(path) is not None
+
+
+def absolute(root: str) -> str:
+    """A folder as every process can find it: URIs as they are, local paths made absolute."""
+    return root if is_uri(root) else os.path.abspath(os.path.expanduser(root))
+
+
+def resolve(uri: str) -> tuple[fs.FileSystem, str]:
+    """The filesystem of a local path or URI, and the path inside it.
+
+    Raises:
+        ValueError: a URI that pyarrow.fs does not know; the message names it.
+    """
+    if not is_uri(uri):
+        return _local(), uri
+    parts = urlsplit(uri.replace("#", "%23"))  # an unescaped # belongs to the name: fragments mean nothing here
+    try:
+        filesystem, base = _filesystem(_unsplit(parts, "/"))
+    except (ArrowInvalid, NotImplementedError, ImportError) as error:
+        raise ValueError(f"{uri}: not a path or URI that can be read ({error})") from None
+    return filesystem, posixpath.join(base, unquote(parts.path).lstrip("/"))
+
+
+def join(root: str, name: str) -> str:
+    """The path or URI of a file below a folder; `name` is a plain file name, never percent-encoded."""
+    if not is_uri(root):
+        return os.path.join(root, name)
+    parts = urlsplit(root.replace("#", "%23"))
+    return _unsplit(parts, f"{parts.path.rstrip('/')}/{quote(name)}")
+
+
+def read_bytes(uri: str, num_bytes: int | None = None) -> bytes:
+    """The whole of one file, or its first `num_bytes`."""
+    filesystem, path = resolve(uri)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        with open(path, "rb") as file:  # builtin open tells a folder from a missing file; arrow does not
+            return file.read(num_bytes)
+    with filesystem.open_input_stream(path) as stream:
+        return stream.read(num_bytes)
+
+
+def write_bytes(uri: str, content: bytes) -> None:
+    """Writes one file so that a reader sees the old content or the new, never a part."""
+    filesystem, path = resolve(uri)
+    if not isinstance(filesystem, fs.LocalFileSystem):
+        with filesystem.open_output_stream(path) as stream:  # an object appears when its upload completes
+            stream.write(content)
+        return
+    write_atomically(path, content)
+
+
+def real(uri: str) -> str:
+    """What a file or folder is known by, through however many links it was reached; object stores have no links."""
+    filesystem, path = resolve(uri)
+    return os.path.realpath(path) if isinstance(filesystem, fs.LocalFileSystem) else uri.rstrip("/")
+
+
+def _unsplit(parts: SplitResult, path: str) -> str:
+    # urlunsplit drops the // of schemes it does not know when there is no host (hdfs:///data)
+    return f"{parts.scheme}://{parts.netloc}{path}{'?' if parts.query else ''}{parts.query}"
+
+
+@lru_cache(maxsize=1)
+def _local() -> fs.LocalFileSystem:
+    return fs.LocalFileSystem()
+
+
+@lru_cache(maxsize=16)
+def _filesystem(prefix: str) -> tuple[fs.FileSystem, str]:
+    return fs.FileSystem.from_uri(prefix)  # cached: a client for each of 100,000 images would cost seconds

@@ -1,0 +1,1 @@
+"""What crosses processes and disks: records of images, targets, batches, soft targets."""

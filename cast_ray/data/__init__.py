@@ -1,0 +1,1 @@
+"""From disk to a batch, without Ray: formats, reading, splits, views and batches."""

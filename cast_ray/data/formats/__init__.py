@@ -1,0 +1,1 @@
+"""On-disk formats of annotations, one file each."""

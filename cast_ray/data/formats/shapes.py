@@ -1,0 +1,219 @@
+"""The embedded experiment `shapes`: drawn scenes in two styles, on disk as a COCO-format folder."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import multiprocessing
+import posixpath
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pyarrow import fs
+
+from cast_ray.common.paths import absolute, join, read_bytes, resolve, write_bytes
+from cast_ray.contracts.records import Category
+from cast_ray.data.formats.coco import read_annotations
+from cast_ray.data.formats.scenes import CATEGORIES, DRAWING_VERSION, SCENE_PX, STYLES, draw_scene
+from cast_ray.data.formats.segmentations import encode_mask
+from cast_ray.data.reading.index import DatasetIndex, describe
+from cast_ray.data.reading.listing import Listing
+from cast_ray.recipe import DataConfig, ShapesConfig
+
+MANIFEST = "manifest.json"
+_SPLITS = ("source", "train", "val")
+_CHUNK = 50
+_MIN_SCENES_FOR_POOL = 600
+"""Below this a pool's start-up (0.6 s for two processes) costs more than it saves."""
+
+
+def draw(
+    root: str,
+    config: ShapesConfig,
+    num_processes: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Draws the dataset, or returns at once where it is already drawn.
+
+    Writes `source/`, `train/`, `val/` with one PNG a scene, `annotations/instances_<split>.json` and, last of all,
+    `manifest.json` with the config, the counts and a sha256 over everything: a folder without it is drawn again. A
+    scene depends on (seed, split, index) alone: not on the number of processes, nor on the number of scenes.
+
+    Args:
+        root: local folder or pyarrow.fs URI.
+        config: how many scenes, and the seed.
+        num_processes: processes that draw; 1 draws in this one. New processes are spawned, so a script that calls this
+            needs the usual `if __name__ == "__main__":`.
+        progress: called in this process with (scenes drawn, scenes in all).
+
+    Raises:
+        ValueError: the folder holds other files and no trace of an earlier drawing; nothing is written.
+        OSError: the folder cannot be written.
+    """
+    root = absolute(root)
+    manifest = {"format": "cast_ray.shapes", "drawing_version": DRAWING_VERSION, "config": config.model_dump()}
+    if _is_drawn(root, manifest):
+        return
+    filesystem, base = resolve(root)
+    _check_ours(filesystem, base, root)
+    filesystem.create_dir(base, recursive=True)
+    # The marker says whose folder this is; it turns into the manifest when everything else is there.
+    write_bytes(join(root, f"{MANIFEST}.partial"), json.dumps(manifest).encode())
+    _delete(filesystem, posixpath.join(base, MANIFEST))
+    counts = {"source": config.num_source, "train": config.num_train, "val": config.num_val}
+    for folder in (*_SPLITS, "annotations"):
+        filesystem.create_dir(posixpath.join(base, folder), recursive=True)
+
+    tasks = [
+        (root, config.seed, split, start, min(start + _CHUNK, counts[split]))
+        for split in _SPLITS
+        for start in range(0, counts[split], _CHUNK)
+    ]
+    total, done = sum(counts.values()), 0
+    digest = hashlib.sha256()
+    annotations: dict[str, list[dict[str, Any]]] = {split: [] for split in _SPLITS}
+    for (_, _, split, start, stop), (chunk_sha256, scenes) in zip(tasks, _run(tasks, num_processes, total)):
+        digest.update(chunk_sha256)
+        annotations[split].extend(scenes)
+        done += stop - start
+        if progress is not None:
+            progress(done, total)
+    for split in _SPLITS:
+        content = json.dumps(_coco_document(split, annotations[split])).encode()
+        digest.update(content)
+        write_bytes(join(root, f"annotations/instances_{split}.json"), content)
+        _delete_leftovers(filesystem, posixpath.join(base, split), counts[split])
+    manifest |= {"counts": counts, "sha256": digest.hexdigest()}
+    write_bytes(join(root, MANIFEST), json.dumps(manifest, indent=1).encode())
+    _delete(filesystem, posixpath.join(base, f"{MANIFEST}.partial"))
+
+
+def index(config: DataConfig, progress: Callable[[int, int], None] | None = None) -> DatasetIndex:
+    """Reads the annotations of a folder that `draw` has finished; its own sha256 vouches for the images.
+
+    Raises:
+        ValueError: the folder is not drawn, or drawn for another config; the message names both.
+    """
+    root = absolute(config.root)
+    manifest = _read_manifest(root)
+    if manifest is None:
+        raise ValueError(f"data.root: {config.root or root} holds no drawn scenes (no {MANIFEST})")
+    expected = config.shapes.model_dump()
+    if manifest.get("config") != expected or manifest.get("drawing_version") != DRAWING_VERSION:
+        raise ValueError(
+            f"{join(root, MANIFEST)}: drawn with {manifest.get('config')} version {manifest.get('drawing_version')}: "
+            f"expected {expected} version {DRAWING_VERSION}"
+        )
+    if config.unlabelled_pool != "rest":
+        raise ValueError(f"data.unlabelled_pool={config.unlabelled_pool}: drawn scenes have no extra unlabelled images")
+    listing = Listing(root)
+    read = {s: read_annotations(listing, f"annotations/instances_{s}.json", [s], config, s) for s in _SPLITS}
+    skipped = [entry for split in _SPLITS for entry in read[split].skipped]
+    if skipped:
+        raise ValueError(f"{root}: {describe(skipped)}: expected the scenes as drawn, delete the folder to draw again")
+    return DatasetIndex(
+        splits={split: read[split].table for split in ("train", "val", "source")},
+        categories=tuple(Category(identifier, name) for identifier, name in CATEGORIES),
+        listing=listing,
+        num_annotations={split: read[split].num_annotations for split in _SPLITS},
+        content_hash=manifest["sha256"],
+    )
+
+
+def _run(tasks: list[tuple], num_processes: int, total: int) -> Iterator[tuple[bytes, list[dict[str, Any]]]]:
+    """The chunks' results in the order of the tasks."""
+    if num_processes <= 1 or total < _MIN_SCENES_FOR_POOL:
+        yield from map(_draw_chunk, tasks)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork of a process that runs Ray's or arrow's threads can hang
+    with ProcessPoolExecutor(num_processes, mp_context=context) as pool:
+        yield from pool.map(_draw_chunk, tasks)
+
+
+def _draw_chunk(task: tuple[str, int, str, int, int]) -> tuple[bytes, list[dict[str, Any]]]:
+    """Draws and writes scenes start..stop of a split: the sha256 of their files, and what the annotations say."""
+    root, seed, split, start, stop = task
+    style = STYLES["source" if split == "source" else "target"]
+    split_index = _SPLITS.index(split)
+    digest = hashlib.sha256()
+    scenes = []
+    for index in range(start, stop):
+        entropy = [seed % 2**64, split_index, index]
+        pixels, instances = draw_scene(style, np.random.SeedSequence(entropy))
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
+        digest.update(buffer.getbuffer())
+        write_bytes(join(root, f"{split}/{_file_name(index)}"), buffer.getvalue())
+        scenes.append(
+            {
+                "id": index * len(_SPLITS) + split_index + 1,
+                "index": index,
+                "instances": [_coco_instance(category, mask) for category, mask in instances],
+            }
+        )
+    return digest.digest(), scenes
+
+
+def _coco_instance(category: int, mask: np.ndarray) -> dict[str, Any]:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    x, y = int(columns[0]), int(rows[0])
+    return {
+        "category_id": category,
+        "segmentation": {"size": list(mask.shape), "counts": encode_mask(mask).decode("ascii")},
+        "bbox": [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y],
+        "area": int(mask.sum()),
+        "iscrowd": 0,
+    }
+
+
+def _coco_document(split: str, scenes: list[dict[str, Any]]) -> dict[str, Any]:
+    instances = [(scene["id"], instance) for scene in scenes for instance in scene["instances"]]
+    return {
+        "info": {"description": f"drawn scenes, {split}"},
+        "categories": [{"id": identifier, "name": name} for identifier, name in CATEGORIES],
+        "images": [
+            {"id": s["id"], "file_name": _file_name(s["index"]), "width": SCENE_PX, "height": SCENE_PX} for s in scenes
+        ],
+        "annotations": [{"id": n, "image_id": i, **instance} for n, (i, instance) in enumerate(instances, start=1)],
+    }
+
+
+def _file_name(index: int) -> str:
+    return f"{index:06d}.png"
+
+
+def _read_manifest(root: str) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads(read_bytes(join(root, MANIFEST)))
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) else None
+
+
+def _is_drawn(root: str, expected: dict[str, Any]) -> bool:
+    manifest = _read_manifest(root)
+    return manifest is not None and "sha256" in manifest and expected.items() <= manifest.items()
+
+
+def _check_ours(filesystem: fs.FileSystem, base: str, root: str) -> None:
+    listed = {i.base_name for i in filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True))}
+    if listed and not listed & {MANIFEST, f"{MANIFEST}.partial"}:
+        raise ValueError(f"{root}: holds other files and no drawn scenes; expected an empty or new folder")
+
+
+def _delete(filesystem: fs.FileSystem, path: str) -> None:
+    with suppress(FileNotFoundError):
+        filesystem.delete_file(path)
+
+
+def _delete_leftovers(filesystem: fs.FileSystem, folder: str, count: int) -> None:
+    """Removes scenes of an earlier, larger drawing, which no annotation file names."""
+    for info in filesystem.get_file_info(fs.FileSelector(folder)):
+        stem, _, suffix = info.base_name.partition(".")
+        if suffix == "png" and stem.isdigit() and int(stem) >= count:
+            filesystem.delete_file(info.path)

@@ -1,0 +1,1 @@
+"""Listing, checking and decoding the images of a dataset, whatever its format."""

@@ -1,0 +1,124 @@
+"""data_report.json: what a dataset held, what of it was skipped and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from cast_ray.data.reading.index import Skipped, describe
+from cast_ray.recipe import DataConfig
+
+REPORT_FILE = "data_report.json"
+SPLIT_NAMES = {"train": "training", "val": "validation", "source": "source"}
+
+
+class Contents(NamedTuple):
+    """How many annotations of the usable images of a split are objects, and how many are ignore regions."""
+
+    num_objects: int
+    num_ignored: int
+
+
+def data_report(
+    config: DataConfig,
+    num_images: Mapping[str, int],
+    num_annotations: Mapping[str, int],
+    skipped: Sequence[Skipped],
+    sources: Mapping[str, str],
+    contents: Mapping[str, Contents] | None = None,
+    all_ignored_hint: str = "",
+) -> dict[str, Any]:
+    """What `data_report.json` says.
+
+    Args:
+        config: as the dataset was read.
+        num_images, num_annotations: by split, the skipped ones included.
+        skipped: each with split, kind, id, file and reason.
+        sources: split -> the file or folder of its annotations.
+        contents: split -> what its images hold, of the splits that were read and whose images have annotations.
+        all_ignored_hint: see DatasetIndex.
+
+    Returns:
+        format, root, verify; splits: split -> source, images, images_skipped, annotations, annotations_skipped and,
+        where `contents` knows them, objects and ignore_regions; statement: the sums in words; warnings: a sentence for
+        each split that was read and holds no object; skipped.
+    """
+    counts = {
+        split: {
+            "images": num_images[split],
+            "images_skipped": sum(s["split"] == split and s["kind"] == "image" for s in skipped),
+            "annotations": num_annotations[split],
+            "annotations_skipped": sum(s["split"] == split and s["kind"] == "annotation" for s in skipped),
+        }
+        for split in num_images
+    }
+    sums = {name: sum(split[name] for split in counts.values()) for name in counts["train"]}
+    splits: dict[str, dict[str, Any]] = {split: {"source": sources.get(split, "")} | counts[split] for split in counts}
+    warnings = []
+    for split, held in (contents or {}).items():
+        splits[split] |= {"objects": held.num_objects, "ignore_regions": held.num_ignored}
+        if not held.num_objects:
+            bad = [s for s in skipped if s["split"] == split and s["kind"] == "annotation"]
+            warnings.append(_no_object(split, splits[split], bad, all_ignored_hint))
+    statement = (
+        f"{sums['images_skipped']:,} of {sums['images']:,} images and {sums['annotations_skipped']:,} of "
+        f"{sums['annotations']:,} annotations skipped"
+    )
+    facts = {"format": config.format, "root": config.root, "verify": config.verify}
+    return facts | {"splits": splits, "statement": statement, "warnings": warnings, "skipped": list(skipped)}
+
+
+def _no_object(split: str, facts: Mapping[str, Any], skipped: Sequence[Skipped], all_ignored_hint: str) -> str:
+    """Says that a split holds no object, and the likely cause."""
+    source = f" ({facts['source']})" if facts["source"] else ""
+    total, ignored = facts["annotations"], facts["ignore_regions"]
+    if ignored:
+        cause = f"all {ignored:,} usable annotations are ignore regions, which are neither objects nor background. "
+        cause += all_ignored_hint
+        if skipped:
+            cause += f" {len(skipped):,} more annotations were skipped: {describe(skipped, 1)}."
+    elif skipped:
+        cause = f"{len(skipped):,} of {total:,} annotations were skipped: {describe(skipped, 1)}."
+    elif total:
+        cause = f"all {total:,} annotations belong to images that were skipped."
+    elif facts["source"]:
+        cause = "there is no annotation."
+    else:
+        cause = "they were held out of the training images (data.val_fraction) and have no annotation."
+    effect = "Their AP cannot be measured." if split == "val" else "Nothing can be learnt from them."
+    kind = SPLIT_NAMES.get(split, split)
+    return f"No object in the {facts['images']:,} {kind} images{source}: {cause.strip()} {effect}"
+
+
+def print_warnings(warnings: Sequence[str], console: Console) -> None:
+    """Prints what a user must not overlook, a line for each warning."""
+    for warning in warnings:
+        text = f"WARNING: {warning}"
+        console.print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)
+
+
+def check_report(report: Mapping[str, Any], max_bad_fraction: float) -> None:
+    """Refuses a dataset of which too much was skipped.
+
+    Raises:
+        ValueError: more than `max_bad_fraction` of a split's images or annotations are unusable, or all of its images;
+            the message gives the counts and the first reasons. Or the report holds a refusal of the format's own.
+    """
+    for refusal in report.get("refusals", []):
+        raise ValueError(refusal)
+    for split, counts in report["splits"].items():
+        where = f"{report['root']} ({split}{': ' if counts['source'] else ''}{counts['source']})"
+        for kind in ("image", "annotation"):
+            chosen = [s for s in report["skipped"] if s["split"] == split and s["kind"] == kind]
+            total = counts[f"{kind}s"]
+            if len(chosen) > max_bad_fraction * total:
+                raise ValueError(
+                    f"{where}: {len(chosen)} of {total} {kind}s skipped, above "
+                    f"data.max_bad_fraction={max_bad_fraction}: {describe(chosen)}"
+                )
+        if counts["images_skipped"] == counts["images"]:
+            bad = [s for s in report["skipped"] if s["split"] == split and s["kind"] == "image"]
+            reasons = f": {describe(bad)}" if bad else ""
+            raise ValueError(f"{where}: no usable image of {counts['images']}{reasons}")

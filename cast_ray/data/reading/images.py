@@ -1,0 +1,172 @@
+"""Image files to RGB pixels, whatever their mode, and label maps as stored; errors name the file."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from PIL import Image
+
+from cast_ray.common.paths import read_bytes
+
+MAX_PIXELS = 178_956_970
+"""Pillow's own limit; more is taken for a decompression bomb unless the recipe says otherwise."""
+
+# EPS and friends run interpreters or open other files: only plain raster formats are tried.
+_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+)
+"""What files are called that `read_image` reads, in lower case."""
+UNREADABLE_SUFFIXES = (
+    *(".heic", ".heif", ".jxl", ".svg", ".psd", ".eps", ".pdf", ".raw", ".dng"),
+    *(".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".exr", ".hdr", ".dcm"),
+)
+"""Pictures that cannot be read here and must be converted first."""
+_HEAD_BYTES = 1 << 18
+_MAP_MODES = ("L", "P", "I", "I;16", "I;16B", "RGB", "RGBA")
+_ORIENTATION = 0x0112
+_SIDEWAYS = (5, 6, 7, 8)
+
+
+class ImageError(ValueError):
+    """A file that cannot be used as an image: `reason` says why, the message also names the file."""
+
+    def __init__(self, uri: str, reason: str):
+        super().__init__(uri, reason)
+        self.uri, self.reason = uri, reason
+
+    def __str__(self) -> str:
+        return f"{self.uri}: {self.reason}"
+
+
+def read_image(uri: str, image_hw: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Reads one image file as RGB.
+
+    Grey, palette and CMYK images are converted, an alpha channel is dropped, 16-bit grey is scaled from 0..65535 to
+    0..255 (Pillow's own conversion clips it to white). EXIF orientation is not applied: annotations are in the
+    coordinates of the stored pixels. Of an animation the first frame is read.
+
+    Args:
+        uri: local path or any pyarrow.fs URI (s3://, gs://, file://).
+        image_hw: (height, width) that the image must have, as its record says; then `max_pixels` is not asked.
+        max_pixels: larger images are refused before they are decoded.
+
+    Returns:
+        uint8 [H, W, 3], RGB.
+
+    Raises:
+        ImageError (a ValueError): missing, empty, truncated, of another size, too large or not an image.
+        OSError: the file store failed (worth another try, which a bad file is not).
+    """
+    with _opened(uri, image_hw, max_pixels) as (image, _):
+        return _to_rgb(image)
+
+
+def check_image(
+    uri: str, image_hw: tuple[int, int] | None, max_pixels: int = MAX_PIXELS, *, decode: bool
+) -> tuple[tuple[int, int], bytes]:
+    """Checks that `read_image` can read an image file; with `decode` False, only that it begins like one.
+
+    Returns:
+        (height, width), and the sha256 of the file's bytes; b"" with `decode` False, where only a part is read.
+
+    Raises:
+        ImageError, OSError: as `read_image`.
+    """
+    with _opened(uri, image_hw, max_pixels, whole=decode) as (image, content):
+        if decode:
+            _to_rgb(image)
+        return (image.height, image.width), hashlib.sha256(content).digest() if decode else b""
+
+
+def read_map(uri: str, image_hw: tuple[int, int], max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """A label map as stored, without any conversion of colours: integer [H, W] or uint8 [H, W, 3 or 4].
+
+    Raises:
+        ImageError, OSError: as `read_image`; also for a mode in which no label map is stored.
+    """
+    with _opened(uri, image_hw, max_pixels) as (image, _):
+        if image.mode not in _MAP_MODES:
+            raise _Refused(f"a label map of mode {image.mode}: expected 8- or 16-bit grey or RGB")
+        return np.asarray(image)
+
+
+@contextmanager
+def _opened(
+    uri: str, image_hw: tuple[int, int] | None, max_pixels: int, *, whole: bool = True
+) -> Iterator[tuple[Image.Image, bytes]]:
+    """The image before it is decoded, its size checked, and the bytes that were read.
+
+    Whatever goes wrong in the body is laid to the file.
+    """
+    if image_hw is not None:
+        max_pixels = image_hw[0] * image_hw[1]
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own check cannot be told otherwise
+    content = _read(uri, None if whole else _HEAD_BYTES)
+    if not whole and len(content) == _HEAD_BYTES and not _has_header(content):
+        # the size may stand further back: TIFF keeps it anywhere, JPEG behind large EXIF and colour profiles
+        content = _read(uri, None)
+    try:
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+            _check_size(image, image_hw, max_pixels)
+            yield image, content
+    except _Refused as error:
+        raise ImageError(uri, str(error)) from None
+    except Image.DecompressionBombError as error:
+        raise ImageError(uri, f"{error} (data.max_image_pixels)") from None
+    except Image.UnidentifiedImageError:
+        raise ImageError(uri, "not an image of a known format") from None
+    except Exception as error:  # decoders fail on hostile bytes with anything (SyntaxError, struct.error, ...)
+        raise ImageError(uri, f"cannot be decoded ({type(error).__name__}: {error})") from None
+
+
+def _read(uri: str, num_bytes: int | None) -> bytes:
+    try:
+        content = read_bytes(uri, num_bytes)
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise ImageError(uri, f"cannot be read ({type(error).__name__})") from None
+    if not content:
+        raise ImageError(uri, "the file is empty")
+    return content
+
+
+def _has_header(content: bytes) -> bool:
+    try:
+        Image.open(io.BytesIO(content), formats=_FORMATS)
+    except Exception as error:
+        return isinstance(error, Image.DecompressionBombError)
+    return True
+
+
+class _Refused(Exception):
+    pass
+
+
+def _check_size(image: Image.Image, image_hw: tuple[int, int] | None, max_pixels: int) -> None:
+    width, height = image.size
+    if image_hw is None and width * height > max_pixels:
+        raise _Refused(f"{width} x {height} pixels, at most {max_pixels} are read (data.max_image_pixels)")
+    if image_hw is None or image_hw == (height, width):
+        return
+    reason = f"{width} x {height} pixels: expected {image_hw[1]} x {image_hw[0]}"
+    if (width, height) == image_hw and image.getexif().get(_ORIENTATION) in _SIDEWAYS:
+        reason += " (its EXIF orientation is not applied: annotations are in the coordinates of the stored pixels)"
+    raise _Refused(reason)
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode == "F":
+        raise _Refused("floating-point pixels have no known range; expected 8 or 16 bits")
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.int64)
+        if grey.size and (grey.min() < 0 or grey.max() > 65535):
+            raise _Refused(f"grey values {grey.min()}..{grey.max()}; expected 16 bits, 0..65535")
+        grey = (grey * 255 + 32767) // 65535
+        return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))

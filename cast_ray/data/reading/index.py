@@ -1,0 +1,131 @@
+"""A dataset's images by name: what a format's reader finds before any mask file or pixel is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cast_ray.contracts.records import RECORD_SCHEMA, Category, encode_image_id
+from cast_ray.data.reading.listing import Listing
+from cast_ray.data.reading.photos import describe_left_out, images_below
+
+INDEX_SCHEMA = pa.schema(
+    [
+        *RECORD_SCHEMA,  # height and width may be null: read from the file; instances null: none known, or in mask_uri
+        ("split", pa.string()),
+        ("file", pa.string()),  # the image below the dataset's folder, for messages
+        ("num_bytes", pa.int64()),
+        ("mask_uri", pa.string()),  # label map that holds the instances; null: `instances` is final
+    ]
+)
+
+Skipped = dict[str, str]
+"""An image or annotation that cannot be used: split, kind (image, annotation), id, file, reason."""
+
+DecodeMap = Callable[[np.ndarray], tuple[list[dict[str, Any]], list[tuple[str, str]]]]
+"""A label map [H, W(, 3)] -> its instances (INSTANCE_TYPE as dicts), and (id, reason) of those that cannot be used."""
+
+
+@dataclass(frozen=True)
+class DatasetIndex:
+    """What a format's reader hands over; `reading` makes records of it.
+
+    splits: train, val and, where there is one, source or extra -> INDEX_SCHEMA. num_annotations: split -> how many its
+    annotation files hold, unusable ones included (0 where they are in label maps and counted when these are read).
+    sources: split -> the file or folder of its annotations, for messages. content_hash: of a dataset that vouches for
+    its own files, which are then not read again. annotated: image ids that the positions of published COCO label lists
+    count, see `label_lists`. all_ignored_hint: one sentence that says what probably happened in a dataset of this
+    format where every annotation of a split is an ignore region, see `data_report`. left_out: what was not taken from
+    the folder of the extra pool, see `photos.FoundImages`. refuse_ignored: of a format in which a split whose objects
+    are all ignore regions is a mistake: the ids of their classes -> why it is refused.
+    """
+
+    splits: dict[str, pa.Table]
+    categories: tuple[Category, ...]
+    listing: Listing
+    skipped: list[Skipped] = field(default_factory=list)
+    num_annotations: dict[str, int] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    decode_map: DecodeMap | None = None
+    content_hash: str = ""
+    annotated: tuple[str, ...] | None = None
+    all_ignored_hint: str = ""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    refuse_ignored: Callable[[Sequence[int]], str] | None = None
+
+    def num_images(self, split: str) -> int:
+        """Images of a split, unusable ones included."""
+        bad = sum(s["split"] == split and s["kind"] == "image" for s in self.skipped)
+        return self.splits[split].num_rows + bad
+
+
+def index_table(listing: Listing, split: str, rows: Sequence[tuple[str, str, str | None]]) -> pa.Table:
+    """INDEX_SCHEMA rows of images of unknown size: (image id, path below root, path of its label map or None)."""
+    sizes = [getattr(listing.file(path), "size", 0) for _, path, _ in rows]
+    unknown = pa.nulls(len(rows), pa.int32())
+    return pa.Table.from_arrays(
+        [
+            pa.array([encode_image_id(identifier) for identifier, _, _ in rows], pa.string()),
+            pa.array([listing.uri(path) for _, path, _ in rows], pa.string()),
+            unknown,
+            unknown,
+            pa.nulls(len(rows), INDEX_SCHEMA.field("instances").type),
+            pa.array([split] * len(rows), pa.string()),
+            pa.array([path for _, path, _ in rows], pa.string()),
+            pa.array(sizes, pa.int64()),
+            pa.array([listing.uri(m) if m is not None else None for _, _, m in rows], pa.string()),
+        ],
+        schema=INDEX_SCHEMA,
+    )
+
+
+def pair_maps(
+    listing: Listing, split: str, images: dict[str, str], masks: dict[str, str]
+) -> tuple[pa.Table, list[Skipped]]:
+    """A split of images with their label maps, and those that lack the other.
+
+    Args:
+        images: image id -> path below root.
+        masks: image id -> path of its label map.
+    """
+    skipped = []
+    for identifier in sorted(images.keys() ^ masks.keys()):
+        is_image = identifier in images
+        file = images[identifier] if is_image else masks[identifier]
+        facts = {"id": identifier, "file": file, "reason": f"its {'label map' if is_image else 'image'} is missing"}
+        skipped.append({"split": split, "kind": "image", **facts})
+    rows = [(i, images[i], masks[i]) for i in sorted(images.keys() & masks.keys())]
+    return index_table(listing, split, rows), skipped
+
+
+def index_pool(
+    listing: Listing, folder: str, stem: Callable[[str], str] | None = None
+) -> tuple[pa.Table, Mapping[str, int]]:
+    """Lists all image files below a folder as images without labels, and counts what is left out.
+
+    Args:
+        folder: below root, or an absolute path or URI.
+        stem: file name -> image id; None: the path below `folder`.
+
+    Returns:
+        INDEX_SCHEMA rows of split extra, and `FoundImages.left_out`.
+
+    Raises:
+        ValueError: there is no image file; the message says what there is instead.
+    """
+    folder = folder.rstrip("/") or folder
+    found = images_below(listing, folder)
+    if not found.paths:
+        instead = f" (left out: {describe_left_out(found.left_out)})" if found.left_out else ""
+        raise ValueError(f"data.unlabelled_pool: no image below {folder} in {listing.root}{instead}")
+    named = [(stem(path) if stem else path.removeprefix(f"{folder}/"), path, None) for path in found.paths]
+    return index_table(listing, "extra", named), found.left_out
+
+
+def describe(skipped: Sequence[Skipped], most: int = 3) -> str:
+    """The first few skipped images or annotations with their reasons."""
+    return "; ".join(f"{s['kind']} {s['id']} ({s['file'][:80]}): {s['reason']}" for s in skipped[:most])

@@ -1,0 +1,103 @@
+"""What a dataset holds: images and objects by split and class, sizes, and what is wrong with it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cast_ray.contracts.records import Category, DatasetSplits, mask_areas, object_areas
+from cast_ray.data.reading.listing import Listing
+from cast_ray.data.splits.fractions import label_index
+
+SMALL_PX, MEDIUM_PX = 32**2, 96**2
+"""COCO's borders between small, medium and large objects, pixels of area."""
+
+
+def guess_format(root: str) -> str:
+    """cityscapes, ade20k or coco, by the folders below a root."""
+    listing = Listing(root)
+    folders = set(listing.folders(""))
+    if folders & {"leftImg8bit", "gtFine"}:
+        return "cityscapes"
+    if folders & {"annotations_instance", "ADEChallengeData2016", "ADE20K_2021_17_01"} or listing.folders("images/ADE"):
+        return "ade20k"
+    return "coco"
+
+
+@dataclass(frozen=True)
+class SplitFacts:
+    """One split in numbers.
+
+    num_objects: without crowds; num_crowds: ignore regions of a class; by class label 0..C-1: objects [C] and images
+    with at least one [C]; areas: objects that are small, medium and large, by their annotated area where there is one
+    (see `object_areas`); sizes: (height, width) -> images, the most frequent first.
+    """
+
+    name: str
+    num_images: int
+    num_empty: int
+    num_objects: int
+    num_crowds: int
+    objects_by_class: np.ndarray
+    images_by_class: np.ndarray
+    areas: tuple[int, int, int]
+    sizes: dict[tuple[int, int], int]
+
+
+def facts_of(dataset: DatasetSplits) -> list[SplitFacts]:
+    """The splits that the dataset has, in numbers."""
+    splits = {"train": dataset.train, "val": dataset.val, "source": dataset.source, "extra": dataset.extra}
+    return [_facts(name, table, dataset.categories) for name, table in splits.items() if table is not None]
+
+
+def _facts(name: str, table: pa.Table, categories: Sequence[Category]) -> SplitFacts:
+    instances = table.column("instances").combine_chunks()
+    flat, rows = instances.flatten(), pc.list_parent_indices(instances).to_numpy()
+    crowd = flat.field("is_crowd").to_numpy(zero_copy_only=False)
+    label_of = {category.id: label for label, category in enumerate(categories)}
+    labels = np.array([label_of.get(c, -1) for c in flat.field("category_id").to_pylist()], dtype=np.int64)
+    num_crowds = int((crowd & (labels >= 0)).sum())
+    labels = labels[~crowd]
+    rows = rows[~crowd]
+    pairs = np.unique(np.stack([labels, rows], 1), axis=0) if len(rows) else np.empty((0, 2), np.int64)
+    areas = object_areas(flat.field("area").to_pylist(), _mask_areas(table, instances))[~crowd]
+    heights, widths = (table.column(n).to_numpy() for n in ("height", "width"))
+    sizes, counts = np.unique(np.stack([heights, widths], 1), axis=0, return_counts=True)
+    return SplitFacts(
+        name=name,
+        num_images=table.num_rows,
+        num_empty=table.num_rows - len(np.unique(rows)),
+        num_objects=len(rows),
+        num_crowds=num_crowds,
+        objects_by_class=np.bincount(labels, minlength=len(categories)),
+        images_by_class=np.bincount(pairs[:, 0], minlength=len(categories)),
+        areas=(
+            int((areas < SMALL_PX).sum()),
+            int(((areas >= SMALL_PX) & (areas < MEDIUM_PX)).sum()),
+            int((areas >= MEDIUM_PX).sum()),
+        ),
+        sizes={(int(sizes[i, 0]), int(sizes[i, 1])): int(counts[i]) for i in np.argsort(-counts, kind="stable")},
+    )
+
+
+def _mask_areas(table: pa.Table, instances: pa.ListArray) -> np.ndarray:
+    rles = pa.ListArray.from_arrays(instances.offsets, instances.values.field("rle"))
+    sizes = zip(table.column("height").to_pylist(), table.column("width").to_pylist())
+    return mask_areas(
+        [{"size": size, "counts": c} for size, counts in zip(sizes, rles.to_pylist()) for c in counts or ()]
+    )
+
+
+def choose_samples(table: pa.Table, count: int) -> list[dict[str, Any]]:
+    """A few images for a contact sheet, those with objects first: always the same ones, from all over the split."""
+    keys = [hashlib.sha256(i.encode()).digest() for i in table.column("image_id").to_pylist()]
+    classes = label_index(table).column("category_ids")
+    empty = (pc.list_value_length(classes).to_numpy() == 0).tolist()
+    order = sorted(range(table.num_rows), key=lambda row: (empty[row], keys[row]))
+    return table.take(order[:count]).to_pylist()

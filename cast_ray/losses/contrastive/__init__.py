@@ -1,0 +1,1 @@
+"""The instance-aware pixel-wise contrastive loss, its negatives and its rivals."""

@@ -1,0 +1,128 @@
+"""Anchors, positives and the candidates for negatives: which pixels a step contrasts, drawn and gathered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from cast_ray.losses.contrastive.negatives import PixelSet, describe_pixels, draw_pixels, stand_for_all
+from cast_ray.recipe import ContrastiveConfig
+
+
+class Gather(Protocol):
+    """Concatenates equal-sized tensors of all workers along dim 0 in rank order; gradients flow back to each."""
+
+    rank: int
+    size: int
+
+    def __call__(self, tensor: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class PixelProblem:
+    """Anchors and positives [B, N, D], candidates [M, D] and what is known about each pixel.
+
+    first: column of this worker's first candidate. per_image: candidates that each image gave, image by image.
+    """
+
+    anchors: Tensor
+    positives: Tensor
+    candidates: Tensor
+    anchor_pixels: PixelSet
+    pool: PixelSet
+    first: int
+    per_image: int
+
+
+def pose_problem(
+    z_weak: Tensor,
+    z_strong: Tensor,
+    mask_logits: Tensor,
+    class_logits: Tensor,
+    valid: Tensor,
+    truth_instance: Tensor,
+    truth_class: Tensor,
+    config: ContrastiveConfig,
+    generator: torch.Generator | None,
+    gather: Gather | None,
+    negatives_from: Literal["weak", "strong"],
+    with_truth: bool,
+) -> PixelProblem:
+    """Draws anchors and the candidate pool (stratified over images, uniform within each) and gathers the pool.
+
+    Each image gives min(num_anchors, h w) anchors and min(pool_size // (B * workers), h w) candidates, with
+    `scope=same-image` min(pool_size, h w). A candidate carries the number of pixels it stands for, so the pool is a
+    self-normalised importance approximation of all pixels of the batch, and exact when it holds them all.
+
+    Raises:
+        ValueError: views of different shape or a batch size that differs between the arguments.
+    """
+    if z_weak.shape != z_strong.shape or z_weak.dim() != 4:
+        raise ValueError(
+            f"contrastive loss: expected two views [B, D, h, w] of one shape, got {tuple(z_weak.shape)} and "
+            f"{tuple(z_strong.shape)}"
+        )
+    num_images, _, height, width = z_weak.shape
+    batch_sizes = {t.shape[0] for t in (mask_logits, class_logits, valid, truth_instance, truth_class)}
+    if batch_sizes != {num_images}:
+        raise ValueError(f"contrastive loss: expected batches of {num_images}, got {sorted(batch_sizes)}")
+    rank, num_workers = (0, 1) if gather is None else (gather.rank, gather.size)
+    truth = (truth_instance, truth_class) if with_truth else None
+    pixels = describe_pixels(mask_logits, class_logits, valid, truth, (height, width), rank * num_images, config)
+    inside = pixels.share > 0
+    anchor_at = draw_pixels(inside, config.num_anchors, generator)
+    per_image = config.pool_size
+    if per_image is not None and config.scope != "same-image":
+        per_image = max(1, per_image // (num_images * num_workers))
+    pool_at = draw_pixels(inside, per_image, generator)
+    pool = stand_for_all(pixels.at(pool_at), pixels).flat()
+    anchors, positives, candidates = _take_all(z_weak, z_strong, anchor_at, pool_at, negatives_from)
+    first = 0
+    if gather is not None and config.scope != "same-image":
+        first = rank * len(candidates)
+        candidates, pool = gather(candidates), _gather_pixels(pool, gather)
+    return PixelProblem(
+        anchors=anchors,
+        positives=positives,
+        candidates=candidates,
+        anchor_pixels=pixels.at(anchor_at),
+        pool=pool,
+        first=first,
+        per_image=pool_at.shape[1],
+    )
+
+
+def _take_all(
+    z_weak: Tensor, z_strong: Tensor, anchor_at: Tensor, pool_at: Tensor, negatives_from: Literal["weak", "strong"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Anchors and positives [B, N, D] and candidates [B m, D]; one selection of each view, so one gradient of its size.
+
+    Whole vectors are read and written, not D distant numbers: views that are channels last in memory are not copied.
+    """
+    weak, strong = (z.float().permute(0, 2, 3, 1).flatten(1, 2) for z in (z_weak, z_strong))
+    num_anchors = anchor_at.shape[1]
+    both = torch.cat([anchor_at, pool_at], dim=1)
+    first = _take(weak, both if negatives_from == "weak" else anchor_at)
+    second = _take(strong, anchor_at if negatives_from == "weak" else both)
+    candidates = (first if negatives_from == "weak" else second)[:, num_anchors:]
+    return first[:, :num_anchors], second[:, :num_anchors], candidates.flatten(0, 1)
+
+
+def _take(rows: Tensor, location: Tensor) -> Tensor:
+    """The vectors [B, n, D] of [B, h w, D] at locations int64 [B, n]."""
+    num_images, num_pixels, dim = rows.shape
+    first = torch.arange(num_images, device=rows.device)[:, None] * num_pixels
+    return rows.reshape(-1, dim).index_select(0, (first + location).flatten()).view(num_images, -1, dim)
+
+
+def _gather_pixels(pool: PixelSet, gather: Gather) -> PixelSet:
+    """The pool of all workers. P_m stays here, zeros elsewhere: other images' slots are not compared."""
+    numbers = gather(torch.stack([pool.pixel, pool.instance, pool.category], dim=1))
+    values = gather(torch.cat([pool.share[:, None], pool.class_part], dim=1))
+    mask_part = pool.mask_part.new_zeros((len(numbers), pool.mask_part.shape[1]))
+    first = gather.rank * len(pool.pixel)
+    mask_part[first : first + len(pool.pixel)] = pool.mask_part
+    return PixelSet(numbers[:, 0], values[:, 0], mask_part, values[:, 1:], numbers[:, 1], numbers[:, 2])

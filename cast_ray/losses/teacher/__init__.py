@@ -1,0 +1,1 @@
+"""Losses of teachers made of published detectors and segmenters."""

@@ -1,0 +1,437 @@
+"""A recipe cut into stages, each with a fingerprint of everything that can change its result.
+
+    pretrain --+--> adapt (1a) --> label (1b) --+--> teacher --> label (2a) --+--> distill (2b) --> refine (3)
+               +------------------ selftrain (1c)
+
+A stage's fingerprint is sha256 over its kind and version, its own part of the recipe, its parents' fingerprints and the
+dataset's content hash. Equal fingerprints are one artifact, whatever rows, seeds or sweeps ask for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+from cast_ray.common.digest import digest_of
+from cast_ray.recipe import DataConfig, InputSize, Precision, Recipe, TrainConfig
+from cast_ray.recipe.part import Part
+
+Kind = Literal["train", "label", "evaluate", "dataset"]
+
+STAGE_VERSION: dict[str, int] = {"train": 3, "label": 3, "evaluate": 2}
+"""Raise a kind's number when its code changes a result: its old artifacts are then no longer found."""
+
+
+HOW_IT_RUNS = ("checkpoint_every_steps", "accumulate")
+"""Fields of TrainConfig that change no result and so enter no fingerprint."""
+
+OPTIONAL = {
+    "pseudo": ("min_visible_share", "nms_iou", "vote_flip", "vote_scales", "class_thresholds"),
+    "loss": ("semi_view", "burn_in_fraction", "soft_targets"),
+}
+"""Fields of a part of the recipe that do nothing at their default: they enter a stage's identity only where they do."""
+
+
+VIEW_FIELDS = (
+    "scale_jitter",
+    "flip",
+    "color_jitter",
+    "train_resize",
+    "scale_steps",
+    "whole_images",
+    "inference_resize",
+    "color",
+)
+"""Fields of DataConfig that decide what a train stage's model sees, beside `image_px`."""
+ALWAYS_NAMED = ("scale_jitter", "flip", "color_jitter")
+"""Those that stood in fingerprints before the others existed, whose defaults are left out of them."""
+
+
+class NoTeacherError(ValueError):
+    """A row's images would be labelled by a teacher that nothing has trained."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One node of the graph.
+
+    name: unique within a row but for evaluations; kind: which code runs it (`dataset`: read before the sweep); config:
+    its part of the recipe, as plain data; parents: role -> fingerprint of the artifact it reads; steps: optimiser steps
+    (0 unless train); online: the label stage that it does not read but makes as it goes, whose teacher is then its own
+    parent. The fingerprint is that of the stage that reads the labels: a frozen teacher's are the same.
+    """
+
+    name: str
+    kind: Kind
+    config: dict[str, Any]
+    parents: dict[str, str]
+    fingerprint: str
+    steps: int = 0
+    online: Stage | None = None
+
+    @property
+    def key(self) -> str:
+        """Directory name of the artifact."""
+        return artifact_key(self.kind, self.fingerprint)
+
+    @property
+    def precision(self) -> Precision:
+        """What the stage computes in."""
+        return self.config.get("precision", "off")
+
+
+def artifact_key(kind: str, fingerprint: str) -> str:
+    """Directory name of an artifact: no name of a stage in it, because equal stages may be called differently."""
+    return f"{kind}-{fingerprint}"
+
+
+def fingerprint_of(key: str) -> str:
+    """The fingerprint in an artifact's directory name."""
+    return key.rpartition("-")[2]
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """The stages of one row and seed, parents before children; roles name the artifacts the result is read from.
+
+    `final` is the evaluation of the row's last student, refined or not.
+    """
+
+    row: str
+    seed: int
+    recipe: Recipe
+    stages: tuple[Stage, ...]
+    roles: dict[str, Stage] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataHashes:
+    """Identity of what a recipe's data part names beside the dataset: its extra pool and label lists."""
+
+    extra: str = ""
+    label_list: str = ""
+    unlabelled_list: str = ""
+
+
+def plan(
+    recipe: Recipe,
+    content_hash: str,
+    *,
+    row: str = "",
+    has_source: bool = True,
+    foundation: str | None = None,
+    hashes: DataHashes = DataHashes(),
+) -> RowPlan:
+    """The stages of one recipe.
+
+    Args:
+        recipe: the row's resolved recipe.
+        content_hash: identity of images and annotations (`DatasetSplits.content_hash`).
+        row: name of the row, for display.
+        has_source: whether the dataset has a source style to pre-train the teacher on.
+        foundation: fingerprint of an imported theta_T0 (a teacher's checkpoints, or `stages.foundation`), which takes
+            the place of pre-training; needed by every kind of teacher but `expert`.
+        hashes: of the extra pool and the label lists, where the recipe names them.
+
+    Raises:
+        ValueError: the recipe needs pseudo-labels and has no teacher to make them.
+    """
+    return _Planner(recipe, content_hash, row, has_source, foundation, hashes).build()
+
+
+def split_part(recipe: Recipe, hashes: DataHashes, *, unlabelled: bool) -> dict[str, Any]:
+    """What the choice of D_l (and D_u, where it is used) depends on beside the dataset: equal parts, equal images."""
+    data = recipe.data
+    part: dict[str, Any] = {
+        "family": data.label_family,
+        "fraction": data.label_fraction,
+        "seed": recipe.seed if data.split_seed is None else data.split_seed,
+    }
+    if data.label_family == "per-class":
+        part["min_per_class"] = data.min_per_class
+    if data.label_list:
+        part["label_list"] = hashes.label_list
+    if data.drop_empty:
+        part["drop_empty"] = True
+    if unlabelled:
+        part["pool"] = data.unlabelled_pool
+        part |= data.model_dump(include={"unlabelled_fraction", "num_unlabelled"})
+        if data.unlabelled_list:
+            part["unlabelled_list"] = hashes.unlabelled_list
+        if data.unlabelled_pool != "rest":
+            part["extra"] = hashes.extra
+    return part
+
+
+class _Planner:
+    def __init__(
+        self,
+        recipe: Recipe,
+        content_hash: str,
+        row: str,
+        has_source: bool,
+        foundation: str | None,
+        hashes: DataHashes,
+    ):
+        self.recipe, self.content_hash, self.row = recipe, content_hash, row
+        self.has_source, self.foundation, self.hashes = has_source, foundation, hashes
+        self.stages: list[Stage] = []
+        self.roles: dict[str, Stage] = {}
+
+    def build(self) -> RowPlan:
+        recipe, stages = self.recipe, self.recipe.stages
+        assert self.foundation is not None or recipe.teacher.kind == "expert"
+        semi, pxl = recipe.loss.lambda_semi, recipe.loss.lambda_pxl
+
+        foundation: Stage | None = None
+        if self.foundation is not None:
+            foundation = Stage("foundation", "train", {}, {}, self.foundation)
+            self.evaluate("zero_shot", foundation, by_teacher=True)
+        elif self.has_source and stages.pretrain.steps > 0:
+            # theta_T0 stands for a published foundation model: one for all seeds, as a downloaded checkpoint would be.
+            foundation = self.train("pretrain", "teacher", stages.pretrain, data="source", seed=0)
+            self.evaluate("zero_shot", foundation, by_teacher=True)
+
+        teacher = foundation
+        if stages.use_adapt:
+            teacher = self.train("adapt", "teacher", stages.adapt, init=foundation, pxl=pxl)
+            if semi > 0:
+                adapted = self.label("label-adapted", teacher)
+                teacher = self.train(
+                    "selftrain", "teacher", stages.selftrain, init=foundation, labels=adapted, semi=1.0, pxl=pxl
+                )
+        if teacher is not None:
+            self.evaluate("teacher", teacher, by_teacher=True)
+
+        use_labels = stages.use_distill and semi > 0
+        if use_labels and teacher is None:
+            raise NoTeacherError(
+                "stages.use_adapt is false and there is no pre-trained teacher (stages.pretrain.steps is 0 or the "
+                "dataset has no source images): nothing can label the unlabelled images (stages.foundation=DIR)"
+            )
+        labels = self.label("label-teacher", teacher, True) if use_labels and teacher is not None else None
+        student = self.train(
+            "distill",
+            "student",
+            stages.distill,
+            labels=labels,
+            semi=semi if use_labels else 0.0,
+            pxl=pxl if stages.use_distill else 0.0,
+        )
+        self.roles["final"] = self.evaluate("student", student)
+        if stages.use_refine and stages.refine.steps > 0:
+            refined = self.train("refine", "student", stages.refine, init=student)
+            self.roles["final"] = self.evaluate("refined", refined)
+        return RowPlan(self.row, recipe.seed, recipe, tuple(self.stages), self.roles)
+
+    def train(
+        self,
+        name: str,
+        model: Literal["teacher", "student"],
+        train: TrainConfig,
+        *,
+        data: Literal["source", "target"] = "target",
+        seed: int | None = None,
+        init: Stage | None = None,
+        labels: Stage | None = None,
+        semi: float = 0.0,
+        pxl: float = 0.0,
+    ) -> Stage:
+        recipe = self.recipe
+        by_teacher = model == "teacher"
+        if recipe.contrastive.kind == "none" or (by_teacher and not recipe.teacher.has_contrast):
+            pxl = 0.0
+        # D_u enters a step only where a term reads it; 1a and 3 are on D_l alone by definition.
+        unlabelled = labels is not None or (pxl > 0 and name == "distill")
+        train_part = train.model_dump(exclude=set(HOW_IT_RUNS))
+        if not train.decay_biases:
+            train_part.pop("decay_biases")
+        if not unlabelled:
+            added = train_part.pop("batch_unlabelled")
+            if name == "distill" and recipe.stages.images_per_step == "total":
+                train_part["batch_labelled"] += added
+        data_part = self._view_part(by_teacher)
+        if name == "distill" and recipe.data.copy_paste:
+            data_part["copy_paste"] = recipe.data.copy_paste
+        of_student = OPTIONAL["loss"] if labels is None or by_teacher else ()
+        loss_part = _without_unused(recipe.loss, OPTIONAL["loss"], exclude=of_student)
+        loss_part |= {"lambda_semi": semi if labels else 0.0, "lambda_pxl": pxl}
+        if labels is None:
+            loss_part.pop("pseudo_weighting")
+        config = {
+            "model": recipe.teacher.training_part() if by_teacher else recipe.student.model_dump(),
+            "train": train_part,
+            "data": data_part,
+            "split": split_part(recipe, self.hashes, unlabelled=unlabelled) if data == "target" else None,
+            "source": data == "source",
+            "unlabelled": unlabelled,
+            "loss": loss_part,
+            "contrastive": recipe.contrastive.model_dump() if pxl > 0 else None,
+            "seed": recipe.seed if seed is None else seed,
+        }
+        if seed is None:  # only where they differ, so that naming the default changes no fingerprint
+            own = {"init_seed": recipe.init_seed, "order_seed": recipe.order_seed}
+            config |= {name: value for name, value in own.items() if value not in (None, recipe.seed)}
+        refresh = recipe.labels.refresh_steps
+        if labels is not None and name in recipe.labels.refresh_stages and refresh:
+            config["refresh_steps"] = refresh
+        stage = self._stage(name, "train", config, {"init": init, "labels": labels}, train.steps)
+        if labels is not None and recipe.labels.mode == "online":
+            parents = {"teacher": labels.parents["teacher"]} | ({"init": init.fingerprint} if init else {})
+            stage = replace(stage, parents=parents, online=labels)
+        return self._add(stage)
+
+    def label(self, name: str, teacher: Stage, for_student: bool = False) -> Stage:
+        how = {"on_empty"} if self.recipe.pseudo.has_vote else {"on_empty", "vote_iou"}
+        config = {
+            "pseudo": _without_unused(self.recipe.pseudo, OPTIONAL["pseudo"], exclude=how),
+            "data": self.recipe.input_size(by_teacher=True).part(),
+            "split": split_part(self.recipe, self.hashes, unlabelled=True),
+            "batch": self.recipe.label_batch,
+        }
+        if part := self.recipe.teacher.inference_part():
+            config["teacher"] = part
+        if for_student and self.recipe.loss.soft_targets != "off":
+            config["soft"] = True
+        stage = self._stage(name, "label", config, {"teacher": teacher})
+        return stage if self.recipe.labels.mode == "online" else self._add(stage)
+
+    def evaluate(self, role: str, model: Stage, by_teacher: bool = False) -> Stage:
+        config: dict[str, Any] = {
+            "evaluation": self.recipe.evaluation.model_dump(exclude={"batch", "every_steps"}),
+            "data": self.recipe.input_size(by_teacher).part(),
+        }
+        if by_teacher and (part := self.recipe.teacher.inference_part()):
+            # Average precision is an area over all scores: a threshold would only cut it off.
+            config["teacher"] = {"inference": part["inference"] | {"score_threshold": 0.0}}
+        stage = self._add(self._stage("evaluate", "evaluate", config, {"model": model}))
+        self.roles[role] = stage
+        return stage
+
+    def _view_part(self, by_teacher: bool) -> dict[str, Any]:
+        """How a train stage makes its views, and the size at which its model sees whole images afterwards.
+
+        Fields at their defaults, and those that the others make idle, are left out.
+        """
+        data, teacher = self.recipe.data, self.recipe.teacher
+        own_px = teacher.image_px if by_teacher else None
+        part = data.model_dump(include=set(VIEW_FIELDS)) | {"image_px": own_px or data.image_px}
+        part["inference_resize"] = self.recipe.input_size(by_teacher).resize
+        if by_teacher and teacher.kind != "expert" and own_px is None:
+            part |= {"whole_images": True, "train_resize": "native"}
+        idle = {name for name in VIEW_FIELDS if name not in ALWAYS_NAMED and part[name] == _default(name)}
+        if part["whole_images"]:
+            idle |= {"scale_jitter", "scale_steps"}
+            if "fit" not in (part["train_resize"], part["inference_resize"]):
+                idle.add("image_px")
+        if part["color"] != "jitter":
+            idle.add("color_jitter")
+        return {name: value for name, value in part.items() if name not in idle}
+
+    def _stage(
+        self, name: str, kind: Kind, config: dict[str, Any], parents: dict[str, Stage | None], steps: int = 0
+    ) -> Stage:
+        parent_prints = {role: parent.fingerprint for role, parent in parents.items() if parent is not None}
+        precision = self.recipe.runtime.precision
+        if precision != "off":  # float32 is left out, as it was before precision was a part of what a stage is
+            config = config | {"precision": precision}
+        return Stage(name, kind, config, parent_prints, self._fingerprint(kind, config, parent_prints), steps)
+
+    def _add(self, stage: Stage) -> Stage:
+        self.stages.append(stage)
+        if stage.kind != "evaluate":
+            self.roles[stage.name] = stage
+        return stage
+
+    def _fingerprint(self, kind: Kind, config: dict[str, Any], parents: dict[str, str]) -> str:
+        identity = {
+            "kind": kind,
+            "version": STAGE_VERSION[kind],
+            "config": config,
+            "parents": parents,
+            "data": self.content_hash,
+        }
+        return digest_of(identity, default=str)
+
+
+def _without_unused(part: Part, optional: Iterable[str], exclude: Iterable[str] = ()) -> dict[str, Any]:
+    """A part as plain data, without those of the optional fields that have their default."""
+    unused = {name for name in optional if getattr(part, name) == type(part).model_fields[name].default}
+    return part.model_dump(exclude={*exclude, *unused})
+
+
+def input_size_of(stage: Stage) -> InputSize:
+    """The size at which the model of a stage sees whole images: a train stage's, once it is trained."""
+    data = stage.config["data"]
+    return InputSize.read(data | {"resize": data.get("inference_resize", "fit")} if stage.kind == "train" else data)
+
+
+def _default(field: str) -> Any:
+    """Of a field of DataConfig."""
+    return DataConfig.model_fields[field].default
+
+
+def given(row: RowPlan) -> set[str]:
+    """Fingerprints that a row's stages read and none of them makes."""
+    made = {stage.fingerprint for stage in row.stages}
+    return {parent for stage in row.stages for parent in stage.parents.values()} - made
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """All rows of a sweep, with what is shared and what the store already holds."""
+
+    rows: tuple[RowPlan, ...]
+    stored: frozenset[str]
+
+    @cached_property
+    def given(self) -> frozenset[str]:
+        """Fingerprints that stages read and none of them makes: imported theta_T0s, which the store holds."""
+        return frozenset(p for row in self.rows for p in given(row))
+
+    @cached_property
+    def unique(self) -> dict[str, Stage]:
+        """Fingerprint -> stage, parents before children."""
+        return {stage.fingerprint: stage for row in self.rows for stage in row.stages}
+
+    @cached_property
+    def users(self) -> dict[str, tuple[int, ...]]:
+        """Fingerprint -> indices of the rows that need the stage."""
+        users: dict[str, list[int]] = {fingerprint: [] for fingerprint in self.unique}
+        for i, row in enumerate(self.rows):
+            for fingerprint in {stage.fingerprint for stage in row.stages}:
+                users[fingerprint].append(i)
+        return {fingerprint: tuple(rows) for fingerprint, rows in users.items()}
+
+    @property
+    def to_run(self) -> list[Stage]:
+        """Unique stages that the store does not hold, parents before children."""
+        return [stage for fingerprint, stage in self.unique.items() if fingerprint not in self.stored]
+
+    @cached_property
+    def steps_from_scratch(self) -> int:
+        """Optimiser steps if every row ran all of its stages by itself."""
+        return sum(stage.steps for row in self.rows for stage in row.stages)
+
+    @property
+    def steps_unique(self) -> int:
+        return sum(stage.steps for stage in self.unique.values())
+
+    @property
+    def steps_to_run(self) -> int:
+        return sum(stage.steps for stage in self.to_run)
+
+
+def plan_sweep(rows: Iterable[RowPlan], stored: Iterable[str]) -> SweepPlan:
+    """Joins the plans of all rows; `stored`: fingerprints that the artifact store holds.
+
+    Equal stages become one object, so that the memory of a plan grows with its unique stages.
+    """
+    known: dict[str, Stage] = {}
+    joined = []
+    for row in rows:
+        stages = tuple(known.setdefault(stage.fingerprint, stage) for stage in row.stages)
+        joined.append(replace(row, stages=stages, roles={r: known[s.fingerprint] for r, s in row.roles.items()}))
+    return SweepPlan(tuple(joined), frozenset(known.keys() & set(stored)))

@@ -1,0 +1,89 @@
+"""Which images of a sweep's dataset are labelled and unlabelled: chosen once, before anything runs, kept in the store.
+
+<storage>/splits/<key>.json    rows of the record tables, and how they were chosen
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from cast_ray.common.digest import digest_of
+from cast_ray.data.splits.fractions import LabelSplit, split
+from cast_ray.plan.graph import split_part
+from cast_ray.recipe import Recipe
+from cast_ray.runtime.data.dataset import LABEL_INDEX, StoredDataset
+from cast_ray.runtime.store.artifacts import ArtifactStore
+
+
+def split_key(content_hash: str, part: dict[str, Any]) -> str:
+    """Name of a stored choice of images; `part`: of a stage, see `graph.split_part`."""
+    return digest_of([content_hash, part])
+
+
+def store_splits(dataset: StoredDataset, recipes: Iterable[Recipe], store: ArtifactStore) -> list[str]:
+    """Chooses the labelled and unlabelled images of every recipe, once, where the lists can be read.
+
+    Returns:
+        A sentence for each choice whose labelled images hold no object, though the training images do.
+
+    Raises:
+        ValueError: a fraction or list leaves too few images for a recipe's workers, or does not fit the dataset.
+    """
+    records = store.read_table(dataset.key, f"{LABEL_INDEX}.parquet")
+    done: set[str] = set()
+    warnings: dict[str, None] = {}
+    has_objects = bool(pc.max(pc.list_value_length(records.column("category_ids"))).as_py())
+    for recipe in recipes:
+        data, workers = recipe.data, recipe.runtime.num_workers
+        needs_unlabelled = recipe.loss.lambda_semi > 0 or recipe.loss.lambda_pxl > 0
+        parts = [split_part(recipe, dataset.hashes(data), unlabelled=u) for u in (False, True)]
+        keys = [split_key(dataset.content_hash, part) for part in parts]
+        once = f"{keys[1]} {workers} {needs_unlabelled}"
+        if once in done:
+            continue
+        done.add(once)
+        chosen = split(records, data, recipe.seed, dataset.source_of(data, store), workers)
+        if has_objects and not chosen.facts["num_with_objects"]:
+            warnings[_no_object(chosen.facts)] = None
+        if needs_unlabelled and len(chosen.unlabelled) < workers:
+            raise ValueError(
+                f"data.label_fraction {data.label_fraction} of {dataset.num_images['train']} images leaves "
+                f"{len(chosen.unlabelled)} unlabelled images{_without_copies(chosen.facts)}: expected at least 1 per "
+                f"worker ({workers}), or data.unlabelled_pool=both"
+            )
+        for key, unlabelled in zip(keys, (chosen.unlabelled[:0], chosen.unlabelled)):
+            rows = {"labelled": chosen.labelled.tolist(), "unlabelled": unlabelled.tolist()}
+            facts = dict(chosen.facts)
+            if not len(unlabelled):
+                facts |= {"num_unlabelled": 0, "num_extra": 0}
+                facts.pop("num_copies", None)
+            store.write_json(f"splits/{key}.json", {"facts": facts} | rows)
+    return list(warnings)
+
+
+def _without_copies(facts: dict[str, Any]) -> str:
+    number = facts.get("num_copies")
+    return f" ({number:,} more are copies of labelled or validation images, which D_u never holds)" if number else ""
+
+
+def _no_object(facts: dict[str, Any]) -> str:
+    chosen = facts["label_list"] if "label_list" in facts else f"data.label_fraction={facts['fraction']:g}"
+    return (
+        f"No object in the {facts['num_labelled']:,} labelled images ({chosen}, seed {facts['seed']}): "
+        "nothing can be learnt from them. Choose more images, another data.split_seed, or data.label_family=per-class, "
+        "which takes images with objects first."
+    )
+
+
+def stored_split(store: ArtifactStore, content_hash: str, part: dict[str, Any]) -> LabelSplit:
+    """The images of a stage, as `store_splits` chose them; rows past the training images are the extra pool's."""
+    content = store.find_bytes(f"splits/{split_key(content_hash, part)}.json")
+    assert content is not None
+    chosen = json.loads(content)
+    labelled, unlabelled = (np.array(chosen[name], dtype=np.int64) for name in ("labelled", "unlabelled"))
+    return LabelSplit(labelled, unlabelled, chosen["facts"])

@@ -1,0 +1,1 @@
+"""Artifacts: their files and manifests, claims of running sweeps, pruning. Without torch, except `models`."""

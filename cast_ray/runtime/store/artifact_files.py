@@ -1,0 +1,11 @@
+"""Names of the files inside an artifact."""
+
+from __future__ import annotations
+
+LABELS = "labels/labels.parquet"
+
+
+METRICS, RESULTS, MATCHES = "metrics.json", "results.json", "matches.npz"
+"""Files of an evaluation."""
+AUDIT = "audit.json"
+"""File of a labelling stage."""

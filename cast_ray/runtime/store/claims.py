@@ -1,0 +1,250 @@
+"""Who makes which stage, agreed through the store: sweeps of several users, machines and Ray clusters share stages.
+
+    <storage>/claims/holders/<holder>.json          a running sweep, rewritten every BEAT_S
+    <storage>/claims/plans/<holder>.json            the fingerprints it needs: what `store gc` must leave alone
+    <storage>/claims/stages/<fingerprint>~<holder>  "I make this stage"
+    <storage>/claims/pruning/<holder>.json          a `store gc` at work
+
+An object store has no atomic rename and no lock. What it has is enough for mutual exclusion: a file that is written is
+in every later listing (S3 since 2020, GCS, a local disk; NFS within its directory cache). To claim a stage, a holder
+writes its own file and then lists the stage's: if it is alone, the stage is its own. Of two holders at least the one
+that lists later sees both files, and who sees another's file takes its own back and tries again later. So two holders
+never both believe that they are alone.
+
+Time enters only where a holder dies with its claims. It counts as dead when its file is gone or has not changed for
+DEAD_AFTER_S while we watched (by our own clock: clocks need not agree), or at once when it was a process of this
+machine that no longer runs. A holder that was only paused that long may wake up and finish a stage that another has
+taken over. Then, as on NFS with a stale cache, a stage is made twice. That costs time and nothing else: each attempt
+writes a folder of its own (see `store.py`), and a reader finds whole artifacts only.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cast_ray.runtime.store.artifacts import ArtifactStore
+
+BEAT_S = 10.0
+DEAD_AFTER_S = 60.0
+PRUNING_POLL_S = 1.0
+SEPARATOR = "~"
+ROLES = {"sweep": "holders", "gc": "pruning"}
+"""What a holder is -> folder of its file."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that makes or prunes stages, as others see it."""
+
+    id: str
+    host: str
+    pid: int
+    pid_namespace: str
+    pid_started: str
+    user: str
+    command: str
+    since: float
+
+    @classmethod
+    def of_this_process(cls, command: str) -> Holder:
+        return cls(
+            id=uuid.uuid4().hex[:12],
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            pid_namespace=_pid_namespace(),
+            pid_started=_start_of(os.getpid()) or "",
+            user=_user(),
+            command=command,
+            since=time.time(),
+        )
+
+    def is_gone(self) -> bool:
+        """Whether it was a process of this machine that has ended; False where this cannot be known."""
+        if self.host != socket.gethostname() or not self.pid_namespace or self.pid_namespace != _pid_namespace():
+            return False
+        return _start_of(self.pid) != self.pid_started
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user id without a name
+        return str(os.getuid())
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _start_of(pid: int) -> str | None:
+    """When a process of this machine started (ticks since boot); None when there is none."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else rest[18]
+
+
+class Watch:
+    """Which holders are alive, judged by what this process has seen of them."""
+
+    def __init__(self, store: ArtifactStore, clock: Callable[[], float] = time.monotonic):
+        self.store, self.clock = store, clock
+        self.seen: dict[str, tuple[bytes, float]] = {}
+
+    def is_alive(self, holder: str, role: str = "sweep") -> bool:
+        beat = self.store.find_bytes(f"claims/{ROLES[role]}/{holder}.json")
+        if beat is None:
+            return False
+        before, since = self.seen.get(holder, (None, 0.0))
+        if beat != before:
+            self.seen[holder] = (beat, self.clock())
+            return not read_holder(beat).is_gone()
+        return self.clock() - since < DEAD_AFTER_S and not read_holder(beat).is_gone()
+
+
+def read_holder(beat: bytes) -> Holder:
+    """The holder that a file of `claims/holders` or `claims/pruning` describes."""
+    return Holder(**{k: v for k, v in json.loads(beat).items() if k != "beat"})
+
+
+class Presence:
+    """Shows others that this process is at work; a context manager around a sweep, or around `store gc`.
+
+    Entering a sweep's presence waits for a `store gc` at work and then leaves word of what the sweep needs, before the
+    sweep looks what is stored: so nothing that it finds is pruned under it.
+    """
+
+    def __init__(self, store: ArtifactStore, command: str, role: str = "sweep"):
+        self.store, self.role = store, role
+        self.holder = Holder.of_this_process(command)
+        self.stopped = threading.Event()
+        self.beats = 0
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    @property
+    def path(self) -> str:
+        return f"claims/{ROLES[self.role]}/{self.holder.id}.json"
+
+    def __enter__(self) -> Presence:
+        self._beat()
+        self.thread.start()
+        return self
+
+    def need(self, fingerprints: Iterable[str], on_wait: Callable[[Holder], None] = lambda holder: None) -> None:
+        """Declares what this sweep needs; returns when no `store gc` is at work that may not have seen it."""
+        plan = {"fingerprints": sorted(set(fingerprints))}
+        self.store.write_bytes(f"claims/plans/{self.holder.id}.json", json.dumps(plan).encode())
+        watch, told = Watch(self.store), False
+        while pruning := [h for h in _holders(self.store, "gc") if watch.is_alive(h.id, "gc")]:
+            if not told:
+                on_wait(pruning[0])
+                told = True
+            self.stopped.wait(PRUNING_POLL_S)
+
+    def __exit__(self, *_: Any) -> None:
+        self.stopped.set()
+        self.thread.join(timeout=10)
+        for name in self.store.list_names("claims/stages"):
+            if name.endswith(SEPARATOR + self.holder.id):
+                self.store.delete(f"claims/stages/{name}")
+        self.store.delete(f"claims/plans/{self.holder.id}.json")
+        self.store.delete(self.path)
+
+    def _beat(self) -> None:
+        self.beats += 1
+        self.store.write_json(self.path, asdict(self.holder) | {"beat": self.beats})
+
+    def _run(self) -> None:
+        while not self.stopped.wait(BEAT_S):
+            try:
+                self._beat()
+            except OSError:  # the store is out of reach for a moment; dead only after DEAD_AFTER_S
+                continue
+
+
+class Claims:
+    """One holder's claims on stages, used by its broker."""
+
+    def __init__(self, store: ArtifactStore, holder: str):
+        self.store, self.holder = store, holder
+        self.watch = Watch(store)
+
+    def take(self, keys: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+        """Claims stages, in order, up to the first that another holder has.
+
+        Args:
+            keys: of artifacts; later ones may read earlier ones.
+
+        Returns:
+            the keys taken, and what stopped there: {key: holder} of every key that another one claims.
+        """
+        for key in keys:
+            self.store.write_bytes(self._path(key), b"")
+        others = self.others()
+        taken = []
+        for key in keys:
+            if key in others:
+                break
+            taken.append(key)
+        self.give_back(key for key in keys if key not in taken)
+        return taken, {key: others[key] for key in keys if key in others}
+
+    def others(self) -> dict[str, str]:
+        """Key -> living holder of every stage that another one claims; claims of the dead are cleared away."""
+        found: dict[str, str] = {}
+        alive: dict[str, bool] = {}
+        for name in self.store.list_names("claims/stages"):
+            key, _, holder = name.rpartition(SEPARATOR)
+            if holder == self.holder:
+                continue
+            if holder not in alive:
+                alive[holder] = self.watch.is_alive(holder)
+            if alive[holder]:
+                found[key] = holder
+            else:
+                self.store.delete(f"claims/stages/{name}")
+        return found
+
+    def give_back(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            self.store.delete(self._path(key))
+
+    def _path(self, key: str) -> str:
+        return f"claims/stages/{key}{SEPARATOR}{self.holder}"
+
+
+def _holders(store: ArtifactStore, role: str) -> list[Holder]:
+    names = store.list_names(f"claims/{ROLES[role]}")
+    beats = [store.find_bytes(f"claims/{ROLES[role]}/{name}") for name in names if name.endswith(".json")]
+    return [read_holder(beat) for beat in beats if beat is not None]
+
+
+def live_sweeps(store: ArtifactStore, silent_s: float) -> dict[Holder, set[str]]:
+    """Sweeps that may be at work and the fingerprints they need, for `store gc`.
+
+    A single look cannot tell a dead sweep of another machine from a living one, so every sweep counts whose file was
+    written within `silent_s` by the store's own clock; one of this machine that has ended does not.
+    """
+    now = store.now()
+    found = {}
+    for holder in _holders(store, "sweep"):
+        written = store.changed(f"claims/holders/{holder.id}.json")
+        if written is None or holder.is_gone() or now - written > silent_s:
+            continue
+        plan = store.find_bytes(f"claims/plans/{holder.id}.json")
+        found[holder] = set(json.loads(plan)["fingerprints"]) if plan else set()
+    return found

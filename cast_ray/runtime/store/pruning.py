@@ -1,0 +1,129 @@
+"""Garbage collection of a store, safe beside sweeps that are at work in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.fs
+
+from cast_ray.plan.graph import fingerprint_of
+from cast_ray.runtime.store.artifacts import MANIFEST, ArtifactStore, Listed, read_each
+from cast_ray.runtime.store.claims import Holder, Presence, live_sweeps
+
+SILENT_S = 3600.0
+"""A sweep whose sign of life is older than this is over; they come every few seconds, and clocks may differ."""
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What can go, and what stays because somebody may need it.
+
+    unfinished: artifacts without a manifest; artifacts: finished ones; leftovers: paths of attempts, checkpoints and
+    logs that nothing leads to any more; in_use: artifacts kept for each live sweep.
+    """
+
+    unfinished: tuple[Listed, ...]
+    artifacts: tuple[Listed, ...]
+    leftovers: tuple[str, ...]
+    in_use: Mapping[Holder, int]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the artifacts; leftovers are not measured."""
+        return sum(a.num_bytes for a in (*self.unfinished, *self.artifacts))
+
+
+def find_prunable(store: ArtifactStore, older_s: float | None = None, unused: bool = False) -> Pruning:
+    """What `prune` would remove now.
+
+    Args:
+        older_s: also finished artifacts written longer ago than this.
+        unused: also finished artifacts that no result.json of the store names; with `older_s`: only those of them.
+    """
+    sweeps = live_sweeps(store, SILENT_S)
+    needed = {fingerprint for plan in sweeps.values() for fingerprint in plan}
+    now = store.now()
+    unfinished, finished = [], []
+    listed = store.list_artifacts()
+    for artifact in listed.values():
+        if artifact.fingerprint in needed:
+            continue
+        if artifact.committed is None:
+            # Its writer may not have been a sweep (an imported foundation, a dataset): give it time.
+            if now - artifact.changed > SILENT_S or not sweeps:
+                unfinished.append(artifact)
+        elif older_s is not None or unused:
+            finished.append(artifact)
+    if older_s is not None:
+        finished = [a for a in finished if now - a.changed > older_s]
+    if unused and finished:
+        used = _used(store)
+        finished = [a for a in finished if a.fingerprint not in used]
+    return Pruning(
+        tuple(unfinished),
+        tuple(finished),
+        tuple(_leftovers(store, listed, needed, bool(sweeps))),
+        {holder: sum(a.fingerprint in plan for a in listed.values()) for holder, plan in sweeps.items()},
+    )
+
+
+def prune(store: ArtifactStore, older_s: float | None, unused: bool, command: str) -> Pruning:
+    """Removes what can go and returns what that was.
+
+    A sweep that starts meanwhile either sees this pruning and waits for its end before it looks what is stored, or has
+    left word of what it needs before the plan is made (see `Presence.need`).
+    """
+    with Presence(store, command, role="gc"):
+        pruning = find_prunable(store, older_s, unused)
+        for artifact in (*pruning.unfinished, *pruning.artifacts):
+            store.delete_artifact(artifact.key)
+        for path in pruning.leftovers:
+            store.delete(path)
+    return pruning
+
+
+def _used(store: ArtifactStore) -> set[str]:
+    """Fingerprints that some result names, with their ancestors."""
+    fs, root = store._fs
+    selector = pa.fs.FileSelector(f"{root}/runs", recursive=True, allow_not_found=True)
+    paths = [i.path[len(root) + 1 :] for i in fs.get_file_info(selector) if i.base_name == "result.json"]
+    results = []
+    for path, data in zip(paths, read_each(store.find_bytes, paths)):
+        try:
+            results += [json.loads(data)] if data else []
+        except ValueError as error:
+            raise ValueError(
+                f"{store.uri(path)}: cannot be read, so that nothing says what it uses: run its sweep again, or remove "
+                f"it: {error}"
+            ) from None
+    used = {stage["fingerprint"] for result in results for stage in result["stages"]}
+    used |= {fingerprint for result in results for fingerprint in result.get("given", [])}
+    return used | {fingerprint_of(result["dataset"].get("artifact", "")) for result in results}
+
+
+def _leftovers(store: ArtifactStore, listed: Mapping[str, Listed], needed: set[str], busy: bool) -> list[str]:
+    """Checkpoints of finished or forgotten stages, attempts beside the one that counts, logs of Tune."""
+    committed = {a.fingerprint for a in listed.values() if a.committed is not None}
+    paths = []
+    in_progress: set[str] = set()
+    for name in store.list_names("checkpoints"):
+        fingerprint = name.removesuffix(".json")
+        note = store.find_checkpoint(fingerprint)
+        if fingerprint in needed and fingerprint not in committed:
+            in_progress |= set((note or {}).get("runs", []))
+        elif fingerprint in committed or not busy:
+            paths.append(f"checkpoints/{name}")
+    if busy:  # whose runs these are cannot be told apart
+        return paths
+    paths += [f"train/{name}" for name in store.list_names("train") if name not in in_progress]
+    paths += [f"tune/{name}" for name in store.list_names("tune")]
+    keys = [a.key for a in listed.values() if a.committed is not None]
+    for key, manifest, names in zip(
+        keys, read_each(store.find_manifest, keys), read_each(lambda k: store.list_names(f"artifacts/{k}"), keys)
+    ):
+        if manifest and (counts := manifest.get("attempt")):
+            paths += [f"artifacts/{key}/{name}" for name in names if name not in (MANIFEST, counts)]
+    return paths

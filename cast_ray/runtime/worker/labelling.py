@@ -1,0 +1,84 @@
+"""The labelling stage (1b, 2a): images in, pseudo-labels out, in blocks that survive whoever made them.
+
+A block of images becomes one Parquet file below `<storage>/labels/<fingerprint>/`, which appears whole or not at all. A
+job that was killed goes on with the blocks that are missing. When none is, they are joined into one file of the stage's
+artifact, which is committed, and removed.
+
+An image that cannot be read is left out of the labels, and so of the training that uses them; its file and the reason
+are in the manifest (`skipped`). Above `data.max_bad_fraction` the stage fails.
+
+Who labels: by default the workers that train (`stage_loop._label`), one block after the other on each: the teacher's
+training has just ended there, so nothing has to start. With `runtime.num_labellers` a job of its own runs a Ray Data
+pipeline with the teacher in a pool of actors, for more devices than train. The blocks, and so the labels, are the same.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet
+import ray
+import ray.data
+from ray.util.placement_group import PlacementGroup
+
+from cast_ray.runtime.data.block_source import Rows
+from cast_ray.runtime.data.pictures import Pictures, picture_dataset
+from cast_ray.runtime.data.resources import configure_data, labeller_bundle, reserve, stream_bundle
+from cast_ray.runtime.worker.label_job import LabelJob
+
+
+def label_images(job: LabelJob) -> dict[str, Any]:
+    """Runs a labelling stage as a job of its own; see `LabelJob.facts` and `join` for what it returns and raises."""
+    runtime, began = job.recipe.runtime, time.monotonic()
+    job.start()
+    blocks = job.missing(job.blocks)
+    if blocks:
+        with reserve([stream_bundle(runtime), *[labeller_bundle(runtime)] * runtime.num_labellers]) as group:
+            _run(job, group, blocks)
+    return job.facts(blocks, began) | ray.get(_join.remote(job))
+
+
+# Rows in the making are kept out of the driver's memory; its trial's placement group holds nothing but the driver.
+@ray.remote(num_cpus=0.01, scheduling_strategy="DEFAULT")
+def _join(job: LabelJob) -> dict[str, Any]:
+    return job.join()
+
+
+def _run(job: LabelJob, group: PlacementGroup, blocks: list[Rows]) -> None:
+    runtime, images = job.recipe.runtime, job.images
+    configure_data(group, runtime, -1)
+    pictures = picture_dataset(images.records, images.unlabelled, job.input_size, runtime, blocks, skip_bad=True)
+    labelled = pictures.map_batches(
+        _Labeller,
+        fn_constructor_args=(job,),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=runtime.num_labellers),
+        num_cpus=runtime.cpus_per_labeller,
+        num_gpus=1 if runtime.use_gpu else 0,
+    )
+    for _ in labelled.iter_batches(batch_size=None, batch_format="pyarrow"):
+        pass
+
+
+class _Labeller:
+    """An actor of the pool: holds the teacher on its device, writes each block's labels and passes on what it wrote."""
+
+    def __init__(self, job: LabelJob):
+        import torch
+
+        from cast_ray.runtime.process_settings import prepare_process
+        from cast_ray.runtime.worker.labeller import PseudoLabeller
+
+        prepare_process()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.labeller = PseudoLabeller(job.store, job.stage, device)
+        self.job = job
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        pictures = Pictures.of(block)
+        self.job.write(pictures, self.labeller.label(pictures))
+        return block.select(["position"])

@@ -1,0 +1,105 @@
+"""Measuring a model on validation images in one process; `evaluation` spreads the images over workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from cast_ray.contracts.records import Category, ClassMap
+from cast_ray.evaluation.coco_results import coco_results
+from cast_ray.evaluation.detections import Detections, Truth, tie_order
+from cast_ray.evaluation.matches import DetectionMatches, join
+from cast_ray.evaluation.measures import match_images
+from cast_ray.models.postprocess import predict_in_groups
+from cast_ray.recipe import EvaluationConfig, InputSize, Recipe, RuntimeConfig
+from cast_ray.runtime.data.pictures import picture_dataset, pictures
+from cast_ray.runtime.data.record_tables import record_at
+from cast_ray.runtime.worker.segment import Segment
+from cast_ray.teachers.protocol import Teacher
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """The images that models are measured on, by reference, and how; small, sent to workers and actors."""
+
+    records: ray.ObjectRef
+    num_images: int
+    input_size: InputSize
+    categories: tuple[Category, ...]
+    settings: EvaluationConfig
+    runtime: RuntimeConfig
+
+    @classmethod
+    def of(cls, segment: Segment, recipe: Recipe, input_size: InputSize) -> ValidationSet:
+        """Of a segment: the first `evaluation.num_images` validation images, at the size that a model sees."""
+        assert segment.val is not None
+        num_images = min(segment.num_val, recipe.evaluation.num_images or segment.num_val)
+        return cls(segment.val, num_images, input_size, segment.categories, recipe.evaluation, recipe.runtime)
+
+    def tie_order(self) -> np.ndarray:
+        table: pa.Table = ray.get(self.records)
+        return tie_order(table.column("image_id").slice(0, self.num_images).to_pylist())
+
+
+def measure(
+    teacher: Teacher,
+    images: ValidationSet,
+    rows: np.ndarray,
+    device: torch.device,
+    on_batch: Callable[[int, Iterator[dict[str, Any]]], None] = lambda count, results: None,
+) -> DetectionMatches:
+    """Matches a model's detections on some validation images.
+
+    Args:
+        teacher: a teacher, or a student as one, on `device`.
+        rows: int [n], row numbers of the images.
+        on_batch: called with the number of images done and the COCO results of each batch.
+
+    Raises:
+        RuntimeError: images went missing on the way.
+    """
+    settings, classes = images.settings, ClassMap(images.categories)
+    parts, positions, done = [], [], 0
+    for batch in pictures(picture_dataset(images.records, rows, images.input_size, images.runtime)):
+        found = predict(
+            teacher, batch.pixels, batch.image_hw, batch.resized_hw, settings.max_detections, settings.batch
+        )
+        records = [record_at(images.records, rows[p]) for p in batch.positions]
+        truth = [Truth.of(record, classes) for record in records]
+        parts.append(match_images(truth, [Detections.of(f) for f in found], len(classes), settings))
+        positions.append(np.array(batch.positions))
+        done += len(batch.positions)
+        on_batch(done, coco_results([r["image_id"] for r in records], found, images.categories))
+    if done != len(rows):
+        raise RuntimeError(f"evaluate: {len(rows)} images went in, {done} came out")
+    if not parts:  # more workers than images
+        parts, positions = [match_images([], [], len(classes), settings)], [np.arange(0)]
+    return join(parts, positions)
+
+
+def predict(
+    teacher: Teacher,
+    images: Sequence[np.ndarray],
+    image_hw: Sequence[tuple[int, int]],
+    resized_hw: Sequence[tuple[int, int]],
+    max_detections: int,
+    batch: int,
+) -> list[list[dict[str, Any]]]:
+    """Instances of each image at its own size, as from `Teacher.predict`, with scores in single precision.
+
+    A score is single precision wherever it goes, so that the results file and what is stored of the matches rank alike.
+
+    Args:
+        teacher: a teacher, or a student as one.
+        images: B of uint8 [3, H, W], at the teacher's `input_size`.
+        image_hw, resized_hw: B original sizes and sizes inside the padding, pixels.
+        batch: most images of one forward pass; only images of one size pass together.
+    """
+    found = predict_in_groups(teacher.predict, images, image_hw, resized_hw, max_detections, batch)
+    return [[i | {"score": float(np.float32(i["score"]))} for i in instances] for instances in found]

@@ -1,0 +1,253 @@
+"""Online labels: teachers on devices of their own label images while a student trains on them.
+
+A Data task of the student's stream reads its images, sends the unlabelled ones (weak, uncropped, fitted as in the
+offline job) to a teacher actor, waits, and crops what comes back with the images. The teachers are plain actors that
+all streams of a stage share, not an actor pool of each stream: every Train worker has a stream of its own, and each
+pool would hold teachers of its own. So nothing is decoded twice and no pixels pass through the object store but on
+their way to the teacher; and as a task asks for one group of images at a time, there are never more requests than tasks
+(`budget.tasks_per_stream` of each worker): a student that is slow holds its teachers back.
+
+A mean teacher (`labels.refresh_steps` = N, in self-training or of the student) needs a rule that does not depend on who
+is faster. Steps are cut into windows of N. A window is labelled by the weight average of the model as it stood one
+window before the window's start: steps 0..2N-1 by the frozen teacher (theta_T' in 1c, theta_T'' in 2b), steps 2N..3N-1
+by the average after step N, and so on. In 2b that average is a student: another model, which sees images at its own
+size. Teachers may thus work
+a whole window ahead, and whenever a label is asked for, its teacher's weights exist or will be made without it: nothing
+can wait for itself. Weights are published by rank 0 and kept in the store until the stage ends, so that a resumed stage
+labels as if it had not stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cast_ray.contracts.records import Category
+from cast_ray.plan.graph import Stage, input_size_of
+from cast_ray.recipe import InputSize, Recipe, RuntimeConfig
+from cast_ray.runtime.data.pictures import Pictures
+from cast_ray.runtime.data.resources import labeller_bundle, num_teachers
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.worker.label_job import nothing_found
+
+VERSIONS_HELD = 4
+EMPTY_AFTER = 500
+"""Images without a label after which a teacher is said to find nothing; its student has hardly begun by then."""
+
+
+def version_of(step: int, refresh_steps: int) -> int:
+    """Which teacher labels a step: 0 is the frozen one, v the weight average after step v * refresh_steps."""
+    return max(0, step // refresh_steps - 1) if refresh_steps else 0
+
+
+def versions_from(step: int, refresh_steps: int) -> list[int]:
+    """Published versions that a stage needs when it goes on at a step."""
+    window = step // refresh_steps if refresh_steps else 0
+    return [version for version in (window - 1, window) if version > 0]
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A student in training that labels: its architecture (fields of ModelConfig), and the size at which it does."""
+
+    model: dict[str, Any]
+    input_size: InputSize
+
+
+@dataclass(frozen=True)
+class OnlineLabels:
+    """What a training stream's tasks need to have their images labelled: a label stage and who runs it.
+
+    learner: the model in training, where it is not the teacher's own (2b): from version 1 on it labels.
+    """
+
+    stage: Stage
+    teachers: tuple[Any, ...]
+    versions: Any
+    refresh_steps: int
+    learner: Learner | None = None
+
+    @property
+    def batch(self) -> int:
+        """Images of a teacher's forward pass."""
+        return self.stage.config["batch"]
+
+    def input_size_of(self, version: int) -> InputSize:
+        """The size at which a version of the teacher sees whole images."""
+        return self.learner.input_size if self.learner is not None and version else input_size_of(self.stage)
+
+    def version_of(self, step: int) -> int:
+        return version_of(step, self.refresh_steps)
+
+    def label(self, pictures: Pictures, version: int, turn: int) -> list[list[dict[str, Any]]]:
+        """Instances of each image as of LABEL_SCHEMA; waits for the teacher's weights, then for a teacher."""
+        weights = ray.get(self.versions.get.remote(version)) if version else None
+        teacher = self.teachers[turn % len(self.teachers)]
+        return ray.get(teacher.label.remote(self.stage, self.learner, version, weights, pictures))
+
+
+# It holds no state but what it loaded last, so that a lost one is replaced without anybody noticing.
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+class OnlineTeacher:
+    """A teacher on a device of its own; loads whichever stage's, in whichever version, is asked for."""
+
+    def __init__(self, store: ArtifactStore, recipe: Recipe, categories: tuple[Category, ...]):
+        from cast_ray.runtime.process_settings import prepare_process
+
+        prepare_process()
+        self.store, self.recipe, self.categories = store, recipe, categories
+        self.loaded: tuple[str, int] = ("", 0)
+        self.labeller: Any = None
+        self.num_images = self.num_labels = 0
+
+    def label(
+        self,
+        stage: Stage,
+        learner: Learner | None,
+        version: int,
+        weights: list[ray.ObjectRef] | None,
+        pictures: Pictures,
+    ) -> list[list[dict[str, Any]]]:
+        """Instances of each image as of LABEL_SCHEMA.
+
+        Raises:
+            ValueError: the first EMPTY_AFTER images got no label, and `pseudo.on_empty` is stop.
+        """
+        if self.loaded != (stage.fingerprint, version):
+            self._load(stage, learner, version, weights)
+        labels = self.labeller.label(pictures)
+        self.num_images += len(labels)
+        self.num_labels += sum(map(len, labels))
+        if (
+            version == 0
+            and self.num_labels == 0
+            and self.num_images >= EMPTY_AFTER
+            and self.recipe.pseudo.on_empty == "stop"
+        ):
+            raise ValueError(nothing_found(stage, self.recipe, self.categories, f"the first {self.num_images}"))
+        return labels
+
+    def _load(self, stage: Stage, learner: Learner | None, version: int, weights: list[ray.ObjectRef] | None) -> None:
+        import torch
+
+        from cast_ray.recipe import ModelConfig
+        from cast_ray.runtime.worker.labeller import PseudoLabeller
+
+        if self.loaded[0] != stage.fingerprint or version == 0:
+            self.num_images = self.num_labels = 0
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            self.labeller = PseudoLabeller(self.store, stage, device)
+        if learner is not None and version:
+            self.labeller.become(ModelConfig(**learner.model), learner.input_size)
+        if weights is not None:
+            self.labeller.load(ray.get(weights[0]))
+        self.loaded = (stage.fingerprint, version)
+
+
+@ray.remote(num_cpus=0)
+class TeacherVersions:
+    """The published weights of the stage that refreshes its teacher; who asks too early waits."""
+
+    def __init__(self) -> None:
+        self.weights: dict[int, ray.ObjectRef] = {}
+        self.changed = asyncio.Condition()
+
+    async def start(self, weights: dict[int, list[ray.ObjectRef]]) -> None:
+        """A stage begins, or goes on, with these versions published."""
+        async with self.changed:
+            self.weights = {version: refs[0] for version, refs in weights.items()}
+            self.changed.notify_all()
+
+    async def publish(self, version: int, weights: list[ray.ObjectRef]) -> None:
+        async with self.changed:
+            self.weights[version] = weights[0]
+            for old in sorted(self.weights)[:-VERSIONS_HELD]:
+                del self.weights[old]
+            self.changed.notify_all()
+
+    async def get(self, version: int) -> list[ray.ObjectRef]:
+        async with self.changed:
+            await self.changed.wait_for(lambda: version in self.weights)
+            return [self.weights[version]]
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """The actors that label online for one segment."""
+
+    actors: tuple[Any, ...]
+    versions: Any
+
+    def labels(self, stage: Stage) -> OnlineLabels:
+        """For the stream of a stage that labels online."""
+        assert stage.online is not None
+        learner = Learner(stage.config["model"], input_size_of(stage)) if stage.name == "distill" else None
+        return OnlineLabels(stage.online, self.actors, self.versions, stage.config.get("refresh_steps", 0), learner)
+
+
+def teacher_bundles(runtime: RuntimeConfig) -> list[dict[str, float]]:
+    """What the teachers of a segment reserve."""
+    return [labeller_bundle(runtime)] * num_teachers(runtime)
+
+
+def start_teachers(
+    store: ArtifactStore, recipe: Recipe, categories: tuple[Category, ...], group: PlacementGroup, first_bundle: int
+) -> Teachers:
+    """Teachers in a group's last bundles. They end with the group, so that no stage is left without."""
+    runtime = recipe.runtime
+    actors = tuple(
+        OnlineTeacher.options(  # type: ignore[attr-defined]
+            num_cpus=runtime.cpus_per_labeller,
+            num_gpus=1 if runtime.use_gpu else 0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=first_bundle + i),
+        ).remote(store, recipe, categories)
+        for i in range(num_teachers(runtime))
+    )
+    return Teachers(actors, TeacherVersions.remote())  # type: ignore[attr-defined]
+
+
+class Publisher:
+    """Rank 0's side of a refreshed teacher: publishes weights, keeps them for a resume, forgets what none can need."""
+
+    def __init__(self, store: ArtifactStore, fingerprint: str, labels: OnlineLabels):
+        self.store, self.folder = store, f"refresh/{fingerprint}"
+        self.versions, self.refresh_steps = labels.versions, labels.refresh_steps
+        self.checkpoint = 0
+
+    def _path(self, version: int) -> str:
+        return f"{self.folder}/{_file_name(version)}"
+
+    def can_resume(self, step: int) -> bool:
+        """Whether the weights that a resume at a step needs are all kept."""
+        kept = set(self.store.list_names(self.folder))
+        return all(_file_name(version) in kept for version in versions_from(step, self.refresh_steps))
+
+    def start(self, step: int) -> None:
+        """Publishes what a stage that goes on at `step` needs."""
+        self.checkpoint = step
+        kept = {v: self.store.find_bytes(self._path(v)) for v in versions_from(step, self.refresh_steps)}
+        ray.get(self.versions.start.remote({version: [ray.put(weights)] for version, weights in kept.items()}))
+
+    def publish(self, step: int, weights: bytes) -> None:
+        """The weight average after `step` steps, a multiple of `refresh_steps`."""
+        version = step // self.refresh_steps
+        self.store.write_bytes(self._path(version), weights)
+        self.versions.publish.remote(version, [ray.put(weights)])
+
+    def noted_checkpoint(self, step: int) -> None:
+        """From now on a resume starts at `step`, or at the checkpoint before it where that one is damaged."""
+        needed = versions_from(self.checkpoint, self.refresh_steps)
+        oldest = needed[0] if needed else 1
+        for name in self.store.list_names(self.folder):
+            if name < _file_name(oldest):
+                self.store.delete(f"{self.folder}/{name}")
+        self.checkpoint = step
+
+
+def _file_name(version: int) -> str:
+    return f"{version:08d}.safetensors"

@@ -1,0 +1,274 @@
+"""Inside a Train worker: the stages of a segment, one after the other.
+
+Kept apart from `workers.py` because it imports torch and transformers (some 8 s of CPU time): row drivers and Train's
+controllers load that file, never this one.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+import traceback
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import Checkpoint
+from ray.train.torch import get_device
+from ray.util.placement_group import PlacementGroup
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from cast_ray.engine.checkpoint import TrainState
+from cast_ray.engine.world import World
+from cast_ray.models.autocast import require_precision
+from cast_ray.plan.graph import Stage, artifact_key, input_size_of
+from cast_ray.plan.stage_parts import is_semi_strong, order_seed, train_config
+from cast_ray.recipe import DataConfig
+from cast_ray.runtime.data.images import Images
+from cast_ray.runtime.data.pictures import picture_dataset, pictures
+from cast_ray.runtime.data.resources import configure_data
+from cast_ray.runtime.data.training_stream import training_stream
+from cast_ray.runtime.process_settings import prepare_process
+from cast_ray.runtime.store.artifact_files import LABELS
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.store.models import WEIGHTS, load_teacher, save_model
+from cast_ray.runtime.worker.audit import audit_labels
+from cast_ray.runtime.worker.evaluation import POST_EVERY_S, evaluate_stage
+from cast_ray.runtime.worker.label_job import LabelJob
+from cast_ray.runtime.worker.labeller import PseudoLabeller
+from cast_ray.runtime.worker.online import Publisher, Teachers
+from cast_ray.runtime.worker.segment import Segment
+from cast_ray.runtime.worker.train import train_stage
+from cast_ray.runtime.worker.validation import SideValidation, is_validated, validation_bundles
+
+VALIDATION_LOOK_S = 20.0
+
+# Met again by every restart of the workers, unlike a lost process, a broken connection or a full disk.
+FATAL = (ValueError, TypeError, KeyError, AttributeError, AssertionError, FloatingPointError, torch.OutOfMemoryError)
+
+
+def run_stages(segment: Segment, group: PlacementGroup, teachers: Teachers | None) -> None:
+    """The loop of one worker: every stage of the segment, skipping what an earlier attempt committed.
+
+    Args:
+        teachers: who labels the images of stages that have them labelled online.
+    """
+    if ray.get(segment.broker.failure.remote(segment.owner)):
+        return  # a restart after a fatal error: nothing to try again
+    prepare_process(max(1, int(segment.recipe.runtime.cpus_per_worker)))
+    context = ray.train.get_context()
+    configure_data(group, segment.recipe.runtime, context.get_world_rank())
+    world = World(context.get_world_rank(), context.get_world_size(), get_device())
+    startup_s = time.time() - segment.requested
+    has_validation = world.rank == 0 and bool(validation_bundles(segment.recipe, segment.stages))
+    validation = SideValidation(segment, group) if has_validation else None
+    for stage in segment.stages:
+        if segment.store.has(stage.key):
+            continue
+        if not ray.get(segment.broker.admit.remote(segment.owner, stage.fingerprint)):
+            return
+        began = time.monotonic()
+        try:
+            require_precision(stage.precision, world.device, "runtime.amp")
+            if stage.kind == "train":
+                facts = _train(segment, stage, world, teachers, validation)
+            elif stage.kind == "label":
+                facts = _label(segment, stage, world)
+            else:
+                facts = evaluate_stage(segment, stage, world)
+        except FATAL:
+            reason = f"{stage.name}: {traceback.format_exc()}"
+            ray.get(segment.broker.fail.remote(segment.owner, stage.fingerprint, reason))
+            raise
+        if world.rank == 0:
+            facts |= {"stage_seconds": time.monotonic() - began, "startup_seconds": startup_s}
+            facts |= {"num_workers": world.size, "device": str(world.device), "owner": segment.owner}
+            startup_s = 0.0  # the group's start counts once, for its first stage
+            segment.store.commit(stage, facts)
+            for folder in ("labels", "refresh"):  # of labelling that can go on, and of teachers' versions
+                segment.store.delete(f"{folder}/{stage.fingerprint}")
+            ray.get(segment.broker.finish.remote(stage.fingerprint))
+            if validation is not None:
+                validation.forget(stage)
+        world.barrier()
+    if validation is not None:
+        validation.close()
+
+
+def _train(
+    segment: Segment, stage: Stage, world: World, teachers: Teachers | None, validation: SideValidation | None
+) -> dict[str, Any]:
+    store, recipe = segment.store, segment.recipe
+    config = train_config(stage, recipe)
+    images = _with_labels(segment, stage)
+    online = teachers.labels(stage) if teachers is not None and stage.online is not None else None
+    resume = _find_checkpoint(store, stage.fingerprint)
+    publisher = None
+    if online is not None and online.refresh_steps:
+        publisher = Publisher(store, stage.fingerprint, online)
+        if resume is not None and not publisher.can_resume(resume.step):
+            resume = None
+        if world.rank == 0:
+            publisher.start(resume.step if resume else 0)
+        world.barrier()
+    weights, teacher = None, None
+    if "kind" in stage.config["model"]:  # a teacher that starts from checkpoints, not from a segmenter's fields
+        key = artifact_key("train", stage.parents["init"])
+        teacher = load_teacher(store, key, stage.config["model"], input_size_of(stage))
+    elif "init" in stage.parents:
+        weights = load_tensors(store.read_bytes(artifact_key("train", stage.parents["init"]), WEIGHTS))
+    data = DataConfig(**recipe.data.model_dump() | stage.config["data"])
+    contrastive = stage.config["contrastive"]
+    batches = training_stream(
+        images,
+        data,
+        recipe.runtime,
+        batch_labelled=config.batch_labelled,
+        batch_unlabelled=config.batch_unlabelled if stage.config["unlabelled"] else 0,
+        steps=config.steps,
+        start_step=resume.step if resume else 0,
+        seed=order_seed(stage),
+        rank=world.rank,
+        world_size=world.size,
+        strong=bool(contrastive),
+        oracle=bool(contrastive) and contrastive["sampler"] == "oracle",
+        online=online,
+        strong_unlabelled=is_semi_strong(stage),
+        copy_paste=stage.config["data"].get("copy_paste", 0.0),
+        device=world.device,
+    )
+    post = {"stage": stage.name, "fingerprint": stage.fingerprint, "steps": config.steps, "unit": "step"}
+    posted = 0.0
+    entries: list[dict[str, float]] = []
+
+    def on_log(entry: dict[str, float]) -> None:
+        nonlocal posted
+        if world.rank > 0:
+            return
+        now = time.monotonic()
+        entries.append(entry)
+        if now - posted > POST_EVERY_S or entry["step"] == config.steps:
+            posted = now
+            facts = post | {k: entry[k] for k in ("step", "loss", "images_per_s")}
+            segment.broker.post.remote(segment.owner, facts, tuple(entries))
+            entries.clear()
+
+    def on_checkpoint(state: TrainState) -> None:
+        name = f"{stage.fingerprint}-{state.step:08d}"
+        metrics = {"step": state.step, "stage": stage.name, "loss": state.curve[-1]["loss"] if state.curve else None}
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = None
+            if world.rank == 0:
+                state.save(folder)
+                checkpoint = Checkpoint.from_directory(folder)
+            ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=name)
+        if world.rank == 0:
+            run = ray.train.get_context().get_experiment_name()
+            store.note_checkpoint(stage.fingerprint, store.uri("train", run, name), state.step)
+            if publisher is not None:
+                publisher.noted_checkpoint(state.step)
+
+    def on_refresh(step: int, weights: dict[str, torch.Tensor]) -> None:
+        if world.rank == 0 and publisher is not None:
+            publisher.publish(step, save_tensors({name: t.detach().cpu().contiguous() for name, t in weights.items()}))
+
+    if world.rank == 0:
+        segment.broker.post.remote(segment.owner, post | {"step": resume.step if resume else 0})
+    model, result = train_stage(
+        stage,
+        num_classes=len(segment.categories),
+        initial_weights=weights,
+        teacher=teacher,
+        batches=batches,
+        world=world,
+        train_config=config,
+        gradient_checkpointing=recipe.runtime.gradient_checkpointing,
+        resume=resume,
+        on_log=on_log,
+        on_checkpoint=on_checkpoint,
+        on_refresh=on_refresh,
+        snapshot_every_steps=recipe.evaluation.every_steps if validation and is_validated(recipe, stage) else 0,
+        on_snapshot=partial(validation.snapshot, stage) if validation else lambda step, weights: None,
+    )
+    if is_validated(recipe, stage):
+        _wait_for_validation(validation, world)
+    facts: dict[str, Any] = {}
+    if world.rank == 0:
+        save_model(store, stage, model, segment.categories)
+        curve = result.curve
+        if validation is not None:
+            curve, facts = validation.finish(stage, curve)
+        curves = {"curve": curve, "diagnostics": result.diagnostics}
+        store.add(stage, "curves.json", json.dumps(curves).encode())
+    return facts | {
+        "seconds": result.seconds,
+        "images_per_s": result.images_per_s,
+        "num_labelled": len(images.labelled),
+        "num_unlabelled": len(images.unlabelled),
+        "resumed_at_step": resume.step if resume else None,
+        "skipped_steps": result.num_skipped,
+    }
+
+
+def _wait_for_validation(validation: SideValidation | None, world: World) -> None:
+    """Until the last snapshots are measured; all workers look in turn, for one barrier that long would time out."""
+    is_waiting = True
+    while is_waiting:
+        mine = validation is not None and validation.is_waiting(VALIDATION_LOOK_S)
+        is_waiting = bool(world.all_reduce_sum(torch.tensor(float(mine), device=world.device)) > 0)
+
+
+def _with_labels(segment: Segment, stage: Stage) -> Images:
+    """The stage's images, with the pseudo-labels that it reads; those that could not be labelled are left out."""
+    images = segment.images[stage.name]
+    if "labels" not in stage.parents:
+        return images
+    key = artifact_key("label", stage.parents["labels"])
+    (labels,) = ray.get(segment.broker.table.remote(segment.store, key, (LABELS,)))
+    positions = ray.get(labels).column("position").to_numpy()
+    return replace(images, unlabelled=images.unlabelled[positions], labels=labels)
+
+
+def _label(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
+    recipe, images = segment.recipe, segment.images[stage.name]
+    job = LabelJob(segment.store, stage, images, segment.broker, segment.owner, recipe)
+    began = time.monotonic()
+    missing = job.missing(job.blocks)
+    world.barrier()  # every worker looks before any writes, so that all see the same blocks missing
+    if world.rank == 0:
+        job.start()
+    mine = missing[world.rank :: world.size]
+    if mine:
+        labeller = PseudoLabeller(segment.store, stage, world.device)
+        dataset = picture_dataset(
+            images.records, images.unlabelled, job.input_size, recipe.runtime, mine, skip_bad=True
+        )
+        for batch in pictures(dataset):
+            job.write(batch, labeller.label(batch))
+    world.barrier()
+    if world.rank > 0:
+        return {}
+    facts = job.facts(missing, began) | job.join()
+    audit_labels(segment.store, stage, images, recipe.runtime)
+    return facts
+
+
+def _find_checkpoint(store: ArtifactStore, fingerprint: str) -> TrainState | None:
+    """The last state of an unfinished stage, from this run's own checkpoint or the note of an earlier run."""
+    note = store.find_checkpoint(fingerprint)
+    for checkpoint in (ray.train.get_checkpoint(), Checkpoint(note["uri"]) if note else None):
+        if checkpoint is None:
+            continue
+        try:
+            with checkpoint.as_directory() as folder:
+                state = TrainState.load(folder, fingerprint)
+        except FileNotFoundError:  # pruned after the note was written
+            continue
+        if state is not None:
+            return state
+    return None

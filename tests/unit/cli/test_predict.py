@@ -1,0 +1,186 @@
+"""The command that runs a student over images, in one process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from evaluation_scenes import coco_document, referee, referee_numbers
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from cast_ray import predict
+from cast_ray.console import EXIT_BAD_INPUT
+from cast_ray.contracts.records import RECORD_SCHEMA, Category, encode_image_id
+from cast_ray.data.views import fit_image
+from cast_ray.evaluation.coco_ap import mask_ap
+from cast_ray.models.segmenter import build_segmenter
+from cast_ray.models.student import Student
+from cast_ray.recipe import EncoderConfig, ModelConfig
+
+CATEGORIES = [Category(5, "disc"), Category(9, "bar")]
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = ModelConfig(
+        encoder=EncoderConfig(name="conv", widths=(8, 8, 16, 16), stem_stride=2),
+        hidden_dim=16,
+        num_queries=5,
+        num_layers=1,
+        feedforward_dim=16,
+    )
+    folder = tmp_path_factory.mktemp("student")
+    Student(build_segmenter(config, 2, 0), CATEGORIES, (32, 48)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Four images of different size and mode, and two files that are none."""
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name, size, mode in (
+        ("a.png", (40, 60), "RGB"),
+        ("b.jpg", (128, 64), "L"),
+        ("more/c.png", (20, 20), "RGBA"),
+        ("more/d.bmp", (33, 97), "RGB"),
+    ):
+        pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert(mode).save(folder / name)
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8 not a photo")
+    (folder / "empty.png").write_bytes(b"")
+    return folder
+
+
+def run(*arguments: object) -> int:
+    return predict.main([str(a) for a in arguments])
+
+
+def test_a_folder_of_photos(student: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert run(photos, "--student", student, "--out", out, "--threshold", 0, "--batch", 2) == 0
+    written = capsys.readouterr()
+    assert "4 of 6 images" in written.out
+    assert f"skipped {photos}/broken.jpg" in written.err and f"skipped {photos}/empty.png: " in written.err
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(out / "images.json"))
+        results = truth.loadRes(str(out / "results.json"))
+    assert [c["name"] for c in truth.loadCats([5, 9])] == ["disc", "bar"]
+    by_name = {Path(i["file_name"]).name: i for i in truth.dataset["images"]}
+    assert by_name.keys() == {"a.png", "b.jpg", "c.png", "d.bmp"}
+    model = Student.from_pretrained(student)
+    for name, entry in by_name.items():
+        image = np.array(Image.open(entry["file_name"]).convert("RGB"))
+        assert (entry["height"], entry["width"]) == image.shape[:2]
+        pixels, inside = fit_image(image, (32, 48))
+        (wanted,) = model.predict(torch.from_numpy(pixels)[None], [image.shape[:2]], [inside])
+        found = sorted(results.imgToAnns[entry["id"]], key=lambda r: -r["score"])
+        assert len(found) == len(wanted) > 0
+        assert [r["score"] for r in found] == pytest.approx([i["score"] for i in wanted], rel=1e-4)
+        assert {r["category_id"] for r in found} <= {5, 9}
+        assert all(coco_mask.area(r["segmentation"]) > 0 for r in found)
+        overlay = out / "overlays" / Path(entry["file_name"]).relative_to(photos).with_suffix(".png")
+        drawn = np.asarray(Image.open(overlay))
+        assert drawn.shape == image.shape and (drawn != image).any(), name
+
+
+def test_ap_by_size_of_the_results_file_is_ours(student: Path, photos: Path, tmp_path: Path) -> None:
+    """Other tools that read `results.json` sort its detections by the same sizes as our own evaluation."""
+    out = tmp_path / "out"
+    assert run(photos, "--student", student, "--out", out, "--threshold", 0, "--no-overlays") == 0
+    document, results = (json.loads((out / name).read_text()) for name in ("images.json", "results.json"))
+    assert all(result.keys() == {"image_id", "category_id", "segmentation", "score"} for result in results)
+    records = []
+    for image in document["images"]:
+        # Every second mask is an object, seen through a shift: what is left over is a false alarm of some size.
+        found = [r for r in results if r["image_id"] == image["id"]][::2]
+        masks = [np.roll(coco_mask.decode(r["segmentation"]), 1, 0) for r in found]
+        rles = [coco_mask.encode(np.asfortranarray(mask))["counts"] for mask in masks]
+        truth = [
+            {"category_id": r["category_id"], "rle": rle, "score": 1.0, "is_crowd": False}
+            for r, rle in zip(found, rles)
+        ]
+        records.append(image | {"image_id": encode_image_id(image["id"]), "uri": "", "instances": truth})
+    ground_truth = pa.Table.from_pylist(records, schema=RECORD_SCHEMA)
+    ours = mask_ap(ground_truth, results, CATEGORIES)
+    wanted = referee_numbers(referee(coco_document(ground_truth, CATEGORIES), results))
+    assert {name: ours[name] for name in wanted} == wanted
+    boxes = [r | {"bbox": list(coco_mask.toBbox(r["segmentation"]))} for r in results]
+    with_boxes = referee_numbers(referee(coco_document(ground_truth, CATEGORIES), boxes))
+    assert with_boxes["ap_small"] != wanted["ap_small"]  # the scene would show it
+
+
+def test_batches_change_nothing(student: Path, photos: Path, tmp_path: Path) -> None:
+    for batch in (1, 4):
+        run(photos, "--student", student, "--out", tmp_path / str(batch), "--threshold", 0, "--batch", batch)
+    one, four = (json.loads((tmp_path / b / "results.json").read_text()) for b in ("1", "4"))
+    assert [r["score"] for r in one] == pytest.approx([r["score"] for r in four], abs=2e-5)
+
+
+def test_threshold_and_limit(student: Path, photos: Path, tmp_path: Path) -> None:
+    options = ("--student", student, "--out", tmp_path / "out", "--no-overlays")
+    run(photos / "a.png", *options, "--threshold", 0, "--max-detections", 3)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(results) == 3 and not (tmp_path / "out" / "overlays").exists()
+    least = sorted(r["score"] for r in results)[1]
+    run(photos / "a.png", *options, "--threshold", least - 1e-4, "--max-detections", 3)
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())) == 2
+    run(photos / "a.png", *options, "--threshold", 1)
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == []
+
+
+def test_half_precision(student: Path, photos: Path, tmp_path: Path) -> None:
+    for amp in ("off", "bf16"):
+        run(photos, "--student", student, "--out", tmp_path / amp, "--threshold", 0, "--amp", amp)
+    full, half = (json.loads((tmp_path / amp / "results.json").read_text()) for amp in ("off", "bf16"))
+    assert len(half) > 0
+    assert max(r["score"] for r in half) == pytest.approx(max(r["score"] for r in full), abs=0.05)
+
+
+def test_only_bad_images(student: Path, photos: Path, tmp_path: Path) -> None:
+    assert run(photos / "broken.jpg", "--student", student, "--out", tmp_path / "out") == predict.EXIT_NOTHING
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"images": "gone"}, "no image in 'gone'"),
+        ({"--student": "/gone"}, "no saved student in '/gone'"),
+        ({"--device": "cuda:9"}, "no GPU here"),
+    ],
+)
+def test_mistakes_are_one_line(
+    student: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict, part: str
+) -> None:
+    if "--device" in change and torch.cuda.is_available():
+        return
+    arguments = {"images": photos, "--student": student, "--out": tmp_path / "out"} | change
+    images = arguments.pop("images")
+    assert run(images, *(v for pair in arguments.items() for v in pair)) == EXIT_BAD_INPUT
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and part in line
+
+
+def test_what_is_left_out_of_a_folder_is_said(
+    student: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "raw.heic").write_bytes(b"x")
+    (photos / "._a.png").write_bytes(b"x")
+    (photos / "again").symlink_to(photos)
+    out = tmp_path / "out"
+    assert predict.main([str(photos), "--student", str(student), "--out", str(out), "--no-overlays"]) == 0
+    written = capsys.readouterr()
+    assert "left out: .heic: 1 (cannot be read: convert to JPEG or PNG), hidden files: 1\n" in written.err
+    images = json.loads((out / "images.json").read_text())["images"]
+    assert not any("again" in image["file_name"] for image in images)

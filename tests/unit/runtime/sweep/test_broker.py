@@ -1,0 +1,338 @@
+"""The broker without Ray: single flight, segments, slots, priority, dead owners, limits, other sweeps' stages."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cast_ray.plan.graph import Stage
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.store.claims import Presence
+from cast_ray.runtime.sweep import broker as broker_module
+from cast_ray.runtime.sweep.broker import LEASE_TIMEOUT_S, Broker, Leases, Limits, Need
+
+PRETRAIN = Need("pre", "train", (), 8)
+ADAPT = Need("ada", "train", ("pre",), 6)
+LABEL = Need("lab", "label", ("ada",), 0, alone=True)
+DISTILL = Need("dis", "train", ("lab",), 8)
+REFINE = Need("ref", "train", ("dis",), 4)
+EVALUATE = Need("eva", "evaluate", ("ref",), 0)
+ROW = [PRETRAIN, ADAPT, LABEL, DISTILL, REFINE, EVALUATE]
+
+
+def finish(leases: Leases, owner: str, answer: dict[str, list[str]] | None) -> None:
+    assert answer is not None
+    for fingerprint in answer["run"]:
+        leases.finish(fingerprint)
+    leases.release(owner)
+
+
+def test_a_row_is_cut_into_segments() -> None:
+    leases = Leases(1, set())
+    seen = []
+    for now in range(3):
+        answer = leases.grant("a", ROW, now)
+        seen.append(answer)
+        finish(leases, "a", answer)
+    assert seen == [
+        {"run": ["pre", "ada"], "done": []},
+        {"run": ["lab"], "done": ["pre", "ada"]},  # a labelling job is a segment of its own
+        {"run": ["dis", "ref", "eva"], "done": ["pre", "ada", "lab"]},
+    ]
+    assert leases.grant("a", ROW, 9) == {"run": [], "done": [n.fingerprint for n in ROW]}
+
+
+def test_labels_by_the_training_workers_are_part_of_their_segment() -> None:
+    row = [PRETRAIN, ADAPT, Need("lab", "label", ("ada",), 0), DISTILL, REFINE, EVALUATE]
+    assert Leases(1, set()).grant("a", row, 0) == {"run": [n.fingerprint for n in row], "done": []}
+
+
+def test_a_stage_in_flight_is_not_given_twice() -> None:
+    leases = Leases(4, set())
+    first = leases.grant("a", [PRETRAIN], 0)
+    assert first == {"run": ["pre"], "done": []}
+    assert leases.grant("b", [PRETRAIN], 0) is None
+    assert leases.grant("b", ROW, 0) is None  # its children neither
+    finish(leases, "a", first)
+    assert leases.grant("b", [PRETRAIN], 0) == {"run": [], "done": ["pre"]}
+
+
+def test_what_does_not_wait_runs_beside_a_stage_in_flight() -> None:
+    leases = Leases(4, set())
+    leases.grant("a", [PRETRAIN], 0)
+    alone = Need("alone", "train", (), 5)
+    assert leases.grant("b", [PRETRAIN, ADAPT, alone], 0) == {"run": ["alone"], "done": []}
+
+
+def test_a_committed_stage_frees_its_children_before_its_segment_is_over() -> None:
+    leases = Leases(2, set())
+    leases.grant("a", [PRETRAIN, ADAPT], 0)
+    leases.finish("pre")
+    other = Need("ada2", "train", ("pre",), 6)
+    assert leases.grant("b", [PRETRAIN, other], 0) == {"run": ["ada2"], "done": ["pre"]}
+
+
+def test_without_a_labelling_job_a_row_is_one_segment() -> None:
+    leases = Leases(1, set())
+    row = [replace(need, alone=False) for need in ROW]
+    assert leases.grant("a", row, 0) == {"run": ["pre", "ada", "lab", "dis", "ref", "eva"], "done": []}
+
+
+def test_a_labelling_job_does_not_join_what_is_before_it() -> None:
+    leases = Leases(1, {"ada"})
+    train = Need("other", "train", (), 3)
+    assert leases.grant("a", [train, LABEL], 0) == {"run": ["other"], "done": []}
+
+
+def test_stages_found_in_the_store_are_done() -> None:
+    leases = Leases(1, {"pre", "ada", "lab"})
+    assert leases.grant("a", ROW, 0) == {"run": ["dis", "ref", "eva"], "done": ["pre", "ada", "lab"]}
+
+
+def test_slots_bound_what_runs_at_a_time() -> None:
+    leases = Leases(2, {"done"})
+    needs = [[Need(f"n{i}", "train", (), 1)] for i in range(3)]
+    answers = [leases.grant(f"o{i}", needs[i], 0) for i in range(3)]
+    assert [a is None for a in answers] == [False, False, True]
+    assert leases.grant("o2", [Need("done", "train", (), 1)], 0) == {"run": [], "done": ["done"]}  # needs no slot
+    leases.finish("n0")
+    assert leases.grant("o2", needs[2], 0) is None  # its worker group is still up
+    leases.release("o0")
+    assert leases.grant("o2", needs[2], 0) == {"run": ["n2"], "done": []}
+
+
+def test_the_lease_of_a_dead_owner_passes_on() -> None:
+    leases = Leases(2, set())
+    leases.grant("a", [PRETRAIN, ADAPT], now=0)
+    leases.finish("pre")
+    leases.beat("a", now=20)
+    assert leases.expire(now=20 + LEASE_TIMEOUT_S) == []
+    assert leases.grant("b", [PRETRAIN, ADAPT], now=40) is None
+    assert leases.expire(now=20 + LEASE_TIMEOUT_S + 1) == ["a"] and leases.release("a") == ["ada"]
+    assert leases.grant("b", [PRETRAIN, ADAPT], now=60) == {"run": ["ada"], "done": ["pre"]}
+    leases.beat("a", now=100)  # a late heartbeat of the dead gives nothing back
+    assert leases.leased == {"ada": "b"} and "a" not in leases.heartbeat
+
+
+def test_an_owner_that_only_waits_cannot_die() -> None:
+    leases = Leases(1, set())
+    leases.grant("a", [PRETRAIN], now=0)
+    assert leases.grant("b", [PRETRAIN], now=0) is None
+    leases.beat("a", now=50)
+    assert leases.expire(now=50) == [] and set(leases.heartbeat) == {"a"}
+
+
+# The actor's class without its Ray wrapper: the same methods on an event loop of ours.
+make_broker: Any = Broker.__ray_metadata__.modified_class  # type: ignore[attr-defined]
+
+
+async def started(*calls: Any) -> list[asyncio.Task]:
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    await asyncio.sleep(0)
+    return tasks
+
+
+def test_who_waits_is_told_that_it_is_done() -> None:
+    async def scene() -> None:
+        broker = make_broker(2, set())
+        assert await broker.claim("a", [PRETRAIN]) == {"run": ["pre"], "done": []}
+        (waiting,) = await started(broker.claim("b", [PRETRAIN]))
+        assert (await broker.board())["waiting"] == ["b"]
+        await broker.finish("pre")
+        assert await waiting == {"run": [], "done": ["pre"]}
+        board = await broker.board()
+        assert board["waiting"] == [] and board["done"] == {"pre"}
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+def test_a_free_slot_goes_to_the_row_with_most_work_left() -> None:
+    async def scene() -> None:
+        broker = make_broker(1, set())
+        await broker.claim("a", [PRETRAIN])
+        order: list[str] = []
+
+        async def claim(owner: str, *needs: Need) -> None:
+            await broker.claim(owner, list(needs))
+            order.append(owner)
+
+        tasks = await started(
+            claim("short", Need("s", "train", (), 3)),
+            claim("long", Need("l", "train", (), 5), Need("l2", "label", ("l",), 0)),
+            claim("as-long", Need("m", "train", (), 5)),
+        )
+        for owner, ended in (("a", "pre"), ("long", "l"), ("as-long", "m")):
+            await broker.finish(ended)
+            await broker.settle(owner)
+            tasks = list((await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED))[1])
+        assert order == ["long", "as-long", "short"]
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+def test_a_row_that_ends_frees_what_it_held() -> None:
+    async def scene() -> None:
+        broker = make_broker(1, set())
+        await broker.claim("a", [PRETRAIN])
+        await broker.post("a", {"stage": "pretrain", "fingerprint": "pre", "step": 0, "steps": 8, "unit": "step"})
+        (waiting,) = await started(broker.claim("b", [PRETRAIN]))
+        await broker.release("a", "failed")  # the stage was not finished, and may succeed in another row
+        assert await waiting == {"run": ["pre"], "done": []}
+        board = await broker.board()
+        assert board["ended"] == {"a": "failed"} and board["posts"] == {}
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+def test_the_board_counts_from_where_a_stage_was_entered() -> None:
+    async def scene() -> None:
+        broker = make_broker(1, set())
+        distill = {"stage": "distill", "fingerprint": "dis", "steps": 60, "unit": "step"}
+        await broker.post("a", distill | {"step": 40})
+        await broker.post("a", distill | {"step": 50, "loss": 2.0})
+        post = (await broker.board())["posts"]["a"]
+        assert (post["first_step"], post["step"], post["loss"]) == (40, 50, 2.0) and post["stage_s"] >= 0
+        await broker.post("a", {"stage": "label", "fingerprint": "lab", "step": 0, "steps": 9, "unit": "image"})
+        await broker.advance("a", 4)
+        await broker.advance("nobody", 4)
+        post = (await broker.board())["posts"]["a"]
+        assert (post["first_step"], post["step"]) == (4, 4) and "loss" not in post  # the labellers' start is no pace
+        await broker.advance("a", 3)
+        post = (await broker.board())["posts"]["a"]
+        assert (post["first_step"], post["step"]) == (4, 7) and post["images_per_s"] > 0
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+def test_a_stage_that_cannot_succeed_fails_every_row_that_needs_it() -> None:
+    async def scene() -> None:
+        broker = make_broker(1, set())
+        await broker.claim("a", [PRETRAIN])
+        (waiting,) = await started(broker.claim("b", ROW))
+        await broker.fail("a", "pre", "pretrain: out of memory")
+        await broker.settle("a")
+        assert await waiting == {"run": [], "done": [], "failed": "pretrain: out of memory"}
+        assert await broker.failure("a") == "pretrain: out of memory" and await broker.failure("b") is None
+        other = Need("other", "train", (), 1)
+        assert await broker.claim("c", [other]) == {"run": ["other"], "done": []}
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+def test_the_next_driver_of_a_lost_row_gets_its_stages_back() -> None:
+    async def scene() -> None:
+        broker = make_broker(1, set())
+        await broker.claim("a", [PRETRAIN, ADAPT])
+        await broker.finish("pre")
+        assert await broker.claim("a", [PRETRAIN, ADAPT]) == {"run": ["ada"], "done": ["pre"]}
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+def test_a_spent_budget_starts_nothing_more() -> None:
+    limits = Limits(budget_hours=2.0, keep_going=False)
+    limits.start("a", devices=2, now=0)
+    assert limits.reason(now=3599) is None
+    assert "budget of 2 device-hours" in (limits.reason(now=3600) or "")  # running stages count
+    limits.stop("a", now=1800)
+    assert limits.spent(now=9999) == 3600 and limits.reason(now=9999) is None
+    limits.stop("never started", now=0)
+
+    async def scene() -> None:
+        broker = make_broker(1, {"pre"}, budget_hours=0.0)
+        answer = await broker.claim("a", [PRETRAIN, ADAPT])
+        assert answer["run"] == [] and answer["done"] == ["pre"] and "budget" in answer["stop"]
+        assert await broker.claim("b", [PRETRAIN]) == {"run": [], "done": ["pre"]}  # it needs nothing more
+        assert not await broker.admit("a", "ada")
+        assert "budget" in (await broker.board())["stop"]
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+def test_every_worker_of_a_group_gets_the_same_answer() -> None:
+    async def scene() -> None:
+        broker = make_broker(1, set(), budget_hours=1.0)
+        assert await broker.admit("a", "ada")
+        broker.limits.spent_s = 3600
+        assert await broker.admit("a", "ada") and not await broker.admit("a", "dis")
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+@pytest.mark.parametrize(
+    ("keep_going", "outcomes", "stops"),
+    [
+        (False, [False, False], False),  # one failed row never stops the others, nor do two
+        (False, [False, False, False], True),
+        (False, [False, False, True, False, False, False], False),  # something works
+        (True, [False, False, False], False),
+    ],
+)
+def test_when_everything_fails_the_rest_is_not_started(keep_going: bool, outcomes: list[bool], stops: bool) -> None:
+    limits = Limits(None, keep_going)
+    limits.outcomes = outcomes
+    assert (limits.reason(0) is not None) == stops
+
+
+def test_curve_entries_are_collected_once() -> None:
+    async def scene() -> None:
+        broker = make_broker(1, set())
+        distill = {"stage": "distill", "fingerprint": "dis", "step": 20, "steps": 60, "unit": "step"}
+        await broker.post("a", distill, ({"step": 10, "loss": 3.0}, {"step": 20, "loss": 2.0}))
+        assert [(e["stage"], e["step"]) for e in await broker.collect("a")] == [("distill", 10), ("distill", 20)]
+        assert await broker.collect("a") == [] == await broker.collect("nobody")
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+def sweep_of(store: ArtifactStore) -> tuple[Any, Presence]:
+    """A broker that claims in a store, with the presence that keeps its claims alive."""
+    presence = Presence(store, "test")
+    presence.__enter__()
+    return make_broker(2, set(), store.storage, presence.holder.id), presence
+
+
+def test_two_sweeps_on_one_store_share_their_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broker_module, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(broker_module, "FOREIGN_POLL_S", 0.05)
+    store = ArtifactStore(str(tmp_path))
+
+    async def scene() -> None:
+        (first, here), (second, there) = sweep_of(store), sweep_of(store)
+        assert await first.claim("a", [PRETRAIN, ADAPT]) == {"run": ["pre", "ada"], "done": []}
+        (waiting,) = await started(second.claim("b", [PRETRAIN, ADAPT, DISTILL]))
+        alone = Need("alone", "train", (), 1)
+        assert await second.claim("c", [alone]) == {"run": ["alone"], "done": []}
+        store.commit(Stage("pretrain", "train", {}, {}, "pre"), {})
+        await first.finish("pre")
+        await first.settle("a")  # it did not get as far as `ada`
+        assert await waiting == {"run": ["ada"], "done": ["pre"]}
+        for presence in (here, there):
+            presence.__exit__()
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+def test_a_stage_that_was_stored_meanwhile_is_not_run(tmp_path: Path) -> None:
+    store = ArtifactStore(str(tmp_path))
+    store.commit(Stage("pretrain", "train", {}, {}, "pre"), {})
+
+    async def scene() -> None:
+        broker, presence = sweep_of(store)
+        assert await broker.claim("a", [PRETRAIN, ADAPT]) == {"run": ["ada"], "done": ["pre"]}
+        await broker.finish("ada")
+        assert store.list_names("claims/stages") == []
+        presence.__exit__()
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_a_segment_crosses_train_and_evaluate(kind: str) -> None:
+    leases = Leases(1, set())
+    needs = [PRETRAIN, Need("x", kind, ("pre",), 0), Need("y", "train", ("x",), 1)]
+    assert leases.grant("a", needs, 0) == {"run": ["pre", "x", "y"], "done": []}

@@ -1,0 +1,58 @@
+"""Private names of Ray: all in one file, all there in the installed release, and harmless where they are missing."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+from cast_ray.runtime import ray_internals
+from cast_ray.runtime.ray_internals import PacedLoop, counts_of, execution_callbacks, is_startup_timeout
+
+ROOT = Path(__file__).parents[3]
+PRIVATE = re.compile(r"^\s*(?:from|import) ray(?:\.\w+)*\._\w+|executor\._", re.MULTILINE)
+
+
+def test_the_installed_ray_has_them() -> None:
+    assert execution_callbacks() == [PacedLoop]
+    assert "_topology" in Path(importlib.import_module(StreamingExecutor.__module__).__file__ or "").read_text()
+    assert is_startup_timeout(WorkerGroupStartupTimeoutError(num_workers=1))
+    assert not is_startup_timeout(TimeoutError())
+
+
+def test_no_other_module_names_them() -> None:
+    users = [p for p in (ROOT / "cast_ray").rglob("*.py") if PRIVATE.search(p.read_text())]
+    assert users == [Path(ray_internals.__file__)]
+
+
+def test_a_loop_pauses_where_nothing_moved_and_only_there() -> None:
+    def executor(submitted: int) -> SimpleNamespace:
+        metrics = SimpleNamespace(num_tasks_submitted=submitted, num_tasks_finished=0, num_task_outputs_generated=0)
+        return SimpleNamespace(_topology=[SimpleNamespace(metrics=metrics)])
+
+    loop = PacedLoop()
+    for submitted in (1, 1, 2, 2, 2):
+        loop.on_execution_step(executor(submitted))
+    assert (loop.turns, loop.pauses) == (5, 3)
+
+
+def test_a_ray_that_hides_its_operators_is_not_paced() -> None:
+    loop = PacedLoop()
+    loop.on_execution_step(SimpleNamespace())
+    assert counts_of(SimpleNamespace()) is None and (loop.turns, loop.pauses) == (0, 0)
+
+
+def test_a_ray_without_callbacks_is_not_paced() -> None:
+    code = """
+import sys
+sys.modules["ray.data._internal.execution.execution_callback"] = None
+from cast_ray.runtime.ray_internals import execution_callbacks
+assert execution_callbacks() == []
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
