@@ -163,7 +163,7 @@ class _Place:
 
 
 def _find_place(listing: Listing, names: list[Any], image_dirs: Sequence[str], split: str) -> _Place:
-    """Of the folders given, the first that holds most of a sample of the names."""
+    """Finds the first of the given folders that holds most of a sample of the names."""
     usable = [n for n in names if _is_file_name(n)]
     sample = usable[:: max(1, len(usable) // 16)][:16]
     key = _DIR_KEYS.get(split, "data.image_dir")
