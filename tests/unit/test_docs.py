@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ INVENTED = re.compile(r"(^|[/_])(mine|NAME)\b")
 """Names that stand for a file which a reader is about to write."""
 HAS_COMMANDS = re.compile(r"cast-ray ([^\s`]+)")
 HAS_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+NAME_IN_FILE = re.compile(r"`([^`\n]+)`\s+in\s+`([\w./]+\.py)`")
+IS_NAME = re.compile(r"[A-Za-z_][\w.]*(?<!\.csv)(?<!\.json)(?<!\.html)(?<!\.md)(?<!\.npz)")
 HAS_SETTING = re.compile(r"--set ['\"]?([\w.]+)=")
 
 
@@ -84,9 +87,59 @@ def unknown_words(root: Path) -> Iterator[str]:
                 yield f"{path.relative_to(root)}: --set {key}: no such key"
 
 
+def missing_names(root: Path) -> Iterator[str]:
+    """Names of the code that a document says are in a file, and that are not there.
+
+    These are "`NAME` in `FILE.py`" in sentences, and the plain names in a row of a table that also has files.
+    """
+    for path in documents(root):
+        text = path.read_text()
+        said = [(names, [file]) for names, file in NAME_IN_FILE.findall(text)]
+        for line in text.splitlines():
+            spans = re.findall(r"`([^`]+)`", line) if line.startswith("|") else []
+            files = [span for span in spans if span.endswith(".py") and (root / span).is_file()]
+            said += [(span, files) for span in spans if files and IS_NAME.fullmatch(span)]
+        for name, files in dict.fromkeys((name, tuple(files)) for name, files in said):
+            code = "\n".join((root / file).read_text() for file in files if (root / file).is_file())
+            if lost := [word for word in re.findall(r"[A-Za-z_]\w*", name) if not re.search(rf"\b{word}\b", code)]:
+                yield f"{path.relative_to(root)}: {name}: no {', '.join(lost)} in {', '.join(files)}"
+
+
+def texts_of(root: Path) -> list[str]:
+    """Every text in the code, with `{}` for what is put into it."""
+    found: list[str] = []
+    for path in sorted((root / "cast_ray").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def untold_messages(root: Path) -> list[str]:
+    """Messages that docs/debugging.md explains and that nothing in the code says.
+
+    In the document `...`, a number, a capital letter and a quoted word stand for what varies; the longest of the other
+    parts must be in a text of the code. A single word is the name of an exception.
+    """
+    page = (root / "docs" / "debugging.md").read_text()
+    messages = re.findall(r"^\| `([^`]+)` \|", page.partition("## Messages")[2], flags=re.M)
+    texts = texts_of(root)
+
+    def is_told(message: str) -> bool:
+        fixed = max(re.split(r"\.\.\.|\b[A-Z]\b|'[^']*'|\d+", message), key=len).strip()
+        return any(fixed in text for text in texts)
+
+    assert messages
+    return [message for message in messages if " " in message and not is_told(message)]
+
+
 def unnamed_tables(root: Path) -> list[str]:
     rows = (root / "docs" / "sweeps.md").read_text().partition("| table | rows |")[2].partition("\n\n")[0]
-    return [table.stem for table in sorted((root / "sweeps" / "tables").glob("*.yaml")) if f"`{table.stem}`" not in rows]
+    return [
+        table.stem for table in sorted((root / "sweeps" / "tables").glob("*.yaml")) if f"`{table.stem}`" not in rows
+    ]
 
 
 def unreachable_pages(root: Path) -> list[str]:
@@ -105,6 +158,14 @@ def test_named_files_exist() -> None:
 
 def test_named_commands_and_recipe_keys_exist() -> None:
     assert list(unknown_words(ROOT)) == []
+
+
+def test_named_functions_and_fields_are_where_they_are_said_to_be() -> None:
+    assert list(missing_names(ROOT)) == []
+
+
+def test_explained_messages_are_in_the_code() -> None:
+    assert untold_messages(ROOT) == []
 
 
 def test_every_table_is_described() -> None:
@@ -126,6 +187,14 @@ PLANTED = {
     "a missing module": ("`cast_ray/gone.py`", "README.md: cast_ray/gone.py: no such file"),
     "a missing table": ("`sweeps/tables/gone.yaml`", "README.md: sweeps/tables/gone.yaml: no such file"),
     "a missing script": ("```sh\npython sweeps/gone.py x\n```", "README.md: sweeps/gone.py: no such file"),
+    "a name that is not in the file": (
+        "Add it to `Gone.build` in\n`cast_ray/there.py`.",
+        "README.md: Gone.build: no Gone in cast_ray/there.py",
+    ),
+    "a name that is not in the files of its row": (
+        "| 1 | `cast_ray/there.py` | `gone` is called |",
+        "README.md: gone: no gone in cast_ray/there.py",
+    ),
     "an unknown command": ("`cast-ray fly DIR`", "README.md: cast-ray fly: no such command"),
     "an unknown key": ("`--set loss.lambda_pix=1`", "README.md: --set loss.lambda_pix: no such key"),
 }
@@ -136,19 +205,19 @@ def repository(tmp_path: Path) -> Path:
     """A small repository without a fault."""
     for folder in ("docs", "sweeps/tables", "cast_ray"):
         (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "cast_ray" / "there.py").touch()
+    (tmp_path / "cast_ray" / "there.py").write_text("def build() -> None: ...\n")
     (tmp_path / "sweeps" / "tables" / "losses.yaml").touch()
     (tmp_path / "docs" / "index.md").write_text("# Index\n\n## The `losses`, and more\n\n[s](sweeps.md)\n")
     (tmp_path / "docs" / "sweeps.md").write_text("# Sweeps\n\n| table | rows |\n|---|---|\n| `losses` | all |\n")
     (tmp_path / "README.md").write_text(
         "# First\n\n[a](docs/index.md#the-losses-and-more) [b](#first) [c](https://example.org) `cast_ray/there.py`\n"
-        "`cast_ray/mine.py` `[no](link)`\n\n```sh\ncast-ray ablate losses --set loss.lambda_pxl=1\n```\n"
+        "`build` in `cast_ray/there.py` `cast_ray/mine.py` `[no](link)`\n\n```sh\ncast-ray ablate losses --set loss.lambda_pxl=1\n```\n"
     )
     return tmp_path
 
 
 def faults(root: Path) -> list[str]:
-    return [*broken_links(root), *missing_paths(root), *unknown_words(root)]
+    return [*broken_links(root), *missing_paths(root), *missing_names(root), *unknown_words(root)]
 
 
 def test_a_sound_repository_has_no_fault(repository: Path) -> None:
@@ -161,6 +230,15 @@ def test_planted_faults_are_found(repository: Path, planted: str) -> None:
     readme = repository / "README.md"
     readme.write_text(f"{readme.read_text()}\n{text}\n")
     assert faults(repository) == [fault]
+
+
+def test_planted_messages_are_found(repository: Path) -> None:
+    (repository / "cast_ray" / "there.py").write_text('raise ValueError(f"{n} of {m} files are bad, above {limit}")\n')
+    (repository / "docs" / "debugging.md").write_text(
+        "## Messages\n\n| message | meaning |\n|---|---|\n"
+        "| `N of M files are bad, above ...` | true |\n| `N files are good` | of another program |\n"
+    )
+    assert untold_messages(repository) == ["N files are good"]
 
 
 def test_planted_omissions_are_found(repository: Path) -> None:
