@@ -1,4 +1,4 @@
-"""The documents are true where a program can tell: links, anchors, paths, commands, tables, the length of the README."""
+"""The documents are true where a program can tell: links, files, names in the code, commands, messages, tables."""
 
 from __future__ import annotations
 
@@ -99,10 +99,10 @@ def missing_names(root: Path) -> Iterator[str]:
             spans = re.findall(r"`([^`]+)`", line) if line.startswith("|") else []
             files = [span for span in spans if span.endswith(".py") and (root / span).is_file()]
             said += [(span, files) for span in spans if files and IS_NAME.fullmatch(span)]
-        for name, files in dict.fromkeys((name, tuple(files)) for name, files in said):
-            code = "\n".join((root / file).read_text() for file in files if (root / file).is_file())
+        for name, named in dict.fromkeys((name, tuple(files)) for name, files in said):
+            code = "\n".join((root / file).read_text() for file in named if (root / file).is_file())
             if lost := [word for word in re.findall(r"[A-Za-z_]\w*", name) if not re.search(rf"\b{word}\b", code)]:
-                yield f"{path.relative_to(root)}: {name}: no {', '.join(lost)} in {', '.join(files)}"
+                yield f"{path.relative_to(root)}: {name}: no {', '.join(lost)} in {', '.join(named)}"
 
 
 def texts_of(root: Path) -> list[str]:
@@ -111,7 +111,9 @@ def texts_of(root: Path) -> list[str]:
     for path in sorted((root / "cast_ray").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
-                found.append("".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values))
+                found.append(
+                    "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+                )
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
     return found
@@ -211,7 +213,8 @@ def repository(tmp_path: Path) -> Path:
     (tmp_path / "docs" / "sweeps.md").write_text("# Sweeps\n\n| table | rows |\n|---|---|\n| `losses` | all |\n")
     (tmp_path / "README.md").write_text(
         "# First\n\n[a](docs/index.md#the-losses-and-more) [b](#first) [c](https://example.org) `cast_ray/there.py`\n"
-        "`build` in `cast_ray/there.py` `cast_ray/mine.py` `[no](link)`\n\n```sh\ncast-ray ablate losses --set loss.lambda_pxl=1\n```\n"
+        "`build` in `cast_ray/there.py` `cast_ray/mine.py` `[no](link)`\n\n"
+        "```sh\ncast-ray ablate losses --set loss.lambda_pxl=1\n```\n"
     )
     return tmp_path
 
