@@ -52,7 +52,8 @@ def inspect(arguments: argparse.Namespace, console: Console) -> int:
     root = absolute(arguments.root)
     kind = arguments.format or guess_format(root)
     out = output_folder(arguments.out or str(Path("inspect") / (Path(root.rstrip("/")).name or kind)))
-    overrides: dict[str, Any] = {"data.root": root, **parse_overrides(arguments.set)}
+    quoted = json.dumps(root, ensure_ascii=False)  # text in YAML too, where a path may hold a colon
+    overrides: dict[str, Any] = {"data.root": quoted, **parse_overrides(arguments.set)}
     if unknown := [key for key in overrides if not key.startswith("data.")]:
         raise ValueError(f"--set {unknown[0]}: expected a key of the recipe's data part, for example data.annotations")
     recipe_data = build_recipe(kind, "full", overrides).data

@@ -156,7 +156,7 @@ def test_drawn_results_are_not_read(messy: Path, beside: list[str], monkeypatch:
     assert left_out["folders of drawn results (overlays)"] == 1
 
     monkeypatch.chdir(messy)
-    for pattern in ("**/*.png", "l*/*/*.png"):
+    for pattern in ("**/*.png", "*/*/*"):
         found = find_photos([pattern, "1.jpg"])
         assert not any(path.startswith("labels/overlays") for path in found.paths)
         assert found.left_out["folders of drawn results (overlays)"] == 1

@@ -198,11 +198,11 @@ def test_a_picture_that_must_be_converted_is_said_with_its_path_once(
 def test_markup_in_names_of_classes_and_files_is_text(
     student: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (photos / "[/red]:car:.jpg").write_bytes(b"x")
-    arguments = (photos / "[/red]:car:.jpg", "--student", student, "--out", tmp_path / "[/red]")
-    assert run(*arguments) == predict.EXIT_NOTHING
-    assert f"skipped {photos}/[/red]:car:.jpg: not an image" in capsys.readouterr().err
-    assert run(*arguments, photos / "a.png", "--threshold", 0) == 0
+    (photos / "[red]:car:.jpg").write_bytes(b"x")
+    options = ("--student", student, "--out", tmp_path / "[/red]", "--threshold", 0)
+    assert run(photos / "[red]:car:.jpg", *options) == predict.EXIT_NOTHING
+    assert f"skipped {photos}/[red]:car:.jpg: not an image" in capsys.readouterr().err
+    assert run(photos / "a.png", *options) == 0
     assert f"results in {tmp_path}/[/red]" in capsys.readouterr().out
 
 
