@@ -10,8 +10,8 @@ Run these in the folder that holds this file, so that Python finds the module `o
     cast-ray inspect DIR --format own_dataset:index
     cast-ray ablate losses --preset nuclei --set data.format=own_dataset:index --set data.root=DIR
 
-On a cluster every node must be able to import the module: submit the folder as a Ray job's working directory, or put the
-module on PYTHONPATH of all nodes.
+On a cluster every node must be able to import the module: submit the folder as a Ray job's working directory, or put
+the module on PYTHONPATH of all nodes.
 """
 
 from collections.abc import Callable

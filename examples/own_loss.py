@@ -5,9 +5,9 @@ Run this in the folder that holds this file, so that Python finds the module `ow
     cast-ray ablate losses --preset shapes --rows sup --set loss.extra_term=own_loss:uncertainty \
         --set loss.extra_weight=0.1
 
-The term is added to the student's J in step 2b (`distill`), for all its images. Its curve is `extra` in the report. The
-text of this file is part of the stage's fingerprint: change it, and the stage is trained again. A file that it imports is
-not. The term belongs to the student only; the teacher's steps and step 3 do not have it.
+The term is added to the student's J in step 2b (`distill`), for all its images. Its curve is `extra` in the report.
+The text of this file is part of the stage's fingerprint: change it, and the stage is trained again. A file that it
+imports is not. The term belongs to the student only; the teacher's steps and step 3 do not have it.
 """
 
 import torch

@@ -22,6 +22,7 @@ from cast_ray.cli.options import (
     add_tracker_options,
     amount,
     exit_code,
+    output_folder,
     plain_console,
     recipe_overrides,
     runs_folder,
@@ -111,7 +112,7 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
         )
     if not requests:
         raise ValueError(f"--rows: no row of {', '.join(names)} is called {', '.join(arguments.rows)}")
-    folders = {request.table.name: str(out / request.name) for request in requests}
+    folders = {request.table.name: str(output_folder(str(out / request.name))) for request in requests}
     events = {name: str(Path(folder) / TENSORBOARD) for name, folder in folders.items()}
     trackers = Trackers(
         folders=folders,

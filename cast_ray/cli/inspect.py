@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cast_ray.cli.options import Parser, add_set_option, exit_code, output_folder, plain_console, positive
+from cast_ray.cli.options import EXIT_FAILED, Parser, add_set_option, exit_code, output_folder, plain_console, positive
 from cast_ray.common.files import write_atomically
 from cast_ray.common.paths import absolute
 from cast_ray.contracts.records import ClassMap, DatasetSplits, class_names, mask_areas
@@ -39,10 +39,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def inspect(arguments: argparse.Namespace, console: Console) -> int:
-    """Reads a dataset, prints what is in it and writes a contact sheet and `data_report.json`; returns 0.
+    """Reads a dataset, prints what is in it and writes a contact sheet and `data_report.json`.
+
+    Returns:
+        0, or EXIT_FAILED for a dataset that a run would refuse because too many of its files are bad.
 
     Raises:
-        ValueError: the folder is no dataset; what a run would refuse for too many bad files is shown and said.
+        ValueError: the folder is no dataset.
     """
     root = absolute(arguments.root)
     kind = arguments.format or guess_format(root)
@@ -51,7 +54,8 @@ def inspect(arguments: argparse.Namespace, console: Console) -> int:
             "--format shapes: drawn scenes lie in no folder; expected coco, cityscapes, ade20k or a reader"
         )
     out = output_folder(arguments.out or str(Path("inspect") / (Path(root.rstrip("/")).name or kind)))
-    overrides: dict[str, Any] = {"data.root": root, "data.format": kind, **parse_overrides(arguments.set)}
+    quoted = json.dumps(root, ensure_ascii=False)  # text in YAML too, where a path may hold a colon
+    overrides: dict[str, Any] = {"data.root": quoted, "data.format": kind, **parse_overrides(arguments.set)}
     if unknown := [key for key in overrides if not key.startswith("data.")]:
         raise ValueError(f"--set {unknown[0]}: expected a key of the recipe's data part, for example data.annotations")
     recipe_data = build_recipe(kind if kind in preset_names() else "coco", "full", overrides).data
@@ -62,15 +66,16 @@ def inspect(arguments: argparse.Namespace, console: Console) -> int:
     write_atomically(out / REPORT_FILE, json.dumps(report, indent=1))
     sheet = _draw(dataset, arguments.images, out / "samples.png")
     facts = facts_of(dataset)
-    console.print(Text.assemble((root, "bold"), f": {kind}, {len(dataset.categories)} classes"), soft_wrap=True)
+    heading = Text.assemble((root, "bold"), f": {kind}, {len(dataset.categories)} classes")
+    console.print(heading, highlight=False, soft_wrap=True)
     console.print(_splits_table(facts))
     console.print(_classes_table(facts, dataset))
-    _print_skipped(report, recipe_data, console)
+    is_refused = _print_skipped(report, recipe_data, console)
     for note in report["notes"]:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     print_warnings(report["warnings"], console)
     console.print(f"Written: {sheet}, {out / REPORT_FILE}", highlight=False, soft_wrap=True)
-    return 0
+    return EXIT_FAILED if is_refused else 0
 
 
 def _splits_table(facts: list[SplitFacts]) -> Table:
@@ -109,7 +114,8 @@ def _classes_table(facts: list[SplitFacts], dataset: DatasetSplits) -> Table:
     return table
 
 
-def _print_skipped(report: dict[str, Any], config: DataConfig, console: Console) -> None:
+def _print_skipped(report: dict[str, Any], config: DataConfig, console: Console) -> bool:
+    """Prints what was skipped and returns whether a run would refuse the dataset for it."""
     console.print(report["statement"], highlight=False)
     for entry in report["skipped"][:MAX_SHOWN]:
         text = f"  {entry['split']} {entry['kind']} {entry['id']} ({entry['file']}): {entry['reason']}"
@@ -120,6 +126,8 @@ def _print_skipped(report: dict[str, Any], config: DataConfig, console: Console)
         check_report(report, config.max_bad_fraction)
     except ValueError as error:
         console.print(f"A run would refuse it: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        return True
+    return False
 
 
 def _draw(dataset: DatasetSplits, num_images: int, path: Path) -> Path:

@@ -22,6 +22,7 @@ from cast_ray.cli.options import (
     add_set_option,
     exit_code,
     output_folder,
+    plain_console,
 )
 from cast_ray.common.version import VERSION
 from cast_ray.data.reading.class_lists import read_classes
@@ -32,15 +33,16 @@ from cast_ray.recipe.teachers import PUBLISHED
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     arguments = _parser().parse_args(argv)
-    return exit_code(lambda: _label(arguments, Console(stderr=True)), INTERRUPTED_IMAGES)
+    return exit_code(lambda: _label(arguments, plain_console(stderr=True)), INTERRUPTED_IMAGES)
 
 
 def _label(arguments: argparse.Namespace, errors: Console) -> int:
     from cast_ray.cli.images import list_photos, run_images  # what needs torch, once the arguments are sound
     from cast_ray.cli.unfinished import weights_digest
+    from cast_ray.data.reading.photos import OVERLAYS
     from cast_ray.inference.labeller import make_labeller
     from cast_ray.inference.predictor import in_batches
-    from cast_ray.inference.result_files import OVERLAYS, shared_folder, write_labels
+    from cast_ray.inference.result_files import shared_folder, write_labels
 
     recipe = _recipe(arguments)
     out = output_folder(arguments.out)
@@ -123,7 +125,11 @@ def _parser() -> Parser:
         required=True,
         help=f"{', '.join(PUBLISHED)}: published weights; or a saved one: a folder, a URI, a row runs/<name>/<row>",
     )
-    parser.add_argument("--classes", help="names with commas, a .txt of one a line, or a COCO .json")
+    parser.add_argument(
+        "--classes",
+        help="names with commas between them, or a file: a .txt of one name a line, a JSON list of names (.json) or "
+        "a COCO .json",
+    )
     add_image_options(parser)
     add_set_option(parser, "a recipe key of `teacher` or `pseudo`, for example teacher.grounded_sam.detector=DIR")
     add_device_options(

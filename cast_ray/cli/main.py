@@ -45,6 +45,7 @@ first steps:
   cast-ray inspect DIR                             look into your own dataset
   cast-ray ablate losses --preset coco --set data.root=DIR --scale smoke
 
+exit codes:
 {exit_codes}
 """
 
@@ -75,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def help_text() -> str:
     """Returns what `cast-ray --help` prints."""
     lines = (f"  {name:<11}{sentence}" for name, sentence in COMMANDS.items())
-    return _HELP.format(commands="\n".join(lines), exit_codes=EXIT_CODES.replace(", ", "\n  ").replace(": ", ":\n  "))
+    codes = (f"  {code:<5}{meaning}" for code, meaning in EXIT_CODES.items())
+    return _HELP.format(commands="\n".join(lines), exit_codes="\n".join(codes))
 
 
 def run_renamed(old: str, new: str, argv: Sequence[str] | None = None) -> int:

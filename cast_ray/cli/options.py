@@ -12,10 +12,14 @@ from typing import Any, NoReturn, TypeVar
 from rich.console import Console
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 3, 130
-EXIT_CODES = (
-    "Exit codes: 0 done, 1 the result is bad or missing (a failed row, no image read), 2 the arguments or files cannot "
-    "be used, 3 stopped by a limit such as --budget-hours, 130 stopped by Ctrl-C"
-)
+EXIT_CODES = {
+    0: "done",
+    EXIT_FAILED: "the result is bad or missing: a row failed, no image was read, a run would refuse the dataset",
+    EXIT_BAD_INPUT: "the arguments or the files cannot be used",
+    EXIT_STOPPED: "stopped by a limit such as --budget-hours",
+    EXIT_INTERRUPTED: "stopped by Ctrl-C",
+}
+"""What the exit codes mean, of all commands."""
 STORAGE_VARIABLE = "CAST_RAY_STORAGE"
 INTERRUPTED_IMAGES = "stopped; the same command resumes with the images that are not finished"
 STUDENT_HELP = "folder of a saved student, a row runs/<name>/<row>, a URI or a hub name"
@@ -31,19 +35,25 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **settings: Any):
-        settings.setdefault("epilog", f"{EXIT_CODES}.")
+        settings.setdefault("epilog", exit_codes_text())
         super().__init__(**settings)
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_BAD_INPUT, f"error: {message} (see {self.prog} --help)\n")
 
 
+def exit_codes_text() -> str:
+    """Returns the sentence on exit codes that every command's help ends with."""
+    return f"Exit codes: {'; '.join(f'{code} {meaning}' for code, meaning in EXIT_CODES.items())}."
+
+
 def plain_console(width: int = 120, *, stderr: bool = False) -> Console:
     """Returns the console of a command: as wide as the terminal, or `width` where the output goes to a file or a pipe.
 
-    Markup is off, because most of what is printed holds names and paths that users chose: `[a]` is text, not a style.
+    Markup and emoji codes are off, because most of what is printed holds names and paths that users chose: `[a]` and
+    `:car:` are text.
     """
-    console = Console(markup=False, stderr=stderr)
+    console = Console(markup=False, emoji=False, stderr=stderr)
     if not console.file.isatty():
         console.width = width
     return console
@@ -200,11 +210,11 @@ def runs_folder(text: str | None) -> Path:
     """Returns the folder of all runs that --out names, or the default one.
 
     Raises:
-        ValueError: it is a URI, which reports cannot be written to.
+        ValueError: a URI, which reports cannot be written to, a file, or a place that cannot be written.
     """
     if text and "://" in text:
         raise ValueError(f"--out {text}: expected a local folder for results and reports (--storage takes a URI)")
-    return Path(text or default_folder() / "runs")
+    return output_folder(text or str(default_folder() / "runs"))
 
 
 def output_folder(text: str) -> Path:

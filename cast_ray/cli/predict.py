@@ -21,6 +21,7 @@ from cast_ray.cli.options import (
     add_image_options,
     exit_code,
     output_folder,
+    plain_console,
     positive,
 )
 from cast_ray.common.version import VERSION
@@ -29,15 +30,16 @@ from cast_ray.common.version import VERSION
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     arguments = _parser().parse_args(argv)
-    return exit_code(lambda: _predict(arguments, Console(stderr=True)), INTERRUPTED_IMAGES)
+    return exit_code(lambda: _predict(arguments, plain_console(stderr=True)), INTERRUPTED_IMAGES)
 
 
 def _predict(arguments: argparse.Namespace, errors: Console) -> int:
     from cast_ray.cli.images import list_photos, run_images  # what needs torch, once the arguments are sound
     from cast_ray.cli.unfinished import weights_digest
+    from cast_ray.data.reading.photos import OVERLAYS
     from cast_ray.engine.world import pick_device
     from cast_ray.inference.predictor import Predictor, in_batches, make_predictor
-    from cast_ray.inference.result_files import OVERLAYS, write_predictions
+    from cast_ray.inference.result_files import write_predictions
     from cast_ray.models.student import CONFIG, WEIGHTS
     from cast_ray.runtime.store.models import open_student
 

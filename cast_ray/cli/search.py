@@ -22,6 +22,7 @@ from cast_ray.cli.options import (
     add_tracker_options,
     amount,
     exit_code,
+    output_folder,
     plain_console,
     positive,
     recipe_overrides,
@@ -51,7 +52,7 @@ def _search(arguments: argparse.Namespace) -> int:
     overrides = recipe_overrides(arguments)
     preset, scale = arguments.preset or spec.preset, arguments.scale or spec.scale
     name = arguments.name or f"{spec.name}-search-{preset}-{scale}"
-    out = runs_folder(arguments.out) / name
+    out = output_folder(str(runs_folder(arguments.out) / name))
     folders = {f"{spec.name}-{sampler}": str(out) for sampler in spec.samplers}
     events = {} if arguments.no_tensorboard else dict.fromkeys(folders, str(out / TENSORBOARD))
     trackers = Trackers(folders, events, wandb=arguments.wandb, mlflow=arguments.mlflow, group=name)

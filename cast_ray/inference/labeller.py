@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from cast_ray.common.paths import is_uri
 from cast_ray.common.registry import lookup
 from cast_ray.contracts.records import Category
 from cast_ray.data.reading.class_lists import read_classes
@@ -98,8 +100,14 @@ def load_teacher(
     if config.prompt.synonyms:
         part["prompt"] = config.prompt.model_dump()
     size = None if config.image_px is None else InputSize.of(config.image_px)
-    with open_teacher(source, part, size, categories) as teacher:
-        return teacher
+    try:
+        with open_teacher(source, part, size, categories) as teacher:
+            return teacher
+    except ValueError as error:
+        if is_uri(source) or Path(source).expanduser().exists():
+            raise
+        kinds = ", ".join(PUBLISHED)
+        raise ValueError(f"--teacher: neither a kind ({kinds}) nor a saved teacher: {error}") from None
 
 
 def _categories(classes: str | Sequence[str] | Sequence[Category] | None) -> list[Category] | None:

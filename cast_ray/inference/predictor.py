@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from cast_ray.contracts.records import Category
-from cast_ray.data.reading.images import read_image
+from cast_ray.data.reading.images import ImageError, read_image
 from cast_ray.data.views import fit_image
 from cast_ray.engine.world import pick_device
 from cast_ray.evaluation.coco_results import coco_result
@@ -138,9 +138,11 @@ def in_batches(predictor: Predictor, paths: Sequence[str], batch: int) -> Iterat
 
 
 def read_or_reason(path: str) -> np.ndarray | str:
-    """Returns the pixels of an image, or why it has none."""
+    """Returns the pixels of an image, or why it has none, without the path."""
     try:
         return read_image(path)
+    except ImageError as error:
+        return error.reason
     except (ValueError, OSError) as error:
         return str(error)
 

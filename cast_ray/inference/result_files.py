@@ -13,9 +13,7 @@ from pycocotools import mask as coco_mask
 
 from cast_ray.common.files import replaced
 from cast_ray.contracts.records import Category, mask_areas
-
-OVERLAYS = "overlays"
-"""Folder of the drawn images inside the output folder; it is never read as input."""
+from cast_ray.data.reading.photos import OVERLAYS
 
 Rows = Callable[[], Iterator[tuple[int, dict[str, Any]]]]
 """Gives, as often as it is called, (image id, row) of every image that was read; ids count from 1 over all images."""

@@ -177,7 +177,8 @@ def test_a_term_of_ones_own_is_added_to_j(monkeypatch: pytest.MonkeyPatch) -> No
         assert list(terms) == list(objective.weights) and objective.weights["extra"] == 0.25  # means are by place
         without, _ = Objective(SEMI, contrastive)(output, BATCH, 0, torch.Generator().manual_seed(0))
         j, j_without = (
-            weighted_sum(t, {n: objective.weights[n] for n in t}, World().all_reduce_sum, 1)[0] for t in (terms, without)
+            weighted_sum(t, {n: objective.weights[n] for n in t}, World().all_reduce_sum, 1)[0]
+            for t in (terms, without)
         )
         expected = output.predictions.mask_logits[-1].mean() / 2 * 0.25
         assert torch.allclose(j - j_without, expected, atol=1e-5)
