@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def help_text() -> str:
     """Returns what `cast-ray --help` prints."""
-    lines = (f"  {name:<11}{sentence}" for name, sentence in COMMANDS.items())
+    lines = (f"  {name:<12}{sentence}" for name, sentence in COMMANDS.items())
     codes = (f"  {code:<5}{meaning}" for code, meaning in EXIT_CODES.items())
     return _HELP.format(commands="\n".join(lines), exit_codes="\n".join(codes))
 

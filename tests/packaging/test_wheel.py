@@ -84,13 +84,12 @@ def test_the_installed_command_works_in_an_empty_folder(installed: Path, tmp_pat
     found = run(sys.executable, "-c", where, cwd=tmp_path, PYTHONPATH=str(installed)).stdout
     assert found.strip() == str(installed / "cast_ray" / "__init__.py")
 
-    small = [part for setting in TINY for part in ("--set", setting)]
+    small = ["--scale", "smoke", *(part for setting in TINY for part in ("--set", setting))]
     dry = cast_ray("ablate", "losses", "--preset", "shapes", "--dry-run", *small)
     assert "What each loss term is worth" in dry and "device-hours to run" in dry
     assert "losses" in cast_ray("search", "--help") and list(tmp_path.glob("runs/*")) == []
 
-    smoke = ["--scale", "smoke", "--rows", "sup", "--address", "local"]
-    cast_ray("ablate", "losses", "--preset", "shapes", *smoke, *small)
+    cast_ray("ablate", "losses", "--preset", "shapes", "--rows", "sup", "--address", "local", *small)
     run_folder = Path("runs") / "losses-shapes-smoke"
     assert (tmp_path / "storage").is_dir() and (tmp_path / run_folder / "losses__sup__s0" / "result.json").is_file()
     result = json.loads((tmp_path / run_folder / "losses__sup__s0" / "result.json").read_text())

@@ -30,7 +30,7 @@ def test_the_first_page_lists_every_command(capsys: pytest.CaptureFixture[str]) 
         assert main(arguments) == 0
         page = capsys.readouterr().out
         for name, sentence in COMMANDS.items():
-            assert f"  {name:<11}{sentence}\n" in page
+            assert f"  {name:<12}{sentence}\n" in page
         assert all(f"  {code:<5}{meaning}\n" in page for code, meaning in EXIT_CODES.items())
 
 
