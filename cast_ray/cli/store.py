@@ -1,32 +1,40 @@
-"""Looks at and prunes the artifacts of a storage path: `ablate.py store ls | show | gc`."""
+"""`cast-ray store` looks at and prunes the artifacts of a storage path.
+
+cast-ray store ls
+cast-ray store show train-3f2a
+cast-ray store gc --unused --older-than 30d
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-import os
-import shlex
-import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from cast_ray.console import Parser, plain_console
+from cast_ray.cli.options import Parser, add_storage_option, exit_code, plain_console, storage_path
 from cast_ray.runtime.store.artifacts import ArtifactStore, read_each
 from cast_ray.runtime.store.pruning import Pruning, find_prunable, prune
+from cast_ray.runtime.sweep.planner import command_line
 
 NUM_LISTED = 50
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns its exit code."""
     arguments = _parser().parse_args(argv)
-    store = ArtifactStore(arguments.storage or os.environ.get("CAST_RAY_STORAGE") or "storage")
+    return exit_code(lambda: _on_store(arguments, plain_console(160)))
+
+
+def _on_store(arguments: argparse.Namespace, console: Console) -> int:
+    store = ArtifactStore(storage_path(arguments.storage))
     if not store.list_names(""):
         raise ValueError(f"no store at {store.storage!r}: expected the --storage of earlier runs")
-    console = plain_console(160)
     return {"ls": _list, "show": _show, "gc": _collect}[arguments.command](store, arguments, console)
 
 
@@ -89,7 +97,7 @@ def _collect(store: ArtifactStore, arguments: argparse.Namespace, console: Conso
     """Prunes, or says what would be pruned."""
     older_s = None if arguments.older_than is None else _seconds(arguments.older_than)
     if arguments.yes:
-        pruning = prune(store, older_s, arguments.unused, shlex.join(["ablate.py", "store", *sys.argv[2:]]))
+        pruning = prune(store, older_s, arguments.unused, command_line())
     else:
         pruning = find_prunable(store, older_s, arguments.unused)
     _print_pruning(pruning, console)
@@ -139,7 +147,9 @@ def _seconds(text: str) -> float:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="ablate.py store", description="Artifacts of stages, across all runs.")
+    parser = Parser(
+        prog="cast-ray store", description="Lists, shows and prunes the artifacts of stages, across all runs."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("ls", help="newest artifacts first")
     listing.add_argument("--kind", choices=["train", "label", "evaluate", "dataset"], help="only these")
@@ -157,5 +167,5 @@ def _parser() -> Parser:
     collect.add_argument("--older-than", metavar="AGE", help="also artifacts older than this: 30d, 12h")
     collect.add_argument("--yes", action="store_true", help="delete; without it, only say what would be deleted")
     for command in (listing, show, collect):
-        command.add_argument("--storage", help="path or URI; default: $CAST_RAY_STORAGE, else ./storage")
+        add_storage_option(command)
     return parser
