@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from cast_ray.cli.main import COMMANDS, main
+from cast_ray.plan.ablation import load_table
+from cast_ray.plan.search import load_search
 from cast_ray.recipe import recipe_keys
 from cast_ray.recipe.variants import is_variant
 
@@ -207,6 +209,17 @@ def test_named_functions_and_fields_are_where_they_are_said_to_be() -> None:
 
 def test_explained_messages_are_in_the_code() -> None:
     assert untold_messages(ROOT) == []
+
+
+@pytest.mark.parametrize(("page", "load"), [("sweeps.md", load_table), ("search.md", load_search)])
+def test_the_tables_and_searches_that_are_shown_can_be_read(
+    page: str, load: Callable[[Path], object], tmp_path: Path
+) -> None:
+    shown = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs" / page).read_text(), flags=re.M | re.S)
+    assert shown
+    for text in shown:
+        (tmp_path / "shown.yaml").write_text(text)
+        load(tmp_path / "shown.yaml")
 
 
 def test_every_table_is_described() -> None:
