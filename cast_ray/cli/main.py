@@ -18,7 +18,7 @@ COMMANDS = {
     "ablate": "Runs ablation tables: every row and seed, and each stage that several rows share only once.",
     "search": "Searches recipe keys with Optuna; its trials share stages with each other and with tables.",
     "report": "Writes the report of a run folder again, from the files in it.",
-    "store": "Lists, shows and prunes the artifacts of earlier runs.",
+    "store": "Lists, shows, compares and prunes the artifacts of earlier runs.",
     "label": "Labels images with a teacher and writes one COCO file.",
     "predict": "Finds instances in images with a saved student.",
     "export": "Takes a student out of a run, as a folder or as an ONNX file.",
