@@ -102,7 +102,7 @@ def load_teacher(
     size = None if config.image_px is None else InputSize.of(config.image_px)
     try:
         with open_teacher(source, part, size, categories) as teacher:
-            return teacher
+            return teacher.eval()
     except ValueError as error:
         if is_uri(source) or Path(source).expanduser().exists():
             raise
