@@ -1,4 +1,4 @@
-"""JSON documents that outlive the process and the build that wrote them: typed parts, one schema version, one-line errors.
+"""JSON documents that outlive the build that wrote them: typed parts, a schema version, one-line errors.
 
 Rules that every document follows:
 
@@ -113,8 +113,8 @@ class Document(DocumentPart):
         version = plain.get("schema_version") if isinstance(plain, dict) else None
         if isinstance(version, int) and version > cls.VERSION:
             raise NewerDocumentError(
-                f"{place}: schema_version is {version}, expected at most {cls.VERSION}: a newer version of cast_ray has "
-                "written it"
+                f"{place}: schema_version is {version}, expected at most {cls.VERSION}: a newer version of cast_ray "
+                "wrote it"
             )
         return super().of(plain, place)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from cast_ray.contracts.row_result import DatasetFacts, Hardware, SplitFacts
+from cast_ray.contracts.row_result import DatasetFacts, Hardware, RowResult, SplitFacts
 from cast_ray.recipe.stages import KINDS_OF_AP
 from cast_ray.report.content import Difference, Report, Result
 from cast_ray.report.metrics import format_signed, label_of
@@ -18,7 +18,7 @@ SEED_FIELDS = {"data.split_seed": "label split", "init_seed": "initial weights",
 """Recipe fields by which a part of the randomness stays the same for all seeds, and what they fix."""
 
 
-def context_of(results: Sequence[Result]) -> dict[str, str]:
+def context_of(results: Sequence[RowResult]) -> dict[str, str]:
     """What was run, where and when, in words."""
     context: dict[str, str] = {}
     if commands := {r.command for r in results if r.command}:
@@ -46,11 +46,11 @@ def context_of(results: Sequence[Result]) -> dict[str, str]:
     return {key: text for key, text in context.items() if text}
 
 
-def _kinds_of_ap(results: Sequence[Result]) -> set[str]:
+def _kinds_of_ap(results: Sequence[RowResult]) -> set[str]:
     return {str(metric) for r in results if (metric := r.setting("evaluation.metric")) is not None}
 
 
-def _images_per_step(results: Sequence[Result]) -> str:
+def _images_per_step(results: Sequence[RowResult]) -> str:
     """How many images rows with and without D_u see in a step of 2b, and which of them stay equal."""
     known = [r for r in results if r.setting("stages.distill") is not None]
     sizes = {tuple(r.setting(f"stages.distill.batch_{which}") for which in ("labelled", "unlabelled")) for r in known}

@@ -70,8 +70,8 @@ def test_the_store_holds_what_load_reads(reader: Reader, monkeypatch: pytest.Mon
         stored = reader.store.read_table(found.key, f"{name}.parquet")
         assert stored.equals(getattr(whole, name)), name
     facts = found.facts()
-    assert (facts["num_train"], facts["num_val"], facts["num_source"], facts["num_extra"]) == (8, 4, 0, 3)
-    assert facts["skipped"] == 0 and facts["classes"][0] == "person"
+    assert (facts.num_train, facts.num_val, facts.num_source, facts.num_extra) == (8, 4, 0, 3)
+    assert facts.skipped == 0 and facts.classes[0] == "person"
 
 
 def test_it_is_read_once(reader: Reader) -> None:
@@ -143,7 +143,7 @@ def test_a_refused_dataset_leaves_its_report(reader: Reader) -> None:
 
     assert reader.num_read == 12
     accepted = reader({"data.max_bad_fraction": "0.25"})
-    assert accepted.num_images["train"] == 6 and accepted.facts()["skipped"] == 2
+    assert accepted.num_images["train"] == 6 and accepted.facts().skipped == 2
     assert "2 of 12 images and 0 of 50 annotations skipped (data_report.json), first: image" in reader.output.getvalue()
     assert reader.num_read == 12  # another limit needs no other read
 
@@ -173,11 +173,11 @@ def test_splits_are_stored_for_every_recipe(reader: Reader) -> None:
     for recipe, labelled, unlabelled in ((recipes[0], 2, 6), (recipes[1], 4, 7)):
         chosen = stored_split(reader.store, dataset.content_hash, part(recipe, dataset, True))
         assert (len(chosen.labelled), len(chosen.unlabelled)) == (labelled, unlabelled)
-        assert chosen.facts["num_labelled"] == labelled and chosen.facts["family"] == "nested"
+        assert chosen.facts.num_labelled == labelled and chosen.facts.family == "nested"
         alone = stored_split(reader.store, dataset.content_hash, part(recipe, dataset, False))
         assert len(alone.unlabelled) == 0
         np.testing.assert_array_equal(alone.labelled, chosen.labelled)
-    assert chosen.unlabelled.max() >= 8 and chosen.facts["num_extra"] == 3
+    assert chosen.unlabelled.max() >= 8 and chosen.facts.num_extra == 3
 
 
 def test_splits_of_classes_and_lists(reader: Reader) -> None:
@@ -189,10 +189,10 @@ def test_splits_of_classes_and_lists(reader: Reader) -> None:
     recipes, dataset = reader.recipes(*rows), reader(*rows)
     store_splits(dataset, recipes, reader.store)
     classes, listed = (stored_split(reader.store, dataset.content_hash, part(r, dataset, True)) for r in recipes)
-    assert len(classes.labelled) == 4 and classes.facts["min_per_class"] == 4
+    assert len(classes.labelled) == 4 and classes.facts.min_per_class == 4
     ids = reader.store.read_table(dataset.key, "train.parquet").column("image_id").take(listed.labelled).to_pylist()
     assert ids == ['"aachen_000004_000019"']
-    assert dataset.hashes(recipes[1].data) == DataHashes(label_list=listed.facts["label_list_sha256"])
+    assert dataset.hashes(recipes[1].data) == DataHashes(label_list=listed.facts.label_list_sha256)
 
 
 def test_a_pool_of_known_images_is_told_and_leaves_none(reader: Reader) -> None:
@@ -201,7 +201,7 @@ def test_a_pool_of_known_images_is_told_and_leaves_none(reader: Reader) -> None:
     dataset = reader(row)
     note = "12 of 15 images of the extra pool are training or validation images (the same bytes; the first: "
     assert dataset.num_images["extra"] == 3 and note in reader.output.getvalue()
-    assert dataset.facts()["notes"][0].startswith(note) and reader.report()["copies"]["pool_left_out"] == 12
+    assert dataset.facts().notes[0].startswith(note) and reader.report()["copies"]["pool_left_out"] == 12
     store_splits(dataset, reader.recipes(row), reader.store)
     shutil.rmtree(reader.folder / "copies/train_extra")
     with pytest.raises(ValueError, match="leaves 0 unlabelled images: expected at least 1 per worker"):
@@ -222,7 +222,7 @@ def test_training_images_that_are_copies_leave_the_unlabelled(reader: Reader) ->
     )
     store_splits(dataset, reader.recipes(row), reader.store)
     chosen = stored_split(reader.store, dataset.content_hash, part(reader.recipes(row)[0], dataset, True))
-    assert (len(chosen.labelled), len(chosen.unlabelled), chosen.facts["num_copies"]) == (2, 5, 1)
+    assert (len(chosen.labelled), len(chosen.unlabelled), chosen.facts.num_copies) == (2, 5, 1)
     alone = stored_split(reader.store, dataset.content_hash, part(reader.recipes(row)[0], dataset, False))
     assert "num_copies" not in alone.facts
 
