@@ -165,7 +165,7 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str], outcome:
         row=row.row,
         seed=row.seed,
         **vars(outcome),
-        recipe=row.recipe.model_dump(),
+        recipe=row.recipe.model_dump(mode="json"),
         command=context.command,
         code_version=context.code_version,
         device_hours=sum(manifest.device_seconds for manifest in own) / 3600,  # of this run or one before it

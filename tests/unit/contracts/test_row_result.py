@@ -1,4 +1,4 @@
-"""result.json: round trip, files of earlier and newer builds, files that are wrong; the same for all typed documents."""
+"""result.json, and with it all typed documents: round trip, files of earlier and newer builds, files that are wrong."""
 
 from __future__ import annotations
 

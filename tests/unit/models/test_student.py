@@ -201,6 +201,7 @@ STAGES = [
     {"name": "distill", "kind": "train", "fingerprint": "d", "artifact": "distilled"},
     {"name": "evaluate", "kind": "evaluate", "fingerprint": "e", "artifact": "nowhere"},
 ]
+REFINE = {"name": "refine", "kind": "train", "fingerprint": "r", "artifact": "refined"}
 
 
 @pytest.fixture
