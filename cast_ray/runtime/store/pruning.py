@@ -94,11 +94,13 @@ def _used(store: ArtifactStore) -> set[str]:
     for path, data in zip(paths, read_each(store.find_bytes, paths)):
         if not data:
             continue
+        place = store.uri(path)
         try:
-            result = RowResult.read(data, store.uri(path))
+            result = RowResult.read(data, place)
         except ValueError as error:
             raise ValueError(
-                f"{error}: so nothing says which artifacts it uses; run its sweep again, or remove the file"
+                f"{place}: cannot be read, so that nothing says what it uses: run its sweep again, or remove it: "
+                f"{str(error).removeprefix(f'{place}: ')}"
             ) from None
         used |= {stage.fingerprint for stage in result.stages} | set(result.given)
         if result.dataset is not None:

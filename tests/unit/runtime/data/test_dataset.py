@@ -173,11 +173,11 @@ def test_splits_are_stored_for_every_recipe(reader: Reader) -> None:
     for recipe, labelled, unlabelled in ((recipes[0], 2, 6), (recipes[1], 4, 7)):
         chosen = stored_split(reader.store, dataset.content_hash, part(recipe, dataset, True))
         assert (len(chosen.labelled), len(chosen.unlabelled)) == (labelled, unlabelled)
-        assert chosen.facts.num_labelled == labelled and chosen.facts.family == "nested"
+        assert chosen.facts["num_labelled"] == labelled and chosen.facts["family"] == "nested"
         alone = stored_split(reader.store, dataset.content_hash, part(recipe, dataset, False))
         assert len(alone.unlabelled) == 0
         np.testing.assert_array_equal(alone.labelled, chosen.labelled)
-    assert chosen.unlabelled.max() >= 8 and chosen.facts.num_extra == 3
+    assert chosen.unlabelled.max() >= 8 and chosen.facts["num_extra"] == 3
 
 
 def test_splits_of_classes_and_lists(reader: Reader) -> None:
@@ -189,10 +189,10 @@ def test_splits_of_classes_and_lists(reader: Reader) -> None:
     recipes, dataset = reader.recipes(*rows), reader(*rows)
     store_splits(dataset, recipes, reader.store)
     classes, listed = (stored_split(reader.store, dataset.content_hash, part(r, dataset, True)) for r in recipes)
-    assert len(classes.labelled) == 4 and classes.facts.min_per_class == 4
+    assert len(classes.labelled) == 4 and classes.facts["min_per_class"] == 4
     ids = reader.store.read_table(dataset.key, "train.parquet").column("image_id").take(listed.labelled).to_pylist()
     assert ids == ['"aachen_000004_000019"']
-    assert dataset.hashes(recipes[1].data) == DataHashes(label_list=listed.facts.label_list_sha256)
+    assert dataset.hashes(recipes[1].data) == DataHashes(label_list=listed.facts["label_list_sha256"])
 
 
 def test_a_pool_of_known_images_is_told_and_leaves_none(reader: Reader) -> None:
@@ -222,7 +222,7 @@ def test_training_images_that_are_copies_leave_the_unlabelled(reader: Reader) ->
     )
     store_splits(dataset, reader.recipes(row), reader.store)
     chosen = stored_split(reader.store, dataset.content_hash, part(reader.recipes(row)[0], dataset, True))
-    assert (len(chosen.labelled), len(chosen.unlabelled), chosen.facts.num_copies) == (2, 5, 1)
+    assert (len(chosen.labelled), len(chosen.unlabelled), chosen.facts["num_copies"]) == (2, 5, 1)
     alone = stored_split(reader.store, dataset.content_hash, part(reader.recipes(row)[0], dataset, False))
     assert "num_copies" not in alone.facts
 
