@@ -98,14 +98,14 @@ def test_no_labels_leave_empty_cells() -> None:
     assert dict(zip(head, body[0]))["precision"] == dict(zip(head, body[0]))["ECE"] == ""
 
 
-def write(store: ArtifactStore, stage: Stage, files: dict[str, pa.Table | bytes]) -> None:
+def write(store: ArtifactStore, stage: Stage, files: dict[str, pa.Table | bytes], **facts: Any) -> None:
     for name, content in files.items():
         if isinstance(content, pa.Table):
             buffer = io.BytesIO()
             pa.parquet.write_table(content, buffer)
             content = buffer.getvalue()
         store.add(stage, name, content)
-    store.commit(stage, {})
+    store.commit(stage, facts)
 
 
 @pytest.fixture
@@ -118,7 +118,8 @@ def swept(tmp_path: Path) -> tuple[SweepContext, RowPlan]:
         Image.fromarray(np.full((HEIGHT, WIDTH, 3), 20 * k, dtype=np.uint8)).save(row["uri"])
     row_plan = plan(build_recipe("shapes", "smoke"), "0" * 64)
     dataset = Stage("dataset", "dataset", {}, {}, "d" * 20)
-    write(store, dataset, {"train.parquet": pa.Table.from_pylist(truth, schema=RECORD_SCHEMA)})
+    facts = {"content_hash": "0" * 64, "categories": [vars(c) for c in CATEGORIES], "num_images": {"train": len(truth)}}
+    write(store, dataset, {"train.parquet": pa.Table.from_pylist(truth, schema=RECORD_SCHEMA)}, **facts)
     schema = RECORD_SCHEMA.append(pa.field("position", pa.int64()))
     files: dict[str, pa.Table | bytes] = {
         f"labels/{k}.parquet": pa.Table.from_pylist(labels[k::3], schema=schema) for k in range(3)

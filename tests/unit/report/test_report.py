@@ -406,7 +406,7 @@ def test_results_of_an_earlier_recipe_do_not_count_as_those_of_a_running_one(tmp
     announce(run, table, now, {}, "", console)
     assert read_run(run).results == () and len(read_run(run).pending()) == 2
     save(run, [result("sup", recipe=now["sup", 0].model_dump(mode="json"))])
-    assert [r["row"] for r in read_run(run).results] == ["sup"]
+    assert [r.row for r in read_run(run).results] == ["sup"]
     write_plan(run, [table], [("losses", row, 0) for row in ROWS[:2]])  # as when the sweep is over
     assert len(read_run(run).results) == 2
 
@@ -420,8 +420,7 @@ def test_a_broken_plan_is_named(tmp_path: Path) -> None:
 def test_the_command_rebuilds_a_report_without_ray(tmp_path: Path) -> None:
     run = save(tmp_path / "run", [result(row) for row in ROWS])
     code = (
-        "import sys; sys.modules['ray'] = None; sys.path.insert(0, 'sweeps')\n"
-        "import ablate; sys.exit(ablate.main(['report', sys.argv[1]]))"
+        "import sys; sys.modules['ray'] = None\nfrom cast_ray.cli import report; sys.exit(report.main([sys.argv[1]]))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(run)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

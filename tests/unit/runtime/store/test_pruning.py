@@ -7,12 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
+from report_scenes import result
 
+from cast_ray.cli import store as store_command
 from cast_ray.plan.graph import Stage
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.claims import Presence
 from cast_ray.runtime.store.pruning import SILENT_S, find_prunable, prune
-from sweeps import ablate
 
 OLD_S = 10 * 86400
 
@@ -54,8 +55,8 @@ def test_unfinished_artifacts_go_and_finished_ones_stay(store: ArtifactStore) ->
 def test_finished_ones_go_by_age_and_use(store: ArtifactStore) -> None:
     for name, age_s in (("a", OLD_S), ("b", OLD_S), ("c", 0)):
         commit(store, name, age_s)
-    used = {"stages": [{"fingerprint": stage("a").fingerprint}], "dataset": {"content_hash": "0" * 64}}
-    store.write_json("runs/x/losses__sup__s0/result.json", used)
+    stages = [{"name": "a", "kind": "train", "fingerprint": stage("a").fingerprint}]
+    store.write_json("runs/x/losses__sup__s0/result.json", result("sup", stages=stages))
 
     def planned(older_s: float | None, unused: bool) -> set[str]:
         return {a.fingerprint[0] for a in find_prunable(store, older_s, unused).artifacts}
@@ -79,7 +80,7 @@ def test_a_result_that_cannot_be_read_stops_the_pruning_of_what_is_unused(store:
 def test_the_data_and_the_foundation_of_a_result_are_in_use(store: ArtifactStore) -> None:
     for name in "abc":
         commit(store, name, OLD_S)
-    used = {"stages": [], "given": [stage("a").fingerprint], "dataset": {"artifact": stage("b").key}}
+    used = result("sup", stages=[], given=[stage("a").fingerprint], dataset={"artifact": stage("b").key})
     store.write_json("runs/x/main__CAST__s0/result.json", used)
     assert [a.key for a in find_prunable(store, None, True).artifacts] == [stage("c").key]
 
@@ -128,7 +129,7 @@ def test_the_command_lists_shows_and_prunes(store: ArtifactStore, capsys: pytest
     commit(store, "b")
 
     def run(*arguments: str) -> str:
-        assert ablate.main(["store", *arguments, "--storage", store.storage]) == 0
+        assert store_command.main([*arguments, "--storage", store.storage]) == 0
         return capsys.readouterr().out
 
     listing = run("ls")
@@ -155,10 +156,10 @@ def test_bad_input_of_the_command(
     store: ArtifactStore, capfd: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
     commit(store, "a")
-    assert ablate.main(["store", *arguments, "--storage", store.storage]) == 2
+    assert store_command.main([*arguments, "--storage", store.storage]) == 2
     assert words in capfd.readouterr().err
 
 
 def test_no_store_there(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert ablate.main(["store", "ls", "--storage", str(tmp_path / "none")]) == 2
+    assert store_command.main(["ls", "--storage", str(tmp_path / "none")]) == 2
     assert "no store at" in capfd.readouterr().err
