@@ -52,5 +52,5 @@ def test_a_published_kind_is_given_its_classes_by_name(tmp_path: Path) -> None:
 
 
 def test_what_is_neither_a_kind_nor_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="neither a kind .* nor a saved teacher"):
+    with pytest.raises(ValueError, match=r"neither a kind .* nor a saved teacher"):
         cast_ray.load_teacher(str(tmp_path / "gone"))
