@@ -50,7 +50,7 @@ def _draw(context: SweepContext, row: RowPlan, labels_key: str, student_key: str
     classes = ClassMap(context.categories)
     train = store.read_table(context.dataset_key, "train.parquet")
     part = row.roles["label-teacher"].config["split"]
-    unlabelled = stored_split(store, context.dataset["content_hash"], part).unlabelled
+    unlabelled = stored_split(store, context.content_hash, part).unlabelled
     positions = np.flatnonzero(unlabelled < train.num_rows)[:NUM_IMAGES]
     if len(positions):
         records = train.take(unlabelled[positions]).to_pylist()

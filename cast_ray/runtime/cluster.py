@@ -12,6 +12,7 @@ from typing import Any
 
 from cast_ray.common.logs import VARIABLE, is_verbose
 from cast_ray.common.text import first_line
+from cast_ray.contracts.row_result import Hardware
 
 # One machine, few stages of a minute each: starting and stopping worker groups is what costs. These settings bring one
 # from 17 s to 12 s on two cores; each gives up a feature that matters on a cluster only (docs/operations.md).
@@ -208,7 +209,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def hardware() -> dict[str, Any]:
+def hardware() -> Hardware:
     """This machine, for the result: CPU model, cores, memory and GPU name."""
     cpu = platform.processor() or platform.machine()
     memory_gb = 0.0
@@ -218,4 +219,4 @@ def hardware() -> dict[str, Any]:
         memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     except (OSError, ValueError):
         pass
-    return {"cpu": cpu, "num_cpus": os.cpu_count() or 1, "gpu": None, "memory_gb": round(memory_gb, 1)}
+    return Hardware(cpu=cpu, num_cpus=os.cpu_count() or 1, gpu=None, memory_gb=round(memory_gb, 1))

@@ -115,7 +115,7 @@ def run_search(
         "scale": request.scale,
         "overrides": request.overrides,
         "seed": request.seed,
-        "data": context.dataset["content_hash"],
+        "data": context.content_hash,
     }
     studies: dict[str, optuna.Study] = {
         s: open_study(storage, f"{request.name}-{s}", spec, identity) for s in spec.samplers

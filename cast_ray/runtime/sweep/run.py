@@ -21,7 +21,14 @@ from cast_ray.runtime.store.artifacts import ArtifactStore, Listed, committed, r
 from cast_ray.runtime.store.claims import Holder, Presence
 from cast_ray.runtime.sweep.planner import RowPlanner, command_line
 from cast_ray.runtime.sweep.preview import Preview, hours, print_plan, row_labels, titles_of
-from cast_ray.runtime.sweep.row_results import SweepContext, is_current, read_result, result_from_store, row_name
+from cast_ray.runtime.sweep.row_results import (
+    SweepContext,
+    is_current,
+    read_result,
+    result_from_store,
+    row_name,
+    write_result,
+)
 from cast_ray.runtime.sweep.slots import stage_slots
 from cast_ray.runtime.sweep.trackers import Trackers
 
@@ -219,7 +226,7 @@ def _cost(
     """Device-hours from the store's newest manifests; where there are none, from FLOPs, if the user asked."""
     newest = sorted(listed.values(), key=lambda a: -(a.committed or 0.0))[:MAX_MANIFESTS]
     keys = [a.key for a in newest if a.committed is not None]
-    manifests = [m for m in read_each(store.find_manifest, keys) if m is not None]
+    manifests = [m for m in read_each(store.readable_manifest, keys) if m is not None]
     sizes: dict[str, Size] = {}
     for row in whole.rows:
         sizes |= dict.fromkeys((s.fingerprint for s in row.stages), planner.size(row.recipe))
@@ -289,10 +296,10 @@ def _rows_without_result(sweeps: Sequence[Sweep], whole: SweepPlan) -> list[tupl
     for (context, row), result in zip(pairs, read_each(lambda pair: read_result(*pair), pairs)):
         if any(s.fingerprint not in whole.stored for s in row.stages):
             missing.append((context, row))
-            if result is not None and result["status"] == "done":
+            if result is not None and result.is_done:
                 context.store.delete(context.result_path(row))
         elif not is_current(result, row):
-            context.store.write_json(context.result_path(row), result_from_store(context, row))
+            write_result(context, row, result_from_store(context, row))
     return _spread(missing, whole)
 
 

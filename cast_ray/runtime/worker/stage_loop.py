@@ -36,7 +36,7 @@ from cast_ray.runtime.data.pictures import picture_dataset, pictures
 from cast_ray.runtime.data.resources import configure_data
 from cast_ray.runtime.data.training_stream import training_stream
 from cast_ray.runtime.process_settings import prepare_process
-from cast_ray.runtime.store.artifact_files import LABELS
+from cast_ray.runtime.store.artifact_files import CURVES, LABELS
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.models import WEIGHTS, load_teacher, save_model
 from cast_ray.runtime.worker.audit import audit_labels
@@ -215,7 +215,7 @@ def _train(
         if validation is not None:
             curve, facts = validation.finish(stage, curve)
         curves = {"curve": curve, "diagnostics": result.diagnostics}
-        store.add(stage, "curves.json", json.dumps(curves).encode())
+        store.add(stage, CURVES, json.dumps(curves).encode())
     return facts | {
         "seconds": result.seconds,
         "images_per_s": result.images_per_s,
