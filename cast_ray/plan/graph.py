@@ -267,7 +267,7 @@ class _Planner:
         loss_part |= {"lambda_semi": semi if labels else 0.0, "lambda_pxl": pxl}
         if labels is None:
             loss_part.pop("pseudo_weighting")
-        config = {
+        config: dict[str, Any] = {
             "model": recipe.teacher.training_part() if by_teacher else recipe.student.model_dump(),
             "train": train_part,
             "data": data_part,

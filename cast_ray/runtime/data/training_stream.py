@@ -11,6 +11,7 @@ nothing of the size of the dataset is held in a worker but its indices (8 bytes 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -32,6 +33,8 @@ from cast_ray.runtime.data.images import Images
 from cast_ray.runtime.data.pictures import Pictures
 from cast_ray.runtime.data.record_tables import fetched, record_at
 from cast_ray.runtime.data.resources import block_bytes
+
+logger = logging.getLogger(__name__)
 
 MAX_STEPS_PER_TASK = 32
 GIVE_UP_S = 20.0
@@ -233,6 +236,8 @@ def _ahead(make: Callable[[Any], T], items: Generator[Any]) -> Iterator[T]:
         pool.shutdown(wait=is_idle, cancel_futures=True)
         if is_idle:
             items.close()
+        else:
+            logger.info("a stream was given up: its next batch did not come within %g s", GIVE_UP_S)
 
 
 def _make_steps(start: int, stop: int, *, plan: StepSchedule) -> pa.Table:

@@ -201,7 +201,10 @@ class _Search:
                 for sampler, study in studies.items():
                     if left[sampler] > 0:
                         self._run_sampler(sampler, study, left[sampler], slots)
-            return ray.get(self.broker.board.remote())["stop"]
+            board = ray.get(self.broker.board.remote())
+            if "failed" in board["ended"].values() and (words := cluster.where_logs_are()):
+                self.console.print(words, soft_wrap=True, highlight=False)
+            return board["stop"]
         finally:
             ray.shutdown()
 

@@ -354,6 +354,8 @@ def _run(
         board = ray.get(broker.board.remote())
     finally:
         ray.shutdown()
+    if "failed" in outcomes.values() and (words := cluster.where_logs_are()):
+        console.print(words, soft_wrap=True, highlight=False)
     left = [job.row for job in jobs if outcomes[job.name] == "stopped"]
     if not left:
         return None

@@ -7,6 +7,7 @@ controllers load that file, never this one.
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 import time
 import traceback
@@ -23,6 +24,7 @@ from ray.util.placement_group import PlacementGroup
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from cast_ray.common.logs import configure_logging
 from cast_ray.engine.checkpoint import TrainState
 from cast_ray.engine.world import World
 from cast_ray.models.autocast import require_precision
@@ -46,6 +48,8 @@ from cast_ray.runtime.worker.segment import Segment
 from cast_ray.runtime.worker.train import train_stage
 from cast_ray.runtime.worker.validation import SideValidation, is_validated, validation_bundles
 
+logger = logging.getLogger(__name__)
+
 VALIDATION_LOOK_S = 20.0
 
 # Met again by every restart of the workers, unlike a lost process, a broken connection or a full disk.
@@ -61,7 +65,11 @@ def run_stages(segment: Segment, group: PlacementGroup, teachers: Teachers | Non
     if ray.get(segment.broker.failure.remote(segment.owner)):
         return  # a restart after a fatal error: nothing to try again
     prepare_process(max(1, int(segment.recipe.runtime.cpus_per_worker)))
+    configure_logging()
     context = ray.train.get_context()
+    names = ", ".join(stage.name for stage in segment.stages)
+    # A second line of the same segment is a restart: Ray Train starts all workers of a group again when one is lost.
+    logger.info("worker %d of %s started for %s", context.get_world_rank(), segment.owner, names)
     configure_data(group, segment.recipe.runtime, context.get_world_rank())
     world = World(context.get_world_rank(), context.get_world_size(), get_device())
     startup_s = time.time() - segment.requested
@@ -108,6 +116,8 @@ def _train(
     images = _with_labels(segment, stage)
     online = teachers.labels(stage) if teachers is not None and stage.online is not None else None
     resume = _find_checkpoint(store, stage.fingerprint)
+    if resume is not None:
+        logger.info("%s (%s) continues from its checkpoint at step %d", stage.name, segment.owner, resume.step)
     publisher = None
     if online is not None and online.refresh_steps:
         publisher = Publisher(store, stage.fingerprint, online)
@@ -169,6 +179,7 @@ def _train(
             ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=name)
         if world.rank == 0:
             run = ray.train.get_context().get_experiment_name()
+            logger.info("checkpoint of %s (%s) written at step %d", stage.name, segment.owner, state.step)
             store.note_checkpoint(stage.fingerprint, store.uri("train", run, name), state.step)
             if publisher is not None:
                 publisher.noted_checkpoint(state.step)
