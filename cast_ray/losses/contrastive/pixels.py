@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cast_ray.losses.contrastive.negatives import PixelSet, candidate_weights, negative_counts, own_columns
-from cast_ray.losses.contrastive.pixel_problem import Gather, PixelProblem, pose_problem
+from cast_ray.losses.contrastive.pixel_problem import Gather, PixelProblem, PixelViews, pose_problem
 from cast_ray.recipe import ContrastiveConfig
 
 _PAIRS_AT_A_TIME = {"cpu": 2**19, "cuda": 2**24}  # anchors x candidates: a cache-sized piece, a launch-bound one
@@ -217,13 +217,7 @@ def diagnose(statistics: Tensor, temperature: float) -> dict[str, float]:
 
 
 def contrast(
-    z_weak: Tensor,
-    z_strong: Tensor,
-    mask_logits: Tensor,
-    class_logits: Tensor,
-    valid: Tensor,
-    truth_instance: Tensor,
-    truth_class: Tensor,
+    views: PixelViews,
     config: ContrastiveConfig,
     *,
     temperature: float,
@@ -237,15 +231,9 @@ def contrast(
 
     Args: as `contrastive_loss`; negatives_from: the view of the candidates; make_piece: builds the loss of a piece.
     """
-    with torch.autocast(z_weak.device.type, enabled=False):
+    with torch.autocast(views.z_weak.device.type, enabled=False):
         problem = pose_problem(
-            z_weak,
-            z_strong,
-            mask_logits,
-            class_logits,
-            valid,
-            truth_instance,
-            truth_class,
+            views,
             config,
             generator,
             gather,
