@@ -14,6 +14,7 @@ from cast_ray.common.files import write_atomically
 from cast_ray.contracts.records import ClassMap, instances_of
 from cast_ray.data.reading.images import read_image
 from cast_ray.plan.graph import RowPlan
+from cast_ray.plan.stage_parts import LabelPart
 from cast_ray.report.overlays import contact_sheet
 from cast_ray.runtime.data.splits import stored_split
 from cast_ray.runtime.sweep.row_results import SweepContext
@@ -49,7 +50,7 @@ def _draw(context: SweepContext, row: RowPlan, labels_key: str, student_key: str
     store = context.store
     classes = ClassMap(context.categories)
     train = store.read_table(context.dataset_key, "train.parquet")
-    part = row.roles["label-teacher"].config["split"]
+    part = LabelPart.of(row.roles["label-teacher"]).split
     unlabelled = stored_split(store, context.dataset["content_hash"], part).unlabelled
     positions = np.flatnonzero(unlabelled < train.num_rows)[:NUM_IMAGES]
     if len(positions):

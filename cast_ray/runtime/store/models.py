@@ -24,6 +24,7 @@ from cast_ray.models.autocast import require_precision
 from cast_ray.models.segmenter import Segmenter
 from cast_ray.models.student import CONFIG, WEIGHTS, Student, read_config
 from cast_ray.plan.graph import Stage, artifact_key, input_size_of
+from cast_ray.plan.stage_parts import StagePart
 from cast_ray.recipe import InputSize, ModelConfig, Recipe, TeacherConfig
 from cast_ray.runtime.store.artifacts import ArtifactStore, local_copy
 from cast_ray.teachers.checkpoints import content_hash, find_checkpoint, is_hub_name
@@ -156,7 +157,7 @@ def load_labeller(store: ArtifactStore, stage: Stage, role: str, device: torch.d
     """
     require_precision(stage.precision, device, "runtime.amp")
     key = artifact_key("train", stage.parents[role])
-    teacher = load_teacher(store, key, stage.config.get("teacher"), input_size_of(stage))
+    teacher = load_teacher(store, key, StagePart(stage.config).teacher_settings, input_size_of(stage))
     teacher.precision = stage.precision
     try:
         return teacher.to(device)

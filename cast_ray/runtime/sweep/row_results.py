@@ -11,6 +11,7 @@ from typing import Any
 
 from cast_ray.contracts.records import Category
 from cast_ray.plan.graph import RowPlan, Stage, given
+from cast_ray.plan.stage_parts import TrainPart
 from cast_ray.runtime.data.splits import stored_split
 from cast_ray.runtime.store.artifact_files import AUDIT, MATCHES, METRICS
 from cast_ray.runtime.store.artifacts import ArtifactStore, read_each
@@ -173,7 +174,7 @@ def _label_facts(facts: dict[str, Any]) -> dict[str, Any]:
 
 def _split_facts(context: SweepContext, row: RowPlan) -> dict[str, Any]:
     """How the row's D_l and D_u were chosen."""
-    part = row.roles["distill"].config["split"]
+    part = TrainPart.of(row.roles["distill"]).split
     return stored_split(context.store, context.dataset["content_hash"], part).facts
 
 

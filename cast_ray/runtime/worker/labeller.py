@@ -14,7 +14,8 @@ from cast_ray.contracts.soft_targets import with_beliefs
 from cast_ray.models.postprocess import predict_in_groups
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.plan.graph import Stage
-from cast_ray.recipe import InputSize, ModelConfig, PseudoConfig
+from cast_ray.plan.stage_parts import LabelPart
+from cast_ray.recipe import InputSize, ModelConfig
 from cast_ray.runtime.data.pictures import Pictures
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.models import load_labeller
@@ -37,9 +38,8 @@ class PseudoLabeller:
     def __init__(self, store: ArtifactStore, stage: Stage, device: torch.device):
         self.teacher = load_labeller(store, stage, "teacher", device)
         self.categories = self.teacher.categories
-        self.pseudo = PseudoConfig(**stage.config["pseudo"])
-        self.batch: int = stage.config["batch"]
-        self.is_soft: bool = stage.config.get("soft", False)
+        part = LabelPart.of(stage)
+        self.pseudo, self.batch, self.is_soft = part.pseudo, part.batch, part.is_soft
 
     def load(self, weights: bytes) -> None:
         """Other weights of the same teacher (safetensors): all of those that its training changes."""
