@@ -61,7 +61,15 @@ def _pieces(num_images: int, num_anchors: int, num_candidates: int, limit: int) 
 
 class _PieceSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchors, positives, candidates, problem, piece_loss, only_own):  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        anchors: Tensor,
+        positives: Tensor,
+        candidates: Tensor,
+        problem: PixelProblem,
+        piece_loss: PieceLoss,
+        only_own: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         num_images, num_anchors = anchors.shape[:2]
         per_image, pool = problem.per_image, problem.pool
         wanted = ctx.needs_input_grad[:3]
@@ -97,7 +105,7 @@ class _PieceSum(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_total, *_):  # type: ignore[override]
+    def backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if ctx.grads is None:
             raise RuntimeError("the contrastive loss can be differentiated once: its gradients were handed on")
         # Scaled in place and let go: as large as the views, they would otherwise be held twice.
@@ -113,7 +121,9 @@ def instance_contrast(
     # Of unit vectors -1/T <= s <= 1/T: unless that spans float32's exponents, the largest s need not be looked for.
     peak = 1 / temperature if 2 / temperature < _LARGEST_EXPONENT else None
 
-    def piece_loss(anchors, positives, candidates, pixels, pool, own):
+    def piece_loss(
+        anchors: Tensor, positives: Tensor, candidates: Tensor, pixels: PixelSet, pool: PixelSet, own: slice | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         counts = negative_counts(candidate_weights(pixels, pool, own, config), config, generator)
         active = (counts.amax(-1) > 0) & (pixels.share > 0)
         scaled = anchors / temperature
@@ -153,7 +163,7 @@ class _LogRatio(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         first, terms = ctx.saved_tensors
         return grad * (first - 1), terms * grad[..., None], None, None
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from cast_ray.losses.contrastive.negatives import (
     TINY,
+    PixelSet,
     at_centres,
     candidate_weights,
     negative_counts,
@@ -83,7 +85,9 @@ RIVALS = {"supervised": supervised_loss, "pc2seg": pc2seg_loss, "infonce": infon
 def _supervised_piece(
     config: ContrastiveConfig, temperature: float, generator: torch.Generator | None, with_diagnostics: bool
 ) -> PieceLoss:
-    def piece_loss(anchors, positives, candidates, pixels, pool, own):
+    def piece_loss(
+        anchors: Tensor, positives: Tensor, candidates: Tensor, pixels: PixelSet, pool: PixelSet, own: slice | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         allowed = candidate_weights(pixels, pool, own, config)
         alike = pixels.category[..., None] == pool.category.unsqueeze(-2)
         attract = allowed * alike
