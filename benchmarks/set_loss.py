@@ -55,7 +55,8 @@ def make_problem(exact: bool = True) -> tuple[Predictions, list[Targets], LossCo
 def ours(predictions: Predictions, targets: list[Targets], config: LossConfig, points: LossPoints) -> torch.Tensor:
     weights = {"class": config.class_weight, "mask": config.mask_weight, "dice": config.dice_weight}
     terms = set_loss(predictions, targets, config, points=points)
-    return sum(weights[name] * total.sum() / count.sum() for name, (total, count) in terms.items())
+    means = [weights[name] * total.sum() / count.sum() for name, (total, count) in terms.items()]
+    return sum(means, torch.zeros(()))
 
 
 def rival(predictions: Predictions, targets: list[Targets], config: LossConfig, points: LossPoints) -> torch.Tensor:

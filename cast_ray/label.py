@@ -23,6 +23,7 @@ import cast_ray
 from cast_ray.common.files import replaced
 from cast_ray.common.registry import lookup
 from cast_ray.console import Parser, exit_code, output_folder, positive, share, whole_number
+from cast_ray.contracts.instance import Instance, Instances
 from cast_ray.contracts.records import Category, mask_areas
 from cast_ray.data.reading.class_lists import read_classes
 from cast_ray.engine.world import pick_device
@@ -72,10 +73,10 @@ class Labeller(Predictor):
         resized_hw: Sequence[tuple[int, int]],
         max_detections: int,
         min_score: float,
-    ) -> list[list[dict[str, Any]]]:
+    ) -> list[Instances]:
         return predict_by_vote(self.teacher, images, image_hw, resized_hw, self.pseudo)
 
-    def choose(self, instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def choose(self, instances: Instances) -> Sequence[Instance]:
         return pseudo_labels(instances, self.pseudo)
 
 

@@ -212,7 +212,7 @@ def test_balanced_thresholds_give_each_class_what_the_labelled_images_have(
     ids = {c.id: c.name for c in CATEGORIES}
     for row, candidates in zip(labels_of(job), predicted):
         size = [row["height"], row["width"]]
-        sure = [
+        sure: Any = [
             i | {"size": size, "score": float(np.float32(i["score"]))}
             for i in candidates
             if np.float32(i["score"]) >= facts["class_thresholds"][ids[i["category_id"]]]

@@ -87,7 +87,9 @@ class _PieceSum(torch.autograd.Function):
             parts = (anchors[images, rows], positives[images, rows], candidates[columns])
             leaves = [t.detach().requires_grad_(want) for t, want in zip(parts, wanted)]
             with torch.set_grad_enabled(any(wanted)):
-                loss, active, seen = piece_loss(*leaves, problem.anchor_pixels[images, rows], pool[columns], own)
+                ours, theirs, others = leaves
+                pixels = problem.anchor_pixels[images, rows]
+                loss, active, seen = piece_loss(ours, theirs, others, pixels, pool[columns], own)
             total += loss.detach()
             count += active
             if seen is not None:

@@ -24,6 +24,7 @@ import pyarrow.compute
 import ray
 import ray.data
 
+from cast_ray.contracts.instance import RecordLabel
 from cast_ray.contracts.records import Batch, ClassMap
 from cast_ray.data.sampling import view_seed, worker_slots
 from cast_ray.recipe import DataConfig, InputSize, RuntimeConfig
@@ -67,7 +68,7 @@ class OnlineLabeller(Protocol):
         """The size at which a version of the teacher sees whole images."""
         ...
 
-    def label(self, pictures: Pictures, version: int, turn: int) -> list[list[dict[str, Any]]]:
+    def label(self, pictures: Pictures, version: int, turn: int) -> list[list[RecordLabel]]:
         """Instances of each image."""
         ...
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cast_ray.contracts.instance import RecordLabel
 from cast_ray.contracts.records import INSTANCE_TYPE, RECORD_SCHEMA, Category, class_names
 from cast_ray.plan.graph import Stage, input_size_of
 from cast_ray.plan.stage_parts import LabelPart
@@ -88,7 +89,7 @@ class LabelJob:
         facts = {"stage": self.stage.name, "fingerprint": self.stage.fingerprint, "unit": "image"}
         self.broker.post.remote(self.owner, facts | {"step": total - missing, "steps": total})
 
-    def write(self, pictures: Pictures, labels: list[list[dict[str, Any]]]) -> None:
+    def write(self, pictures: Pictures, labels: list[list[RecordLabel]]) -> None:
         """One block's labels, in the order of its images."""
         rows: list[dict[str, Any]] = []
         for position, instances in zip(pictures.positions, labels):

@@ -27,6 +27,7 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cast_ray.contracts.instance import RecordLabel
 from cast_ray.contracts.records import Category
 from cast_ray.plan.graph import Stage, input_size_of
 from cast_ray.plan.stage_parts import LabelPart, TrainPart
@@ -85,7 +86,7 @@ class OnlineLabels:
     def version_of(self, step: int) -> int:
         return version_of(step, self.refresh_steps)
 
-    def label(self, pictures: Pictures, version: int, turn: int) -> list[list[dict[str, Any]]]:
+    def label(self, pictures: Pictures, version: int, turn: int) -> list[list[RecordLabel]]:
         """Instances of each image as of LABEL_SCHEMA; waits for the teacher's weights, then for a teacher."""
         weights = ray.get(self.versions.get.remote(version)) if version else None
         teacher = self.teachers[turn % len(self.teachers)]
@@ -113,7 +114,7 @@ class OnlineTeacher:
         version: int,
         weights: list[ray.ObjectRef] | None,
         pictures: Pictures,
-    ) -> list[list[dict[str, Any]]]:
+    ) -> list[list[RecordLabel]]:
         """Instances of each image as of LABEL_SCHEMA.
 
         Raises:

@@ -207,7 +207,8 @@ def _write_trained(
 ) -> dict[str, Any]:
     """Adds the model and the curves to the artifact; returns what the manifest says of the validation."""
     save_model(segment.store, stage, model, segment.categories)
-    curve, facts = result.curve, {}
+    curve = result.curve
+    facts: dict[str, Any] = {}
     if validation is not None:
         curve, facts = validation.finish(stage, curve)
     curves = {"curve": curve, "diagnostics": result.diagnostics}
