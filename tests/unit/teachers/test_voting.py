@@ -43,7 +43,7 @@ class Bright(Teacher):
             inside = image[:1, :h, :w].float()[None]
             whole = torch.nn.functional.interpolate(inside, tuple(own), mode="bilinear", antialias=True)[0, 0] > 127
             rle = coco_mask.encode(np.asfortranarray(whole.numpy().astype(np.uint8)))["counts"]
-            instance = {"label": 0, "score": self.score, "rle": rle, "size": list(own), "mask_quality": 0.9}
+            instance: Instance = {"label": 0, "score": self.score, "rle": rle, "size": list(own), "mask_quality": 0.9}
             found.append([instance] if whole.any() else [])
         return found
 
