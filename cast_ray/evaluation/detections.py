@@ -28,7 +28,7 @@ class Detections:
 
     @classmethod
     def of(cls, instances: Sequence[Instance]) -> Detections:
-        """Makes the detections of an image from what a teacher or a model found on it."""
+        """Reads instances as a teacher or `to_instances` gives them."""
         return cls(
             np.array([i["label"] for i in instances], dtype=np.int64),
             np.array([i["score"] for i in instances], dtype=np.float64),
@@ -52,7 +52,7 @@ class Truth:
 
     @classmethod
     def of(cls, row: dict[str, Any], classes: ClassMap) -> Truth:
-        """Takes the instances and ignore regions of a record. Instances of no class of the list are left out."""
+        """Reads the instances and ignore regions of a record; instances of other classes are left out."""
         labels, crowd, annotated = [], [], []
         rles: list[Rle] = []
         for instance in row["instances"]:

@@ -9,12 +9,15 @@ dataset's content hash. Equal fingerprints are one artifact, whatever rows, seed
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from cast_ray.common.digest import digest_of
+from cast_ray.common.registry import import_named
 from cast_ray.plan.reads import STUDENT_STAGES, TrainStage, contrast_weight, reads_labels, reads_unlabelled
 from cast_ray.recipe import DataConfig, InputSize, Precision, Recipe, TrainConfig
 from cast_ray.recipe.part import Part
@@ -33,6 +36,8 @@ OPTIONAL = {
     "loss": ("semi_view", "burn_in_fraction", "soft_targets"),
 }
 """Fields of a part of the recipe that do nothing at their default: they enter a stage's identity only where they do."""
+EXTRA_TERM = ("extra_term", "extra_weight")
+"""Fields of the loss that act in step 2b alone, and only where there is such a term."""
 
 
 VIEW_FIELDS = (
@@ -224,14 +229,15 @@ class _Planner:
         data_part = self._view_part(by_teacher)
         if name == "distill" and recipe.data.copy_paste:
             data_part["copy_paste"] = recipe.data.copy_paste
-        config = {
+        has_extra = name == "distill" and bool(recipe.loss.extra_term)
+        config: dict[str, Any] = {
             "model": recipe.teacher.training_part() if by_teacher else recipe.student.model_dump(),
             "train": self._optimisation_part(name, train, unlabelled),
             "data": data_part,
             "split": None if is_source else split_part(recipe, self.hashes, unlabelled=unlabelled),
             "source": is_source,
             "unlabelled": unlabelled,
-            "loss": self._loss_part(by_teacher, has_labels=labels is not None, pxl=pxl),
+            "loss": self._loss_part(by_teacher, has_labels=labels is not None, has_extra=has_extra, pxl=pxl),
             "contrastive": recipe.contrastive.model_dump() if pxl > 0 else None,
             # theta_T0 stands for a published foundation model: one for all seeds, as a downloaded checkpoint would be.
             "seed": 0 if is_source else recipe.seed,
@@ -239,6 +245,8 @@ class _Planner:
         if not is_source:  # only where they differ, so that naming the default changes no fingerprint
             own = {"init_seed": recipe.init_seed, "order_seed": recipe.order_seed}
             config |= {name: value for name, value in own.items() if value not in (None, recipe.seed)}
+        if has_extra:
+            config["extra_term_code"] = _code_digest(recipe.loss.extra_term)
         refresh = recipe.labels.refresh_steps
         if labels is not None and name in recipe.labels.refresh_stages and refresh:
             config["refresh_steps"] = refresh
@@ -259,12 +267,12 @@ class _Planner:
                 part["batch_labelled"] += added
         return part
 
-    def _loss_part(self, by_teacher: bool, *, has_labels: bool, pxl: float) -> dict[str, Any]:
+    def _loss_part(self, by_teacher: bool, *, has_labels: bool, has_extra: bool, pxl: float) -> dict[str, Any]:
         """The terms of a train stage. A teacher's self-training weighs L_semi by 1."""
         loss = self.recipe.loss
-        part = _without_unused(
-            loss, OPTIONAL["loss"], exclude=() if has_labels and not by_teacher else OPTIONAL["loss"]
-        )
+        of_student = () if has_labels and not by_teacher else OPTIONAL["loss"]
+        not_here = of_student if has_extra else (*of_student, *EXTRA_TERM)
+        part = _without_unused(loss, OPTIONAL["loss"], exclude=not_here)
         semi = 1.0 if by_teacher else loss.lambda_semi
         part |= {"lambda_semi": semi if has_labels else 0.0, "lambda_pxl": pxl}
         if not has_labels:
@@ -350,6 +358,22 @@ def _without_unused(part: Part, optional: Iterable[str], exclude: Iterable[str] 
     return part.model_dump(exclude={*exclude, *unused})
 
 
+def _code_digest(name: str) -> str:
+    """Returns a digest of the source file of `MODULE:FUNCTION`, so that a changed loss term is another stage.
+
+    Raises:
+        ValueError: the function cannot be imported, or its source is not a file.
+    """
+    try:
+        function = import_named(name)
+        path = inspect.getsourcefile(function)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"loss.extra_term: {error}") from None
+    if path is None or not callable(function):
+        raise ValueError(f"loss.extra_term {name!r}: expected a function in a Python file")
+    return digest_of(Path(path).read_text())
+
+
 def input_size_of(stage: Stage) -> InputSize:
     """The size at which the model of a stage sees whole images: a train stage's, once it is trained."""
     data = stage.config["data"]
@@ -357,7 +381,7 @@ def input_size_of(stage: Stage) -> InputSize:
 
 
 def _default(field: str) -> Any:
-    """Of a field of DataConfig."""
+    """The default of a field of DataConfig."""
     return DataConfig.model_fields[field].default
 
 

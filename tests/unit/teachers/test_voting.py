@@ -114,8 +114,8 @@ def test_a_segmenters_votes_are_those_of_asking_by_hand() -> None:
     found = predict_by_vote(teacher, images, sizes, sizes, PseudoConfig(vote_flip=True, vote_iou=0.5))
     straight, mirrored = teacher.predict(images), teacher.predict(images.flip(-1))
     for mine, a, b in zip(found, straight, mirrored):
-        back: list[Any] = [
-            i | {"rle": coco_mask.encode(np.asfortranarray(dense(i)[:, ::-1].astype(np.uint8)))["counts"]} for i in b
+        back: Instances = [
+            {**i, "rle": coco_mask.encode(np.asfortranarray(dense(i)[:, ::-1].astype(np.uint8)))["counts"]} for i in b
         ]
         answers: list[SourcedInstance] = [{**i, "source": 0} for i in a]
         answers += [{**i, "source": 1} for i in back]
