@@ -10,6 +10,7 @@ import torch
 
 from cast_ray.common.paths import is_uri
 from cast_ray.common.registry import lookup
+from cast_ray.contracts.instance import Instance, Instances
 from cast_ray.contracts.records import Category
 from cast_ray.data.reading.class_lists import read_classes
 from cast_ray.engine.world import pick_device
@@ -45,10 +46,10 @@ class Labeller(Predictor):
         resized_hw: Sequence[tuple[int, int]],
         max_detections: int,
         min_score: float,
-    ) -> list[list[dict[str, Any]]]:
+    ) -> list[Instances]:
         return predict_by_vote(self.teacher, images, image_hw, resized_hw, self.pseudo)
 
-    def choose(self, instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def choose(self, instances: Instances) -> Sequence[Instance]:
         return pseudo_labels(instances, self.pseudo)
 
 

@@ -23,6 +23,7 @@ from transformers.utils import cached_file
 
 from cast_ray.common.files import write_atomically
 from cast_ray.common.version import VERSION
+from cast_ray.contracts.instance import Instances
 from cast_ray.contracts.records import Category, Predictions, class_names
 from cast_ray.contracts.row_result import RowResult
 from cast_ray.models.autocast import DTYPES, autocast
@@ -86,7 +87,7 @@ class Student(nn.Module):
         resized_hw: Sequence[tuple[int, int]] | None = None,
         max_detections: int = 100,
         min_score: float = 0.0,
-    ) -> list[list[dict[str, Any]]]:
+    ) -> list[Instances]:
         """Instances of each image, as `predict_instances`; `cast_ray.data.views.fit_image` makes its inputs."""
         images = images.to(self.device)
         with autocast(self.precision, self.device):

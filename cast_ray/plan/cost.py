@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 
 from cast_ray.contracts.manifest import LabelManifest, Manifest
 from cast_ray.plan.graph import Stage, SweepPlan, input_size_of
+from cast_ray.plan.stage_parts import EvaluatePart, LabelPart, TrainPart, is_published
 from cast_ray.recipe import InputSize, ModelConfig, TeacherConfig
 
 Source = Literal["measured", "scaled", "estimated", "unknown"]
@@ -118,7 +119,7 @@ class CostModel:
             return Estimate(statistics.median(seen) * images, "scaled")
         flops = 0.0
         if count_flops and model is not None and seen_hw is not None:
-            spec = teacher.model_dump_json() if "kind" in model else json.dumps(model, sort_keys=True)
+            spec = teacher.model_dump_json() if is_published(model) else json.dumps(model, sort_keys=True)
             flops = _forward_flops(spec, seen_hw)
         if not flops:
             return Estimate(0.0, "unknown")
@@ -171,11 +172,11 @@ def seen_size(stage: Stage, image_hw: tuple[int, int] | None) -> tuple[int, int]
     Args:
         image_hw: of a typical image of the dataset; None: unknown.
     """
-    data = stage.config["data"]
     size = input_size_of(stage)
     if stage.kind == "train":
-        if not data.get("whole_images"):
-            return data["image_px"][0], data["image_px"][1]
+        if (crop_px := TrainPart.of(stage).crop_px) is not None:
+            return crop_px
+        data = stage.config["data"]
         size = InputSize.read(data | {"resize": data.get("train_resize", "fit")})
         return None if image_hw is None else size.inside(*image_hw)
     if size.is_fixed:
@@ -190,7 +191,7 @@ def _model_of(stage: HasModel, find: Callable[[str], HasModel | None]) -> dict[s
     """
     model = stage.config.get("model")
     if model is not None:
-        return model | {"init": stage.parents.get("init", stage.fingerprint)} if "kind" in model else model
+        return model | {"init": stage.parents.get("init", stage.fingerprint)} if is_published(model) else model
     parent = find(stage.parents.get("teacher") or stage.parents.get("model") or "")
     return None if parent is None else _model_of(parent, find)
 
@@ -198,16 +199,16 @@ def _model_of(stage: HasModel, find: Callable[[str], HasModel | None]) -> dict[s
 def _images_of(kind: str, config: Mapping[str, Any]) -> float:
     """Images that the model sees for each step or image of a stage; a vote asks about each several times."""
     if kind == "train":
-        return config["train"]["batch_labelled"] + config["train"].get("batch_unlabelled", 0)
-    pseudo = config.get("pseudo", {})
-    return (1 + pseudo.get("vote_flip", False)) * sum(scale**2 for scale in pseudo.get("vote_scales", (1.0,)))
+        part = TrainPart(config)
+        return part.batch_labelled + part.batch_unlabelled
+    return LabelPart(config).passes if kind == "label" else 1.0
 
 
 def _exact_key(kind: str, config: Mapping[str, Any], model: Any) -> str:
     work = [kind, model, _seen(config), _images_of(kind, config)]
     if kind == "train":
-        train, contrastive = config["train"], config["contrastive"]
-        work += [train["batch_labelled"], train.get("batch_unlabelled", 0), config["loss"].get("num_points")]
+        part, contrastive = TrainPart(config), config["contrastive"]
+        work += [part.batch_labelled, part.batch_unlabelled, config["loss"].get("num_points")]
         work += [contrastive and {k: contrastive.get(k) for k in ("kind", "num_negatives", "num_anchors", "pool_size")}]
         work += [config["loss"].get("semi_view", "weak")]
     return json.dumps(work, sort_keys=True, default=list)
@@ -231,7 +232,7 @@ def _images_seen(manifest: Manifest) -> float:
 
 
 def _to_evaluate(stage: Stage, size: Size) -> int:
-    wanted = stage.config.get("evaluation", {}).get("num_images")
+    wanted = EvaluatePart.of(stage).num_images
     return min(wanted or size.num_val, size.num_val)
 
 
@@ -250,7 +251,7 @@ def _forward_flops(model: str, image_px: tuple[int, int]) -> float:
 
     spec = json.loads(model)
     try:
-        if "kind" in spec:
+        if is_published(spec):
             counted = outline_teacher(TeacherConfig(**spec), NUM_KINDS)
         else:
             counted = outline(ModelConfig(**spec), NUM_KINDS)

@@ -96,7 +96,7 @@ class ArtifactStore:
         self._adding: set[str] = set()
         self._committed: dict[str, str] = {}
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[ArtifactStore], tuple[str, str]]:
         return ArtifactStore, (self.storage, self.attempt)
 
     def new_attempt(self) -> ArtifactStore:

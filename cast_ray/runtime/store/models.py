@@ -24,6 +24,8 @@ from cast_ray.models.autocast import require_precision
 from cast_ray.models.segmenter import Segmenter
 from cast_ray.models.student import CONFIG, WEIGHTS, Student, read_config
 from cast_ray.plan.graph import Stage, artifact_key, input_size_of
+from cast_ray.plan.reads import STUDENT_STAGES, TEACHER_STAGES
+from cast_ray.plan.stage_parts import StagePart
 from cast_ray.recipe import InputSize, ModelConfig, Recipe, TeacherConfig
 from cast_ray.runtime.store.artifacts import ArtifactStore, local_copy
 from cast_ray.teachers.checkpoints import content_hash, find_checkpoint, is_hub_name
@@ -34,11 +36,6 @@ from cast_ray.teachers.protocol import load_teacher as read_teacher
 
 FOUNDATION_VERSION = 1
 """Raised when an import makes something else of the same checkpoints."""
-
-STUDENT_STAGES = ("refine", "distill")
-"""Whose model a row's student is: the first of these that it has."""
-TEACHER_STAGES = ("selftrain", "adapt", "pretrain")
-"""The same of a row's teacher."""
 
 
 def save_model(
@@ -156,7 +153,7 @@ def load_labeller(store: ArtifactStore, stage: Stage, role: str, device: torch.d
     """
     require_precision(stage.precision, device, "runtime.amp")
     key = artifact_key("train", stage.parents[role])
-    teacher = load_teacher(store, key, stage.config.get("teacher"), input_size_of(stage))
+    teacher = load_teacher(store, key, StagePart(stage.config).teacher_settings, input_size_of(stage))
     teacher.precision = stage.precision
     try:
         return teacher.to(device)

@@ -20,6 +20,7 @@ from ray import tune
 from cast_ray.contracts.row_result import RowResult, Status
 from cast_ray.plan.graph import RowPlan, Stage, artifact_key
 from cast_ray.plan.search import RUNG_METRIC
+from cast_ray.plan.stage_parts import StagePart, TrainPart
 from cast_ray.runtime.data.images import Images
 from cast_ray.runtime.data.splits import stored_split
 from cast_ray.runtime.store.artifact_files import CURVES
@@ -315,12 +316,12 @@ class RowDriver:
 
     def _images(self, stage: Stage) -> Images:
         """D_l and D_u of a stage, by reference: all that a driver holds of a dataset is 8 bytes an image."""
-        if stage.config.get("source"):
+        if stage.kind == "train" and TrainPart.of(stage).is_on_source:
             everything = np.arange(self.context.dataset.num_source or 0)
             return Images(self._table("source.parquet"), everything, everything[:0], self.context.categories)
-        chosen = stored_split(self.store, self.context.content_hash, stage.config["split"])
-        with_extra = stage.config["split"].get("pool", "rest") != "rest"
-        records = self._table("train.parquet", *(["extra.parquet"] if with_extra else []))
+        part = StagePart(stage.config)
+        chosen = stored_split(self.store, self.context.content_hash, part.split)
+        records = self._table("train.parquet", *(["extra.parquet"] if part.reads_extra else []))
         return Images(records, chosen.labelled, chosen.unlabelled, self.context.categories)
 
 

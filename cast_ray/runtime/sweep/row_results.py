@@ -24,6 +24,7 @@ from cast_ray.contracts.row_result import (
     Status,
 )
 from cast_ray.plan.graph import RowPlan, Stage, given
+from cast_ray.plan.stage_parts import TrainPart
 from cast_ray.runtime.data.splits import stored_split
 from cast_ray.runtime.store.artifact_files import AUDIT, CURVES, MATCHES, METRICS
 from cast_ray.runtime.store.artifacts import ArtifactStore, read_each
@@ -229,7 +230,7 @@ def _dataset_facts(context: SweepContext, row: RowPlan, committed: Mapping[str, 
     """The dataset, with how many labelled and unlabelled images the row's student learns from and how they were
     chosen."""
     student = row.roles["distill"]
-    chosen = stored_split(context.store, context.content_hash, student.config["split"]).facts
+    chosen = stored_split(context.store, context.content_hash, TrainPart.of(student).split).facts
     artifact = committed.get(student.fingerprint)
     manifest = artifact.manifest if artifact is not None else None
     counts = (manifest.num_labelled, manifest.num_unlabelled) if isinstance(manifest, TrainManifest) else (None, None)

@@ -15,6 +15,7 @@ from rich.text import Text
 from cast_ray.plan.ablation import Table
 from cast_ray.plan.cost import CostModel, PlanCost, Size, cost_of
 from cast_ray.plan.graph import NoTeacherError, RowPlan, Stage, SweepPlan, given, input_size_of, plan_sweep
+from cast_ray.plan.stage_parts import Model, TrainPart
 from cast_ray.recipe import Recipe
 from cast_ray.runtime.cluster import connect
 from cast_ray.runtime.store.artifacts import ArtifactStore, Listed, committed, read_each
@@ -249,7 +250,7 @@ def _memory(request: SweepRequest, whole: SweepPlan, planner: RowPlanner) -> dic
     seen = set(whole.stored)
     alike: dict[str, int | None] = {}
     for row in whole.rows:
-        models = {stage.fingerprint: stage.config["model"] for stage in row.stages if stage.kind == "train"}
+        models = {stage.fingerprint: TrainPart.of(stage).model for stage in row.stages if stage.kind == "train"}
         for stage in row.stages:
             if stage.fingerprint in seen or (stage.kind != "train" and input_size_of(stage).is_fixed):
                 continue
@@ -268,19 +269,18 @@ def _memory(request: SweepRequest, whole: SweepPlan, planner: RowPlanner) -> dic
     return found
 
 
-def _memory_key(stage: Stage, recipe: Recipe, model: Mapping[str, Any] | None) -> str:
+def _memory_key(stage: Stage, recipe: Recipe, model: Model | None) -> str:
     """Equal for stages that need the same memory: thousands of rows may differ in learning rates and the like alone.
 
     Args:
         model: that the stage runs; None: an imported teacher's.
     """
     config, where = stage.config, [recipe.data.root, recipe.runtime.model_dump()]
-    part = [stage.name, model, config["data"].get("image_px"), config["data"].get("resize"), *where]
+    part = [stage.name, repr(model), config["data"].get("image_px"), config["data"].get("resize"), *where]
     if stage.kind != "train":
         return json.dumps([*part, recipe.evaluation.batch, recipe.label_batch], default=list)
-    train = config["train"]
-    part += [config["contrastive"], config["unlabelled"]]
-    part += [train["batch_labelled"], train.get("batch_unlabelled"), train["ema"] > 0]
+    train = TrainPart.of(stage)
+    part += [config["contrastive"], train.batch_labelled, train.batch_unlabelled, train.has_average]
     part += [getattr(recipe.stages, stage.name).accumulate]
     return json.dumps(part, default=list)
 
