@@ -99,7 +99,7 @@ def learn(config: ModelConfig, num_classes: int, batch: Batch, steps: int, lr: f
     return network.segmenter.eval(), result
 
 
-def share_found(wanted: Sequence[Sequence[Instance]], found: Sequence[Sequence[Instance]], iou: float) -> float:
+def share_found(wanted: Sequence[Sequence[Any]], found: Sequence[Sequence[Instance]], iou: float) -> float:
     """Share of the wanted instances that some found one of their class and a score above .5 overlaps by `iou`."""
     hits = []
     for labels, instances in zip(wanted, found):
