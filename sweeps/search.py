@@ -116,7 +116,10 @@ def _parser() -> Parser:
     parser.add_argument("--address", help="Ray cluster; 'local' for one of its own (default: $RAY_ADDRESS, else local)")
     parser.add_argument("--num-cpus", type=positive, help="logical CPUs of a local Ray (default: the machine's)")
     parser.add_argument(
-        "--max-concurrent", type=whole_number, metavar="N", help="stages at a time (default: as many as fit)"
+        "--max-concurrent",
+        type=whole_number,
+        metavar="N",
+        help="stages at a time (default: as many as fit, and one more that waits for a cluster to grow)",
     )
     parser.add_argument("--workers-per-trial", type=positive, metavar="N", help="Train workers of a stage (default: 1)")
     parser.add_argument("--budget-hours", type=amount, metavar="H", help="device-hours after which no stage is started")

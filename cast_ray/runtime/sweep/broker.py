@@ -28,6 +28,8 @@ from cast_ray.runtime.sweep.leases import LEASE_TIMEOUT_S, REPLACED, Answer, Lea
 HEARTBEAT_S = 5.0
 FOREIGN_POLL_S = 5.0
 MAX_TABLES = 16
+TURN_S, TURN_LOOK_S = 120.0, 0.5
+"""Seconds after which a segment that is starting its workers no longer keeps others from its nodes."""
 MAX_CALLS = 10_000
 """Calls open at a time: one for each row that waits, and some."""
 MAX_ENTRIES = 500
@@ -57,6 +59,7 @@ class Broker:
 
     Args:
         storage, holder: where and in whose name stages are claimed; no holder: there is nobody to agree with.
+        by_turns: segments that wait for room may be more than the cluster holds, see `hand_over`.
     """
 
     def __init__(
@@ -67,7 +70,11 @@ class Broker:
         holder: str = "",
         budget_hours: float | None = None,
         keep_going: bool = False,
+        by_turns: bool = False,
     ):
+        self.by_turns = by_turns
+        self.moving: dict[str, tuple[frozenset[str], float]] = {}
+        """Owner -> nodes on which its segment is exchanging its reservation for others, and since when."""
         self.leases = Leases(slots, done)
         self.limits = Limits(budget_hours, keep_going)
         self.claims = Claims(ArtifactStore(storage), holder) if holder else None
@@ -80,8 +87,8 @@ class Broker:
         self.replaced: set[str] = set()
         """Driver processes in whose place another one has come."""
         self.devices: dict[str, int] = {}
-        self.rooms: dict[str, tuple[str, float]] = {}
-        """Owner -> what its segment waits for, and since when."""
+        self.rooms: dict[str, dict[str, Any]] = {}
+        """Owner -> what its segment waits for, why as far as is known, and since when."""
         self.posts: dict[str, dict[str, Any]] = {}
         self.entries: dict[str, deque[dict[str, Any]]] = {}
         self.ended: dict[str, str] = {}
@@ -214,6 +221,7 @@ class Broker:
 
     async def _end_grant(self, owner: str) -> None:
         self.rooms.pop(owner, None)
+        self.moving.pop(owner, None)
         self.limits.stop(owner, time.monotonic())
         unfinished = self.leases.release(owner)
         if self.claims is not None and unfinished:
@@ -229,13 +237,42 @@ class Broker:
             if waiter.owner == owner and waiter.instance == instance:
                 waiter.seen = now
 
-    async def wait_for_room(self, owner: str, what: str) -> None:
+    async def wait_for_room(self, owner: str, what: str, why: str = "") -> None:
         """`owner`'s segment waits for resources of the cluster.
 
         Args:
-            what: in words; the time is counted from the first call since the segment last had room.
+            what, why: in words; the time is counted from the first call since the segment last had room.
         """
-        self.rooms[owner] = (what, self.rooms[owner][1] if owner in self.rooms else time.monotonic())
+        since = self.rooms[owner]["since"] if owner in self.rooms else time.monotonic()
+        self.rooms[owner] = {"what": what, "why": why, "since": since}
+
+    async def hand_over(self, owner: str, nodes: Sequence[str]) -> bool:
+        """Whether `owner`'s segment may exchange the reservation it holds on these nodes for those it runs in.
+
+        For a moment its resources are free. Groups of other segments that wait are older than those it is about to
+        make, would take them, do the same, and so on for ever. So on each node one segment at a time does it; who is
+        refused gives its own reservation back and waits for `node_turn`.
+        """
+        if not self.by_turns:
+            return True
+        if self._is_moving(set(nodes), owner):
+            return False
+        self.moving[owner] = (frozenset(nodes), time.monotonic())
+        return True
+
+    async def handed_over(self, owner: str) -> None:
+        """`owner`'s workers have started: what it reserved is its own."""
+        self.moving.pop(owner, None)
+
+    async def node_turn(self, owner: str, nodes: Sequence[str]) -> None:
+        """Returns when no other segment is exchanging its reservation on these nodes."""
+        while self._is_moving(set(nodes), owner):
+            await asyncio.sleep(TURN_LOOK_S)
+
+    def _is_moving(self, nodes: set[str], owner: str) -> bool:
+        now = time.monotonic()
+        moving = [taken for other, (taken, since) in self.moving.items() if other != owner and now - since < TURN_S]
+        return any(nodes & taken for taken in moving)
 
     async def occupy(self, owner: str) -> bool:
         """`owner`'s segment has found room and counts for the budget; False: nothing may start any more."""
@@ -248,6 +285,7 @@ class Broker:
 
     async def vacate(self, owner: str) -> None:
         """`owner`'s segment has given its room back, and waits again or ends."""
+        self.moving.pop(owner, None)
         self.limits.stop(owner, time.monotonic())
 
     async def admit(self, owner: str, fingerprint: str) -> bool:
@@ -340,13 +378,15 @@ class Broker:
     async def board(self) -> dict[str, Any]:
         """What a progress display shows: running, waiting and ended rows, fingerprints done, device-seconds spent.
 
-        rooms: owner -> what its segment waits for, and for how many seconds by now.
+        rooms: owner -> what its segment waits for, why, and for how many seconds by now; running: owners of the
+        segments that have room.
         """
         now = time.monotonic()
         return {
             "posts": {owner: post | {"stage_s": now - post["since"]} for owner, post in self.posts.items()},
             "waiting": [w.owner for w in self.waiting],
-            "rooms": {owner: (what, now - since) for owner, (what, since) in self.rooms.items()},
+            "rooms": {owner: room | {"seconds": now - room["since"]} for owner, room in self.rooms.items()},
+            "running": list(self.limits.running),
             "ended": self.ended,
             "done": self.leases.done,
             "device_s": self.limits.spent(now),

@@ -303,6 +303,8 @@ class RowDriver:
         recipe, images = self.row.recipe, self._images(stage)
         job = LabelJob(store, stage, images, self.broker, self.name, recipe)
         facts = label_images(job)
+        if facts is None:
+            return
         audit_labels(store, stage, images, recipe.runtime)
         where = {"num_workers": recipe.runtime.num_labellers, "device": "cuda" if recipe.runtime.use_gpu else "cpu"}
         facts |= {"stage_seconds": time.monotonic() - began, **where, "owner": self.name}

@@ -13,7 +13,8 @@ import ray.data
 from cast_ray.recipe import RuntimeConfig
 from cast_ray.runtime.cluster import connect
 from cast_ray.runtime.data.block_source import block_dataset
-from cast_ray.runtime.data.resources import configure_data, reserve, stream_bundle
+from cast_ray.runtime.data.resources import configure_data, stream_bundle
+from cast_ray.runtime.placement import reserve
 
 BATCHES_PER_TASK = 4
 
