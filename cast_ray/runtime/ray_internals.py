@@ -91,8 +91,8 @@ def autoscaler_complaint() -> str:
         events = list_cluster_events(timeout=EVENTS_TIMEOUT_S)
     except Exception:  # there is no dashboard, or it is slow: what is shown is one reason fewer
         return ""
-    said = [event for event in events if INFEASIBLE in event.message]
-    return max(said, key=lambda event: event.time).message.strip() if said else ""
+    said = [event for event in events if INFEASIBLE in event["message"]]
+    return str(max(said, key=lambda event: event["time"])["message"]).strip() if said else ""
 
 
 def counts_of(executor: Any) -> list[tuple[int, int, int]] | None:

@@ -56,6 +56,12 @@ class Board:
     def advance(self, owner: str, count: int) -> None:
         self.counts.append(count)
 
+    def wait_for_room(self, owner: str, what: str, why: str) -> None:
+        pass
+
+    def occupy(self, owner: str) -> bool:
+        return True
+
     def seen(self) -> tuple[int, list[int]]:
         return self.step, self.counts
 

@@ -304,6 +304,28 @@ def test_the_budget_counts_what_has_room() -> None:
     asyncio.run(asyncio.wait_for(scene(), 60))
 
 
+def test_on_a_node_one_segment_at_a_time_exchanges_its_reservation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broker_module, "TURN_LOOK_S", 0.01)
+
+    async def scene() -> None:
+        broker = make_broker(9, set(), by_turns=True)
+        assert await broker.hand_over("a", ["n1", "n2"])
+        assert await broker.hand_over("b", ["n3"])  # elsewhere nobody waits for it
+        assert not await broker.hand_over("c", ["n2", "n4"])
+        (turn,) = await started(broker.node_turn("c", ["n2", "n4"]))
+        await asyncio.sleep(0.05)
+        assert not turn.done()
+        await broker.handed_over("a")
+        await turn
+        assert await broker.hand_over("c", ["n2", "n4"])
+        await broker.settle("c")  # its driver was lost on the way: its row settles, or asks again
+        assert await broker.hand_over("d", ["n4"])
+        monkeypatch.setattr(broker_module, "TURN_S", 0.0)
+        assert await broker.hand_over("e", ["n3", "n4"])  # nobody keeps others away for ever
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
 def test_a_spent_budget_starts_nothing_more() -> None:
     limits = Limits(budget_hours=2.0, keep_going=False)
     limits.start("a", devices=2, now=0)
