@@ -77,6 +77,8 @@ def main() -> int:
         config = Path(folder) / "autoscaler.json"
         config.write_text(json.dumps(autoscaler_config(node_types, address)))
         os.environ |= {"RAY_TMPDIR": folder, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
+        # A first local Ray of this user has left a token that a head takes up and its clients do not.
+        os.environ["RAY_AUTH_MODE"] = "disabled"
         # A raylet ends itself when its agents need more than 15 s, as on a busy machine.
         os.environ |= {"RAY_agent_register_timeout_ms": "120000", "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180"}
         head = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={gcs}", "--num-cpus=0"]
