@@ -13,10 +13,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cast_ray.common.text import nearest
-from cast_ray.plan.ablation import DEFAULT_PRESET, DEFAULT_SCALE, explain, read_spec, resolve_recipe
+from cast_ray.plan.ablation import DEFAULT_PRESET, DEFAULT_SCALE, explain, read_spec, resolve_recipe, shipped_folder
 from cast_ray.recipe import Recipe
 
-SEARCH_DIR = Path(__file__).parents[2] / "sweeps" / "search"
+SEARCH_DIR = shipped_folder("searches", "search")
 RUNG_METRIC = "val/mask_ap"
 """What trials are stopped early by: AP on the validation images while the stage trains (percent)."""
 REFUSED_SCHEDULERS = {
@@ -94,7 +94,7 @@ class SearchSpec(_Strict):
     """asha: stop trials early by `early_stopping`; none: run all to their end."""
     early_stopping: EarlyStopping = EarlyStopping()
     seed: int = 0
-    """Of the samplers."""
+    """Seed of the samplers."""
 
     @model_validator(mode="after")
     def _is_sound(self) -> SearchSpec:

@@ -108,7 +108,9 @@ def test_what_waits_is_said_until_a_node_comes(nodes: RayCluster) -> None:
 
     with reserve([{"CPU": 12.0}, {"CPU": 1.0}], say=say) as group:
         assert set(nodes_of(group)) & {added[0].node_id}
-    assert said[0] == ("{CPU 12} and {CPU 1}", "the nodes that are up cannot hold it")
+    assert said[0][0] == "{CPU 12} and {CPU 1}"
+    # Ray's own words, where its dashboard has them already; it says them without an autoscaler, too.
+    assert "{'CPU': 12.0}" in said[0][1] or said[0][1] == "the nodes that are up cannot hold it"
     nodes.remove_node(added[0])
 
 

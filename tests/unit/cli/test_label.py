@@ -17,7 +17,8 @@ from pycocotools.coco import COCO
 from teacher_scenes import CATEGORIES
 from tiny_checkpoints import write_detector, write_mask_transformer, write_sam2
 
-from cast_ray import label
+from cast_ray.cli import label
+from cast_ray.cli.options import EXIT_FAILED
 from cast_ray.contracts.records import Category
 from cast_ray.data.reading.reader import load
 from cast_ray.models.segmenter import build_segmenter
@@ -134,6 +135,11 @@ def test_a_mask_transformer_labels(checkpoints: Path, photos: Path, tmp_path: Pa
     [
         (["--teacher", "grounded_sam"], "name what by --classes"),
         (["--teacher", "nobody/here/at/all"], "nobody/here/at/all': teacher.json is missing"),
+        (
+            ["--teacher", "sam4", "--classes", "dog"],
+            f"neither a kind ({', '.join(label.PUBLISHED)}) nor a saved teacher: ",
+        ),
+        (["--teacher", "expert"], "--teacher: neither a kind (mask2former, grounded_sam, sam3, ensemble) nor "),
         (["--teacher", "grounded_sam", "--classes", "dog", "--set", "student.num_queries=3"], "a key of `teacher`"),
         (["--teacher", "grounded_sam", "--classes", "dog, dog"], "'dog' is there twice"),
         (["--teacher", "grounded_sam", "--classes", " , "], "expected names with commas"),
@@ -152,6 +158,21 @@ def test_wrong_input_is_one_line(
     assert len(lines) == 1 and message in lines[0]
 
 
+def test_help_says_what_classes_can_be(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("--help")
+    assert "JSON list of names" in " ".join(capsys.readouterr().out.split())
+
+
+def test_markup_in_names_of_classes_is_text(
+    checkpoints: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "names.json").write_text(json.dumps(["dog[/red]", ":car:"]))
+    options = ("--classes", tmp_path / "names.json", "--threshold", 0.999, "--out", tmp_path / "out")
+    assert run(photos, *grounded(checkpoints), *options) == label.EXIT_NOTHING
+    assert "asked for dog[/red], :car: above --threshold 0.999" in capsys.readouterr().err
+
+
 def test_a_teacher_can_be_asked_mirrored_too(
     checkpoints: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,7 +185,7 @@ def test_a_teacher_can_be_asked_mirrored_too(
 
     monkeypatch.setattr(GroundedSamTeacher, "find", watched)
     where = [photos / "a.png", "--out", tmp_path / "out", "--classes", "person, dog", "--threshold", "0"]
-    assert run(*where, *grounded(checkpoints), "--set", "pseudo.vote_flip=true") in (0, label.EXIT_NOTHING)
+    assert run(*where, *grounded(checkpoints), "--set", "pseudo.vote_flip=true") in (0, EXIT_FAILED)
     straight, mirrored = asked
     height = round(40 * 64 / 60)  # 40 x 60 fitted to 64 x 64
     assert np.array_equal(straight[0, :, :height], mirrored[0, :, :height, ::-1])

@@ -1,4 +1,4 @@
-"""python -m cast_ray.datasets inspect: counts, bad files by name, a picture, one line for what is no dataset."""
+"""cast-ray inspect: counts, bad files by name, a picture, one line for what is no dataset."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from coco_folders import valid_document, write_coco
+from coco_folders import annotation, coco_document, image_entry, valid_document, write_coco
 from dataset_folders import write_ade20k, write_cityscapes
 from PIL import Image
 
+from cast_ray.cli.inspect import main
 from cast_ray.data.reading.inspection import choose_samples, facts_of, guess_format
 from cast_ray.data.reading.reader import load
-from cast_ray.datasets.__main__ import main
 from cast_ray.recipe import DataConfig
 
 ROOT = Path(__file__).parents[4]
@@ -26,7 +26,7 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     monkeypatch.setenv("COLUMNS", "200")
 
     def call(*arguments: str) -> tuple[int, str, str]:
-        code = main(["inspect", *arguments, "--out", str(tmp_path / "out")])
+        code = main([*arguments, "--out", str(tmp_path / "out")])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -67,6 +67,16 @@ def test_classes_of_one_name(tmp_path, run):
     assert code == 0 and "fish (id 0)" in out and "fish (id 9)" in out
 
 
+def test_markup_in_names_is_text(tmp_path, run):
+    names = ["[/red]", "[bold]b[/bold]", ":car:"]
+    document = coco_document([image_entry(i) for i in range(3)], [annotation(i, i) for i in range(3)], enumerate(names))
+    document["annotations"] = [a | {"category_id": i} for i, a in enumerate(document["annotations"])]
+    code, out, _ = run(str(write_coco(tmp_path / "data 🙂: [/red] :car:", document)))
+    assert code == 0 and f"{tmp_path}/data 🙂: [/red] :car:: coco, 3 classes" in out
+    cells = [line.split()[:2] for line in out.splitlines()]
+    assert all([str(i), name] in cells for i, name in enumerate(names))
+
+
 def test_an_image_of_more_objects_than_pycocotools_counts_in_a_call(tmp_path, run):
     """Cell images have hundreds. Sizes are those of the annotations, as in AP by size."""
     size, areas = (40, 60), {1: 2000, 2: 10_000}
@@ -93,7 +103,7 @@ def test_cityscapes(tmp_path, run):
     path = next(root.glob("leftImg8bit/train/ulm/*"))
     path.write_bytes(path.read_bytes()[:-40])
     code, out, _ = run(str(root))
-    assert code == 0
+    assert code == 1  # a run would refuse it
     lines = [line.split() for line in out.splitlines()]
     assert ["train", "7", "0", "21", "7", "21", "0", "0", "32", "x", "24"] in lines
     assert ["26", "car", "14", "7", "8", "4"] in lines and ["31", "train", "0", "0", "0", "0"] in lines
@@ -103,6 +113,8 @@ def test_cityscapes(tmp_path, run):
     )
     assert "A run would refuse it: " in out and "above data.max_bad_fraction=0.01" in out
     assert json.loads((tmp_path / "out/data_report.json").read_text())["splits"]["train"]["images_skipped"] == 1
+    code, out, _ = run(str(root), "--set", "data.max_bad_fraction=0.5")
+    assert code == 0 and "1 of 12 images" in out and "A run would refuse it" not in out
     with Image.open(tmp_path / "out/samples.png") as sheet:
         assert sheet.width > 3 * 128 and sheet.height > 6 * 96  # image, objects and ignore regions, six times
 
@@ -148,5 +160,5 @@ def test_as_a_user_types_it(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "inspect/my data/samples.png").is_file()
-    loaded = "import sys, cast_ray.datasets.__main__; assert not {'ray', 'torch'} & set(sys.modules)"
+    loaded = "import sys, cast_ray.cli.inspect; assert not {'ray', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", loaded], env={"PYTHONPATH": str(ROOT)}, check=True)

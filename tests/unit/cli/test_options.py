@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cast_ray import export, label, predict
-from cast_ray.console import EXIT_BAD_INPUT
-from cast_ray.datasets import __main__ as datasets
-from sweeps import ablate, search
+from cast_ray.cli import ablate, efficiency, export, inspect, label, predict, report, search
+from cast_ray.cli.options import EXIT_BAD_INPUT, plain_console
 
 STUDENT = ["photos", "--student", "gone", "--out", "out"]
 TEACHER = ["photos", "--teacher", "gone", "--out", "out"]
@@ -31,16 +29,16 @@ NUMBERS: list[tuple[Callable[[list[str]], int], list[str], str, str, list[str]]]
     (label.main, TEACHER, "--batch", POSITIVE, ["0"]),
     (label.main, TEACHER, "--workers", WHOLE, ["-2"]),
     (export.main, ["--student", "gone", "--out", "s.onnx"], "--max-detections", POSITIVE, ["0", "-5"]),
-    (datasets.main, ["inspect", "data"], "--images", POSITIVE, ["0", "-1"]),
+    (inspect.main, ["data"], "--images", POSITIVE, ["0", "-1"]),
     (ablate.main, ["losses"], "--seeds", WHOLE, ["-1"]),
     (ablate.main, ["losses"], "--num-cpus", POSITIVE, ["0", "-2"]),
     (ablate.main, ["losses"], "--max-concurrent", WHOLE, ["-1"]),
     (ablate.main, ["losses"], "--workers-per-trial", POSITIVE, ["0"]),
     (ablate.main, ["losses"], "--budget-hours", AMOUNT, ["-1", "nan", "inf"]),
     (ablate.main, ["losses"], "--price-per-gpu-hour", AMOUNT, ["-1", "nan"]),
-    (ablate.main, ["efficiency"], "--batch", POSITIVE, ["0"]),
-    (ablate.main, ["efficiency"], "--repeats", POSITIVE, ["0"]),
-    (ablate.main, ["report", "runs/x"], "--every", "a number above 0", ["0", "-1", "nan"]),
+    (efficiency.main, [], "--batch", POSITIVE, ["0"]),
+    (efficiency.main, [], "--repeats", POSITIVE, ["0"]),
+    (report.main, ["runs/x"], "--every", "a number above 0", ["0", "-1", "nan"]),
     (search.main, ["losses"], "--trials", POSITIVE, ["0"]),
     (search.main, ["losses"], "--seed", WHOLE, ["-1"]),
     (search.main, ["losses"], "--num-cpus", POSITIVE, ["0"]),
@@ -77,6 +75,8 @@ OUT_FOLDER: list[tuple[Callable[[list[str]], int], list[str]]] = [
     (predict.main, ["photos", "--student", "gone"]),
     (label.main, ["photos", "--teacher", "gone"]),
     (export.main, ["--student", "gone"]),
+    (ablate.main, ["losses"]),
+    (search.main, ["losses"]),
 ]
 
 
@@ -86,7 +86,7 @@ OUT_FOLDER: list[tuple[Callable[[list[str]], int], list[str]]] = [
     [
         ("file", "--out file: expected a folder, file is a file"),
         ("file/new", "--out file/new: expected a folder, {}/file is a file"),
-        ("s3://bucket/out", "--out s3://bucket/out: expected a local path"),
+        ("s3://bucket/out", "--out s3://bucket/out: expected a local "),
     ],
 )
 def test_an_output_folder_that_cannot_be(
@@ -106,6 +106,40 @@ def test_an_output_folder_that_cannot_be(
     assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize(("main", "name"), [(ablate.main, "losses-shapes-smoke"), (search.main, "mine")])
+def test_a_run_whose_folder_is_a_file(
+    main: Callable[[list[str]], int],
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / name).write_text("mine")
+    assert main(["losses", "--scale", "smoke", "--name", name]) == EXIT_BAD_INPUT
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line == f"error: --out runs/{name}: expected a folder, runs/{name} is a file"
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"] and (tmp_path / "runs" / name).read_text() == "mine"
+
+
+def test_markup_and_emoji_codes_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+    for stderr in (False, True):
+        plain_console(stderr=stderr).print("[bold]a[/bold] [/red] :car:", soft_wrap=True)
+    written = capsys.readouterr()
+    assert written.out == written.err == "[bold]a[/bold] [/red] :car:\n"
+
+
+def test_what_only_an_onnx_model_has_is_refused_with_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for option in (["--image-px", "64", "96"], ["--max-detections", "5"]):
+        assert export.main(["--student", "gone", "--out", "folder", *option]) == EXIT_BAD_INPUT
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line == f"error: {' '.join(option)}: expected --out FILE.onnx with it, got 'folder'"
+
+
 def test_an_output_file_that_cannot_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,7 +149,7 @@ def test_an_output_file_that_cannot_be(
         ("folder.onnx", "expected a file, found a folder"),
         ("s3://bucket/s.onnx", "expected a local path"),
     ):
-        for main, arguments in ((export.main, ["--student", "gone"]), (ablate.main, ["efficiency", "--count-only"])):
+        for main, arguments in ((export.main, ["--student", "gone"]), (efficiency.main, ["--count-only"])):
             assert main([*arguments, "--out", out]) == EXIT_BAD_INPUT
             (line,) = capsys.readouterr().err.strip().splitlines()
             assert line.startswith(f"error: --out {out}: {message}")
