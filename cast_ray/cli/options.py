@@ -122,7 +122,7 @@ def add_ray_options(parser: argparse.ArgumentParser) -> None:
         "--max-concurrent",
         type=whole_number,
         metavar="N",
-        help="stages at a time (default: as many as a local Ray holds; on a cluster as many as the rows need, at most 32)",
+        help="stages at a time (default: what a local Ray holds; on a cluster what the rows need, at most 32)",
     )
     parser.add_argument("--workers-per-trial", type=positive, metavar="N", help="Train workers of a stage (default: 1)")
 

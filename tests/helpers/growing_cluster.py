@@ -49,7 +49,7 @@ def autoscaler_config(node_types: dict[str, Any], gcs_address: str) -> dict[str,
             "node_config": {},
             "resources": {"object_store_memory": STORE_BYTES, **node["resources"]},
         }
-    provider = {"type": "fake_multinode", "gcs_address": gcs_address}
+    provider: dict[str, Any] = {"type": "fake_multinode", "gcs_address": gcs_address}
     provider |= dict.fromkeys(("use_node_id_as_ip", "disable_node_updaters", "disable_launch_config_check"), True)
     config: dict[str, Any] = {"cluster_name": "growing", "max_workers": 8, "provider": provider}
     config |= {"available_node_types": types, "head_node_type": HEAD, "upscaling_speed": 1.0, "idle_timeout_minutes": 5}

@@ -30,7 +30,7 @@ from cast_ray.runtime.worker.audit import audit_labels
 from cast_ray.runtime.worker.group import run_segment
 from cast_ray.runtime.worker.label_job import LabelJob
 from cast_ray.runtime.worker.labelling import label_images
-from cast_ray.runtime.worker.segment import Segment, SegmentFailed
+from cast_ray.runtime.worker.segment import Segment, SegmentFailed, SweepStopped
 
 DRIVER_CPUS = 0.01
 """CPUs that a row's driver reserves. It only waits; Tune refuses 0."""
@@ -302,8 +302,9 @@ class RowDriver:
         began = time.monotonic()
         recipe, images = self.row.recipe, self._images(stage)
         job = LabelJob(store, stage, images, self.broker, self.name, recipe)
-        facts = label_images(job)
-        if facts is None:
+        try:
+            facts = label_images(job)
+        except SweepStopped:
             return
         audit_labels(store, stage, images, recipe.runtime)
         where = {"num_workers": recipe.runtime.num_labellers, "device": "cuda" if recipe.runtime.use_gpu else "cpu"}

@@ -30,12 +30,14 @@ from cast_ray.runtime.data.pictures import Pictures, picture_dataset
 from cast_ray.runtime.data.resources import configure_data, labelling_bundles
 from cast_ray.runtime.placement import reserve
 from cast_ray.runtime.worker.label_job import LabelJob
+from cast_ray.runtime.worker.segment import SweepStopped
 
 
-def label_images(job: LabelJob) -> dict[str, Any] | None:
+def label_images(job: LabelJob) -> dict[str, Any]:
     """Runs a labelling stage as a job of its own; see `LabelJob.facts` and `join` for what it returns and raises.
 
-    None: while it waited for room, the sweep came to an end at which nothing more may start.
+    Raises:
+        SweepStopped: while it waited for room, the sweep came to an end at which nothing more may start.
     """
     runtime, began = job.recipe.runtime, time.monotonic()
     job.start()
@@ -43,7 +45,7 @@ def label_images(job: LabelJob) -> dict[str, Any] | None:
     if blocks:
         with reserve(labelling_bundles(runtime), say=partial(job.broker.wait_for_room.remote, job.owner)) as group:
             if not ray.get(job.broker.occupy.remote(job.owner)):
-                return None
+                raise SweepStopped
             _run(job, group, blocks)
     return job.facts(blocks, began) | ray.get(_join.remote(job))
 
