@@ -68,10 +68,10 @@ def reserve(
     )
     try:
         if say is not None:
-            look_s = FIRST_LOOK_S
-            while not group.wait(look_s):
-                say(bundles_in_words(bundles), _reason(group))
-                look_s = LOOK_S
+            if not group.wait(FIRST_LOOK_S):
+                say(bundles_in_words(bundles), "")  # at once: asking for a reason may take seconds
+                while not group.wait(LOOK_S):
+                    say(bundles_in_words(bundles), _reason(group))
         yield group
     finally:
         ray.util.remove_placement_group(group)
