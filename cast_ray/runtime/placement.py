@@ -67,11 +67,10 @@ def reserve(
         bundle_label_selector=selector,  # type: ignore[arg-type]
     )
     try:
-        if say is not None:
-            if not group.wait(FIRST_LOOK_S):
-                say(bundles_in_words(bundles), "")  # at once: asking for a reason may take seconds
-                while not group.wait(LOOK_S):
-                    say(bundles_in_words(bundles), _reason(group))
+        if say is not None and not group.wait(FIRST_LOOK_S):
+            say(bundles_in_words(bundles), "")  # at once: asking for a reason may take seconds
+            while not group.wait(LOOK_S):
+                say(bundles_in_words(bundles), _reason(group))
         yield group
     finally:
         ray.util.remove_placement_group(group)
