@@ -54,8 +54,9 @@ from cast_ray.recipe.labels import FIXED_SIZE_BATCH
 from cast_ray.runtime.cluster import connect
 from cast_ray.runtime.data.images import Images
 from cast_ray.runtime.data.pictures import Pictures
-from cast_ray.runtime.data.resources import configure_data, reserve, stream_bundle
+from cast_ray.runtime.data.resources import configure_data, stream_bundle
 from cast_ray.runtime.data.training_stream import SampleRules, StepShare, training_stream
+from cast_ray.runtime.placement import reserve
 from cast_ray.runtime.process_settings import prepare_process
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.models import save_model

@@ -119,7 +119,10 @@ def add_ray_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", help=ADDRESS_HELP)
     parser.add_argument("--num-cpus", type=positive, help="logical CPUs of a local Ray (default: the machine's)")
     parser.add_argument(
-        "--max-concurrent", type=whole_number, metavar="N", help="stages at a time (default: as many as fit)"
+        "--max-concurrent",
+        type=whole_number,
+        metavar="N",
+        help="stages at a time (default: what a local Ray holds; on a cluster what the rows need, at most 32)",
     )
     parser.add_argument("--workers-per-trial", type=positive, metavar="N", help="Train workers of a stage (default: 1)")
 

@@ -37,7 +37,8 @@ class RuntimeConfig(Part):
     stream_memory_mb: int = Field(256, ge=16)
     """Object-store memory of one worker's stream: how far it may read ahead of training."""
     max_concurrent_stages: int = Field(0, ge=0)
-    """Worker groups and labelling jobs at a time; 0: as many as the cluster's resources hold."""
+    """Worker groups and labelling jobs at a time. 0: on one machine as many as its cores hold, on a cluster as many as
+    the rows need (at most 32), of which those that find no room wait and make its autoscaler start nodes."""
     max_failures: int = Field(3, ge=0)
     """Times a stage's workers are restarted from the last checkpoint before its row fails."""
 

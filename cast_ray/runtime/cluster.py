@@ -58,10 +58,16 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """The Ray that a command runs on: what to print about it and what stages may use of it."""
+    """The Ray that a command runs on: what to print about it and what stages may use of it.
+
+    resources: of all nodes together. nodes: of each node, empty, as they are now: of a cluster, others may come and
+    these may go. is_local: this command started it, on this machine, and nothing else uses it.
+    """
 
     description: str
     resources: dict[str, float]
+    nodes: tuple[dict[str, float], ...] = ()
+    is_local: bool = True
     log_folder: str = ""
     """Where Ray's processes write their output, on each node; empty: not known."""
 
@@ -136,7 +142,10 @@ def connect(address: str | None, num_cpus: int | None = None) -> Cluster:
     dashboard = f", dashboard http://{context.dashboard_url}" if context.dashboard_url else ""
     size = f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
     where = "started here" if local else "cluster"
-    return Cluster(f"Ray {ray.__version__} {where}: {size}{dashboard}", resources, _log_folder(context))
+    nodes = tuple(node["Resources"] for node in ray.nodes() if node["Alive"])
+    return Cluster(
+        f"Ray {ray.__version__} {where}: {size}{dashboard}", resources, nodes, local, log_folder=_log_folder(context)
+    )
 
 
 def _log_folder(context: Any) -> str:

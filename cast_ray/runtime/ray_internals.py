@@ -3,16 +3,21 @@
 All were read in Ray 2.60.0. `tests/unit/runtime/test_ray_internals.py` fails where the installed Ray has lost one, and
 where another module uses a private name.
 
-- ray.train.v2._internal.exceptions.WorkerGroupStartupTimeoutError: tells resources that others took from a fault. Only
-  its name is compared.
+- ray.train.v2._internal.exceptions.WorkerGroupStartupTimeoutError: tells resources that others took from a fault; and
+  WorkerGroupStartupFailedError: tells a worker that was lost while its group started. Only their names are compared.
+- ray.experimental.internal_kv._internal_kv_get and the key `__autoscaling_status`: what version 1 of the autoscaler
+  notes of itself. Without it a cluster counts as one that may grow.
 - ray.data._internal.execution.execution_callback.ExecutionCallback: base of `PacedLoop`. Without it no stream is paced.
 - StreamingExecutor._topology: read by `PacedLoop`. Without it no turn is paused.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
+
+import ray
 
 try:
     from ray.data._internal.execution.execution_callback import ExecutionCallback
@@ -20,7 +25,14 @@ except ImportError:  # another release of Ray
     ExecutionCallback = object  # type: ignore[misc, assignment]
 
 LOOP_PAUSE_S = 0.02
-STARTUP_TIMEOUT = "WorkerGroupStartupTimeoutError"
+STARTUP_TIMEOUT, STARTUP_FAILED = "WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError"
+AUTOSCALER_STATUS = "__autoscaling_status"
+NODE_GROUP_LABEL = "ray.io/node-group"
+STATUS_WAIT_S = 10.0
+"""The monitor of a cluster writes its first status some seconds after its head has started."""
+INFEASIBLE = "No available node types can fulfill"
+"""How both versions of the autoscaler begin to say that no node they may start would do."""
+EVENTS_TIMEOUT_S = 5
 
 
 def is_startup_timeout(error: BaseException) -> bool:
@@ -28,7 +40,59 @@ def is_startup_timeout(error: BaseException) -> bool:
 
     Compares names and not classes: the class is private, and importing its module would fail where it has moved.
     """
-    return any(kind.__name__ == STARTUP_TIMEOUT for kind in type(error).__mro__)
+    return _is_called(error, STARTUP_TIMEOUT)
+
+
+def is_lost_at_start(error: BaseException) -> bool:
+    """Whether a worker was lost while its group started. Train counts that as its controller's fault,
+    which it does not retry here, and not as one of its workers'."""
+    return _is_called(error, STARTUP_FAILED) or isinstance(error, ray.exceptions.RayActorError)
+
+
+def _is_called(error: BaseException, name: str) -> bool:
+    return any(kind.__name__ == name for kind in type(error).__mro__)
+
+
+def has_autoscaler() -> bool:
+    """Whether something starts nodes for this cluster when its resources do not suffice; True where it is not known.
+
+    Nodes that an autoscaler of version 2 or KubeRay manages name their node group in a label, the head too. Version 1
+    writes a status instead; so does, on every cluster, the monitor that only watches, but that one gives each node a
+    type of its own, named after the node.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if any(NODE_GROUP_LABEL in node["Labels"] for node in nodes):
+        return True
+    deadline = time.monotonic() + STATUS_WAIT_S
+    while (types := _node_types()) is None and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return types is None or not types <= {f"node_{node['NodeID']}" for node in ray.nodes()}
+
+
+def _node_types() -> set[str] | None:
+    """Types of the nodes as the autoscaler of version 1 knows them; None: it has not said."""
+    try:
+        from ray.experimental.internal_kv import _internal_kv_get
+
+        status = json.loads(_internal_kv_get(AUTOSCALER_STATUS) or b"{}")
+        return set(status["autoscaler_report"]["active_nodes"] or ()) or None
+    except (ImportError, KeyError, TypeError, ValueError):
+        return None
+
+
+def autoscaler_complaint() -> str:
+    """The last that the autoscaler said of resources that no node it may start has; empty: nothing, as far as is known.
+
+    Read from the cluster's events, which need Ray's dashboard.
+    """
+    from ray.util.state import list_cluster_events
+
+    try:
+        events = list_cluster_events(timeout=EVENTS_TIMEOUT_S)
+    except Exception:  # there is no dashboard, or it is slow: what is shown is one reason fewer
+        return ""
+    said = [event for event in events if INFEASIBLE in event["message"]]
+    return str(max(said, key=lambda event: event["time"])["message"]).strip() if said else ""
 
 
 def counts_of(executor: Any) -> list[tuple[int, int, int]] | None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import ray
 from dataset_folders import write_ade20k, write_ade20k_full, write_cityscapes
+from rich.console import Console
 
 from cast_ray.cli import ablate
 from cast_ray.data.formats.cityscapes import index
@@ -117,7 +118,8 @@ def test_a_few_bad_files_are_left_out_and_said(tmp_path: Path, run: Run) -> None
     assert [s["kind"] for s in report["skipped"]] == ["image"] * 3
 
 
-def test_ray_reads_what_threads_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_local", [True, False])
+def test_ray_reads_what_threads_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_local: bool) -> None:
     config = DataConfig(format="cityscapes", root=str(write_cityscapes(tmp_path, num_train=150)), max_bad_fraction=0.5)
     cut_short(tmp_path)
     monkeypatch.setattr(dataset_module, "IN_THIS_PROCESS", 10)
@@ -125,11 +127,11 @@ def test_ray_reads_what_threads_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def connect() -> Cluster:
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-        return Cluster("a Ray of this test", {"CPU": 2.0})
+        return Cluster("a Ray of this test", {"CPU": 2.0}, is_local=is_local)
 
     made = index(config)
     outcomes = []
-    with dataset_module._readers(154, made, connect) as run_on_ray:
+    with dataset_module._readers(154, made, connect, Console()) as run_on_ray:
         assert isinstance(run_on_ray, partial)
         for run in (run_on_ray, in_threads):
             reading = Reading(made, config)

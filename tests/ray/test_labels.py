@@ -20,8 +20,9 @@ from cast_ray.plan.graph import Stage
 from cast_ray.recipe import InputSize, PseudoConfig, Recipe, RuntimeConfig, build_recipe
 from cast_ray.runtime.data.images import Images
 from cast_ray.runtime.data.pictures import Pictures, picture_dataset, pictures
-from cast_ray.runtime.data.resources import configure_data, reserve, stream_bundle
+from cast_ray.runtime.data.resources import configure_data, stream_bundle
 from cast_ray.runtime.data.training_stream import SampleRules, StepShare, training_stream
+from cast_ray.runtime.placement import reserve
 from cast_ray.runtime.store.artifact_files import LABELS
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.models import load_student, save_model
@@ -54,6 +55,12 @@ class Board:
 
     def advance(self, owner: str, count: int) -> None:
         self.counts.append(count)
+
+    def wait_for_room(self, owner: str, what: str, why: str) -> None:
+        pass
+
+    def occupy(self, owner: str) -> bool:
+        return True
 
     def seen(self) -> tuple[int, list[int]]:
         return self.step, self.counts

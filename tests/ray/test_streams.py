@@ -21,8 +21,9 @@ from cast_ray.recipe import InputSize, RuntimeConfig
 from cast_ray.runtime import ray_internals
 from cast_ray.runtime.data.images import Images
 from cast_ray.runtime.data.pictures import picture_dataset, pictures
-from cast_ray.runtime.data.resources import configure_data, reserve, stream_bundle
+from cast_ray.runtime.data.resources import configure_data, stream_bundle
 from cast_ray.runtime.data.training_stream import SampleRules, StepShare, training_stream
+from cast_ray.runtime.placement import reserve
 from cast_ray.runtime.ray_internals import PacedLoop
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(600)]

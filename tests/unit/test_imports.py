@@ -24,6 +24,7 @@ LAYERS = [
     ("engine",),
     ("plan",),
     ("runtime.process_settings", "runtime.cluster", "runtime.ray_internals"),
+    ("runtime.placement",),
     ("runtime.store",),
     ("runtime.data",),
     ("runtime.worker",),

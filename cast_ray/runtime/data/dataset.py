@@ -250,7 +250,7 @@ def _read(
     _check(reading.report(), data, store, report_paths)  # before images are read for nothing
     parts = _Parts(store, stage)
     total = sum(table.num_rows for table in index.splits.values())
-    with track(console, "reading images") as progress, _readers(total, index, connect) as run:
+    with track(console, "reading images") as progress, _readers(total, index, connect, console) as run:
         for split, table in reading.tables(run, progress):
             parts.add(split, table)
     parts.close(reading.copies)
@@ -315,7 +315,7 @@ class _Parts:
 
 
 @contextmanager
-def _readers(total: int, index: DatasetIndex, connect: Callable[[], Cluster]) -> Iterator[Run]:
+def _readers(total: int, index: DatasetIndex, connect: Callable[[], Cluster], console: Console) -> Iterator[Run]:
     """Where the files are read: in this process, or by Ray Data on all of the cluster."""
     if total <= IN_THIS_PROCESS or index.content_hash:
         yield in_threads
@@ -323,13 +323,25 @@ def _readers(total: int, index: DatasetIndex, connect: Callable[[], Cluster]) ->
     cluster = connect()
     import ray
 
+    from cast_ray.runtime.placement import reserve
+
     try:
-        yield partial(_on_ray, num_tasks=max(1, int(cluster.resources.get("CPU", 1))))
+        if cluster.is_local:
+            yield partial(_on_ray, num_tasks=max(1, int(cluster.resources.get("CPU", 1))))
+        else:
+            # As many as Ray Data finds CPUs for, now and later; it looks for some only once a node has one.
+            with reserve([{"CPU": 1.0}], say=partial(_say_waiting, console)):
+                pass
+            yield partial(_on_ray, num_tasks=None)
     finally:
         ray.shutdown()
 
 
-def _on_ray(make: MakeRows, blocks: list[pa.Table], *, num_tasks: int) -> Iterator[pa.Table]:
+def _say_waiting(console: Console, what: str, why: str) -> None:
+    console.print(f"reading images waits for a node with {what}" + (f" ({why})" if why else ""), markup=False)
+
+
+def _on_ray(make: MakeRows, blocks: list[pa.Table], *, num_tasks: int | None) -> Iterator[pa.Table]:
     import ray.data
 
     from cast_ray.runtime.data.block_source import BlockSource

@@ -21,15 +21,14 @@ Facts of Ray Data 2.60 that shape this file:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-import ray
 import ray.data
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cast_ray.recipe import RuntimeConfig
+from cast_ray.runtime.placement import joined
 from cast_ray.runtime.ray_internals import execution_callbacks
 
 
@@ -54,6 +53,24 @@ def validator_bundle(runtime: RuntimeConfig) -> dict[str, float]:
     return {"CPU": runtime.cpus_per_worker} | ({"GPU": 1.0} if on_gpu else {})
 
 
+def segment_bundles(
+    runtime: RuntimeConfig, beside: Sequence[dict[str, float]], teachers: Sequence[dict[str, float]]
+) -> list[dict[str, float]]:
+    """What must have room at once before a segment's workers start, one bundle for what lies on one node.
+
+    Args:
+        beside: of validation beside training, the stream and its actor; [] where there is none.
+        teachers: of those that label online; [] where there are none.
+    """
+    workers = [joined(worker_bundle(runtime), stream_bundle(runtime))] * runtime.num_workers
+    return [*workers, *([joined(*beside)] if beside else []), *teachers]
+
+
+def labelling_bundles(runtime: RuntimeConfig) -> list[dict[str, float]]:
+    """What a labelling job of its own reserves: its stream, then its labellers."""
+    return [stream_bundle(runtime), *[labeller_bundle(runtime)] * runtime.num_labellers]
+
+
 def tasks_per_stream(runtime: RuntimeConfig) -> int:
     """Data tasks that a stream may have submitted: those that run, and as many that wait for a slot."""
     return 2 * runtime.reads_per_stream
@@ -64,21 +81,11 @@ def block_bytes(runtime: RuntimeConfig) -> int:
     return runtime.stream_memory_mb * 2**20 // (4 * tasks_per_stream(runtime))
 
 
-@contextmanager
-def reserve(bundles: list[dict[str, float]]) -> Iterator[PlacementGroup]:
-    """A placement group for the streams of one stage or segment, given back at the end."""
-    group = ray.util.placement_group(bundles, strategy="PACK")
-    try:
-        yield group
-    finally:
-        ray.util.remove_placement_group(group)
-
-
 def configure_data(group: PlacementGroup, runtime: RuntimeConfig, bundle: int) -> None:
     """Settings of every stream in this process.
 
     Args:
-        group: where the streams' tasks run, see `reserve`.
+        group: where the streams' tasks run, see `placement.reserve`.
         runtime: how many tasks, and how far each stream may read ahead.
         bundle: index of this process's bundle in the group; -1: all of it, the stream's own bundle being the first.
     """

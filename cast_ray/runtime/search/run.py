@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,8 @@ from cast_ray.runtime.sweep.row_driver import (
     write_lost,
 )
 from cast_ray.runtime.sweep.row_results import SweepContext, row_name
-from cast_ray.runtime.sweep.run import check_still_stored, say_pruning, slots_of
+from cast_ray.runtime.sweep.run import check_still_stored, say_pruning
+from cast_ray.runtime.sweep.slots import slots_of
 from cast_ray.runtime.sweep.trackers import Trackers
 
 MAX_PROPOSALS = 20
@@ -180,6 +181,8 @@ class _Search:
         it needs an artifact, `store gc` may remove it."""
         self.broker: Any = None
         self.display: ProgressDisplay | None = None
+        self.follows = False
+        """Whether the trials at a time follow a cluster's size, see `_is_waiting`."""
 
     def run(self, studies: Mapping[str, optuna.Study], left: Mapping[str, int]) -> str | None:
         """Runs all samplers, one after the other; returns why trials were left out, if they were."""
@@ -187,7 +190,9 @@ class _Search:
         cluster = connect(request.address, request.num_cpus)
         self.console.print(cluster.description, highlight=False)
         try:
-            slots = slots_of([request.recipe({})], cluster.resources, DRIVER_CPUS)
+            recipe = request.recipe({})
+            slots = slots_of([recipe], cluster, DRIVER_CPUS, max(left.values()))
+            self.follows = not cluster.is_local and not recipe.runtime.max_concurrent_stages
             self.broker = Broker.options(max_concurrency=MAX_CALLS).remote(  # type: ignore[attr-defined]
                 slots,
                 set(),
@@ -195,6 +200,7 @@ class _Search:
                 self.presence.holder.id,
                 request.budget_hours,
                 request.keep_going,
+                by_turns=not cluster.is_local,
             )
             self.display = ProgressDisplay(self.console, self.broker, plan_sweep([], []), self.names)
             with self.display:
@@ -212,7 +218,14 @@ class _Search:
         spec = self.request.spec
         chosen = make_sampler(sampler, spec.seed, spec.num_trials, len(study.trials))
         search = StudySearch(
-            spec, study, self.storage, chosen, self.presence.holder.id, self._proposer(sampler), self._spent
+            spec,
+            study,
+            self.storage,
+            chosen,
+            self.presence.holder.id,
+            self._proposer(sampler),
+            self._spent,
+            self._is_waiting,
         )
         callbacks = self.request.trackers.callbacks(
             search.jobs.__getitem__, lambda text: self.console.print(Text(text, "yellow"))
@@ -253,6 +266,14 @@ class _Search:
             if result.error is not None:
                 write_lost(search.jobs[(result.config or {})["row"]], result.error)
         self.store.delete(f"tune/{experiment}")
+
+    def _is_waiting(self, names: Collection[str]) -> bool:
+        """Whether one of these trials still waits for room on a cluster, so that another one would only wait with it.
+
+        One that waits is what makes an autoscaler start nodes; and when it has room, the next is proposed with all that
+        is known by then. A user who wants many nodes at once says how many trials run at a time.
+        """
+        return self.follows and not set(names) <= set(ray.get(self.broker.board.remote())["running"])
 
     def _spent(self, name: str) -> float:
         return ray.get(self.broker.spent.remote(name))
@@ -311,6 +332,7 @@ class StudySearch(OptunaSearch):
     Args:
         propose: (number, point) -> job of the point's row; ValueError where it makes no valid recipe.
         spent: name of a row -> device-seconds.
+        is_waiting: (rows of the trials that have not ended) -> whether none is to be proposed for now.
     """
 
     def __init__(
@@ -322,6 +344,7 @@ class StudySearch(OptunaSearch):
         holder: str,
         propose: Callable[[int, dict[str, Any]], Job],
         spent: Callable[[str], float],
+        is_waiting: Callable[[Collection[str]], bool] = lambda names: False,
     ):
         space = {key: distribution(domain) for key, domain in spec.domains().items()}
         super().__init__(
@@ -335,11 +358,13 @@ class StudySearch(OptunaSearch):
         made: Any = self._ot_study
         self.study: optuna.Study = made
         self.spec, self.holder = spec, holder
-        self.propose, self.spent = propose, spent
+        self.propose, self.spent, self.is_waiting = propose, spent, is_waiting
         self.jobs: dict[str, Job] = {}
         self.of_trial: dict[str, str] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        if self.of_trial and self.is_waiting(list(self.of_trial.values())):
+            return None
         for _ in range(MAX_PROPOSALS):
             super().suggest(trial_id)
             trial = self._ot_trials[trial_id]
@@ -364,7 +389,7 @@ class StudySearch(OptunaSearch):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         trial = self._ot_trials[trial_id]
-        trial.set_user_attr("device_s", self.spent(self.of_trial[trial_id]))
+        trial.set_user_attr("device_s", self.spent(self.of_trial.pop(trial_id)))
         status = (result or {}).get("status")
         if error or result is None or status == "failed":
             reason = (result or {}).get("error") or "its driver was lost"

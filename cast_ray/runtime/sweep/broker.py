@@ -3,8 +3,9 @@
 One async actor per sweep holds the leases and the progress board. A row's driver asks for work with everything it still
 misses; the broker hands it the stages it may run now, or keeps the call open until something changes. At most `slots`
 groups of leases are out at a time; among waiting rows the one with the most work left goes first. A lease lives as long
-as its owner's heartbeat. Before a stage is handed out it is claimed in the store (`claims.py`), because other sweeps,
-each with a broker of its own, may need it too.
+as its owner's heartbeat. An owner is a row; the process that drives it may be lost and started again, so every driver
+process has an instance id, and what an earlier instance has asked for or still says is void. Before a stage is handed
+out it is claimed in the store (`claims.py`), because other sweeps, each with a broker of its own, may need it too.
 """
 
 from __future__ import annotations
@@ -21,42 +22,22 @@ from typing import Any
 import ray
 
 from cast_ray.common.logs import configure_logging
-from cast_ray.plan.graph import artifact_key
 from cast_ray.runtime.data.record_tables import load_records
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.claims import Claims
+from cast_ray.runtime.sweep.leases import LEASE_TIMEOUT_S, REPLACED, Answer, Leases, Limits, Need
 
 logger = logging.getLogger(__name__)
 
-LEASE_TIMEOUT_S = 30.0
 HEARTBEAT_S = 5.0
 FOREIGN_POLL_S = 5.0
 MAX_TABLES = 16
+TURN_S, TURN_LOOK_S = 120.0, 0.5
+"""Seconds after which a segment that is starting its workers no longer keeps others from its nodes."""
 MAX_CALLS = 10_000
 """Calls open at a time: one for each row that waits, and some."""
 MAX_ENTRIES = 500
 """Curve entries kept for a row whose driver does not collect them."""
-FAILURES_BEFORE_STOP = 3
-
-Answer = dict[str, Any]
-"""run: fingerprints to run now; done: those that need not run; where set, failed: why the row cannot end; stop: why
-nothing is started any more."""
-
-
-@dataclass
-class Need:
-    """One missing stage as a row's driver names it to the broker."""
-
-    fingerprint: str
-    kind: str
-    parents: tuple[str, ...]
-    steps: int
-    alone: bool = False
-    """A job of its own, outside the worker group of what comes before and after."""
-
-    @property
-    def key(self) -> str:
-        return artifact_key(self.kind, self.fingerprint)
 
 
 @dataclass
@@ -64,6 +45,10 @@ class _Waiter:
     owner: str
     needs: list[Need]
     order: int
+    instance: str = ""
+    """The driver process that waits."""
+    seen: float = 0.0
+    """When that process was last heard of."""
     granted: asyncio.Event = field(default_factory=asyncio.Event)
     answer: Answer | None = None
 
@@ -72,122 +57,13 @@ class _Waiter:
         return sum(n.steps for n in self.needs)
 
 
-class Leases:
-    """The broker's bookkeeping, without Ray: who runs what, what is done, who goes next."""
-
-    def __init__(self, slots: int, done: set[str]):
-        self.slots = slots
-        self.done = set(done)
-        self.leased: dict[str, str] = {}
-        self.foreign: set[str] = set()
-        """Fingerprints of the stages that another sweep makes."""
-        self.failed: dict[str, str] = {}
-        """Fingerprint -> reason of the stages that would fail again."""
-        self.heartbeat: dict[str, float] = {}
-        """Owners that hold a slot: from a grant until they settle, also after their last stage is committed."""
-
-    def free_slot(self) -> bool:
-        return len(self.heartbeat) < self.slots
-
-    def beat(self, owner: str, now: float) -> None:
-        if owner in self.heartbeat:
-            self.heartbeat[owner] = now
-
-    def expire(self, now: float) -> list[str]:
-        """Owners whose heartbeat stopped; to be released."""
-        return [o for o, last in self.heartbeat.items() if now - last > LEASE_TIMEOUT_S]
-
-    def release(self, owner: str) -> list[str]:
-        """Ends an owner's grant; returns the fingerprints that it did not finish."""
-        unfinished = [f for f, o in self.leased.items() if o == owner]
-        for fingerprint in unfinished:
-            del self.leased[fingerprint]
-        self.heartbeat.pop(owner, None)
-        return unfinished
-
-    def finish(self, fingerprint: str) -> None:
-        self.done.add(fingerprint)
-        self.leased.pop(fingerprint, None)
-        self.foreign.discard(fingerprint)
-
-    def grant(self, owner: str, needs: list[Need], now: float) -> Answer | None:
-        """What `owner` may run now, or None when it has to wait.
-
-        Stages whose parents are done, or granted just before, form one segment (one worker group); one that runs alone
-        is a segment of its own. Stages that finished meanwhile come back under "done".
-        """
-        missing = [n for n in needs if n.fingerprint not in self.done]
-        finished = [n.fingerprint for n in needs if n.fingerprint in self.done]
-        if reasons := [self.failed[n.fingerprint] for n in missing if n.fingerprint in self.failed]:
-            return {"run": [], "done": finished, "failed": reasons[0]}
-        if not missing:
-            return {"run": [], "done": finished}
-        if not self.free_slot():
-            return None
-        segment: list[str] = []
-        for need in missing:
-            if need.fingerprint in self.leased or need.fingerprint in self.foreign:
-                continue
-            ready = all(p in self.done or p in segment for p in need.parents)
-            if not ready:
-                continue
-            if need.alone:
-                if segment:
-                    break
-                segment = [need.fingerprint]
-                break
-            segment.append(need.fingerprint)
-        if not segment:
-            return None
-        for fingerprint in segment:
-            self.leased[fingerprint] = owner
-        self.heartbeat[owner] = now
-        return {"run": segment, "done": finished}
-
-
-class Limits:
-    """When a sweep stops starting stages: its device-hours are spent, or everything fails.
-
-    Args:
-        budget_hours: device-hours, counted from a grant until its worker group is gone; None: no limit.
-        keep_going: go on though the first FAILURES_BEFORE_STOP rows that ended have all failed.
-    """
-
-    def __init__(self, budget_hours: float | None, keep_going: bool):
-        self.budget_s = None if budget_hours is None else budget_hours * 3600
-        self.keep_going = keep_going
-        self.spent_s = 0.0
-        self.spent_by: dict[str, float] = {}
-        self.running: dict[str, tuple[float, int]] = {}
-        self.outcomes: list[bool] = []
-
-    def start(self, owner: str, devices: int, now: float) -> None:
-        self.running[owner] = (now, devices)
-
-    def stop(self, owner: str, now: float) -> None:
-        since, devices = self.running.pop(owner, (now, 0))
-        self.spent_s += (now - since) * devices
-        self.spent_by[owner] = self.spent_by.get(owner, 0.0) + (now - since) * devices
-
-    def spent(self, now: float) -> float:
-        """Device-seconds up to now."""
-        return self.spent_s + sum((now - since) * devices for since, devices in self.running.values())
-
-    def reason(self, now: float) -> str | None:
-        """Why nothing more may start; None: go on."""
-        if self.budget_s is not None and self.spent(now) >= self.budget_s:
-            return f"the budget of {self.budget_s / 3600:g} device-hours is spent"
-        if not self.keep_going and len(self.outcomes) >= FAILURES_BEFORE_STOP and not any(self.outcomes):
-            return f"the first {len(self.outcomes)} rows failed (--keep-going starts the others all the same)"
-        return None
-
-
 @ray.remote(num_cpus=0, max_restarts=0)
 class Broker:
     """The actor around `Leases`, and the board where running stages post their progress.
 
     Args:
         storage, holder: where and in whose name stages are claimed; no holder: there is nobody to agree with.
+        by_turns: segments that wait for room may be more than the cluster holds, see `hand_over`.
     """
 
     def __init__(
@@ -198,8 +74,12 @@ class Broker:
         holder: str = "",
         budget_hours: float | None = None,
         keep_going: bool = False,
+        by_turns: bool = False,
     ):
         configure_logging()
+        self.by_turns = by_turns
+        self.moving: dict[str, tuple[frozenset[str], float]] = {}
+        """Owner -> nodes on which its segment is exchanging its reservation for others, and since when."""
         self.leases = Leases(slots, done)
         self.limits = Limits(budget_hours, keep_going)
         self.claims = Claims(ArtifactStore(storage), holder) if holder else None
@@ -207,6 +87,13 @@ class Broker:
         """Fingerprint -> artifact key of every stage that was asked for."""
         self.jobs: dict[str, bytes] = {}
         self.waiting: list[_Waiter] = []
+        self.instances: dict[str, str] = {}
+        """Owner -> the driver process that asked last."""
+        self.replaced: set[str] = set()
+        """Driver processes in whose place another one has come."""
+        self.devices: dict[str, int] = {}
+        self.rooms: dict[str, dict[str, Any]] = {}
+        """Owner -> what its segment waits for, why as far as is known, and since when."""
         self.posts: dict[str, dict[str, Any]] = {}
         self.entries: dict[str, deque[dict[str, Any]]] = {}
         self.ended: dict[str, str] = {}
@@ -229,26 +116,45 @@ class Broker:
     async def job(self, name: str) -> bytes:
         return self.jobs[name]
 
-    async def claim(self, owner: str, needs: list[Need], devices: int = 1) -> Answer:
+    async def claim(self, owner: str, needs: list[Need], devices: int = 1, instance: str = "") -> Answer:
         """Blocks until `owner` may run something, all its needs are done, or it may not go on.
 
         Args:
-            devices: what the owner's worker group occupies, for the budget.
+            devices: what the owner's worker group will occupy, for the budget.
+            instance: id of the driver process that asks. What earlier processes of this owner hold or wait for passes
+                to it; one of them that is alive all the same is told to stop.
         """
-        if owner in self.leases.heartbeat:  # its driver was lost in a segment, and this is the next one
-            await self._end_grant(owner)
+        if instance in self.replaced:
+            return REPLACED
+        await self._take_over(owner, instance)
         self.orders += 1
         self.keys |= {n.fingerprint: n.key for n in needs}
-        waiter = _Waiter(owner, needs, self.orders)
+        self.devices[owner] = devices
+        waiter = _Waiter(owner, needs, self.orders, instance, time.monotonic())
         while True:
             answer = await self._turn(waiter)
             if not answer["run"]:
                 return answer
-            self.limits.start(owner, devices, time.monotonic())
             run, done = await self._claim_in_store([n for n in needs if n.fingerprint in answer["run"]])
+            if instance in self.replaced:  # while the store was asked; the next process has been granted these stages
+                return REPLACED
             if run:
                 logger.info("segment granted to %s: %s", owner, ", ".join(self.keys[f] for f in run))
                 return {"run": run, "done": answer["done"] + done}
+            await self._end_grant(owner)
+
+    async def _take_over(self, owner: str, instance: str) -> None:
+        """Makes a driver process the owner's only one: its row's earlier processes are lost, whatever they did."""
+        before = self.instances.get(owner)
+        self.instances[owner] = instance
+        if before is not None and before != instance:
+            self.replaced.add(before)
+        for waiter in [w for w in self.waiting if w.owner == owner]:
+            self.waiting.remove(waiter)
+            waiter.answer = REPLACED
+            waiter.granted.set()
+        self.posts.pop(owner, None)
+        if owner in self.leases.heartbeat:  # the process was lost in a segment
             await self._end_grant(owner)
 
     async def _turn(self, waiter: _Waiter) -> Answer:
@@ -274,7 +180,8 @@ class Broker:
     def _serve(self) -> None:
         now = time.monotonic()
         stop = self.limits.reason(now)
-        for waiter in sorted(self.waiting, key=lambda w: (-w.steps_left, w.order)):
+        heard_of = [w for w in self.waiting if now - w.seen <= LEASE_TIMEOUT_S]  # others are likely dead
+        for waiter in sorted(heard_of, key=lambda w: (-w.steps_left, w.order)):
             answer = self.leases.grant(waiter.owner, waiter.needs, now) if stop is None else self._stopped(waiter, stop)
             if answer is not None:
                 waiter.answer = answer
@@ -319,13 +226,73 @@ class Broker:
                 self.leases.foreign.discard(fingerprint)
 
     async def _end_grant(self, owner: str) -> None:
+        self.rooms.pop(owner, None)
+        self.moving.pop(owner, None)
         self.limits.stop(owner, time.monotonic())
         unfinished = self.leases.release(owner)
         if self.claims is not None and unfinished:
             await asyncio.to_thread(self.claims.give_back, [self.keys[f] for f in unfinished])
 
-    async def heartbeat(self, owner: str) -> None:
-        self.leases.beat(owner, time.monotonic())
+    async def heartbeat(self, owner: str, instance: str = "") -> None:
+        """The driver process `instance` of `owner` is alive."""
+        if instance in self.replaced:
+            return
+        now = time.monotonic()
+        self.leases.beat(owner, now)
+        for waiter in self.waiting:
+            if waiter.owner == owner and waiter.instance == instance:
+                waiter.seen = now
+
+    async def wait_for_room(self, owner: str, what: str, why: str = "") -> None:
+        """`owner`'s segment waits for resources of the cluster.
+
+        Args:
+            what, why: in words; the time is counted from the first call since the segment last had room.
+        """
+        since = self.rooms[owner]["since"] if owner in self.rooms else time.monotonic()
+        self.rooms[owner] = {"what": what, "why": why, "since": since}
+
+    async def hand_over(self, owner: str, nodes: Sequence[str]) -> bool:
+        """Whether `owner`'s segment may exchange the reservation it holds on these nodes for those it runs in.
+
+        For a moment its resources are free. Groups of other segments that wait are older than those it is about to
+        make, would take them, do the same, and so on for ever. So on each node one segment at a time does it; who is
+        refused gives its own reservation back and waits for `node_turn`.
+        """
+        if not self.by_turns:
+            return True
+        if self._is_moving(set(nodes), owner):
+            return False
+        self.moving[owner] = (frozenset(nodes), time.monotonic())
+        return True
+
+    async def handed_over(self, owner: str) -> None:
+        """`owner`'s workers have started: what it reserved is its own."""
+        self.moving.pop(owner, None)
+
+    async def node_turn(self, owner: str, nodes: Sequence[str]) -> None:
+        """Returns when no other segment is exchanging its reservation on these nodes."""
+        while self._is_moving(set(nodes), owner):
+            await asyncio.sleep(TURN_LOOK_S)
+
+    def _is_moving(self, nodes: set[str], owner: str) -> bool:
+        now = time.monotonic()
+        moving = [taken for other, (taken, since) in self.moving.items() if other != owner and now - since < TURN_S]
+        return any(nodes & taken for taken in moving)
+
+    async def occupy(self, owner: str) -> bool:
+        """`owner`'s segment has found room and counts for the budget; False: nothing may start any more."""
+        self.rooms.pop(owner, None)
+        now = time.monotonic()
+        if self.limits.reason(now) is not None:
+            return False
+        self.limits.start(owner, self.devices.get(owner, 1), now)
+        return True
+
+    async def vacate(self, owner: str) -> None:
+        """`owner`'s segment has given its room back, and waits again or ends."""
+        self.moving.pop(owner, None)
+        self.limits.stop(owner, time.monotonic())
 
     async def admit(self, owner: str, fingerprint: str) -> bool:
         """Whether the next stage of a segment may start; the same answer to every worker of the group."""
@@ -338,14 +305,18 @@ class Broker:
         if self.claims is not None:
             await asyncio.to_thread(self.claims.give_back, [self.keys[fingerprint]])
 
-    async def settle(self, owner: str) -> None:
+    async def settle(self, owner: str, instance: str = "") -> None:
         """`owner`'s segment is over and its worker group is gone: its slot is free."""
+        if instance in self.replaced:
+            return
         self.posts.pop(owner, None)
         await self._end_grant(owner)
         self._serve()
 
-    async def release(self, owner: str, status: str) -> None:
+    async def release(self, owner: str, status: str, instance: str = "") -> None:
         """`owner` has ended, done, failed, stopped or pruned, and asks for nothing more."""
+        if instance in self.replaced:
+            return
         self.ended[owner] = status
         if status in ("done", "failed"):
             self.limits.outcomes.append(status == "done")
@@ -412,11 +383,17 @@ class Broker:
         return [self.tables[key, names]]
 
     async def board(self) -> dict[str, Any]:
-        """What a progress display shows: running, waiting and ended rows, fingerprints done, device-seconds spent."""
+        """What a progress display shows: running, waiting and ended rows, fingerprints done, device-seconds spent.
+
+        rooms: owner -> what its segment waits for, why, and for how many seconds by now; running: owners of the
+        segments that have room.
+        """
         now = time.monotonic()
         return {
             "posts": {owner: post | {"stage_s": now - post["since"]} for owner, post in self.posts.items()},
             "waiting": [w.owner for w in self.waiting],
+            "rooms": {owner: room | {"seconds": now - room["since"]} for owner, room in self.rooms.items()},
+            "running": list(self.limits.running),
             "ended": self.ended,
             "done": self.leases.done,
             "device_s": self.limits.spent(now),

@@ -108,8 +108,7 @@ class ProgressDisplay:
         for name in self.row_names:
             post = board["posts"].get(name)
             if post is None:
-                state = "done" if name in board["ended"] else "waiting" if name in board["waiting"] else "starting"
-                table.add_row(Text(name), Text(state, "dim"), "", "", "", "")
+                table.add_row(Text(name), Text(_state(name, board), "dim"), "", "", "", "")
             else:
                 table.add_row(Text(name), *_cells(post), self._stage_left(name, post))
         return table
@@ -119,10 +118,11 @@ class ProgressDisplay:
         for name in self.row_names:
             post = board["posts"].get(name)
             left = self._stage_left(name, post) if post else ""  # asked at every look, printed when due
-            stage = post["stage"] if post else "ended" if name in board["ended"] else ""
-            if stage and (stage != self.seen.get(name) or (due and post)):
+            room = board["rooms"].get(name)
+            stage = post["stage"] if post else room["what"] if room else "ended" if name in board["ended"] else ""
+            if stage and (stage != self.seen.get(name) or (due and (post or room))):
                 self.seen[name] = stage
-                cells = (*_cells(post), left and f"{left} left") if post else (stage,)
+                cells = (*_cells(post), left and f"{left} left") if post else (_state(name, board) if room else stage,)
                 self.console.print(
                     f"{_clock(time.monotonic() - self.began)}  {name}  " + "  ".join(c for c in cells if c),
                     markup=False,
@@ -131,6 +131,20 @@ class ProgressDisplay:
         if due:
             self.lined = time.monotonic()
             self.console.print(f"{_clock(self.lined - self.began)}  {overall}")
+
+
+def _state(name: str, board: dict[str, Any]) -> str:
+    """What a row does that runs no stage."""
+    if room := board["rooms"].get(name):
+        why = f" ({room['why']})" if room["why"] else ""
+        return f"waits for {room['what']} since {_duration(room['seconds'])}{why}"
+    return board["ended"].get(name) or ("waiting" if name in board["waiting"] else "starting")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
 
 
 def _cells(post: dict[str, Any]) -> tuple[str, str, str, str]:

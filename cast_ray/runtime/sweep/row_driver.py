@@ -7,6 +7,7 @@ import pickle
 import threading
 import time
 import traceback
+import uuid
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,13 +26,14 @@ from cast_ray.runtime.data.images import Images
 from cast_ray.runtime.data.splits import stored_split
 from cast_ray.runtime.store.artifact_files import CURVES
 from cast_ray.runtime.store.artifacts import ArtifactStore
-from cast_ray.runtime.sweep.broker import HEARTBEAT_S, MAX_ENTRIES, Answer, Need
+from cast_ray.runtime.sweep.broker import HEARTBEAT_S, MAX_ENTRIES
+from cast_ray.runtime.sweep.leases import Answer, Need
 from cast_ray.runtime.sweep.row_results import Outcome, SweepContext, assemble_result, row_name, write_result
 from cast_ray.runtime.worker.audit import audit_labels
 from cast_ray.runtime.worker.group import run_segment
 from cast_ray.runtime.worker.label_job import LabelJob
 from cast_ray.runtime.worker.labelling import label_images
-from cast_ray.runtime.worker.segment import Segment, SegmentFailed
+from cast_ray.runtime.worker.segment import Segment, SegmentFailed, SweepStopped
 
 DRIVER_CPUS = 0.01
 """CPUs that a row's driver reserves. It only waits; Tune refuses 0."""
@@ -171,6 +173,8 @@ class RowDriver:
         self.job, self.context, self.row, self.name = job, job.context, job.row, job.name
         self.store = self.context.store
         self.broker = broker
+        self.instance = uuid.uuid4().hex
+        """Tells this process from one that drove the row before and was lost."""
         self.ran: set[str] = set()
         self.left = {s.fingerprint: s for s in self.row.stages}
         self.granted: set[str] = set()
@@ -185,7 +189,7 @@ class RowDriver:
 
     def _beat(self) -> None:
         while not self.stopped.wait(HEARTBEAT_S):
-            self.broker.heartbeat.remote(self.name)
+            self.broker.heartbeat.remote(self.name, self.instance)
 
     def _record(self) -> None:
         """Reports what is new in the curves of the running stages. Its thread ends before the row's last report."""
@@ -215,14 +219,14 @@ class RowDriver:
             with self.reporting:  # Tune takes one report at a time
                 tune.report(metrics)
         except SystemExit:  # Tune's scheduler stops this trial, and kills this process next: its slot is free
-            ray.get(self.broker.release.remote(self.name, "pruned"))
+            ray.get(self.broker.release.remote(self.name, "pruned", self.instance))
             raise
 
     def close(self, status: str) -> None:
         self.stopped.set()
         if self.recorder is not None:
             self.recorder.join()
-        ray.get(self.broker.release.remote(self.name, status))
+        ray.get(self.broker.release.remote(self.name, status, self.instance))
 
     def run(self) -> str | None:
         """Runs the row to its end; returns why it was stopped before, if it was.
@@ -234,7 +238,7 @@ class RowDriver:
         devices = self.row.recipe.runtime.num_workers
         while self.left:
             needs = [self._need(stage) for stage in self.left.values()]
-            answer: Answer = ray.get(self.broker.claim.remote(self.name, needs, devices))
+            answer: Answer = ray.get(self.broker.claim.remote(self.name, needs, devices, self.instance))
             for fingerprint in answer["done"]:
                 self._record_shared(self.left.pop(fingerprint))
             if reason := answer.get("failed"):
@@ -244,7 +248,7 @@ class RowDriver:
             if segment := [self.left[f] for f in answer["run"]]:
                 self.granted |= set(answer["run"])
                 self.run_segment(segment)
-                ray.get(self.broker.settle.remote(self.name))
+                ray.get(self.broker.settle.remote(self.name, self.instance))
         return None
 
     def _need(self, stage: Stage) -> Need:
@@ -303,7 +307,10 @@ class RowDriver:
         began = time.monotonic()
         recipe, images = self.row.recipe, self._images(stage)
         job = LabelJob(store, stage, images, self.broker, self.name, recipe)
-        facts = label_images(job)
+        try:
+            facts = label_images(job)
+        except SweepStopped:
+            return
         audit_labels(store, stage, images, recipe.runtime)
         where = {"num_workers": recipe.runtime.num_labellers, "device": "cuda" if recipe.runtime.use_gpu else "cpu"}
         facts |= {"stage_seconds": time.monotonic() - began, **where, "owner": self.name}

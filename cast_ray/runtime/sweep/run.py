@@ -30,7 +30,7 @@ from cast_ray.runtime.sweep.row_results import (
     row_name,
     write_result,
 )
-from cast_ray.runtime.sweep.slots import stage_slots
+from cast_ray.runtime.sweep.slots import slots_of
 from cast_ray.runtime.sweep.trackers import Trackers
 
 MAX_MANIFESTS = 400
@@ -303,14 +303,6 @@ def _rows_without_result(sweeps: Sequence[Sweep], whole: SweepPlan) -> list[tupl
     return _spread(missing, whole)
 
 
-def slots_of(recipes: Sequence[Recipe], resources: dict[str, float], driver_cpus: float) -> int:
-    """How many stages of any of these recipes can run at a time; raises ValueError when one does not fit at all."""
-    from cast_ray.runtime.worker.validation import validation_bundles
-
-    alike = {(r.runtime, r.labels.mode, r.evaluation.every_steps): r for r in recipes}
-    return min(stage_slots(r, resources, driver_cpus, validation_bundles(r)) for r in alike.values())
-
-
 def _spread(pairs: Sequence[tuple[SweepContext, RowPlan]], whole: SweepPlan) -> list[tuple[SweepContext, RowPlan]]:
     """Rows in turn from each group that waits for the same stage, so that the first ones do not wait for each other."""
     groups: dict[str, list[tuple[SweepContext, RowPlan]]] = {}
@@ -339,9 +331,15 @@ def _run(
 
     try:
         # Rows beyond the slots only wait: a few more than can run, so that a free slot finds work at once.
-        slots = slots_of([row.recipe for _, row in pairs], cluster.resources, DRIVER_CPUS)
+        slots = slots_of([row.recipe for _, row in pairs], cluster, DRIVER_CPUS, len(pairs))
         broker = Broker.options(max_concurrency=MAX_CALLS).remote(  # type: ignore[attr-defined]
-            slots, set(whole.stored | whole.given), store.storage, holder.id, request.budget_hours, request.keep_going
+            slots,
+            set(whole.stored | whole.given),
+            store.storage,
+            holder.id,
+            request.budget_hours,
+            request.keep_going,
+            by_turns=not cluster.is_local,
         )
         jobs = [Job(context, row) for context, row in pairs]
         with ProgressDisplay(console, broker, whole, [job.name for job in jobs]):

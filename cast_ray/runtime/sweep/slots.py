@@ -1,10 +1,90 @@
-"""How many stages of a sweep can run at a time on the resources of a cluster."""
+"""How many stages of a sweep may run at a time.
+
+On a Ray of this command's own, that is what its cores hold. On a cluster it is what the rows need: stages that find no
+room wait with a pending placement group, which is what makes an autoscaler start nodes, and what is up in the first
+second says nothing of what will be. A stage is refused at the start only where nothing starts nodes and no node that is
+up holds one of its bundles.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from cast_ray.recipe import Recipe
+from cast_ray.runtime.cluster import Cluster
+
+STORE = "object_store_memory"
+MAX_STAGES = 32
+"""Stages at a time on a cluster where the user has not said how many: each has a driver process, as have as many rows
+that wait for their turn."""
+
+
+def slots_of(recipes: Sequence[Recipe], cluster: Cluster, driver_cpus: float, num_rows: int) -> int:
+    """How many stages of any of these recipes may run at a time.
+
+    Args:
+        num_rows: rows that are to run; a row runs one stage at a time.
+
+    Raises:
+        ValueError: one of them never could.
+    """
+    from cast_ray.runtime.worker.validation import validation_bundles
+
+    alike = {(r.runtime, r.labels.mode, r.evaluation.every_steps): r for r in recipes}
+    if cluster.is_local:
+        return min(stage_slots(r, cluster.resources, driver_cpus, validation_bundles(r)) for r in alike.values())
+    for recipe in alike.values():
+        check_nodes(recipe, cluster, validation_bundles(recipe))
+    asked = [r.runtime.max_concurrent_stages for r in alike.values() if r.runtime.max_concurrent_stages]
+    return max(1, min(num_rows, *asked) if asked else min(num_rows, MAX_STAGES))
+
+
+def check_nodes(recipe: Recipe, cluster: Cluster, beside_training: Sequence[dict[str, float]]) -> None:
+    """Compares every bundle that a stage may reserve with every node of a cluster that does not grow.
+
+    Args:
+        beside_training: what else a train stage reserves, see `validation.validation_bundles`.
+
+    Raises:
+        ValueError: no node holds one of them, and there is no autoscaler that may start one that does.
+    """
+    from cast_ray.runtime.placement import bundles_in_words, fits
+    from cast_ray.runtime.ray_internals import has_autoscaler
+
+    for part, bundle, settings in _parts(recipe, beside_training):
+        if any(fits(bundle, node) for node in cluster.nodes) or has_autoscaler():
+            continue
+        nodes = [{name: node.get(name, 0.0) for name in bundle} for node in cluster.nodes]
+        wanted, offered = (bundles_in_words(list(map(_in_mb, bundles))) for bundles in ([bundle], nodes))
+        raise ValueError(
+            f"runtime: {part} needs a node with {wanted}; the nodes of this cluster have {offered}, and it has no "
+            f"autoscaler that could start another: {settings}"
+        )
+
+
+def _parts(recipe: Recipe, beside: Sequence[dict[str, float]]) -> Iterator[tuple[str, dict[str, float], str]]:
+    """What has to lie on one node, in words; its resources; and how to make it smaller."""
+    from cast_ray.runtime.data.resources import labeller_bundle, segment_bundles, stream_bundle
+
+    runtime = recipe.runtime
+    # No placement group reserves it (see `data/resources.py`), but a node without it spills the stream to disk.
+    memory = {STORE: runtime.stream_memory_mb * 2.0**20}
+    on_cpu = "set runtime.use_gpu=false to run on CPUs, or " if runtime.use_gpu else ""
+    stream = "lower runtime.reads_per_stream, runtime.cpus_per_read or runtime.stream_memory_mb"
+    worker, *others = segment_bundles(runtime, beside, [])
+    yield "a worker with its stream", worker | memory, f"{on_cpu}{stream}, or runtime.cpus_per_worker"
+    for bundle in others:
+        on_gpu = "set runtime.validate_on_gpu=false, or " if bundle.get("GPU") else ""
+        yield "validation beside training", bundle | memory, f"{on_gpu}unset evaluation.every_steps"
+    if recipe.labels.mode == "online" or runtime.num_labellers:
+        yield "a labeller", labeller_bundle(runtime), f"{on_cpu}lower runtime.cpus_per_labeller"
+    if runtime.num_labellers:
+        yield "a labelling job's stream", stream_bundle(runtime) | memory, stream
+
+
+def _in_mb(bundle: dict[str, float]) -> dict[str, float]:
+    """A bundle for people to read."""
+    return {"object store MB" if k == STORE else k: v / 2**20 // 1 if k == STORE else v for k, v in bundle.items()}
 
 
 def stage_slots(
@@ -13,8 +93,9 @@ def stage_slots(
     driver_cpus: float,
     beside_training: Sequence[dict[str, float]] = (),
 ) -> int:
-    """How many stages can run at a time: row drivers, workers, teachers and decoding tasks must fit, or reads never
-    start.
+    """How many stages a local Ray can run at a time.
+
+    Row drivers, workers, teachers and decoding tasks must fit, or reads never start.
 
     Args:
         beside_training: what else a train stage reserves, see `validation.validation_bundles`.
@@ -49,7 +130,7 @@ def stage_slots(
         slots = min(slots, int(gpus // gpus_per_stage))
         wanted += f" and {gpus_per_stage:g} GPUs"
     # Not reserved in Ray (see `budget._as_seen`), so counted here: streams beyond it would spill to disk.
-    memory_mb = resources.get("object_store_memory", 0.0) / 2**20
+    memory_mb = resources.get(STORE, 0.0) / 2**20
     num_streams = runtime.num_workers + bool(beside_training)
     slots = min(slots, int(memory_mb // (num_streams * runtime.stream_memory_mb)))
     wanted += f" and {num_streams * runtime.stream_memory_mb} MB of object store"

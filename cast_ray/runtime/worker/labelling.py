@@ -15,6 +15,7 @@ pipeline with the teacher in a pool of actors, for more devices than train. The 
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -26,17 +27,25 @@ from ray.util.placement_group import PlacementGroup
 
 from cast_ray.runtime.data.block_source import Rows
 from cast_ray.runtime.data.pictures import Pictures, picture_dataset
-from cast_ray.runtime.data.resources import configure_data, labeller_bundle, reserve, stream_bundle
+from cast_ray.runtime.data.resources import configure_data, labelling_bundles
+from cast_ray.runtime.placement import reserve
 from cast_ray.runtime.worker.label_job import LabelJob
+from cast_ray.runtime.worker.segment import SweepStopped
 
 
 def label_images(job: LabelJob) -> dict[str, Any]:
-    """Runs a labelling stage as a job of its own; see `LabelJob.facts` and `join` for what it returns and raises."""
+    """Runs a labelling stage as a job of its own; see `LabelJob.facts` and `join` for what it returns and raises.
+
+    Raises:
+        SweepStopped: while it waited for room, the sweep came to an end at which nothing more may start.
+    """
     runtime, began = job.recipe.runtime, time.monotonic()
     job.start()
     blocks = job.missing(job.blocks)
     if blocks:
-        with reserve([stream_bundle(runtime), *[labeller_bundle(runtime)] * runtime.num_labellers]) as group:
+        with reserve(labelling_bundles(runtime), say=partial(job.broker.wait_for_room.remote, job.owner)) as group:
+            if not ray.get(job.broker.occupy.remote(job.owner)):
+                raise SweepStopped
             _run(job, group, blocks)
     return job.facts(blocks, began) | ray.get(_join.remote(job))
 

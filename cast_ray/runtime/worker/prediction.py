@@ -13,7 +13,9 @@ import ray.data
 from cast_ray.recipe import RuntimeConfig
 from cast_ray.runtime.cluster import connect
 from cast_ray.runtime.data.block_source import block_dataset
-from cast_ray.runtime.data.resources import configure_data, reserve, stream_bundle
+from cast_ray.runtime.data.resources import configure_data, stream_bundle
+from cast_ray.runtime.placement import reserve
+from cast_ray.runtime.ray_internals import has_autoscaler
 
 BATCHES_PER_TASK = 4
 
@@ -38,12 +40,13 @@ def map_files(
         address: as of `runtime.cluster.connect`.
 
     Raises:
-        ValueError: more workers than the cluster can hold.
+        ValueError: more workers than the cluster can hold, and there is no autoscaler to make it larger.
     """
-    resources = connect(address).resources
+    cluster = connect(address)
+    resources = cluster.resources
     on_gpu = resources.get("GPU", 0) >= 1
     room = int(resources.get("GPU", 0)) if on_gpu else int(resources.get("CPU", 0) / cpus_per_worker)
-    if num_workers > room:
+    if num_workers > room and (cluster.is_local or not has_autoscaler()):
         raise ValueError(f"--workers {num_workers}: this Ray has room for {room} ({'GPUs' if on_gpu else 'CPUs'})")
     runtime = RuntimeConfig()
     worker = {"CPU": cpus_per_worker} | ({"GPU": 1.0} if on_gpu else {})

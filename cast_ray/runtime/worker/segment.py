@@ -32,5 +32,9 @@ class Segment:
     """When the row's driver asked for the worker group (time.time())."""
 
 
+class SweepStopped(RuntimeError):
+    """Nothing more may start in this sweep; its broker says why when it is asked for the next stage."""
+
+
 class SegmentFailed(RuntimeError):
     """A stage raised an error that restarting its workers cannot mend; carries the workers' traceback."""

@@ -57,10 +57,12 @@ VALIDATION_LOOK_S = 20.0
 FATAL = (ValueError, TypeError, KeyError, AttributeError, AssertionError, FloatingPointError, torch.OutOfMemoryError)
 
 
-def run_stages(segment: Segment, group: PlacementGroup, teachers: Teachers | None) -> None:
+def run_stages(segment: Segment, group: PlacementGroup, worker_nodes: list[str], teachers: Teachers | None) -> None:
     """The loop of one worker: every stage of the segment, skipping what an earlier attempt committed.
 
     Args:
+        group: reservation of the workers' streams, one bundle each, and of what else runs beside them.
+        worker_nodes: id of the node of each worker, in the order of the streams' bundles; ranks have one of their own.
         teachers: who labels the images of stages that have them labelled online.
     """
     if ray.get(segment.broker.failure.remote(segment.owner)):
@@ -71,7 +73,10 @@ def run_stages(segment: Segment, group: PlacementGroup, teachers: Teachers | Non
     names = ", ".join(stage.name for stage in segment.stages)
     # A second line of the same segment is a restart: Ray Train starts all workers of a group again when one is lost.
     logger.info("worker %d of %s started for %s", context.get_world_rank(), segment.owner, names)
-    configure_data(group, segment.recipe.runtime, context.get_world_rank())
+    here = [i for i, node in enumerate(worker_nodes) if node == ray.get_runtime_context().get_node_id()]
+    configure_data(group, segment.recipe.runtime, here[context.get_local_rank()])
+    if context.get_world_rank() == 0:
+        segment.broker.handed_over.remote(segment.owner)
     world = World(context.get_world_rank(), context.get_world_size(), get_device())
     startup_s = time.time() - segment.requested
     has_validation = world.rank == 0 and bool(validation_bundles(segment.recipe, segment.stages))

@@ -18,7 +18,8 @@ from cast_ray.runtime.cluster import Cluster
 from cast_ray.runtime.data import training_stream
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.claims import Claims, Presence
-from cast_ray.runtime.sweep.broker import Broker, Need
+from cast_ray.runtime.sweep.broker import Broker
+from cast_ray.runtime.sweep.leases import Need
 
 ROOT = Path(__file__).parents[3]
 LOG = "import logging; logging.getLogger('cast_ray.runtime').info('a claim')"
@@ -73,4 +74,7 @@ def test_a_stream_that_is_given_up_is_logged(monkeypatch: pytest.MonkeyPatch, ca
 
 def test_where_rays_logs_are() -> None:
     assert Cluster("Ray", {}).where_logs_are() == ""
-    assert "/tmp/ray/session/logs (worker-*.err)" in Cluster("Ray", {}, "/tmp/ray/session/logs").where_logs_are()
+    assert (
+        "/tmp/ray/session/logs (worker-*.err)"
+        in Cluster("Ray", {}, log_folder="/tmp/ray/session/logs").where_logs_are()
+    )

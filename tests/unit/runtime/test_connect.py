@@ -34,6 +34,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, dict[st
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [])
     yield calls
     for name in set(os.environ) - set(before):
         del os.environ[name]

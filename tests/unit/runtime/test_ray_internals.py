@@ -8,12 +8,28 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import ray
+from ray._private import ray_constants
+from ray.autoscaler._private.util import format_readonly_node_type
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.exceptions import ActorDiedError
+from ray.experimental import internal_kv
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 
 from cast_ray.runtime import ray_internals
-from cast_ray.runtime.ray_internals import PacedLoop, counts_of, execution_callbacks, is_startup_timeout
+from cast_ray.runtime.placement import NODE_LABEL
+from cast_ray.runtime.ray_internals import (
+    AUTOSCALER_STATUS,
+    INFEASIBLE,
+    NODE_GROUP_LABEL,
+    PacedLoop,
+    counts_of,
+    execution_callbacks,
+    is_lost_at_start,
+    is_startup_timeout,
+)
 
 ROOT = Path(__file__).parents[3]
 PRIVATE = re.compile(r"^\s*(?:from|import) ray(?:\.\w+)*\._\w+|executor\._", re.MULTILINE)
@@ -24,6 +40,14 @@ def test_the_installed_ray_has_them() -> None:
     assert "_topology" in Path(importlib.import_module(StreamingExecutor.__module__).__file__ or "").read_text()
     assert is_startup_timeout(WorkerGroupStartupTimeoutError(num_workers=1))
     assert not is_startup_timeout(TimeoutError())
+    assert is_lost_at_start(WorkerGroupStartupFailedError()) and is_lost_at_start(ActorDiedError())
+    assert not is_lost_at_start(WorkerGroupStartupTimeoutError(num_workers=1)) and not is_lost_at_start(ValueError())
+    assert callable(internal_kv._internal_kv_get) and AUTOSCALER_STATUS == ray_constants.DEBUG_AUTOSCALING_STATUS
+    labels: Any = ray._raylet  # type: ignore[attr-defined]
+    assert (NODE_GROUP_LABEL, NODE_LABEL) == (labels.RAY_NODE_GROUP_KEY, labels.RAY_NODE_ID_KEY)
+    for module in ("ray.autoscaler._private.autoscaler", "ray.autoscaler.v2.event_logger"):
+        assert INFEASIBLE in Path(importlib.import_module(module).__file__ or "").read_text()
+    assert format_readonly_node_type("abc") == "node_abc"
 
 
 def test_no_other_module_names_them() -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import pickle
+from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -338,3 +339,22 @@ def test_the_report_is_written_again_from_a_copy_of_the_folder(tmp_path: Path) -
     (copy / "study.journal").unlink()
     with pytest.raises(ValueError, match="journal of the search"):
         rebuild_search_report(copy)
+
+
+def test_no_point_is_proposed_beside_one_that_waits_for_room(storage: Any) -> None:
+    """On a cluster a search grows with it: the next point is asked for when the last one has found room."""
+    asked: list[list[str]] = []
+    answers = [True, False, True]
+
+    def is_waiting(names: Collection[str]) -> bool:
+        asked.append(list(names))
+        return answers.pop(0)
+
+    search = searcher(storage(), spec_of(), is_waiting=is_waiting)
+    first = search.suggest("a")
+    assert first is not None and search.suggest("b") is None
+    second = search.suggest("b")
+    assert second is not None
+    search.on_trial_complete("a", {"status": "failed"})
+    assert search.suggest("c") is None
+    assert asked == [[first["row"]], [first["row"]], [second["row"]]]  # of those that have not ended

@@ -13,7 +13,8 @@ from cast_ray.plan.graph import Stage
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.claims import Presence
 from cast_ray.runtime.sweep import broker as broker_module
-from cast_ray.runtime.sweep.broker import LEASE_TIMEOUT_S, Broker, Leases, Limits, Need
+from cast_ray.runtime.sweep.broker import Broker
+from cast_ray.runtime.sweep.leases import LEASE_TIMEOUT_S, Leases, Limits, Need
 
 PRETRAIN = Need("pre", "train", (), 8)
 ADAPT = Need("ada", "train", ("pre",), 6)
@@ -21,6 +22,7 @@ LABEL = Need("lab", "label", ("ada",), 0, alone=True)
 DISTILL = Need("dis", "train", ("lab",), 8)
 REFINE = Need("ref", "train", ("dis",), 4)
 EVALUATE = Need("eva", "evaluate", ("ref",), 0)
+ADAPT_ALONE = Need("alone", "train", (), 5)
 ROW = [PRETRAIN, ADAPT, LABEL, DISTILL, REFINE, EVALUATE]
 
 
@@ -229,6 +231,97 @@ def test_the_next_driver_of_a_lost_row_gets_its_stages_back() -> None:
         await broker.claim("a", [PRETRAIN, ADAPT])
         await broker.finish("pre")
         assert await broker.claim("a", [PRETRAIN, ADAPT]) == {"run": ["ada"], "done": ["pre"]}
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+def test_a_driver_that_dies_while_it_waits_is_replaced_by_the_next_one() -> None:
+    async def scene() -> None:
+        broker = make_broker(1, set())
+        await broker.claim("a", [PRETRAIN], 1, "a1")
+        (dead,) = await started(broker.claim("b", [ADAPT_ALONE], 1, "b1"))
+        (alive,) = await started(broker.claim("b", [ADAPT_ALONE], 1, "b2"))  # Tune has started the row's driver again
+        assert (await broker.board())["waiting"] == ["b"]  # once: the dead process waits for nothing
+        assert (await dead)["stop"].startswith("another process")
+        await broker.finish("pre")
+        await broker.settle("a", "a1")
+        assert await alive == {"run": ["alone"], "done": []}
+        # What the first process still says, should it live on a node that was cut off, changes nothing.
+        before = broker.leases.heartbeat["b"]
+        await broker.heartbeat("b", "b1")
+        await broker.settle("b", "b1")
+        await broker.release("b", "failed", "b1")
+        assert (await broker.claim("b", [ADAPT_ALONE], 1, "b1"))["run"] == []
+        assert broker.leases.heartbeat == {"b": before} and broker.leases.leased == {"alone": "b"}
+        assert (await broker.board())["ended"] == {}
+        await broker.heartbeat("b", "b2")
+        assert broker.leases.heartbeat["b"] > before
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+def test_a_driver_that_is_silent_is_granted_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row whose driver died while it waited, and is not started again, must not take the only slot."""
+    clock = [1000.0]
+    monkeypatch.setattr(broker_module.time, "monotonic", lambda: clock[0])
+
+    async def scene() -> None:
+        broker = make_broker(1, set())
+        await broker.claim("a", [PRETRAIN], 1, "a1")
+        dead, alive = await started(
+            broker.claim("b", [Need("long", "train", (), 99)], 1, "b1"), broker.claim("c", [ADAPT_ALONE], 1, "c1")
+        )
+        clock[0] += LEASE_TIMEOUT_S + 1
+        await broker.heartbeat("c", "c1")
+        await broker.settle("a", "a1")
+        assert await alive == {"run": ["alone"], "done": []} and not dead.done()
+        await broker.heartbeat("b", "b1")  # it was only slow
+        await broker.settle("c", "c1")
+        assert (await dead)["run"] == ["long"]
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+def test_the_budget_counts_what_has_room() -> None:
+    async def scene() -> None:
+        broker = make_broker(2, set(), budget_hours=1.0)
+        await broker.claim("a", [PRETRAIN], 3)
+        await broker.wait_for_room("a", "3 x {GPU 1}")
+        await asyncio.sleep(0.05)
+        await broker.wait_for_room("a", "3 x {GPU 1}", "none is free")
+        board = await broker.board()
+        room = board["rooms"]["a"]
+        assert (room["what"], room["why"]) == ("3 x {GPU 1}", "none is free") and room["seconds"] >= 0.05
+        assert board["device_s"] == 0
+        assert await broker.occupy("a")
+        await asyncio.sleep(0.01)
+        board = await broker.board()
+        assert board["device_s"] >= 0.03 and board["rooms"] == {}
+        await broker.vacate("a")
+        broker.limits.spent_s = 3600
+        assert not await broker.occupy("a")  # spent while it waited
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+def test_on_a_node_one_segment_at_a_time_exchanges_its_reservation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broker_module, "TURN_LOOK_S", 0.01)
+
+    async def scene() -> None:
+        broker = make_broker(9, set(), by_turns=True)
+        assert await broker.hand_over("a", ["n1", "n2"])
+        assert await broker.hand_over("b", ["n3"])  # elsewhere nobody waits for it
+        assert not await broker.hand_over("c", ["n2", "n4"])
+        (turn,) = await started(broker.node_turn("c", ["n2", "n4"]))
+        await asyncio.sleep(0.05)
+        assert not turn.done()
+        await broker.handed_over("a")
+        await turn
+        assert await broker.hand_over("c", ["n2", "n4"])
+        await broker.settle("c")  # its driver was lost on the way: its row settles, or asks again
+        assert await broker.hand_over("d", ["n4"])
+        monkeypatch.setattr(broker_module, "TURN_S", 0.0)
+        assert await broker.hand_over("e", ["n3", "n4"])  # nobody keeps others away for ever
 
     asyncio.run(asyncio.wait_for(scene(), 60))
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import io
+from typing import Any
 
-from cast_ray.runtime.sweep.progress import Pace
+import pytest
+from rich.console import Console
+
+from cast_ray.plan.graph import plan_sweep
+from cast_ray.runtime.sweep.progress import Pace, ProgressDisplay
 
 
 def test_start_up_and_the_first_steps_give_no_estimate() -> None:
@@ -44,3 +49,25 @@ def test_nothing_is_left_at_the_end() -> None:
     for now, done in ((0.0, 0), (1.0, 1)):
         pace.left_s(now, done, 100)
     assert pace.left_s(50.0, 100, 100) == 0
+
+
+def board_of(**room: Any) -> dict[str, Any]:
+    rooms = {"row": room} if room else {}
+    return {"posts": {}, "waiting": [], "rooms": rooms, "ended": {}, "done": set(), "device_s": 0.0, "stop": None}
+
+
+def test_what_a_stage_waits_for_is_said() -> None:
+    """On a terminal and in a log; a stage that found no room once waited for ever without a word."""
+    console = Console(file=io.StringIO(), width=160)
+    display = ProgressDisplay(console, None, plan_sweep([], []), ["row"])
+    why = "the autoscaler says: No available node types can fulfill resource requests"
+    waits = board_of(what="2 x {CPU 1, GPU 1}", why=why, seconds=190.0)
+    console.print(display._table(waits))
+    display._lines(waits)
+    display._lines(waits)  # not again, until a while has passed
+    display._lines(board_of())
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert said.count(f"waits for 2 x {{CPU 1, GPU 1}} since 3 min ({why})") == 2
+    short = board_of(what="{CPU 1}", why="", seconds=12.0)
+    console.print(display._table(short))
+    assert "waits for {CPU 1} since 12 s  " in console.file.getvalue()  # type: ignore[attr-defined]

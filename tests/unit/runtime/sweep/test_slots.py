@@ -1,13 +1,17 @@
-"""How many stages fit a cluster: everything that runs at a time is counted, or reads would never start."""
+"""How many stages run at a time: on a local Ray all that does is counted, or reads would never start; on a cluster the
+rows say how many, and only what no node could ever hold is refused."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 
 from cast_ray.recipe import build_recipe
-from cast_ray.runtime.sweep.slots import stage_slots
+from cast_ray.runtime import ray_internals
+from cast_ray.runtime.cluster import Cluster
+from cast_ray.runtime.sweep.slots import MAX_STAGES, slots_of, stage_slots
 
 BASE = {
     "runtime.num_workers": "2",
@@ -63,3 +67,57 @@ def test_streams_fit_the_object_store() -> None:
 
 def test_the_user_can_ask_for_fewer() -> None:
     assert slots(100, runtime__max_concurrent_stages="2") == 2
+
+
+def cluster_of(*nodes: dict[str, float]) -> Cluster:
+    total: Counter[str] = Counter()
+    nodes = tuple({"object_store_memory": float(STORE)} | node for node in nodes)
+    for node in nodes:
+        total.update(node)
+    return Cluster("", dict(total), nodes, is_local=False)
+
+
+def demand(cluster: Cluster, num_rows: int = 12, **overrides: Any) -> int:
+    recipe = build_recipe("shapes", overrides=BASE | {k.replace("__", "."): v for k, v in overrides.items()})
+    return slots_of([recipe], cluster, 0.01, num_rows)
+
+
+@pytest.fixture
+def autoscaler(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether the cluster has one; it can be changed."""
+    has = [False]
+    monkeypatch.setattr(ray_internals, "has_autoscaler", lambda: has[0])
+    return has
+
+
+def test_on_a_cluster_the_rows_say_how_many_and_not_what_is_up(autoscaler: list[bool]) -> None:
+    """A cluster that began with one small node once ran one row at a time for ever, whatever came later."""
+    small = cluster_of({"CPU": 3.0})
+    assert demand(small) == 12 and demand(small, num_rows=500) == MAX_STAGES
+    assert demand(small, runtime__max_concurrent_stages="40", num_rows=500) == 40
+    assert demand(small, runtime__max_concurrent_stages="5") == 5
+
+
+def test_a_cluster_that_starts_without_gpu_is_not_refused(autoscaler: list[bool]) -> None:
+    nothing, drivers = cluster_of(), cluster_of({"CPU": 0.0}, {"CPU": 8.0})
+    with pytest.raises(ValueError, match=r"node with \{CPU 3, GPU 1.*no autoscaler.*runtime\.use_gpu=false"):
+        demand(drivers, runtime__use_gpu="true")
+    autoscaler[0] = True
+    assert demand(drivers, runtime__use_gpu="true") == 12
+    assert demand(nothing) == 12  # a job that starts before any node with a CPU is up
+
+
+def test_bundles_are_compared_with_nodes_and_not_sums(autoscaler: list[bool]) -> None:
+    two = cluster_of({"CPU": 8.0}, {"CPU": 8.0})
+    assert demand(two) == 12
+    with pytest.raises(ValueError) as error:
+        demand(two, runtime__reads_per_stream="16", runtime__cpus_per_read="1")
+    assert str(error.value) == (
+        "runtime: a worker with its stream needs a node with {CPU 17, object store MB 100}; the nodes of this cluster "
+        "have 2 x {CPU 8, object store MB 10000}, and it has no autoscaler that could start another: lower "
+        "runtime.reads_per_stream, runtime.cpus_per_read or runtime.stream_memory_mb, or runtime.cpus_per_worker"
+    )
+    with pytest.raises(ValueError, match=r"a labeller needs a node with \{CPU 9\}"):
+        demand(two, runtime__num_labellers="1", runtime__cpus_per_labeller="9")
+    with pytest.raises(ValueError, match=r"object store MB 50"):
+        demand(cluster_of({"CPU": 8.0, "object_store_memory": 50 * 2.0**20}))
