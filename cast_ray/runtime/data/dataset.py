@@ -39,7 +39,7 @@ from cast_ray.data.splits.label_lists import LabelList, forms_of_skipped, read_l
 from cast_ray.plan.graph import DataHashes, Stage, fingerprint_of
 from cast_ray.recipe import DataConfig, Recipe
 from cast_ray.runtime.cluster import Cluster
-from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.store.artifacts import ArtifactStore, LostFilesError
 
 READER_VERSION = 2
 """Raise it when readers find other records in the same files: stored tables are then read again."""
@@ -255,7 +255,10 @@ def _read(
         "num_images": {split: parts.num_rows.get(split, 0) for split in index.splits},
         "has_positions": index.annotated is not None,
     }
-    store.commit(stage, facts)
+    try:
+        store.commit(stage, facts)
+    except LostFilesError as error:
+        raise ValueError(str(error)) from None
     store.write_json(f"datasets/{asked}.json", {"folders": index.listing.seen})
     return _stored(store, stage.key)
 

@@ -105,24 +105,24 @@ def run_search(
     """
     spec, store = request.spec, ArtifactStore(request.storage)
     store.check_writable()
-    base = request.recipe({})
-    planner = RowPlanner({request.name: [base]}, store, console, lambda: connect(request.address, request.num_cpus))
-    storage = open_storage(request.study)
-    context, first = planner.plan(base, table=spec.name, run=request.name, row="base")
-    print_warnings(planner.warnings, console)
-    identity = {
-        "preset": request.preset,
-        "scale": request.scale,
-        "overrides": request.overrides,
-        "seed": request.seed,
-        "data": context.dataset["content_hash"],
-    }
-    studies: dict[str, optuna.Study] = {
-        s: open_study(storage, f"{request.name}-{s}", spec, identity) for s in spec.samplers
-    }
-    with Presence(store, command_line()) as presence:
+    with Presence(store, command_line(), on_wait=lambda holder: say_pruning(holder, console)) as presence:
+        base = request.recipe({})
+        planner = RowPlanner({request.name: [base]}, store, console, lambda: connect(request.address, request.num_cpus))
+        storage = open_storage(request.study)
+        context, first = planner.plan(base, table=spec.name, run=request.name, row="base")
+        print_warnings(planner.warnings, console)
+        identity = {
+            "preset": request.preset,
+            "scale": request.scale,
+            "overrides": request.overrides,
+            "seed": request.seed,
+            "data": context.dataset["content_hash"],
+        }
+        studies: dict[str, optuna.Study] = {
+            s: open_study(storage, f"{request.name}-{s}", spec, identity) for s in spec.samplers
+        }
         read = planner.fingerprints() | given(first)
-        presence.need(read, on_wait=lambda holder: say_pruning(holder, console))
+        presence.need(read)
         check_still_stored(read, committed(store.list_artifacts()))
         _reap(studies, store, presence.holder.id, console)
         left: dict[str, int] = {sampler: spec.num_trials - num_ended(study) for sampler, study in studies.items()}

@@ -4,8 +4,8 @@
     <storage>/artifacts/<kind>-<fingerprint>/manifest.json      says which attempt counts
     <storage>/checkpoints/<fingerprint>.json                    where an unfinished train stage can continue
 
-An artifact without a manifest does not exist: readers find an artifact's files through the manifest only, and a writer
-that died leaves an attempt that nobody reads. Writers never share a folder, so that two that make the same stage at the
+An artifact without a manifest does not exist: readers find an artifact's files through the manifest only, which names
+them, and a writer that died leaves an attempt that nobody reads. Writers never share a folder, so that two that make the same stage at the
 same time (see `claims.py`) cannot spoil each other's files: whichever manifest is written last names one whole attempt.
 """
 
@@ -60,6 +60,10 @@ def read_each(read: Callable[[T], R], items: Iterable[T]) -> list[R]:
         return list(pool.map(read, items))
 
 
+class LostFilesError(RuntimeError):
+    """Files of an artifact have gone before it was committed: making it again is the only remedy."""
+
+
 @dataclass
 class Listed:
     """One artifact as a listing of the store shows it."""
@@ -92,8 +96,10 @@ class ArtifactStore:
     def __init__(self, storage: str, attempt: str | None = None):
         self.storage = storage if "://" in storage else str(Path(storage).expanduser().resolve())
         self.attempt = attempt or uuid.uuid4().hex[:8]
-        self._adding: set[str] = set()
-        self._committed: dict[str, str] = {}
+        self._added: dict[str, set[str]] = {}
+        """Key of each artifact that is being made -> names of the files that this object has written."""
+        self._committed: dict[str, dict[str, Any]] = {}
+        """Key -> manifest of each artifact that was read."""
 
     def __reduce__(self):
         return ArtifactStore, (self.storage, self.attempt)
@@ -127,12 +133,24 @@ class ArtifactStore:
         return self.uri(self._folder(key))
 
     def _folder(self, key: str) -> str:
-        if key not in self._adding and key not in self._committed:
+        if key in self._added:
+            return f"artifacts/{key}/{self.attempt}"
+        if key not in self._committed:
             manifest = self.find_manifest(key)
-            if manifest is not None:
-                self._committed[key] = manifest.get("attempt", "")
-        attempt = self._committed.get(key, self.attempt) if key not in self._adding else self.attempt
+            if manifest is None:
+                return f"artifacts/{key}/{self.attempt}"
+            self._committed[key] = manifest
+        attempt = self._committed[key].get("attempt", "")
         return f"artifacts/{key}/{attempt}" if attempt else f"artifacts/{key}"
+
+    def _files(self, key: str, name: str) -> str | list[str]:
+        """Path of a file of an artifact, or those of all files in a folder of it: the ones that its manifest names, so
+        that one which has been lost is an error and not a part of the data that is silently missing."""
+        _, root = self._fs
+        folder = f"{root}/{self._folder(key)}"
+        named = self._committed.get(key, {}).get("files", {}) if key not in self._added else {}
+        parts = sorted(file for file in named if file.startswith(f"{name}/"))
+        return [f"{folder}/{part}" for part in parts] or f"{folder}/{name}"
 
     def has(self, key: str) -> bool:
         fs, root = self._fs
@@ -196,13 +214,21 @@ class ArtifactStore:
 
     def add(self, stage: Stage, name: str, data: bytes) -> None:
         """Writes one file of an artifact that this store's attempt has not yet committed."""
-        self._adding.add(stage.key)
+        self.note_added(stage, {name})
         self.write_bytes(f"artifacts/{stage.key}/{self.attempt}/{name}", data)
+
+    def added(self, stage: Stage) -> frozenset[str]:
+        """Names of the files that this object has added to an artifact that is not yet committed."""
+        return frozenset(self._added.get(stage.key, ()))
+
+    def note_added(self, stage: Stage, names: Iterable[str]) -> None:
+        """Tells of files that a copy of this store has added elsewhere, so that `commit` looks for them."""
+        self._added.setdefault(stage.key, set()).update(names)
 
     @contextlib.contextmanager
     def open_to_add(self, stage: Stage, name: str) -> Iterator[Any]:
         """One file of an artifact that is not yet committed, to be written bit by bit."""
-        self._adding.add(stage.key)
+        self.note_added(stage, {name})
         fs, root = self._fs
         path = f"{root}/{self._folder(stage.key)}/{name}"
         fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
@@ -218,7 +244,7 @@ class ArtifactStore:
 
     def add_folder(self, stage: Stage, folder: Path) -> None:
         """Copies the files of a local folder into an artifact that is not yet committed, without reading them whole."""
-        self._adding.add(stage.key)
+        self.note_added(stage, {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()})
         fs, root = self._fs
         target = f"{root}/{self._folder(stage.key)}"
         fs.create_dir(target, recursive=True)
@@ -233,23 +259,35 @@ class ArtifactStore:
     def discard(self, stage: Stage, name: str) -> None:
         """Removes one file of an artifact that is not yet committed."""
         self.delete(f"{self._folder(stage.key)}/{name}")
+        self._added.get(stage.key, set()).discard(name)
 
     def commit(self, stage: Stage, facts: dict[str, Any]) -> bool:
-        """Makes an artifact exist: writes its manifest (stage, parents, config, `facts`) as the last file.
+        """Makes an artifact exist: writes its manifest (stage, parents, files, config, `facts`) as the last file.
 
         Returns:
             False when somebody else has committed it meanwhile: theirs counts, this attempt is thrown away.
+
+        Raises:
+            LostFilesError: a file that was added is not there any more.
         """
-        self._adding.discard(stage.key)
+        added = self._added.pop(stage.key, set())
         if self.has(stage.key):
             if self._folder(stage.key) != f"artifacts/{stage.key}/{self.attempt}":
                 self.delete(f"artifacts/{stage.key}/{self.attempt}")
             return False
+        files = self._list_files(f"artifacts/{stage.key}/{self.attempt}")
+        if lost := sorted(added - files.keys()):
+            raise LostFilesError(
+                f"{stage.name}: {len(lost)} of the {len(added)} files written to "
+                f"{self.uri('artifacts', stage.key, self.attempt)} have been removed ({lost[0]}): expected nobody but "
+                "`store gc` to delete anything there; run the same command again"
+            )
         manifest = {
             "stage": stage.name,
             "kind": stage.kind,
             "fingerprint": stage.fingerprint,
             "attempt": self.attempt,
+            "files": dict(sorted(files.items())),
             "parents": stage.parents,
             "config": stage.config,
             "steps": stage.steps,
@@ -258,6 +296,14 @@ class ArtifactStore:
         }
         self.write_json(f"artifacts/{stage.key}/{MANIFEST}", manifest)
         return True
+
+    def _list_files(self, path: str) -> dict[str, int]:
+        """Name relative to a folder below the storage path -> bytes, of all files in it."""
+        fs, root = self._fs
+        folder = f"{root}/{path}"
+        found = fs.get_file_info(pa.fs.FileSelector(folder, recursive=True, allow_not_found=True))
+        files = (i for i in found if i.type == pa.fs.FileType.File and not i.base_name.endswith(PARTIAL))
+        return {info.path[len(folder) + 1 :]: info.size for info in files}
 
     def manifest(self, key: str) -> dict[str, Any]:
         """What an artifact is; raises FileNotFoundError when it is not committed."""
@@ -272,13 +318,11 @@ class ArtifactStore:
 
     def read_table(self, key: str, name: str, columns: list[str] | None = None) -> pa.Table:
         """A Parquet file, or a folder of them, inside an artifact."""
-        fs, root = self._fs
-        return pa.parquet.read_table(f"{root}/{self._folder(key)}/{name}", filesystem=fs, columns=columns)
+        return pa.parquet.read_table(self._files(key, name), filesystem=self._fs[0], columns=columns)
 
     def open_dataset(self, key: str, name: str) -> pa.dataset.Dataset:
         """A folder of Parquet files inside an artifact, to be read piece by piece."""
-        fs, root = self._fs
-        return pa.dataset.dataset(f"{root}/{self._folder(key)}/{name}", filesystem=fs, format="parquet")
+        return pa.dataset.dataset(self._files(key, name), filesystem=self._fs[0], format="parquet")
 
     def read_tables(self, paths: list[str]) -> list[pa.Table]:
         """Parquet files below the storage path, several at a time."""

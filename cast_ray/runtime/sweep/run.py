@@ -97,23 +97,21 @@ def run_sweep(
     store = ArtifactStore(request.storage)
     store.check_writable()
     runs = {table.name: list(table.recipes.values()) for table in request.tables}
-    planner = RowPlanner(
-        runs, store, console, lambda: connect(request.address, request.num_cpus), dry_run=request.dry_run
-    )
-    sweeps = [_plan_table(table, planner, console) for table in request.tables]
-    rows = [row for sweep in sweeps for row in sweep.rows]
-    if request.dry_run:
-        listed = store.list_artifacts()
-        _preview(request, sweeps, plan_sweep(rows, committed(listed)), planner, listed, store, console)
-        return None
-    with Presence(store, command_line()) as presence:
+    with Presence(store, command_line(), on_wait=lambda holder: say_pruning(holder, console)) as presence:
+        planner = RowPlanner(
+            runs, store, console, lambda: connect(request.address, request.num_cpus), dry_run=request.dry_run
+        )
+        sweeps = [_plan_table(table, planner, console) for table in request.tables]
+        rows = [row for sweep in sweeps for row in sweep.rows]
         read = planner.fingerprints().union(*map(given, rows))
-        needed = {stage.fingerprint for row in rows for stage in row.stages}
-        presence.need(needed | read, on_wait=lambda holder: say_pruning(holder, console))
+        presence.need(read | {stage.fingerprint for row in rows for stage in row.stages})
         listed = store.list_artifacts()
-        check_still_stored(read, committed(listed))
+        if not request.dry_run:
+            check_still_stored(read, committed(listed))
         whole = plan_sweep(rows, committed(listed))
         _preview(request, sweeps, whole, planner, listed, store, console)
+        if request.dry_run:
+            return None
         on_start(sweeps)
         jobs = _rows_without_result(sweeps, whole)
         stopped = _run(request, whole, jobs, presence.holder, store, console) if jobs else None
