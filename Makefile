@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint types format clean
+.PHONY: help demo test test-ray test-all lint types format clean
 
 PY := .venv/bin/python
 STAMP := .venv/.installed
@@ -15,6 +15,9 @@ PROGRESS := /^ *(Downloading|Using cached|Processing) .*[.]whl/ { \
   sub(/^ *[A-Z][a-z]+ (cached )?/, ""); sub(/ .*/, ""); sub(".*/", ""); sub(/-(cp|py)[0-9].*/, ""); \
   printf "  %3d  %s %s\n", ++n, $$0, size; fflush() } \
   /^Installing collected/ { print "  unpacking (a minute or two)"; fflush() }
+# Processes that run tests side by side. More than four save nothing: the tests with a Ray run one after the other.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 4 ? 4 : n )))
+PARALLEL = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadgroup --no-loadscope-reorder)
 # Two threads a process on two busy cores is slower than one, and Ray starts several processes.
 export OMP_NUM_THREADS ?= 1
 
@@ -24,11 +27,14 @@ help: ## list the targets
 demo: $(STAMP) ## set up, then measure what each loss term is worth on drawn scenes (ARGS="..." is passed on)
 	@$(PY) sweeps/ablate.py losses --preset shapes $(ARGS)
 
-test: $(STAMP) ## set up, then run the tests (ARGS="-k name" is passed on)
-	@$(PY) -m pytest $(ARGS)
+test: $(STAMP) ## set up, then run the tests (ARGS="-k name" is passed on; JOBS=1: in one process)
+	@$(PY) -m pytest $(PARALLEL) $(ARGS)
+
+test-ray: $(STAMP) ## the tests that start a Ray, and no others
+	@$(PY) -m pytest tests/ray tests/faults $(ARGS)
 
 test-all: $(STAMP) ## the tests and the slow ones (minutes long)
-	@$(PY) -m pytest -m '' $(ARGS)
+	@$(PY) -m pytest -m '' $(PARALLEL) $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and format
 	@$(PY) -m ruff check $(CODE)

@@ -26,9 +26,10 @@ class Parser(argparse.ArgumentParser):
 def plain_console(width: int = 120, *, stderr: bool = False) -> Console:
     """The console of a command: as wide as the terminal, or `width` where the output goes to a file or a pipe.
 
-    Markup is off, because most of what is printed holds names and paths that users chose: `[a]` is text, not a style.
+    Markup and emoji codes are off, because most of what is printed holds names and paths that users chose: `[a]` and
+    `:car:` are text.
     """
-    console = Console(markup=False, stderr=stderr)
+    console = Console(markup=False, emoji=False, stderr=stderr)
     if not console.file.isatty():
         console.width = width
     return console

@@ -10,7 +10,10 @@ import sys
 
 from cast_ray.console import Parser, exit_code, output_file, output_folder, positive
 from cast_ray.models.export import export_onnx
+from cast_ray.models.student import check_free
 from cast_ray.runtime.store.models import open_student
+
+MAX_DETECTIONS = 100
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,7 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--student", required=True, help="folder of a saved student, a row runs/<name>/<row>, a URI or a hub name"
     )
-    parser.add_argument("--out", required=True, help="local folder, or FILE.onnx; made where missing")
+    parser.add_argument(
+        "--out", required=True, help="local folder that is missing, empty or an earlier export, or FILE.onnx"
+    )
     parser.add_argument(
         "--image-px",
         type=positive,
@@ -30,20 +35,27 @@ def main(argv: list[str] | None = None) -> int:
         metavar=("H", "W"),
         help="size of an ONNX model's images (default: that of the student, where it has one)",
     )
-    parser.add_argument("--max-detections", type=positive, default=100, help="of an ONNX model (default: %(default)s)")
+    parser.add_argument(
+        "--max-detections", type=positive, help=f"of an ONNX model, for each image (default: {MAX_DETECTIONS})"
+    )
     arguments = parser.parse_args(argv)
     return exit_code(lambda: _export(arguments.student, arguments.out, arguments.max_detections, arguments.image_px))
 
 
-def _export(name: str, out_name: str, max_detections: int, image_px: list[int] | None) -> int:
+def _export(name: str, out_name: str, max_detections: int | None, image_px: list[int] | None) -> int:
     as_onnx = out_name.lower().endswith(".onnx")
     size = None if image_px is None else (image_px[0], image_px[1])
-    if size is not None and not as_onnx:
-        raise ValueError(f"--image-px {size[0]} {size[1]}: expected --out FILE.onnx with it, got {out_name!r}")
+    only_onnx = {"--image-px": image_px, "--max-detections": None if max_detections is None else [max_detections]}
+    for flag, values in only_onnx.items():
+        if values is not None and not as_onnx:
+            given = " ".join(map(str, values))
+            raise ValueError(f"{flag} {given}: expected --out FILE.onnx with it, got {out_name!r}")
     out = output_file(out_name) if as_onnx else output_folder(out_name)
+    if not as_onnx:
+        check_free(out)
     student, result = open_student(name)
     if as_onnx:
-        export_onnx(student, out, max_detections, size)
+        export_onnx(student, out, max_detections or MAX_DETECTIONS, size)
     else:
         student.save_pretrained(out, result)
     print(f"written: {out}")

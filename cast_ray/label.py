@@ -21,16 +21,17 @@ from rich.console import Console
 
 import cast_ray
 from cast_ray.common.files import replaced
+from cast_ray.common.paths import is_uri
 from cast_ray.common.registry import lookup
-from cast_ray.console import Parser, exit_code, output_folder, positive, share, whole_number
+from cast_ray.console import Parser, exit_code, output_folder, plain_console, positive, share, whole_number
 from cast_ray.contracts.records import Category, mask_areas
 from cast_ray.data.reading.class_lists import read_classes
+from cast_ray.data.reading.photos import OVERLAYS
 from cast_ray.engine.world import pick_device
 from cast_ray.models.autocast import fastest_precision
 from cast_ray.predict import (
     EXIT_NOTHING,
     INTERRUPTED,
-    OVERLAYS,
     JsonList,
     Predictor,
     Rows,
@@ -111,8 +112,14 @@ def load(recipe: Recipe, source: str, categories: Sequence[Category] | None) -> 
     if config.prompt.synonyms:
         part["prompt"] = config.prompt.model_dump()
     size = None if config.image_px is None else InputSize.of(config.image_px)
-    with open_teacher(source, part, size, categories) as teacher:
-        return teacher
+    try:
+        with open_teacher(source, part, size, categories) as teacher:
+            return teacher
+    except ValueError as error:
+        if is_uri(source) or Path(source).expanduser().exists():
+            raise
+        kinds = ", ".join(PUBLISHED)
+        raise ValueError(f"--teacher: neither a kind ({kinds}) nor a saved teacher: {error}") from None
 
 
 def write_labels(rows: Rows, folder: str, categories: Sequence[Category], out: Path, counts: Counter[int]) -> None:
@@ -151,7 +158,7 @@ def _shared_folder(paths: Sequence[str]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    return exit_code(lambda: _run(arguments, Console(stderr=True)), INTERRUPTED)
+    return exit_code(lambda: _run(arguments, plain_console(stderr=True)), INTERRUPTED)
 
 
 def _run(arguments: argparse.Namespace, errors: Console) -> int:
@@ -237,7 +244,11 @@ def _parser() -> Parser:
         required=True,
         help=f"{', '.join(PUBLISHED)}: published weights; or a saved one: a folder, a URI, a row runs/<name>/<row>",
     )
-    parser.add_argument("--classes", help="names with commas, a .txt of one a line, or a COCO .json")
+    parser.add_argument(
+        "--classes",
+        help="names with commas between them, or a file: a .txt of one name a line, a JSON list of names (.json) or "
+        "a COCO .json",
+    )
     parser.add_argument("--out", required=True, help="folder, made where missing")
     parser.add_argument("--threshold", type=share, default=0.3, help="least score (default: %(default)s)")
     parser.add_argument(

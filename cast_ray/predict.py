@@ -23,10 +23,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import cast_ray
 from cast_ray.common.files import replaced
-from cast_ray.console import Parser, exit_code, output_folder, positive, share, whole_number
+from cast_ray.console import Parser, exit_code, output_folder, plain_console, positive, share, whole_number
 from cast_ray.contracts.records import Category
-from cast_ray.data.reading.images import read_image
-from cast_ray.data.reading.photos import describe_left_out, find_photos, output_names
+from cast_ray.data.reading.images import ImageError, read_image
+from cast_ray.data.reading.photos import OVERLAYS, describe_left_out, find_photos, output_names
 from cast_ray.data.views import fit_image
 from cast_ray.engine.world import pick_device
 from cast_ray.evaluation.coco_results import coco_result
@@ -42,8 +42,6 @@ EXIT_NOTHING = 1
 NUM_THREADS = 4
 """That read and draw the images of a batch beside the model."""
 MAX_REPORTED = 10
-OVERLAYS = "overlays"
-"""Folder of the drawn images inside the output folder; it is never read as input."""
 INTERRUPTED = "stopped; the same command resumes with the images that are not finished"
 
 Rows = Callable[[], Iterator[tuple[int, dict[str, Any]]]]
@@ -163,9 +161,11 @@ def list_photos(sources: Sequence[str], errors: Console, exclude: Sequence[str] 
 
 
 def read_or_reason(path: str) -> np.ndarray | str:
-    """The pixels of an image, or why it has none."""
+    """The pixels of an image, or why it has none, without the path."""
     try:
         return read_image(path)
+    except ImageError as error:
+        return error.reason
     except (ValueError, OSError) as error:
         return str(error)
 
@@ -221,7 +221,7 @@ def make_predictor(config: bytes, weights: bytes, device: str, **settings: Any) 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    return exit_code(lambda: _run(arguments, Console(stderr=True)), INTERRUPTED)
+    return exit_code(lambda: _run(arguments, plain_console(stderr=True)), INTERRUPTED)
 
 
 def _run(arguments: argparse.Namespace, errors: Console) -> int:

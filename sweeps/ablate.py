@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
-from cast_ray.console import Parser, amount, exit_code, plain_console, positive, whole_number
+from cast_ray.console import Parser, amount, exit_code, output_folder, plain_console, positive, whole_number
 from cast_ray.plan.ablation import load_table, table_names
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
 from cast_ray.report.run_choice import choose_run
@@ -129,7 +129,7 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
         )
     if not requests:
         raise ValueError(f"--rows: no row of {', '.join(names)} is called {', '.join(arguments.rows)}")
-    folders = {request.table.name: str(out / request.name) for request in requests}
+    folders = {request.table.name: str(output_folder(str(out / request.name))) for request in requests}
     events = {name: str(Path(folder) / TENSORBOARD) for name, folder in folders.items()}
     trackers = Trackers(
         folders=folders,
@@ -177,11 +177,11 @@ def runs_folder(out: str | None) -> Path:
     """The folder of all runs that `--out` names, or the default one.
 
     Raises:
-        ValueError: it is a URI, which reports cannot be written to.
+        ValueError: a URI, which reports cannot be written to, a file, or a place that cannot be written.
     """
     if out and "://" in out:
         raise ValueError(f"--out {out}: expected a local folder for results and reports (--storage takes a URI)")
-    return Path(out or home() / "runs")
+    return output_folder(out or str(home() / "runs"))
 
 
 def _parser() -> Parser:

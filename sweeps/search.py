@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.text import Text
 
-from cast_ray.console import Parser, amount, exit_code, plain_console, positive, whole_number
+from cast_ray.console import Parser, amount, exit_code, output_folder, plain_console, positive, whole_number
 from cast_ray.plan.search import load_search, search_names
 from cast_ray.recipe import SCALES, parse_overrides, preset_names
 from cast_ray.runtime.sweep.trackers import TENSORBOARD, Trackers
@@ -49,7 +49,7 @@ def _search(arguments: argparse.Namespace) -> int:
     }
     preset, scale = arguments.preset or spec.preset, arguments.scale or spec.scale
     name = arguments.name or f"{spec.name}-search-{preset}-{scale}"
-    out = runs_folder(arguments.out) / name
+    out = output_folder(str(runs_folder(arguments.out) / name))
     folders = {f"{spec.name}-{sampler}": str(out) for sampler in spec.samplers}
     events = {} if arguments.no_tensorboard else dict.fromkeys(folders, str(out / TENSORBOARD))
     trackers = Trackers(folders, events, wandb=arguments.wandb, mlflow=arguments.mlflow, group=name)

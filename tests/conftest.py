@@ -18,8 +18,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+WITH_RAY = ("tests/ray/", "tests/faults/")
 MARK = "CAST_RAY_TEST_SWEEP"
 PATIENCE_S = 600
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Groups of tests that one process runs (`make test` starts several): a file, or all that start a Ray.
+
+    A Ray takes all cores of the machine. Two beside each other would wait for each other's starts until they time out;
+    one beside the other tests fills the gaps in which it waits.
+    """
+    for item in items:
+        file = item.path.relative_to(ROOT).as_posix()
+        item.add_marker(pytest.mark.xdist_group("ray" if file.startswith(WITH_RAY) else file))
 
 
 def wait_until(condition: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:

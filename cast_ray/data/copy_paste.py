@@ -8,7 +8,7 @@ import numpy as np
 from cast_ray.contracts.soft_targets import grid_hw
 
 Sample = dict[str, np.ndarray]
-"""As of `views.make_sample`."""
+"""A sample as `views.make_sample` makes it."""
 
 SHARE = 0.5
 """Probability of each instance of the source to be pasted."""

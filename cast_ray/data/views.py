@@ -34,11 +34,11 @@ STRONG_BLUR_SIGMA = (0.1, 2.0)
 SSD_BRIGHTNESS = 32
 """Levels of 255 that are added or taken away."""
 SSD_FACTOR = (0.5, 1.5)
-"""Of contrast and of saturation."""
+"""Range of the factors of contrast and of saturation."""
 SSD_HUE = 18
 """Steps of 2 degrees, OpenCV's."""
 SSD_PROBABILITY = 0.5
-"""Of each of the four changes."""
+"""Probability of each of the four changes."""
 
 GREY_OF_RGB = np.array([0.299, 0.587, 0.114])
 

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cast_ray.common.files import write_atomically
 from cast_ray.common.paths import absolute
-from cast_ray.console import Parser, exit_code, output_folder, positive
+from cast_ray.console import Parser, exit_code, output_folder, plain_console, positive
 from cast_ray.contracts.records import ClassMap, DatasetSplits, class_names, mask_areas
 from cast_ray.data.reading.data_report import REPORT_FILE, check_report, print_warnings
 from cast_ray.data.reading.images import read_image
@@ -30,24 +31,29 @@ from cast_ray.data.reading.reader import load
 from cast_ray.recipe import DataConfig, build_recipe, parse_overrides
 from cast_ray.report.overlays import contact_sheet
 
+EXIT_REFUSED = 1
 MAX_SHOWN = 12
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    return exit_code(lambda: inspect(arguments, Console(width=None if sys.stdout.isatty() else 120)))
+    return exit_code(lambda: inspect(arguments, plain_console()))
 
 
 def inspect(arguments: argparse.Namespace, console: Console) -> int:
-    """Reads a dataset, prints what is in it and writes a contact sheet and `data_report.json`; returns 0.
+    """Reads a dataset, prints what is in it and writes a contact sheet and `data_report.json`.
+
+    Returns:
+        0, or EXIT_REFUSED for a dataset that a run would refuse because too many of its files are bad.
 
     Raises:
-        ValueError: the folder is no dataset; what a run would refuse for too many bad files is shown and said.
+        ValueError: the folder is no dataset.
     """
     root = absolute(arguments.root)
     kind = arguments.format or guess_format(root)
     out = output_folder(arguments.out or str(Path("inspect") / (Path(root.rstrip("/")).name or kind)))
-    overrides: dict[str, Any] = {"data.root": root, **parse_overrides(arguments.set)}
+    quoted = json.dumps(root, ensure_ascii=False)  # text in YAML too, where a path may hold a colon
+    overrides: dict[str, Any] = {"data.root": quoted, **parse_overrides(arguments.set)}
     if unknown := [key for key in overrides if not key.startswith("data.")]:
         raise ValueError(f"--set {unknown[0]}: expected a key of the recipe's data part, for example data.annotations")
     recipe_data = build_recipe(kind, "full", overrides).data
@@ -58,15 +64,16 @@ def inspect(arguments: argparse.Namespace, console: Console) -> int:
     write_atomically(out / REPORT_FILE, json.dumps(report, indent=1))
     sheet = _draw(dataset, arguments.images, out / "samples.png")
     facts = facts_of(dataset)
-    console.print(f"[bold]{root}[/bold]: {kind}, {len(dataset.categories)} classes", highlight=False)
+    heading = Text.assemble((root, "bold"), f": {kind}, {len(dataset.categories)} classes")
+    console.print(heading, highlight=False, soft_wrap=True)
     console.print(_splits_table(facts))
     console.print(_classes_table(facts, dataset))
-    _print_skipped(report, recipe_data, console)
+    is_refused = _print_skipped(report, recipe_data, console)
     for note in report["notes"]:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     print_warnings(report["warnings"], console)
     console.print(f"Written: {sheet}, {out / REPORT_FILE}", highlight=False, soft_wrap=True)
-    return 0
+    return EXIT_REFUSED if is_refused else 0
 
 
 def _splits_table(facts: list[SplitFacts]) -> Table:
@@ -105,7 +112,8 @@ def _classes_table(facts: list[SplitFacts], dataset: DatasetSplits) -> Table:
     return table
 
 
-def _print_skipped(report: dict[str, Any], config: DataConfig, console: Console) -> None:
+def _print_skipped(report: dict[str, Any], config: DataConfig, console: Console) -> bool:
+    """Prints what was skipped and returns whether a run would refuse the dataset for it."""
     console.print(report["statement"], highlight=False)
     for entry in report["skipped"][:MAX_SHOWN]:
         text = f"  {entry['split']} {entry['kind']} {entry['id']} ({entry['file']}): {entry['reason']}"
@@ -116,6 +124,8 @@ def _print_skipped(report: dict[str, Any], config: DataConfig, console: Console)
         check_report(report, config.max_bad_fraction)
     except ValueError as error:
         console.print(f"A run would refuse it: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        return True
+    return False
 
 
 def _draw(dataset: DatasetSplits, num_images: int, path: Path) -> Path:
@@ -146,6 +156,7 @@ def _parser() -> Parser:
         "inspect",
         help="counts per class and split, sizes, bad files, and a picture with masks drawn",
         description="Reads every image and annotation of a dataset as a run would, and shows what is there.",
+        epilog="Exit codes: 0 a run would take the dataset, 1 a run would refuse it, 2 bad input or no dataset.",
     )
     command.add_argument("root", metavar="DIR", help="folder or URI of the dataset, as its owners distribute it")
     command.add_argument("--format", choices=["coco", "cityscapes", "ade20k"], help="default: by its folders")

@@ -38,7 +38,7 @@ class TrainResult:
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """Of everything random in one step of one worker: the same after a resume as without one."""
+    """Seed of everything random in one step of one worker: the same after a resume as without one."""
     entropy = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
     return int(entropy) & 0x7FFF_FFFF_FFFF_FFFF
 

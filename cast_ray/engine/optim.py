@@ -119,7 +119,7 @@ def averaged_weights(module: nn.Module, average: WeightAverage | None) -> dict[s
 
 
 def learnt_weights(module: nn.Module, average: WeightAverage | None) -> dict[str, torch.Tensor]:
-    """Of `averaged_weights`, what training changes, each once: no frozen parameters, which may be most of a teacher.
+    """The part of `averaged_weights` that training changes, each once: frozen parameters may be most of a teacher.
 
     A parameter that several layers share has its first name only.
     """

@@ -27,7 +27,7 @@ class Detections:
 
     @classmethod
     def of(cls, instances: Sequence[dict[str, Any]]) -> Detections:
-        """Of instances as a teacher or `to_instances` gives them: label, score, rle, size."""
+        """Reads instances as a teacher or `to_instances` gives them: label, score, rle, size."""
         return cls(
             np.array([i["label"] for i in instances], dtype=np.int64),
             np.array([i["score"] for i in instances], dtype=np.float64),
@@ -51,7 +51,7 @@ class Truth:
 
     @classmethod
     def of(cls, row: dict[str, Any], classes: ClassMap) -> Truth:
-        """Of a record: its instances and ignore regions. Instances of no class of the list are left out."""
+        """Reads the instances and ignore regions of a record; instances of other classes are left out."""
         labels, crowd, annotated, rles = [], [], [], []
         for instance in row["instances"]:
             try:

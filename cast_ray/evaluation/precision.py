@@ -64,12 +64,12 @@ class ClassRanking:
 
     @cached_property
     def hits(self) -> list[np.ndarray]:
-        """Of each threshold, positions of the true positives."""
+        """Positions of the true positives at each threshold."""
         return [np.flatnonzero(self.matched & ~self.ignored & (1 << t)) for t in range(NUM_THRESHOLDS)]
 
     @cached_property
     def excluded(self) -> list[np.ndarray]:
-        """Of each threshold, positions that do not count."""
+        """Positions that do not count at each threshold."""
         return [np.flatnonzero(self.ignored & (1 << t)) for t in range(NUM_THRESHOLDS)]
 
     @cached_property

@@ -9,7 +9,7 @@ import torch
 from cast_ray.recipe import Precision
 
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""Of the precisions below float32 (`off`)."""
+"""The torch type of each precision below float32 (`off`)."""
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:

@@ -26,7 +26,7 @@ from cast_ray.recipe import ModelConfig
 MASK_STRIDE = 4
 """Stride of the mask features and of `Predictions.mask_logits`, except with decoder `dpt-released`."""
 NUM_GROUPS = 32
-"""Of the group norms, as in Mask2Former."""
+"""Groups of the group norms, as in Mask2Former."""
 
 
 @dataclass

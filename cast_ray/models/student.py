@@ -130,9 +130,13 @@ class Student(nn.Module):
         """Writes the folder.
 
         Args:
-            folder: made where it is missing.
+            folder: made where it is missing; a student that was saved there before is replaced.
             result: result.json of the row that made the student: its numbers go into the model card.
+
+        Raises:
+            ValueError: the folder holds something other than a saved student; see `check_free`.
         """
+        check_free(folder)
         for name, content in self.files(result).items():
             write_atomically(Path(folder) / name, content)
 
@@ -174,6 +178,30 @@ class Student(nn.Module):
             lines = " ".join(str(error).split())
             raise ValueError(f"{source}/{WEIGHTS}: does not fit {CONFIG}: {lines[:300]}") from None
         return student.eval()
+
+
+def check_free(folder: str | Path) -> None:
+    """Checks that a student can be saved in a folder without overwriting the files of something else.
+
+    Hidden files are not looked at: none is written, and the clone of an empty repository holds some.
+
+    Raises:
+        ValueError: the folder holds files and is not a saved student.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if not names:
+        return
+    try:
+        read_config((folder / CONFIG).read_bytes(), str(folder))
+    except (OSError, ValueError):
+        found = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise ValueError(
+            f"{folder} holds something other than a saved student ({found}): expected an empty folder, a folder that "
+            "is not there yet or an earlier export"
+        ) from None
 
 
 def read_config(config: bytes, source: str) -> dict[str, Any]:

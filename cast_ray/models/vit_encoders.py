@@ -17,7 +17,10 @@ from cast_ray.models.encoders import Encoder
 from cast_ray.recipe import EncoderConfig
 
 REASSEMBLE_FACTORS = (4, 2, 1, 0.5)
-"""Of the patch grid, finest level first. Source: DPT (Ranftl et al. 2021), as in its readout-ignoring form."""
+"""Scale of each level relative to the patch grid, finest level first.
+
+Source: DPT (Ranftl et al. 2021), in its form that ignores the readout token.
+"""
 
 
 @dataclass

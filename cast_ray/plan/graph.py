@@ -369,7 +369,7 @@ def input_size_of(stage: Stage) -> InputSize:
 
 
 def _default(field: str) -> Any:
-    """Of a field of DataConfig."""
+    """The default of a field of DataConfig."""
     return DataConfig.model_fields[field].default
 
 

@@ -94,7 +94,7 @@ class SearchSpec(_Strict):
     """asha: stop trials early by `early_stopping`; none: run all to their end."""
     early_stopping: EarlyStopping = EarlyStopping()
     seed: int = 0
-    """Of the samplers."""
+    """Seed of the samplers."""
 
     @model_validator(mode="after")
     def _is_sound(self) -> SearchSpec:

@@ -37,7 +37,7 @@ SEARCH = "search.json"
 """File of a run folder that says which search its studies belong to."""
 NUM_BEST = 5
 MAX_LINES = 500
-"""Of the table of all trials on a page; `report.json` has all."""
+"""Most lines of the table of all trials on a page; `report.json` has all."""
 MIN_IMPORTANCE_TRIALS = 4
 STATUS = {"done": "done", "pruned": "stopped early", "failed": "FAILED", "stopped": "interrupted"}
 

@@ -31,7 +31,7 @@ class Recipe(Part):
     preset: str
     scale: Literal["smoke", "demo", "full"]
     seed: int = 0
-    """Of the label split, the initial weights and the order of images and their views."""
+    """Seed of the label split, the initial weights, and the order of images and their views."""
     init_seed: int | None = None
     """Seed of the initial weights alone; None: `seed`."""
     order_seed: int | None = None

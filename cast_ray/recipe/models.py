@@ -41,7 +41,7 @@ class ModelConfig(Part):
     decoder_layers: int = Field(6, ge=1)
     """Deformable-attention layers of decoder `msdeform`."""
     decoder_feedforward_dim: int = Field(1024, ge=8)
-    """Of those layers."""
+    """Width of the feed-forward part of those layers."""
     head: Literal["masked-attention", "eomt"] = "masked-attention"
     """eomt: no decoder; the queries join the last layers of a ViT encoder (encoder-only mask transformer)."""
     hidden_dim: int = Field(48, ge=8)

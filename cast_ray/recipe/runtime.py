@@ -31,7 +31,7 @@ class RuntimeConfig(Part):
     label, which costs no start of actors. Of online labels: the number of teachers, 0: one."""
     cpus_per_labeller: float = Field(0.5, gt=0)
     cpus_per_read: float = Field(0.2, gt=0)
-    """Of one decoding task. On a GPU cluster 1: each keeps a core busy (see the README, streams)."""
+    """CPUs reserved per decoding task. Use 1 on a GPU cluster, where each task keeps a core busy."""
     reads_per_stream: int = Field(2, ge=1)
     """Decoding tasks that one worker's stream runs at a time. One core makes some 50 crops of 512x1024 a second."""
     stream_memory_mb: int = Field(256, ge=16)

@@ -125,7 +125,7 @@ class EvaluationConfig(Part):
     metric: Literal["coco", "cityscapes"] = "coco"
     """COCO's mask AP or Cityscapes' own instance AP: two numbers that cannot be compared with each other."""
     max_detections: int = Field(100, ge=1)
-    """Of an image, and with COCO's AP of each class of it: the highest scores."""
+    """Most detections kept of an image, and with COCO's AP of each class of it: those with the highest scores."""
     batch: int = Field(16, ge=1)
     """Images of one forward pass, at most 16."""
     num_images: int | None = Field(None, ge=1)

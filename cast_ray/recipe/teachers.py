@@ -19,7 +19,7 @@ class PromptConfig(Part):
     synonyms: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Class -> the words for it, instead of its name; with mask2former: the checkpoint's labels for it."""
     max_tokens: int | None = Field(None, ge=8)
-    """Of one prompt; classes that do not fit go into further ones. None: as many as the model takes."""
+    """Most tokens of one prompt; classes that do not fit go into further ones. None: as many as the model takes."""
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())
@@ -29,7 +29,7 @@ class InferenceConfig(Part):
     """From a text-prompted teacher's outputs to instances."""
 
     score_threshold: float = Field(0.3, ge=0, le=1)
-    """Of the detector's score, for labels; average precision is measured without one."""
+    """Least detector's score of a label; average precision is measured without a threshold."""
     max_detections: int = Field(100, ge=1)
     """Per image."""
     rank_by: Literal["detector", "segmenter", "product"] = "detector"
@@ -60,7 +60,7 @@ class GroundedSamConfig(Part):
     mask_focal_weight: float = Field(20.0, ge=0)
     mask_dice_weight: float = Field(1.0, ge=0)
     mask_iou_weight: float = Field(1.0, ge=0)
-    """Of the predicted IoU's error."""
+    """Weight of the predicted IoU's error."""
     max_prompted: int = Field(32, ge=1)
     """Ground-truth boxes of an image that the segmenter is trained on in one step, drawn at random."""
     contrast_masks: Literal["segmenter", "boxes"] = "segmenter"

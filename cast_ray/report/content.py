@@ -81,7 +81,7 @@ class RowSummary:
     seconds: float | None
     device_hours: float
     num_unreadable: int = 0
-    """Of those pending: results whose file cannot be read."""
+    """How many of the pending results have a file that cannot be read."""
 
     @property
     def num_seeds(self) -> int:
@@ -153,7 +153,7 @@ class Report:
     differences: tuple[Difference, ...]
     """To the baseline, in every metric that is compared."""
     pairs: tuple[Difference, ...]
-    """Of every two rows in the ranking metric; none in a large table."""
+    """Differences of every two rows in the ranking metric; none in a large table."""
     failures: tuple[Failure, ...]
     stages: tuple[StageSummary, ...]
     steps: Compute

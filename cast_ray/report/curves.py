@@ -19,7 +19,7 @@ MAX_ROWS = 12
 MAX_POINTS = 200
 MAX_INTERVALS = 40
 MAX_CLASSES = 25
-"""Of more, those with most objects are drawn."""
+"""Most classes that are drawn; of more, those with most objects."""
 NOT_AN_AXIS = ("preset", "scale", "runtime")
 
 

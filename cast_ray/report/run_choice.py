@@ -18,7 +18,7 @@ from cast_ray.report.run_folder import PLAN, RESULT, UNREADABLE, RunRequest, rea
 from cast_ray.report.settings import first_of, value_words
 
 DIGITS = 6
-"""Of the digest at the end of the name of a folder of its own."""
+"""Digits of the digest at the end of the name of a folder of its own."""
 MAX_NAMED = 4
 
 

@@ -91,7 +91,7 @@ def _key(result: Result) -> tuple[str, str, int]:
 
 
 def recipe_digest(recipe: Mapping[str, Any]) -> str:
-    """Of all that a recipe says but where it runs."""
+    """Digest of all that a recipe says, except where it runs."""
     content = {key: value for key, value in recipe.items() if key != "runtime"}
     return digest_of(content, 16, default=list)
 

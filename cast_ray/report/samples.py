@@ -12,7 +12,7 @@ SAMPLES = "samples.json"
 NUM_EACH = 3
 """Worst images, and as many best ones."""
 MAX_PAGE_BYTES = 2_500_000
-"""Of pictures on one page."""
+"""Most bytes that the pictures of one page take."""
 
 
 def read_samples(folders: Mapping[str, tuple[int, Path]]) -> Samples | None:

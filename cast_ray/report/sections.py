@@ -34,7 +34,7 @@ from cast_ray.report.tables import (
 )
 
 MAX_LINES = 500
-"""Of a table on a page; `report.csv` has all."""
+"""Most lines of a table on a page; `report.csv` has all."""
 MAX_DETAILS = 200
 """Results whose recipe a page spells out; of more, the files say it."""
 

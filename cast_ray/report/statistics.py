@@ -140,13 +140,13 @@ class Resampling:
         self.stored = set(self.replicates)
 
     def interval(self, results: Mapping[int, Result], metric: str) -> Interval | None:
-        """Of the mean of a metric over seeds (seed -> result)."""
+        """Interval of the mean of a metric over seeds (seed -> result)."""
         replicates = [self._replicates(result, metric) for result in results.values()]
         values = [value_of(result, metric) for result in results.values()]
         return self._interval(replicates, [v for v in values if v is not None])
 
     def difference(self, row: Mapping[int, Result], baseline: Mapping[int, Result], metric: str) -> Interval | None:
-        """Of the mean paired difference over the seeds that both have."""
+        """Interval of the mean paired difference over the seeds that both have."""
         pairs, values = [], []
         for seed in sorted(row.keys() & baseline.keys()):
             ours, theirs = self._replicates(row[seed], metric), self._replicates(baseline[seed], metric)

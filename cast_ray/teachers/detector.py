@@ -26,7 +26,7 @@ MODELS = {
 BERT_SPECIAL_IDS = (101, 102, 1012)
 """[CLS], [SEP] and the full stop, by which transformers' models find the phrases of a prompt."""
 SIZE_MULTIPLE = 32
-"""Of training images, so that the backbone's maps cover them edge to edge."""
+"""The size of training images is a multiple of this, so that the backbone's maps cover them edge to edge."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from cast_ray.teachers.protocol import Instances, Teacher, TeacherTerms, checkpo
 
 DETECTOR, SEGMENTER = "teacher.grounded_sam.detector", "teacher.grounded_sam.segmenter"
 BOX_LOGIT = 6.0
-"""Of the pixels inside a box that stands for a mask; its negative outside."""
+"""Logit of the pixels inside a box that stands for a mask; its negative outside."""
 BOX_STRIDE = 8
 """Stride of the maps of such boxes."""
 

@@ -32,7 +32,7 @@ from cast_ray.teachers.prompts import Prompt
 COUNTED = ("grounded_sam", "mask2former")
 """Kinds of teachers that can be built without their checkpoints."""
 NUM_BOXES = 20
-"""Of an image: what the segmenter's share is counted with."""
+"""Boxes per image with which the segmenter's share is counted."""
 TOKENS_PER_CLASS = 2
 SWIN: dict[str, dict[str, Any]] = {
     "tiny": {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], "window_size": 7},

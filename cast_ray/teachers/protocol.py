@@ -50,7 +50,7 @@ class Teacher(nn.Module, ABC):
     takes_any_class: ClassVar[bool] = False
     """Whether a saved one can be asked for other classes than those it was saved with."""
     why_not_trained: ClassVar[str] = ""
-    """Of a kind that the stages cannot fine-tune: why, and what to do instead."""
+    """Why the stages cannot fine-tune this kind, and what to do instead; empty where they can."""
 
     def __init__(self, config: TeacherConfig, categories: Sequence[Category], input_size: InputSize | tuple[int, int]):
         super().__init__()

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cast_ray.contracts.records import INSTANCE_TYPE, Category, encode_image_id
 from cast_ray.data.formats.coco_document import (
@@ -27,7 +28,7 @@ from cast_ray.data.formats.coco_document import (
 )
 from cast_ray.data.formats.segmentations import encode_segmentation
 from cast_ray.data.reading.image_files import FoundImage, find_images, image_dirs_of
-from cast_ray.data.reading.index import INDEX_SCHEMA, DatasetIndex, Skipped, describe, index_pool
+from cast_ray.data.reading.index import INDEX_SCHEMA, DatasetIndex, HeldOut, Skipped, describe, index_pool
 from cast_ray.data.reading.listing import Listing, open_listing
 from cast_ray.recipe import DataConfig
 
@@ -41,7 +42,10 @@ ALL_IGNORED_HINT = (
 
 @dataclass(frozen=True)
 class AnnotatedImages:
-    """One annotation file as read: `table` follows INDEX_SCHEMA; the others as in DatasetIndex."""
+    """One annotation file as read: `table` follows INDEX_SCHEMA; the others as in DatasetIndex.
+
+    skipped_by_image: image id -> those of `skipped` that are its annotations.
+    """
 
     file: str
     table: pa.Table
@@ -50,6 +54,7 @@ class AnnotatedImages:
     skipped: list[Skipped]
     annotated: tuple[str, ...] | None
     left_out: Mapping[str, int] = field(default_factory=dict)
+    skipped_by_image: Mapping[str, list[Skipped]] = field(default_factory=dict)
 
 
 def index(config: DataConfig, progress: Progress | None = None) -> DatasetIndex:
@@ -80,6 +85,7 @@ def index(config: DataConfig, progress: Progress | None = None) -> DatasetIndex:
     read = _Reader(listing, config, progress)
     first = read.annotations(train_file, image_dirs_of(config.image_dir, train_file, "train"), "train")
     splits, parts = {"train": first.table}, {"train": first}
+    held_out = None
     if val_file is None or val_file == train_file:
         if first.table.num_rows < 2:
             bad = [s for s in first.skipped if s["kind"] == "image"]
@@ -89,6 +95,7 @@ def index(config: DataConfig, progress: Progress | None = None) -> DatasetIndex:
                 "validation (or data.val_annotations)"
             )
         splits["train"], splits["val"] = _hold_out(first.table, config.val_fraction)
+        held_out = _annotations_of(splits["val"], first.skipped_by_image)
     else:
         parts["val"] = read.annotations(val_file, image_dirs_of(config.val_image_dir, val_file, "val"), "val")
         _check_same_categories(first.categories, parts["val"].categories, train_file, val_file)
@@ -106,6 +113,7 @@ def index(config: DataConfig, progress: Progress | None = None) -> DatasetIndex:
         annotated=first.annotated,
         all_ignored_hint=ALL_IGNORED_HINT,
         left_out=parts["extra"].left_out if "extra" in parts else {},
+        held_out=held_out,
     )
 
 
@@ -141,7 +149,7 @@ class _Reader:
         categories = read_categories(document["categories"], file)
         annotations = document["annotations"]
         images, found, skipped = self._images(document["images"], image_dirs, split, file)
-        instances, bad_annotations = self._instances(images, found, annotations, categories, split, file)
+        instances, bad_annotations, by_image = self._instances(images, found, annotations, categories, split, file)
         return AnnotatedImages(
             file,
             _image_table(self.listing, found, instances, split),
@@ -149,6 +157,7 @@ class _Reader:
             len(annotations),
             skipped + bad_annotations,
             _annotated_ids(images, annotations),
+            skipped_by_image=by_image,
         )
 
     def _images(
@@ -191,10 +200,12 @@ class _Reader:
         categories: tuple[Category, ...],
         split: str,
         file: str,
-    ) -> tuple[pa.Array, list[Skipped]]:
+    ) -> tuple[pa.Array, list[Skipped], dict[str, list[Skipped]]]:
+        """Instances of each image; the annotations that are skipped; the same by the id of their image, if known."""
         row_of = {image.id: row for row, image in enumerate(found)}
         category_ids = {category.id for category in categories}
         rows, labels, rles, crowds, areas, skipped = [], [], [], [], [], []
+        by_image: dict[str, list[Skipped]] = {}
         seen: dict[Any, list[dict[str, Any]]] = {}
         for number, annotation in enumerate(annotations):
             if self.progress and number % 1000 == 0:
@@ -213,12 +224,14 @@ class _Reader:
                 name = file if known is None else printable(images[known].get("file_name"))
                 facts = {"id": printable(annotation.get("id"))[:40], "file": name, "reason": str(reason)}
                 skipped.append({"split": split, "kind": "annotation", **facts})
+                if known is not None:
+                    by_image.setdefault(encode_image_id(known), []).append(skipped[-1])
                 continue
             rows.append(row)
             labels.append(category_id)
             crowds.append(crowd)
             areas.append(annotated_area(annotation))
-        return _instance_lists(len(found), rows, labels, rles, crowds, areas), skipped
+        return _instance_lists(len(found), rows, labels, rles, crowds, areas), skipped, by_image
 
 
 def _check_new(
@@ -305,6 +318,13 @@ def _hold_out(table: pa.Table, val_fraction: float) -> tuple[pa.Table, pa.Table]
     kept, val = table.filter(pa.array(~held)), table.filter(pa.array(held))
     column = table.schema.get_field_index("split")
     return kept, val.set_column(column, "split", pa.array(["val"] * val.num_rows))
+
+
+def _annotations_of(images: pa.Table, skipped_by_image: Mapping[str, Sequence[Skipped]]) -> HeldOut:
+    """The annotations of held-out images: the usable ones, which are instances by now, and the skipped ones."""
+    skipped = [s for image_id in images.column("image_id").to_pylist() for s in skipped_by_image.get(image_id, ())]
+    num_usable = pc.sum(pc.list_value_length(images.column("instances"))).as_py() or 0
+    return HeldOut(num_usable + len(skipped), skipped)
 
 
 def _check_same_categories(

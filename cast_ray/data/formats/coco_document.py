@@ -163,10 +163,8 @@ def references_of(
         value = annotation.get(name)
         found.append(resolve(value, known))
         if found[-1] is None:
-            got = f"is {str(value)[:40]!r}" if isinstance(value, str) else f"is {str(value)[:40]}"
-            raise ValueError(
-                f"{name} {got if name in annotation else 'is missing'}: no such {name.removesuffix('_id')}"
-            )
+            got = f"is {shown(value)}" if name in annotation else "is missing"
+            raise ValueError(f"{name} {got}: no such {name.removesuffix('_id')}")
     image_id, category_id = found
     return image_id, category_id
 
@@ -205,7 +203,7 @@ def is_crowd(annotation: dict[str, Any]) -> bool:
         return False
     word = str(value).strip().lower()
     if not isinstance(value, bool | int | float | str) or word not in _CROWD_WORDS:
-        raise ValueError(f"iscrowd is {str(value)[:40]!r}: expected 0 for one object or 1 for a region of many")
+        raise ValueError(f"iscrowd is {shown(value)}: expected 0 for one object or 1 for a region of many")
     return _CROWD_WORDS[word]
 
 
@@ -214,6 +212,11 @@ def annotated_area(annotation: dict[str, Any]) -> float | None:
     value: Any = annotation.get("area")
     is_number = type(value) in (int, float) and abs(value) <= sys.float_info.max  # false for nan
     return float(value) if is_number else None
+
+
+def shown(value: Any) -> str:
+    """A JSON value in a message: text in quotes, anything else as it is, cut off after 40 characters."""
+    return repr(value[:40]) if isinstance(value, str) else str(value)[:40]
 
 
 def printable(name: Any) -> str:

@@ -34,12 +34,12 @@ def encode_segmentation(segmentation: Any, height: int, width: int) -> bytes:
     Raises:
         ValueError: what is wrong with it, in a few words, as a reason to skip the annotation.
     """
+    if segmentation in (None, [], {}):
+        raise ValueError("no segmentation")
     if isinstance(segmentation, dict):
         counts = _encode_rle(segmentation, height, width)
-    elif isinstance(segmentation, list) and segmentation:
+    elif isinstance(segmentation, list):
         counts = _encode_polygons(segmentation, height, width)
-    elif segmentation is None or segmentation == []:
-        raise ValueError("no segmentation")
     else:
         raise ValueError(f"segmentation is of type {type(segmentation).__name__}: expected polygons or RLE")
     return counts

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from cast_ray.data.reading.index import Skipped, describe
+from cast_ray.data.reading.index import HeldOut, Skipped, describe
 from cast_ray.recipe import DataConfig
 
 REPORT_FILE = "data_report.json"
@@ -29,6 +29,7 @@ def data_report(
     sources: Mapping[str, str],
     contents: Mapping[str, Contents] | None = None,
     all_ignored_hint: str = "",
+    held_out: HeldOut | None = None,
 ) -> dict[str, Any]:
     """What `data_report.json` says.
 
@@ -38,7 +39,7 @@ def data_report(
         skipped: each with split, kind, id, file and reason.
         sources: split -> the file or folder of its annotations.
         contents: split -> what its images hold, of the splits that were read and whose images have annotations.
-        all_ignored_hint: see DatasetIndex.
+        all_ignored_hint, held_out: see DatasetIndex.
 
     Returns:
         format, root, verify; splits: split -> source, images, images_skipped, annotations, annotations_skipped and,
@@ -61,7 +62,10 @@ def data_report(
         splits[split] |= {"objects": held.num_objects, "ignore_regions": held.num_ignored}
         if not held.num_objects:
             bad = [s for s in skipped if s["split"] == split and s["kind"] == "annotation"]
-            warnings.append(_no_object(split, splits[split], bad, all_ignored_hint))
+            total = num_annotations[split]
+            if split == "val" and held_out is not None:
+                bad, total = list(held_out.skipped), held_out.num_annotations
+            warnings.append(_no_object(split, splits[split], total, bad, all_ignored_hint))
     statement = (
         f"{sums['images_skipped']:,} of {sums['images']:,} images and {sums['annotations_skipped']:,} of "
         f"{sums['annotations']:,} annotations skipped"
@@ -70,23 +74,30 @@ def data_report(
     return facts | {"splits": splits, "statement": statement, "warnings": warnings, "skipped": list(skipped)}
 
 
-def _no_object(split: str, facts: Mapping[str, Any], skipped: Sequence[Skipped], all_ignored_hint: str) -> str:
-    """Says that a split holds no object, and the likely cause."""
+def _no_object(
+    split: str, facts: Mapping[str, Any], total: int, skipped: Sequence[Skipped], all_ignored_hint: str
+) -> str:
+    """Says that a split holds no object, and the likely cause.
+
+    Args:
+        facts: of the split, as in the report.
+        total: number of its annotations.
+        skipped: those of them that were skipped.
+    """
     source = f" ({facts['source']})" if facts["source"] else ""
-    total, ignored = facts["annotations"], facts["ignore_regions"]
+    held_out = "" if source else "they were held out of the training images (data.val_fraction), and "
+    ignored = facts["ignore_regions"]
     if ignored:
         cause = f"all {ignored:,} usable annotations are ignore regions, which are neither objects nor background. "
         cause += all_ignored_hint
         if skipped:
             cause += f" {len(skipped):,} more annotations were skipped: {describe(skipped, 1)}."
     elif skipped:
-        cause = f"{len(skipped):,} of {total:,} annotations were skipped: {describe(skipped, 1)}."
+        cause = f"{held_out}{len(skipped):,} of {total:,} annotations were skipped: {describe(skipped, 1)}."
     elif total:
-        cause = f"all {total:,} annotations belong to images that were skipped."
-    elif facts["source"]:
-        cause = "there is no annotation."
+        cause = f"{held_out}all {total:,} annotations belong to images that were skipped."
     else:
-        cause = "they were held out of the training images (data.val_fraction) and have no annotation."
+        cause = f"{held_out}there is no annotation."
     effect = "Their AP cannot be measured." if split == "val" else "Nothing can be learnt from them."
     kind = SPLIT_NAMES.get(split, split)
     return f"No object in the {facts['images']:,} {kind} images{source}: {cause.strip()} {effect}"

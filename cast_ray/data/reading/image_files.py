@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeGuard
 from urllib.parse import unquote
 
 from cast_ray.common.paths import is_uri
-from cast_ray.data.formats.coco_document import printable, whole_number
+from cast_ray.data.formats.coco_document import printable, shown, whole_number
 from cast_ray.data.reading.images import ImageError, check_image
 from cast_ray.data.reading.index import Skipped
 from cast_ray.data.reading.listing import Listing, child, is_text
@@ -163,7 +163,7 @@ class _Place:
 
 
 def _find_place(listing: Listing, names: list[Any], image_dirs: Sequence[str], split: str) -> _Place:
-    """Of the folders given, the first that holds most of a sample of the names."""
+    """Finds the first of the given folders that holds most of a sample of the names."""
     usable = [n for n in names if _is_file_name(n)]
     sample = usable[:: max(1, len(usable) // 16)][:16]
     key = _DIR_KEYS.get(split, "data.image_dir")
@@ -212,7 +212,7 @@ def _given_size(image: dict[str, Any], max_pixels: int) -> tuple[int | None, int
         if value is None or number in _UNKNOWN_SIZES:
             size.append(None)
         elif number is None or number < 1:
-            raise ValueError(f"{name} is {str(value)[:40]!r}: expected a whole number of pixels")
+            raise ValueError(f"{name} is {shown(value)}: expected a whole number of pixels")
         else:
             size.append(number)
     height, width = size

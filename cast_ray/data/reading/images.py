@@ -121,9 +121,14 @@ def _opened(
     except Image.DecompressionBombError as error:
         raise ImageError(uri, f"{error} (data.max_image_pixels)") from None
     except Image.UnidentifiedImageError:
-        raise ImageError(uri, "not an image of a known format") from None
+        raise ImageError(uri, f"not an image of a known format{_advice(uri)}") from None
     except Exception as error:  # decoders fail on hostile bytes with anything (SyntaxError, struct.error, ...)
-        raise ImageError(uri, f"cannot be decoded ({type(error).__name__}: {error})") from None
+        raise ImageError(uri, f"cannot be decoded ({type(error).__name__}: {error}){_advice(uri)}") from None
+
+
+def _advice(uri: str) -> str:
+    """What a user can do about a picture that is of none of the formats read here."""
+    return ": convert it to JPEG or PNG" if uri.lower().endswith(UNREADABLE_SUFFIXES) else ""
 
 
 def _read(uri: str, num_bytes: int | None) -> bytes:

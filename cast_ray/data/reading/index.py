@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,19 @@ INDEX_SCHEMA = pa.schema(
 Skipped = dict[str, str]
 """An image or annotation that cannot be used: split, kind (image, annotation), id, file, reason."""
 
+
+class HeldOut(NamedTuple):
+    """The annotations of validation images that were held out of the training images.
+
+    The training split counts them too, because they come from its annotation file.
+
+    num_annotations: how many, unusable ones included; skipped: the unusable ones.
+    """
+
+    num_annotations: int
+    skipped: Sequence[Skipped]
+
+
 DecodeMap = Callable[[np.ndarray], tuple[list[dict[str, Any]], list[tuple[str, str]]]]
 """A label map [H, W(, 3)] -> its instances (INSTANCE_TYPE as dicts), and (id, reason) of those that cannot be used."""
 
@@ -41,7 +54,8 @@ class DatasetIndex:
     count, see `label_lists`. all_ignored_hint: one sentence that says what probably happened in a dataset of this
     format where every annotation of a split is an ignore region, see `data_report`. left_out: what was not taken from
     the folder of the extra pool, see `photos.FoundImages`. refuse_ignored: of a format in which a split whose objects
-    are all ignore regions is a mistake: the ids of their classes -> why it is refused.
+    are all ignore regions is a mistake: the ids of their classes -> why it is refused. held_out: of a dataset without
+    validation files of its own.
     """
 
     splits: dict[str, pa.Table]
@@ -56,6 +70,7 @@ class DatasetIndex:
     all_ignored_hint: str = ""
     left_out: Mapping[str, int] = field(default_factory=dict)
     refuse_ignored: Callable[[Sequence[int]], str] | None = None
+    held_out: HeldOut | None = None
 
     def num_images(self, split: str) -> int:
         """Images of a split, unusable ones included."""

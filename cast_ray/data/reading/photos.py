@@ -16,6 +16,11 @@ from cast_ray.common.paths import absolute, is_uri, resolve
 from cast_ray.data.reading.images import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES
 from cast_ray.data.reading.listing import Listing, child, is_hidden, is_text
 
+OVERLAYS = "overlays"
+"""Folder of the drawn images in the output folder of `label` and `predict`; it is never read as input."""
+_WRITTEN_BESIDE = ({"instances.json"}, {"results.json", "images.json"}, {"unfinished.jsonl"})
+"""Files beside the drawn images, any of these sets: of `label`, of `predict`, of either while it is not finished."""
+_LEFT_OUT_OVERLAYS = f"folders of drawn results ({OVERLAYS})"
 _USUAL = ", ".join(IMAGE_SUFFIXES[:4])
 
 
@@ -36,11 +41,23 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
+def is_overlays(listing: Listing, folder: str, name: str) -> bool:
+    """Whether a folder holds what `label` or `predict` drew: its name and the files beside it say so.
+
+    Args:
+        listing: of a folder, for relative paths.
+        folder: below it, or an absolute path or URI.
+        name: of the folder in question, which lies in `folder`.
+    """
+    return name == OVERLAYS and any(files <= set(listing.files(folder)) for files in _WRITTEN_BESIDE)
+
+
 def images_below(listing: Listing, folder: str, exclude: Iterable[str] = ()) -> FoundImages:
     """Finds every image file in a folder and in the folders below it.
 
-    Links are followed, each file is taken once (a link gives way to the file itself), hidden names and the folders of
-    other programs are left out (`listing.is_hidden`), and whatever is left out is counted.
+    Links are followed, each file is taken once (a link gives way to the file itself), hidden names, the folders of
+    other programs (`listing.is_hidden`) and drawn results (`is_overlays`) are left out, and whatever is left out is
+    counted.
 
     Args:
         listing: of a folder, for relative paths.
@@ -52,13 +69,15 @@ def images_below(listing: Listing, folder: str, exclude: Iterable[str] = ()) -> 
     """
     found = FoundImages()
     links: list[str] = []
-    for place in listing.walk(folder, exclude):
+    for place in listing.walk(folder, exclude, lambda place, name: not is_overlays(listing, place, name)):
         for name, entry in listing.entries(place).items():
             if not is_text(name):
                 found.left_out["names that are not UTF-8"] += 1
             elif entry.kind == "folder":
                 if is_hidden(name):
                     found.left_out[f"folders called {name}"] += 1
+                elif is_overlays(listing, place, name):
+                    found.left_out[_LEFT_OUT_OVERLAYS] += 1
             elif is_hidden(name):
                 found.left_out["hidden files"] += 1
             elif not entry.is_file:
@@ -158,6 +177,7 @@ def _matching(pattern: str, exclude: Sequence[str]) -> FoundImages:
     """The images that a local pattern fits, by the rules of `images_below`."""
     found = FoundImages()
     best: dict[str, str] = {}
+    listing, overlays = Listing(absolute(".")), set[str]()
     matches = [(path, os.path.realpath(path)) for path in _fitting(pattern) if os.path.isfile(path)]
     # the file itself before links to it, then the shortest path
     for path, real in sorted(matches, key=lambda m: (os.path.abspath(m[0]) != m[1], m[0].count(os.sep), m[0])):
@@ -167,14 +187,28 @@ def _matching(pattern: str, exclude: Sequence[str]) -> FoundImages:
             found.left_out["names that are not UTF-8"] += 1
         elif any(is_hidden(part) and part not in pattern for part in path.split(os.sep)):
             found.left_out["hidden files"] += 1
+        elif OVERLAYS not in pattern.split(os.sep) and (drawn := _overlays_above(listing, path)):
+            overlays.add(drawn)
         elif not is_image(path):
             found.left_out[_suffix(path)] += 1
         elif real in best:
             found.left_out["links to images that were found"] += 1
         else:
             best[real] = path
+    if overlays:
+        found.left_out[_LEFT_OUT_OVERLAYS] = len(overlays)
     found.paths = sorted(best.values())
     return found
+
+
+def _overlays_above(listing: Listing, path: str) -> str:
+    """The folder of drawn results that a file lies in, however deep; empty where it lies in none."""
+    place = os.path.dirname(path)
+    while name := os.path.basename(place):
+        if is_overlays(listing, os.path.dirname(place), name):
+            return place
+        place = os.path.dirname(place)
+    return ""
 
 
 def _fitting(pattern: str) -> Iterable[str]:

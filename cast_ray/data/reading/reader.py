@@ -245,6 +245,7 @@ class Reading:
             self.index.sources,
             self.contents,
             self.index.all_ignored_hint,
+            self.index.held_out,
         )
         notes = [*self.copies.notes(), "" if self.index.content_hash else blind_spot(self.config.verify)]
         if self.index.left_out:

@@ -39,7 +39,7 @@ GIVE_UP_S = 20.0
 MAX_TASKS_PER_EXECUTION = 2000
 """Ray Data stores every task's input before it starts the first, 0.8 ms each: 90,000 steps would begin after 70 s."""
 BYTES_PER_PIXEL = 10
-"""Of one image of a step: two views, truth maps, some masks as bits."""
+"""Bytes that one image of a step takes per pixel of its crop: two views, truth maps, some masks as bits."""
 
 T = TypeVar("T")
 Drawn = tuple[np.ndarray, dict[str, Any]]

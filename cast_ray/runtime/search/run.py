@@ -68,9 +68,9 @@ class SearchRequest:
     scale: str
     overrides: dict[str, Any]
     seed: int
-    """Of the recipes: split, initial weights, order."""
+    """Seed of the recipes: of the split, the initial weights and the order of images."""
     name: str
-    """Of the run; its studies are called `<name>-<sampler>`."""
+    """Name of the run; its studies are called `<name>-<sampler>`."""
     study: str
     """Database URL or path of a journal file."""
     storage: str

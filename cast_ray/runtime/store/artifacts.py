@@ -116,7 +116,7 @@ class ArtifactStore:
         """Raises ValueError when the storage path cannot be written."""
         try:
             self.write_json("writable.json", {"checked": time.time()})
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise ValueError(f"storage path {self.storage!r} cannot be written: {error}") from None
 
     def now(self) -> float:

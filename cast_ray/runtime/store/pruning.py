@@ -37,7 +37,7 @@ class Pruning:
 
     @property
     def num_bytes(self) -> int:
-        """Of the artifacts; leftovers are not measured."""
+        """Bytes of the artifacts; leftovers are not measured."""
         return sum(a.num_bytes for a in (*self.unfinished, *self.artifacts))
 
 

@@ -72,7 +72,7 @@ class RowPlanner:
             self._choose_images(key, recipes)
 
     def fingerprints(self) -> set[str]:
-        """Of the datasets in the store."""
+        """Fingerprints of the datasets in the store."""
         return {dataset.fingerprint for dataset in self.datasets.values()}
 
     def plan(self, recipe: Recipe, *, table: str, run: str, row: str) -> tuple[SweepContext, RowPlan]:

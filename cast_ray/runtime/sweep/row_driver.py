@@ -31,13 +31,13 @@ from cast_ray.runtime.worker.labelling import label_images
 from cast_ray.runtime.worker.segment import Segment, SegmentFailed
 
 DRIVER_CPUS = 0.01
-"""Of a row's driver, which only waits; Tune refuses 0."""
+"""CPUs that a row's driver reserves. It only waits; Tune refuses 0."""
 MAX_DRIVER_FAILURES = 3
 """Times that a row's driver is started again after its process or node was lost."""
 REPORT_EVERY_S = 2.0
 LATENCY_REPEATS = 30
 RUNG_STEP = "rung_step"
-"""Of a rung's report: the stage's step, counted from its checkpoints. It goes on where a driver is started again, which
+"""Time of a rung's report: the stage's step, from its checkpoints. It continues where a driver is started again, which
 Tune's `training_iteration` does not."""
 
 

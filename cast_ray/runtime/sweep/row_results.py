@@ -23,7 +23,7 @@ class SweepContext:
     """What the rows of one table and dataset share; small, sent to each trial."""
 
     name: str
-    """Of the run: `<table>-<preset>-<scale>` unless the user chose one."""
+    """Name of the run: `<table>-<preset>-<scale>` unless the user chose another."""
     table: str
     command: str
     code_version: str

@@ -37,7 +37,7 @@ class TableRequest:
     recipes: dict[tuple[str, int], Recipe]
     """(row, seed) -> recipe."""
     name: str
-    """Of the run: the folder of its results."""
+    """Name of the run and of the folder of its results."""
     asked: frozenset[str] = frozenset()
     """Rows that the user named: one that cannot be is refused, any other one left out."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class Sweep:
     context: SweepContext
     rows: tuple[RowPlan, ...]
     contexts: tuple[SweepContext, ...] = ()
-    """Of each row: they differ where rows are on different datasets."""
+    """The datasets of the rows: they differ where rows name different ones."""
 
 
 @dataclass(frozen=True)

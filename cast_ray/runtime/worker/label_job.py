@@ -64,7 +64,7 @@ class LabelJob:
 
     @property
     def folder(self) -> str:
-        """Of the blocks, below the storage path."""
+        """Folder of the blocks, below the storage path."""
         return f"labels/{self.stage.fingerprint}"
 
     @property
@@ -104,7 +104,7 @@ class LabelJob:
         self.broker.advance.remote(self.owner, len(rows))
 
     def facts(self, blocks: list[Rows], began: float) -> dict[str, Any]:
-        """Of a run that labelled these blocks since `began` (time.monotonic()), and found the others."""
+        """Facts of a run that labelled these blocks since `began` (time.monotonic()) and found the others done."""
         seconds = time.monotonic() - began
         labelled = sum(stop - start for start, stop in blocks)
         found = len(self.images.unlabelled) - labelled

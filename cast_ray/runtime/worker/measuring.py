@@ -37,7 +37,7 @@ class ValidationSet:
 
     @classmethod
     def of(cls, segment: Segment, recipe: Recipe, input_size: InputSize) -> ValidationSet:
-        """Of a segment: the first `evaluation.num_images` validation images, at the size that a model sees."""
+        """The set of a segment: its first `evaluation.num_images` validation images, at the size that a model sees."""
         assert segment.val is not None
         num_images = min(segment.num_val, recipe.evaluation.num_images or segment.num_val)
         return cls(segment.val, num_images, input_size, segment.categories, recipe.evaluation, recipe.runtime)

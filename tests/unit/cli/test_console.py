@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cast_ray import export, label, predict
-from cast_ray.console import EXIT_BAD_INPUT
+from cast_ray.console import EXIT_BAD_INPUT, plain_console
 from cast_ray.datasets import __main__ as datasets
 from sweeps import ablate, search
 
@@ -77,6 +77,8 @@ OUT_FOLDER: list[tuple[Callable[[list[str]], int], list[str]]] = [
     (predict.main, ["photos", "--student", "gone"]),
     (label.main, ["photos", "--teacher", "gone"]),
     (export.main, ["--student", "gone"]),
+    (ablate.main, ["losses"]),
+    (search.main, ["losses"]),
 ]
 
 
@@ -86,7 +88,7 @@ OUT_FOLDER: list[tuple[Callable[[list[str]], int], list[str]]] = [
     [
         ("file", "--out file: expected a folder, file is a file"),
         ("file/new", "--out file/new: expected a folder, {}/file is a file"),
-        ("s3://bucket/out", "--out s3://bucket/out: expected a local path"),
+        ("s3://bucket/out", "--out s3://bucket/out: expected a local "),
     ],
 )
 def test_an_output_folder_that_cannot_be(
@@ -104,6 +106,40 @@ def test_an_output_folder_that_cannot_be(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"error: {message.format(tmp_path)}")
     assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("main", "name"), [(ablate.main, "losses-shapes-smoke"), (search.main, "mine")])
+def test_a_run_whose_folder_is_a_file(
+    main: Callable[[list[str]], int],
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / name).write_text("mine")
+    assert main(["losses", "--scale", "smoke", "--name", name]) == EXIT_BAD_INPUT
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line == f"error: --out runs/{name}: expected a folder, runs/{name} is a file"
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"] and (tmp_path / "runs" / name).read_text() == "mine"
+
+
+def test_markup_and_emoji_codes_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+    for stderr in (False, True):
+        plain_console(stderr=stderr).print("[bold]a[/bold] [/red] :car:", soft_wrap=True)
+    written = capsys.readouterr()
+    assert written.out == written.err == "[bold]a[/bold] [/red] :car:\n"
+
+
+def test_what_only_an_onnx_model_has_is_refused_with_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for option in (["--image-px", "64", "96"], ["--max-detections", "5"]):
+        assert export.main(["--student", "gone", "--out", "folder", *option]) == EXIT_BAD_INPUT
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line == f"error: {' '.join(option)}: expected --out FILE.onnx with it, got 'folder'"
 
 
 def test_an_output_file_that_cannot_be(

@@ -134,6 +134,11 @@ def test_a_mask_transformer_labels(checkpoints: Path, photos: Path, tmp_path: Pa
     [
         (["--teacher", "grounded_sam"], "name what by --classes"),
         (["--teacher", "nobody/here/at/all"], "nobody/here/at/all': teacher.json is missing"),
+        (
+            ["--teacher", "sam4", "--classes", "dog"],
+            f"neither a kind ({', '.join(label.PUBLISHED)}) nor a saved teacher: ",
+        ),
+        (["--teacher", "expert"], "--teacher: neither a kind (mask2former, grounded_sam, sam3, ensemble) nor "),
         (["--teacher", "grounded_sam", "--classes", "dog", "--set", "student.num_queries=3"], "a key of `teacher`"),
         (["--teacher", "grounded_sam", "--classes", "dog, dog"], "'dog' is there twice"),
         (["--teacher", "grounded_sam", "--classes", " , "], "expected names with commas"),
@@ -150,6 +155,21 @@ def test_wrong_input_is_one_line(
     assert run(photos, *arguments, "--out", tmp_path / "out") == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and message in lines[0]
+
+
+def test_help_says_what_classes_can_be(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("--help")
+    assert "JSON list of names" in " ".join(capsys.readouterr().out.split())
+
+
+def test_markup_in_names_of_classes_is_text(
+    checkpoints: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "names.json").write_text(json.dumps(["dog[/red]", ":car:"]))
+    options = ("--classes", tmp_path / "names.json", "--threshold", 0.999, "--out", tmp_path / "out")
+    assert run(photos, *grounded(checkpoints), *options) == label.EXIT_NOTHING
+    assert "asked for dog[/red], :car: above --threshold 0.999" in capsys.readouterr().err
 
 
 def test_a_teacher_can_be_asked_mirrored_too(

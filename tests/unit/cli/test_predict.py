@@ -172,6 +172,40 @@ def test_mistakes_are_one_line(
     assert line.startswith("error: ") and part in line
 
 
+def test_what_an_earlier_run_drew_is_not_read(
+    student: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = photos / "found"
+    assert run(photos / "a.png", photos / "b.jpg", "--student", student, "--out", before, "--threshold", 0) == 0
+    assert sorted(path.name for path in (before / "overlays").iterdir()) == ["a.png", "b.png"]
+    capsys.readouterr()
+    assert run(photos, "--student", student, "--out", tmp_path / "new", "--threshold", 0) == 0
+    written = capsys.readouterr()
+    assert "4 of 6 images" in written.out and "folders of drawn results (overlays): 1" in written.err
+
+
+def test_a_picture_that_must_be_converted_is_said_with_its_path_once(
+    student: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, content in (("raw.HEIC", b"x"), ("b.heic", b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic"), ("c.svg", b"<svg/>")):
+        (photos / name).write_bytes(content)
+        assert run(photos / name, "--student", student, "--out", tmp_path / "out") == predict.EXIT_NOTHING
+        error = capsys.readouterr().err
+        assert error.count(str(photos / name)) == 1, error
+        assert f"skipped {photos / name}: " in error and error.rstrip().endswith(": convert it to JPEG or PNG")
+
+
+def test_markup_in_names_of_classes_and_files_is_text(
+    student: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "[red]:car:.jpg").write_bytes(b"x")
+    options = ("--student", student, "--out", tmp_path / "[/red]", "--threshold", 0)
+    assert run(photos / "[red]:car:.jpg", *options) == predict.EXIT_NOTHING
+    assert f"skipped {photos}/[red]:car:.jpg: not an image" in capsys.readouterr().err
+    assert run(photos / "a.png", *options) == 0
+    assert f"results in {tmp_path}/[/red]" in capsys.readouterr().out
+
+
 def test_what_is_left_out_of_a_folder_is_said(
     student: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cast_ray import export
 from cast_ray.contracts.records import Category
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.models.student import CARD, CONFIG, WEIGHTS, Student
@@ -55,6 +56,43 @@ def test_what_is_saved_comes_back(folder: Path) -> None:
     assert again.predict(images(), [(64, 96), (20, 30)], [(32, 48), (32, 48)]) == student.predict(
         images(), [(64, 96), (20, 30)], [(32, 48), (32, 48)]
     )
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"README.md": b"my notes"},
+        {"config.json": b'{"model_type": "sam2"}', "model.safetensors": b"weights", "README.md": b"a model"},
+        {"config.json": b"no JSON", "a": b"", "b": b"", "c": b""},
+        {"photo.jpg": b"x"},
+    ],
+)
+def test_the_files_of_something_else_are_never_overwritten(
+    folder: Path, tmp_path: Path, files: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for name, content in files.items():
+        (other / name).write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        make().save_pretrained(other)
+    one_line(error, f"{other} holds something other than a saved student", sorted(files)[0], "expected an empty folder")
+    assert export.main(["--student", str(folder), "--out", str(other)]) == 2
+    assert "holds something other than a saved student" in capsys.readouterr().err
+    assert export.main(["--student", "gone", "--out", str(other)]) == 2  # before the student is looked for
+    assert "holds something other than a saved student" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in other.iterdir()} == files
+
+
+def test_an_earlier_export_is_replaced(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / ".git").mkdir(parents=True)  # the clone of an empty repository
+    assert export.main(["--student", str(folder), "--out", str(out)]) == 0
+    make(1).save_pretrained(folder)
+    assert export.main(["--student", str(folder), "--out", str(out)]) == 0
+    assert (out / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+    (out / WEIGHTS).unlink()  # as after an export that was stopped
+    assert export.main(["--student", str(folder), "--out", str(out)]) == 0
 
 
 def test_the_folder_is_laid_out_as_transformers_has_it(folder: Path) -> None:

@@ -29,19 +29,12 @@ def write(folder: Path, spec: object) -> Path:
 PAPERS = {"main", "losses", "stages", "negatives", "student", "labels", "margins"}
 ASKED_FOR = {"contrast", "unlabeled", "iterations", "refinement", "thresholds", "points", "photos", "semi"}
 """Tables that are not in the paper."""
-README = (Path(__file__).parents[3] / "README.md").read_text()
 
 
 def test_the_shipped_tables_load() -> None:
     assert set(table_names()) == PAPERS | ASKED_FOR
     for name in table_names():
         assert load_table(name).name == name
-
-
-def test_the_readme_names_every_table() -> None:
-    rows = README[README.index("| table | rows |") :].partition("\n\n")[0]
-    for name in table_names():
-        assert f"`{name}`" in rows, name
 
 
 @pytest.mark.parametrize("scale", SCALES)

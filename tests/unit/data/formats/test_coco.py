@@ -70,7 +70,7 @@ def test_an_annotation_of_an_unknown_iscrowd_is_skipped_with_the_reason(tmp_path
     splits = _load(_write(tmp_path, _document([_image(0), _image(1)], annotations)), max_bad_fraction=0.5)
     (skipped,) = splits.skipped
     assert skipped["id"] == "0" and skipped["file"] == "0.png"
-    assert skipped["reason"] == f"iscrowd is {str(value)!r}: expected 0 for one object or 1 for a region of many"
+    assert skipped["reason"] == f"iscrowd is {value!r}: expected 0 for one object or 1 for a region of many"
     assert splits.annotated == ("1",)
 
 
@@ -205,6 +205,7 @@ BAD_SEGMENTATIONS = {
     "words": ([["a", "b", "c", "d", "e", "f"]], "not a number"),
     "part is text": (["2,1,6,1,6,4"], "type str"),
     "missing": ([], "no segmentation"),
+    "empty object": ({}, "no segmentation"),
     "text": ("2 1 6 1", "type str"),
     "number": (5, "type int"),
     "wrong size": ({"size": [4, 4], "counts": [80]}, "RLE size is \\[4, 4\\]: expected \\[8, 10\\]"),
@@ -371,8 +372,8 @@ def test_bad_images_are_skipped_and_listed(tmp_path):
     assert reasons["10"] == reasons["23"] == missing
     assert {reasons[i] for i in ("11", "12", "13", "14")} == {f"file_name leaves the dataset's folder, and {missing}"}
     assert reasons["16"] == "the file is empty"
-    assert reasons["17"] == "width is '-7': expected a whole number of pixels"
-    assert reasons["18"].startswith("height is 'eight'") and reasons["19"].startswith("height is '8.5'")
+    assert reasons["17"] == "width is -7: expected a whole number of pixels"
+    assert reasons["18"].startswith("height is 'eight':") and reasons["19"].startswith("height is 8.5:")
     assert "at most" in reasons["20"] and all("file_name is" in reasons[i] for i in ("15", "21", "22"))
     with pytest.raises(ValueError, match=r"15 of 18 images skipped.*gone\.png.*missing") as error:
         _load(root)

@@ -13,6 +13,8 @@ from dataset_folders import write_cityscapes
 from report_scenes import result, save
 from rich.console import Console
 
+from cast_ray.common import registry
+from cast_ray.contracts.records import decode_image_id
 from cast_ray.data.reading.reader import load
 from cast_ray.datasets.__main__ import main as inspect
 from cast_ray.plan.search import SearchSpec
@@ -61,7 +63,7 @@ def test_a_split_of_crowds_only_is_said_with_the_likely_cause(tmp_path: Path) ->
         ([annotation(0, 1)], "all 1 annotations belong to images that were skipped."),
         (
             [annotation(0, 0, iscrowd=1), annotation(1, 0, iscrowd=-1)],
-            "1 more annotations were skipped: annotation 1 (0.png): iscrowd is '-1'",
+            "1 more annotations were skipped: annotation 1 (0.png): iscrowd is -1: expected 0",
         ),
     ],
 )
@@ -78,10 +80,29 @@ def test_held_out_images_and_other_formats_too(tmp_path: Path) -> None:
     train, val = warnings_of(write_coco(tmp_path / "coco", valid_document(6, iscrowd=1)))
     assert "training images (instances.json)" in train and "validation images: all " in val
     train, val = warnings_of(write_coco(tmp_path / "empty", coco_document([image_entry(i) for i in range(6)], [])))
-    assert "held out of the training images (data.val_fraction)" in val
+    assert "held out of the training images (data.val_fraction), and there is no annotation." in val
     root = write_cityscapes(tmp_path / "cityscapes", num_extra=2)
     config = DataConfig(format="cityscapes", root=str(root), unlabelled_pool="both")
     assert load(config)[1]["warnings"] == []  # nobody knows what the extra pool holds
+
+
+def test_what_became_of_the_annotations_of_held_out_images(tmp_path: Path) -> None:
+    document = valid_document(8)
+    index = registry.lookup("datasets", "coco")
+    held = index(DataConfig(format="coco", root=str(write_coco(tmp_path / "whole", document)))).splits["val"]
+    ids = {int(decode_image_id(i)) for i in held.column("image_id").to_pylist()}
+    bad = [a | {"segmentation": []} if a["image_id"] in ids else a for a in document["annotations"]]
+    root = write_coco(tmp_path / "skipped", document | {"annotations": bad})
+    (warning,) = warnings_of(root, max_bad_fraction=1)
+    count = len([a for a in bad if not a["segmentation"]])
+    assert f"(data.val_fraction), and {count} of {count} annotations were skipped: annotation " in warning
+    assert "no segmentation. Their AP cannot be measured." in warning and "there is no annotation" not in warning
+
+    crowds = [a | {"iscrowd": 1} if a["image_id"] in ids else a for a in document["annotations"]]
+    crowds.append(annotation(99, min(ids), segmentation={}))
+    (warning,) = warnings_of(write_coco(tmp_path / "crowds", document | {"annotations": crowds}), max_bad_fraction=1)
+    assert f"all {count} usable annotations are ignore regions" in warning
+    assert "1 more annotations were skipped: annotation 99 " in warning and "no segmentation." in warning
 
 
 def test_inspect_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

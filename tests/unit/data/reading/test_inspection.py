@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from coco_folders import valid_document, write_coco
+from coco_folders import annotation, coco_document, image_entry, valid_document, write_coco
 from dataset_folders import write_ade20k, write_cityscapes
 from PIL import Image
 
@@ -67,6 +67,16 @@ def test_classes_of_one_name(tmp_path, run):
     assert code == 0 and "fish (id 0)" in out and "fish (id 9)" in out
 
 
+def test_markup_in_names_is_text(tmp_path, run):
+    names = ["[/red]", "[bold]b[/bold]", ":car:"]
+    document = coco_document([image_entry(i) for i in range(3)], [annotation(i, i) for i in range(3)], enumerate(names))
+    document["annotations"] = [a | {"category_id": i} for i, a in enumerate(document["annotations"])]
+    code, out, _ = run(str(write_coco(tmp_path / "data 🙂: [/red] :car:", document)))
+    assert code == 0 and f"{tmp_path}/data 🙂: [/red] :car:: coco, 3 classes" in out
+    cells = [line.split()[:2] for line in out.splitlines()]
+    assert all([str(i), name] in cells for i, name in enumerate(names))
+
+
 def test_an_image_of_more_objects_than_pycocotools_counts_in_a_call(tmp_path, run):
     """Cell images have hundreds. Sizes are those of the annotations, as in AP by size."""
     size, areas = (40, 60), {1: 2000, 2: 10_000}
@@ -93,7 +103,7 @@ def test_cityscapes(tmp_path, run):
     path = next(root.glob("leftImg8bit/train/ulm/*"))
     path.write_bytes(path.read_bytes()[:-40])
     code, out, _ = run(str(root))
-    assert code == 0
+    assert code == 1  # a run would refuse it
     lines = [line.split() for line in out.splitlines()]
     assert ["train", "7", "0", "21", "7", "21", "0", "0", "32", "x", "24"] in lines
     assert ["26", "car", "14", "7", "8", "4"] in lines and ["31", "train", "0", "0", "0", "0"] in lines
@@ -103,6 +113,8 @@ def test_cityscapes(tmp_path, run):
     )
     assert "A run would refuse it: " in out and "above data.max_bad_fraction=0.01" in out
     assert json.loads((tmp_path / "out/data_report.json").read_text())["splits"]["train"]["images_skipped"] == 1
+    code, out, _ = run(str(root), "--set", "data.max_bad_fraction=0.5")
+    assert code == 0 and "1 of 12 images" in out and "A run would refuse it" not in out
     with Image.open(tmp_path / "out/samples.png") as sheet:
         assert sheet.width > 3 * 128 and sheet.height > 6 * 96  # image, objects and ignore regions, six times
 

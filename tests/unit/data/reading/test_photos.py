@@ -136,6 +136,34 @@ def test_a_folder_can_be_closed(messy: Path, monkeypatch: pytest.MonkeyPatch) ->
             find_photos([source], ["day/late"])
 
 
+@pytest.mark.parametrize("beside", [["instances.json"], ["results.json", "images.json"], ["unfinished.jsonl"]])
+def test_drawn_results_are_not_read(messy: Path, beside: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of `label` and `predict`, finished or not; a folder that only has the same name is read."""
+    for name in ("labels/overlays/1.png", "labels/overlays/day/3.png", "overlays/mine.png", "labels/new.png"):
+        (messy / name).parent.mkdir(parents=True, exist_ok=True)
+        (messy / name).write_bytes(b"x")
+    for name in beside[:-1]:
+        (messy / "labels" / name).write_bytes(b"x")
+    assert len(find_photos([str(messy)]).paths) == 9  # without the last of the files it is any folder
+    (messy / "labels" / beside[-1]).write_bytes(b"x")
+    wanted = sorted([*FIVE, "overlays/mine.png", "labels/new.png"])
+    for source in (str(messy), f"file://{messy}"):
+        found = find_photos([source])
+        assert [path.removeprefix(f"{source}/") for path in found.paths] == wanted
+        assert "folders of drawn results (overlays): 1" in describe_left_out(found.left_out)
+    table, left_out = index_pool(Listing(str(messy.parent)), messy.name)
+    assert [decode_image_id(i) for i in table.column("image_id").to_pylist()] == wanted
+    assert left_out["folders of drawn results (overlays)"] == 1
+
+    monkeypatch.chdir(messy)
+    for pattern in ("**/*.png", "*/*/*"):
+        found = find_photos([pattern, "1.jpg"])
+        assert not any(path.startswith("labels/overlays") for path in found.paths)
+        assert found.left_out["folders of drawn results (overlays)"] == 1
+    for asked in ("labels/overlays", "labels/overlays/1.png", "labels/overlays/*.png"):  # by its name
+        assert "labels/overlays/1.png" in find_photos([asked]).paths
+
+
 def test_one_rule_for_pools_and_commands(messy: Path) -> None:
     found = images_below(Listing(str(messy)), "day")
     assert found.paths == ["day/3.png", "day/4.jfif", "day/late/5.avif"] and found.left_out == {

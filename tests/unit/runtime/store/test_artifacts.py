@@ -237,7 +237,6 @@ def test_a_path_that_cannot_be_written(tmp_path: Path, scheme: str) -> None:
     ArtifactStore(f"{scheme}{tmp_path}/new/below").check_writable()
 
 
-@pytest.mark.parametrize("uri", ["nonsense://bucket/x", "://x"])
-def test_a_storage_uri_that_is_none(uri: str) -> None:
-    with pytest.raises(ValueError, match="cannot be written"):
-        ArtifactStore(uri).check_writable()
+def test_a_storage_uri_that_is_none() -> None:
+    with pytest.raises(ValueError, match="cannot be written: nonsense"):
+        ArtifactStore("nonsense://bucket/x").check_writable()
