@@ -5,8 +5,9 @@
     <storage>/checkpoints/<fingerprint>.json                    where an unfinished train stage can continue
 
 An artifact without a manifest does not exist: readers find an artifact's files through the manifest only, which names
-them, and a writer that died leaves an attempt that nobody reads. Writers never share a folder, so that two that make the same stage at the
-same time (see `claims.py`) cannot spoil each other's files: whichever manifest is written last names one whole attempt.
+them, and a writer that died leaves an attempt that nobody reads. Writers never share a folder, so that two that make
+the same stage at the same time (see `claims.py`) cannot spoil each other's files: whichever manifest is written last
+names one whole attempt.
 """
 
 from __future__ import annotations

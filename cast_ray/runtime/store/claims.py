@@ -15,9 +15,9 @@ never both believe that they are alone.
 Time enters only where a holder dies with its claims. It counts as dead when its file is gone or has not changed for
 DEAD_AFTER_S while we watched (by our own clock: clocks need not agree), or at once when it was a process of this
 machine that no longer runs. Two machines may have the same host name, and the first process namespace has the same
-number on all of them, so a machine is known by its boot id. A holder that was only paused that long may wake up and finish a stage that another has
-taken over. Then, as on NFS with a stale cache, a stage is made twice. That costs time and nothing else: each attempt
-writes a folder of its own (see `store.py`), and a reader finds whole artifacts only.
+number on all of them, so a machine is known by its boot id. A holder that was only paused that long may wake up and
+finish a stage that another has taken over. Then, as on NFS with a stale cache, a stage is made twice. That costs time
+and nothing else: each attempt writes a folder of its own (see `artifacts.py`), and a reader finds whole artifacts only.
 """
 
 from __future__ import annotations

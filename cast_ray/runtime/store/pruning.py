@@ -24,9 +24,9 @@ OF_STAGES = ("labels", "refresh", "validations")
 class Pruning:
     """What can go, and what stays because somebody may need it.
 
-    unfinished: artifacts without a manifest; artifacts: finished ones; leftovers: paths of attempts, checkpoints, blocks
-    of labels, claims and logs that nothing leads to any more; in_use: artifacts kept for each live sweep; planning:
-    sweeps that have not yet said what they need, so that every artifact stays.
+    unfinished: artifacts without a manifest; artifacts: finished ones; leftovers: paths of attempts, checkpoints,
+    blocks of labels, claims and logs that nothing leads to any more; in_use: artifacts kept for each live sweep;
+    planning: sweeps that have not yet said what they need, so that every artifact stays.
     """
 
     unfinished: tuple[Listed, ...]
