@@ -27,7 +27,7 @@ from rich.text import Text
 from cast_ray.common import registry
 from cast_ray.common.digest import digest_of
 from cast_ray.common.paths import absolute
-from cast_ray.contracts.records import Category, class_names
+from cast_ray.contracts.records import MAX_CHUNK_BYTES, Category, class_names
 from cast_ray.data.reading.copies import Copies
 from cast_ray.data.reading.data_report import REPORT_FILE, check_report
 from cast_ray.data.reading.index import DatasetIndex, describe
@@ -282,7 +282,7 @@ class _Parts:
         pending = self.pending.setdefault(split, [])
         pending.append(table)
         self.num_rows[split] = self.num_rows.get(split, 0) + table.num_rows
-        if sum(t.num_rows for t in pending) >= IMAGES_PER_PART:
+        if sum(t.num_rows for t in pending) >= IMAGES_PER_PART or sum(t.nbytes for t in pending) >= MAX_CHUNK_BYTES:
             self._write(split)
 
     def close(self, copies: Copies) -> None:
