@@ -37,8 +37,9 @@ from cast_ray.runtime.search.study import (
     open_study,
     reap,
 )
-from cast_ray.runtime.store.artifacts import ArtifactStore, committed, read_each
+from cast_ray.runtime.store.artifacts import ArtifactStore, read_each
 from cast_ray.runtime.store.claims import DEAD_AFTER_S, Presence, Watch
+from cast_ray.runtime.store.past_stages import note_past
 from cast_ray.runtime.sweep.broker import MAX_CALLS, Broker
 from cast_ray.runtime.sweep.planner import RowPlanner, command_line
 from cast_ray.runtime.sweep.progress import ProgressDisplay
@@ -49,10 +50,11 @@ from cast_ray.runtime.sweep.row_driver import (
     Job,
     make_trainable,
     trial_dirname,
+    tune_folder,
     write_lost,
 )
 from cast_ray.runtime.sweep.row_results import SweepContext, row_name
-from cast_ray.runtime.sweep.run import check_still_stored, say_pruning, slots_of
+from cast_ray.runtime.sweep.run import check_still_stored, keys_read, say_pruning, slots_of
 from cast_ray.runtime.sweep.trackers import Trackers
 
 MAX_PROPOSALS = 20
@@ -121,9 +123,9 @@ def run_search(
         studies: dict[str, optuna.Study] = {
             s: open_study(storage, f"{request.name}-{s}", spec, identity) for s in spec.samplers
         }
-        read = planner.fingerprints() | given(first)
-        presence.need(read)
-        check_still_stored(read, committed(store.list_artifacts()))
+        read = keys_read(planner, [first])
+        presence.need(map(fingerprint_of, read))
+        check_still_stored(map(fingerprint_of, read), map(fingerprint_of, store.find_manifests(read)))
         _reap(studies, store, presence.holder.id, console)
         left: dict[str, int] = {sampler: spec.num_trials - num_ended(study) for sampler, study in studies.items()}
         for sampler, study in studies.items():
@@ -136,7 +138,10 @@ def run_search(
         stopped = None
         if any(number > 0 for number in left.values()):
             search = _Search(request, planner, presence, storage, console)
-            stopped = search.run(studies, left)
+            try:
+                stopped = search.run(studies, left)
+            finally:
+                note_past(store, (stage.key for row in search.rows for stage in row.stages))
     return SearchOutcome(studies, stopped)
 
 
@@ -217,39 +222,39 @@ class _Search:
         asha = spec.scheduler == "asha"
         steps = getattr(self.request.recipe({}).stages, spec.early_stopping.stage).steps
         experiment = f"{self.request.name}-{sampler}-{int(time.time())}-{self.store.attempt}"
-        tuner = tune.Tuner(
-            make_trainable(self.broker, record=bool(callbacks) or asha),
-            tune_config=tune.TuneConfig(
-                search_alg=search,
-                num_samples=num_trials,
-                # A waiting row would have been proposed without knowing the results it waits beside.
-                max_concurrent_trials=slots,
-                reuse_actors=True,
-                trial_dirname_creator=trial_dirname,
-                scheduler=ASHAScheduler(
-                    time_attr=RUNG_STEP,
-                    metric=RUNG_METRIC,
-                    mode="max",
-                    max_t=steps,
-                    grace_period=spec.early_stopping.first_rung(steps),
-                    reduction_factor=spec.early_stopping.reduction,
-                )
-                if asha
-                else None,
-            ),
-            run_config=tune.RunConfig(
-                name=experiment,
-                storage_path=self.store.uri("tune"),
-                verbose=0,
-                failure_config=tune.FailureConfig(max_failures=MAX_DRIVER_FAILURES),
-                callbacks=callbacks,
-            ),
-        )
-        grid = tuner.fit()
-        for result in (grid[i] for i in range(len(grid))):
-            if result.error is not None:
-                write_lost(search.jobs[(result.config or {})["row"]], result.error)
-        self.store.delete(f"tune/{experiment}")
+        with tune_folder() as folder:
+            tuner = tune.Tuner(
+                make_trainable(self.broker, record=bool(callbacks) or asha),
+                tune_config=tune.TuneConfig(
+                    search_alg=search,
+                    num_samples=num_trials,
+                    # A waiting row would have been proposed without knowing the results it waits beside.
+                    max_concurrent_trials=slots,
+                    reuse_actors=True,
+                    trial_dirname_creator=trial_dirname,
+                    scheduler=ASHAScheduler(
+                        time_attr=RUNG_STEP,
+                        metric=RUNG_METRIC,
+                        mode="max",
+                        max_t=steps,
+                        grace_period=spec.early_stopping.first_rung(steps),
+                        reduction_factor=spec.early_stopping.reduction,
+                    )
+                    if asha
+                    else None,
+                ),
+                run_config=tune.RunConfig(
+                    name=experiment,
+                    storage_path=folder,
+                    verbose=0,
+                    failure_config=tune.FailureConfig(max_failures=MAX_DRIVER_FAILURES),
+                    callbacks=callbacks,
+                ),
+            )
+            grid = tuner.fit()
+            for result in (grid[i] for i in range(len(grid))):
+                if result.error is not None:
+                    write_lost(search.jobs[(result.config or {})["row"]], result.error)
 
     def _spent(self, name: str) -> float:
         return ray.get(self.broker.spent.remote(name))

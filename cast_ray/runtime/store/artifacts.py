@@ -30,7 +30,7 @@ import pyarrow.fs
 import pyarrow.parquet
 
 from cast_ray.common.files import PARTIAL, write_atomically
-from cast_ray.common.paths import absolute, resolve
+from cast_ray.common.paths import absolute, below, resolve
 from cast_ray.plan.graph import Stage, fingerprint_of
 
 MANIFEST = "manifest.json"
@@ -53,6 +53,11 @@ def local_copy(uri: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         pa.fs.copy_files(path, folder, source_filesystem=fs, destination_filesystem=pa.fs.LocalFileSystem())
         yield Path(folder)
+
+
+def _make_folder(fs: pa.fs.FileSystem, path: str) -> None:
+    if fs.type_name not in OBJECT_STORES:
+        fs.create_dir(path, recursive=True)
 
 
 def read_each(read: Callable[[T], R], items: Iterable[T]) -> list[R]:
@@ -127,7 +132,7 @@ class ArtifactStore:
         return fs.get_file_info(f"{root}/writable.json").mtime.timestamp()
 
     def uri(self, *parts: str) -> str:
-        return "/".join([self.storage.rstrip("/"), *parts])
+        return below(self.storage, *parts)
 
     def artifact(self, key: str) -> str:
         """URI of the folder with an artifact's files: the committed attempt's, else this store's own."""
@@ -154,8 +159,17 @@ class ArtifactStore:
         return [f"{folder}/{part}" for part in parts] or f"{folder}/{name}"
 
     def has(self, key: str) -> bool:
+        return self._is_file(f"artifacts/{key}/{MANIFEST}")
+
+    def _is_file(self, path: str) -> bool:
+        """Whether there is a file. Opening it is one request; asking an object store what a path is are two, where there
+        is none: it may be a folder."""
         fs, root = self._fs
-        return fs.get_file_info(f"{root}/artifacts/{key}/{MANIFEST}").type == pa.fs.FileType.File
+        try:
+            fs.open_input_file(f"{root}/{path}").close()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
     def list_artifacts(self) -> dict[str, Listed]:
         """Every artifact by key, committed or not (one listing)."""
@@ -180,8 +194,7 @@ class ArtifactStore:
 
     def holds(self, key: str, name: str) -> bool:
         """Whether an artifact has a file of that name."""
-        fs, root = self._fs
-        return fs.get_file_info(f"{root}/{self._folder(key)}/{name}").type == pa.fs.FileType.File
+        return self._is_file(f"{self._folder(key)}/{name}")
 
     def read_bytes(self, key: str, name: str) -> bytes:
         fs, root = self._fs
@@ -205,8 +218,7 @@ class ArtifactStore:
         if isinstance(fs, pa.fs.LocalFileSystem):
             write_atomically(target, data)
             return
-        if fs.type_name not in OBJECT_STORES:
-            fs.create_dir(target.rsplit("/", 1)[0], recursive=True)
+        _make_folder(fs, target.rsplit("/", 1)[0])
         with fs.open_output_stream(target) as file:
             file.write(data)
 
@@ -232,7 +244,7 @@ class ArtifactStore:
         self.note_added(stage, {name})
         fs, root = self._fs
         path = f"{root}/{self._folder(stage.key)}/{name}"
-        fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
+        _make_folder(fs, path.rsplit("/", 1)[0])
         with fs.open_output_stream(path) as file:
             yield file
 
@@ -248,7 +260,7 @@ class ArtifactStore:
         self.note_added(stage, {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()})
         fs, root = self._fs
         target = f"{root}/{self._folder(stage.key)}"
-        fs.create_dir(target, recursive=True)
+        _make_folder(fs, target)
         pa.fs.copy_files(str(folder), target, source_filesystem=pa.fs.LocalFileSystem(), destination_filesystem=fs)
 
     @contextlib.contextmanager
@@ -259,7 +271,7 @@ class ArtifactStore:
 
     def discard(self, stage: Stage, name: str) -> None:
         """Removes one file of an artifact that is not yet committed."""
-        self.delete(f"{self._folder(stage.key)}/{name}")
+        self.delete_file(f"{self._folder(stage.key)}/{name}")
         self._added.get(stage.key, set()).discard(name)
 
     def commit(self, stage: Stage, facts: dict[str, Any]) -> bool:
@@ -317,6 +329,12 @@ class ArtifactStore:
         found = self.find_bytes(f"artifacts/{key}/{MANIFEST}")
         return json.loads(found) if found else None
 
+    def find_manifests(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """Key -> manifest of those artifacts that exist, several read at a time."""
+        wanted = list(dict.fromkeys(keys))
+        found = zip(wanted, read_each(self.find_manifest, wanted))
+        return {key: manifest for key, manifest in found if manifest is not None}
+
     def read_table(self, key: str, name: str, columns: list[str] | None = None) -> pa.Table:
         """A Parquet file, or a folder of them, inside an artifact."""
         return pa.parquet.read_table(self._files(key, name), filesystem=self._fs[0], columns=columns)
@@ -337,7 +355,7 @@ class ArtifactStore:
             uri: `<storage>/train/<run>/<checkpoint>`; earlier runs of the stage stay in the note until it is finished.
         """
         before = self.find_checkpoint(fingerprint)
-        runs = [*(before["runs"] if before else []), uri.split("/")[-2]]
+        runs = [*(before["runs"] if before else []), uri.partition("?")[0].split("/")[-2]]
         note = {"uri": uri, "step": step, "runs": list(dict.fromkeys(runs))}
         self.write_json(f"checkpoints/{fingerprint}.json", note)
 
@@ -352,8 +370,9 @@ class ArtifactStore:
         """
         runs = {run_name}
         for fingerprint in fingerprints:
-            runs |= set((self.find_checkpoint(fingerprint) or {}).get("runs", []))
-            self.delete(f"checkpoints/{fingerprint}.json")
+            if (note := self.find_checkpoint(fingerprint)) is not None:
+                runs |= set(note["runs"])
+                self.delete_file(f"checkpoints/{fingerprint}.json")
         for run in runs:
             self.delete(f"train/{run}")
 
@@ -377,6 +396,12 @@ class ArtifactStore:
         fs, root = self._fs
         info = fs.get_file_info(f"{root}/{path}")
         return info.mtime.timestamp() if info.type == pa.fs.FileType.File and info.mtime else None
+
+    def delete_file(self, path: str) -> None:
+        """Removes one file below the storage path, if it is there; cheaper than `delete`, which asks what it is."""
+        fs, root = self._fs
+        with contextlib.suppress(FileNotFoundError):
+            fs.delete_file(f"{root}/{path}")
 
     def delete(self, path: str) -> None:
         """Removes a file or folder below the storage path, if there is one."""

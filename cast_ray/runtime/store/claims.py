@@ -194,9 +194,9 @@ class Presence:
         self.thread.join(timeout=10)
         for name in self.store.list_names("claims/stages"):
             if name.endswith(SEPARATOR + self.holder.id):
-                self.store.delete(f"claims/stages/{name}")
-        self.store.delete(f"claims/plans/{self.holder.id}.json")
-        self.store.delete(self.path)
+                self.store.delete_file(f"claims/stages/{name}")
+        self.store.delete_file(f"claims/plans/{self.holder.id}.json")
+        self.store.delete_file(self.path)
 
     def _beat(self) -> None:
         self.beats += 1
@@ -250,12 +250,12 @@ class Claims:
             if alive[holder]:
                 found[key] = holder
             else:
-                self.store.delete(f"claims/stages/{name}")
+                self.store.delete_file(f"claims/stages/{name}")
         return found
 
     def give_back(self, keys: Iterable[str]) -> None:
         for key in keys:
-            self.store.delete(self._path(key))
+            self.store.delete_file(self._path(key))
 
     def _path(self, key: str) -> str:
         return f"claims/stages/{key}{SEPARATOR}{self.holder}"

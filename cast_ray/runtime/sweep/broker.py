@@ -74,6 +74,8 @@ class Leases:
     def __init__(self, slots: int, done: set[str]):
         self.slots = slots
         self.done = set(done)
+        self.finished: list[str] = []
+        """What was added to `done` since the start, in order."""
         self.leased: dict[str, str] = {}
         self.foreign: set[str] = set()
         """Fingerprints of the stages that another sweep makes."""
@@ -102,7 +104,9 @@ class Leases:
         return unfinished
 
     def finish(self, fingerprint: str) -> None:
-        self.done.add(fingerprint)
+        if fingerprint not in self.done:
+            self.done.add(fingerprint)
+            self.finished.append(fingerprint)
         self.leased.pop(fingerprint, None)
         self.foreign.discard(fingerprint)
 
@@ -404,14 +408,18 @@ class Broker:
                 del self.tables[old]  # it lives on as long as anybody else holds it
         return [self.tables[key, names]]
 
-    async def board(self) -> dict[str, Any]:
-        """What a progress display shows: running, waiting and ended rows, fingerprints done, device-seconds spent."""
+    async def board(self, num_known: int = 0) -> dict[str, Any]:
+        """What a progress display shows: running, waiting and ended rows, stages done, device-seconds spent.
+
+        Args:
+            num_known: fingerprints of finished stages that the caller has had: only those after them are sent.
+        """
         now = time.monotonic()
         return {
             "posts": {owner: post | {"stage_s": now - post["since"]} for owner, post in self.posts.items()},
             "waiting": [w.owner for w in self.waiting],
             "ended": self.ended,
-            "done": self.leases.done,
+            "done": self.leases.finished[num_known:],
             "device_s": self.limits.spent(now),
             "stop": self.limits.reason(now),
         }
