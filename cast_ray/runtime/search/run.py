@@ -37,6 +37,7 @@ from cast_ray.runtime.search.study import (
     open_study,
     reap,
 )
+from cast_ray.runtime.shared_paths import check_shared_paths
 from cast_ray.runtime.store.artifacts import ArtifactStore, read_each
 from cast_ray.runtime.store.claims import DEAD_AFTER_S, Presence, Watch
 from cast_ray.runtime.store.past_stages import note_past
@@ -192,6 +193,7 @@ class _Search:
         cluster = connect(request.address, request.num_cpus)
         self.console.print(cluster.description, highlight=False)
         try:
+            check_shared_paths(self.store.storage, [request.recipe({}).data.root])
             slots = slots_of([request.recipe({})], cluster.resources, DRIVER_CPUS)
             self.broker = Broker.options(max_concurrency=MAX_CALLS).remote(  # type: ignore[attr-defined]
                 slots,
