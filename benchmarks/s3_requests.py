@@ -19,9 +19,9 @@ from pathlib import Path
 from measure import report
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT / "tests/helpers"))
 
-from tests.helpers.s3_server import BUCKET, S3Server
+from s3_server import BUCKET, S3Server  # noqa: E402
 
 COMMAND = ["sweeps/ablate.py", "losses", "--rows", "sup", "sup+semi", "--preset", "shapes", "--scale", "smoke"]
 NUM_SHOWN = 40

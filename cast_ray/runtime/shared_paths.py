@@ -65,8 +65,8 @@ def _refusal(field: str, folder: str, blind: list[str], num_nodes: int) -> str:
     names = ", ".join(blind[:MAX_NODES_NAMED])
     more = f" and {len(blind) - MAX_NODES_NAMED} more" if len(blind) > MAX_NODES_NAMED else ""
     return (
-        f"{field} {folder!r} is not seen by {len(blind)} of the cluster's {num_nodes} nodes ({names}{more}): expected a "
-        "folder that all nodes share, or a URI such as s3://BUCKET/FOLDER"
+        f"{field} {folder!r} is not seen by {len(blind)} of the cluster's {num_nodes} nodes ({names}{more}): expected "
+        "a folder that all nodes share, or a URI such as s3://BUCKET/FOLDER"
     )
 
 

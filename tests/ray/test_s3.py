@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from tests.helpers.s3_server import BUCKET, S3Server
+from s3_server import BUCKET, S3Server
 
 pytestmark = pytest.mark.timeout(1800)
 

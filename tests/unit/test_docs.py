@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from cast_ray.cli.main import COMMANDS
+
 from cast_ray.recipe import recipe_keys
 from cast_ray.recipe.variants import is_variant
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from s3_server import S3Server
 
 from cast_ray.common.paths import below, in_few_requests, write_bytes
 from cast_ray.data.reading import images
@@ -18,7 +19,6 @@ from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.claims import Claims, Presence
 from cast_ray.runtime.store.past_stages import PATH, note_past, past_manifests
 from cast_ray.runtime.store.pruning import find_prunable, prune
-from tests.helpers.s3_server import S3Server
 
 STAGE = Stage("distill", "train", {}, {}, "a" * 20, steps=4)
 
