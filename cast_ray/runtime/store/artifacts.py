@@ -162,8 +162,8 @@ class ArtifactStore:
         return self._is_file(f"artifacts/{key}/{MANIFEST}")
 
     def _is_file(self, path: str) -> bool:
-        """Whether there is a file. Opening it is one request; asking an object store what a path is takes two where there
-        is none, which may be a folder."""
+        """Whether there is a file. Opening it is one request to an object store; asking what a path is takes two where
+        there is no file, since it may be a folder."""
         fs, root = self._fs
         try:
             fs.open_input_file(f"{root}/{path}").close()
