@@ -6,7 +6,7 @@ SHELL := bash
 
 PY := .venv/bin/python
 STAMP := .venv/.installed
-CODE := $(foreach folder,cast_ray sweeps tests benchmarks,$(if $(shell find $(folder) -name '*.py' 2>/dev/null | head -1),$(folder)))
+CODE := $(foreach folder,cast_ray sweeps tests benchmarks examples,$(if $(shell find $(folder) -name '*.py' 2>/dev/null | head -1),$(folder)))
 PYTHONS := python3 python3.13 python3.12 python3.11
 FITS := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 # One line per fetched package: pip's own output is either nothing for minutes or several lines a package.

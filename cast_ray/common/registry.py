@@ -46,18 +46,38 @@ ROWS: dict[str, dict[str, str]] = {
 }
 
 
+PATTERN = r"\w+(\.\w+)*:\w+"
+"""`MODULE:ATTRIBUTE`, as a regular expression."""
+
+
+def import_named(name: str) -> Any:
+    """Imports `MODULE:ATTRIBUTE`, the user's own code.
+
+    Raises:
+        ValueError: there is no such module or no such name in it, or the module itself fails.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except Exception as error:  # the user's module may raise anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{name!r}: expected MODULE:NAME that Python can import here: {reason}") from error
+
+
 def lookup(kind: str, name: str) -> Any:
-    """The object that a recipe names.
+    """Returns the object that a recipe names.
 
     Args:
         kind: datasets, encoders, decoders or teachers.
-        name: a name of that kind.
+        name: a name of that kind, or `MODULE:ATTRIBUTE` of code that is not part of this package.
 
     Raises:
-        ValueError: unknown kind or name; the message names the nearest known one.
+        ValueError: unknown kind or name (the message names the nearest known one), or code that cannot be imported.
     """
     if kind not in ROWS:
         raise ValueError(f"unknown kind {kind!r}{nearest(kind, list(ROWS))}")
+    if ":" in name:
+        return import_named(name)
     if name not in ROWS[kind]:
         raise ValueError(f"unknown name {name!r} in {kind}{nearest(name, list(ROWS[kind]))}")
     module, _, attribute = ROWS[kind][name].partition(":")

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from cast_ray.common.registry import import_named
 from cast_ray.contracts.records import Batch, Targets
 from cast_ray.losses.contrastive.loss import contrastive_loss, temperature_at
 from cast_ray.losses.contrastive.pixel_problem import Gather
@@ -33,7 +34,7 @@ class Objective:
     """The loss of every stage. `weights` holds the weight of each term by exact name, `weights_at` those at a time.
 
     Terms: `sup/<term>` on D_l, `semi/<term>` on pseudo-labels (both the set loss and, for models with proposals, their
-    auxiliary loss, or the terms of `criterion`), `pxl` on all images of the step.
+    auxiliary loss, or the terms of `criterion`), `pxl` on all images of the step, `extra` by `loss.extra_term`.
 
     Args:
         loss: weights of the terms.
@@ -61,6 +62,9 @@ class Objective:
         self.weights = {f"sup/{name}": weight for name, weight in own.items()}
         if loss.lambda_semi > 0:
             self.weights |= {f"semi/{name}": loss.lambda_semi * weight for name, weight in own.items()}
+        self.extra = import_named(loss.extra_term) if loss.extra_term else None
+        if self.extra is not None:
+            self.weights["extra"] = loss.extra_weight
         if contrastive is not None:
             self.weights["pxl"] = loss.lambda_pxl
 
@@ -85,6 +89,8 @@ class Objective:
     ) -> tuple[Terms, torch.Tensor | None]:
         """Terms of one worker's share of a step and, with `diagnose`, the contrastive term's statistics."""
         terms = self._own_terms(output, batch, generator)
+        if self.extra is not None:
+            terms["extra"] = self.extra(output, batch)
         if self.contrastive is None:
             return terms, None
         assert output.z_weak is not None and output.z_strong is not None
@@ -102,7 +108,7 @@ class Objective:
             gather=self.gather if self.contrastive.gather else None,
             with_diagnostics=diagnose,
         )
-        return terms | {"pxl": (pxl.sum, pxl.count)}, pxl.statistics
+        return {**terms, "pxl": (pxl.sum, pxl.count)}, pxl.statistics
 
     def diagnose(self, statistics: torch.Tensor, step: int) -> dict[str, float]:
         """Margin, false-negative rate and the rest from a step's statistics, summed over workers."""

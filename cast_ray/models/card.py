@@ -16,12 +16,12 @@ _USE = """
 ## Use
 
 ```sh
-python -m cast_ray.predict PHOTOS --student THIS_FOLDER --out OUT
+cast-ray predict PHOTOS --student THIS_FOLDER --out OUT
 ```
 
 ```python
 import torch
-from cast_ray.models.student import Student
+from cast_ray import Student
 from cast_ray.data.views import fit_image
 
 student = Student.from_pretrained("THIS_FOLDER")

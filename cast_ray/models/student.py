@@ -21,8 +21,8 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 from transformers.utils import cached_file
 
-import cast_ray
 from cast_ray.common.files import write_atomically
+from cast_ray.common.version import VERSION
 from cast_ray.contracts.records import Category, Predictions, class_names
 from cast_ray.models.autocast import DTYPES, autocast
 from cast_ray.models.card import model_card
@@ -97,7 +97,7 @@ class Student(nn.Module):
         return {
             "model_type": MODEL_TYPE,
             "architectures": ["Student"],
-            "cast_ray_version": cast_ray.__version__,
+            "cast_ray_version": VERSION,
             "model": self.segmenter.config.model_dump(mode="json"),
             "encoder_config": encoder.architecture,
             "categories": [{"id": c.id, "name": c.name} for c in self.categories],

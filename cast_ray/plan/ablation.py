@@ -24,7 +24,20 @@ from cast_ray.plan.settings import overridden, settings_of
 from cast_ray.recipe import SCALES, Recipe, build_recipe, preset_names
 from cast_ray.recipe.strict_yaml import read_yaml
 
-TABLES_DIR = Path(__file__).parents[2] / "sweeps" / "tables"
+
+def shipped_folder(name: str, in_checkout: str) -> Path:
+    """Returns the folder of YAML files that come with cast_ray: inside an installed package, beside it in a checkout.
+
+    Args:
+        name: of the folder in the package (see `setup.py`).
+        in_checkout: of the folder in `sweeps/`.
+    """
+    package = Path(__file__).parents[1]
+    installed = package / name
+    return installed if installed.is_dir() else package.parent / "sweeps" / in_checkout
+
+
+TABLES_DIR = shipped_folder("tables", "tables")
 DEFAULT_PRESET, DEFAULT_SCALE = "shapes", "demo"
 
 # Of directories and trials; a slash would nest them, a leading dot hide them.

@@ -9,12 +9,15 @@ dataset's content hash. Equal fingerprints are one artifact, whatever rows, seed
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from cast_ray.common.digest import digest_of
+from cast_ray.common.registry import import_named
 from cast_ray.recipe import DataConfig, InputSize, Precision, Recipe, TrainConfig
 from cast_ray.recipe.part import Part
 
@@ -32,6 +35,8 @@ OPTIONAL = {
     "loss": ("semi_view", "burn_in_fraction", "soft_targets"),
 }
 """Fields of a part of the recipe that do nothing at their default: they enter a stage's identity only where they do."""
+EXTRA_TERM = ("extra_term", "extra_weight")
+"""Fields of the loss that act in step 2b alone, and only where there is such a term."""
 
 
 VIEW_FIELDS = (
@@ -256,7 +261,9 @@ class _Planner:
         if name == "distill" and recipe.data.copy_paste:
             data_part["copy_paste"] = recipe.data.copy_paste
         of_student = OPTIONAL["loss"] if labels is None or by_teacher else ()
-        loss_part = _without_unused(recipe.loss, OPTIONAL["loss"], exclude=of_student)
+        has_extra = name == "distill" and bool(recipe.loss.extra_term)
+        not_here = of_student if has_extra else (*of_student, *EXTRA_TERM)
+        loss_part = _without_unused(recipe.loss, OPTIONAL["loss"], exclude=not_here)
         loss_part |= {"lambda_semi": semi if labels else 0.0, "lambda_pxl": pxl}
         if labels is None:
             loss_part.pop("pseudo_weighting")
@@ -274,6 +281,8 @@ class _Planner:
         if seed is None:  # only where they differ, so that naming the default changes no fingerprint
             own = {"init_seed": recipe.init_seed, "order_seed": recipe.order_seed}
             config |= {name: value for name, value in own.items() if value not in (None, recipe.seed)}
+        if has_extra:
+            config["extra_term_code"] = _code_digest(recipe.loss.extra_term)
         refresh = recipe.labels.refresh_steps
         if labels is not None and name in recipe.labels.refresh_stages and refresh:
             config["refresh_steps"] = refresh
@@ -360,6 +369,22 @@ def _without_unused(part: Part, optional: Iterable[str], exclude: Iterable[str] 
     """A part as plain data, without those of the optional fields that have their default."""
     unused = {name for name in optional if getattr(part, name) == type(part).model_fields[name].default}
     return part.model_dump(exclude={*exclude, *unused})
+
+
+def _code_digest(name: str) -> str:
+    """Returns a digest of the source file of `MODULE:FUNCTION`, so that a changed loss term is another stage.
+
+    Raises:
+        ValueError: the function cannot be imported, or its source is not a file.
+    """
+    try:
+        function = import_named(name)
+        path = inspect.getsourcefile(function)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"loss.extra_term: {error}") from None
+    if path is None or not callable(function):
+        raise ValueError(f"loss.extra_term {name!r}: expected a function in a Python file")
+    return digest_of(Path(path).read_text())
 
 
 def input_size_of(stage: Stage) -> InputSize:

@@ -13,10 +13,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cast_ray.common.text import nearest
-from cast_ray.plan.ablation import DEFAULT_PRESET, DEFAULT_SCALE, explain, read_spec, resolve_recipe
+from cast_ray.plan.ablation import DEFAULT_PRESET, DEFAULT_SCALE, explain, read_spec, resolve_recipe, shipped_folder
 from cast_ray.recipe import Recipe
 
-SEARCH_DIR = Path(__file__).parents[2] / "sweeps" / "search"
+SEARCH_DIR = shipped_folder("searches", "search")
 RUNG_METRIC = "val/mask_ap"
 """What trials are stopped early by: AP on the validation images while the stage trains (percent)."""
 REFUSED_SCHEDULERS = {

@@ -37,7 +37,7 @@ def settings_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         recipe: as plain data (`Recipe.model_dump`, or from a `result.json`).
     """
-    flat = _flatten(json.loads(json.dumps(recipe, default=list)))
+    flat = flatten(json.loads(json.dumps(recipe, default=list)))
     settings = {key: value for key, value in flat.items() if not changes_nothing(key) and key not in OF_PRECISION}
     if all(key in flat for key in OF_PRECISION):
         amp, use_gpu = (flat[key] for key in OF_PRECISION)
@@ -52,11 +52,12 @@ def changes_nothing(key: str) -> bool:
     return key in NO_SETTING or is_runtime or (part.startswith("stages.") and name in HOW_IT_RUNS)
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested plain data as dotted key -> value; a teacher's synonyms stay one value."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         is_part = isinstance(value, Mapping) and prefix + key != "teacher.prompt.synonyms"
-        flat |= _flatten(value, f"{prefix}{key}.") if is_part else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if is_part else {prefix + key: value}
     return flat
 
 

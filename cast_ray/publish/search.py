@@ -75,7 +75,7 @@ class SearchRun:
 
 @dataclass(frozen=True)
 class SearchReport:
-    """What was written. best: a table of the best points, for ablate.py; None: no trial has finished."""
+    """What was written. best: a table of the best points, for `cast-ray ablate`; None: no trial has finished."""
 
     article: Article
     state: str
@@ -154,9 +154,7 @@ def show_search(report: SearchReport, console: Console) -> int:
     console.print(Markdown(markdown_page([shown]).removeprefix("# \n")))
     console.print(f"\nReport: {report.html}", soft_wrap=True, highlight=False)
     if report.best is not None:
-        console.print(
-            f"Go on with: python sweeps/ablate.py {report.best} --seeds 0 1 2", soft_wrap=True, highlight=False
-        )
+        console.print(f"Continue with: cast-ray ablate {report.best} --seeds 0 1 2", soft_wrap=True, highlight=False)
     return 0 if report.best is not None else 1
 
 
@@ -178,7 +176,7 @@ def search_article(plan: SearchRun, studies: Studies) -> Article:
 
 
 def best_table(spec: SearchSpec, front: Sequence[FrozenTrial], recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The base recipe and the best points as a table that ablate.py runs, for example on more seeds.
+    """The base recipe and the best points as a table that `cast-ray ablate` runs, for example on more seeds.
 
     Early stopping validates beside training; the table does not, which changes no weight.
     """

@@ -47,7 +47,7 @@ def announce(
     digests = [recipe_digest(json.loads(recipe.model_dump_json())) for recipe in recipes.values()]
     write_plan(out, [table], expected, results_uri, digests, {table.name: settings})
     console.print(f"  report   {out / 'report.html'}", soft_wrap=True, highlight=False)
-    console.print(f"    live: python sweeps/ablate.py report {out} --watch", soft_wrap=True, highlight=False)
+    console.print(f"    live: cast-ray report {out} --watch", soft_wrap=True, highlight=False)
 
 
 def publish(sweep: Sweep, table: Table, out: Path, console: Console) -> int:

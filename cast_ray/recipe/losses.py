@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from cast_ray.common.registry import PATTERN
 from cast_ray.recipe.part import Part
 
 
@@ -46,6 +48,20 @@ class LossConfig(Part):
     pseudo_weighting: Literal["hard", "score"] = "hard"
     """Weight of a pseudo-label: 1, or the teacher's score. The terms are divided by the number of labels, not by the
     sum of their weights: a step whose only label has score 0.5 counts half."""
+
+    extra_term: str = ""
+    """A term of your own in the student's J of step 2b: `MODULE:FUNCTION`, which Python must be able to import here and
+    in Ray's workers; empty: none. `FUNCTION(output, batch)` returns (sum, count), two scalar tensors of this worker's
+    images; see `examples/own_loss.py`. The text of the module is part of the stage's identity."""
+    extra_weight: float = Field(1.0, ge=0)
+    """Weight of `extra_term`."""
+
+    @field_validator("extra_term")
+    @classmethod
+    def _names_a_function(cls, value: str) -> str:
+        if value and not re.fullmatch(PATTERN, value):
+            raise ValueError("expected MODULE:FUNCTION of a loss term of your own, or nothing")
+        return value
 
 
 class ContrastiveConfig(Part):

@@ -11,6 +11,8 @@ from cast_ray.recipe.models import ModelConfig
 from cast_ray.recipe.part import Part
 
 KINDS = ("expert", "mask2former", "grounded_sam", "sam3", "ensemble")
+PUBLISHED = KINDS[1:]
+"""Kinds whose published weights label images without any training."""
 
 
 class PromptConfig(Part):

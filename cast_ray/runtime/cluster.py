@@ -13,7 +13,7 @@ from typing import Any
 from cast_ray.common.text import first_line
 
 # One machine, few stages of a minute each: starting and stopping worker groups is what costs. These settings bring one
-# from 17 s to 12 s on two cores; each gives up a feature that matters on a cluster only (see the README, operations).
+# from 17 s to 12 s on two cores; each gives up a feature that matters on a cluster only (docs/operations.md).
 LOCAL_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",

@@ -11,12 +11,12 @@ import pytest
 import ray
 from PIL import Image
 
+from cast_ray.cli import ablate
 from cast_ray.contracts.records import Category
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.models.student import Student
 from cast_ray.recipe import build_recipe
 from cast_ray.runtime.sweep import run as sweep_module
-from sweeps import ablate
 
 NUM_IMAGES = 24
 SQUARE = [[2, 1, 6, 1, 6, 4, 2, 4]]

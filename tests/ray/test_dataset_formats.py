@@ -12,13 +12,13 @@ import pytest
 import ray
 from dataset_folders import write_ade20k, write_ade20k_full, write_cityscapes
 
+from cast_ray.cli import ablate
 from cast_ray.data.formats.cityscapes import index
 from cast_ray.data.reading.reader import Reading, in_threads
 from cast_ray.recipe import DataConfig
 from cast_ray.runtime.cluster import Cluster
 from cast_ray.runtime.data import dataset as dataset_module
 from cast_ray.runtime.sweep import run as sweep_module
-from sweeps import ablate
 
 WRITERS = {"cityscapes": write_cityscapes, "ade20k": write_ade20k}
 Run = Callable[..., tuple[int, str, str]]

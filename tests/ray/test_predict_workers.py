@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 KILLED_AFTER_12 = """
 import os, sys
-from cast_ray import predict, unfinished
+from cast_ray.cli import predict, unfinished
 add, left = unfinished.FinishedImages.add, [12]
 def killed(self, row):
     add(self, row)
@@ -55,7 +55,7 @@ def killed(self, row):
     if not left[0]:
         os.kill(os.getpid(), 9)
 unfinished.FinishedImages.add = killed
-predict.main()
+predict.main(sys.argv[1:])
 """
 
 

@@ -84,17 +84,17 @@ def test_the_second_run_reuses_what_is_stored(
 
 
 def test_the_report_and_the_student_are_read_from_there(folder: Path, first: dict[str, Any], tmp_path: Path) -> None:
-    run("sweeps/ablate.py", "report", str(folder / "runs/losses-shapes-smoke"))
+    run("-m", "cast_ray", "report", str(folder / "runs/losses-shapes-smoke"))
     (student,) = [s["artifact"] for s in first["stages"] if s["name"] == "distill"]
     assert student.startswith(STORAGE)
     images = f"s3://{BUCKET}/storage/datasets/shapes-4-12-4-s{first['recipe']['data']['shapes']['seed']}/**/*.png"
-    run("-m", "cast_ray.predict", images, "--student", student, "--out", str(tmp_path), "--device", "cpu")
+    run("-m", "cast_ray", "predict", images, "--student", student, "--out", str(tmp_path), "--device", "cpu")
     assert json.loads((tmp_path / "images.json").read_text())["images"]
 
 
 def test_the_store_is_listed_shown_and_pruned(first: dict[str, Any]) -> None:
-    assert "artifacts" in run("sweeps/ablate.py", "store", "ls", "--storage", STORAGE)
+    assert "artifacts" in run("-m", "cast_ray", "store", "ls", "--storage", STORAGE)
     (key,) = [s["fingerprint"] for s in first["stages"] if s["name"] == "distill"]
-    assert key in run("sweeps/ablate.py", "store", "show", key, "--storage", STORAGE)
-    assert "pruned" in run("sweeps/ablate.py", "store", "gc", "--yes", "--storage", STORAGE)
-    assert key in run("sweeps/ablate.py", "store", "show", key, "--storage", STORAGE)  # of a result that is there
+    assert key in run("-m", "cast_ray", "store", "show", key, "--storage", STORAGE)
+    assert "pruned" in run("-m", "cast_ray", "store", "gc", "--yes", "--storage", STORAGE)
+    assert key in run("-m", "cast_ray", "store", "show", key, "--storage", STORAGE)  # of a result that is there

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cast_ray import export, predict
+from cast_ray.cli import export, predict
 from cast_ray.runtime.store.models import open_student
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
-from cast_ray.cli.main import COMMANDS
 
+from cast_ray.cli.main import COMMANDS, main
+from cast_ray.plan.ablation import load_table
+from cast_ray.plan.search import load_search
 from cast_ray.recipe import recipe_keys
 from cast_ray.recipe.variants import is_variant
 
@@ -105,6 +108,27 @@ def missing_names(root: Path) -> Iterator[str]:
                 yield f"{path.relative_to(root)}: {name}: no {', '.join(lost)} in {', '.join(named)}"
 
 
+def commands_in(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Each command of a document: its name (`store gc` is one), and the options that it is given."""
+    code = [*re.findall(r"`([^`\n]+)`", text), *re.findall(r"^ *```.*?^ *```", text, flags=re.M | re.S)]
+    for line in "\n".join(code).replace("\\\n", " ").splitlines():
+        for part in re.split(r"&&|#", line):
+            if called := re.search(r"(?:cast-ray|python sweeps/ablate\.py) (\w.*)", part):
+                words = called[1].split()
+                words = ["ablate", *words] if "sweeps/ablate.py" in part else words
+                name = words[:2] if words[0] == "store" else words[:1]
+                yield " ".join(name), [word.partition("=")[0] for word in words if word.startswith("--")]
+
+
+def unknown_options(root: Path, help_of: Callable[[str], str]) -> Iterator[str]:
+    """Options that a document gives to a command which does not have them."""
+    for path in documents(root):
+        for name, options in commands_in(path.read_text()):
+            for option in options:
+                if name.split()[0] in COMMANDS and not re.search(rf"(?<![\w-]){option}(?![\w-])", help_of(name)):
+                    yield f"{path.relative_to(root)}: cast-ray {name} {option}: no such option"
+
+
 def texts_of(root: Path) -> list[str]:
     """Every text in the code, with `{}` for what is put into it."""
     found: list[str] = []
@@ -162,12 +186,40 @@ def test_named_commands_and_recipe_keys_exist() -> None:
     assert list(unknown_words(ROOT)) == []
 
 
+@pytest.fixture
+def help_of(capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
+    """What `cast-ray NAME --help` prints."""
+
+    @cache
+    def read(name: str) -> str:
+        with pytest.raises(SystemExit):
+            main([*name.split(), "--help"])
+        return capsys.readouterr().out
+
+    return read
+
+
+def test_commands_have_the_options_that_they_are_given(help_of: Callable[[str], str]) -> None:
+    assert list(unknown_options(ROOT, help_of)) == []
+
+
 def test_named_functions_and_fields_are_where_they_are_said_to_be() -> None:
     assert list(missing_names(ROOT)) == []
 
 
 def test_explained_messages_are_in_the_code() -> None:
     assert untold_messages(ROOT) == []
+
+
+@pytest.mark.parametrize(("page", "load"), [("sweeps.md", load_table), ("search.md", load_search)])
+def test_the_tables_and_searches_that_are_shown_can_be_read(
+    page: str, load: Callable[[Path], object], tmp_path: Path
+) -> None:
+    shown = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs" / page).read_text(), flags=re.M | re.S)
+    assert shown
+    for text in shown:
+        (tmp_path / "shown.yaml").write_text(text)
+        load(tmp_path / "shown.yaml")
 
 
 def test_every_table_is_described() -> None:
@@ -233,6 +285,17 @@ def test_planted_faults_are_found(repository: Path, planted: str) -> None:
     readme = repository / "README.md"
     readme.write_text(f"{readme.read_text()}\n{text}\n")
     assert faults(repository) == [fault]
+
+
+def test_planted_options_are_found(repository: Path) -> None:
+    readme = repository / "README.md"
+    readme.write_text(
+        f"{readme.read_text()}\n`cast-ray ablate losses --dry`\n\n```sh\n"
+        "cast-ray ablate losses \\\n  --far=1   # --no\npython sweeps/ablate.py losses --dry-run --near\n```\n"
+    )
+    assert list(unknown_options(repository, lambda name: "--dry-run --set KEY=VALUE")) == [
+        f"README.md: cast-ray ablate {option}: no such option" for option in ("--dry", "--far", "--near")
+    ]
 
 
 def test_planted_messages_are_found(repository: Path) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from cast_ray.cli.main import COMMANDS
+
 ROOT = Path(__file__).parents[2]
 # Low to high; a module may import modules of lower layers and of its own room. A room is `cast_ray/<name>/`, and in
 # `runtime/` each folder and file is a room of its own.
@@ -29,22 +31,24 @@ LAYERS = [
     ("runtime.search",),
     ("report",),
     ("publish",),
-    ("console",),
-    ("unfinished",),
-    ("predict", "export", "datasets"),
-    ("label",),
+    ("inference",),
+    ("cli",),
+    ("__main__", "predict", "label", "export", "datasets"),  # `python -m cast_ray.predict` and the like start cli
     ("sweeps",),
 ]
 LAYER = {room: i for i, rooms in enumerate(LAYERS) for room in rooms}
 # The report is made from files alone: it uses what it is given, and nothing that reads a store.
 REPORT_MAY_USE = {"report", "common", "recipe", "contracts", "data", "models", "evaluation", "plan"}
-RAY_AT_HOME = {"runtime", "sweeps"}
+RAY_AT_HOME = {"runtime"}
+ARGPARSE_AT_HOME = {"cli"}
 DISTRIBUTED_AT_HOME = {"engine", "runtime.worker"}
 LIGHT = [
     "cast_ray.runtime.sweep.run",
     "cast_ray.runtime.search.run",
     "cast_ray.runtime.store.claims",
     "cast_ray.plan.search",
+    "cast_ray.cli.main",
+    *(f"cast_ray.cli.{command}" for command in COMMANDS),
 ]
 """Modules that load no torch: a row's driver and a command that only plans would wait for it."""
 
@@ -107,6 +111,8 @@ def violations(root: Path) -> list[str]:
                 found.append(f"{where}:{line}: imports ray outside {' and '.join(sorted(RAY_AT_HOME))}")
             elif f"{name}.".startswith("torch.distributed.") and room not in DISTRIBUTED_AT_HOME:
                 found.append(f"{where}:{line}: torch.distributed outside {' and '.join(sorted(DISTRIBUTED_AT_HOME))}")
+            elif top == "argparse" and room not in ARGPARSE_AT_HOME:
+                found.append(f"{where}:{line}: imports argparse outside {' and '.join(sorted(ARGPARSE_AT_HOME))}")
             elif other in LAYER and not is_allowed(room, other):
                 found.append(f"{where}:{line}: {room} imports {other}, which is not below it")
     return found
@@ -182,6 +188,13 @@ PLANTED = [
         "report imports runtime",
     ),
     ("cast_ray/report/bad.py", "from cast_ray.publish.sweep import publish_row\n", "report imports publish"),
+    ("cast_ray/publish/bad.py", "from cast_ray.cli.options import Parser\n", "publish imports cli"),
+    ("cast_ray/inference/bad.py", "def f():\n    from cast_ray.cli import predict\n", "inference imports cli"),
+    ("cast_ray/cli/bad.py", "from cast_ray.predict import main\n", "cli imports predict"),
+    ("cast_ray/cli/bad.py", "from sweeps.ablate import main\n", "cli imports sweeps"),
+    ("cast_ray/cli/bad.py", "import ray\n", "imports ray outside"),
+    ("cast_ray/inference/bad.py", "import argparse\n", "imports argparse outside"),
+    ("sweeps/bad.py", "from argparse import ArgumentParser\n", "imports argparse outside"),
     ("cast_ray/utils.py", "", "has no place in the layers"),
     ("cast_ray/runtime/utils.py", "", "has no place in the layers"),
 ]
@@ -190,7 +203,8 @@ ALLOWED = [
     ("cast_ray/engine/good.py", "import torch.distributed as dist\nfrom cast_ray.models.segmenter import build\n"),
     ("cast_ray/runtime/sweep/good.py", "import ray\nfrom cast_ray.plan import graph\nimport raylike\n"),
     ("cast_ray/report/good.py", "from cast_ray.plan.ablation import Table\n"),
-    ("sweeps/good.py", "import ray\nfrom cast_ray.report.tables import write_report\n"),
+    ("cast_ray/cli/good.py", "import argparse\nfrom cast_ray.inference.predictor import Predictor\n"),
+    ("sweeps/good.py", "from cast_ray.cli.main import main\n"),
 ]
 CIRCLES = [
     ("from cast_ray.plan import b\n", "from cast_ray.plan.a import x\n"),

@@ -138,7 +138,7 @@ def split(
             raise ValueError(
                 f"{chosen} {len(has_object)} labelled images, of which {num_empty} have no object and are left out: "
                 f"expected at least 1 per worker ({min_labelled}), or data.drop_empty=false; "
-                "`python -m cast_ray.datasets inspect` shows what the annotations hold and why"
+                "`cast-ray inspect` shows what the annotations hold and why"
             )
     named = source.label_list is not None and source.label_list.positions is None
     facts = {

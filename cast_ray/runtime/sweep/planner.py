@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-import cast_ray
+from cast_ray.common.version import VERSION
 from cast_ray.plan.cost import Size
 from cast_ray.plan.graph import NoTeacherError, RowPlan, plan, split_part
 from cast_ray.recipe import DataConfig, Recipe
@@ -25,8 +25,14 @@ from cast_ray.runtime.sweep.row_results import SweepContext
 
 
 def command_line() -> str:
-    """What the user typed."""
-    return shlex.join(["python", *sys.argv])
+    """Returns what the user typed, as it can be typed again."""
+    program, *arguments = sys.argv
+    path = Path(program)
+    if path.name == "__main__.py":
+        return shlex.join(["python", "-m", path.parent.name, *arguments])
+    if path.suffix == ".py":
+        return shlex.join(["python", program, *arguments])
+    return shlex.join([path.name, *arguments])
 
 
 class RowPlanner:
@@ -179,13 +185,16 @@ def _dataset_key(data: DataConfig) -> str:
 
 @cache
 def _code_version() -> str:
-    """The package's version and, in a git checkout, its commit."""
-    folder = Path(cast_ray.__file__).parent
+    """Returns the package's version and, in a git checkout of it, its commit."""
+    here = Path(__file__)
+    # An installed package may lie in a folder of somebody's repository (`.venv`), whose commit says nothing about it.
+    commands = (["git", "ls-files", "--error-unmatch", here.name], ["git", "describe", "--always", "--dirty"])
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True, timeout=10
-        )
+        for command in commands:
+            done = subprocess.run(command, cwd=here.parent, capture_output=True, text=True, timeout=10)
+            if done.returncode != 0:
+                return VERSION
     except (OSError, subprocess.TimeoutExpired):
-        return cast_ray.__version__
-    commit = described.stdout.strip()
-    return f"{cast_ray.__version__}+{commit}" if described.returncode == 0 and commit else cast_ray.__version__
+        return VERSION
+    commit = done.stdout.strip()
+    return f"{VERSION}+{commit}" if commit else VERSION

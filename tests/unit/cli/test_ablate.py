@@ -13,13 +13,13 @@ import ray
 import yaml
 from dataset_folders import write_ade20k, write_cityscapes
 
+from cast_ray.cli import ablate, search
 from cast_ray.plan.ablation import table_names
 from cast_ray.plan.graph import plan, plan_sweep
 from cast_ray.recipe import build_recipe
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.sweep import run as sweep
 from cast_ray.runtime.sweep.run import sweep_name
-from sweeps import ablate, search
 
 TINY = ["data.shapes.num_source=8", "data.shapes.num_train=12", "data.shapes.num_val=4"]
 SMALL = ["--scale", "smoke", *(part for setting in TINY for part in ("--set", setting))]

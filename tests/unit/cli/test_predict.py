@@ -16,8 +16,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from cast_ray import predict
-from cast_ray.console import EXIT_BAD_INPUT
+from cast_ray.cli import predict
+from cast_ray.cli.options import EXIT_BAD_INPUT, EXIT_FAILED
 from cast_ray.contracts.records import RECORD_SCHEMA, Category, encode_image_id
 from cast_ray.data.views import fit_image
 from cast_ray.evaluation.coco_ap import mask_ap
@@ -148,7 +148,7 @@ def test_half_precision(student: Path, photos: Path, tmp_path: Path) -> None:
 
 
 def test_only_bad_images(student: Path, photos: Path, tmp_path: Path) -> None:
-    assert run(photos / "broken.jpg", "--student", student, "--out", tmp_path / "out") == predict.EXIT_NOTHING
+    assert run(photos / "broken.jpg", "--student", student, "--out", tmp_path / "out") == EXIT_FAILED
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == []
 
 

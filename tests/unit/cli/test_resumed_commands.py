@@ -17,15 +17,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cast_ray import label, predict
+from cast_ray.cli import label, predict
+from cast_ray.cli.options import EXIT_BAD_INPUT, EXIT_INTERRUPTED
+from cast_ray.cli.unfinished import JOURNAL
 from cast_ray.common.files import PARTIAL
-from cast_ray.console import EXIT_BAD_INPUT, EXIT_INTERRUPTED
 from cast_ray.contracts.records import Category
+from cast_ray.inference.predictor import Predictor
+from cast_ray.inference.result_files import JsonList
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.models.student import Student
-from cast_ray.predict import JsonList, Predictor
 from cast_ray.recipe import EncoderConfig, ModelConfig
-from cast_ray.unfinished import JOURNAL
 
 NUM_PHOTOS = 7
 FILES = {"predict": ("results.json", "images.json"), "label": ("instances.json",)}
@@ -150,8 +151,8 @@ def test_a_killed_command_resumes(command: Command, tmp_path: Path) -> None:
     out = tmp_path / "out"
     script = f"""
 import os, sys
-from cast_ray import {command.name}
-from cast_ray.unfinished import FinishedImages
+from cast_ray.cli import {command.name}
+from cast_ray.cli.unfinished import FinishedImages
 add, left = FinishedImages.add, [3]
 def killed(self, row):
     left[0] -= 1

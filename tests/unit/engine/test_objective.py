@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -154,3 +156,29 @@ def test_the_host_waits_once_a_step(column: str, monkeypatch: pytest.MonkeyPatch
         loss, _ = weighted_sum(terms, objective.weights, World().all_reduce_sum, 1)
         loss.backward()
     assert copies == [1] and reads.found == []
+
+
+def half_of_all_masks(output: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """A term of a user's own."""
+    masks = output.predictions.mask_logits[-1]
+    return masks.sum() / 2, torch.tensor(float(masks.numel()))
+
+
+def test_a_term_of_ones_own_is_added_to_j(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("own_terms")
+    module.half = half_of_all_masks  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "own_terms", module)
+    loss = SEMI.model_copy(update={"extra_term": "own_terms:half", "extra_weight": 0.25})
+    for contrastive in (None, CONTRAST):
+        network = make_network(contrastive)
+        output = network(BATCH.weak, BATCH.strong)
+        objective = Objective(loss, contrastive)
+        terms, _ = objective(output, BATCH, 0, torch.Generator().manual_seed(0))
+        assert list(terms) == list(objective.weights) and objective.weights["extra"] == 0.25  # means are by place
+        without, _ = Objective(SEMI, contrastive)(output, BATCH, 0, torch.Generator().manual_seed(0))
+        j, j_without = (
+            weighted_sum(t, {n: objective.weights[n] for n in t}, World().all_reduce_sum, 1)[0]
+            for t in (terms, without)
+        )
+        expected = output.predictions.mask_logits[-1].mean() / 2 * 0.25
+        assert torch.allclose(j - j_without, expected, atol=1e-5)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cast_ray import predict
+from cast_ray.cli import predict
 from cast_ray.contracts.records import Category
 from cast_ray.data.views import fit_image
 from cast_ray.models.autocast import fastest_precision, require_precision

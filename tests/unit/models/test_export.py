@@ -12,7 +12,7 @@ import torch
 from hub_folders import save_folder
 from pycocotools import mask as coco_mask
 
-from cast_ray import export
+from cast_ray.cli import export
 from cast_ray.contracts.records import Category
 from cast_ray.models.export import OUTPUTS, Detector, export_onnx
 from cast_ray.models.segmenter import build_segmenter

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cast_ray import export
+from cast_ray.cli import export
 from cast_ray.contracts.records import Category
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.models.student import CARD, CONFIG, WEIGHTS, Student

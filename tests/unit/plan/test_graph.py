@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -611,3 +612,26 @@ def test_the_view_of_l_semi_is_the_students_alone() -> None:
     assert "semi_view" not in make({"loss.semi_view": "strong"}).roles["selftrain"].config["loss"]
     bare = {"loss.lambda_semi": "0"}
     assert changed(make(bare), make(bare | {"loss.semi_view": "strong"})) == set()
+
+
+def test_a_loss_term_of_ones_own_belongs_to_the_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It changes step 2b and what follows from it, as does each change of its file; its weight alone does nothing."""
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, factor in (("own_a", 1), ("own_b", 2)):
+        (tmp_path / f"{name}.py").write_text(f"def term(output, batch):\n    return {factor} * output, batch\n")
+    (tmp_path / "own_c.py").write_text((tmp_path / "own_a.py").read_text())
+    plain = make()
+    assert changed(plain, make({"loss.extra_weight": 0.3})) == set()
+    with_term = make({"loss.extra_term": "own_a:term"})
+    assert changed(plain, with_term) == {"distill", "refine", "student", "refined"}
+    assert changed(with_term, make({"loss.extra_term": "own_a:term", "loss.extra_weight": 0.3})) >= {"distill"}
+    of_a, of_b, of_c = (
+        make({"loss.extra_term": f"{n}:term"}).roles["distill"].config["extra_term_code"]
+        for n in ("own_a", "own_b", "own_c")
+    )
+    assert of_a != of_b and of_a == of_c
+    for wrong, reason in (("own_d:term", "No module named 'own_d'"), ("own_a:terms", "has no attribute 'terms'")):
+        with pytest.raises(ValueError, match=rf"loss.extra_term: .*expected MODULE:NAME.*{reason}"):
+            make({"loss.extra_term": wrong})
+    with pytest.raises(ValueError, match=r"loss.extra_term: expected MODULE:FUNCTION"):
+        make({"loss.extra_term": "own_a"})

@@ -13,11 +13,11 @@ import torch
 from cast_ray.contracts.records import Category, ClassMap
 from cast_ray.data.batches import collate, join, pad_to_largest, to_batch
 from cast_ray.data.views import fit_image, make_sample
+from cast_ray.inference.predictor import Predictor
 from cast_ray.models.postprocess import groups_of_equal_size, predict_in_groups
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.models.student import CONFIG, WEIGHTS, Student
 from cast_ray.plan.graph import input_size_of, plan
-from cast_ray.predict import Predictor
 from cast_ray.recipe import DataConfig, EncoderConfig, InputSize, ModelConfig, build_recipe
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.models import load_student, save_model

@@ -420,8 +420,7 @@ def test_a_broken_plan_is_named(tmp_path: Path) -> None:
 def test_the_command_rebuilds_a_report_without_ray(tmp_path: Path) -> None:
     run = save(tmp_path / "run", [result(row) for row in ROWS])
     code = (
-        "import sys; sys.modules['ray'] = None; sys.path.insert(0, 'sweeps')\n"
-        "import ablate; sys.exit(ablate.main(['report', sys.argv[1]]))"
+        "import sys; sys.modules['ray'] = None\nfrom cast_ray.cli import report; sys.exit(report.main([sys.argv[1]]))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(run)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

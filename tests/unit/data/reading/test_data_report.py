@@ -13,10 +13,11 @@ from dataset_folders import write_cityscapes
 from report_scenes import result, save
 from rich.console import Console
 
+from cast_ray.cli import ablate
+from cast_ray.cli.inspect import main as inspect
 from cast_ray.common import registry
 from cast_ray.contracts.records import decode_image_id
 from cast_ray.data.reading.reader import load
-from cast_ray.datasets.__main__ import main as inspect
 from cast_ray.plan.search import SearchSpec
 from cast_ray.recipe import DataConfig, build_recipe
 from cast_ray.report.results import summarise
@@ -25,7 +26,6 @@ from cast_ray.runtime.data.dataset import read_dataset
 from cast_ray.runtime.data.splits import store_splits
 from cast_ray.runtime.search import run as search
 from cast_ray.runtime.store.artifacts import ArtifactStore
-from sweeps import ablate
 
 
 def warnings_of(root: Path, **fields: Any) -> list[str]:
@@ -107,7 +107,7 @@ def test_what_became_of_the_annotations_of_held_out_images(tmp_path: Path) -> No
 
 def test_inspect_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_coco(tmp_path / "data", valid_document(8, iscrowd=1))
-    assert inspect(["inspect", str(root), "--out", str(tmp_path / "out")]) == 0
+    assert inspect([str(root), "--out", str(tmp_path / "out")]) == 0
     output = capsys.readouterr().out
     assert output.count("WARNING: No object in the ") == 2 and "some tools export every mask with iscrowd 1" in output
     assert len(json.loads((tmp_path / "out/data_report.json").read_text())["warnings"]) == 2

@@ -1,4 +1,4 @@
-"""python -m cast_ray.datasets inspect: counts, bad files by name, a picture, one line for what is no dataset."""
+"""cast-ray inspect: counts, bad files by name, a picture, one line for what is no dataset."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from coco_folders import annotation, coco_document, image_entry, valid_document,
 from dataset_folders import write_ade20k, write_cityscapes
 from PIL import Image
 
+from cast_ray.cli.inspect import main
 from cast_ray.data.reading.inspection import choose_samples, facts_of, guess_format
 from cast_ray.data.reading.reader import load
-from cast_ray.datasets.__main__ import main
 from cast_ray.recipe import DataConfig
 
 ROOT = Path(__file__).parents[4]
@@ -26,7 +26,7 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     monkeypatch.setenv("COLUMNS", "200")
 
     def call(*arguments: str) -> tuple[int, str, str]:
-        code = main(["inspect", *arguments, "--out", str(tmp_path / "out")])
+        code = main([*arguments, "--out", str(tmp_path / "out")])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -160,5 +160,5 @@ def test_as_a_user_types_it(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "inspect/my data/samples.png").is_file()
-    loaded = "import sys, cast_ray.datasets.__main__; assert not {'ray', 'torch'} & set(sys.modules)"
+    loaded = "import sys, cast_ray.cli.inspect; assert not {'ray', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", loaded], env={"PYTHONPATH": str(ROOT)}, check=True)

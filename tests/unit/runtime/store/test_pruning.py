@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from cast_ray.cli import store as store_command
 from cast_ray.plan.graph import Stage
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.claims import Presence, live_sweeps
 from cast_ray.runtime.store.pruning import SILENT_S, find_prunable, prune
-from sweeps import ablate
 
 OLD_S = 10 * 86400
 
@@ -128,7 +128,7 @@ def test_while_a_sweep_plans_every_artifact_stays(store: ArtifactStore, capsys: 
         pruning = prune(store, 0, True, "test")
         assert pruning.planning == (presence.holder,) and pruning.num_bytes == 0
         assert keys(store) == {stage("a").key, stage("b").key}
-        assert ablate.main(["store", "gc", "--yes", "--older-than", "0", "--storage", store.storage]) == 0
+        assert store_command.main(["gc", "--yes", "--older-than", "0", "--storage", store.storage]) == 0
         assert "kept         every artifact: a command of" in capsys.readouterr().out
         presence.need([stage("b").fingerprint])
         prune(store, 0, True, "test")
@@ -197,7 +197,7 @@ def test_the_command_lists_shows_and_prunes(store: ArtifactStore, capsys: pytest
     commit(store, "b")
 
     def run(*arguments: str) -> str:
-        assert ablate.main(["store", *arguments, "--storage", store.storage]) == 0
+        assert store_command.main([*arguments, "--storage", store.storage]) == 0
         return capsys.readouterr().out
 
     listing = run("ls")
@@ -224,10 +224,10 @@ def test_bad_input_of_the_command(
     store: ArtifactStore, capfd: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
     commit(store, "a")
-    assert ablate.main(["store", *arguments, "--storage", store.storage]) == 2
+    assert store_command.main([*arguments, "--storage", store.storage]) == 2
     assert words in capfd.readouterr().err
 
 
 def test_no_store_there(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert ablate.main(["store", "ls", "--storage", str(tmp_path / "none")]) == 2
+    assert store_command.main(["ls", "--storage", str(tmp_path / "none")]) == 2
     assert "no store at" in capfd.readouterr().err

@@ -1,7 +1,7 @@
-"""What teacher and students cost on this device: parameters, operations, latency, throughput, memory; the paper's.
+"""`cast-ray efficiency` measures what teacher and students cost on this device, beside the paper's values.
 
-python sweeps/ablate.py efficiency
-python sweeps/ablate.py efficiency --rows dinov2-s eomt --set "data.image_px=[1024, 2048]"
+cast-ray efficiency
+cast-ray efficiency --rows dinov2-s eomt --set "data.image_px=[1024, 2048]"
 
 No weights are needed: models are full-size, from their configs, with random weights.
 """
@@ -10,53 +10,47 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import resources
-from typing import cast
+from typing import TYPE_CHECKING
 
-import torch
 from rich.console import Console
 from rich.table import Table as Grid
-from torch import nn
 
+from cast_ray.cli.options import (
+    Parser,
+    add_device_options,
+    add_recipe_options,
+    exit_code,
+    output_file,
+    plain_console,
+    positive,
+)
 from cast_ray.common.files import write_atomically
-from cast_ray.console import Parser, output_file, positive
-from cast_ray.engine.world import pick_device
-from cast_ray.evaluation.efficiency import count_gmacs, count_parameters, measure_seconds, peak_memory
-from cast_ray.models.autocast import autocast, fastest_precision, require_precision
-from cast_ray.models.segmenter import build_segmenter, outline
 from cast_ray.plan.ablation import load_table
-from cast_ray.recipe import SCALES, Precision, Recipe, parse_overrides, preset_names
-from cast_ray.teachers.outline import COUNTED, outline_teacher
+from cast_ray.recipe import parse_overrides
+
+if TYPE_CHECKING:
+    from cast_ray.inference.model_cost import Cost
 
 TABLE, PRESET, SCALE = "student", "cityscapes", "full"
-NUM_CLASSES = 8
-"""Cityscapes' thing classes; more of them change the class head alone."""
 TEACHER, STUDENT = "teacher", "dinov2-s"
 """Rows of ours that are the paper's `teacher` and `student`."""
-GIB = 2**30
 
 
-@dataclass(frozen=True)
-class Cost:
-    """One row: parameters in 10^6; of one image multiply-adds in 10^9 and memory in GiB; None: not measured."""
-
-    row: str
-    params_m: float
-    gmacs: float
-    latency_ms: float | None = None
-    images_per_s: float | None = None
-    peak_gib: float | None = None
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    return exit_code(lambda: _measure(arguments, plain_console()))
 
 
-def main(argv: list[str], console: Console) -> int:
-    """The command `ablate.py efficiency`.
+def _measure(arguments: argparse.Namespace, console: Console) -> int:
+    """Prints a line for each model, then what the numbers mean.
 
     Raises:
         ValueError: an unknown row, preset or key, or a device that is not there.
     """
-    arguments = _parser().parse_args(argv)
     path = output_file(arguments.out) if arguments.out else None
     table = load_table(TABLE)
     overrides = parse_overrides(arguments.set)
@@ -65,15 +59,22 @@ def main(argv: list[str], console: Console) -> int:
         for row in [r for r in arguments.rows or table.rows if r != TEACHER]
     }
     shared = table.row_recipe(next(iter(recipes), STUDENT), arguments.preset, arguments.scale, overrides=overrides)
+
+    import torch  # once the arguments are sound
+
+    from cast_ray.engine.world import pick_device
+    from cast_ray.inference.model_cost import Timing, student_cost, teacher_cost
+
     device = pick_device(arguments.device)
+    timing = None if arguments.count_only else Timing(device, arguments.amp, arguments.batch, arguments.repeats)
     costs = []
     with console.status("") as status:
         if not arguments.rows or TEACHER in arguments.rows:
             status.update(f"{TEACHER} on {device}")
-            costs += _teacher_cost(shared, arguments, device)
+            costs += [cost for cost in [teacher_cost(TEACHER, shared, timing)] if cost is not None]
         for row, recipe in recipes.items():
             status.update(f"{row} on {device}")
-            costs.append(_cost(row, recipe, arguments, device))
+            costs.append(student_cost(row, recipe, timing))
     height, width = shared.data.image_px
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     console.print(_grid(costs, f"At {height} x {width} px" + ("" if arguments.count_only else f" on {where}")))
@@ -85,61 +86,9 @@ def main(argv: list[str], console: Console) -> int:
     return 0
 
 
-def _cost(row: str, recipe: Recipe, arguments: argparse.Namespace, device: torch.device) -> Cost:
-    bare = recipe.student.encoder.model_copy(update={"checkpoint": ""})
-    config = recipe.student.model_copy(update={"encoder": bare})
-    model = outline(config, NUM_CLASSES)
-    model.anneal(1.0)
-    counted = _counted(row, model, recipe)
-    if arguments.count_only:
-        return counted
-    trained = build_segmenter(config, NUM_CLASSES, seed=0)
-    trained.anneal(1.0)
-    return _timed(counted, trained, recipe, arguments, device)
-
-
-def _teacher_cost(recipe: Recipe, arguments: argparse.Namespace, device: torch.device) -> list[Cost]:
-    """The recipe's teacher, on images of the same size as the students; [] where its kind cannot be counted."""
-    if recipe.teacher.kind == "expert":
-        return [_cost(TEACHER, recipe.model_copy(update={"student": recipe.teacher.segmenter}), arguments, device)]
-    if recipe.teacher.kind not in COUNTED:
-        return []
-    counted = _counted(TEACHER, outline_teacher(recipe.teacher, NUM_CLASSES), recipe)
-    if arguments.count_only:
-        return [counted]
-    teacher = outline_teacher(recipe.teacher, NUM_CLASSES, device=str(device))
-    return [_timed(counted, teacher, recipe, arguments, device)]
-
-
-def _counted(row: str, model: nn.Module, recipe: Recipe) -> Cost:
-    images = torch.empty((1, 3, *recipe.data.image_px), dtype=torch.uint8, device="meta")
-    return Cost(row, count_parameters(model) / 1e6, count_gmacs(model, images))
-
-
-def _timed(
-    counted: Cost, model: nn.Module, recipe: Recipe, arguments: argparse.Namespace, device: torch.device
-) -> Cost:
-    shape = (3, *recipe.data.image_px)
-    measured = measure(model.eval().to(device), shape, arguments.batch, arguments.repeats, arguments.amp, device)
-    return Cost(counted.row, counted.params_m, counted.gmacs, *measured)
-
-
-def measure(
-    model: nn.Module, shape: tuple[int, ...], batch: int, repeats: int, amp: str, device: torch.device
-) -> tuple[float, float, float]:
-    """(latency of one image in ms, images per second in batches, peak memory of one image in GiB, without weights)."""
-    precision = fastest_precision(device) if amp == "auto" else cast(Precision, amp)
-    require_precision(precision, device, "--amp")
-    context = partial(autocast, precision, device)
-    images = torch.randint(0, 256, (batch, *shape), dtype=torch.uint8, device=device)
-    latency = measure_seconds(lambda: model(images[:1]), device, repeats, context)
-    seconds = measure_seconds(lambda: model(images), device, repeats, context) if batch > 1 else latency
-    with context():
-        num_bytes = peak_memory(lambda: model(images[:1]), device)
-    return 1e3 * latency, batch / seconds, num_bytes / GIB
-
-
 def _grid(costs: list[Cost], title: str) -> Grid:
+    from cast_ray.inference.model_cost import Cost
+
     grid = Grid(title=title, title_justify="left")
     for column in ("model", "M params", "GMACs", "ms/image", "images/s", "GiB/image"):
         grid.add_column(column, justify="left" if column == "model" else "right")
@@ -192,16 +141,13 @@ def _notes(arguments: argparse.Namespace) -> str:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="ablate.py efficiency",
+        prog="cast-ray efficiency",
         description="Prints what the preset's teacher and each student of the table `student` cost on this device. "
         "Needs no weights or data.",
     )
-    parser.add_argument("--preset", default=PRESET, help=f"one of {', '.join(preset_names())} (default: %(default)s)")
-    parser.add_argument("--scale", default=SCALE, help=f"one of {', '.join(SCALES)} (default: %(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
+    add_recipe_options(parser, preset=PRESET, scale=SCALE)
     parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"only these rows, or {TEACHER}")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
-    parser.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="autocast")
+    add_device_options(parser, amp="the fastest of the device")
     parser.add_argument(
         "--batch", type=positive, default=4, help="images of the throughput column (default: %(default)s)"
     )

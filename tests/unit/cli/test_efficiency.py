@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 
-from cast_ray.console import EXIT_BAD_INPUT
+from cast_ray.cli import efficiency
+from cast_ray.cli.options import EXIT_BAD_INPUT
 from cast_ray.evaluation.efficiency import count_gmacs, count_parameters, measure_seconds, peak_memory
-from sweeps import ablate, efficiency
 
 CPU = torch.device("cpu")
 
@@ -62,8 +61,8 @@ def test_peak_memory_counts_what_is_held_at_a_time() -> None:
 
 def test_the_command_counts_full_size_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "e.json"
-    arguments = ["efficiency", "--count-only", "--rows", "dinov2-s", "released", "eomt", "--out", str(out)]
-    assert ablate.main(arguments) == 0
+    arguments = ["--count-only", "--rows", "dinov2-s", "released", "eomt", "--out", str(out)]
+    assert efficiency.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "paper: student" in printed and "568" in printed and "350.87" in printed
     rows = {row["row"]: row for row in json.loads(out.read_text())["rows"]}
@@ -75,7 +74,7 @@ def test_the_command_counts_full_size_models(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_the_papers_teacher_stands_beside_its_student(capsys: pytest.CaptureFixture[str]) -> None:
-    assert ablate.main(["efficiency", "--count-only", "--rows", "teacher", "dinov2-s"]) == 0
+    assert efficiency.main(["--count-only", "--rows", "teacher", "dinov2-s"]) == 0
     lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
     cells = {line[1].strip(): line[2:4] for line in lines}
     assert int(cells["teacher"][0]) == pytest.approx(568, rel=0.02)  # the paper's
@@ -85,7 +84,7 @@ def test_the_papers_teacher_stands_beside_its_student(capsys: pytest.CaptureFixt
 
 def test_the_command_times_small_ones(capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--scale", "smoke", "--rows", "dinov2-s", "--set", "data.image_px=[28, 28]", "--repeats", "1"]
-    assert efficiency.main([*small, "--batch", "2", "--device", "cpu"], Console(width=120)) == 0
+    assert efficiency.main([*small, "--batch", "2", "--device", "cpu"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if "dinov2-s " in line)
     latency, rate = (float(cell) for cell in line.split("│")[4:6])
     assert latency > 0 and rate > 0
@@ -97,5 +96,5 @@ def test_the_command_times_small_ones(capsys: pytest.CaptureFixture[str]) -> Non
 def test_mistakes_are_told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     if "cuda:7" in arguments and torch.cuda.is_available():
         return
-    assert ablate.main(["efficiency", *arguments]) == EXIT_BAD_INPUT
+    assert efficiency.main(arguments) == EXIT_BAD_INPUT
     assert capsys.readouterr().err.startswith("error: ")

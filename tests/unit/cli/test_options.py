@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cast_ray import export, label, predict
-from cast_ray.console import EXIT_BAD_INPUT, plain_console
-from cast_ray.datasets import __main__ as datasets
-from sweeps import ablate, search
+from cast_ray.cli import ablate, efficiency, export, inspect, label, predict, report, search
+from cast_ray.cli.options import EXIT_BAD_INPUT, plain_console
 
 STUDENT = ["photos", "--student", "gone", "--out", "out"]
 TEACHER = ["photos", "--teacher", "gone", "--out", "out"]
@@ -31,16 +29,16 @@ NUMBERS: list[tuple[Callable[[list[str]], int], list[str], str, str, list[str]]]
     (label.main, TEACHER, "--batch", POSITIVE, ["0"]),
     (label.main, TEACHER, "--workers", WHOLE, ["-2"]),
     (export.main, ["--student", "gone", "--out", "s.onnx"], "--max-detections", POSITIVE, ["0", "-5"]),
-    (datasets.main, ["inspect", "data"], "--images", POSITIVE, ["0", "-1"]),
+    (inspect.main, ["data"], "--images", POSITIVE, ["0", "-1"]),
     (ablate.main, ["losses"], "--seeds", WHOLE, ["-1"]),
     (ablate.main, ["losses"], "--num-cpus", POSITIVE, ["0", "-2"]),
     (ablate.main, ["losses"], "--max-concurrent", WHOLE, ["-1"]),
     (ablate.main, ["losses"], "--workers-per-trial", POSITIVE, ["0"]),
     (ablate.main, ["losses"], "--budget-hours", AMOUNT, ["-1", "nan", "inf"]),
     (ablate.main, ["losses"], "--price-per-gpu-hour", AMOUNT, ["-1", "nan"]),
-    (ablate.main, ["efficiency"], "--batch", POSITIVE, ["0"]),
-    (ablate.main, ["efficiency"], "--repeats", POSITIVE, ["0"]),
-    (ablate.main, ["report", "runs/x"], "--every", "a number above 0", ["0", "-1", "nan"]),
+    (efficiency.main, [], "--batch", POSITIVE, ["0"]),
+    (efficiency.main, [], "--repeats", POSITIVE, ["0"]),
+    (report.main, ["runs/x"], "--every", "a number above 0", ["0", "-1", "nan"]),
     (search.main, ["losses"], "--trials", POSITIVE, ["0"]),
     (search.main, ["losses"], "--seed", WHOLE, ["-1"]),
     (search.main, ["losses"], "--num-cpus", POSITIVE, ["0"]),
@@ -151,7 +149,7 @@ def test_an_output_file_that_cannot_be(
         ("folder.onnx", "expected a file, found a folder"),
         ("s3://bucket/s.onnx", "expected a local path"),
     ):
-        for main, arguments in ((export.main, ["--student", "gone"]), (ablate.main, ["efficiency", "--count-only"])):
+        for main, arguments in ((export.main, ["--student", "gone"]), (efficiency.main, ["--count-only"])):
             assert main([*arguments, "--out", out]) == EXIT_BAD_INPUT
             (line,) = capsys.readouterr().err.strip().splitlines()
             assert line.startswith(f"error: --out {out}: {message}")

@@ -18,7 +18,7 @@ from cast_ray.common.files import PARTIAL
 
 JOURNAL = "unfinished.jsonl"
 KEPT = ("path", "height", "width", "results")
-"""What is kept of an image's row; see `predict.Predictor`."""
+"""What is kept of an image's row, see `inference.predictor.Predictor`."""
 MAX_SHOWN = 30
 """Characters of a setting that an error message shows."""
 

@@ -1,33 +1,44 @@
-"""Looks at and prunes the artifacts of a storage path: `ablate.py store ls | show | gc`."""
+"""`cast-ray store` looks at and prunes the artifacts of a storage path.
+
+cast-ray store ls
+cast-ray store show train-3f2a
+cast-ray store diff train-3f2a train-91c0     # why a row did not reuse a stage
+cast-ray store gc --unused --older-than 30d
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-import os
-import shlex
-import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from cast_ray.console import Parser, plain_console
-from cast_ray.runtime.store.artifacts import ArtifactStore, read_each
+from cast_ray.cli.options import Parser, add_storage_option, exit_code, plain_console, storage_path
+from cast_ray.plan.stage_difference import explain_difference
+from cast_ray.runtime.store.artifacts import ArtifactStore, Listed, read_each
 from cast_ray.runtime.store.pruning import Pruning, find_prunable, prune
+from cast_ray.runtime.sweep.planner import command_line
 
 NUM_LISTED = 50
+ARTIFACT_HELP = "its key, its fingerprint or the beginning of one of them"
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns its exit code."""
     arguments = _parser().parse_args(argv)
-    store = ArtifactStore(arguments.storage or os.environ.get("CAST_RAY_STORAGE") or "storage")
+    return exit_code(lambda: _on_store(arguments, plain_console(160)))
+
+
+def _on_store(arguments: argparse.Namespace, console: Console) -> int:
+    store = ArtifactStore(storage_path(arguments.storage))
     if not store.list_names(""):
         raise ValueError(f"no store at {store.storage!r}: expected the --storage of earlier runs")
-    console = plain_console(160)
-    return {"ls": _list, "show": _show, "gc": _collect}[arguments.command](store, arguments, console)
+    return {"ls": _list, "show": _show, "diff": _diff, "gc": _collect}[arguments.command](store, arguments, console)
 
 
 def _list(store: ArtifactStore, arguments: argparse.Namespace, console: Console) -> int:
@@ -65,23 +76,50 @@ def _list(store: ArtifactStore, arguments: argparse.Namespace, console: Console)
 
 
 def _show(store: ArtifactStore, arguments: argparse.Namespace, console: Console) -> int:
-    """One artifact: its manifest, its parents, what it leads to."""
+    """Shows one artifact: its manifest, its parents and where its files are."""
     listed = store.list_artifacts()
-    found = [a for a in listed.values() if arguments.artifact in (a.key, a.fingerprint)]
-    found = found or [a for a in listed.values() if a.fingerprint.startswith(arguments.artifact)]
-    if len(found) != 1:
-        names = ", ".join(a.key for a in found[:5])
-        raise ValueError(f"store show {arguments.artifact!r}: expected one artifact, found {names or 'none'}")
-    manifest = store.find_manifest(found[0].key)
+    found = _named(listed, arguments.artifact, "show")
+    manifest = store.find_manifest(found.key)
     if manifest is None:
-        console.print(f"{found[0].key}: unfinished, {_size(found[0].num_bytes)}, last written {_age(found[0].changed)}")
+        console.print(f"{found.key}: unfinished, {_size(found.num_bytes)}, last written {_age(found.changed)}")
         return 0
     console.print_json(json.dumps(manifest))
     by_fingerprint = {a.fingerprint: a for a in listed.values()}
     for role, fingerprint in manifest["parents"].items():
         state = by_fingerprint[fingerprint].key if fingerprint in by_fingerprint else f"{fingerprint} (pruned)"
         console.print(f"parent  {role}: {state}", highlight=False)
-    console.print(f"files   {store.artifact(found[0].key)}, {_size(found[0].num_bytes)}", soft_wrap=True)
+    console.print(f"files   {store.artifact(found.key)}, {_size(found.num_bytes)}", soft_wrap=True)
+    return 0
+
+
+def _named(listed: Mapping[str, Listed], name: str, command: str) -> Listed:
+    """Returns the artifact that a user names by its key, its fingerprint or the beginning of either."""
+    found = [a for a in listed.values() if name in (a.key, a.fingerprint)]
+    found = found or [a for a in listed.values() if a.fingerprint.startswith(name) or a.key.startswith(name)]
+    if len(found) != 1:
+        names = ", ".join(a.key for a in found[:5])
+        raise ValueError(f"store {command} {name!r}: expected one artifact, found {names or 'none'}")
+    return found[0]
+
+
+def _diff(store: ArtifactStore, arguments: argparse.Namespace, console: Console) -> int:
+    """Says why two stages have different fingerprints."""
+    listed = store.list_artifacts()
+    by_fingerprint = {artifact.fingerprint: artifact.key for artifact in listed.values()}
+    manifests = []
+    for name in (arguments.one, arguments.other):
+        key = _named(listed, name, "diff").key
+        if (manifest := store.find_manifest(key)) is None:
+            raise ValueError(f"store diff {name!r}: {key} is unfinished, so that nothing says what it is of")
+        manifests.append(manifest)
+
+    def find(fingerprint: str) -> dict[str, Any] | None:
+        key = by_fingerprint.get(fingerprint)
+        return None if key is None else store.find_manifest(key)
+
+    console.print(" and ".join(f"{m['stage']} {m['fingerprint']}" for m in manifests), highlight=False)
+    for line in explain_difference(manifests[0], manifests[1], find):
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -89,7 +127,7 @@ def _collect(store: ArtifactStore, arguments: argparse.Namespace, console: Conso
     """Prunes, or says what would be pruned."""
     older_s = None if arguments.older_than is None else _seconds(arguments.older_than)
     if arguments.yes:
-        pruning = prune(store, older_s, arguments.unused, shlex.join(["ablate.py", "store", *sys.argv[2:]]))
+        pruning = prune(store, older_s, arguments.unused, command_line())
     else:
         pruning = find_prunable(store, older_s, arguments.unused)
     _print_pruning(pruning, console)
@@ -144,14 +182,24 @@ def _seconds(text: str) -> float:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="ablate.py store", description="Artifacts of stages, across all runs.")
+    parser = Parser(
+        prog="cast-ray store", description="Lists, shows, compares and prunes the artifacts of stages, across all runs."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("ls", help="newest artifacts first")
     listing.add_argument("--kind", choices=["train", "label", "evaluate", "dataset"], help="only these")
     listing.add_argument("--all", action="store_true", help=f"all of them (default: {NUM_LISTED})")
     listing.add_argument("--json", action="store_true", help="for programs")
     show = commands.add_parser("show", help="manifest, parents and files of one artifact")
-    show.add_argument("artifact", help="its key, its fingerprint or the beginning of that")
+    show.add_argument("artifact", help=ARTIFACT_HELP)
+    diff = commands.add_parser(
+        "diff",
+        help="why two artifacts are not the same one",
+        description="Says why two stages have different fingerprints: which fields of the recipe and which parents "
+        "differ, and for parents that are stored, why.",
+    )
+    diff.add_argument("one", help=ARTIFACT_HELP)
+    diff.add_argument("other", help="likewise")
     collect = commands.add_parser(
         "gc",
         help="prune; never what a live sweep needs",
@@ -161,6 +209,6 @@ def _parser() -> Parser:
     collect.add_argument("--unused", action="store_true", help="also artifacts that no result.json in the store names")
     collect.add_argument("--older-than", metavar="AGE", help="also artifacts older than this: 30d, 12h")
     collect.add_argument("--yes", action="store_true", help="delete; without it, only say what would be deleted")
-    for command in (listing, show, collect):
-        command.add_argument("--storage", help="path or URI; default: $CAST_RAY_STORAGE, else ./storage")
+    for command in (listing, show, diff, collect):
+        add_storage_option(command)
     return parser

@@ -1,16 +1,14 @@
-"""Looks into a dataset before anything is trained on it.
+"""`cast-ray inspect` looks into a dataset before anything is trained on it.
 
-python -m cast_ray.datasets inspect DIR
-python -m cast_ray.datasets inspect DIR --format coco --set data.annotations=my.json
-
-A command: it may import everything above `datasets`, and nothing imports it.
+cast-ray inspect DIR
+cast-ray inspect DIR --format coco --set data.annotations=my.json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +17,23 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cast_ray.cli.options import EXIT_FAILED, Parser, add_set_option, exit_code, output_folder, plain_console, positive
 from cast_ray.common.files import write_atomically
 from cast_ray.common.paths import absolute
-from cast_ray.console import Parser, exit_code, output_folder, plain_console, positive
 from cast_ray.contracts.records import ClassMap, DatasetSplits, class_names, mask_areas
 from cast_ray.data.reading.data_report import REPORT_FILE, check_report, print_warnings
 from cast_ray.data.reading.images import read_image
 from cast_ray.data.reading.inspection import SplitFacts, choose_samples, facts_of, guess_format
 from cast_ray.data.reading.progress import track
 from cast_ray.data.reading.reader import load
-from cast_ray.recipe import DataConfig, build_recipe, parse_overrides
+from cast_ray.recipe import DataConfig, build_recipe, parse_overrides, preset_names
 from cast_ray.report.overlays import contact_sheet
 
-EXIT_REFUSED = 1
 MAX_SHOWN = 12
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns its exit code."""
     arguments = _parser().parse_args(argv)
     return exit_code(lambda: inspect(arguments, plain_console()))
 
@@ -44,19 +42,23 @@ def inspect(arguments: argparse.Namespace, console: Console) -> int:
     """Reads a dataset, prints what is in it and writes a contact sheet and `data_report.json`.
 
     Returns:
-        0, or EXIT_REFUSED for a dataset that a run would refuse because too many of its files are bad.
+        0, or EXIT_FAILED for a dataset that a run would refuse because too many of its files are bad.
 
     Raises:
         ValueError: the folder is no dataset.
     """
     root = absolute(arguments.root)
     kind = arguments.format or guess_format(root)
+    if kind == "shapes":
+        raise ValueError(
+            "--format shapes: drawn scenes lie in no folder; expected coco, cityscapes, ade20k or a reader"
+        )
     out = output_folder(arguments.out or str(Path("inspect") / (Path(root.rstrip("/")).name or kind)))
     quoted = json.dumps(root, ensure_ascii=False)  # text in YAML too, where a path may hold a colon
-    overrides: dict[str, Any] = {"data.root": quoted, **parse_overrides(arguments.set)}
+    overrides: dict[str, Any] = {"data.root": quoted, "data.format": kind, **parse_overrides(arguments.set)}
     if unknown := [key for key in overrides if not key.startswith("data.")]:
         raise ValueError(f"--set {unknown[0]}: expected a key of the recipe's data part, for example data.annotations")
-    recipe_data = build_recipe(kind, "full", overrides).data
+    recipe_data = build_recipe(kind if kind in preset_names() else "coco", "full", overrides).data
     config = recipe_data.model_copy(update={"max_bad_fraction": 1.0})
     with track(console, "reading images") as progress:
         dataset, report = load(config, progress)
@@ -73,7 +75,7 @@ def inspect(arguments: argparse.Namespace, console: Console) -> int:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     print_warnings(report["warnings"], console)
     console.print(f"Written: {sheet}, {out / REPORT_FILE}", highlight=False, soft_wrap=True)
-    return EXIT_REFUSED if is_refused else 0
+    return EXIT_FAILED if is_refused else 0
 
 
 def _splits_table(facts: list[SplitFacts]) -> Table:
@@ -150,23 +152,14 @@ def _largest_first(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m cast_ray.datasets", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser(
-        "inspect",
-        help="counts per class and split, sizes, bad files, and a picture with masks drawn",
-        description="Reads every image and annotation of a dataset as a run would, and shows what is there.",
-        epilog="Exit codes: 0 a run would take the dataset, 1 a run would refuse it, 2 bad input or no dataset.",
+    parser = Parser(
+        prog="cast-ray inspect",
+        description="Reads every image and annotation of a dataset as a run would, and shows what is there: counts per "
+        "class and split, sizes, bad files, and a picture with masks drawn.",
     )
-    command.add_argument("root", metavar="DIR", help="folder or URI of the dataset, as its owners distribute it")
-    command.add_argument("--format", choices=["coco", "cityscapes", "ade20k"], help="default: by its folders")
-    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a data key of the recipe")
-    command.add_argument(
-        "--images", type=positive, default=6, help="images on the contact sheet (default: %(default)s)"
-    )
-    command.add_argument("--out", metavar="FOLDER", help="for samples.png and data_report.json (default: inspect/NAME)")
+    parser.add_argument("root", metavar="DIR", help="folder or URI of the dataset, as its owners distribute it")
+    parser.add_argument("--format", help="coco, cityscapes or ade20k, or MODULE:FUNCTION (default: by its folders)")
+    add_set_option(parser, "a data key of the recipe")
+    parser.add_argument("--images", type=positive, default=6, help="images on the contact sheet (default: %(default)s)")
+    parser.add_argument("--out", metavar="FOLDER", help="for samples.png and data_report.json (default: inspect/NAME)")
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

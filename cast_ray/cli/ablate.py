@@ -1,0 +1,193 @@
+"""`cast-ray ablate` runs ablation tables: every row and seed, and each stage that several rows share only once.
+
+cast-ray ablate losses --preset shapes
+cast-ray ablate losses stages negatives labels --dry-run
+cast-ray ablate losses --preset coco --set data.root=DIR --scale smoke
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from cast_ray.cli.options import (
+    EXIT_STOPPED,
+    Parser,
+    add_ray_options,
+    add_recipe_options,
+    add_run_options,
+    add_tracker_options,
+    amount,
+    exit_code,
+    output_folder,
+    plain_console,
+    recipe_overrides,
+    runs_folder,
+    storage_path,
+    whole_number,
+)
+from cast_ray.plan.ablation import load_table, table_names
+from cast_ray.report.run_choice import choose_run
+from cast_ray.runtime.sweep.run import (
+    Sweep,
+    SweepRequest,
+    TableRequest,
+    has_results,
+    run_sweep,
+    sweep_name,
+    write_events,
+)
+from cast_ray.runtime.sweep.trackers import TENSORBOARD, Trackers
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    interrupted = "stopped; finished stages are stored, the same command resumes from here"
+    return exit_code(lambda: _ablate(arguments, plain_console()), interrupted)
+
+
+def _ablate(arguments: argparse.Namespace, console: Console) -> int:
+    request, out = _request(arguments)
+
+    from cast_ray.publish.sweep import announce, publish  # what draws, once the request is sound
+
+    def on_start(sweeps: Sequence[Sweep]) -> None:
+        for sweep, table in zip(sweeps, request.tables):
+            recipes = {(row.row, row.seed): row.recipe for row in sweep.rows}
+            results = sweep.context.store.uri(sweep.context.runs_path)
+            announce(out / table.name, table.table, recipes, table.settings, results, console)
+
+    outcome = run_sweep(request, console, on_start)
+    if outcome is None:
+        return 0
+    codes = [0]
+    for sweep, table in zip(outcome.sweeps, request.tables):
+        if not outcome.stopped or has_results(sweep):
+            codes.append(publish(sweep, table.table, out / table.name, console))
+            if table.has_own_folder:
+                console.print(f"Results are in {table.folder}", soft_wrap=True, highlight=False)
+    write_events(outcome.sweeps, request.trackers)
+    request.trackers.finish(lambda text: console.print(text, soft_wrap=True, highlight=False))
+    return EXIT_STOPPED if outcome.stopped else max(codes)
+
+
+def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
+    """The validated request and the folder of its runs."""
+    tables = [load_table(name) for name in arguments.tables]
+    names = [table.name for table in tables]
+    if len(set(names)) != len(names):
+        raise ValueError(f"tables: expected different names, got {', '.join(names)}")
+    _check_seeds(arguments)
+    overrides = recipe_overrides(arguments)
+    out = runs_folder(arguments.out)
+    requests = []
+    for table in tables:
+        rows = _rows(table.name, list(table.rows), arguments.rows, several=len(tables) > 1)
+        if not rows:
+            continue
+        seeds = arguments.seeds if arguments.seeds is not None else list(table.seeds)
+        recipes = {
+            (row, seed): table.row_recipe(row, arguments.preset, arguments.scale, seed, overrides)
+            for seed in seeds
+            for row in rows
+        }
+        of = f"{table.name}-{arguments.preset or table.preset}-{arguments.scale or table.scale}"
+        name = of if not arguments.name else arguments.name if len(tables) == 1 else f"{arguments.name}-{table.name}"
+        settings = table.settings(arguments.preset, arguments.scale, overrides)
+        choice = choose_run(out, name, table, settings)
+        requests.append(
+            TableRequest(
+                table,
+                recipes,
+                choice.name,
+                frozenset(rows if arguments.rows else ()),
+                settings=settings,
+                folder=choice.words(out),
+                has_own_folder=bool(choice.beside),
+            )
+        )
+    if not requests:
+        raise ValueError(f"--rows: no row of {', '.join(names)} is called {', '.join(arguments.rows)}")
+    folders = {request.table.name: str(output_folder(str(out / request.name))) for request in requests}
+    events = {name: str(Path(folder) / TENSORBOARD) for name, folder in folders.items()}
+    trackers = Trackers(
+        folders=folders,
+        tensorboard={} if arguments.no_tensorboard else events,
+        wandb=arguments.wandb,
+        mlflow=arguments.mlflow,
+        group=sweep_name([request.name for request in requests]),
+    )
+    trackers.check_installed()
+    request = SweepRequest(
+        tables=tuple(requests),
+        storage=storage_path(arguments.storage),
+        address=arguments.address,
+        num_cpus=arguments.num_cpus,
+        dry_run=arguments.dry_run,
+        budget_hours=arguments.budget_hours,
+        price_per_hour=arguments.price_per_gpu_hour,
+        keep_going=arguments.keep_going,
+        trackers=trackers,
+    )
+    return request, out
+
+
+def _check_seeds(arguments: argparse.Namespace) -> None:
+    seeds = arguments.seeds or []
+    if len(set(seeds)) != len(seeds):
+        raise ValueError(f"--seeds: expected different numbers, got {' '.join(map(str, seeds))}")
+
+
+def _rows(table: str, known: list[str], wanted: list[str] | None, several: bool) -> list[str]:
+    """The rows to run. Of several tables `TABLE:ROW` means one table's, a plain name every table's that has it."""
+    if wanted is None:
+        return known
+    if not several:
+        return wanted  # an unknown one is refused with the nearest
+    return [row for row in known if row in wanted or f"{table}:{row}" in wanted]
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="cast-ray ablate",
+        description="Runs ablation tables of CAST on Ray. Stages that rows share run once, also those of several "
+        "tables. The same command resumes an interrupted run, tries failed rows again and ends in seconds when "
+        "everything is stored. A recipe key for --set is any field of cast_ray/recipe/, for example "
+        "loss.lambda_pxl=0.2, stages.distill.steps=800, runtime.use_gpu=true; variant=released (or contrastive=, "
+        "student=) sets a named variant.",
+    )
+    parser.add_argument(
+        "tables",
+        nargs="+",
+        metavar="TABLE",
+        help=f"tables that come with cast_ray ({', '.join(table_names())}) or YAML files of your own; several run as "
+        "one plan",
+    )
+    add_recipe_options(parser, of="table")
+    parser.add_argument(
+        "--rows", nargs="+", metavar="ROW", help="only these rows; TABLE:ROW where several tables have one of that name"
+    )
+    parser.add_argument("--seeds", nargs="+", type=whole_number, metavar="N", help="seeds instead of the table's")
+    add_run_options(parser, name="TABLE-PRESET-SCALE")
+    add_ray_options(parser)
+    plan = parser.add_argument_group("what it costs")
+    plan.add_argument("--dry-run", action="store_true", help="print the plan, its device-hours and cost, and stop")
+    plan.add_argument("--price-per-gpu-hour", type=amount, metavar="P", help="price of a device-hour, for the plan")
+    plan.add_argument(
+        "--budget-hours",
+        type=amount,
+        metavar="H",
+        help="device-hours (hours x workers) after which no further stage is started; the command says what is left",
+    )
+    plan.add_argument(
+        "--keep-going",
+        action="store_true",
+        help="a failed row never stops the others, but when the first three rows to end have all failed, the rest is "
+        "not started: with this flag it is",
+    )
+    add_tracker_options(parser, what="rows")
+    return parser

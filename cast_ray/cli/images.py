@@ -1,0 +1,76 @@
+"""What `predict` and `label` share: which images they are asked for, and a run over them that can be resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cast_ray.cli.unfinished import FinishedImages
+from cast_ray.data.reading.photos import describe_left_out, find_photos, output_names
+from cast_ray.inference.result_files import Rows, write_overlay
+
+MAX_REPORTED = 10
+
+
+def list_photos(sources: Sequence[str], errors: Console, exclude: Sequence[str] = ()) -> list[str]:
+    """Lists the images that a command was asked for; says on `errors` what it leaves out. See `find_photos`."""
+    found = find_photos(sources, exclude)
+    if found.left_out:
+        errors.print(f"left out: {describe_left_out(found.left_out)}", markup=False, highlight=False, soft_wrap=True)
+    return found.paths
+
+
+def run_images(
+    paths: Sequence[str],
+    settings: Mapping[str, Any],
+    rows_of: Callable[[list[str]], Iterator[dict[str, Any]]],
+    write: Callable[[Rows], None],
+    out: Path,
+    errors: Console,
+) -> int:
+    """Finds the instances of every image under a progress bar, then writes the results; resumes a stopped run.
+
+    Results that the folder held before stay until the new ones are whole. Overlays are written as they come.
+
+    Args:
+        paths: of the images.
+        settings: what decides which instances are found; a stopped run is resumed under equal settings only.
+        rows_of: gives the rows of images, in the order of the paths that it is given; see `Predictor.__call__`.
+        write: writes the results of all images.
+        out: the output folder.
+        errors: where skipped images are reported.
+
+    Returns:
+        Number of images that were read.
+
+    Raises:
+        ValueError: an unfinished run of other settings lies in the folder, or another process is writing to it.
+    """
+    names = dict(zip(paths, output_names(paths)))
+    skipped: list[tuple[str, str]] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with FinishedImages(out, settings, names) as finished:
+        missing = finished.missing
+        num_before = len(paths) - len(missing)
+        if num_before:
+            errors.print(f"resumed: {num_before} of {len(paths)} images are finished", highlight=False)
+        with Progress(*columns, console=errors) as progress:
+            task = progress.add_task("images", total=len(paths), completed=num_before)
+            for row in rows_of(missing) if missing else ():
+                if row["error"]:
+                    skipped.append((row["path"], row["error"]))
+                else:
+                    write_overlay(row, names, out)
+                    finished.add(row)
+                progress.advance(task)
+        write(finished.rows)
+        finished.remove()
+    for path, reason in skipped[:MAX_REPORTED]:
+        errors.print(f"skipped {path}: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if len(skipped) > MAX_REPORTED:
+        errors.print(f"... and {len(skipped) - MAX_REPORTED} more")
+    return len(paths) - len(skipped)

@@ -1,0 +1,139 @@
+"""`cast-ray label` labels images with a teacher: instances of the classes asked for, as one COCO JSON.
+
+cast-ray label PHOTOS --teacher grounded_sam --classes "person, traffic light" --out LABELS
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from rich.console import Console
+
+from cast_ray.cli.options import (
+    EXIT_FAILED,
+    INTERRUPTED_IMAGES,
+    Parser,
+    add_device_options,
+    add_image_options,
+    add_set_option,
+    exit_code,
+    output_folder,
+    plain_console,
+)
+from cast_ray.common.version import VERSION
+from cast_ray.data.reading.class_lists import read_classes
+from cast_ray.recipe import Recipe, build_recipe, parse_overrides
+from cast_ray.recipe.teachers import PUBLISHED
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    return exit_code(lambda: _label(arguments, plain_console(stderr=True)), INTERRUPTED_IMAGES)
+
+
+def _label(arguments: argparse.Namespace, errors: Console) -> int:
+    from cast_ray.cli.images import list_photos, run_images  # what needs torch, once the arguments are sound
+    from cast_ray.cli.unfinished import weights_digest
+    from cast_ray.data.reading.photos import OVERLAYS
+    from cast_ray.inference.labeller import make_labeller
+    from cast_ray.inference.predictor import in_batches
+    from cast_ray.inference.result_files import shared_folder, write_labels
+
+    recipe = _recipe(arguments)
+    out = output_folder(arguments.out)
+    paths = list_photos(arguments.images, errors, exclude=[str(out / OVERLAYS)])
+    categories = read_classes(arguments.classes) if arguments.classes else None
+    if categories is None and arguments.teacher in PUBLISHED:
+        raise ValueError(f"--teacher {arguments.teacher} can look for anything: name what by --classes")
+    make = partial(
+        make_labeller,
+        recipe,
+        arguments.teacher,
+        categories,
+        arguments.device,
+        arguments.amp,
+        not arguments.no_overlays,
+    )
+    labeller = make()  # here too with --workers: what is wrong with a teacher shows before Ray starts
+    teacher = labeller.teacher
+    settings = {
+        "version": VERSION,
+        "threshold": arguments.threshold,
+        "classes": teacher.class_names,
+        "category ids": [category.id for category in teacher.categories],
+        "teacher": arguments.teacher,
+        "teacher settings": teacher.config.settings(),
+        "input size": teacher.input_size.part(),
+        "weights": weights_digest(teacher),
+        **{f"pseudo.{name}": value for name, value in recipe.pseudo.model_dump().items()},
+        "precision": teacher.precision,
+        "overlays": not arguments.no_overlays,
+    }
+
+    def rows_of(missing: list[str]) -> Iterator[dict[str, Any]]:
+        if arguments.workers:
+            from cast_ray.runtime.worker.prediction import map_files
+
+            return map_files(
+                make, missing, batch=arguments.batch, num_workers=arguments.workers, address=arguments.address
+            )
+        return in_batches(labeller, missing, arguments.batch)
+
+    counts = Counter[int]()
+    write = partial(write_labels, folder=shared_folder(paths), categories=teacher.categories, out=out, counts=counts)
+    done = run_images(paths, settings, rows_of, write, out, errors)
+    named = zip(teacher.class_names, teacher.categories)
+    found = ", ".join(f"{name} {counts[c.id]}" for name, c in named if counts[c.id])
+    print(f"{done} of {len(paths)} images, {counts.total()} labels ({found or 'none'}): {out / 'instances.json'}")
+    if done and not counts:
+        errors.print(
+            f"nothing found in any image: asked for {', '.join(teacher.class_names[:12])} above --threshold "
+            f"{arguments.threshold}. Lower it, or name other words by --set teacher.prompt.synonyms",
+            style="yellow",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    return 0 if counts else EXIT_FAILED
+
+
+def _recipe(arguments: argparse.Namespace) -> Recipe:
+    """Returns a recipe with the teacher and pseudo parts that the user asked for."""
+    threshold = {key: arguments.threshold for key in ("pseudo.score_threshold", "teacher.inference.score_threshold")}
+    overrides = parse_overrides(arguments.set)
+    for key in overrides:
+        if not key.startswith(("teacher.", "pseudo.")):
+            raise ValueError(f"--set {key}: expected a key of `teacher` or `pseudo`")
+    if overrides.get("pseudo.class_thresholds", "fixed") != "fixed":
+        raise ValueError("--set pseudo.class_thresholds: balanced thresholds need labelled images; expected fixed")
+    kind = {"teacher.kind": arguments.teacher} if arguments.teacher in PUBLISHED else {}
+    return build_recipe("coco", "full", overrides={**threshold, **overrides, **kind, "stages.use_adapt": False})
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="cast-ray label",
+        description="Labels images with a teacher. Writes instances.json (COCO, with scores) and overlays/*.png.",
+    )
+    parser.add_argument(
+        "--teacher",
+        required=True,
+        help=f"{', '.join(PUBLISHED)}: published weights; or a saved one: a folder, a URI, a row runs/<name>/<row>",
+    )
+    parser.add_argument(
+        "--classes",
+        help="names with commas between them, or a file: a .txt of one name a line, a JSON list of names (.json) or "
+        "a COCO .json",
+    )
+    add_image_options(parser)
+    add_set_option(parser, "a recipe key of `teacher` or `pseudo`, for example teacher.grounded_sam.detector=DIR")
+    add_device_options(
+        parser,
+        amp="that of a saved teacher's training, and for published weights the fastest of the device",
+    )
+    return parser

@@ -1,0 +1,257 @@
+"""What all commands share: how they read and refuse their arguments, the options of several of them, how they end."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from rich.console import Console
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 3, 130
+EXIT_CODES = {
+    0: "done",
+    EXIT_FAILED: "the result is bad or missing: a row failed, no image was read, a run would refuse the dataset",
+    EXIT_BAD_INPUT: "the arguments or the files cannot be used",
+    EXIT_STOPPED: "stopped by a limit such as --budget-hours",
+    EXIT_INTERRUPTED: "stopped by Ctrl-C",
+}
+"""What the exit codes mean, of all commands."""
+STORAGE_VARIABLE = "CAST_RAY_STORAGE"
+INTERRUPTED_IMAGES = "stopped; the same command resumes with the images that are not finished"
+STUDENT_HELP = "folder of a saved student, a row runs/<name>/<row>, a URI or a hub name"
+ADDRESS_HELP = "Ray cluster; 'local' starts one for this command alone (default: $RAY_ADDRESS, else local)"
+
+N = TypeVar("N", int, float)
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads a command's arguments; what is wrong with them is one line, as with all other bad input.
+
+    Every command ends its help with the exit codes, which are the same for all.
+    """
+
+    def __init__(self, **settings: Any):
+        settings.setdefault("epilog", exit_codes_text())
+        super().__init__(**settings)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_BAD_INPUT, f"error: {message} (see {self.prog} --help)\n")
+
+
+def exit_codes_text() -> str:
+    """Returns the sentence on exit codes that every command's help ends with."""
+    return f"Exit codes: {'; '.join(f'{code} {meaning}' for code, meaning in EXIT_CODES.items())}."
+
+
+def plain_console(width: int = 120, *, stderr: bool = False) -> Console:
+    """Returns the console of a command: as wide as the terminal, or `width` where the output goes to a file or a pipe.
+
+    Markup and emoji codes are off, because most of what is printed holds names and paths that users chose: `[a]` and
+    `:car:` are text.
+    """
+    console = Console(markup=False, emoji=False, stderr=stderr)
+    if not console.file.isatty():
+        console.width = width
+    return console
+
+
+def exit_code(command: Callable[[], int], interrupted: str = "stopped") -> int:
+    """Runs a command and returns its exit code.
+
+    A ValueError reports bad input: it becomes one line on stderr and EXIT_BAD_INPUT. Ctrl-C prints `interrupted` and
+    becomes EXIT_INTERRUPTED.
+    """
+    errors = plain_console(stderr=True)
+    try:
+        return command()
+    except ValueError as error:
+        errors.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        errors.print(interrupted)
+        return EXIT_INTERRUPTED
+
+
+def add_recipe_options(
+    parser: argparse.ArgumentParser, *, of: str = "", preset: str | None = None, scale: str | None = None
+) -> None:
+    """Adds the options that choose a recipe.
+
+    Args:
+        of: what has a preset and a scale of its own where the user names none (table, search), for the help.
+        preset, scale: the defaults, where it is the command that has them.
+    """
+    from cast_ray.recipe import SCALES, preset_names  # not needed by `cast-ray --help`, which is to be quick
+
+    defaults = [preset, scale] if preset and scale else [f"the {of}'s, else {name}" for name in ("shapes", "demo")]
+    for flag, known, value, words in zip(("--preset", "--scale"), (preset_names(), SCALES), (preset, scale), defaults):
+        parser.add_argument(flag, default=value, help=f"one of {', '.join(known)} (default: {words})")
+    add_set_option(parser)
+
+
+def add_set_option(parser: argparse.ArgumentParser, help_text: str = "override a recipe key") -> None:
+    """Adds --set, which may be given several times; `parse_overrides` reads it."""
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=help_text)
+
+
+def add_run_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """Adds the options that say where a run is kept; `name`: the form of its default name."""
+    parser.add_argument("--name", help=f"name of the run (default: {name})")
+    parser.add_argument("--out", help="local folder for results and reports (default: runs)")
+    add_storage_option(parser)
+
+
+def add_storage_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --storage; `storage_path` reads it."""
+    parser.add_argument(
+        "--storage",
+        help="path or URI (s3://...) for artifacts and checkpoints, reachable from every node; default: "
+        f"${STORAGE_VARIABLE}, else ./storage (in a Ray job ~/cast_ray/storage)",
+    )
+
+
+def add_ray_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say on which Ray, and on how much of it, stages run."""
+    parser.add_argument("--address", help=ADDRESS_HELP)
+    parser.add_argument("--num-cpus", type=positive, help="logical CPUs of a local Ray (default: the machine's)")
+    parser.add_argument(
+        "--max-concurrent", type=whole_number, metavar="N", help="stages at a time (default: as many as fit)"
+    )
+    parser.add_argument("--workers-per-trial", type=positive, metavar="N", help="Train workers of a stage (default: 1)")
+
+
+def recipe_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns what --set and the options of `add_ray_options` change in a recipe.
+
+    Raises:
+        ValueError: a --set that is not key=value.
+    """
+    from cast_ray.recipe import parse_overrides
+
+    named = {
+        "runtime.num_workers": arguments.workers_per_trial,
+        "runtime.max_concurrent_stages": arguments.max_concurrent,
+    }
+    return parse_overrides(arguments.set) | {key: str(value) for key, value in named.items() if value is not None}
+
+
+def add_tracker_options(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds the options of experiment trackers; `what`: they are told of, for the help."""
+    trackers = parser.add_argument_group("trackers")
+    trackers.add_argument("--no-tensorboard", action="store_true", help="no event files in <run>/tensorboard")
+    trackers.add_argument("--wandb", metavar="PROJECT", help=f"log {what} to this Weights & Biases project")
+    trackers.add_argument("--mlflow", metavar="URI", help=f"log {what} to MLflow: http://SERVER, sqlite:///FILE")
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of commands that read images and write what a model finds in them."""
+    parser.add_argument("images", nargs="+", help="files, folders, quoted patterns, local or s3://...")
+    parser.add_argument("--out", required=True, help="folder for the results; it is made")
+    parser.add_argument("--threshold", type=share, default=0.3, help="least score (default: %(default)s)")
+    parser.add_argument("--batch", type=positive, default=8, help="images at a time (default: %(default)s)")
+    parser.add_argument("--no-overlays", action="store_true", help="do not draw the instances over the images")
+    parser.add_argument(
+        "--workers", type=whole_number, default=0, help="processes of a Ray cluster (default: 0, this process)"
+    )
+    parser.add_argument("--address", help="Ray cluster of --workers (default: $RAY_ADDRESS, else a local one)")
+
+
+def add_device_options(parser: argparse.ArgumentParser, amp: str) -> None:
+    """Adds the options of commands that run a model in this process; `amp`: what `auto` means for them."""
+    parser.add_argument(
+        "--amp",
+        choices=["auto", "off", "bf16", "fp16"],
+        default="auto",
+        help=f"precision; auto: {amp} (default: %(default)s)",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+
+
+def whole_number(text: str) -> int:
+    """Reads an argument that is 0, 1, 2, ..."""
+    return _read(text, int, lambda number: number >= 0, "a whole number from 0 on")
+
+
+def positive(text: str) -> int:
+    """Reads an argument that is 1, 2, ..."""
+    return _read(text, int, lambda number: number >= 1, "a whole number, 1 or more")
+
+
+def share(text: str) -> float:
+    """Reads an argument from 0 to 1, such as a score."""
+    return _read(text, float, lambda number: 0 <= number <= 1, "a number from 0 to 1")
+
+
+def amount(text: str) -> float:
+    """Reads an argument that is 0 or more, such as hours or a price."""
+    return _read(text, float, lambda number: 0 <= number < math.inf, "a number from 0 on")
+
+
+def positive_amount(text: str) -> float:
+    """Reads an argument that is more than 0, such as the seconds between two looks."""
+    return _read(text, float, lambda number: 0 < number < math.inf, "a number above 0")
+
+
+def default_folder() -> Path:
+    """Returns where results go by default: the current folder, or inside a Ray job, whose folder is deleted, $HOME."""
+    return Path.home() / "cast_ray" if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") else Path()
+
+
+def storage_path(text: str | None) -> str:
+    """Returns the path or URI of the store that --storage names, else the variable, else the default folder."""
+    return text or os.environ.get(STORAGE_VARIABLE) or str(default_folder() / "storage")
+
+
+def runs_folder(text: str | None) -> Path:
+    """Returns the folder of all runs that --out names, or the default one.
+
+    Raises:
+        ValueError: a URI, which reports cannot be written to, a file, or a place that cannot be written.
+    """
+    if text and "://" in text:
+        raise ValueError(f"--out {text}: expected a local folder for results and reports (--storage takes a URI)")
+    return output_folder(text or str(default_folder() / "runs"))
+
+
+def output_folder(text: str) -> Path:
+    """Returns the folder that `--out` names, which may be missing yet.
+
+    Raises:
+        ValueError: a URI, a file, or a place that cannot be written.
+    """
+    if "://" in text:
+        raise ValueError(f"--out {text}: expected a local path; copy the results to an object store afterwards")
+    path = Path(text)
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"--out {text}: expected a folder, {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {text}: the folder {there} cannot be written")
+    return path
+
+
+def output_file(text: str) -> Path:
+    """Returns the file that `--out` names; it may be there already.
+
+    Raises:
+        ValueError: a URI, a folder, or a place that cannot be written.
+    """
+    path = Path(text)
+    if path.is_dir():
+        raise ValueError(f"--out {text}: expected a file, found a folder")
+    output_folder(text if "://" in text else str(path.parent))
+    return path
+
+
+def _read(text: str, read: Callable[[str], N], is_valid: Callable[[N], bool], expected: str) -> N:
+    try:
+        number = read(text)
+    except ValueError:
+        number = None
+    if number is None or not is_valid(number):
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return number

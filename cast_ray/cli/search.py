@@ -1,0 +1,120 @@
+"""`cast-ray search` searches recipe keys with Optuna: TPE beside random search, early stopping, Pareto fronts.
+
+cast-ray search losses --preset shapes
+cast-ray search latency --trials 40
+optuna-dashboard runs/losses-search-shapes-demo/study.journal     # pip install optuna-dashboard
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rich.text import Text
+
+from cast_ray.cli.options import (
+    EXIT_STOPPED,
+    Parser,
+    add_ray_options,
+    add_recipe_options,
+    add_run_options,
+    add_tracker_options,
+    amount,
+    exit_code,
+    output_folder,
+    plain_console,
+    positive,
+    recipe_overrides,
+    runs_folder,
+    storage_path,
+    whole_number,
+)
+from cast_ray.plan.search import load_search, search_names
+from cast_ray.runtime.sweep.trackers import TENSORBOARD, Trackers
+
+STUDY = "study.journal"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    interrupted = "stopped; trials that were running are tried again by the same command, from what they stored"
+    return exit_code(lambda: _search(arguments), interrupted)
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    spec = load_search(arguments.search)
+    changes = {"num_trials": arguments.trials, "samplers": arguments.samplers, "scheduler": arguments.scheduler}
+    spec = type(spec).model_validate(
+        spec.model_dump() | {key: value for key, value in changes.items() if value is not None}
+    )
+    overrides = recipe_overrides(arguments)
+    preset, scale = arguments.preset or spec.preset, arguments.scale or spec.scale
+    name = arguments.name or f"{spec.name}-search-{preset}-{scale}"
+    out = output_folder(str(runs_folder(arguments.out) / name))
+    folders = {f"{spec.name}-{sampler}": str(out) for sampler in spec.samplers}
+    events = {} if arguments.no_tensorboard else dict.fromkeys(folders, str(out / TENSORBOARD))
+    trackers = Trackers(folders, events, wandb=arguments.wandb, mlflow=arguments.mlflow, group=name)
+    trackers.check_installed()
+    spec.recipe({}, preset, scale, arguments.seed, overrides)  # refused before Ray and Optuna are loaded
+
+    from cast_ray.publish.search import SearchRun, context_of_search, show_search, write_search_report
+    from cast_ray.runtime.search.run import SearchRequest, run_search
+    from cast_ray.runtime.sweep.row_results import SweepContext
+
+    request = SearchRequest(
+        spec=spec,
+        preset=preset,
+        scale=scale,
+        overrides=overrides,
+        seed=arguments.seed,
+        name=name,
+        study=arguments.study or str(out / STUDY),
+        storage=storage_path(arguments.storage),
+        address=arguments.address,
+        num_cpus=arguments.num_cpus,
+        budget_hours=arguments.budget_hours,
+        keep_going=arguments.keep_going,
+        trackers=trackers,
+    )
+    console = plain_console()
+    console.print(Text.assemble((spec.title, "bold"), f"  ({spec.name}, {preset} at {scale})"))
+    plan = SearchRun(name, spec, request.study, {"preset": preset, "scale": scale, **overrides})
+
+    def on_start(context: SweepContext) -> None:
+        nonlocal plan
+        plan = replace(plan, context=context_of_search(context, request.recipe({}).model_dump()))
+        plan.write(out)
+        console.print(f"  report   {out / 'report.html'}", soft_wrap=True, highlight=False)
+
+    outcome = run_search(request, console, on_start)
+    code = show_search(write_search_report(plan, outcome.studies, out), console)
+    trackers.finish(lambda text: console.print(text, soft_wrap=True, highlight=False))
+    if outcome.stopped:
+        console.print(Text.assemble(("stopped", "yellow"), f": {outcome.stopped}; the same command goes on"))
+        return EXIT_STOPPED
+    return code
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="cast-ray search",
+        description="Searches recipe keys with Optuna on Ray. Trials share stages with each other and with all tables. "
+        "The same command resumes an interrupted search, and with more --trials it extends a finished one.",
+    )
+    parser.add_argument(
+        "search", help=f"a search that comes with cast_ray ({', '.join(search_names())}) or a YAML file of your own"
+    )
+    add_recipe_options(parser, of="search")
+    parser.add_argument("--trials", type=positive, metavar="N", help="trials of each sampler, those before included")
+    parser.add_argument("--samplers", nargs="+", metavar="S", help="tpe, random: a study each (default: the search's)")
+    parser.add_argument("--scheduler", metavar="S", help="asha: stop trials early; none (default: the search's)")
+    parser.add_argument("--seed", type=whole_number, default=0, help="seed of the recipes (default: 0)")
+    parser.add_argument("--study", help=f"sqlite:///FILE or a journal file (default: <out>/<name>/{STUDY})")
+    add_run_options(parser, name="SEARCH-search-PRESET-SCALE")
+    add_ray_options(parser)
+    parser.add_argument("--budget-hours", type=amount, metavar="H", help="device-hours after which no stage is started")
+    parser.add_argument("--keep-going", action="store_true", help="continue though the first three trials failed")
+    add_tracker_options(parser, what="trials")
+    return parser
