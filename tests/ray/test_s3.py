@@ -21,9 +21,9 @@ SETTINGS = [
     *(f"stages.{stage}.steps={steps}" for stage, steps in STEPS.items()),
     *(f"stages.{stage}.batch_labelled=2" for stage in STEPS),
     *(f"stages.{stage}.batch_unlabelled=2" for stage in ("selftrain", "distill")),
-    "data.shapes.num_source=4",
-    "data.shapes.num_train=12",
-    "data.shapes.num_val=4",
+    "data.shapes.num_source=8",
+    "data.shapes.num_train=16",
+    "data.shapes.num_val=6",
     "student.num_layers=1",
     "teacher.num_layers=1",
     "pseudo.on_empty=warn",  # the teacher has learnt nothing in so few steps
@@ -87,7 +87,7 @@ def test_the_report_and_the_student_are_read_from_there(folder: Path, first: dic
     run("-m", "cast_ray", "report", str(folder / "runs/losses-shapes-smoke"))
     (student,) = [s["artifact"] for s in first["stages"] if s["name"] == "distill"]
     assert student.startswith(STORAGE)
-    images = f"s3://{BUCKET}/storage/datasets/shapes-4-12-4-s{first['recipe']['data']['shapes']['seed']}/**/*.png"
+    images = f"s3://{BUCKET}/storage/datasets/shapes-8-16-6-s{first['recipe']['data']['shapes']['seed']}/**/*.png"
     run("-m", "cast_ray", "predict", images, "--student", student, "--out", str(tmp_path), "--device", "cpu")
     assert json.loads((tmp_path / "images.json").read_text())["images"]
 
