@@ -55,7 +55,8 @@ def pieces_of(table: pa.Table, max_bytes: int | None = None) -> Iterator[pa.Tabl
     """
     if not table.num_rows:
         yield table
-    limit, pending, size = max_bytes or MAX_CHUNK_BYTES, [], 0
+    limit, size = max_bytes or MAX_CHUNK_BYTES, 0
+    pending: list[pa.RecordBatch] = []
     for batch in table.to_batches():
         if pending and size + batch.nbytes > limit:
             yield pa.Table.from_batches(pending).combine_chunks()

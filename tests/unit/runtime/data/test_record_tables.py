@@ -15,7 +15,7 @@ from cast_ray.contracts.records import RECORD_SCHEMA, instance_rows, pieces_of, 
 from cast_ray.data.formats import coco
 from cast_ray.data.splits.fractions import label_index
 from cast_ray.plan.graph import Stage
-from cast_ray.runtime.data.record_tables import load_records
+from cast_ray.runtime.data.record_tables import read_records
 from cast_ray.runtime.store.artifacts import ArtifactStore
 
 LABELS = Stage("label-teacher", "label", {}, {}, "a" * 20)
@@ -61,10 +61,9 @@ def test_a_table_is_loaded_in_chunks(table: pa.Table, tmp_path: Path, monkeypatc
         with store.open_to_add(LABELS, f"train.parquet/{part:05d}.parquet") as file:
             pa.parquet.write_table(table.slice(3 * part, 3), file)
     store.commit(LABELS, {})
-    load = load_records._function
-    assert load(store, LABELS.key, ("train.parquet",)).column("instances").num_chunks == 1
+    assert read_records(store, LABELS.key, ("train.parquet",)).column("instances").num_chunks == 1
     monkeypatch.setattr(records, "MAX_CHUNK_BYTES", 100)
-    loaded = load(store, LABELS.key, ("train.parquet", "train.parquet"))
+    loaded = read_records(store, LABELS.key, ("train.parquet", "train.parquet"))
     assert loaded.column("instances").num_chunks == 6
     assert loaded.slice(13, 1).to_pylist() == table.slice(4, 1).to_pylist()
 
@@ -102,7 +101,7 @@ def test_more_than_two_gibibytes_of_masks(tmp_path: Path) -> None:
             writer.write_table(store.read_table(LABELS.key, f"train.parquet/{part:05d}.parquet"))
     store.commit(LABELS, {})
     for name in ("train.parquet", "labels.parquet"):
-        loaded = load_records._function(store, LABELS.key, (name,))
+        loaded = read_records(store, LABELS.key, (name,))
         assert loaded.num_rows == PARTS * RECORDS_PER_PART and loaded.nbytes > 2**31
         assert loaded.column("instances").num_chunks <= 4
         for row in (0, 1234, loaded.num_rows - 1):

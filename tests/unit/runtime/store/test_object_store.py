@@ -131,6 +131,7 @@ def test_options_stay_at_the_end_of_a_uri() -> None:
 def test_a_checkpoint_is_noted_with_its_run(store: ArtifactStore) -> None:
     store.note_checkpoint("f", store.uri("train", "first-run", "f-00000004"), 4)
     store.note_checkpoint("f", store.uri("train", "second-run", "f-00000008"), 8)
-    assert store.find_checkpoint("f")["runs"] == ["first-run", "second-run"]
+    note = store.find_checkpoint("f")
+    assert note is not None and note["runs"] == ["first-run", "second-run"]
     store.forget_run("second-run", ["f", "g"])
     assert store.find_checkpoint("f") is None
