@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import urllib.request
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -44,6 +45,9 @@ class S3Server:
 
     def __enter__(self) -> S3Server:
         self._thread.start()
+        # What moto holds belongs to the process: a server before this one has left its files.
+        place = self.environment["AWS_ENDPOINT_URL"]
+        urllib.request.urlopen(urllib.request.Request(f"{place}/moto-api/reset", method="POST")).close()
         self.filesystem().create_dir(BUCKET)
         self.reset()
         return self

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from s3_server import S3Server
+from pyarrow import fs
+from s3_server import BUCKET, S3Server
 
 from cast_ray.common.paths import below, in_few_requests, write_bytes
 from cast_ray.data.reading import images
@@ -34,6 +35,14 @@ def store(server: S3Server, request: pytest.FixtureRequest) -> ArtifactStore:
     store = ArtifactStore(server.uri(f"stores/{abs(hash(request.node.name))}"))
     server.reset()
     return store
+
+
+def test_a_server_begins_empty(server: S3Server, store: ArtifactStore) -> None:
+    store.write_bytes("x", b"")
+    with S3Server() as second:
+        assert ArtifactStore(second.uri("stores")).list_names("") == [] and not second.filesystem().get_file_info(
+            fs.FileSelector(BUCKET, recursive=True)
+        )
 
 
 def test_a_small_file_is_one_request(store: ArtifactStore, server: S3Server) -> None:
