@@ -142,10 +142,8 @@ class ArtifactStore:
         if key in self._added:
             return f"artifacts/{key}/{self.attempt}"
         if key not in self._committed:
-            manifest = self.find_manifest(key)
-            if manifest is None:
+            if self.find_manifest(key) is None:
                 return f"artifacts/{key}/{self.attempt}"
-            self._committed[key] = manifest
         attempt = self._committed[key].get("attempt", "")
         return f"artifacts/{key}/{attempt}" if attempt else f"artifacts/{key}"
 
@@ -327,7 +325,11 @@ class ArtifactStore:
 
     def find_manifest(self, key: str) -> dict[str, Any] | None:
         found = self.find_bytes(f"artifacts/{key}/{MANIFEST}")
-        return json.loads(found) if found else None
+        if not found:
+            return None
+        manifest = json.loads(found)
+        self._committed.setdefault(key, manifest)  # the artifact's files are read next, more often than not
+        return manifest
 
     def find_manifests(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
         """Key -> manifest of those artifacts that exist, several read at a time."""
