@@ -18,6 +18,8 @@ import pyarrow as pa
 import pyarrow.compute
 from pycocotools import mask as coco_mask
 
+from cast_ray.contracts.instance import RecordInstance, Rle
+
 if TYPE_CHECKING:
     import torch
 
@@ -109,7 +111,7 @@ def rle_runs(counts: bytes) -> np.ndarray:
     return runs
 
 
-def mask_areas(rles: Sequence[dict[str, Any]]) -> np.ndarray:
+def mask_areas(rles: Sequence[Rle]) -> np.ndarray:
     """Pixels of each mask: float64 [n].
 
     Args:
@@ -296,6 +298,6 @@ class Predictions:
         )
 
 
-def instances_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+def instances_of(row: dict[str, Any]) -> list[RecordInstance]:
     """The non-crowd instances of one record row."""
     return [i for i in row["instances"] if not i["is_crowd"]]

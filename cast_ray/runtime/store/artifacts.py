@@ -31,6 +31,7 @@ import pyarrow.parquet
 
 from cast_ray.common.files import PARTIAL, write_atomically
 from cast_ray.common.paths import absolute, below, resolve
+from cast_ray.contracts.manifest import Manifest, manifest_class, read_manifest
 from cast_ray.plan.graph import Stage, fingerprint_of
 
 MANIFEST = "manifest.json"
@@ -104,10 +105,10 @@ class ArtifactStore:
         self.attempt = attempt or uuid.uuid4().hex[:8]
         self._added: dict[str, set[str]] = {}
         """Key of each artifact that is being made -> names of the files that this object has written."""
-        self._committed: dict[str, dict[str, Any]] = {}
+        self._committed: dict[str, Manifest] = {}
         """Key -> manifest of each artifact that was read."""
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[ArtifactStore], tuple[str, str]]:
         return ArtifactStore, (self.storage, self.attempt)
 
     def new_attempt(self) -> ArtifactStore:
@@ -141,10 +142,9 @@ class ArtifactStore:
     def _folder(self, key: str) -> str:
         if key in self._added:
             return f"artifacts/{key}/{self.attempt}"
-        if key not in self._committed:
-            if self.find_manifest(key) is None:
-                return f"artifacts/{key}/{self.attempt}"
-        attempt = self._committed[key].get("attempt", "")
+        if key not in self._committed and self.find_manifest(key) is None:
+            return f"artifacts/{key}/{self.attempt}"
+        attempt = self._committed[key].attempt
         return f"artifacts/{key}/{attempt}" if attempt else f"artifacts/{key}"
 
     def _files(self, key: str, name: str) -> str | list[str]:
@@ -152,7 +152,7 @@ class ArtifactStore:
         that one which has been lost is an error and not a part of the data that is silently missing."""
         _, root = self._fs
         folder = f"{root}/{self._folder(key)}"
-        named = self._committed.get(key, {}).get("files", {}) if key not in self._added else {}
+        named = self._committed[key].files if key in self._committed and key not in self._added else {}
         parts = sorted(file for file in named if file.startswith(f"{name}/"))
         return [f"{folder}/{part}" for part in parts] or f"{folder}/{name}"
 
@@ -273,7 +273,10 @@ class ArtifactStore:
         self._added.get(stage.key, set()).discard(name)
 
     def commit(self, stage: Stage, facts: dict[str, Any]) -> bool:
-        """Makes an artifact exist: writes its manifest (stage, parents, files, config, `facts`) as the last file.
+        """Makes an artifact exist: writes its manifest as the last file.
+
+        Args:
+            facts: fields of the manifest beside those that the stage itself gives, and whatever else it tells.
 
         Returns:
             False when somebody else has committed it meanwhile: theirs counts, this attempt is thrown away.
@@ -293,19 +296,21 @@ class ArtifactStore:
                 f"{self.uri('artifacts', stage.key, self.attempt)} have been removed ({lost[0]}): expected nobody but "
                 "`store gc` to delete anything there; run the same command again"
             )
-        manifest = {
-            "stage": stage.name,
-            "kind": stage.kind,
-            "fingerprint": stage.fingerprint,
-            "attempt": self.attempt,
-            "files": dict(sorted(files.items())),
-            "parents": stage.parents,
-            "config": stage.config,
-            "steps": stage.steps,
-            "committed": time.time(),
+        kind = manifest_class(stage.kind)
+        manifest = kind(
+            schema_version=kind.VERSION,
+            stage=stage.name,
+            kind=stage.kind,
+            fingerprint=stage.fingerprint,
+            attempt=self.attempt,
+            files=dict(sorted(files.items())),
+            parents=stage.parents,
+            config=stage.config,
+            steps=stage.steps,
+            committed=time.time(),
             **facts,
-        }
-        self.write_json(f"artifacts/{stage.key}/{MANIFEST}", manifest)
+        )
+        self.write_bytes(f"artifacts/{stage.key}/{MANIFEST}", manifest.to_json().encode())
         return True
 
     def _list_files(self, path: str) -> dict[str, int]:
@@ -316,26 +321,40 @@ class ArtifactStore:
         files = (i for i in found if i.type == pa.fs.FileType.File and not i.base_name.endswith(PARTIAL))
         return {info.path[len(folder) + 1 :]: info.size for info in files}
 
-    def manifest(self, key: str) -> dict[str, Any]:
-        """What an artifact is; raises FileNotFoundError when it is not committed."""
+    def manifest(self, key: str) -> Manifest:
+        """What an artifact is.
+
+        Raises:
+            FileNotFoundError: it is not committed.
+            ValueError: its manifest cannot be read, see `contracts.manifest.read_manifest`.
+        """
         manifest = self.find_manifest(key)
         if manifest is None:
             raise FileNotFoundError(f"no artifact {self.uri('artifacts', key)}")
         return manifest
 
-    def find_manifest(self, key: str) -> dict[str, Any] | None:
-        found = self.find_bytes(f"artifacts/{key}/{MANIFEST}")
+    def find_manifest(self, key: str) -> Manifest | None:
+        """The same, or None where the artifact is not committed."""
+        path = f"artifacts/{key}/{MANIFEST}"
+        found = self.find_bytes(path)
         if not found:
             return None
-        manifest = json.loads(found)
+        manifest = read_manifest(found, self.uri(path))
         self._committed.setdefault(key, manifest)  # the artifact's files are read next, more often than not
         return manifest
 
-    def find_manifests(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
+    def find_manifests(self, keys: Iterable[str]) -> dict[str, Manifest]:
         """Key -> manifest of those artifacts that exist, several read at a time."""
         wanted = list(dict.fromkeys(keys))
         found = zip(wanted, read_each(self.find_manifest, wanted))
         return {key: manifest for key, manifest in found if manifest is not None}
+
+    def readable_manifest(self, key: str) -> Manifest | None:
+        """The same for overviews of a whole store: None also where it cannot be read, so that it hides no other."""
+        try:
+            return self.find_manifest(key)
+        except ValueError:
+            return None
 
     def read_table(self, key: str, name: str, columns: list[str] | None = None) -> pa.Table:
         """A Parquet file, or a folder of them, inside an artifact."""

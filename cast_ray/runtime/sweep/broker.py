@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -19,10 +20,13 @@ from typing import Any
 
 import ray
 
+from cast_ray.common.logs import configure_logging
 from cast_ray.plan.graph import artifact_key
 from cast_ray.runtime.data.record_tables import load_records
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.claims import Claims
+
+logger = logging.getLogger(__name__)
 
 LEASE_TIMEOUT_S = 30.0
 HEARTBEAT_S = 5.0
@@ -199,6 +203,7 @@ class Broker:
         budget_hours: float | None = None,
         keep_going: bool = False,
     ):
+        configure_logging()
         self.leases = Leases(slots, done)
         self.limits = Limits(budget_hours, keep_going)
         self.claims = Claims(ArtifactStore(storage), holder) if holder else None
@@ -246,6 +251,7 @@ class Broker:
             self.limits.start(owner, devices, time.monotonic())
             run, done = await self._claim_in_store([n for n in needs if n.fingerprint in answer["run"]])
             if run:
+                logger.info("segment granted to %s: %s", owner, ", ".join(self.keys[f] for f in run))
                 return {"run": run, "done": answer["done"] + done}
             await self._end_grant(owner)
 
@@ -357,6 +363,7 @@ class Broker:
 
     async def fail(self, owner: str, fingerprint: str, reason: str) -> None:
         """A stage of `owner`'s segment met an error that a restart would meet again, in this row or in another."""
+        logger.info("a stage of %s failed for good: %s", owner, reason.splitlines()[-1])
         self.fatal.setdefault(owner, reason)
         self.leases.failed.setdefault(fingerprint, reason)
 

@@ -91,7 +91,8 @@ def test_a_reader_stays_with_the_attempt_it_found(store: ArtifactStore) -> None:
     first.commit(STAGE, {})
     reader = store.new_attempt()
     assert reader.read_bytes(STAGE.key, "model.safetensors") == first.attempt.encode()
-    store.write_json(f"artifacts/{STAGE.key}/manifest.json", store.manifest(STAGE.key) | {"attempt": second.attempt})
+    later = store.manifest(STAGE.key).model_copy(update={"attempt": second.attempt})
+    store.write_bytes(f"artifacts/{STAGE.key}/manifest.json", later.to_json().encode())
     assert reader.read_bytes(STAGE.key, "curves.json") == first.attempt.encode()
     assert store.new_attempt().read_bytes(STAGE.key, "curves.json") == second.attempt.encode()
 
@@ -142,7 +143,7 @@ def test_the_manifest_says_what_was_made(store: ArtifactStore) -> None:
         "seconds": 1.5,
         "resumed_at_step": None,
     }
-    assert {key: manifest[key] for key in wanted} == wanted and manifest["committed"] > 0
+    assert {key: getattr(manifest, key) for key in wanted} == wanted and (manifest.committed or 0) > 0
 
 
 def test_a_commit_looks_whether_its_files_are_there(store: ArtifactStore, tmp_path: Path) -> None:
@@ -174,7 +175,7 @@ def test_a_file_that_was_lost_later_is_an_error_not_fewer_rows(store: ArtifactSt
         store.add(STAGE, f"train.parquet/{part:05d}.parquet", buffer.getvalue())
     store.commit(STAGE, {})
     reader = store.new_attempt()
-    assert list(store.manifest(STAGE.key)["files"]) == ["train.parquet/00000.parquet", "train.parquet/00001.parquet"]
+    assert list(store.manifest(STAGE.key).files) == ["train.parquet/00000.parquet", "train.parquet/00001.parquet"]
     assert reader.read_table(STAGE.key, "train.parquet").column("x").to_pylist() == [1, 2, 3]
     assert reader.open_dataset(STAGE.key, "train.parquet").count_rows() == 3
     store.delete(f"artifacts/{STAGE.key}/{store.attempt}/train.parquet/00001.parquet")

@@ -91,10 +91,10 @@ def test_the_cost_of_earlier_stages_is_one_file(store: ArtifactStore, server: S3
     stages = [Stage("distill", "train", {}, {}, f"{i:020d}", steps=4) for i in range(3)]
     for stage in stages[:2]:
         store.commit(stage, {"stage_seconds": 2.0})
-    assert {m["fingerprint"] for m in past_manifests(store)} == {s.fingerprint for s in stages[:2]}  # of an old store
+    assert {m.fingerprint for m in past_manifests(store)} == {s.fingerprint for s in stages[:2]}  # of an old store
     note_past(store, [s.key for s in stages])  # the third has not run
     server.reset()
-    assert {m["fingerprint"] for m in past_manifests(store)} == {s.fingerprint for s in stages[:2]}
+    assert {m.fingerprint for m in past_manifests(store)} == {s.fingerprint for s in stages[:2]}
     assert server.requests == {"HEAD": 1, "GET": 1}
     store.write_bytes(PATH, b"[{")
     assert len(past_manifests(store)) == 2
