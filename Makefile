@@ -31,7 +31,7 @@ test: $(STAMP) ## set up, then run the tests (ARGS="-k name" is passed on; JOBS=
 	@$(PY) -m pytest $(PARALLEL) $(ARGS)
 
 test-ray: $(STAMP) ## the tests that start a Ray, and no others
-	@$(PY) -m pytest tests/ray tests/faults $(ARGS)
+	@$(PY) -m pytest tests/ray tests/faults tests/packaging $(ARGS)
 
 test-all: $(STAMP) ## the tests and the slow ones (minutes long)
 	@$(PY) -m pytest -m '' $(PARALLEL) $(ARGS)

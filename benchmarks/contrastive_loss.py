@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from measure import clock, interleaved, memory_growth_mb, report, spread
 
 from cast_ray.losses.contrastive.loss import contrastive_loss
+from cast_ray.losses.contrastive.pixel_problem import PixelViews
 from cast_ray.recipe import CONTRASTIVE_PRESETS, ContrastiveConfig
 
 IMAGES, DIM, QUERIES, CLASSES, TEMPERATURE = 8, 128, 100, 8, 0.1
@@ -82,7 +83,9 @@ def dense(inputs: dict[str, torch.Tensor], r: int = 200) -> torch.Tensor:
 def loss_of(variant: str, inputs: dict[str, Any]) -> torch.Tensor:
     if variant == "dense":
         return dense(inputs)
-    out = contrastive_loss(**inputs, config=CONFIGS[variant], temperature=TEMPERATURE, with_diagnostics=False)
+    out = contrastive_loss(
+        PixelViews(**inputs), config=CONFIGS[variant], temperature=TEMPERATURE, with_diagnostics=False
+    )
     return out.sum / out.count
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import ray
 from ray import tune
 
+from cast_ray.contracts.row_result import DatasetFacts, Hardware
 from cast_ray.plan.graph import RowPlan, Stage, plan_sweep
 from cast_ray.recipe import build_recipe
 from cast_ray.runtime.cluster import connect
@@ -68,7 +69,9 @@ def make_rows(num_rows: int, salt: str) -> list[RowPlan]:
 def context_of(store: ArtifactStore, name: str) -> SweepContext:
     chosen: dict[str, Any] = {"facts": {}, "labelled": [], "unlabelled": []}
     store.write_json(f"splits/{split_key(DATA_HASH, SPLIT)}.json", chosen)
-    return SweepContext(name, "noop", "", "", {}, store, "", {"content_hash": DATA_HASH}, (), f"runs/{name}")
+    return SweepContext(
+        name, "noop", "", "", Hardware(), store, "", DatasetFacts(content_hash=DATA_HASH), (), f"runs/{name}"
+    )
 
 
 def run_ours(folder: Path, num_rows: int, salt: str, memory: Memory) -> float:

@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import statistics
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from measure import clock, interleaved, report, spread
 
+from cast_ray.contracts.instance import Instances
 from cast_ray.models.postprocess import to_instances
 
 IMAGE_HW, RESIZED_HW, CROP = (4000, 6000), (683, 1024), (1024, 1024)
@@ -52,7 +52,7 @@ def main() -> None:
     options = parser.parse_args()
     now = clock(options.cpu)
     predictions = make_predictions()
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, Instances] = {}
 
     def timed(name: str, min_score: float = 0.0) -> float:
         start = now()

@@ -52,13 +52,14 @@ def make_problem(exact: bool = True) -> tuple[Predictions, list[Targets], LossCo
     return predictions, targets, config, points
 
 
-def ours(predictions, targets, config, points) -> torch.Tensor:
+def ours(predictions: Predictions, targets: list[Targets], config: LossConfig, points: LossPoints) -> torch.Tensor:
     weights = {"class": config.class_weight, "mask": config.mask_weight, "dice": config.dice_weight}
     terms = set_loss(predictions, targets, config, points=points)
-    return sum(weights[name] * total.sum() / count.sum() for name, (total, count) in terms.items())
+    means = [weights[name] * total.sum() / count.sum() for name, (total, count) in terms.items()]
+    return sum(means, torch.zeros(()))
 
 
-def rival(predictions, targets, config, points) -> torch.Tensor:
+def rival(predictions: Predictions, targets: list[Targets], config: LossConfig, points: LossPoints) -> torch.Tensor:
     """`points` in [0, 1], as transformers draws them."""
     criterion = theirs.Mask2FormerLoss(
         Mask2FormerConfig(

@@ -55,7 +55,7 @@ from cast_ray.runtime.cluster import connect
 from cast_ray.runtime.data.images import Images
 from cast_ray.runtime.data.pictures import Pictures
 from cast_ray.runtime.data.resources import configure_data, stream_bundle
-from cast_ray.runtime.data.training_stream import training_stream
+from cast_ray.runtime.data.training_stream import SampleRules, StepShare, training_stream
 from cast_ray.runtime.placement import reserve
 from cast_ray.runtime.process_settings import prepare_process
 from cast_ray.runtime.store.artifacts import ArtifactStore
@@ -151,15 +151,8 @@ def run_stream(steps: Steps, records: ray.ObjectRef, runtime: RuntimeConfig) -> 
             images,
             steps.data,
             runtime,
-            batch_labelled=steps.share,
-            batch_unlabelled=steps.share,
-            steps=len(steps),
-            start_step=0,
-            seed=0,
-            rank=0,
-            world_size=1,
-            strong=True,
-            oracle=False,
+            StepShare(steps.share, steps.share, len(steps), seed=0),
+            SampleRules(strong=True),
         )
 
 

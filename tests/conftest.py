@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-WITH_RAY = ("tests/ray/", "tests/faults/")
+WITH_RAY = ("tests/ray/", "tests/faults/", "tests/packaging/")
 MARK = "CAST_RAY_TEST_SWEEP"
 PATIENCE_S = 600
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from cast_ray.cli.options import EXIT_BAD_INPUT, EXIT_CODES, exit_code, plain_console
+from cast_ray.common.logs import VARIABLE, configure_logging
 from cast_ray.common.version import VERSION
 
 COMMANDS = {
@@ -26,6 +27,7 @@ COMMANDS = {
     "efficiency": "Measures what teachers and students cost on this device, without training.",
 }
 """Name of each command and what it does; `cast_ray/cli/<name>.py` holds it."""
+VERBOSE = "--verbose"
 
 _HELP = """usage: cast-ray COMMAND [ARGUMENTS]
        cast-ray COMMAND --help
@@ -38,6 +40,7 @@ commands:
 options:
   -h, --help   show this help and exit
   --version    show the version and exit
+  --verbose    with any command: log what happens inside (claims, checkpoints, restarts) on stderr
 
 first steps:
   cast-ray ablate losses --dry-run                 what a table would run and cost
@@ -53,6 +56,10 @@ exit codes:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code, see `options.EXIT_CODES`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if VERBOSE in arguments:  # wherever it stands: no command has an option of that name
+        arguments.remove(VERBOSE)
+        os.environ[VARIABLE] = "1"
+    configure_logging()
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help", "help"):
         print(help_text(), end="")

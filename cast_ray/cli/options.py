@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **settings: Any):
-        settings.setdefault("epilog", exit_codes_text())
+        settings.setdefault("epilog", f"{exit_codes_text()} --verbose logs what happens inside.")
         super().__init__(**settings)
 
     def error(self, message: str) -> NoReturn:

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cast_ray.cli.options import Parser, add_storage_option, exit_code, plain_console, storage_path
+from cast_ray.contracts.manifest import Manifest
 from cast_ray.plan.stage_difference import explain_difference
 from cast_ray.runtime.store.artifacts import ArtifactStore, Listed, read_each
 from cast_ray.runtime.store.pruning import Pruning, find_prunable, prune
@@ -47,10 +48,10 @@ def _list(store: ArtifactStore, arguments: argparse.Namespace, console: Console)
     if arguments.kind:
         listed = [a for a in listed if a.key.startswith(f"{arguments.kind}-")]
     shown = listed if arguments.all else listed[:NUM_LISTED]
-    manifests = read_each(lambda a: store.find_manifest(a.key), shown)
+    manifests = read_each(lambda a: store.readable_manifest(a.key), shown)
     if arguments.json:
         rows = [
-            {"key": a.key, "bytes": a.num_bytes, "committed": a.committed, "stage": (m or {}).get("stage")}
+            {"key": a.key, "bytes": a.num_bytes, "committed": a.committed, "stage": m.stage if m else None}
             for a, m in zip(shown, manifests)
         ]
         print(json.dumps(rows))
@@ -59,12 +60,11 @@ def _list(store: ArtifactStore, arguments: argparse.Namespace, console: Console)
     for column in ("stage", "artifact", "steps", "seconds", "size", "age"):
         table.add_column(column, justify="left" if column in ("stage", "artifact") else "right", no_wrap=True)
     for artifact, manifest in zip(shown, manifests):
-        facts = manifest or {"stage": "unfinished"}
         table.add_row(
-            facts["stage"],
+            manifest.stage if manifest else "unfinished" if artifact.committed is None else "unreadable",
             artifact.key,
-            f"{facts['steps']:,}" if facts.get("steps") else "",
-            f"{facts['stage_seconds']:.0f}" if facts.get("stage_seconds") else "",
+            f"{manifest.steps:,}" if manifest and manifest.steps else "",
+            f"{manifest.stage_seconds:.0f}" if manifest and manifest.stage_seconds else "",
             _size(artifact.num_bytes),
             _age(artifact.changed),
         )
@@ -83,9 +83,9 @@ def _show(store: ArtifactStore, arguments: argparse.Namespace, console: Console)
     if manifest is None:
         console.print(f"{found.key}: unfinished, {_size(found.num_bytes)}, last written {_age(found.changed)}")
         return 0
-    console.print_json(json.dumps(manifest))
+    console.print_json(manifest.to_json())
     by_fingerprint = {a.fingerprint: a for a in listed.values()}
-    for role, fingerprint in manifest["parents"].items():
+    for role, fingerprint in manifest.parents.items():
         state = by_fingerprint[fingerprint].key if fingerprint in by_fingerprint else f"{fingerprint} (pruned)"
         console.print(f"parent  {role}: {state}", highlight=False)
     console.print(f"files   {store.artifact(found.key)}, {_size(found.num_bytes)}", soft_wrap=True)
@@ -113,11 +113,11 @@ def _diff(store: ArtifactStore, arguments: argparse.Namespace, console: Console)
             raise ValueError(f"store diff {name!r}: {key} is unfinished, so that nothing says what it is of")
         manifests.append(manifest)
 
-    def find(fingerprint: str) -> dict[str, Any] | None:
+    def find(fingerprint: str) -> Manifest | None:
         key = by_fingerprint.get(fingerprint)
-        return None if key is None else store.find_manifest(key)
+        return None if key is None else store.readable_manifest(key)
 
-    console.print(" and ".join(f"{m['stage']} {m['fingerprint']}" for m in manifests), highlight=False)
+    console.print(" and ".join(f"{m.stage} {m.fingerprint}" for m in manifests), highlight=False)
     for line in explain_difference(manifests[0], manifests[1], find):
         console.print(f"  {line}", highlight=False, soft_wrap=True)
     return 0

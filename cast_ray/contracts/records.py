@@ -17,6 +17,8 @@ import numpy as np
 import pyarrow as pa
 from pycocotools import mask as coco_mask
 
+from cast_ray.contracts.instance import RecordInstance, Rle
+
 if TYPE_CHECKING:
     import torch
 
@@ -63,7 +65,7 @@ def rle_runs(counts: bytes) -> np.ndarray:
     return runs
 
 
-def mask_areas(rles: Sequence[dict[str, Any]]) -> np.ndarray:
+def mask_areas(rles: Sequence[Rle]) -> np.ndarray:
     """Pixels of each mask: float64 [n].
 
     Args:
@@ -250,6 +252,6 @@ class Predictions:
         )
 
 
-def instances_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+def instances_of(row: dict[str, Any]) -> list[RecordInstance]:
     """The non-crowd instances of one record row."""
     return [i for i in row["instances"] if not i["is_crowd"]]

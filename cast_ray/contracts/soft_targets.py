@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar, cast
 
 import cv2
 import numpy as np
@@ -17,9 +17,12 @@ import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
+from cast_ray.contracts.instance import Instance, rle_of
 from cast_ray.contracts.records import Targets
 
 STRIDE = 4
+
+AnyInstance = TypeVar("AnyInstance", bound=Instance)
 
 BELIEFS = ("class_probs", "mask_probs")
 """What an instance tells of the query that it comes from, see `models.postprocess.to_instances`."""
@@ -52,7 +55,7 @@ def mask_probabilities(
     return found
 
 
-def with_beliefs(instance: dict[str, Any], num_classes: int) -> dict[str, Any]:
+def with_beliefs(instance: AnyInstance, num_classes: int) -> AnyInstance:
     """An instance that tells its beliefs: its query's, or else what its score, class and mask say of them.
 
     A score s of class c is P(c) = s and P(no object) = 1 - s; a mask is its own probability.
@@ -61,10 +64,11 @@ def with_beliefs(instance: dict[str, Any], num_classes: int) -> dict[str, Any]:
         return instance
     probs = np.zeros(num_classes + 1)
     probs[[instance["label"], -1]] = instance["score"], 1 - instance["score"]
-    mask_HW = coco_mask.decode({"size": list(instance["size"]), "counts": instance["rle"]})
+    mask_HW = coco_mask.decode(rle_of(instance))
     rows, columns = grid_hw(instance["size"])
     levels = cv2.resize(mask_HW * np.uint8(255), (columns, rows), interpolation=cv2.INTER_AREA)
-    return {**instance, "class_probs": probs.tolist(), "mask_probs": zlib.compress(levels.tobytes(), 1)}
+    beliefs = {"class_probs": probs.tolist(), "mask_probs": zlib.compress(levels.tobytes(), 1)}
+    return cast(AnyInstance, {**instance, **beliefs})
 
 
 def sample_probabilities(stored: bytes, image_hw: Sequence[int], y: np.ndarray, x: np.ndarray) -> np.ndarray:

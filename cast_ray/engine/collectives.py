@@ -38,7 +38,7 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         # Reduce-scatter would move less, but gloo lacks it.
         total = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)

@@ -19,7 +19,7 @@ from cast_ray.engine.objective import Objective, weighted_sum
 from cast_ray.engine.optim import WeightAverage, averaged_weights, build_optimizer, learnt_weights, set_lr
 from cast_ray.engine.world import World
 from cast_ray.models.autocast import autocast
-from cast_ray.models.cast_network import TrainedNetwork
+from cast_ray.models.cast_network import Output, TrainedNetwork
 from cast_ray.recipe import Precision, TrainConfig
 
 LOG_EVERY_STEPS = 10
@@ -50,6 +50,29 @@ def step_generator(seed: int, step: int, rank: int, device: torch.device) -> tor
     return generator
 
 
+@dataclass(frozen=True)
+class TrainHooks:
+    """What a training run tells others as it goes. A hook must not change the training.
+
+    on_log: called on every worker each LOG_EVERY_STEPS steps and after the last, with step, loss, each term, lr and
+    images_per_s. on_checkpoint: called on every worker each `checkpoint_every_steps` steps, not after the last.
+    on_refresh: called on every worker each `refresh_every_steps` steps (0: never), not after the last, with the step
+    and the averaged weights that are learnt (see `learnt_weights`), which are to be copied at once. on_snapshot: called
+    on the first worker each `snapshot_every_steps` steps (0: never), not after the last, with the step and a copy on
+    the CPU of the segmenter's weights as they would be handed on then.
+    """
+
+    on_log: Callable[[dict[str, float]], None] = lambda entry: None
+    on_checkpoint: Callable[[TrainState], None] = lambda state: None
+    on_refresh: Callable[[int, dict[str, torch.Tensor]], None] = lambda step, weights: None
+    refresh_every_steps: int = 0
+    on_snapshot: Callable[[int, dict[str, torch.Tensor]], None] = lambda step, weights: None
+    snapshot_every_steps: int = 0
+
+
+NO_HOOKS = TrainHooks()
+
+
 def train(
     network: TrainedNetwork,
     objective: Objective,
@@ -61,12 +84,7 @@ def train(
     world: World,
     amp: Precision = "off",
     resume: TrainState | None = None,
-    on_log: Callable[[dict[str, float]], None] = lambda facts: None,
-    on_checkpoint: Callable[[TrainState], None] = lambda state: None,
-    on_refresh: Callable[[int, dict[str, torch.Tensor]], None] = lambda step, weights: None,
-    refresh_every_steps: int = 0,
-    snapshot_every_steps: int = 0,
-    on_snapshot: Callable[[int, dict[str, torch.Tensor]], None] = lambda step, weights: None,
+    hooks: TrainHooks = NO_HOOKS,
 ) -> TrainResult:
     """Trains `network` in place for `config.steps` optimiser steps.
 
@@ -79,123 +97,182 @@ def train(
         world: the workers.
         amp: precision of the forward pass. A step in which fp16 overflows is left out, of the curve too, and counted.
         resume: state to continue from.
-        on_log: called on every worker each LOG_EVERY_STEPS steps with step, loss, each term, lr, images_per_s.
-        on_checkpoint: called on every worker each `checkpoint_every_steps` steps, not after the last.
-        on_refresh: called on every worker each `refresh_every_steps` steps (0: never), not after the last, with the
-            averaged weights that are learnt, see `learnt_weights`, which are to be copied at once.
-        snapshot_every_steps: 0: never.
-        on_snapshot: called on the first worker each so many steps, not after the last, with the step and a copy on the
-            CPU of the segmenter's weights as they would be handed on then. It cannot change the training.
+        hooks: see `TrainHooks`.
 
     Raises:
         FloatingPointError: the loss is not finite, naming the step and the terms; or see `LossScale.step`.
         ValueError: the stream ended before the last step, or a loss refused its input (names the step).
     """
-    device = world.device
-    wrapped = world.wrap(network)
-    optimizer = build_optimizer(network, config)
-    average = WeightAverage(network, config.ema) if config.ema > 0 else None
-    scale = LossScale(amp, world, resume.num_skipped if resume is not None else 0)
-    start, seconds_before = 0, 0.0
-    curve: list[dict[str, float]] = []
-    diagnostics: list[dict[str, float]] = []
-    if resume is not None:
-        network.load_state_dict(resume.network)
-        optimizer.load_state_dict(resume.optimizer)
-        scale.scaler.load_state_dict(resume.scaler)
-        if average is not None and resume.average is not None:
-            average.load_state_dict(resume.average)
-        start, seconds_before = resume.step, resume.seconds
-        curve, diagnostics = list(resume.curve), list(resume.diagnostics)
-
-    precise = partial(autocast, amp, device)
-    names = list(objective.weights)
-    every = objective.contrastive.diagnostics_every_steps if objective.contrastive else 0
-    began = logged = time.monotonic()
-    # A checkpoint is loaded on the CPU: what is not copied into a module or optimiser must be moved to the device.
-    means_since = [means.to(device) for means in resume.recent] if resume is not None else []
-    images, images_logged = 0, 0
+    run = _Run(network, objective, config, seed, world, amp, resume)
     network.train()
-    for step in range(start, config.steps):
+    for step in range(run.start, config.steps):
         batch = next(batches, None)
         if batch is None:
             raise ValueError(f"the training stream ended at step {step} of {config.steps}")
-        batch = batch.to(device)
-        factor = set_lr(optimizer, step, config)
-        generator = step_generator(seed, step, world.rank, device)
-        network.anneal(step / config.steps)
-        # A seed of its own: dropped paths must not repeat the losses' draws.
-        own = step_seed(seed, step, world.rank) + 1
-        forward = PartedForward(wrapped, network, min(config.accumulate, len(batch.weak)), precise, own)
-        strong = batch.strong if objective.reads_strong else None
-        strong_from = batch.num_labelled if objective.is_semi_strong else None
-        output = forward(batch.weak, strong, batch.targets, strong_from)
+        run.step(step, batch.to(world.device))
         done = step + 1
-        due = every > 0 and (done % every == 0 or done == config.steps)
-        means, statistics, weights = None, None, objective.weights_at(step / config.steps)
-        if scale.overflowed(output):
-            loss = scale.not_finite(output)
-        else:
-            try:
-                terms, statistics = objective(output, batch, step, generator, diagnose=due)
-            except ValueError as error:  # for example of logits that are not finite, after a loss that was not
-                if means_since:
-                    _finite_means(means_since, names, step)
-                raise ValueError(f"step {done}: {error}") from error
-            loss, means = weighted_sum(terms, weights, world.all_reduce_sum, world.size)
-        optimizer.zero_grad(set_to_none=True)
-        scale.scaler.scale(loss).backward()
-        forward.backward()
-        scale.scaler.unscale_(optimizer)
-        for together in network.clip_groups():
-            nn.utils.clip_grad_norm_(together, config.clip_norm)
-        if scale.step(optimizer, done):
-            if network.projector is not None:
-                network.projector.update_ema()
-            if average is not None:
-                average.update()
+        if entry := run.log_entry(done):
+            hooks.on_log(entry)
+        if done == config.steps:
+            break
+        if hooks.refresh_every_steps and done % hooks.refresh_every_steps == 0:
+            hooks.on_refresh(done, learnt_weights(network.trained, run.average))
+        if hooks.snapshot_every_steps and done % hooks.snapshot_every_steps == 0 and world.rank == 0:
+            hooks.on_snapshot(done, _copied_weights(network, run.average))
+        if done % config.checkpoint_every_steps == 0:
+            hooks.on_checkpoint(run.state(fingerprint, done))
+    return run.finish()
+
+
+class _Run:
+    """The state of one call of `train` and the parts of its steps."""
+
+    def __init__(
+        self,
+        network: TrainedNetwork,
+        objective: Objective,
+        config: TrainConfig,
+        seed: int,
+        world: World,
+        amp: Precision,
+        resume: TrainState | None,
+    ):
+        self.network, self.objective, self.config = network, objective, config
+        self.seed, self.world = seed, world
+        self.wrapped = world.wrap(network)
+        self.optimizer = build_optimizer(network, config)
+        self.average = WeightAverage(network, config.ema) if config.ema > 0 else None
+        self.scale = LossScale(amp, world, resume.num_skipped if resume is not None else 0)
+        self.precise = partial(autocast, amp, world.device)
+        self.start, self.seconds_before = 0, 0.0
+        self.curve: list[dict[str, float]] = []
+        self.diagnostics: list[dict[str, float]] = []
+        self.means_since: list[torch.Tensor] = []
+        """Mean of each term in each step since the last entry of the curve."""
+        if resume is not None:
+            self._continue_from(resume)
+        self.names = list(objective.weights)
+        self.weights = objective.weights
+        """Of the terms in the last step."""
+        self.factor = 1.0
+        """Of the learning rate in the last step."""
+        self.images, self.images_logged = 0, 0
+        self.began = self.logged = time.monotonic()
+
+    def _continue_from(self, state: TrainState) -> None:
+        self.network.load_state_dict(state.network)
+        self.optimizer.load_state_dict(state.optimizer)
+        self.scale.scaler.load_state_dict(state.scaler)
+        if self.average is not None and state.average is not None:
+            self.average.load_state_dict(state.average)
+        self.start, self.seconds_before = state.step, state.seconds
+        self.curve, self.diagnostics = list(state.curve), list(state.diagnostics)
+        # A checkpoint is loaded on the CPU: what is not copied into a module or optimiser must be moved to the device.
+        self.means_since = [means.to(self.world.device) for means in state.recent]
+
+    def step(self, step: int, batch: Batch) -> None:
+        """One optimiser step on a batch that is on the device."""
+        self.factor = set_lr(self.optimizer, step, self.config)
+        progress = step / self.config.steps
+        self.network.anneal(progress)
+        self.weights = self.objective.weights_at(progress)
+        generator = step_generator(self.seed, step, self.world.rank, self.world.device)
+        forward = self._forward(step, batch)
+        strong = batch.strong if self.objective.reads_strong else None
+        strong_from = batch.num_labelled if self.objective.is_semi_strong else None
+        output = forward(batch.weak, strong, batch.targets, strong_from)
+        loss, means, statistics = self._loss(output, batch, step, generator)
+        if self._update(forward, loss, step + 1):
             assert means is not None
-            means_since.append(means)
-        images += len(batch.weak) * world.size
+            self.means_since.append(means)
+        self.images += len(batch.weak) * self.world.size
         if statistics is not None:
-            diagnostics.append({"step": done} | objective.diagnose(world.all_reduce_sum(statistics), step))
-        if means_since and (done % LOG_EVERY_STEPS == 0 or done == config.steps):
-            now = time.monotonic()
-            values = _finite_means(means_since, names, done)
-            total = sum(v * weights[n] for n, v in zip(names, values))
-            entry = {"step": done, "loss": total, "lr": config.lr * factor, **dict(zip(names, values))}
-            entry["images_per_s"] = (images - images_logged) / max(now - logged, 1e-9)
-            curve.append(entry)
-            on_log(entry)
-            logged, images_logged, means_since = now, images, []
-        if refresh_every_steps and done % refresh_every_steps == 0 and done < config.steps:
-            on_refresh(done, learnt_weights(network.trained, average))
-        if snapshot_every_steps and done % snapshot_every_steps == 0 and done < config.steps and world.rank == 0:
-            on_snapshot(done, _copied_weights(network, average))
-        if done % config.checkpoint_every_steps == 0 and done < config.steps:
-            if means_since:
-                _finite_means(means_since, names, done)  # a state that cannot go on must not replace one that can
-            on_checkpoint(
-                TrainState(
-                    fingerprint=fingerprint,
-                    step=done,
-                    network=network.state_dict(),
-                    average=average.state_dict() if average is not None else None,
-                    optimizer=optimizer.state_dict(),
-                    scaler=scale.scaler.state_dict(),
-                    num_skipped=scale.num_skipped,
-                    curve=curve,
-                    diagnostics=diagnostics,
-                    recent=means_since,
-                    seconds=seconds_before + time.monotonic() - began,
-                )
-            )
-    if average is not None:
-        average.write_to(network)
-    if config.steps:
-        network.anneal(1.0)
-    seconds = time.monotonic() - began
-    return TrainResult(curve, diagnostics, seconds_before + seconds, images / max(seconds, 1e-9), scale.num_skipped)
+            facts = self.objective.diagnose(self.world.all_reduce_sum(statistics), step)
+            self.diagnostics.append({"step": step + 1} | facts)
+
+    def _forward(self, step: int, batch: Batch) -> PartedForward:
+        # A seed of its own: dropped paths must not repeat the losses' draws.
+        seed = step_seed(self.seed, step, self.world.rank) + 1
+        num_parts = min(self.config.accumulate, len(batch.weak))
+        return PartedForward(self.wrapped, self.network, num_parts, self.precise, seed)
+
+    def _loss(
+        self, output: Output, batch: Batch, step: int, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The scalar to differentiate; the mean of each term, None after an overflow; statistics where they are due."""
+        if self.scale.overflowed(output):
+            return self.scale.not_finite(output), None, None
+        done = step + 1
+        every = self.objective.contrastive.diagnostics_every_steps if self.objective.contrastive else 0
+        due = every > 0 and (done % every == 0 or done == self.config.steps)
+        try:
+            terms, statistics = self.objective(output, batch, step, generator, diagnose=due)
+        except ValueError as error:  # for example of logits that are not finite, after a loss that was not
+            if self.means_since:
+                _finite_means(self.means_since, self.names, step)
+            raise ValueError(f"step {done}: {error}") from error
+        loss, means = weighted_sum(terms, self.weights, self.world.all_reduce_sum, self.world.size)
+        return loss, means, statistics
+
+    def _update(self, forward: PartedForward, loss: torch.Tensor, done: int) -> bool:
+        """The backward pass and the optimiser's step; whether the weights were changed, which an overflow prevents."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scale.scaler.scale(loss).backward()
+        forward.backward()
+        self.scale.scaler.unscale_(self.optimizer)
+        for together in self.network.clip_groups():
+            nn.utils.clip_grad_norm_(together, self.config.clip_norm)
+        if not self.scale.step(self.optimizer, done):
+            return False
+        if self.network.projector is not None:
+            self.network.projector.update_ema()
+        if self.average is not None:
+            self.average.update()
+        return True
+
+    def log_entry(self, done: int) -> dict[str, float] | None:
+        """Adds an entry to the curve and returns it, where one is due."""
+        if not self.means_since or (done % LOG_EVERY_STEPS and done != self.config.steps):
+            return None
+        now = time.monotonic()
+        values = _finite_means(self.means_since, self.names, done)
+        total = sum(v * self.weights[n] for n, v in zip(self.names, values))
+        entry = {"step": done, "loss": total, "lr": self.config.lr * self.factor, **dict(zip(self.names, values))}
+        entry["images_per_s"] = (self.images - self.images_logged) / max(now - self.logged, 1e-9)
+        self.curve.append(entry)
+        self.logged, self.images_logged, self.means_since = now, self.images, []
+        return entry
+
+    def state(self, fingerprint: str, done: int) -> TrainState:
+        """What continues this run after `done` steps; its tensors are the live ones."""
+        if self.means_since:
+            # A state that cannot be continued must not replace one that can.
+            _finite_means(self.means_since, self.names, done)
+        return TrainState(
+            fingerprint=fingerprint,
+            step=done,
+            network=self.network.state_dict(),
+            average=self.average.state_dict() if self.average is not None else None,
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scale.scaler.state_dict(),
+            num_skipped=self.scale.num_skipped,
+            curve=self.curve,
+            diagnostics=self.diagnostics,
+            recent=self.means_since,
+            seconds=self.seconds_before + time.monotonic() - self.began,
+        )
+
+    def finish(self) -> TrainResult:
+        """Puts the averaged weights into the network."""
+        if self.average is not None:
+            self.average.write_to(self.network)
+        if self.config.steps:
+            self.network.anneal(1.0)
+        seconds = time.monotonic() - self.began
+        images_per_s = self.images / max(seconds, 1e-9)
+        return TrainResult(
+            self.curve, self.diagnostics, self.seconds_before + seconds, images_per_s, self.scale.num_skipped
+        )
 
 
 def _copied_weights(network: TrainedNetwork, average: WeightAverage | None) -> dict[str, torch.Tensor]:

@@ -46,7 +46,6 @@ def estimate_memory(
     num_classes: int,
     image_px: tuple[int, int],
     contrastive: ContrastiveConfig | None = None,
-    unlabelled: bool = True,
     num_workers: int = 1,
     half: bool = False,
     gradient_checkpointing: bool = False,
@@ -59,7 +58,6 @@ def estimate_memory(
         num_classes: C.
         image_px: of the crop.
         contrastive: of a row with L_pxl, whose strong view passes through the encoder too; else None.
-        unlabelled: whether the stage adds `batch_unlabelled` images to each step.
         num_workers: that share the batch.
         half: autocast to 16 bits.
         gradient_checkpointing: as `runtime.gradient_checkpointing`.
@@ -70,7 +68,7 @@ def estimate_memory(
         ValueError: parts of the model that do not fit each other.
     """
     labelled = -(-train.batch_labelled // num_workers)
-    others = -(-train.batch_unlabelled // num_workers) if unlabelled else 0
+    others = -(-train.batch_unlabelled // num_workers)
     settings = (model, num_classes, image_px, contrastive, half, gradient_checkpointing)
     per_image = _per_image(*settings, False)
     of_other = _per_image(*settings, semi_strong and contrastive is not None)

@@ -10,7 +10,7 @@ import torch
 from cast_ray.common.registry import import_named
 from cast_ray.contracts.records import Batch, Targets
 from cast_ray.losses.contrastive.loss import contrastive_loss, temperature_at
-from cast_ray.losses.contrastive.pixel_problem import Gather
+from cast_ray.losses.contrastive.pixel_problem import Gather, PixelViews
 from cast_ray.losses.contrastive.pixels import diagnose
 from cast_ray.losses.set.criterion import set_loss, target_weights
 from cast_ray.losses.set.proposals import proposal_loss, proposal_weights
@@ -94,7 +94,7 @@ class Objective:
         if self.contrastive is None:
             return terms, None
         assert output.z_weak is not None and output.z_strong is not None
-        pxl = contrastive_loss(
+        views = PixelViews(
             output.z_weak,
             output.z_strong,
             output.predictions.mask_logits[-1],
@@ -102,6 +102,9 @@ class Objective:
             batch.valid,
             batch.truth_instance,
             batch.truth_class,
+        )
+        pxl = contrastive_loss(
+            views,
             self.contrastive,
             temperature=temperature_at(step, self.contrastive),
             generator=generator,

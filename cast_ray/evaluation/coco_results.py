@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from cast_ray.contracts.instance import Instance
 from cast_ray.contracts.records import Category, decode_image_id
 
 
 def coco_results(
-    image_ids: Sequence[str], found: Sequence[Sequence[dict[str, Any]]], categories: Sequence[Category]
+    image_ids: Sequence[str], found: Sequence[Sequence[Instance]], categories: Sequence[Category]
 ) -> Iterator[dict[str, Any]]:
     """Detections of a batch in COCO results form, with the dataset's own image and category ids.
 
@@ -28,7 +29,7 @@ def coco_results(
             yield {"image_id": decode_image_id(image_id), **coco_result(i, categories)}
 
 
-def coco_result(instance: dict[str, Any], categories: Sequence[Category]) -> dict[str, Any]:
+def coco_result(instance: Instance, categories: Sequence[Category]) -> dict[str, Any]:
     """One detection in COCO results form, without the image's id.
 
     There is no `bbox`: beside a mask it would make pycocotools, faster-coco-eval and hotcoco sort the detection by the

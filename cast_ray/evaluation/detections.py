@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from pycocotools import mask as coco_mask
 
+from cast_ray.contracts.instance import Instance, Rle, rle_of
 from cast_ray.contracts.records import Category, ClassMap, decode_image_id, mask_areas, object_areas
 
 VOID_LABEL = -1
@@ -23,15 +24,15 @@ class Detections:
 
     labels: np.ndarray
     scores: np.ndarray
-    rles: list[dict[str, Any]]
+    rles: list[Rle]
 
     @classmethod
-    def of(cls, instances: Sequence[dict[str, Any]]) -> Detections:
-        """Reads instances as a teacher or `to_instances` gives them: label, score, rle, size."""
+    def of(cls, instances: Sequence[Instance]) -> Detections:
+        """Reads instances as a teacher or `to_instances` gives them."""
         return cls(
             np.array([i["label"] for i in instances], dtype=np.int64),
             np.array([i["score"] for i in instances], dtype=np.float64),
-            [{"size": list(i["size"]), "counts": i["rle"]} for i in instances],
+            [rle_of(i) for i in instances],
         )
 
 
@@ -47,12 +48,13 @@ class Truth:
     crowd: np.ndarray
     mask_areas: np.ndarray
     areas: np.ndarray
-    rles: list[dict[str, Any]]
+    rles: list[Rle]
 
     @classmethod
     def of(cls, row: dict[str, Any], classes: ClassMap) -> Truth:
         """Reads the instances and ignore regions of a record; instances of other classes are left out."""
-        labels, crowd, annotated, rles = [], [], [], []
+        labels, crowd, annotated = [], [], []
+        rles: list[Rle] = []
         for instance in row["instances"]:
             try:
                 label = classes.label(instance["category_id"])
@@ -77,7 +79,7 @@ def overlaps(detections: Detections, truth: Truth) -> np.ndarray:
     return coco_mask.iou(detections.rles, truth.rles, truth.crowd.astype(np.uint8))
 
 
-def intersections(detections: Detections, detection_areas: np.ndarray, rles: list[dict[str, Any]]) -> np.ndarray:
+def intersections(detections: Detections, detection_areas: np.ndarray, rles: list[Rle]) -> np.ndarray:
     """Common pixels of all pairs: float64 [D, G], whole numbers."""
     if not detections.rles or not rles:
         return np.zeros((len(detections.rles), len(rles)))
@@ -98,7 +100,7 @@ def by_image(
     number = {image_id: row for row, image_id in enumerate(ids)}
     sizes = list(zip(ground_truth.column("height").to_pylist(), ground_truth.column("width").to_pylist()))
     label_of = {c.id: label for label, c in enumerate(categories)}
-    grouped: list[tuple[list[int], list[float], list[dict[str, Any]]]] = [([], [], []) for _ in ids]
+    grouped: list[tuple[list[int], list[float], list[Rle]]] = [([], [], []) for _ in ids]
     for i, result in enumerate(results):
         image_id, score, segmentation = result["image_id"], result["score"], result["segmentation"]
         row, label = number.get(image_id), label_of.get(result["category_id"])

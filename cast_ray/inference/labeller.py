@@ -10,6 +10,7 @@ import torch
 
 from cast_ray.common.paths import is_uri
 from cast_ray.common.registry import lookup
+from cast_ray.contracts.instance import Instance, Instances
 from cast_ray.contracts.records import Category
 from cast_ray.data.reading.class_lists import read_classes
 from cast_ray.engine.world import pick_device
@@ -45,10 +46,10 @@ class Labeller(Predictor):
         resized_hw: Sequence[tuple[int, int]],
         max_detections: int,
         min_score: float,
-    ) -> list[list[dict[str, Any]]]:
+    ) -> list[Instances]:
         return predict_by_vote(self.teacher, images, image_hw, resized_hw, self.pseudo)
 
-    def choose(self, instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def choose(self, instances: Instances) -> Sequence[Instance]:
         return pseudo_labels(instances, self.pseudo)
 
 
@@ -64,7 +65,7 @@ def make_labeller(
 
 
 def load_teacher(
-    source: str, classes: str | Sequence[str] | Sequence[Category] | None = None, recipe: Recipe | None = None
+    source: str, classes: str | Sequence[str | Category] | None = None, recipe: Recipe | None = None
 ) -> Teacher:
     """Loads a teacher, published or saved, on the CPU and ready to predict.
 
@@ -102,7 +103,7 @@ def load_teacher(
     size = None if config.image_px is None else InputSize.of(config.image_px)
     try:
         with open_teacher(source, part, size, categories) as teacher:
-            return teacher
+            return teacher.eval()
     except ValueError as error:
         if is_uri(source) or Path(source).expanduser().exists():
             raise
@@ -110,7 +111,7 @@ def load_teacher(
         raise ValueError(f"--teacher: neither a kind ({kinds}) nor a saved teacher: {error}") from None
 
 
-def _categories(classes: str | Sequence[str] | Sequence[Category] | None) -> list[Category] | None:
+def _categories(classes: str | Sequence[str | Category] | None) -> list[Category] | None:
     """Returns the categories that `load_teacher` is asked for; names are numbered from 1."""
     if classes is None or isinstance(classes, str):
         return None if classes is None else read_classes(classes)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from cast_ray.contracts.instance import Instance, Instances
 from cast_ray.contracts.records import Category
 from cast_ray.data.reading.images import ImageError, read_image
 from cast_ray.data.views import fit_image
@@ -50,7 +51,7 @@ class InstanceModel(Protocol):
         resized_hw: Sequence[tuple[int, int]],
         max_detections: int,
         min_score: float,
-    ) -> list[list[dict[str, Any]]]: ...
+    ) -> list[Instances]: ...
 
 
 class Predictor:
@@ -87,7 +88,7 @@ class Predictor:
         work = [(path, image, next(found) if isinstance(image, np.ndarray) else []) for path, image in zip(paths, read)]
         return list(self.threads.map(self._row, work))
 
-    def _predict(self, images: list[np.ndarray]) -> list[list[dict[str, Any]]]:
+    def _predict(self, images: list[np.ndarray]) -> list[Sequence[Instance]]:
         fitted = [fit_image(image, self.model.input_size) for image in images]
         sizes = [(image.shape[0], image.shape[1]) for image in images]
         inside = [size for _, size in fitted]
@@ -108,15 +109,15 @@ class Predictor:
         resized_hw: Sequence[tuple[int, int]],
         max_detections: int,
         min_score: float,
-    ) -> list[list[dict[str, Any]]]:
+    ) -> list[Instances]:
         """Returns the model's instances, as `Teacher.predict` does."""
         return self.model.predict(images, image_hw, resized_hw, max_detections, min_score)
 
-    def choose(self, instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def choose(self, instances: Instances) -> Sequence[Instance]:
         """Returns the instances of an image that are kept."""
         return [i for i in instances if i["score"] >= self.threshold]
 
-    def _row(self, work: tuple[str, np.ndarray | str, list[dict[str, Any]]]) -> dict[str, Any]:
+    def _row(self, work: tuple[str, np.ndarray | str, Sequence[Instance]]) -> dict[str, Any]:
         path, image, instances = work
         if isinstance(image, str):
             return {"path": path, "height": 0, "width": 0, "error": image, "results": "[]", "overlay": b""}

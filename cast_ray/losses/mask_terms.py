@@ -47,7 +47,7 @@ class _MaskTerms(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_bce: Tensor, grad_dice: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad_bce: Tensor, grad_dice: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         probs, truth, weight, total, overlap, area = ctx.saved_tensors
         grad_dice = grad_dice[:, None] / area
         # d dice / d m = overlap / area^2 - 2 g / area, and d m / d x = m (1 - m)

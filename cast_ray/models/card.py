@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cast_ray.contracts.row_result import DatasetFacts, RowResult
 from cast_ray.recipe import InputSize
 from cast_ray.recipe.stages import KINDS_OF_AP
 
@@ -33,13 +34,13 @@ Each instance has a `label`, a `score` and a mask at the image's own size (`rle`
 """
 
 
-def model_card(config: Mapping[str, Any], num_parameters: int, result: Mapping[str, Any] | None) -> str:
+def model_card(config: Mapping[str, Any], num_parameters: int, result: RowResult | None) -> str:
     """The card in Markdown, with the hub's YAML header.
 
     Args:
         config: content of `config.json`.
         num_parameters: of the segmenter.
-        result: result.json of the row that made the model; None: the card says that there are no measurements.
+        result: outcome of the row that made the model; None: the card says that there are no measurements.
     """
     model = config["model"]
     names = list(config["id2label"].values())
@@ -59,27 +60,35 @@ def model_card(config: Mapping[str, Any], num_parameters: int, result: Mapping[s
     return "\n".join(parts) + "\n" + _USE
 
 
-def _measured(result: Mapping[str, Any]) -> list[str]:
-    metrics, dataset, recipe = result["metrics"], result["dataset"], result["recipe"]
+def _measured(result: RowResult) -> list[str]:
+    metrics, dataset = result.metrics, result.dataset or DatasetFacts()
     lines = ["\n## Measured\n"]
-    rows = [(label, role) for role, label in ROLES.items() if f"{role}/mask_ap" in metrics]
+    rows = [(label, role) for role, label in ROLES.items() if metrics.get(f"{role}/mask_ap") is not None]
     if rows:
         lines += ["| model | mask AP | AP50 |", "|---|---:|---:|"]
         for label, role in rows:
-            ap50 = metrics.get(f"{role}/ap50")
-            lines.append(
-                f"| {label} | {metrics[f'{role}/mask_ap']:.1f} | {'' if ap50 is None else format(ap50, '.1f')} |"
-            )
-        images = f"{dataset['num_val']} validation images"
-        kind = KINDS_OF_AP[recipe.get("evaluation", {}).get("metric", "coco")]
-        lines.append(f"\n{kind} in percent on {images}, one run with seed {result['seed']}.")
+            ap, ap50 = (metrics.get(f"{role}/{measure}") for measure in ("mask_ap", "ap50"))
+            lines.append(f"| {label} | {_decimal(ap)} | {_decimal(ap50)} |")
+        kind = KINDS_OF_AP[result.setting("evaluation.metric") or "coco"]
+        images = f"{_known(dataset.num_val)} validation images"
+        lines.append(f"\n{kind} in percent on {images}, one run with seed {result.seed}.")
     else:
         lines.append("The run has no evaluation.")
+    preset, scale = _known(result.setting("preset")), _known(result.setting("scale"))
     lines += [
         "\n## Made by\n",
-        f"- row `{result['row']}` of table `{result['table']}`, preset {recipe['preset']} at scale {recipe['scale']}",
-        f"- labelled images: {dataset.get('num_labelled')}, unlabelled: {dataset.get('num_unlabelled')}",
-        f"- `{result['command']}`",
-        f"- code {result['code_version']}, {result['device_hours']:.2f} device-hours",
+        f"- row `{result.row}` of table `{result.table}`, preset {preset} at scale {scale}",
+        f"- labelled images: {_known(dataset.num_labelled)}, unlabelled: {_known(dataset.num_unlabelled)}",
     ]
+    lines += [f"- `{result.command}`"] if result.command else []
+    hours = f", {result.device_hours:.2f} device-hours" if result.device_hours is not None else ""
+    lines.append(f"- code {_known(result.code_version)}{hours}")
     return lines
+
+
+def _decimal(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _known(value: Any) -> str:
+    return "unknown" if value is None else str(value)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 
+from cast_ray.contracts.instance import Instance, Instances, Rle
 from cast_ray.contracts.records import Predictions
 from cast_ray.contracts.soft_targets import mask_probabilities
 
@@ -26,7 +26,7 @@ def predict_instances(
     max_detections: int = 100,
     min_score: float = 0.0,
     soft: bool = False,
-) -> list[list[dict[str, Any]]]:
+) -> list[Instances]:
     """Instances of each image at its own size.
 
     Args:
@@ -66,7 +66,7 @@ def groups_of_equal_size(sizes: Sequence[Hashable], limit: int | None = None) ->
 
 
 def predict_in_groups(
-    predict: Callable[..., list[list[dict[str, Any]]]],
+    predict: Callable[..., list[Instances]],
     images: Sequence[np.ndarray],
     image_hw: Sequence[tuple[int, int]],
     resized_hw: Sequence[tuple[int, int]],
@@ -74,7 +74,7 @@ def predict_in_groups(
     batch: int | None = None,
     *,
     min_score: float = 0.0,
-) -> list[list[dict[str, Any]]]:
+) -> list[Instances]:
     """Instances of images that need not have one size: those of equal size pass through the model together.
 
     Args:
@@ -86,7 +86,7 @@ def predict_in_groups(
     Returns:
         As `predict`, in the order of the images.
     """
-    found: list[list[dict[str, Any]]] = [[] for _ in images]
+    found: list[Instances] = [[] for _ in images]
     for group in groups_of_equal_size([image.shape for image in images], batch):
         pixels = torch.from_numpy(np.stack([images[i] for i in group]))
         sizes = [[sizes[i] for i in group] for sizes in (image_hw, resized_hw)]
@@ -104,7 +104,7 @@ def to_instances(
     max_detections: int,
     min_score: float = 0.0,
     soft: bool = False,
-) -> list[list[dict[str, Any]]]:
+) -> list[Instances]:
     """Mask2Former's instance inference: the best `max_detections` of query x class, masks as RLE.
 
     score = P(class) * mean mask probability inside the mask. Masks may overlap, and one query may appear with several
@@ -122,8 +122,7 @@ def to_instances(
             `soft_targets.mask_probabilities`).
 
     Returns:
-        Per image, in falling score order: label (0..C-1), score (0..1), rle (COCO compressed counts, bytes), size
-        ([height, width] of the RLE), mask_quality (mean mask probability inside the mask, 0..1).
+        Per image, in falling score order; mask_quality is the mean mask probability inside the mask.
 
     Source: Cheng et al. 2022, `instance_inference`. Deviations: sizes of any image are handled one image and one chunk
     of queries at a time.
@@ -150,7 +149,7 @@ def _instances_of_image(
     max_detections: int,
     min_score: float,
     soft: bool,
-) -> list[dict[str, Any]]:
+) -> Instances:
     probabilities_QC = all_probabilities_QC[:, :-1]
     num_classes = probabilities_QC.shape[1]
     top, index = probabilities_QC.flatten().topk(min(max_detections, probabilities_QC.numel()))
@@ -163,26 +162,25 @@ def _instances_of_image(
         lambda logits_KHW: _to_image_size(logits_KHW, image_hw, resized_hw, image_px),
         max(image_px[0] * image_px[1], image_hw[0] * image_hw[1]),
     )
-    beliefs: list[dict[str, Any]] = [{}] * len(used_K)
+    beliefs: list[tuple[list[float], bytes]] = []
     if soft:
         stored = mask_probabilities(mask_logits_QHW[used_K], image_hw, resized_hw, image_px)
-        rows = all_probabilities_QC[used_K].tolist()
-        beliefs = [{"class_probs": row, "mask_probs": grid} for row, grid in zip(rows, stored)]
+        beliefs = list(zip(all_probabilities_QC[used_K].tolist(), stored))
     place = {q: k for k, q in enumerate(used_K.tolist())}
-    instances = []
+    instances: Instances = []
     for probability, q, c in zip(top.tolist(), query.tolist(), label.tolist()):
         k = place[q]
         if quality[k] > 0 and not probability * quality[k] < min_score:
-            instances.append(
-                {
-                    "label": c,
-                    "score": probability * quality[k],
-                    "rle": encoded[k]["counts"],
-                    "size": list(encoded[k]["size"]),
-                    "mask_quality": quality[k],
-                    **beliefs[k],
-                }
-            )
+            instance: Instance = {
+                "label": c,
+                "score": probability * quality[k],
+                "rle": encoded[k]["counts"],
+                "size": list(encoded[k]["size"]),
+                "mask_quality": quality[k],
+            }
+            if soft:
+                instance["class_probs"], instance["mask_probs"] = beliefs[k]
+            instances.append(instance)
     return sorted(instances, key=lambda instance: -instance["score"])
 
 
@@ -196,7 +194,7 @@ def can_reach(upper: torch.Tensor, min_score: float) -> torch.Tensor:
 
 def encode_masks(
     mask_logits_KHW: torch.Tensor, to_image: Callable[[torch.Tensor], torch.Tensor], num_pixels: int
-) -> tuple[list[dict[str, Any]], list[float]]:
+) -> tuple[list[Rle], list[float]]:
     """Masks at an image's size as RLE, a few at a time.
 
     Args:
@@ -207,7 +205,7 @@ def encode_masks(
     Returns:
         COCO RLEs, and the mean mask probability inside each mask (0 of an empty one).
     """
-    encoded: list[dict[str, Any]] = []
+    encoded: list[Rle] = []
     quality: list[float] = []
     for part_KHW in mask_logits_KHW.split(max(1, CHUNK_PIXELS // num_pixels)) if len(mask_logits_KHW) else ():
         logits_KHW = to_image(part_KHW.float())

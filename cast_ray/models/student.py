@@ -10,7 +10,7 @@ needs torch, transformers and safetensors, and neither Ray nor a dataset.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from transformers.utils import cached_file
 
 from cast_ray.common.files import write_atomically
 from cast_ray.common.version import VERSION
+from cast_ray.contracts.instance import Instances
 from cast_ray.contracts.records import Category, Predictions, class_names
+from cast_ray.contracts.row_result import RowResult
 from cast_ray.models.autocast import DTYPES, autocast
 from cast_ray.models.card import model_card
 from cast_ray.models.drawing import class_colours
@@ -85,7 +87,7 @@ class Student(nn.Module):
         resized_hw: Sequence[tuple[int, int]] | None = None,
         max_detections: int = 100,
         min_score: float = 0.0,
-    ) -> list[list[dict[str, Any]]]:
+    ) -> list[Instances]:
         """Instances of each image, as `predict_instances`; `cast_ray.data.views.fit_image` makes its inputs."""
         images = images.to(self.device)
         with autocast(self.precision, self.device):
@@ -116,8 +118,8 @@ class Student(nn.Module):
             },
         }
 
-    def files(self, result: Mapping[str, Any] | None = None) -> dict[str, bytes]:
-        """Name -> content of each file of the folder; `result`: a row's result.json, for the model card."""
+    def files(self, result: RowResult | None = None) -> dict[str, bytes]:
+        """Name -> content of each file of the folder; `result`: outcome of its row, for the model card."""
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.segmenter.state_dict().items()}
         config = self.config()
         return {
@@ -126,12 +128,12 @@ class Student(nn.Module):
             CARD: model_card(config, sum(p.numel() for p in self.segmenter.parameters()), result).encode(),
         }
 
-    def save_pretrained(self, folder: str | Path, result: Mapping[str, Any] | None = None) -> None:
+    def save_pretrained(self, folder: str | Path, result: RowResult | None = None) -> None:
         """Writes the folder.
 
         Args:
             folder: made where it is missing; a student that was saved there before is replaced.
-            result: result.json of the row that made the student: its numbers go into the model card.
+            result: outcome of the row that made the student: its numbers go into the model card.
 
         Raises:
             ValueError: the folder holds something other than a saved student; see `check_free`.

@@ -14,13 +14,28 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+from cast_ray.contracts.manifest import LabelManifest, Manifest
 from cast_ray.plan.graph import Stage, SweepPlan, input_size_of
+from cast_ray.plan.stage_parts import EvaluatePart, LabelPart, TrainPart, is_published
 from cast_ray.recipe import InputSize, ModelConfig, TeacherConfig
 
 Source = Literal["measured", "scaled", "estimated", "unknown"]
-Manifest = Mapping[str, Any]
+
+
+class HasModel(Protocol):
+    """A stage, or the manifest of one, as far as it says which model it runs."""
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    @property
+    def parents(self) -> Mapping[str, str]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
 
 ASSUMED_FLOPS = {"cpu": 25e9, "cuda": 30e12}
 """Useful operations a second: one thread of a server CPU (measured on `shapes`), a data centre GPU with AMP."""
@@ -62,18 +77,18 @@ class CostModel:
         self.device = device
         self.exact: dict[str, list[float]] = {}
         self.scaled: dict[str, list[float]] = {}
-        past = {m["fingerprint"]: m for m in manifests}
+        past = {m.fingerprint: m for m in manifests}
         for manifest in past.values():
-            if manifest["kind"] not in ("train", "label", "evaluate") or not manifest.get("stage_seconds"):
+            if manifest.kind not in ("train", "label", "evaluate") or not manifest.stage_seconds:
                 continue
-            if not str(manifest.get("device") or device).startswith(device):
+            if not (manifest.device or device).startswith(device):
                 continue
-            device_s = (manifest["stage_seconds"] + (manifest.get("startup_seconds") or 0.0)) * manifest["num_workers"]
+            device_s = (manifest.stage_seconds + (manifest.startup_seconds or 0.0)) * (manifest.num_workers or 1)
             model = _model_of(manifest, past.get)
-            count = manifest["steps"] or _images_seen(manifest)
+            count = manifest.steps or _images_seen(manifest)
             if not count:
                 continue
-            config, kind = manifest["config"], manifest["kind"]
+            config, kind = manifest.config, manifest.kind
             self.exact.setdefault(_exact_key(kind, config, model), []).append(device_s / count)
             images = count * _images_of(kind, config)
             self.scaled.setdefault(_scaled_key(kind, config, model), []).append(device_s / images)
@@ -82,7 +97,7 @@ class CostModel:
         self,
         stage: Stage,
         size: Size,
-        find: Callable[[str], Mapping[str, Any] | None],
+        find: Callable[[str], HasModel | None],
         teacher: TeacherConfig,
         count_flops: bool = True,
     ) -> Estimate:
@@ -90,11 +105,11 @@ class CostModel:
 
         Args:
             size: of the dataset it runs on.
-            find: fingerprint -> config and parents of a stage of the plan, for the model that a stage without one runs.
+            find: fingerprint -> stage of the plan, for the model that a stage without one runs.
             teacher: of its row, for the size of a teacher from checkpoints.
             count_flops: False: do not, which saves loading torch.
         """
-        model = _model_of(vars(stage), find)
+        model = _model_of(stage, find)
         seen_hw = seen_size(stage, size.image_hw)
         count = stage.steps or (size.num_unlabelled if stage.kind == "label" else _to_evaluate(stage, size))
         images = count * _images_of(stage.kind, stage.config)
@@ -104,7 +119,7 @@ class CostModel:
             return Estimate(statistics.median(seen) * images, "scaled")
         flops = 0.0
         if count_flops and model is not None and seen_hw is not None:
-            spec = teacher.model_dump_json() if "kind" in model else json.dumps(model, sort_keys=True)
+            spec = teacher.model_dump_json() if is_published(model) else json.dumps(model, sort_keys=True)
             flops = _forward_flops(spec, seen_hw)
         if not flops:
             return Estimate(0.0, "unknown")
@@ -131,13 +146,13 @@ def cost_of(plan: SweepPlan, model: CostModel, size_of: Callable[[Stage], Size],
         size_of: images of the dataset that a stage runs on.
         count_flops: see `CostModel.estimate`.
     """
-    stages: dict[str, Mapping[str, Any]] = {f: vars(stage) for f, stage in plan.unique.items()}
+    stages = dict(plan.unique)
     teachers = {stage.fingerprint: row.recipe.teacher for row in plan.rows for stage in row.stages}
     for stage in plan.unique.values():
         for parent in stage.parents.values():
             if parent not in stages:  # what is imported is no stage
                 part = teachers[stage.fingerprint].training_part()
-                stages[parent] = {"config": {"model": part}, "parents": {}, "fingerprint": parent}
+                stages[parent] = Stage("foundation", "train", {"model": part}, {}, parent)
     by_stage = {
         f: model.estimate(stage, size_of(stage), stages.get, teachers[f], count_flops)
         for f, stage in plan.unique.items()
@@ -157,11 +172,11 @@ def seen_size(stage: Stage, image_hw: tuple[int, int] | None) -> tuple[int, int]
     Args:
         image_hw: of a typical image of the dataset; None: unknown.
     """
-    data = stage.config["data"]
     size = input_size_of(stage)
     if stage.kind == "train":
-        if not data.get("whole_images"):
-            return data["image_px"][0], data["image_px"][1]
+        if (crop_px := TrainPart.of(stage).crop_px) is not None:
+            return crop_px
+        data = stage.config["data"]
         size = InputSize.read(data | {"resize": data.get("train_resize", "fit")})
         return None if image_hw is None else size.inside(*image_hw)
     if size.is_fixed:
@@ -169,31 +184,31 @@ def seen_size(stage: Stage, image_hw: tuple[int, int] | None) -> tuple[int, int]
     return None if image_hw is None else size.padded(*image_hw)
 
 
-def _model_of(stage: Mapping[str, Any], find: Callable[[str], Mapping[str, Any] | None]) -> dict[str, Any] | None:
+def _model_of(stage: HasModel, find: Callable[[str], HasModel | None]) -> dict[str, Any] | None:
     """The model that a stage runs: its own, or that of the parent it labels or evaluates with.
 
     Of a teacher from checkpoints also which ones: its part of the recipe does not say how large they are.
     """
-    model = stage["config"].get("model")
+    model = stage.config.get("model")
     if model is not None:
-        return model | {"init": stage["parents"].get("init", stage["fingerprint"])} if "kind" in model else model
-    parent = find(stage["parents"].get("teacher") or stage["parents"].get("model") or "")
+        return model | {"init": stage.parents.get("init", stage.fingerprint)} if is_published(model) else model
+    parent = find(stage.parents.get("teacher") or stage.parents.get("model") or "")
     return None if parent is None else _model_of(parent, find)
 
 
 def _images_of(kind: str, config: Mapping[str, Any]) -> float:
     """Images that the model sees for each step or image of a stage; a vote asks about each several times."""
     if kind == "train":
-        return config["train"]["batch_labelled"] + config["train"].get("batch_unlabelled", 0)
-    pseudo = config.get("pseudo", {})
-    return (1 + pseudo.get("vote_flip", False)) * sum(scale**2 for scale in pseudo.get("vote_scales", (1.0,)))
+        part = TrainPart(config)
+        return part.batch_labelled + part.batch_unlabelled
+    return LabelPart(config).passes if kind == "label" else 1.0
 
 
 def _exact_key(kind: str, config: Mapping[str, Any], model: Any) -> str:
     work = [kind, model, _seen(config), _images_of(kind, config)]
     if kind == "train":
-        train, contrastive = config["train"], config["contrastive"]
-        work += [train["batch_labelled"], train.get("batch_unlabelled", 0), config["loss"].get("num_points")]
+        part, contrastive = TrainPart(config), config["contrastive"]
+        work += [part.batch_labelled, part.batch_unlabelled, config["loss"].get("num_points")]
         work += [contrastive and {k: contrastive.get(k) for k in ("kind", "num_negatives", "num_anchors", "pool_size")}]
         work += [config["loss"].get("semi_view", "weak")]
     return json.dumps(work, sort_keys=True, default=list)
@@ -211,11 +226,13 @@ def _seen(config: Mapping[str, Any]) -> Any:
 
 def _images_seen(manifest: Manifest) -> float:
     """Images that a label or evaluate stage went through."""
-    return manifest.get("num_images") or (manifest.get("images_per_s") or 0.0) * (manifest.get("seconds") or 0.0)
+    if isinstance(manifest, LabelManifest) and manifest.num_images:
+        return manifest.num_images
+    return (manifest.images_per_s or 0.0) * (manifest.seconds or 0.0)
 
 
 def _to_evaluate(stage: Stage, size: Size) -> int:
-    wanted = stage.config.get("evaluation", {}).get("num_images")
+    wanted = EvaluatePart.of(stage).num_images
     return min(wanted or size.num_val, size.num_val)
 
 
@@ -234,7 +251,7 @@ def _forward_flops(model: str, image_px: tuple[int, int]) -> float:
 
     spec = json.loads(model)
     try:
-        if "kind" in spec:
+        if is_published(spec):
             counted = outline_teacher(TeacherConfig(**spec), NUM_KINDS)
         else:
             counted = outline(ModelConfig(**spec), NUM_KINDS)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from cast_ray.common.digest import digest_of
 from cast_ray.common.registry import import_named
+from cast_ray.plan.reads import STUDENT_STAGES, TrainStage, contrast_weight, reads_labels, reads_unlabelled
 from cast_ray.recipe import DataConfig, InputSize, Precision, Recipe, TrainConfig
 from cast_ray.recipe.part import Part
 
@@ -188,97 +189,60 @@ class _Planner:
     def build(self) -> RowPlan:
         recipe, stages = self.recipe, self.recipe.stages
         assert self.foundation is not None or recipe.teacher.kind == "expert"
-        semi, pxl = recipe.loss.lambda_semi, recipe.loss.lambda_pxl
 
         foundation: Stage | None = None
         if self.foundation is not None:
             foundation = Stage("foundation", "train", {}, {}, self.foundation)
             self.evaluate("zero_shot", foundation, by_teacher=True)
         elif self.has_source and stages.pretrain.steps > 0:
-            # theta_T0 stands for a published foundation model: one for all seeds, as a downloaded checkpoint would be.
-            foundation = self.train("pretrain", "teacher", stages.pretrain, data="source", seed=0)
+            foundation = self.train("pretrain")
             self.evaluate("zero_shot", foundation, by_teacher=True)
 
         teacher = foundation
         if stages.use_adapt:
-            teacher = self.train("adapt", "teacher", stages.adapt, init=foundation, pxl=pxl)
-            if semi > 0:
+            teacher = self.train("adapt", init=foundation)
+            if reads_labels(recipe, "selftrain"):
                 adapted = self.label("label-adapted", teacher)
-                teacher = self.train(
-                    "selftrain", "teacher", stages.selftrain, init=foundation, labels=adapted, semi=1.0, pxl=pxl
-                )
+                teacher = self.train("selftrain", init=foundation, labels=adapted)
         if teacher is not None:
             self.evaluate("teacher", teacher, by_teacher=True)
 
-        use_labels = stages.use_distill and semi > 0
+        use_labels = reads_labels(recipe, "distill")
         if use_labels and teacher is None:
             raise NoTeacherError(
                 "stages.use_adapt is false and there is no pre-trained teacher (stages.pretrain.steps is 0 or the "
                 "dataset has no source images): nothing can label the unlabelled images (stages.foundation=DIR)"
             )
         labels = self.label("label-teacher", teacher, True) if use_labels and teacher is not None else None
-        student = self.train(
-            "distill",
-            "student",
-            stages.distill,
-            labels=labels,
-            semi=semi if use_labels else 0.0,
-            pxl=pxl if stages.use_distill else 0.0,
-        )
+        student = self.train("distill", labels=labels)
         self.roles["final"] = self.evaluate("student", student)
         if stages.use_refine and stages.refine.steps > 0:
-            refined = self.train("refine", "student", stages.refine, init=student)
+            refined = self.train("refine", init=student)
             self.roles["final"] = self.evaluate("refined", refined)
         return RowPlan(self.row, recipe.seed, recipe, tuple(self.stages), self.roles)
 
-    def train(
-        self,
-        name: str,
-        model: Literal["teacher", "student"],
-        train: TrainConfig,
-        *,
-        data: Literal["source", "target"] = "target",
-        seed: int | None = None,
-        init: Stage | None = None,
-        labels: Stage | None = None,
-        semi: float = 0.0,
-        pxl: float = 0.0,
-    ) -> Stage:
-        recipe = self.recipe
-        by_teacher = model == "teacher"
-        if recipe.contrastive.kind == "none" or (by_teacher and not recipe.teacher.has_contrast):
-            pxl = 0.0
-        # D_u enters a step only where a term reads it; 1a and 3 are on D_l alone by definition.
-        unlabelled = labels is not None or (pxl > 0 and name == "distill")
-        train_part = train.model_dump(exclude=set(HOW_IT_RUNS))
-        if not train.decay_biases:
-            train_part.pop("decay_biases")
-        if not unlabelled:
-            added = train_part.pop("batch_unlabelled")
-            if name == "distill" and recipe.stages.images_per_step == "total":
-                train_part["batch_labelled"] += added
+    def train(self, name: TrainStage, *, init: Stage | None = None, labels: Stage | None = None) -> Stage:
+        recipe, train = self.recipe, getattr(self.recipe.stages, name)
+        by_teacher, is_source = name not in STUDENT_STAGES, name == "pretrain"
+        pxl, unlabelled = contrast_weight(recipe, name), reads_unlabelled(recipe, name)
+        assert (labels is not None) == reads_labels(recipe, name), name
         data_part = self._view_part(by_teacher)
         if name == "distill" and recipe.data.copy_paste:
             data_part["copy_paste"] = recipe.data.copy_paste
-        of_student = OPTIONAL["loss"] if labels is None or by_teacher else ()
         has_extra = name == "distill" and bool(recipe.loss.extra_term)
-        not_here = of_student if has_extra else (*of_student, *EXTRA_TERM)
-        loss_part = _without_unused(recipe.loss, OPTIONAL["loss"], exclude=not_here)
-        loss_part |= {"lambda_semi": semi if labels else 0.0, "lambda_pxl": pxl}
-        if labels is None:
-            loss_part.pop("pseudo_weighting")
-        config = {
+        config: dict[str, Any] = {
             "model": recipe.teacher.training_part() if by_teacher else recipe.student.model_dump(),
-            "train": train_part,
+            "train": self._optimisation_part(name, train, unlabelled),
             "data": data_part,
-            "split": split_part(recipe, self.hashes, unlabelled=unlabelled) if data == "target" else None,
-            "source": data == "source",
+            "split": None if is_source else split_part(recipe, self.hashes, unlabelled=unlabelled),
+            "source": is_source,
             "unlabelled": unlabelled,
-            "loss": loss_part,
+            "loss": self._loss_part(by_teacher, has_labels=labels is not None, has_extra=has_extra, pxl=pxl),
             "contrastive": recipe.contrastive.model_dump() if pxl > 0 else None,
-            "seed": recipe.seed if seed is None else seed,
+            # theta_T0 stands for a published foundation model: one for all seeds, as a downloaded checkpoint would be.
+            "seed": 0 if is_source else recipe.seed,
         }
-        if seed is None:  # only where they differ, so that naming the default changes no fingerprint
+        if not is_source:  # only where they differ, so that naming the default changes no fingerprint
             own = {"init_seed": recipe.init_seed, "order_seed": recipe.order_seed}
             config |= {name: value for name, value in own.items() if value not in (None, recipe.seed)}
         if has_extra:
@@ -291,6 +255,29 @@ class _Planner:
             parents = {"teacher": labels.parents["teacher"]} | ({"init": init.fingerprint} if init else {})
             stage = replace(stage, parents=parents, online=labels)
         return self._add(stage)
+
+    def _optimisation_part(self, name: TrainStage, train: TrainConfig, unlabelled: bool) -> dict[str, Any]:
+        """How a train stage optimises, without what changes no result and what it does not use."""
+        part = train.model_dump(exclude=set(HOW_IT_RUNS))
+        if not train.decay_biases:
+            part.pop("decay_biases")
+        if not unlabelled:
+            added = part.pop("batch_unlabelled")
+            if name == "distill" and self.recipe.stages.images_per_step == "total":
+                part["batch_labelled"] += added
+        return part
+
+    def _loss_part(self, by_teacher: bool, *, has_labels: bool, has_extra: bool, pxl: float) -> dict[str, Any]:
+        """The terms of a train stage. A teacher's self-training weighs L_semi by 1."""
+        loss = self.recipe.loss
+        of_student = () if has_labels and not by_teacher else OPTIONAL["loss"]
+        not_here = of_student if has_extra else (*of_student, *EXTRA_TERM)
+        part = _without_unused(loss, OPTIONAL["loss"], exclude=not_here)
+        semi = 1.0 if by_teacher else loss.lambda_semi
+        part |= {"lambda_semi": semi if has_labels else 0.0, "lambda_pxl": pxl}
+        if not has_labels:
+            part.pop("pseudo_weighting")
+        return part
 
     def label(self, name: str, teacher: Stage, for_student: bool = False) -> Stage:
         how = {"on_empty"} if self.recipe.pseudo.has_vote else {"on_empty", "vote_iou"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pyarrow as pa
 import pyarrow.compute
 
 from cast_ray.common.files import write_atomically
+from cast_ray.contracts.instance import Instances
 from cast_ray.contracts.records import ClassMap, instances_of
 from cast_ray.data.reading.images import read_image
 from cast_ray.plan.graph import RowPlan
+from cast_ray.plan.stage_parts import LabelPart
 from cast_ray.report.overlays import contact_sheet
 from cast_ray.runtime.data.splits import stored_split
 from cast_ray.runtime.sweep.row_results import SweepContext
@@ -49,8 +52,8 @@ def _draw(context: SweepContext, row: RowPlan, labels_key: str, student_key: str
     store = context.store
     classes = ClassMap(context.categories)
     train = store.read_table(context.dataset_key, "train.parquet")
-    part = row.roles["label-teacher"].config["split"]
-    unlabelled = stored_split(store, context.dataset["content_hash"], part).unlabelled
+    part = LabelPart.of(row.roles["label-teacher"]).split
+    unlabelled = stored_split(store, context.content_hash, part).unlabelled
     positions = np.flatnonzero(unlabelled < train.num_rows)[:NUM_IMAGES]
     if len(positions):
         records = train.take(unlabelled[positions]).to_pylist()
@@ -63,7 +66,7 @@ def _draw(context: SweepContext, row: RowPlan, labels_key: str, student_key: str
     labels = labels.filter(pa.compute.is_in(labels.column("position"), value_set=pa.array(positions)))
     pseudo = {r["position"]: r for r in labels.to_pylist()}
     images = [read_image(record["uri"], (record["height"], record["width"])) for record in records]
-    columns = [
+    columns: list[tuple[str, Sequence[Sequence[Mapping[str, Any]]]]] = [
         *truth,
         ("pseudo-labels", [_drawable(pseudo[p], classes, scores=True) for p in positions.tolist()]),
         ("student", _predict(context, student_key, images)),
@@ -79,7 +82,7 @@ def _drawable(record: dict[str, Any], classes: ClassMap, *, scores: bool) -> lis
     ]
 
 
-def _predict(context: SweepContext, key: str, images: list[np.ndarray]) -> list[list[dict[str, Any]]]:
+def _predict(context: SweepContext, key: str, images: list[np.ndarray]) -> list[Instances]:
     from cast_ray.data.views import fit_image
     from cast_ray.models.postprocess import predict_in_groups
     from cast_ray.runtime.store.models import load_teacher

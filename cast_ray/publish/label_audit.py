@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +15,7 @@ from cast_ray.data.reading.images import read_image
 from cast_ray.plan.graph import RowPlan, Stage
 from cast_ray.report.label_audit import WORST_SHEET
 from cast_ray.report.overlays import contact_sheet
-from cast_ray.runtime.store.artifact_files import AUDIT
-from cast_ray.runtime.sweep.row_results import SweepContext
+from cast_ray.runtime.sweep.row_results import SweepContext, read_audit
 
 NUM_WORST = 6
 
@@ -47,12 +45,12 @@ def worst_cases(context: SweepContext, row: RowPlan, path: Path) -> bool:
 
 def _draw_worst(context: SweepContext, stage: Stage) -> bytes | None:
     store = context.store
-    audit = store.find_file(stage.key, AUDIT)
-    cases = json.loads(audit)["worst"][:NUM_WORST] if audit else []
+    audit = read_audit(store, stage.key)
+    cases = audit.worst[:NUM_WORST] if audit else ()
     if not cases:
         return None
     classes = ClassMap(context.categories)
-    positions, ids = [c["position"] for c in cases], [encode_image_id(c["image_id"]) for c in cases]
+    positions, ids = [c.position for c in cases], [encode_image_id(c.image_id) for c in cases]
     labels = _rows(store.open_dataset(stage.key, "labels"), "position", positions)
     truth = _rows(store.open_dataset(context.dataset_key, "train.parquet"), "image_id", ids)
     columns = [

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from cast_ray.common.files import write_atomically
+from cast_ray.contracts.row_result import RowResult
 from cast_ray.plan.search import SearchSpec
 from cast_ray.report.blocks import Article, Column, Figure, Grid, Panel, Section, Series, Words, section
 from cast_ray.report.exports import markdown_page
@@ -86,8 +87,18 @@ class SearchReport:
 
 def context_of_search(context: SweepContext, recipe: Mapping[str, Any]) -> dict[str, str]:
     """What is searched, where and on which data, in words."""
-    facts = {name: getattr(context, name) for name in ("command", "hardware", "code_version", "dataset")}
-    return context_of([facts | {"row": "base", "recipe": recipe}])
+    base = RowResult(
+        table=context.table,
+        row="base",
+        seed=0,
+        status="done",
+        recipe=dict(recipe),
+        command=context.command,
+        code_version=context.code_version,
+        hardware=context.hardware,
+        dataset=context.dataset,
+    )
+    return context_of([base])
 
 
 def rebuild_search_report(out: Path, refresh_s: int | None = None) -> SearchReport:

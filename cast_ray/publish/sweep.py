@@ -73,7 +73,7 @@ def publish(sweep: Sweep, table: Table, out: Path, console: Console) -> int:
     show(write_report(out, tell=console.print), console)
     # Of this sweep's rows alone: the report also shows what earlier ones left in the folder.
     results = [read_result(context, row) for context, row in pairs]
-    return 0 if all(result is not None and result["status"] == "done" for result in results) else 1
+    return 0 if all(result is not None and result.is_done for result in results) else 1
 
 
 @contextlib.contextmanager
@@ -91,8 +91,8 @@ def publish_row(context: SweepContext, row: RowPlan, out: Path, console: Console
     if result is None:
         return False
     folder = out / row_name(context.table, row)
-    write_atomically(folder / RESULT, json.dumps(result, indent=1))
-    if result["status"] != "done":
+    write_atomically(folder / RESULT, result.to_json())
+    if not result.is_done:
         return False
     for role, matches in read_matches(context, row):
         write_atomically(folder / matches_file(role), matches)

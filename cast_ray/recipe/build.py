@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from typing import Any, Literal
@@ -229,7 +229,7 @@ def recipe_keys() -> list[str]:
     return list(_leaf_keys(Recipe, ""))
 
 
-def _leaf_keys(model: type[BaseModel], prefix: str):
+def _leaf_keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
     for name, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):

@@ -5,10 +5,44 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
-Result = dict[str, Any]
-"""One `result.json`, with its `folder` and the last diagnostics of each stage among its metrics."""
+from cast_ray.contracts.row_result import Number, RowResult, Status, is_finite
+from cast_ray.report.metrics import PER_CLASS
+
+UNREADABLE: Status = "unreadable"
+"""Status of a result whose file cannot be read: its row says so, and all others are shown."""
+
+
+class Result(RowResult):
+    """One `result.json` of a run folder."""
+
+    folder: Path | None = None
+    """The folder with the file and what lies beside it; None: it was not read from one."""
+
+    @property
+    def is_unreadable(self) -> bool:
+        return self.status == UNREADABLE
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it ended without its numbers, for a reason that is known."""
+        return not self.is_done and not self.is_unreadable
+
+    @cached_property
+    def measured(self) -> Mapping[str, Number | None]:
+        """Its metrics, those of a class as `student/per_class/<name>`, and the last diagnostics as `distill/margin`."""
+        found = dict(self.metrics)
+        for role, values in self.per_class.items():
+            found |= {f"{role}/{PER_CLASS}/{name}": value for name, value in values.items()}
+        for stage, points in self.diagnostics.items():
+            for point in reversed(points):  # not each point has each key: FNR needs labelled pixels among the anchors
+                for key, value in point.items():
+                    if key != "step" and is_finite(value):
+                        found.setdefault(f"{stage}/{key}", value)
+        return found
+
 
 Resampled = Literal["images and seeds", "seeds", "images"]
 

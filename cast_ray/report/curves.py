@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Literal
 
 import numpy as np
 
+from cast_ray.contracts.label_audit import LabelAudit
+from cast_ray.contracts.row_result import CurvePoint, is_finite
 from cast_ray.report.blocks import Figure, Panel, Series
 from cast_ray.report.content import Cell, Interval, Report, Result
 from cast_ray.report.metrics import is_ap, label_of, split_metric
 
 SHARED = "shared by rows"
+CurvesOf = Callable[[Result], Mapping[str, Sequence[CurvePoint]]]
+"""Which curves of a result are drawn: its losses or its diagnostics."""
 MAX_ROWS = 12
 """More lines than that cannot be told apart."""
 MAX_POINTS = 200
@@ -25,14 +29,14 @@ NOT_AN_AXIS = ("preset", "scale", "runtime")
 
 def learning_curves(report: Report) -> Figure | None:
     """Loss of each training stage over its steps, and the validation AP where a stage measured it."""
-    stages = dict.fromkeys(s for r in report.results for s, points in (r.get("curves") or {}).items() if points)
+    stages = dict.fromkeys(s for r in report.results for s, points in r.curves.items() if points)
     panels = []
     for stage in stages:
-        points = [p for r in report.results for p in (r.get("curves") or {}).get(stage) or []]
+        points = [p for r in report.results for p in r.curves.get(stage, ())]
         keys = dict.fromkeys(k for p in points for k in p if k == "loss" or k.startswith("val/"))
         for key in keys:
             title = f"{stage}: loss" if key == "loss" else f"{stage}: validation {label_of(key.removeprefix('val/'))}"
-            panels.append(_curve_panel(report, "curves", stage, key, title))
+            panels.append(_curve_panel(report, attrgetter("curves"), stage, key, title))
     return _figure(
         "curves",
         "Each stage's loss over its steps. A loss sums a row's own terms, so compare shapes, not heights",
@@ -46,7 +50,7 @@ def margin_curves(report: Report) -> Figure | None:
     Source: paper, Fig. 3 (there p = 1 - FNR).
     """
     panels = [
-        _curve_panel(report, "diagnostics", "distill", key, title)
+        _curve_panel(report, attrgetter("diagnostics"), "distill", key, title)
         for key, title in (
             ("margin", "margin: mean positive - mean negative cosine"),
             ("fnr", "FNR: negatives of the anchor's own instance"),
@@ -102,21 +106,21 @@ def audit_curves(report: Report) -> Figure | None:
     lines = [Series("as sure as right", (0.0, 1.0), (0.0, 1.0), colour="shared", is_dashed=True)]
     panels: list[Panel] = []
     for i, (rows, audit) in enumerate(audits.items()):
-        points = audit["calibration"]
-        known = [(s, p) for s, p in zip(points["score"], points["precision"]) if s is not None and p is not None]
+        points = audit.calibration
+        known = [(s, p) for s, p in zip(points.score, points.precision) if s is not None and p is not None]
         if known:
             x, y = zip(*known)
             lines.append(Series(rows, x, y, colour=i, has_markers=True))
     panels.append(Panel("reliability of pseudo-labels", "score", tuple(lines), y_label="share that is right"))
     counts: dict[str, int] = {}
     for audit in audits.values():
-        for name, numbers in audit["per_class"].items():
-            counts[name] = max(counts.get(name, 0), numbers["num_objects"])
+        for name, rates in audit.per_class.items():
+            counts[name] = max(counts.get(name, 0), rates.num_objects)
     names = tuple(sorted(counts, key=lambda name: -counts[name])[:MAX_CLASSES])
-    for key in ("precision", "recall"):
+    for key, value_of in (("precision", attrgetter("precision")), ("recall", attrgetter("recall"))):
         series = []
         for i, (rows, audit) in enumerate(audits.items()):
-            values = {n: audit["per_class"][n][key] for n in names if n in audit["per_class"]}
+            values = {n: value_of(audit.per_class[n]) for n in names if n in audit.per_class}
             there = {name: value for name, value in values.items() if value is not None}
             if there:
                 series.append(Series(rows, tuple(there), tuple(there.values()), colour=i, has_markers=True))
@@ -125,19 +129,18 @@ def audit_curves(report: Report) -> Figure | None:
     return _figure("pseudo_labels", "Pseudo-labels against the hidden ground truth", panels)
 
 
-def _last_audits(report: Report) -> dict[str, dict[str, Any]]:
+def _last_audits(report: Report) -> dict[str, LabelAudit]:
     """Rows that share it -> audit of each row's last labelling stage, of its first seed."""
-    shared: dict[Any, tuple[dict[str, None], dict[str, Any]]] = {}
+    shared: dict[Any, tuple[dict[str, None], LabelAudit]] = {}
     seen: set[str] = set()
     for i, result in enumerate(report.results):
-        audits = result.get("pseudo_labels") or {}
-        if not audits or result["row"] in seen:
+        if not result.pseudo_labels or result.row in seen:
             continue
-        seen.add(result["row"])
-        name = list(audits)[-1]
-        prints = [s["fingerprint"] for s in result.get("stages") or [] if s["name"] == name]
-        rows, _ = shared.setdefault(prints[0] if prints else i, ({}, audits[name]))
-        rows[result["row"]] = None
+        seen.add(result.row)
+        name = list(result.pseudo_labels)[-1]
+        stage = result.stage(name)
+        rows, _ = shared.setdefault(stage.fingerprint if stage else i, ({}, result.pseudo_labels[name]))
+        rows[result.row] = None
     chosen = list(shared.values())[:MAX_ROWS]
     return {" & ".join(rows) if len(rows) < 3 else SHARED: audit for rows, audit in chosen}
 
@@ -167,7 +170,7 @@ class Axis:
 
 def axis_of(report: Report) -> Axis | None:
     """The number that a table's rows sweep over (label fraction, lambda_pxl, images, ...); None where there is none."""
-    recipes = {r["row"]: _flat(r["recipe"]) for r in reversed(report.results) if r.get("recipe")}
+    recipes = {r.row: _flat(r.recipe) for r in reversed(report.results) if r.recipe}
     recipes = {row.name: recipes[row.name] for row in report.rows if row.name in recipes}
     keys = dict.fromkeys(key for recipe in recipes.values() for key in recipe)
     varied = {key: [recipe.get(key) for recipe in recipes.values()] for key in keys}
@@ -290,10 +293,10 @@ def _measured(values: Mapping[str, tuple[float, Interval | None]]) -> tuple[Seri
     return tuple(series)
 
 
-def _curve_panel(report: Report, section: str, stage: str, key: str, title: str) -> Panel | None:
+def _curve_panel(report: Report, curves_of: CurvesOf, stage: str, key: str, title: str) -> Panel | None:
     names = [row.name for row in report.rows][:MAX_ROWS]
     series = []
-    for rows, runs in _runs(report.results, section, stage, key).items():
+    for rows, runs in _runs(report.results, curves_of, stage, key).items():
         shown = [row for row in rows if row in names]
         if not shown:
             continue
@@ -308,16 +311,16 @@ def _curve_panel(report: Report, section: str, stage: str, key: str, title: str)
 
 
 def _runs(
-    results: Sequence[Result], section: str, stage: str, key: str
+    results: Sequence[Result], curves_of: CurvesOf, stage: str, key: str
 ) -> dict[tuple[str, ...], list[tuple[list[int], list[float]]]]:
     """(rows that shared them) -> (steps, values) of each run of a stage, one per seed; shared runs once."""
     by_print: dict[Any, tuple[dict[str, None], list[dict[str, Any]]]] = {}
     for i, result in enumerate(results):
-        points = [p for p in (result.get(section) or {}).get(stage) or [] if _is_finite(p.get(key))]
-        prints = [s["fingerprint"] for s in result.get("stages") or [] if s["name"] == stage]
+        points = [p for p in curves_of(result).get(stage, ()) if is_finite(p.get(key))]
         if points:
-            rows, _ = by_print.setdefault(prints[0] if prints else i, ({}, points))
-            rows[result["row"]] = None
+            record = result.stage(stage)
+            rows, _ = by_print.setdefault(record.fingerprint if record else i, ({}, points))
+            rows[result.row] = None
     runs: dict[tuple[str, ...], list[tuple[list[int], list[float]]]] = {}
     for rows, points in by_print.values():
         runs.setdefault(tuple(rows), []).append(([p["step"] for p in points], [p[key] for p in points]))
@@ -337,10 +340,6 @@ def _over_seeds(
     values_SN = values_SN[:, chosen]
     band = (values_SN.min(0), values_SN.max(0)) if len(runs) > 1 else ((), ())
     yield tuple(steps[chosen].tolist()), tuple(values_SN.mean(0).tolist()), tuple(band[0]), tuple(band[1])
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _figure(name: str, caption: str, panels: Sequence[Panel | None]) -> Figure | None:

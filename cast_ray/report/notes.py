@@ -3,63 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
+from cast_ray.contracts.row_result import DatasetFacts, Hardware, RowResult, SplitFacts
 from cast_ray.recipe.stages import KINDS_OF_AP
 from cast_ray.report.content import Difference, Report, Result
 from cast_ray.report.metrics import format_signed, label_of
-from cast_ray.report.run_folder import UNREADABLE
 from cast_ray.report.settings import first_of
 from cast_ray.report.statistics import NUM_REPLICATES
 
 NEAR_ZERO_AP = 1.0
 MAX_NAMED = 8
 AP_NAMES = {"coco": "COCO mask AP", "cityscapes": "Cityscapes' instance AP (not comparable with COCO's)"}
-SEED_FIELDS = {"split_seed": "label split", "init_seed": "initial weights", "order_seed": "order of images"}
+SEED_FIELDS = {"data.split_seed": "label split", "init_seed": "initial weights", "order_seed": "order of images"}
 """Recipe fields by which a part of the randomness stays the same for all seeds, and what they fix."""
 
 
-def context_of(results: Sequence[Result]) -> dict[str, str]:
+def context_of(results: Sequence[RowResult]) -> dict[str, str]:
     """What was run, where and when, in words."""
     context: dict[str, str] = {}
-    if commands := {r["command"] for r in results if r.get("command")}:
+    if commands := {r.command for r in results if r.command}:
         context["command"] = "; ".join(sorted(commands))
-    if starts := sorted(r["started"] for r in results if r.get("started")):
+    if starts := sorted(r.started for r in results if r.started):
         context["started"] = starts[0]
-    if machines := dict.fromkeys(hardware_text(r["hardware"]) for r in results if r.get("hardware")):
+    if machines := dict.fromkeys(hardware_text(r.hardware) for r in results if r.hardware):
         context["machine"] = "; ".join(machines)
-    if versions := {str(r["code_version"]) for r in results if r.get("code_version")}:
+    if versions := {r.code_version for r in results if r.code_version}:
         context["code"] = ", ".join(sorted(versions))
-    if recipe := next((r["recipe"] for r in results if r.get("recipe")), None):
-        context["recipe"] = f"preset {recipe.get('preset')}, scale {recipe.get('scale')}"
-        own = {**(recipe.get("data") or {}), **recipe}
-        fixed = [f"{what} {own[key]}" for key, what in SEED_FIELDS.items() if own.get(key) is not None]
+    if first := next((r for r in results if r.recipe), None):
+        context["recipe"] = f"preset {first.setting('preset')}, scale {first.setting('scale')}"
+        fixed = [f"{what} {seed}" for key, what in SEED_FIELDS.items() if (seed := first.setting(key)) is not None]
         if fixed:
             context["fixed seeds"] = ", ".join(fixed)
     if kinds := _kinds_of_ap(results):
         context["AP"] = " and ".join(AP_NAMES.get(kind, kind) for kind in sorted(kinds))
     if per_step := _images_per_step(results):
         context["images a step"] = per_step
-    if with_data := [r for r in results if r.get("dataset")]:
+    if with_data := [(r.row, r.dataset) for r in results if r.dataset is not None]:
         context["dataset"] = _dataset_text(with_data)
-        context["label split"] = _splits_text([r["dataset"]["split"] for r in with_data if r["dataset"].get("split")])
-        hashes = dict.fromkeys(str(r["dataset"]["content_hash"]) for r in with_data if r["dataset"].get("content_hash"))
+        context["label split"] = _splits_text([dataset.split for _, dataset in with_data if dataset.split is not None])
+        hashes = dict.fromkeys(dataset.content_hash for _, dataset in with_data if dataset.content_hash)
         context["data hash"] = ", ".join(h[:16] for h in hashes)
     return {key: text for key, text in context.items() if text}
 
 
-def _kinds_of_ap(results: Sequence[Result]) -> set[str]:
-    return {str((r.get("recipe") or {}).get("evaluation", {}).get("metric")) for r in results} - {"None"}
+def _kinds_of_ap(results: Sequence[RowResult]) -> set[str]:
+    return {str(metric) for r in results if (metric := r.setting("evaluation.metric")) is not None}
 
 
-def _images_per_step(results: Sequence[Result]) -> str:
+def _images_per_step(results: Sequence[RowResult]) -> str:
     """How many images rows with and without D_u see in a step of 2b, and which of them stay equal."""
-    recipes = [r["recipe"] for r in results if "distill" in (r.get("recipe") or {}).get("stages", {})]
-    sizes = {(s["distill"]["batch_labelled"], s["distill"]["batch_unlabelled"]) for s in (r["stages"] for r in recipes)}
-    rules = {r["stages"].get("images_per_step", "supervised") for r in recipes}
+    known = [r for r in results if r.setting("stages.distill") is not None]
+    sizes = {tuple(r.setting(f"stages.distill.batch_{which}") for which in ("labelled", "unlabelled")) for r in known}
+    rules = {r.setting("stages.images_per_step") or "supervised" for r in known}
     if len(sizes) != 1 or len(rules) != 1:
         return ""
     ((labelled, unlabelled),) = sizes
+    if not isinstance(labelled, int) or not isinstance(unlabelled, int):
+        return ""
     both = f"{labelled} labelled + {unlabelled} unlabelled, step 2b"
     if not unlabelled:
         return f"{labelled} labelled, step 2b"
@@ -68,55 +68,64 @@ def _images_per_step(results: Sequence[Result]) -> str:
     return f"{both}; rows without D_u take {labelled} labelled: all rows see as many labelled images"
 
 
-def hardware_text(hardware: dict[str, Any]) -> str:
+def hardware_text(hardware: Hardware) -> str:
     """`AMD EPYC, 2 CPUs, no GPU, 24 GB memory`."""
-    gpu = hardware.get("gpu") or "no GPU"
-    return (
-        f"{hardware.get('cpu', 'unknown CPU')}, {hardware.get('num_cpus', '?')} CPUs, {gpu}, "
-        f"{hardware.get('memory_gb', 0):.0f} GB memory"
-    )
+    cpu, num_cpus, gpu = hardware.cpu or "unknown CPU", hardware.num_cpus or "?", hardware.gpu or "no GPU"
+    return f"{cpu}, {num_cpus} CPUs, {gpu}, {hardware.memory_gb or 0:.0f} GB memory"
 
 
-def _dataset_text(results: Sequence[Result]) -> str:
-    """Counts of images; a count that rows differ in (label fractions) as a range, rows that use no D_u by name."""
+def _dataset_text(datasets: Sequence[tuple[str, DatasetFacts]]) -> str:
+    """Counts of images; a count that rows differ in (label fractions) as a range, rows that use no D_u by name.
 
-    def values(key: str) -> list[int]:
-        return sorted({r["dataset"][key] for r in results if r["dataset"].get(key) is not None})
-
-    counts = []
-    for key, what in (("num_labelled", "labelled"), ("num_unlabelled", "unlabelled"), ("num_val", "validation")):
-        used = [v for v in values(key) if v] or values(key)
-        if used:
-            counts.append(f"{used[0]} {what}" if len(used) == 1 else f"{used[0]} to {used[-1]} {what}")
-        without = dict.fromkeys(r["row"] for r in results if r["dataset"].get(key) == 0 and used != [0])
-        if without:
-            counts[-1] += f" (unused by {_named(list(without))})"
-    classes = results[0]["dataset"].get("classes") or []
-    skipped = max((r["dataset"] for r in results), key=lambda dataset: dataset.get("skipped") or 0)
-    notes = dict.fromkeys(note for r in results for note in r["dataset"].get("notes") or [])
-    text = "; ".join([", ".join(counts) + f" images, {len(classes)} classes", *(note.rstrip(".") for note in notes)])
-    if not skipped.get("skipped"):
+    Args:
+        datasets: (row, its dataset) of each result that says it.
+    """
+    counted = {
+        "labelled": [(row, dataset.num_labelled) for row, dataset in datasets],
+        "unlabelled": [(row, dataset.num_unlabelled) for row, dataset in datasets],
+        "validation": [(row, dataset.num_val) for row, dataset in datasets],
+    }
+    counts = [text for what, of_rows in counted.items() if (text := _count_text(what, of_rows))]
+    facts = [dataset for _, dataset in datasets]
+    worst = max(facts, key=lambda dataset: dataset.skipped)
+    notes = dict.fromkeys(note for dataset in facts for note in dataset.notes)
+    text = ", ".join(counts) + f" images, {len(facts[0].classes)} classes"
+    text = "; ".join([text, *(note.rstrip(".") for note in notes)])
+    if not worst.skipped:
         return text
-    return f"{text}; {skipped.get('skipped_statement') or str(skipped['skipped']) + ' unusable skipped'}"
+    return f"{text}; {worst.skipped_statement or f'{worst.skipped} unusable skipped'}"
 
 
-def _splits_text(splits: Sequence[dict[str, Any]]) -> str:
+def _count_text(what: str, of_rows: Sequence[tuple[str, int | None]]) -> str:
+    """`20 to 50 labelled (unused by sup)`; empty where no result says it."""
+    values = sorted({count for _, count in of_rows if count is not None})
+    if not values:
+        return ""
+    used = [value for value in values if value] or values
+    text = f"{used[0]} {what}" if len(used) == 1 else f"{used[0]} to {used[-1]} {what}"
+    without = dict.fromkeys(row for row, count in of_rows if count == 0 and used != [0])
+    return f"{text} (unused by {_named(list(without))})" if without else text
+
+
+def _splits_text(splits: Sequence[SplitFacts]) -> str:
     """How labelled images were chosen, each way once: `nested 10 %; 6 unlabelled images of the extra pool`."""
     text = _named(list(dict.fromkeys(_split_text(split) for split in splits)))
-    extra = max((split["num_extra"] for split in splits), default=0)
-    copies = max((split.get("num_copies", 0) for split in splits), default=0)
+    extra = max((split.num_extra for split in splits), default=0)
+    copies = max((split.num_copies for split in splits), default=0)
     text += f"; {extra} unlabelled images of the extra pool" if extra else ""
     return text + (f"; {copies} copies of labelled or validation images left out" if copies else "")
 
 
-def _split_text(split: dict[str, Any]) -> str:
-    text = f"{split['family']} {100 * split['fraction']:.3g} %"
-    if split.get("num_empty"):
-        text += f" less {split['num_empty']} images without objects"
-    if "min_per_class" in split:
-        text += f" with at least {split['min_per_class']} images of each class"
-    if "label_list" in split:
-        text += f" ({split['label_list']}, sha256 {split['label_list_sha256'][:12]})"
+def _split_text(split: SplitFacts) -> str:
+    text = split.family or "unknown rule"
+    if split.fraction is not None:
+        text += f" {100 * split.fraction:.3g} %"
+    if split.num_empty:
+        text += f" less {split.num_empty} images without objects"
+    if split.min_per_class is not None:
+        text += f" with at least {split.min_per_class} images of each class"
+    if split.label_list is not None:
+        text += f" ({split.label_list}, sha256 {(split.label_list_sha256 or 'unknown')[:12]})"
     return text
 
 
@@ -144,10 +153,10 @@ def notes_of(report: Report) -> list[str]:
             f"{report.steps.scratch:,.0f} ({report.steps.saved_percent:.0f} % saved)."
         )
     for what, values in (
-        ("datasets", {(r.get("dataset") or {}).get("content_hash") for r in report.results} - {None}),
-        ("code versions", {r.get("code_version") for r in report.results} - {None}),
+        ("datasets", {r.dataset.content_hash for r in report.results if r.dataset} - {None}),
+        ("code versions", {r.code_version for r in report.results} - {None}),
         ("kinds of AP", _kinds_of_ap(report.results)),
-        ("scales", {(r.get("recipe") or {}).get("scale") for r in report.results} - {None}),
+        ("scales", {r.setting("scale") for r in report.results} - {None}),
     ):
         if len(values) > 1:
             notes.append(f"WARNING: results of {len(values)} different {what} are mixed in this table.")
@@ -156,10 +165,11 @@ def notes_of(report: Report) -> list[str]:
 
 def _data_notes(report: Report) -> list[str]:
     """Warnings for splits, and choices of labelled images, without one object."""
-    datasets = [r["dataset"] for r in report.results if r.get("dataset")]
-    notes = dict.fromkeys(f"WARNING: {text}" for dataset in datasets for text in dataset.get("warnings") or [])
-    splits = [(r["row"], (r.get("dataset") or {}).get("split") or {}) for r in report.results]
-    empty = dict.fromkeys(row for row, split in splits if split.get("num_with_objects") == 0)
+    datasets = [(r.row, r.dataset) for r in report.results if r.dataset is not None]
+    notes = dict.fromkeys(f"WARNING: {text}" for _, dataset in datasets for text in dataset.warnings)
+    empty = dict.fromkeys(
+        row for row, dataset in datasets if dataset.split is not None and dataset.split.num_with_objects == 0
+    )
     if empty and not notes:
         notes[f"WARNING: No object in the labelled images of {_named(list(empty))}: nothing was learnt from them."] = (
             None
@@ -173,36 +183,36 @@ def _progress_notes(report: Report) -> list[str]:
         there = report.num_expected - report.num_pending
         notes.append(f"Not complete: {there} of {report.num_expected} results are there; numbers will change.")
     notes += [
-        f"WARNING: {r['row']}, seed {r['seed']}: its result cannot be read and is left out. {r['error']}. The sweep's "
-        "command writes it again."
+        f"WARNING: {r.row}, seed {r.seed}: its result cannot be read and is left out. {r.error}. The sweep's command "
+        "writes it again."
         for r in report.results
-        if r["status"] == UNREADABLE
+        if r.is_unreadable
     ]
     done = [row for row in report.rows if row.seeds_done]
     aps = [cell.mean for row in done for name, cell in row.cells.items() if name.endswith("/mask_ap")]
     if aps and max(aps) < NEAR_ZERO_AP:
-        steps = max(sum(s.get("steps") or 0 for s in r.get("stages") or []) for r in report.results)
+        steps = max(sum(stage.steps for stage in r.stages) for r in report.results)
         notes.append(
             f"AP near 0: {steps:,} training steps are too few to learn; this run only proves that the path works."
         )
-    empty = {s["name"] for r in report.results for s in r.get("stages") or [] if s.get("num_pseudo_labels", 1) == 0}
+    stages = [stage for r in report.results for stage in r.stages]
+    empty = {stage.name for stage in stages if stage.num_pseudo_labels == 0}
     if empty:
         notes.append(
             f"WARNING: no pseudo-label at all from {', '.join(sorted(empty))}: nothing reached pseudo.score_threshold; "
             "rows that learn from pseudo-labels learnt nothing from them."
         )
-    stages = [s for r in report.results for s in r.get("stages") or []]
-    overflowed = {s["fingerprint"]: s for s in stages if s.get("skipped_steps")}
+    overflowed = {stage.fingerprint: stage for stage in stages if stage.skipped_steps}
     notes += [
-        f"{s['name']} ({fingerprint[:8]}): float16 overflowed in {s['skipped_steps']:,} of {s['steps']:,} steps, which "
-        "were left out."
-        for fingerprint, s in overflowed.items()
+        f"{stage.name} ({fingerprint[:8]}): float16 overflowed in {stage.skipped_steps:,} of {stage.steps:,} steps, "
+        "which were left out."
+        for fingerprint, stage in overflowed.items()
     ]
-    bad = {s["name"]: s for r in report.results for s in r.get("stages") or [] if s.get("num_skipped")}
+    bad = {stage.name: stage for stage in stages if stage.num_skipped}
     notes += [
-        f"WARNING: {name} left out {s['num_skipped']} of {s['num_skipped'] + s['num_images']} unlabelled images that "
-        f"it could not read, first: {s['skipped'][0]}."
-        for name, s in bad.items()
+        f"WARNING: {name} left out {stage.num_skipped} of {stage.num_skipped + (stage.num_images or 0)} unlabelled "
+        f"images that it could not read, first: {', '.join(stage.skipped[:1]) or 'unknown'}."
+        for name, stage in bad.items()
     ]
     return notes
 
@@ -263,7 +273,7 @@ def failure_text(report: Report) -> list[str]:
 
 def status_text(result: Result) -> str:
     """`done`, `FAILED` or `UNREADABLE`."""
-    return {"done": "done", UNREADABLE: "UNREADABLE"}.get(result["status"], "FAILED")
+    return "done" if result.is_done else "UNREADABLE" if result.is_unreadable else "FAILED"
 
 
 def _named(names: Sequence[str]) -> str:

@@ -11,13 +11,13 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
+from cast_ray.contracts.row_result import StageRecord
 from cast_ray.plan.ablation import Table, load_table
 from cast_ray.report.content import Compute, Difference, Failure, Report, Result, RowSummary, StageSummary
 from cast_ray.report.metrics import split_metric
 from cast_ray.report.notes import context_of, notes_of
-from cast_ray.report.run_folder import UNREADABLE, Run
+from cast_ray.report.run_folder import Run
 from cast_ray.report.settings import averageable, mixed_settings
 from cast_ray.report.statistics import NUM_REPLICATES, Resampling, cell_of, value_of
 
@@ -34,7 +34,7 @@ def summarise_run(run: Run, tell: Callable[[str], None] = lambda text: None) -> 
     resampling = Resampling(run.folder, num_replicates, tell)
     reports = []
     for name in run.table_names:
-        results = [r for r in run.results if r["table"] == name]
+        results = [r for r in run.results if r.table == name]
         pending = [(row, seed) for _, row, seed in run.pending(name)]
         reports.append(summarise(results, run.plan.table(name), name=name, pending=pending, resampling=resampling))
     resampling.save()
@@ -62,30 +62,30 @@ def summarise(
     Raises:
         ValueError: results of more than one table.
     """
-    names = sorted({r["table"] for r in results} | ({name} if name else set()))
+    names = sorted({r.table for r in results} | ({name} if name else set()))
     if len(names) != 1:
         raise ValueError(f"expected the results of one table, got {', '.join(names) or 'none'}")
     if table is None:
         table = _table_of(names[0])
-    pending = list(dict.fromkeys([*pending, *((r["row"], r["seed"]) for r in results if r["status"] == UNREADABLE)]))
-    found = [*(r["row"] for r in results), *(row for row, _ in pending)]
+    pending = list(dict.fromkeys([*pending, *((r.row, r.seed) for r in results if r.is_unreadable)]))
+    found = [*(r.row for r in results), *(row for row, _ in pending)]
     order = list(dict.fromkeys([*(table.rows if table else ()), *found]))
     place = {row: i for i, row in enumerate(order)}
-    results = sorted(results, key=lambda r: (place[r["row"]], r["seed"]))
-    preset = next((str(r["recipe"].get("preset")) for r in results if r.get("recipe")), "")
+    results = sorted(results, key=lambda r: (place[r.row], r.seed))
+    preset = next((str(r.setting("preset")) for r in results if r.recipe), "")
     paper = table.paper_values(preset) if table else {}
     results, warnings = averageable(results)
     warnings += mixed_settings(results, table)
     by_row: dict[str, list[Result]] = {row: [] for row in order}
     for result in results:
-        by_row[result["row"]].append(result)
+        by_row[result.row].append(result)
     num_pending = Counter(row for row, _ in pending)
     metric = table.metric if table else "student/mask_ap"
     baseline = table.baseline if table else order[0]
     resampling = resampling or Resampling(None)
 
-    done = {row: {r["seed"]: r for r in each if r["status"] == "done"} for row, each in by_row.items()}
-    known = {m for by_seed in done.values() for r in by_seed.values() for m in r["metrics"]}
+    done = {row: {r.seed: r for r in each if r.is_done} for row, each in by_row.items()}
+    known = {m for by_seed in done.values() for r in by_seed.values() for m in r.measured}
     extra = list(dict.fromkeys(m for m in (metric, *paper) if m not in MAIN_METRICS))
     metrics = tuple(m for m in (*MAIN_METRICS, *extra) if m in known) or tuple(dict.fromkeys((*paper, metric)))
     compared = [m for m in metrics if m == metric or m in paper or split_metric(m)[1] == "mask_ap"]
@@ -119,11 +119,7 @@ def summarise(
         rows=rows,
         differences=tuple(replace(d, paper=_paper_difference(d, paper)) for d in differences),
         pairs=tuple(pairs),
-        failures=tuple(
-            Failure(r["row"], r["seed"], _one_line(r.get("error")), r.get("log"))
-            for r in results
-            if r["status"] not in ("done", UNREADABLE)
-        ),
+        failures=tuple(Failure(r.row, r.seed, _one_line(r.error), r.log) for r in results if r.has_failed),
         stages=stages,
         steps=_compute([(s.steps if s.kind == "train" else 0, s) for s in stages]),
         device_hours=_compute([(s.device_hours, s) for s in stages]),
@@ -154,25 +150,25 @@ def _one_line(text: str | None) -> str:
 def _summarise_row(
     row: str, results: Sequence[Result], num_pending: int, paper: Mapping[str, float], resampling: Resampling
 ) -> RowSummary:
-    done = [r for r in results if r["status"] == "done"]
+    done = [r for r in results if r.is_done]
     cells = {}
-    for metric in dict.fromkeys(m for r in done for m in r["metrics"]):
-        by_seed = {r["seed"]: r for r in done if value_of(r, metric) is not None}
+    for metric in dict.fromkeys(m for r in done for m in r.measured):
+        by_seed = {r.seed: r for r in done if value_of(r, metric) is not None}
         values = [v for r in by_seed.values() if (v := value_of(r, metric)) is not None]
         if values:
             is_ap = split_metric(metric)[1] == "mask_ap"
             cells[metric] = cell_of(values, resampling.interval(by_seed, metric) if is_ap else None)
-    seconds = [r["seconds"] for r in done if r.get("seconds") is not None]
+    seconds = [r.seconds for r in done if r.seconds is not None]
     return RowSummary(
         name=row,
-        seeds_done=tuple(sorted(r["seed"] for r in done)),
-        num_failed=sum(r["status"] not in ("done", UNREADABLE) for r in results),
+        seeds_done=tuple(sorted(r.seed for r in done)),
+        num_failed=sum(r.has_failed for r in results),
         num_pending=num_pending,
         cells=cells,
         paper=paper,
         seconds=statistics.fmean(seconds) if seconds else None,
-        device_hours=sum(r.get("device_hours") or 0.0 for r in results),
-        num_unreadable=sum(r["status"] == UNREADABLE for r in results),
+        device_hours=sum(r.device_hours or 0.0 for r in results),
+        num_unreadable=sum(r.is_unreadable for r in results),
     )
 
 
@@ -195,7 +191,7 @@ def _difference(
 
 def _evaluated(result: Result, metric: str) -> str | None:
     """Fingerprint of the evaluation that a metric comes from, where the result says so."""
-    return (result.get("evaluations") or {}).get(split_metric(metric)[0])
+    return result.evaluations.get(split_metric(metric)[0])
 
 
 def _paper_difference(difference: Difference, paper: Mapping[str, Mapping[str, float]]) -> float | None:
@@ -206,36 +202,36 @@ def _paper_difference(difference: Difference, paper: Mapping[str, Mapping[str, f
 
 
 def _unique_stages(results: Sequence[Result]) -> tuple[StageSummary, ...]:
-    users: dict[str, list[tuple[Result, dict[str, Any]]]] = {}
+    users: dict[str, list[tuple[Result, StageRecord]]] = {}
     for result in results:
-        for stage in result.get("stages") or []:
-            users.setdefault(stage["fingerprint"], []).append((result, stage))
+        for stage in result.stages:
+            users.setdefault(stage.fingerprint, []).append((result, stage))
     summaries = []
     for fingerprint, entries in users.items():
         # the row that ran it knows how long it took; a row that reused it waited or copied numbers
-        result, ran = next(((r, s) for r, s in entries if not s.get("reused")), entries[0])
+        result, ran = next(((r, s) for r, s in entries if not s.reused), entries[0])
         summaries.append(
             StageSummary(
-                name=ran["name"],
-                kind=ran["kind"],
+                name=ran.name,
+                kind=ran.kind,
                 fingerprint=fingerprint,
-                rows=tuple(dict.fromkeys(r["row"] for r, _ in entries)),
-                seeds=tuple(sorted({r["seed"] for r, _ in entries})),
+                rows=tuple(dict.fromkeys(r.row for r, _ in entries)),
+                seeds=tuple(sorted({r.seed for r, _ in entries})),
                 num_uses=len(entries),
-                steps=max(s.get("steps") or 0 for _, s in entries),
-                seconds=float(ran.get("seconds") or 0.0),
+                steps=max(s.steps for _, s in entries),
+                seconds=ran.seconds or 0.0,
                 device_hours=_device_hours(result, ran),
-                images_per_s=ran.get("images_per_s"),
-                was_stored=all(s.get("reused") for _, s in entries),
+                images_per_s=ran.images_per_s,
+                was_stored=all(s.reused for _, s in entries),
             )
         )
     return tuple(summaries)
 
 
-def _device_hours(result: Result, stage: Mapping[str, Any]) -> float:
-    runtime = (result.get("recipe") or {}).get("runtime") or {}
-    workers = stage.get("num_workers") or runtime.get("num_labellers" if stage["kind"] == "label" else "num_workers", 1)
-    return float(stage.get("stage_seconds") or stage.get("seconds") or 0.0) * workers / 3600
+def _device_hours(result: Result, stage: StageRecord) -> float:
+    asked = result.setting("runtime.num_labellers" if stage.kind == "label" else "runtime.num_workers")
+    workers = stage.num_workers or (asked if isinstance(asked, int) else 1)
+    return (stage.stage_seconds or stage.seconds or 0.0) * workers / 3600
 
 
 def _compute(costs: Sequence[tuple[float, StageSummary]]) -> Compute:
@@ -248,9 +244,9 @@ def _compute(costs: Sequence[tuple[float, StageSummary]]) -> Compute:
 
 def _zero_shot(results: Sequence[Result]) -> dict[str, float]:
     """Metrics of the teacher before adaptation, which most tables have one of; none where rows have different ones."""
-    done = [r for r in results if r["status"] == "done"]
-    names = sorted({m for r in done for m in r["metrics"] if m.startswith("zero_shot/")})
-    if len({_evaluated(r, names[0]) for r in done if r["metrics"].get(names[0]) is not None} if names else ()) > 1:
+    done = [r for r in results if r.is_done]
+    names = sorted({m for r in done for m in r.metrics if m.startswith("zero_shot/")})
+    if len({_evaluated(r, names[0]) for r in done if r.metrics.get(names[0]) is not None} if names else ()) > 1:
         return {}
     values = {m: [v for r in done if (v := value_of(r, m)) is not None] for m in names}
     return {m: statistics.fmean(v) for m, v in values.items() if v}

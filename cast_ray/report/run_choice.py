@@ -14,7 +14,7 @@ from typing import Any
 from cast_ray.common.paths import absolute
 from cast_ray.plan.ablation import Table
 from cast_ray.plan.settings import differing, overridden, settings_of
-from cast_ray.report.run_folder import PLAN, RESULT, UNREADABLE, RunRequest, read_plan, read_results
+from cast_ray.report.run_folder import PLAN, RESULT, RunRequest, read_plan, read_results
 from cast_ray.report.settings import first_of, value_words
 
 DIGITS = 6
@@ -102,10 +102,10 @@ def _differences(folder: Path, table: Table, settings: Mapping[str, Any]) -> lis
     settings = _located(settings)
     words: dict[str, None] = {}
     for result in read_results(folder, plan.expected) if _is_used(folder) else ():
-        if result["status"] == UNREADABLE or result["table"] != table.name or result["row"] not in table.rows:
+        if result.is_unreadable or result.table != table.name or result.row not in table.rows:
             continue
-        theirs = _located(settings_of(result.get("recipe") or {}))
-        keys = differing(settings, theirs, besides=overridden(table.rows[result["row"]]))
+        theirs = _located(settings_of(result.recipe))
+        keys = differing(settings, theirs, besides=overridden(table.rows[result.row]))
         words |= dict.fromkeys(_words(key, settings, theirs) for key in keys)
     return list(words)
 

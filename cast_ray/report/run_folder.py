@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,18 +17,10 @@ from typing import Any
 from cast_ray.common.digest import digest_of
 from cast_ray.common.files import write_atomically
 from cast_ray.plan.ablation import Table, load_table
-from cast_ray.report.content import Result
-from cast_ray.report.metrics import PER_CLASS
+from cast_ray.report.content import UNREADABLE, Result
 
 PLAN = "sweep.json"
 RESULT = "result.json"
-UNREADABLE = "unreadable"
-"""Status of a result whose file cannot be read: its row says so, and all others are shown."""
-PARTS = {
-    dict: ("metrics", "recipe", "dataset", "hardware", "per_class", "diagnostics", "curves", "pseudo_labels"),
-    list: ("stages", "given"),
-}
-"""Type -> the parts of a result that have it, where they are there."""
 
 
 def matches_file(role: str) -> str:
@@ -76,18 +67,14 @@ class Run:
 
     @property
     def table_names(self) -> tuple[str, ...]:
-        names = [table for table, _, _ in self.plan.expected] + [r["table"] for r in self.results]
+        names = [table for table, _, _ in self.plan.expected] + [r.table for r in self.results]
         return tuple(dict.fromkeys(names))
 
     def pending(self, table: str | None = None) -> list[tuple[str, str, int]]:
         """(table, row, seed) that were asked for and have no result yet, or one that cannot be read."""
-        there = {_key(r) for r in self.results if r["status"] != UNREADABLE}
-        wanted = [*self.plan.expected, *(_key(r) for r in self.results if r["status"] == UNREADABLE)]
+        there = {r.key for r in self.results if not r.is_unreadable}
+        wanted = [*self.plan.expected, *(r.key for r in self.results if r.is_unreadable)]
         return [key for key in dict.fromkeys(wanted) if key not in there and table in (None, key[0])]
-
-
-def _key(result: Result) -> tuple[str, str, int]:
-    return result["table"], result["row"], result["seed"]
 
 
 def recipe_digest(recipe: Mapping[str, Any]) -> str:
@@ -172,8 +159,8 @@ def read_run(run_dir: str | Path) -> Run:
     results = [
         result
         for result in read_results(folder, plan.expected)
-        for wanted in [digests.get(_key(result))]
-        if wanted is None or result["status"] == UNREADABLE or wanted == recipe_digest(result.get("recipe") or {})
+        for wanted in [digests.get(result.key)]
+        if wanted is None or result.is_unreadable or wanted == recipe_digest(result.recipe)
     ]
     return Run(folder, plan, tuple(results))
 
@@ -201,12 +188,13 @@ def read_results(run_dir: str | Path, expected: Sequence[tuple[str, str, int]] =
         except ValueError as error:
             unreadable.append((path, error))
     names = {f"{table}__{row}__s{seed}": (table, row, seed) for table, row, seed in expected}
-    default = results[0]["table"] if results else "unknown"
+    default = results[0].table if results else "unknown"
     for path, reason in unreadable:
         table, row, seed = names.get(path.parent.name) or _key_of_folder(path.parent.name, default)
-        place = {"table": table, "row": row, "seed": seed, "folder": str(path.parent)}
-        results.append(place | {"status": UNREADABLE, "error": str(reason), "metrics": {}})
-    return sorted(results, key=lambda r: (r.get("started") or "", r["seed"]))
+        results.append(
+            Result(table=table, row=row, seed=seed, status=UNREADABLE, error=str(reason), folder=path.parent)
+        )
+    return sorted(results, key=lambda r: (r.started or "", r.seed))
 
 
 def _key_of_folder(name: str, default_table: str) -> tuple[str, str, int]:
@@ -219,31 +207,7 @@ def _key_of_folder(name: str, default_table: str) -> tuple[str, str, int]:
 def _read_result(path: Path) -> Result:
     """One result; raises ValueError, which names the file, when it is not one."""
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from None
+        content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    if not isinstance(result, dict):
-        raise ValueError(f"{path}: not a result: expected a mapping, got {type(result).__name__}")
-    types: dict[str, type] = {"table": str, "row": str, "seed": int, "status": str}
-    if missing := [key for key in types if key not in result]:
-        raise ValueError(f"{path}: not a result: no {', '.join(missing)}")
-    parts = {key: kind for kind, keys in PARTS.items() for key in keys if result.get(key) is not None}
-    for key, kind in (types | parts).items():
-        if not isinstance(result[key], kind):
-            raise ValueError(f"{path}: not a result: {key} is {type(result[key]).__name__}, expected {kind.__name__}")
-    return result | {"metrics": _all_metrics(result), "folder": str(path.parent)}
-
-
-def _all_metrics(result: dict[str, Any]) -> dict[str, Any]:
-    """Metrics, those of a class as `student/per_class/<name>`, and the last diagnostics as `distill/margin`."""
-    metrics = dict(result.get("metrics") or {})
-    for role, values in (result.get("per_class") or {}).items():
-        metrics |= {f"{role}/{PER_CLASS}/{name}": value for name, value in values.items()}
-    for stage, points in (result.get("diagnostics") or {}).items():
-        for point in reversed(points):  # not each point has each key: FNR needs labelled pixels among the anchors
-            for key, value in point.items():
-                if key != "step" and isinstance(value, int | float) and math.isfinite(value):
-                    metrics.setdefault(f"{stage}/{key}", value)
-    return metrics
+    return Result.read(content, str(path)).model_copy(update={"folder": path.parent})

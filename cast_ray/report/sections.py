@@ -21,6 +21,7 @@ from cast_ray.report.label_audit import WORST_SHEET, audit_table, coverage_table
 from cast_ray.report.metrics import format_value
 from cast_ray.report.notes import failure_text, hardware_text, status_text
 from cast_ray.report.overlays import CONTACT_SHEET
+from cast_ray.report.run_folder import RESULT
 from cast_ray.report.samples import read_samples
 from cast_ray.report.tables import (
     classes_grid,
@@ -89,15 +90,15 @@ def _audit_grid(
     """One of the audit's tables for the first seed of each row; `only_all`: without its lines by size and class."""
     firsts: dict[str, Result] = {}
     for result in report.results:
-        if result.get("pseudo_labels"):
-            firsts.setdefault(result["row"], result)
+        if result.pseudo_labels:
+            firsts.setdefault(result.row, result)
     if not firsts:
         return None
     head: list[str] = []
     lines: dict[tuple[str, ...], None] = {}
     for row, result in firsts.items():
         head, body = table_of(result)
-        lines |= {(row, str(result["seed"]), *line): None for line in body if not only_all or line[1] == "all"}
+        lines |= {(row, str(result.seed), *line): None for line in body if not only_all or line[1] == "all"}
     columns = (Column("row", False), Column("seed"), *(Column(n, n not in ("labels of", "group")) for n in head))
     caption = "What pseudo-labels cover, percent"
     if only_all:
@@ -109,8 +110,8 @@ def samples_section(report: Report, folder: Path) -> Section | None:
     """Worst and best images of each row, and the contact sheet of unlabelled images."""
     folders: dict[str, tuple[int, Path]] = {}
     for result in report.results:
-        if result["status"] == "done" and result.get("folder"):
-            folders.setdefault(result["row"], (result["seed"], Path(result["folder"])))
+        if result.is_done and result.folder is not None:
+            folders.setdefault(result.row, (result.seed, result.folder))
     sheet = folder / CONTACT_SHEET
     caption = "Unlabelled images, their hidden ground truth, the teacher's pseudo-labels, the student"
     return section("Images", [read_samples(folders), Picture(caption, sheet) if sheet.is_file() else None])
@@ -141,14 +142,14 @@ def compute_section(report: Report, folder: Path) -> Section | None:
 
 def provenance_section(report: Report, folder: Path) -> Section | None:
     """The exact command, recipe, code version, data and hardware of each number."""
-    recipes = {(r["row"], r["seed"]): _flat(r.get("recipe") or {}) for r in report.results}
+    recipes = {(r.row, r.seed): _flat(r.recipe) for r in report.results}
     common = _common(list(recipes.values()))
     details: list[Details] = []
     if common and len(report.results) > 1:
         details.append(Details("", "Recipe: what all results have in common", tuple(_pairs(common))))
     for result in report.results[:MAX_DETAILS]:
-        own = {k: v for k, v in recipes[result["row"], result["seed"]].items() if k not in common or not details}
-        details.append(Details(result["row"], f"{result['row']}, seed {result['seed']}", tuple(_facts(result, own))))
+        own = {k: v for k, v in recipes[result.row, result.seed].items() if k not in common or not details}
+        details.append(Details(result.row, f"{result.row}, seed {result.seed}", tuple(_facts(result, own))))
     left = len(report.results) - MAX_DETAILS
     more = Words((f"{left} more results: their result.json files say the same of them.",)) if left > 0 else None
     return section("Provenance", [results_grid(report), *details, more])
@@ -176,16 +177,16 @@ def sections_of(report: Report, folder: Path) -> list[Section]:
 
 def _facts(result: Result, recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts = [
-        ("status", status_text(result) + ("" if result["status"] == "done" else f": {result.get('error')}")),
-        ("log", result.get("log")),
-        ("command", result.get("command")),
-        ("code", result.get("code_version")),
-        ("hardware", hardware_text(result["hardware"]) if result.get("hardware") else None),
-        ("data hash", (result.get("dataset") or {}).get("content_hash")),
-        ("started", result.get("started")),
-        ("result", f"{Path(result['folder']).name}/result.json" if result.get("folder") else None),
+        ("status", status_text(result) + ("" if result.is_done else f": {result.error}")),
+        ("log", result.log),
+        ("command", result.command),
+        ("code", result.code_version),
+        ("hardware", hardware_text(result.hardware) if result.hardware else None),
+        ("data hash", result.dataset.content_hash if result.dataset else None),
+        ("started", result.started),
+        ("result", f"{result.folder.name}/{RESULT}" if result.folder else None),
     ]
-    facts += [(f"stage {s['name']}", s.get("artifact") or s["fingerprint"]) for s in result.get("stages") or []]
+    facts += [(f"stage {stage.name}", stage.artifact or stage.fingerprint) for stage in result.stages]
     return [(name, str(value)) for name, value in facts if value] + _pairs(recipe)
 
 

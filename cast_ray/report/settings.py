@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from cast_ray.plan.ablation import Table
 from cast_ray.plan.settings import LOCATIONS, differing, overridden, settings_of
 from cast_ray.report.content import Result
-from cast_ray.report.run_folder import UNREADABLE
 
 MAX_KEYS, MAX_ROWS = 6, 4
 
@@ -20,19 +19,19 @@ def averageable(results: Sequence[Result]) -> tuple[list[Result], list[str]]:
     """
     by_row: dict[str, list[Result]] = {}
     for result in results:
-        if result["status"] != UNREADABLE:
-            by_row.setdefault(result["row"], []).append(result)
+        if not result.is_unreadable:
+            by_row.setdefault(result.row, []).append(result)
     left_out: dict[int, str] = {}
     for row, each in by_row.items():
-        newest = max(each, key=lambda r: (r["status"] == "done", r.get("started") or ""))
+        newest = max(each, key=lambda r: (r.is_done, r.started or ""))
         wanted = _settings(newest)
         for result in each:
             found = _settings(result)
             if keys := differing(wanted, found):
                 words = [f"{key} {value_words(found[key])} instead of {value_words(wanted[key])}" for key in keys]
                 left_out[id(result)] = (
-                    f"WARNING: {row}, seed {result['seed']} is left out, because its settings are not those of the "
-                    f"row's newest result (seed {newest['seed']}): {first_of(words, MAX_KEYS)}."
+                    f"WARNING: {row}, seed {result.seed} is left out, because its settings are not those of the "
+                    f"row's newest result (seed {newest.seed}): {first_of(words, MAX_KEYS)}."
                 )
     return [r for r in results if id(r) not in left_out], list(left_out.values())
 
@@ -45,13 +44,13 @@ def mixed_settings(results: Sequence[Result], table: Table | None) -> list[str]:
     """
     values: dict[str, dict[str, tuple[Any, dict[str, None]]]] = {}  # key -> value as text -> value, rows
     for result in results:
-        if table is None or result["row"] not in table.rows or result["status"] == UNREADABLE:
+        if table is None or result.row not in table.rows or result.is_unreadable:
             continue
-        own = overridden(table.rows[result["row"]])
+        own = overridden(table.rows[result.row])
         for key, value in _settings(result).items():
             if key not in own:
                 _, rows = values.setdefault(key, {}).setdefault(repr(value), (value, {}))
-                rows[result["row"]] = None
+                rows[result.row] = None
     mixed = []
     for key, found in values.items():
         words = [f"{value_words(value)}: {first_of(list(rows), MAX_ROWS)}" for value, rows in found.values()]
@@ -65,9 +64,9 @@ def mixed_settings(results: Sequence[Result], table: Table | None) -> list[str]:
     ]
 
 
-def _settings(result: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(result: Result) -> dict[str, Any]:
     """Without where the dataset lies: another dataset is told by its content hash."""
-    return {k: v for k, v in settings_of(result.get("recipe") or {}).items() if k not in LOCATIONS}
+    return {k: v for k, v in settings_of(result.recipe).items() if k not in LOCATIONS}
 
 
 def first_of(words: Sequence[str], most: int) -> str:

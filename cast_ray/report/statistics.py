@@ -52,8 +52,8 @@ def load_matches(path: Path) -> MatchedImages | None:
 
 def value_of(result: Result, metric: str) -> float | None:
     """A finite metric of one result."""
-    value = result["metrics"].get(metric)
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    value = result.measured.get(metric)
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def cell_of(values: Sequence[float], interval: Interval | None = None) -> Cell:
@@ -174,11 +174,11 @@ class Resampling:
     def _replicates(self, result: Result, metric: str) -> np.ndarray | None:
         """AP [replicates] of one result's model, or None without per-image data (AP only: other metrics have none)."""
         role, measure = split_metric(metric)
-        if measure != "mask_ap" or not result.get("folder") or not self.num_replicates:
+        if measure != "mask_ap" or result.folder is None or not self.num_replicates:
             return None
         # the final model is the refined student where there is one
         for name in (role, "refined", "student") if role == "final" else (role,):
-            path = Path(result["folder"]) / matches_file(name)
+            path = result.folder / matches_file(name)
             if path not in self.loaded:
                 self.loaded[path] = self._load(path)
             if self.loaded[path] is not None:
@@ -214,5 +214,5 @@ def image_counts(num_images: int, num_replicates: int) -> np.ndarray:
 
 
 def _images_of(result: Result) -> tuple[object, ...]:
-    evaluation = (result.get("recipe") or {}).get("evaluation") or {}
-    return (result.get("dataset") or {}).get("content_hash"), evaluation.get("num_images")
+    content_hash = result.dataset.content_hash if result.dataset else None
+    return content_hash, result.setting("evaluation.num_images")

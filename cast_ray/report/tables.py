@@ -11,6 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from cast_ray.contracts.row_result import DatasetFacts
 from cast_ray.report.blocks import Column, Grid
 from cast_ray.report.content import Difference, Report, Result, RowSummary, StageSummary
 from cast_ray.report.metrics import (
@@ -224,25 +225,24 @@ def results_grid(report: Report) -> Grid | None:
         Column("data hash", False),
     )
     body = tuple(_result_line(result, report.metric) for result in report.results)
-    marks = tuple("failed" if r["status"] != "done" else "" for r in report.results)
-    return Grid("Every result", columns, body, tuple(r["row"] for r in report.results), marks)
+    marks = tuple("" if r.is_done else "failed" for r in report.results)
+    return Grid("Every result", columns, body, tuple(r.row for r in report.results), marks)
 
 
 def _result_line(result: Result, metric: str) -> tuple[str, ...]:
-    dataset = result.get("dataset") or {}
-    value = result["metrics"].get(metric)
-    hours = result.get("device_hours")
+    dataset = result.dataset or DatasetFacts()
+    value, hours = result.measured.get(metric), result.device_hours
     return (
-        result["row"],
-        str(result["seed"]),
+        result.row,
+        str(result.seed),
         status_text(result),
-        format_value(metric, value) if isinstance(value, int | float) else "",
-        *("" if dataset.get(k) is None else str(dataset[k]) for k in ("num_labelled", "num_unlabelled")),
-        f"{result['seconds']:,.0f}" if result.get("seconds") is not None else "",
+        format_value(metric, value) if value is not None else "",
+        *("" if count is None else str(count) for count in (dataset.num_labelled, dataset.num_unlabelled)),
+        f"{result.seconds:,.0f}" if result.seconds is not None else "",
         format_value("device_hours", hours) if hours is not None else "",
-        (result.get("started") or "")[:19].replace("T", " "),
-        str(result.get("code_version") or ""),
-        str(dataset.get("content_hash") or "")[:12],
+        (result.started or "")[:19].replace("T", " "),
+        result.code_version or "",
+        (dataset.content_hash or "")[:12],
     )
 
 

@@ -10,7 +10,9 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any
 
+from cast_ray.common.logs import VARIABLE, is_verbose
 from cast_ray.common.text import first_line
+from cast_ray.contracts.row_result import Hardware
 
 # One machine, few stages of a minute each: starting and stopping worker groups is what costs. These settings bring one
 # from 17 s to 12 s on two cores; each gives up a feature that matters on a cluster only (docs/operations.md).
@@ -66,6 +68,14 @@ class Cluster:
     resources: dict[str, float]
     nodes: tuple[dict[str, float], ...] = ()
     is_local: bool = True
+    log_folder: str = ""
+    """Where Ray's processes write their output, on each node; empty: not known."""
+
+    def where_logs_are(self) -> str:
+        """Returns a sentence for the user of a row that failed; empty without a known folder."""
+        if not self.log_folder:
+            return ""
+        return f"What Ray's processes wrote is in {self.log_folder} (worker-*.err) of the node where the row ran"
 
 
 def connect(address: str | None, num_cpus: int | None = None) -> Cluster:
@@ -96,7 +106,13 @@ def connect(address: str | None, num_cpus: int | None = None) -> Cluster:
     import ray
 
     # What goes wrong in starting or joining is said in one line below.
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL, "namespace": "cast_ray"}
+    options: dict[str, Any] = {
+        "log_to_driver": is_verbose(),
+        "logging_level": logging.CRITICAL,
+        "namespace": "cast_ray",
+    }
+    if is_verbose() and not local:  # a local Ray inherits the variable
+        options["runtime_env"] = {"env_vars": {VARIABLE: "1"}}
     cores = num_cpus or os.cpu_count() or 1
     if local:
         port = _free_port()
@@ -127,7 +143,13 @@ def connect(address: str | None, num_cpus: int | None = None) -> Cluster:
     size = f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
     where = "started here" if local else "cluster"
     nodes = tuple(node["Resources"] for node in ray.nodes() if node["Alive"])
-    return Cluster(f"Ray {ray.__version__} {where}: {size}{dashboard}", resources, nodes, local)
+    return Cluster(f"Ray {ray.__version__} {where}: {size}{dashboard}", resources, nodes, local, _log_folder(context))
+
+
+def _log_folder(context: Any) -> str:
+    """Returns the folder of the session's logs; a Ray Client's context does not know it."""
+    session = (getattr(context, "address_info", None) or {}).get("session_dir")
+    return f"{session}/logs" if session else ""
 
 
 def _check_address(address: str, said_by: str) -> None:
@@ -194,7 +216,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def hardware() -> dict[str, Any]:
+def hardware() -> Hardware:
     """This machine, for the result: CPU model, cores, memory and GPU name."""
     cpu = platform.processor() or platform.machine()
     memory_gb = 0.0
@@ -204,4 +226,4 @@ def hardware() -> dict[str, Any]:
         memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     except (OSError, ValueError):
         pass
-    return {"cpu": cpu, "num_cpus": os.cpu_count() or 1, "gpu": None, "memory_gb": round(memory_gb, 1)}
+    return Hardware(cpu=cpu, num_cpus=os.cpu_count() or 1, gpu=None, memory_gb=round(memory_gb, 1))

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from cast_ray.common import registry
+from cast_ray.contracts.instance import Instances, SourcedInstance
 from cast_ray.contracts.records import Category
 from cast_ray.recipe import InputSize, TeacherConfig
-from cast_ray.teachers.fusion import suppress, vote
-from cast_ray.teachers.protocol import Instances, Teacher, load_teacher, read_card, save_teacher
+from cast_ray.teachers.fusion import suppress, vote, without_source
+from cast_ray.teachers.protocol import Teacher, load_teacher, read_card, save_teacher
 
 
 class EnsembleTeacher(Teacher):
@@ -86,13 +87,15 @@ class EnsembleTeacher(Teacher):
         least = 0.0 if settings.method == "vote" else min_score
         members = [member for member in self.members if isinstance(member, Teacher)]
         of_members = [member.find(images, image_hw, resized_hw, max_detections, least) for member in members]
-        fused = []
+        fused: list[Instances] = []
+        of_image: tuple[Instances, ...]
         for of_image in zip(*of_members):
-            everything = [i | {"source": source} for source, found in enumerate(of_image) for i in found]
+            everything: list[SourcedInstance] = [
+                {**instance, "source": source} for source, found in enumerate(of_image) for instance in found
+            ]
             if settings.method == "vote":
                 kept = vote(everything, settings.iou_threshold, len(self.members))
             else:
-                kept = suppress(everything, settings.iou_threshold)
-                kept = [{k: v for k, v in instance.items() if k != "source"} for instance in kept]
+                kept = [without_source(instance) for instance in suppress(everything, settings.iou_threshold)]
             fused.append([instance for instance in kept[:max_detections] if not instance["score"] < min_score])
         return fused

@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from cast_ray.contracts.instance import Instances
 from cast_ray.contracts.records import Category
 from cast_ray.models.cast_network import CastNetwork, TrainedNetwork
 from cast_ray.models.postprocess import predict_instances
 from cast_ray.models.segmenter import Segmenter, build_segmenter
 from cast_ray.recipe import ContrastiveConfig, InputSize, TeacherConfig
-from cast_ray.teachers.protocol import Instances, Teacher
+from cast_ray.teachers.protocol import Teacher
 
 WEIGHTS = "model.safetensors"
 

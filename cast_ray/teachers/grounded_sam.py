@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import box_convert
 
+from cast_ray.contracts.instance import Instance, Instances
 from cast_ray.contracts.records import Category, Predictions, Targets
 from cast_ray.losses.teacher.detector import QueryDetections, boxes_of, detection_loss
 from cast_ray.losses.teacher.prompted_masks import prompted_mask_loss
@@ -20,7 +21,7 @@ from cast_ray.recipe import ContrastiveConfig, GroundedSamConfig, InputSize, Tea
 from cast_ray.teachers.box_segmenter import BoxSegmenter
 from cast_ray.teachers.detector import FoundBoxes, TextDetector
 from cast_ray.teachers.prompts import Prompt, Prompter
-from cast_ray.teachers.protocol import Instances, Teacher, TeacherTerms, checkpoint_layers
+from cast_ray.teachers.protocol import Teacher, TeacherTerms, checkpoint_layers
 
 DETECTOR, SEGMENTER = "teacher.grounded_sam.detector", "teacher.grounded_sam.segmenter"
 BOX_LOGIT = 6.0
@@ -121,7 +122,7 @@ class GroundedSamTeacher(Teacher):
         labels, places, qualities = found.labels.tolist(), place.tolist(), ious[place].tolist()
         height, width = size
         corners = (found.corners * found.corners.new_tensor([width, height, width, height])).tolist()
-        instances = [
+        instances: list[Instance] = [
             {
                 "label": labels[n],
                 "score": score[n],

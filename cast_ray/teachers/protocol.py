@@ -14,6 +14,7 @@ from torch import nn
 
 from cast_ray.common import registry
 from cast_ray.common.files import write_atomically
+from cast_ray.contracts.instance import Instances
 from cast_ray.contracts.records import Category, Targets, class_names
 from cast_ray.models.autocast import DTYPES, autocast
 from cast_ray.models.cast_network import Output, TrainedNetwork
@@ -23,10 +24,6 @@ from cast_ray.recipe import ContrastiveConfig, InputSize, Precision, TeacherConf
 from cast_ray.teachers.checkpoints import quiet_transformers
 
 CARD = "teacher.json"
-
-Instances = list[dict[str, Any]]
-"""label (0..C-1), score (0..1), rle (COCO compressed counts, bytes), size ([height, width]), mask_quality (0..1) and,
-where the teacher looks for boxes, box (x0, y0, x1, y1 in pixels of the image)."""
 
 
 class TeacherTerms(Protocol):

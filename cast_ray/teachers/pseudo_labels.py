@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from cast_ray.contracts.instance import Instance, PseudoLabel, rle_of
 from cast_ray.contracts.records import mask_areas
 from cast_ray.recipe import PseudoConfig
 from cast_ray.teachers.fusion import group_instances
 
 
-def pseudo_labels(instances: Sequence[dict[str, Any]], config: PseudoConfig) -> list[dict[str, Any]]:
+def pseudo_labels(instances: Sequence[Instance], config: PseudoConfig) -> list[PseudoLabel]:
     """The instances of one image that are trusted as labels.
 
     Instances above `score_threshold` and, where it is asked, of at least `mask_quality_threshold` are suppressed by
@@ -23,7 +23,7 @@ def pseudo_labels(instances: Sequence[dict[str, Any]], config: PseudoConfig) -> 
     A mask predicted with several classes keeps the first of them in `order`, by score the best.
 
     Args:
-        instances: as from `to_instances`, in the order of the teacher's detector: label, score, rle, size, and
+        instances: of one image, in the order of the teacher's detector; with
             mask_quality where a threshold asks for it.
         config: the thresholds and the order.
 
@@ -38,7 +38,7 @@ def pseudo_labels(instances: Sequence[dict[str, Any]], config: PseudoConfig) -> 
     return paint(trusted_instances(instances, config), config)
 
 
-def trusted_instances(instances: Sequence[dict[str, Any]], config: PseudoConfig) -> list[dict[str, Any]]:
+def trusted_instances(instances: Sequence[Instance], config: PseudoConfig) -> list[PseudoLabel]:
     """The instances that `pseudo_labels` paints, in the order in which it does, each with `num_suppressed`."""
     trusted = [i for i in instances if i["score"] > config.score_threshold]
     if config.mask_quality_threshold > 0:
@@ -48,9 +48,9 @@ def trusted_instances(instances: Sequence[dict[str, Any]], config: PseudoConfig)
     return _suppressed(trusted, config.nms_iou)
 
 
-def paint(trusted: Sequence[dict[str, Any]], config: PseudoConfig) -> list[dict[str, Any]]:
+def paint(trusted: Sequence[PseudoLabel], config: PseudoConfig) -> list[PseudoLabel]:
     """The second half of `pseudo_labels`: what is left of the masks of `trusted_instances`."""
-    kept: list[dict[str, Any]] = []
+    kept: list[PseudoLabel] = []
     seen: set[bytes] = set()
     taken_HW: np.ndarray | None = None
     for instance in trusted:
@@ -59,7 +59,7 @@ def paint(trusted: Sequence[dict[str, Any]], config: PseudoConfig) -> list[dict[
         if instance["rle"] in seen:
             continue
         seen.add(instance["rle"])
-        rle = {"size": list(instance["size"]), "counts": instance["rle"]}
+        rle = rle_of(instance)
         if not config.non_overlapping:
             if mask_areas([rle])[0] >= config.min_area_px:
                 kept.append({**instance, "visible_share": 1.0})
@@ -78,7 +78,7 @@ def paint(trusted: Sequence[dict[str, Any]], config: PseudoConfig) -> list[dict[
     return kept
 
 
-def _suppressed(instances: list[dict[str, Any]], iou_threshold: float) -> list[dict[str, Any]]:
+def _suppressed(instances: Sequence[Instance], iou_threshold: float) -> list[PseudoLabel]:
     """The instances that no better one of their class suppresses, in the given order, with `num_suppressed`."""
     if iou_threshold == 1:
         return [{**i, "num_suppressed": 0} for i in instances]

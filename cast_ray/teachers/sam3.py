@@ -14,6 +14,7 @@ from torchvision.ops import box_convert
 from transformers import Sam3Model
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from cast_ray.contracts.instance import Instances
 from cast_ray.contracts.records import Category, Predictions, Targets
 from cast_ray.losses.teacher.detector import QueryDetections, boxes_of, detection_loss, match_boxes
 from cast_ray.losses.teacher.prompted_masks import prompted_mask_loss
@@ -24,7 +25,7 @@ from cast_ray.recipe import ContrastiveConfig, GroundedSamConfig, InputSize, Tea
 from cast_ray.teachers.checkpoints import load_model, load_processor, load_tokenizer
 from cast_ray.teachers.fusion import suppress
 from cast_ray.teachers.prompts import class_words
-from cast_ray.teachers.protocol import Instances, Teacher, TeacherTerms, checkpoint_layers
+from cast_ray.teachers.protocol import Teacher, TeacherTerms, checkpoint_layers
 
 CHECKPOINT = "teacher.sam3.checkpoint"
 MODELS = {"sam3": Sam3Model, "sam3_video": Sam3Model}

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 
+from cast_ray.contracts.instance import Instance, Instances, SourcedInstance, rle_of
 from cast_ray.contracts.soft_targets import BELIEFS
 from cast_ray.recipe import PseudoConfig
 from cast_ray.teachers.fusion import vote
-from cast_ray.teachers.protocol import Instances, Teacher
+from cast_ray.teachers.protocol import Teacher
 
 
 def predict_by_vote(
@@ -35,12 +36,17 @@ def predict_by_vote(
     asked = list(product(config.vote_scales, (False, True) if config.vote_flip else (False,)))
     if asked == [(1.0, False)]:
         return teacher.predict(images, image_hw, resized_hw, min_score=config.score_threshold)
-    pooled: list[Instances] = [[] for _ in image_hw]
+    pooled: list[list[SourcedInstance]] = [[] for _ in image_hw]
     for source, (scale, mirrored) in enumerate(asked):
         seen, sizes = _seen(images, resized_hw, scale, mirrored)
         for mine, found in zip(pooled, teacher.predict(seen, image_hw, sizes)):
-            bare = [{k: v for k, v in i.items() if k not in BELIEFS} for i in found]  # those of one answer alone
-            mine += [{**i, "source": source, **({"rle": _mirrored(i)} if mirrored else {})} for i in bare]
+            for instance in found:
+                answer: SourcedInstance = {**instance, "source": source}
+                for belief in BELIEFS:  # of one answer alone
+                    answer.pop(belief, None)  # type: ignore[misc]
+                if mirrored:
+                    answer["rle"] = _mirrored(instance)
+                mine.append(answer)
     return [vote(instances, config.vote_iou, len(asked)) for instances in pooled]
 
 
@@ -59,6 +65,6 @@ def _seen(
     return seen, sizes
 
 
-def _mirrored(instance: dict[str, object]) -> bytes:
-    mask_HW = coco_mask.decode({"size": instance["size"], "counts": instance["rle"]})
+def _mirrored(instance: Instance) -> bytes:
+    mask_HW = coco_mask.decode(rle_of(instance))
     return coco_mask.encode(np.asfortranarray(mask_HW[:, ::-1]))["counts"]

@@ -12,6 +12,7 @@ from contrastive_scenes import gradients, scene
 from cast_ray.contracts.records import Predictions, Targets
 from cast_ray.engine.collectives import WorkerGather
 from cast_ray.losses.contrastive.loss import contrastive_loss
+from cast_ray.losses.contrastive.pixel_problem import PixelViews
 from cast_ray.losses.set.criterion import LossPoints, set_loss
 from cast_ray.recipe import ContrastiveConfig, LossConfig
 
@@ -79,7 +80,7 @@ def worker(rank, port, folder):
             name: value.detach()[rank : rank + 1].clone().requires_grad_(value.requires_grad)
             for name, value in make_images().items()
         }
-        out = contrastive_loss(**mine, config=config, temperature=0.2, gather=WorkerGather(rank, 2))
+        out = contrastive_loss(PixelViews(**mine), config=config, temperature=0.2, gather=WorkerGather(rank, 2))
         # Summed over workers, without DDP's averaging: a worker's own gradient is that of the joint mean.
         mean = out.sum / summed(out.count.clone()).clamp(min=1)
         results.append((out.sum.detach(), out.count, gradients(mine, mean)))
@@ -105,7 +106,7 @@ def workers(tmp_path_factory):
 @pytest.mark.parametrize("number", range(len(CONTRASTIVE)))
 def test_gathered_pool_gives_the_joint_batch(workers, number):
     inputs = make_images()
-    joint = contrastive_loss(**inputs, config=CONTRASTIVE[number], temperature=0.2)
+    joint = contrastive_loss(PixelViews(**inputs), config=CONTRASTIVE[number], temperature=0.2)
     wanted = gradients(inputs, joint.sum / joint.count)
     (sum_0, count_0, grads_0), (sum_1, count_1, grads_1) = (w[0][number] for w in workers)
     torch.testing.assert_close(sum_0 + sum_1, joint.sum.detach())

@@ -66,6 +66,14 @@ def stage(name: str, fingerprint: str, steps: int, kind: str = "train", reused: 
     }
 
 
+def empty_audit() -> dict[str, Any]:
+    """The audit of a labelling stage that found nothing on three images."""
+    coverage = {"objects": {"mean": 0.0}, "pixels": {"mean": 0.0}, "labels_per_image": 0.0, "images_without_label": 3}
+    calibration = {"score": [], "precision": [], "ece": None}
+    counts = {"num_images": 3, "num_labels": 0, "num_objects": 9}
+    return counts | {"calibration": calibration, "coverage": coverage}
+
+
 def failed(row: str, seed: int = 0) -> dict[str, Any]:
     error = "Traceback (most recent call last):\n  File x\nValueError: loss is NaN at step 17\n"
     return result(

@@ -133,7 +133,7 @@ def _train(device: torch.device, resume: TrainState | None, folder: str) -> tupl
         seed=0,
         world=World(device=device),
         resume=resume,
-        on_checkpoint=save,
+        hooks=loop.TrainHooks(on_checkpoint=save),
     )
     curve = [{k: v for k, v in entry.items() if k != "images_per_s"} for entry in result.curve]
     return curve, network.layer.weight.detach().cpu()

@@ -11,12 +11,12 @@ import torch
 
 from cast_ray.contracts.records import Batch, Targets
 from cast_ray.engine.checkpoint import TrainState
-from cast_ray.engine.loop import TrainResult, train
+from cast_ray.engine.loop import TrainHooks, TrainResult, train
 from cast_ray.engine.objective import Objective
 from cast_ray.engine.world import World
 from cast_ray.models.cast_network import CastNetwork
 from cast_ray.models.segmenter import build_segmenter
-from cast_ray.recipe import ContrastiveConfig, EncoderConfig, LossConfig, ModelConfig, TrainConfig
+from cast_ray.recipe import ContrastiveConfig, EncoderConfig, LossConfig, ModelConfig, Precision, TrainConfig
 
 NUM_CLASSES = 3
 SIZE = 32
@@ -132,7 +132,8 @@ def run(
     world: World | None = None,
     objective: Any = None,
     seed: int = 0,
-    **options: Any,
+    amp: Precision = "off",
+    **hooks: Any,
 ) -> Run:
     """Trains the tiny network and keeps a copy of every checkpoint's state, whose tensors are the live ones."""
     network = make_network(contrastive, seed)
@@ -145,8 +146,8 @@ def run(
         fingerprint="f",
         seed=seed,
         world=world or World(),
+        amp=amp,
         resume=resume,
-        on_checkpoint=options.pop("on_checkpoint", lambda state: states.append(copy.deepcopy(state))),
-        **options,
+        hooks=TrainHooks(**{"on_checkpoint": lambda state: states.append(copy.deepcopy(state))} | hooks),
     )
     return Run(network, result, states)

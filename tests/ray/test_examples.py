@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_dataset_format_of_ones_own_is_inspected(folder: Path, tmp_path: Path) -> None:
     arguments = ("--format", "own_dataset:index", "--out", str(tmp_path / "out"))
-    printed = run("-m", "cast_ray", "inspect", str(folder), *arguments)
+    printed = run("-m", "cast_ray", "inspect", str(folder), *arguments, "--set", "data.max_bad_fraction=0.2")
     assert "own_dataset:index, 1 classes" in printed and "its label map is missing" in printed
     report = json.loads((tmp_path / "out" / "data_report.json").read_text())
     assert report["skipped"][0]["id"] == "alone"

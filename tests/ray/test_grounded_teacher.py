@@ -66,10 +66,10 @@ def test_each_teacher_labels_every_image(results: dict[str, Any]) -> None:
     zero_shot, adapted = manifests(results, "zero-shot labels"), manifests(results, "CAST")
     assert set(zero_shot) == {"label-teacher", "distill", "refine"}
     for manifest in (zero_shot["label-teacher"], adapted["label-adapted"], adapted["label-teacher"]):
-        assert manifest["num_images"] == results["CAST"]["dataset"]["num_unlabelled"] > 0
-        assert manifest["num_pseudo_labels"] > 0 and manifest["skipped"] == []
-    parents = {m["parents"]["teacher"] for m in (zero_shot["label-teacher"], adapted["label-teacher"])}
-    assert len(parents) == 2 and adapted["adapt"]["parents"]["init"] in parents
+        assert manifest.num_images == results["CAST"]["dataset"]["num_unlabelled"] > 0
+        assert manifest.num_pseudo_labels > 0 and manifest.skipped == ()
+    parents = {m.parents["teacher"] for m in (zero_shot["label-teacher"], adapted["label-teacher"])}
+    assert len(parents) == 2 and adapted["adapt"].parents["init"] in parents
 
 
 def test_the_adapted_teacher_can_be_used_again(results: dict[str, Any]) -> None:

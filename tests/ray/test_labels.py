@@ -21,7 +21,7 @@ from cast_ray.recipe import InputSize, PseudoConfig, Recipe, RuntimeConfig, buil
 from cast_ray.runtime.data.images import Images
 from cast_ray.runtime.data.pictures import Pictures, picture_dataset, pictures
 from cast_ray.runtime.data.resources import configure_data, stream_bundle
-from cast_ray.runtime.data.training_stream import training_stream
+from cast_ray.runtime.data.training_stream import SampleRules, StepShare, training_stream
 from cast_ray.runtime.placement import reserve
 from cast_ray.runtime.store.artifact_files import LABELS
 from cast_ray.runtime.store.artifacts import ArtifactStore
@@ -219,7 +219,7 @@ def test_balanced_thresholds_give_each_class_what_the_labelled_images_have(
     ids = {c.id: c.name for c in CATEGORIES}
     for row, candidates in zip(labels_of(job), predicted):
         size = [row["height"], row["width"]]
-        sure = [
+        sure: Any = [
             i | {"size": size, "score": float(np.float32(i["score"]))}
             for i in candidates
             if np.float32(i["score"]) >= facts["class_thresholds"][ids[i["category_id"]]]
@@ -267,17 +267,16 @@ class Stream:
             teachers = start_teachers(store, self.recipe, CATEGORIES, group, 1) if stage else None
             if stage is not None and teachers is not None:
                 online = OnlineLabels(stage, teachers.actors, teachers.versions, refresh_steps, learner)
-            options = {"start_step": 0, "rank": 0, "world_size": 1, "batch_labelled": 2, "batch_unlabelled": 3}
+            options = {"batch_labelled": 2, "batch_unlabelled": 3}
             batches = training_stream(
                 self.options.get("images") or images_of(self.table),
                 DATA.model_copy(update={"image_px": IMAGE_PX}),
                 RUNTIME,
-                steps=self.steps,
-                seed=1,
-                strong=False,
-                oracle=False,
+                StepShare(
+                    steps=self.steps, seed=1, **options | {k: v for k, v in self.options.items() if k != "images"}
+                ),
+                SampleRules(strong=False),
                 online=online,
-                **{**options, **{k: v for k, v in self.options.items() if k != "images"}},
             )
             return read(batches, teachers)
 
@@ -351,7 +350,7 @@ def test_a_student_labels_its_own_images_from_the_third_window_on(
     """Windows of 2 steps; the student is of another architecture and image size than the frozen teacher."""
     model = RECIPE.student.model_copy(update={"num_queries": 5})
     student = build_segmenter(model, len(CATEGORIES), seed=7)
-    learner = Learner(model.model_dump(), InputSize("fit", (48, 32)))
+    learner = Learner(model, InputSize("fit", (48, 32)))
 
     def train(batches: Any, teachers: Any) -> list[Batch]:
         found = []
@@ -397,15 +396,8 @@ def test_two_workers_share_a_refreshed_teacher(offline: LabelJob, store: Artifac
                     images_of(table),
                     DATA.model_copy(update={"image_px": IMAGE_PX}),
                     RUNTIME,
-                    batch_labelled=2,
-                    batch_unlabelled=6,
-                    steps=steps,
-                    start_step=0,
-                    seed=1,
-                    rank=rank,
-                    world_size=2,
-                    strong=False,
-                    oracle=False,
+                    StepShare(2, 6, steps, seed=1, rank=rank, world_size=2),
+                    SampleRules(strong=False),
                     online=OnlineLabels(offline.stage, teachers.actors, teachers.versions, refresh_steps),
                 )
             )
@@ -450,15 +442,8 @@ def test_a_slow_student_holds_its_teachers_back(
             images_of(table),
             large,
             runtime,
-            steps=steps,
-            batch_labelled=2,
-            batch_unlabelled=batch_unlabelled,
-            start_step=0,
-            seed=0,
-            rank=0,
-            world_size=1,
-            strong=True,
-            oracle=False,
+            StepShare(2, batch_unlabelled, steps, seed=0),
+            SampleRules(strong=True),
             online=OnlineLabels(offline.stage, (teacher,), None, 0),
         )
         next(batches)

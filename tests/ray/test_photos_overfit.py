@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from cast_ray.contracts.instance import Instance
 from cast_ray.contracts.records import Batch, Category, Targets
 from cast_ray.data.reading.images import read_image
 from cast_ray.data.views import fit_image
@@ -97,7 +99,7 @@ def learn(config: ModelConfig, num_classes: int, batch: Batch, steps: int, lr: f
     return network.segmenter.eval(), result
 
 
-def share_found(wanted: list[list[dict[str, Any]]], found: list[list[dict[str, Any]]], iou: float) -> float:
+def share_found(wanted: Sequence[Sequence[Any]], found: Sequence[Sequence[Instance]], iou: float) -> float:
     """Share of the wanted instances that some found one of their class and a score above .5 overlaps by `iou`."""
     hits = []
     for labels, instances in zip(wanted, found):

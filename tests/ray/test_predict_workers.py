@@ -60,7 +60,7 @@ predict.main(sys.argv[1:])
 
 
 def predict(
-    folder: Path, out: str, *options: str, start: tuple[str, ...] = ("-m", "cast_ray.predict"), **variables: str
+    folder: Path, out: str, *options: str, start: tuple[str, ...] = ("-m", "cast_ray", "predict"), **variables: str
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *start, str(folder / "photos"), "--student", str(folder / "s")]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"OMP_NUM_THREADS": "1"}

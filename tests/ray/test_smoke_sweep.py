@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from cast_ray.contracts.manifest import DatasetManifest
 from cast_ray.contracts.records import Category, ClassMap
 from cast_ray.evaluation.label_audit import audit_images, summarise_audit
 from cast_ray.plan.ablation import load_table
@@ -87,9 +88,7 @@ def evaluation_of(store: ArtifactStore, result: dict[str, Any], name: str) -> di
     model = stage(result, name)["fingerprint"]
     evaluations = [s for s in result["stages"] if s["kind"] == "evaluate"]
     (found,) = [
-        s
-        for s in evaluations
-        if store.manifest(artifact_key("evaluate", s["fingerprint"]))["parents"] == {"model": model}
+        s for s in evaluations if store.manifest(artifact_key("evaluate", s["fingerprint"])).parents == {"model": model}
     ]
     return found
 
@@ -169,7 +168,9 @@ def test_labels_are_audited_against_the_hidden_truth(folder: Path, first: Outcom
     assert list(result["pseudo_labels"]) == ["label-adapted", "label-teacher"]
     (dataset,) = (key for key in first.committed if key.startswith("dataset-"))
     hidden = {row["image_id"]: row for row in store.read_table(dataset, "train.parquet").to_pylist()}
-    classes = ClassMap([Category(**c) for c in store.manifest(dataset)["categories"]])
+    manifest = store.manifest(dataset)
+    assert isinstance(manifest, DatasetManifest)
+    classes = ClassMap([Category(c.id, c.name) for c in manifest.categories])
     for name, audit in result["pseudo_labels"].items():
         key = artifact_key("label", stage(result, name)["fingerprint"])
         labels = store.read_table(key, "labels").sort_by("position").to_pylist()

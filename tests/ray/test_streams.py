@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from cast_ray.runtime import ray_internals
 from cast_ray.runtime.data.images import Images
 from cast_ray.runtime.data.pictures import picture_dataset, pictures
 from cast_ray.runtime.data.resources import configure_data, stream_bundle
-from cast_ray.runtime.data.training_stream import training_stream
+from cast_ray.runtime.data.training_stream import SampleRules, StepShare, training_stream
 from cast_ray.runtime.placement import reserve
 from cast_ray.runtime.ray_internals import PacedLoop
 
@@ -45,10 +46,12 @@ def images_of(table: pa.Table, labels: bool = True) -> Images:
 
 @contextmanager
 def stream(images: Images, steps: int, data: Any = DATA, runtime: RuntimeConfig = RUNTIME, **options: Any):
-    options = {"start_step": 0, "seed": 5, "rank": 0, "world_size": 1, "strong": True, "oracle": False} | options
+    names = {field.name for field in fields(StepShare)}
+    share = {"seed": 5, **SIZES} | {name: value for name, value in options.items() if name in names}
+    rules = {"strong": True} | {name: value for name, value in options.items() if name not in names}
     with reserve([stream_bundle(runtime)]) as group:
         configure_data(group, runtime, 0)
-        yield training_stream(images, data, runtime, steps=steps, **{**SIZES, **options})
+        yield training_stream(images, data, runtime, StepShare(steps=steps, **share), SampleRules(**rules))
 
 
 def read(*arguments: Any, **options: Any) -> list[Batch]:

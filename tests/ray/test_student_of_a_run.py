@@ -45,8 +45,8 @@ def run(start_sweep: Callable[..., Any], tmp_path_factory: pytest.TempPathFactor
 
 def test_the_row_names_its_student(run: Path) -> None:
     student, result = open_student(str(run / "runs" / "r" / "sup+semi+pxl"))
-    assert result is not None and result["status"] == "done"
-    assert student.segmenter.config.head == "eomt" and student.class_names == result["dataset"]["classes"]
+    assert result is not None and result.is_done and result.dataset is not None
+    assert student.segmenter.config.head == "eomt" and student.class_names == list(result.dataset.classes)
     assert student.segmenter.head.probs == [0.0, 0.0]  # annealed: no masks inside the encoder any more
     assert student.image_px == (64, 64)
 

@@ -14,6 +14,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from cast_ray.contracts.manifest import TrainManifest, ValidationFacts
 from cast_ray.evaluation.matches import load_matches
 from cast_ray.plan.graph import artifact_key
 from cast_ray.runtime.store.artifacts import ArtifactStore
@@ -81,7 +82,8 @@ def test_its_points_are_in_the_curves(plain: Outcome, validated: Outcome) -> Non
         assert not any("val/mask_ap" in e for e in plain.result["curves"][name])
         manifest = validated.store.manifest(dict(validated.stages("train"))[name])
         if inside:
-            assert manifest["validation"] == {"validated": len(inside), "skipped": [], "failed": {}}
+            assert isinstance(manifest, TrainManifest)
+            assert manifest.validation == ValidationFacts(validated=len(inside), skipped=(), failed={})
     assert not list((validated.folder / "storage" / "validations").glob("*"))
 
 
@@ -95,7 +97,7 @@ def test_two_workers_measure_what_one_does(plain: Outcome, start_sweep: Any) -> 
     assert [s["kind"] for s in again.result["stages"] if not s["reused"]].count("train") == 0
     for _, key in again.stages("evaluate"):
         metrics, results, matches = before[key]
-        assert again.store.manifest(key)["num_workers"] == 2
+        assert again.store.manifest(key).num_workers == 2
         assert again.store.read_bytes(key, "metrics.json") == metrics
         lines = again.store.read_bytes(key, "results.json").splitlines()
         assert sorted(line.rstrip(b",") for line in lines) == sorted(line.rstrip(b",") for line in results.splitlines())
@@ -115,7 +117,9 @@ def test_another_metric_is_another_evaluation_of_the_same_models(plain: Outcome,
     again = Outcome(plain.folder, start_sweep, *changes, options=("--num-cpus", "4"))
     ran = [s["name"] for s in again.result["stages"] if not s["reused"]]
     assert sorted(ran) == ["distill"] + ["evaluate"] * 4
-    assert again.store.manifest(distill)["validation"] == {"validated": 3, "skipped": [], "failed": {}}
+    manifest = again.store.manifest(distill)
+    assert isinstance(manifest, TrainManifest)
+    assert manifest.validation == ValidationFacts(validated=3, skipped=(), failed={})
     assert [e["step"] for e in again.result["curves"]["distill"] if "val/mask_ap" in e or "loss" in e] == [2, 4, 6, 7]
     for _, key in again.stages("evaluate"):
         numbers = again.store.read_json(key, "metrics.json")

@@ -5,24 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
-from cast_ray.losses.contrastive.pixel_problem import Gather
+from cast_ray.losses.contrastive.pixel_problem import Gather, PixelViews
 from cast_ray.losses.contrastive.pixels import ContrastiveOutput, contrast, diagnose
 from cast_ray.losses.contrastive.rivals import RIVALS
 from cast_ray.recipe import ContrastiveConfig
 
-__all__ = ["ContrastiveOutput", "Gather", "contrastive_loss", "diagnose", "temperature_at"]
+__all__ = ["ContrastiveOutput", "Gather", "PixelViews", "contrastive_loss", "diagnose", "temperature_at"]
 
 
 def contrastive_loss(
-    z_weak: Tensor,
-    z_strong: Tensor,
-    mask_logits: Tensor,
-    class_logits: Tensor,
-    valid: Tensor,
-    truth_instance: Tensor,
-    truth_class: Tensor,
+    views: PixelViews,
     config: ContrastiveConfig,
     *,
     temperature: float,
@@ -50,11 +43,9 @@ def contrastive_loss(
     pixels squared.
 
     Args:
-        z_weak, z_strong: float [B, D, h, w] of unit length along D; computed in float32 also under autocast.
-        mask_logits: [B, Q, H/4, W/4] and class_logits: [B, Q, C+1], the final layer's; no gradient flows through y.
-        valid: bool [B, H, W]; padding is neither anchor nor negative.
-        truth_instance, truth_class: int16 [B, H, W] as in `Batch`; read by the oracle, the supervised rival and
-            diagnostics only.
+        views: of the step's images. The vectors are computed with in float32 also under autocast; no gradient flows
+            through y, the mask and class logits; padding is neither anchor nor negative; the truth is read by the
+            oracle, the supervised rival and diagnostics only.
         config: every difference between the published and the released form, one field each.
         temperature: T, see `temperature_at`.
         generator: source of anchors, pool and draws, on the device of z.
@@ -67,7 +58,7 @@ def contrastive_loss(
         is 0 with zero gradients and count 0.
 
     Raises:
-        ValueError: views or batches of different shape; kind `none`.
+        ValueError: kind `none`.
 
     Source: CAST (arXiv 2505.21904, 2604.03841), the instance-aware pixel-wise contrastive loss.
     Deviations: the papers do not say which view anchors and negatives come from; here both are of the weak one, as in
@@ -78,13 +69,7 @@ def contrastive_loss(
     if config.kind not in losses:
         raise ValueError(f"contrastive.kind: expected one of {', '.join(losses)}, got {config.kind!r}")
     return losses[config.kind](
-        z_weak,
-        z_strong,
-        mask_logits,
-        class_logits,
-        valid,
-        truth_instance,
-        truth_class,
+        views,
         config,
         temperature=temperature,
         generator=generator,

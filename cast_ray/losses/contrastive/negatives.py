@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ class PixelSet:
     instance: Tensor
     category: Tensor
 
-    def __getitem__(self, index) -> PixelSet:
+    def __getitem__(self, index: Any) -> PixelSet:
         return PixelSet(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
 
     def at(self, location: Tensor) -> PixelSet:

@@ -21,6 +21,43 @@ class Gather(Protocol):
     def __call__(self, tensor: Tensor) -> Tensor: ...
 
 
+@dataclass(frozen=True, eq=False)
+class PixelViews:
+    """The two views of a batch and what is known about its pixels: the input of every contrastive loss.
+
+    z_weak, z_strong: float [B, D, h, w] of unit length along D. mask_logits: [B, Q, H/4, W/4] and class_logits:
+    [B, Q, C+1], the final layer's. valid: bool [B, H, W], False on padding. truth_instance, truth_class: int16
+    [B, H, W] as in `Batch`.
+
+    Raises:
+        ValueError: the views differ in shape, or the batch size differs between the fields.
+    """
+
+    z_weak: Tensor
+    z_strong: Tensor
+    mask_logits: Tensor
+    class_logits: Tensor
+    valid: Tensor
+    truth_instance: Tensor
+    truth_class: Tensor
+
+    def __post_init__(self) -> None:
+        if self.z_weak.shape != self.z_strong.shape or self.z_weak.dim() != 4:
+            raise ValueError(
+                f"contrastive loss: expected two views [B, D, h, w] of one shape, got {tuple(self.z_weak.shape)} and "
+                f"{tuple(self.z_strong.shape)}"
+            )
+        known = (self.mask_logits, self.class_logits, self.valid, self.truth_instance, self.truth_class)
+        batch_sizes = {tensor.shape[0] for tensor in known}
+        if batch_sizes != {len(self.z_weak)}:
+            raise ValueError(f"contrastive loss: expected batches of {len(self.z_weak)}, got {sorted(batch_sizes)}")
+
+    @property
+    def grid_hw(self) -> tuple[int, int]:
+        """Height and width of the feature map: h, w."""
+        return self.z_weak.shape[2], self.z_weak.shape[3]
+
+
 @dataclass(frozen=True)
 class PixelProblem:
     """Anchors and positives [B, N, D], candidates [M, D] and what is known about each pixel.
@@ -38,13 +75,7 @@ class PixelProblem:
 
 
 def pose_problem(
-    z_weak: Tensor,
-    z_strong: Tensor,
-    mask_logits: Tensor,
-    class_logits: Tensor,
-    valid: Tensor,
-    truth_instance: Tensor,
-    truth_class: Tensor,
+    views: PixelViews,
     config: ContrastiveConfig,
     generator: torch.Generator | None,
     gather: Gather | None,
@@ -56,22 +87,13 @@ def pose_problem(
     Each image gives min(num_anchors, h w) anchors and min(pool_size // (B * workers), h w) candidates, with
     `scope=same-image` min(pool_size, h w). A candidate carries the number of pixels it stands for, so the pool is a
     self-normalised importance approximation of all pixels of the batch, and exact when it holds them all.
-
-    Raises:
-        ValueError: views of different shape or a batch size that differs between the arguments.
     """
-    if z_weak.shape != z_strong.shape or z_weak.dim() != 4:
-        raise ValueError(
-            f"contrastive loss: expected two views [B, D, h, w] of one shape, got {tuple(z_weak.shape)} and "
-            f"{tuple(z_strong.shape)}"
-        )
-    num_images, _, height, width = z_weak.shape
-    batch_sizes = {t.shape[0] for t in (mask_logits, class_logits, valid, truth_instance, truth_class)}
-    if batch_sizes != {num_images}:
-        raise ValueError(f"contrastive loss: expected batches of {num_images}, got {sorted(batch_sizes)}")
+    num_images = len(views.z_weak)
     rank, num_workers = (0, 1) if gather is None else (gather.rank, gather.size)
-    truth = (truth_instance, truth_class) if with_truth else None
-    pixels = describe_pixels(mask_logits, class_logits, valid, truth, (height, width), rank * num_images, config)
+    truth = (views.truth_instance, views.truth_class) if with_truth else None
+    pixels = describe_pixels(
+        views.mask_logits, views.class_logits, views.valid, truth, views.grid_hw, rank * num_images, config
+    )
     inside = pixels.share > 0
     anchor_at = draw_pixels(inside, config.num_anchors, generator)
     per_image = config.pool_size
@@ -79,7 +101,7 @@ def pose_problem(
         per_image = max(1, per_image // (num_images * num_workers))
     pool_at = draw_pixels(inside, per_image, generator)
     pool = stand_for_all(pixels.at(pool_at), pixels).flat()
-    anchors, positives, candidates = _take_all(z_weak, z_strong, anchor_at, pool_at, negatives_from)
+    anchors, positives, candidates = _take_all(views.z_weak, views.z_strong, anchor_at, pool_at, negatives_from)
     first = 0
     if gather is not None and config.scope != "same-image":
         first = rank * len(candidates)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cast_ray.losses.contrastive.negatives import PixelSet, candidate_weights, negative_counts, own_columns
-from cast_ray.losses.contrastive.pixel_problem import Gather, PixelProblem, pose_problem
+from cast_ray.losses.contrastive.pixel_problem import Gather, PixelProblem, PixelViews, pose_problem
 from cast_ray.recipe import ContrastiveConfig
 
 _PAIRS_AT_A_TIME = {"cpu": 2**19, "cuda": 2**24}  # anchors x candidates: a cache-sized piece, a launch-bound one
@@ -61,7 +61,15 @@ def _pieces(num_images: int, num_anchors: int, num_candidates: int, limit: int) 
 
 class _PieceSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchors, positives, candidates, problem, piece_loss, only_own):  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        anchors: Tensor,
+        positives: Tensor,
+        candidates: Tensor,
+        problem: PixelProblem,
+        piece_loss: PieceLoss,
+        only_own: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         num_images, num_anchors = anchors.shape[:2]
         per_image, pool = problem.per_image, problem.pool
         wanted = ctx.needs_input_grad[:3]
@@ -79,7 +87,9 @@ class _PieceSum(torch.autograd.Function):
             parts = (anchors[images, rows], positives[images, rows], candidates[columns])
             leaves = [t.detach().requires_grad_(want) for t, want in zip(parts, wanted)]
             with torch.set_grad_enabled(any(wanted)):
-                loss, active, seen = piece_loss(*leaves, problem.anchor_pixels[images, rows], pool[columns], own)
+                ours, theirs, others = leaves
+                pixels = problem.anchor_pixels[images, rows]
+                loss, active, seen = piece_loss(ours, theirs, others, pixels, pool[columns], own)
             total += loss.detach()
             count += active
             if seen is not None:
@@ -97,7 +107,7 @@ class _PieceSum(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_total, *_):  # type: ignore[override]
+    def backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if ctx.grads is None:
             raise RuntimeError("the contrastive loss can be differentiated once: its gradients were handed on")
         # Scaled in place and let go: as large as the views, they would otherwise be held twice.
@@ -113,7 +123,9 @@ def instance_contrast(
     # Of unit vectors -1/T <= s <= 1/T: unless that spans float32's exponents, the largest s need not be looked for.
     peak = 1 / temperature if 2 / temperature < _LARGEST_EXPONENT else None
 
-    def piece_loss(anchors, positives, candidates, pixels, pool, own):
+    def piece_loss(
+        anchors: Tensor, positives: Tensor, candidates: Tensor, pixels: PixelSet, pool: PixelSet, own: slice | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         counts = negative_counts(candidate_weights(pixels, pool, own, config), config, generator)
         active = (counts.amax(-1) > 0) & (pixels.share > 0)
         scaled = anchors / temperature
@@ -153,7 +165,7 @@ class _LogRatio(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         first, terms = ctx.saved_tensors
         return grad * (first - 1), terms * grad[..., None], None, None
 
@@ -217,13 +229,7 @@ def diagnose(statistics: Tensor, temperature: float) -> dict[str, float]:
 
 
 def contrast(
-    z_weak: Tensor,
-    z_strong: Tensor,
-    mask_logits: Tensor,
-    class_logits: Tensor,
-    valid: Tensor,
-    truth_instance: Tensor,
-    truth_class: Tensor,
+    views: PixelViews,
     config: ContrastiveConfig,
     *,
     temperature: float,
@@ -237,15 +243,9 @@ def contrast(
 
     Args: as `contrastive_loss`; negatives_from: the view of the candidates; make_piece: builds the loss of a piece.
     """
-    with torch.autocast(z_weak.device.type, enabled=False):
+    with torch.autocast(views.z_weak.device.type, enabled=False):
         problem = pose_problem(
-            z_weak,
-            z_strong,
-            mask_logits,
-            class_logits,
-            valid,
-            truth_instance,
-            truth_class,
+            views,
             config,
             generator,
             gather,

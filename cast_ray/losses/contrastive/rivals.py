@@ -5,18 +5,22 @@ Each takes the arguments of `contrastive_loss` and returns the same.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from cast_ray.losses.contrastive.negatives import (
     TINY,
+    PixelSet,
     at_centres,
     candidate_weights,
     negative_counts,
     pseudo_probabilities,
 )
+from cast_ray.losses.contrastive.pixel_problem import PixelViews
 from cast_ray.losses.contrastive.pixels import (
     ContrastiveOutput,
     PieceLoss,
@@ -26,7 +30,7 @@ from cast_ray.losses.contrastive.pixels import (
 from cast_ray.recipe import ContrastiveConfig
 
 
-def infonce_loss(*views: Any, **options: Any) -> ContrastiveOutput:
+def infonce_loss(views: PixelViews, config: ContrastiveConfig, **options: Any) -> ContrastiveOutput:
     """Plain cross-view InfoNCE: any other pixel of the strong views is a negative, drawn uniformly.
 
     L = -1/(B N) * sum log( exp(<z_w, z_s>/T) / (exp(<z_w, z_s>/T) + sum_r exp(<z_w, z_s[r]>/T)) ).
@@ -36,12 +40,11 @@ def infonce_loss(*views: Any, **options: Any) -> ContrastiveOutput:
     Source: InfoNCE (arXiv 1807.03748) with in-batch negatives of the other view as in SimCLR (arXiv 2002.05709).
     Deviations: R drawn negatives in place of all pixels, so that the rows of a table share R.
     """
-    *maps, config = views
     config = config.model_copy(update={"sampler": "uniform", "hinge": None})
-    return contrast(*(*maps, config), negatives_from="strong", **options)
+    return contrast(views, config, negatives_from="strong", **options)
 
 
-def pc2seg_loss(*views: Any, **options: Any) -> ContrastiveOutput:
+def pc2seg_loss(views: PixelViews, config: ContrastiveConfig, **options: Any) -> ContrastiveOutput:
     """Pseudo-label-debiased pixel contrast: negatives from other images, by the probability of another class.
 
     Weight of candidate q for anchor p: 1 - sum_c F_c[p,c] F_c[q,c], 0 within the image; InfoNCE over R draws.
@@ -53,12 +56,11 @@ def pc2seg_loss(*views: Any, **options: Any) -> ContrastiveOutput:
     Deviations: class probabilities are F_c of the mask-classification head, as there is no per-pixel softmax; its
     consistency loss is left out (only the contrastive term is compared).
     """
-    *maps, config = views
     config = config.model_copy(update={"sampler": "class", "scope": "cross-image", "normalise": "sum", "hinge": None})
-    return contrast(*(*maps, config), **options)
+    return contrast(views, config, **options)
 
 
-def supervised_loss(*views: Any, **options: Any) -> ContrastiveOutput:
+def supervised_loss(views: PixelViews, config: ContrastiveConfig, **options: Any) -> ContrastiveOutput:
     """Class-supervised pixel contrast: pixels of the anchor's class are positives, of other classes negatives.
 
     L_p = 1/|P_p| * sum_{p+ in P_p} -log( exp(<z_p, z_p+>/T) / (exp(<z_p, z_p+>/T) + sum_r exp(<z_p, z_r>/T)) ).
@@ -70,24 +72,11 @@ def supervised_loss(*views: Any, **options: Any) -> ContrastiveOutput:
     Deviations: where the truth is unknown the class is argmax_c F_c (the original sees labelled images only); uniform
     in place of semi-hard sampling; no memory bank, the positives are all those of the pool.
     """
-    z_weak, z_strong, mask_logits, class_logits, valid, truth_instance, truth_class, config = views
     config = config.model_copy(update={"sampler": "uniform", "hinge": None})
-    height, width = z_weak.shape[-2:]
-    guess = pseudo_probabilities(mask_logits, class_logits, (height, width))[1].argmax(-1)
-    category = at_centres(truth_class, (height, width)).long()
-    category = torch.where(category < 0, guess, category).unflatten(1, (height, width))
-    return contrast(
-        z_weak,
-        z_strong,
-        mask_logits,
-        class_logits,
-        valid,
-        truth_instance,
-        category,
-        config,
-        make_piece=_supervised_piece,
-        **options,
-    )
+    guess = pseudo_probabilities(views.mask_logits, views.class_logits, views.grid_hw)[1].argmax(-1)
+    category = at_centres(views.truth_class, views.grid_hw).long()
+    category = torch.where(category < 0, guess, category).unflatten(1, views.grid_hw)
+    return contrast(replace(views, truth_class=category), config, make_piece=_supervised_piece, **options)
 
 
 RIVALS = {"supervised": supervised_loss, "pc2seg": pc2seg_loss, "infonce": infonce_loss}
@@ -96,7 +85,9 @@ RIVALS = {"supervised": supervised_loss, "pc2seg": pc2seg_loss, "infonce": infon
 def _supervised_piece(
     config: ContrastiveConfig, temperature: float, generator: torch.Generator | None, with_diagnostics: bool
 ) -> PieceLoss:
-    def piece_loss(anchors, positives, candidates, pixels, pool, own):
+    def piece_loss(
+        anchors: Tensor, positives: Tensor, candidates: Tensor, pixels: PixelSet, pool: PixelSet, own: slice | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         allowed = candidate_weights(pixels, pool, own, config)
         alike = pixels.category[..., None] == pool.category.unsqueeze(-2)
         attract = allowed * alike

@@ -212,7 +212,7 @@ class _TakeRows(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return _untouched_zeros(ctx.shape, grad).index_copy_(0, ctx.saved_tensors[0], grad), None
 
 

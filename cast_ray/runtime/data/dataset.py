@@ -27,7 +27,9 @@ from rich.text import Text
 from cast_ray.common import registry
 from cast_ray.common.digest import digest_of
 from cast_ray.common.paths import absolute
+from cast_ray.contracts.manifest import DatasetManifest
 from cast_ray.contracts.records import Category, class_names
+from cast_ray.contracts.row_result import DatasetFacts
 from cast_ray.data.reading.copies import Copies
 from cast_ray.data.reading.data_report import REPORT_FILE, check_report
 from cast_ray.data.reading.index import DatasetIndex, describe
@@ -86,18 +88,24 @@ class StoredDataset:
         """Splits without one object, a sentence each (see `data_report`)."""
         return self.report.get("warnings", [])
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> DatasetFacts:
         """What every result says about the data."""
-        return {
-            "artifact": self.key,
-            "content_hash": self.content_hash,
-            **{f"num_{split}": self.num_images.get(split, 0) for split in ("train", "val", "source", "extra")},
-            "skipped": len(self.report["skipped"]),
-            "skipped_statement": self.report["statement"],
-            "warnings": self.warnings,
-            "notes": self.report.get("notes", []),
-            "classes": class_names(self.categories),
-        }
+        num_train, num_val, num_source, num_extra = (
+            self.num_images.get(split, 0) for split in ("train", "val", "source", "extra")
+        )
+        return DatasetFacts(
+            artifact=self.key,
+            content_hash=self.content_hash,
+            num_train=num_train,
+            num_val=num_val,
+            num_source=num_source,
+            num_extra=num_extra,
+            skipped=len(self.report["skipped"]),
+            skipped_statement=self.report["statement"],
+            warnings=tuple(self.warnings),
+            notes=tuple(self.report.get("notes", ())),
+            classes=tuple(class_names(self.categories)),
+        )
 
     def hashes(self, data: DataConfig) -> DataHashes:
         """Identity of the pool and lists that a recipe's data part names.
@@ -213,15 +221,16 @@ def _check(report: dict[str, Any], data: DataConfig, store: ArtifactStore, repor
 
 
 def _stored(store: ArtifactStore, key: str) -> StoredDataset:
-    facts = store.manifest(key)
+    manifest = store.manifest(key)
+    assert isinstance(manifest, DatasetManifest)
     return StoredDataset(
         key=key,
-        content_hash=facts["content_hash"],
-        extra_hash=facts["extra_hash"],
-        categories=tuple(Category(**c) for c in facts["categories"]),
-        num_images=facts["num_images"],
+        content_hash=manifest.content_hash,
+        extra_hash=manifest.extra_hash,
+        categories=tuple(Category(c.id, c.name) for c in manifest.categories),
+        num_images=manifest.num_images,
         report=store.read_json(key, REPORT_FILE),
-        annotated=tuple(store.read_json(key, ANNOTATED_FILE)) if facts["has_positions"] else None,
+        annotated=tuple(store.read_json(key, ANNOTATED_FILE)) if manifest.has_positions else None,
     )
 
 

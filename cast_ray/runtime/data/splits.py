@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from cast_ray.common.digest import digest_of
 from cast_ray.data.splits.fractions import LabelSplit, split
 from cast_ray.plan.graph import split_part
+from cast_ray.plan.reads import needs_unlabelled
 from cast_ray.recipe import Recipe
 from cast_ray.runtime.data.dataset import LABEL_INDEX, StoredDataset
 from cast_ray.runtime.store.artifacts import ArtifactStore
@@ -40,17 +41,17 @@ def store_splits(dataset: StoredDataset, recipes: Iterable[Recipe], store: Artif
     has_objects = bool(pc.max(pc.list_value_length(records.column("category_ids"))).as_py())
     for recipe in recipes:
         data, workers = recipe.data, recipe.runtime.num_workers
-        needs_unlabelled = recipe.loss.lambda_semi > 0 or recipe.loss.lambda_pxl > 0
+        is_read = needs_unlabelled(recipe)
         parts = [split_part(recipe, dataset.hashes(data), unlabelled=u) for u in (False, True)]
         keys = [split_key(dataset.content_hash, part) for part in parts]
-        once = f"{keys[1]} {workers} {needs_unlabelled}"
+        once = f"{keys[1]} {workers} {is_read}"
         if once in done:
             continue
         done.add(once)
         chosen = split(records, data, recipe.seed, dataset.source_of(data, store), workers)
         if has_objects and not chosen.facts["num_with_objects"]:
             warnings[_no_object(chosen.facts)] = None
-        if needs_unlabelled and len(chosen.unlabelled) < workers:
+        if is_read and len(chosen.unlabelled) < workers:
             raise ValueError(
                 f"data.label_fraction {data.label_fraction} of {dataset.num_images['train']} images leaves "
                 f"{len(chosen.unlabelled)} unlabelled images{_without_copies(chosen.facts)}: expected at least 1 per "

@@ -11,6 +11,7 @@ nothing of the size of the dataset is held in a worker but its indices (8 bytes 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -24,6 +25,7 @@ import pyarrow.compute
 import ray
 import ray.data
 
+from cast_ray.contracts.instance import RecordLabel
 from cast_ray.contracts.records import Batch, ClassMap
 from cast_ray.data.sampling import view_seed, worker_slots
 from cast_ray.recipe import DataConfig, InputSize, RuntimeConfig
@@ -32,6 +34,8 @@ from cast_ray.runtime.data.images import Images
 from cast_ray.runtime.data.pictures import Pictures
 from cast_ray.runtime.data.record_tables import fetched, record_at
 from cast_ray.runtime.data.resources import block_bytes
+
+logger = logging.getLogger(__name__)
 
 MAX_STEPS_PER_TASK = 32
 GIVE_UP_S = 20.0
@@ -67,9 +71,42 @@ class OnlineLabeller(Protocol):
         """The size at which a version of the teacher sees whole images."""
         ...
 
-    def label(self, pictures: Pictures, version: int, turn: int) -> list[list[dict[str, Any]]]:
+    def label(self, pictures: Pictures, version: int, turn: int) -> list[list[RecordLabel]]:
         """Instances of each image."""
         ...
+
+
+@dataclass(frozen=True)
+class StepShare:
+    """Which steps a worker reads, and which part of each.
+
+    batch_labelled, batch_unlabelled: images of D_l and D_u in a step of all workers; steps, start_step: the worker
+    reads steps start_step..steps-1; seed: of the order of the images and of their views; rank: of this worker of
+    world_size.
+    """
+
+    batch_labelled: int
+    batch_unlabelled: int
+    steps: int
+    seed: int
+    start_step: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+
+@dataclass(frozen=True)
+class SampleRules:
+    """What the losses of a stage need of each image.
+
+    strong: whether L_pxl reads the strong view, and with it the truth maps; oracle: give the hidden ground truth of D_u
+    to the samplers (never to the set loss); strong_unlabelled: whether L_semi reads the strong view of D_u; copy_paste:
+    probability that an image gets instances of a random one of D_l pasted over it.
+    """
+
+    strong: bool
+    oracle: bool = False
+    strong_unlabelled: bool = False
+    copy_paste: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -77,10 +114,8 @@ class StepSchedule:
     """What the tasks of one worker's training stream share: its sampling plan and how samples are made.
 
     labelled, unlabelled: int64 [steps, share], positions in D_l and D_u; first_step: step of their first row;
-    first_slots: place of the worker's share in the global batch; strong: whether L_pxl reads the strong view, and with
-    it the truth maps; oracle: give the hidden ground truth of D_u to the samplers (never to the set loss); online: who
-    labels D_u as it is drawn; strong_unlabelled: whether L_semi reads the strong view of D_u; copy_paste: probability
-    that an image gets instances of a random one of D_l pasted over it.
+    first_slots: place of the worker's share in the global batch; rules: see `SampleRules`; online: who labels D_u as it
+    is drawn.
     """
 
     images: Images
@@ -90,11 +125,8 @@ class StepSchedule:
     unlabelled: np.ndarray
     first_step: int
     first_slots: tuple[int, int]
-    strong: bool
-    oracle: bool
+    rules: SampleRules
     online: OnlineLabeller | None
-    strong_unlabelled: bool = False
-    copy_paste: float = 0.0
 
     @property
     def has_labels(self) -> bool:
@@ -122,57 +154,51 @@ def training_stream(
     images: Images,
     data: DataConfig,
     runtime: RuntimeConfig,
+    share: StepShare,
+    rules: SampleRules,
     *,
-    batch_labelled: int,
-    batch_unlabelled: int,
-    steps: int,
-    start_step: int,
-    seed: int,
-    rank: int,
-    world_size: int,
-    strong: bool,
-    oracle: bool,
     online: OnlineLabeller | None = None,
-    strong_unlabelled: bool = False,
-    copy_paste: float = 0.0,
     device: Any = None,
 ) -> Iterator[Batch]:
-    """This worker's batches of steps start_step..steps-1, in order.
+    """Yields this worker's batches of steps start_step..steps-1, in order.
 
     Args:
         images: D_l, D_u and pseudo-labels.
         data: crop size and view settings.
-        batch_labelled, batch_unlabelled: global batch sizes.
-        strong, oracle, strong_unlabelled, copy_paste: see `StepSchedule`.
+        share: the steps, and the worker's part of each.
+        rules: what the losses need of each image.
         online: who labels D_u as it is drawn; None: `images.labels`, or nobody.
         device: torch device of the batches; None: the CPU.
     """
-    if start_step >= steps:
+    if share.start_step >= share.steps:
         return
-    slots = partial(worker_slots, start_step=start_step, stop_step=steps, seed=seed, rank=rank, world_size=world_size)
-    labelled = slots(len(images.labelled), batch_labelled)
-    unlabelled = slots(len(images.unlabelled), batch_unlabelled)
-    plan = StepSchedule(
-        images,
-        data,
-        seed,
-        labelled,
-        unlabelled,
-        start_step,
-        (rank * labelled.shape[1], batch_labelled + rank * unlabelled.shape[1]),
-        strong,
-        oracle,
-        online,
-        strong_unlabelled,
-        copy_paste,
-    )
+    plan = _schedule(images, data, share, rules, online)
+    labelled, unlabelled = plan.labelled, plan.unlabelled
     step_bytes = (labelled.shape[1] + unlabelled.shape[1]) * _sample_pixels(images, data) * BYTES_PER_PIXEL
     max_size = max(1, min(block_bytes(runtime) // step_bytes, MAX_STEPS_PER_TASK))
-    blocks = step_blocks(start_step, steps, max_size, online.refresh_steps if online is not None else 0)
+    blocks = step_blocks(share.start_step, share.steps, max_size, online.refresh_steps if online is not None else 0)
     make = ray.put(partial(_make_steps, plan=plan))
     parts = [blocks[i : i + MAX_TASKS_PER_EXECUTION] for i in range(0, len(blocks), MAX_TASKS_PER_EXECUTION)]
     payloads = (payload for part in parts for payload in _payloads(block_dataset(part, make, runtime)))
     yield from _ahead(partial(_to_batch, device=device), payloads)
+
+
+def _schedule(
+    images: Images, data: DataConfig, share: StepShare, rules: SampleRules, online: OnlineLabeller | None
+) -> StepSchedule:
+    """The worker's sampling plan."""
+    slots = partial(
+        worker_slots,
+        start_step=share.start_step,
+        stop_step=share.steps,
+        seed=share.seed,
+        rank=share.rank,
+        world_size=share.world_size,
+    )
+    labelled = slots(len(images.labelled), share.batch_labelled)
+    unlabelled = slots(len(images.unlabelled), share.batch_unlabelled)
+    first_slots = (share.rank * labelled.shape[1], share.batch_labelled + share.rank * unlabelled.shape[1])
+    return StepSchedule(images, data, share.seed, labelled, unlabelled, share.start_step, first_slots, rules, online)
 
 
 def _sample_pixels(images: Images, data: DataConfig) -> int:
@@ -233,6 +259,8 @@ def _ahead(make: Callable[[Any], T], items: Generator[Any]) -> Iterator[T]:
         pool.shutdown(wait=is_idle, cancel_futures=True)
         if is_idle:
             items.close()
+        else:
+            logger.info("a stream was given up: its next batch did not come within %g s", GIVE_UP_S)
 
 
 def _make_steps(start: int, stop: int, *, plan: StepSchedule) -> pa.Table:
@@ -289,13 +317,14 @@ def _sample(
     slot = plan.first_slots[0 if is_labelled else 1] + i
     seed = view_seed(plan.seed, plan.first_step + row, slot)
     use_instances = is_labelled or plan.has_labels
-    truth = plan.strong and (is_labelled or plan.oracle)
-    strong = plan.strong or (plan.strong_unlabelled and not is_labelled)
+    rules = plan.rules
+    truth = rules.strong and (is_labelled or rules.oracle)
+    strong = rules.strong or (rules.strong_unlabelled and not is_labelled)
     sample = make_sample(*drawn, classes, plan.data, seed, use_instances=use_instances, truth=truth, strong=strong)
-    if not (use_instances and plan.copy_paste):
+    if not (use_instances and rules.copy_paste):
         return sample
     rng = np.random.default_rng([seed, 1])  # of its own: the views are those of a plan without
-    if rng.random() >= plan.copy_paste:
+    if rng.random() >= rules.copy_paste:
         return sample
     # From all of D_l, and not from the step's: what one worker holds of it depends on how many there are.
     position, its_seed = int(rng.integers(len(plan.images.labelled))), int(rng.integers(2**63))

@@ -116,7 +116,7 @@ def run_search(
         "scale": request.scale,
         "overrides": request.overrides,
         "seed": request.seed,
-        "data": context.dataset["content_hash"],
+        "data": context.content_hash,
     }
     studies: dict[str, optuna.Study] = {
         s: open_study(storage, f"{request.name}-{s}", spec, identity) for s in spec.samplers
@@ -207,7 +207,10 @@ class _Search:
                 for sampler, study in studies.items():
                     if left[sampler] > 0:
                         self._run_sampler(sampler, study, left[sampler], slots)
-            return ray.get(self.broker.board.remote())["stop"]
+            board = ray.get(self.broker.board.remote())
+            if "failed" in board["ended"].values() and (words := cluster.where_logs_are()):
+                self.console.print(words, soft_wrap=True, highlight=False)
+            return board["stop"]
         finally:
             ray.shutdown()
 

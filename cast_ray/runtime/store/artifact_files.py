@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 LABELS = "labels/labels.parquet"
-
-
+CURVES = "curves.json"
+"""File of a training stage."""
 METRICS, RESULTS, MATCHES = "metrics.json", "results.json", "matches.npz"
 """Files of an evaluation."""
 AUDIT = "audit.json"

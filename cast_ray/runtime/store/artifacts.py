@@ -30,6 +30,7 @@ import pyarrow.parquet
 
 from cast_ray.common.files import PARTIAL, write_atomically
 from cast_ray.common.paths import absolute, resolve
+from cast_ray.contracts.manifest import Manifest, manifest_class, read_manifest
 from cast_ray.plan.graph import Stage, fingerprint_of
 
 MANIFEST = "manifest.json"
@@ -95,7 +96,7 @@ class ArtifactStore:
         self._adding: set[str] = set()
         self._committed: dict[str, str] = {}
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[ArtifactStore], tuple[str, str]]:
         return ArtifactStore, (self.storage, self.attempt)
 
     def new_attempt(self) -> ArtifactStore:
@@ -130,7 +131,7 @@ class ArtifactStore:
         if key not in self._adding and key not in self._committed:
             manifest = self.find_manifest(key)
             if manifest is not None:
-                self._committed[key] = manifest.get("attempt", "")
+                self._committed[key] = manifest.attempt
         attempt = self._committed.get(key, self.attempt) if key not in self._adding else self.attempt
         return f"artifacts/{key}/{attempt}" if attempt else f"artifacts/{key}"
 
@@ -235,7 +236,10 @@ class ArtifactStore:
         self.delete(f"{self._folder(stage.key)}/{name}")
 
     def commit(self, stage: Stage, facts: dict[str, Any]) -> bool:
-        """Makes an artifact exist: writes its manifest (stage, parents, config, `facts`) as the last file.
+        """Makes an artifact exist: writes its manifest as the last file.
+
+        Args:
+            facts: fields of the manifest beside those that the stage itself gives, and whatever else it tells.
 
         Returns:
             False when somebody else has committed it meanwhile: theirs counts, this attempt is thrown away.
@@ -245,30 +249,46 @@ class ArtifactStore:
             if self._folder(stage.key) != f"artifacts/{stage.key}/{self.attempt}":
                 self.delete(f"artifacts/{stage.key}/{self.attempt}")
             return False
-        manifest = {
-            "stage": stage.name,
-            "kind": stage.kind,
-            "fingerprint": stage.fingerprint,
-            "attempt": self.attempt,
-            "parents": stage.parents,
-            "config": stage.config,
-            "steps": stage.steps,
-            "committed": time.time(),
+        kind = manifest_class(stage.kind)
+        manifest = kind(
+            schema_version=kind.VERSION,
+            stage=stage.name,
+            kind=stage.kind,
+            fingerprint=stage.fingerprint,
+            attempt=self.attempt,
+            parents=stage.parents,
+            config=stage.config,
+            steps=stage.steps,
+            committed=time.time(),
             **facts,
-        }
-        self.write_json(f"artifacts/{stage.key}/{MANIFEST}", manifest)
+        )
+        self.write_bytes(f"artifacts/{stage.key}/{MANIFEST}", manifest.to_json().encode())
         return True
 
-    def manifest(self, key: str) -> dict[str, Any]:
-        """What an artifact is; raises FileNotFoundError when it is not committed."""
+    def manifest(self, key: str) -> Manifest:
+        """What an artifact is.
+
+        Raises:
+            FileNotFoundError: it is not committed.
+            ValueError: its manifest cannot be read, see `contracts.manifest.read_manifest`.
+        """
         manifest = self.find_manifest(key)
         if manifest is None:
             raise FileNotFoundError(f"no artifact {self.uri('artifacts', key)}")
         return manifest
 
-    def find_manifest(self, key: str) -> dict[str, Any] | None:
-        found = self.find_bytes(f"artifacts/{key}/{MANIFEST}")
-        return json.loads(found) if found else None
+    def find_manifest(self, key: str) -> Manifest | None:
+        """The same, or None where the artifact is not committed."""
+        path = f"artifacts/{key}/{MANIFEST}"
+        found = self.find_bytes(path)
+        return read_manifest(found, self.uri(path)) if found else None
+
+    def readable_manifest(self, key: str) -> Manifest | None:
+        """The same for overviews of a whole store: None also where it cannot be read, so that it hides no other."""
+        try:
+            return self.find_manifest(key)
+        except ValueError:
+            return None
 
     def read_table(self, key: str, name: str, columns: list[str] | None = None) -> pa.Table:
         """A Parquet file, or a folder of them, inside an artifact."""

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import logging
 import os
 import socket
 import threading
@@ -33,6 +34,8 @@ from pathlib import Path
 from typing import Any
 
 from cast_ray.runtime.store.artifacts import ArtifactStore
+
+logger = logging.getLogger(__name__)
 
 BEAT_S = 10.0
 DEAD_AFTER_S = 60.0
@@ -201,7 +204,12 @@ class Claims:
                 break
             taken.append(key)
         self.give_back(key for key in keys if key not in taken)
-        return taken, {key: others[key] for key in keys if key in others}
+        if taken:
+            logger.info("claims taken: %s", ", ".join(taken))
+        elsewhere = {key: others[key] for key in keys if key in others}
+        if elsewhere:
+            logger.info("claimed by other sweeps: %s", ", ".join(f"{key} by {who}" for key, who in elsewhere.items()))
+        return taken, elsewhere
 
     def others(self) -> dict[str, str]:
         """Key -> living holder of every stage that another one claims; claims of the dead are cleared away."""

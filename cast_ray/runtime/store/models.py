@@ -7,7 +7,6 @@ A segmenter is the folder of `Student.save_pretrained`, a teacher of another kin
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,10 +19,13 @@ from cast_ray.common.digest import digest_of
 from cast_ray.common.paths import absolute, resolve
 from cast_ray.common.registry import lookup
 from cast_ray.contracts.records import Category, class_names
+from cast_ray.contracts.row_result import RowResult
 from cast_ray.models.autocast import require_precision
 from cast_ray.models.segmenter import Segmenter
 from cast_ray.models.student import CONFIG, WEIGHTS, Student, read_config
 from cast_ray.plan.graph import Stage, artifact_key, input_size_of
+from cast_ray.plan.reads import STUDENT_STAGES, TEACHER_STAGES
+from cast_ray.plan.stage_parts import StagePart
 from cast_ray.recipe import InputSize, ModelConfig, Recipe, TeacherConfig
 from cast_ray.runtime.store.artifacts import ArtifactStore, local_copy
 from cast_ray.teachers.checkpoints import content_hash, find_checkpoint, is_hub_name
@@ -34,11 +36,6 @@ from cast_ray.teachers.protocol import load_teacher as read_teacher
 
 FOUNDATION_VERSION = 1
 """Raised when an import makes something else of the same checkpoints."""
-
-STUDENT_STAGES = ("refine", "distill")
-"""Whose model a row's student is: the first of these that it has."""
-TEACHER_STAGES = ("selftrain", "adapt", "pretrain")
-"""The same of a row's teacher."""
 
 
 def save_model(
@@ -68,7 +65,7 @@ def load_student(store: ArtifactStore, key: str) -> Student:
     return Student.from_files(config, weights, store.artifact(key))
 
 
-def open_student(path: str) -> tuple[Student, dict[str, Any] | None]:
+def open_student(path: str) -> tuple[Student, RowResult | None]:
     """The student that a user means, and the result.json of its row where the path leads through one.
 
     Args:
@@ -111,7 +108,7 @@ def open_teacher(
         yield read_teacher(local, part, input_size, categories)
 
 
-def _follow(path: str, what: str, wanted: Sequence[str]) -> tuple[str, dict[str, Any] | None]:
+def _follow(path: str, what: str, wanted: Sequence[str]) -> tuple[str, RowResult | None]:
     """From a row of a run to the artifact of the first stage in `wanted` that it has; any other path as it is."""
     local = Path(path).expanduser()
     if "://" in path or (local / CONFIG).is_file() or (local / TEACHER_CARD).is_file():
@@ -123,12 +120,12 @@ def _follow(path: str, what: str, wanted: Sequence[str]) -> tuple[str, dict[str,
         rows = sorted(p.parent.name for p in row.glob("*/result.json"))
         hint = f"expected one of its rows: {', '.join(rows)}" if rows else f"expected {CONFIG} or result.json in it"
         raise ValueError(f"no {what} in {path!r}: {hint}")
-    result = json.loads((row / "result.json").read_text())
-    artifacts = {s["name"]: s["artifact"] for s in result["stages"] if s["kind"] == "train"}
+    result = RowResult.read((row / "result.json").read_bytes(), str(row / "result.json"))
+    artifacts = {stage.name: stage.artifact for stage in result.stages if stage.kind == "train"}
     for stage in wanted:
         if stage in artifacts:
             return artifacts[stage], result
-    raise ValueError(f"no {what} in {path!r}: the row has not finished one ({result.get('error') or 'no error'})")
+    raise ValueError(f"no {what} in {path!r}: the row has not finished one ({result.error or 'no error'})")
 
 
 def _row_of_run(path: Path) -> Path | None:
@@ -156,7 +153,7 @@ def load_labeller(store: ArtifactStore, stage: Stage, role: str, device: torch.d
     """
     require_precision(stage.precision, device, "runtime.amp")
     key = artifact_key("train", stage.parents[role])
-    teacher = load_teacher(store, key, stage.config.get("teacher"), input_size_of(stage))
+    teacher = load_teacher(store, key, StagePart(stage.config).teacher_settings, input_size_of(stage))
     teacher.precision = stage.precision
     try:
         return teacher.to(device)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.fs
 
+from cast_ray.contracts.row_result import RowResult
 from cast_ray.plan.graph import fingerprint_of
 from cast_ray.runtime.store.artifacts import MANIFEST, ArtifactStore, Listed, read_each
 from cast_ray.runtime.store.claims import Holder, Presence, live_sweeps
@@ -90,18 +90,22 @@ def _used(store: ArtifactStore) -> set[str]:
     fs, root = store._fs
     selector = pa.fs.FileSelector(f"{root}/runs", recursive=True, allow_not_found=True)
     paths = [i.path[len(root) + 1 :] for i in fs.get_file_info(selector) if i.base_name == "result.json"]
-    results = []
+    used: set[str] = set()
     for path, data in zip(paths, read_each(store.find_bytes, paths)):
+        if not data:
+            continue
+        place = store.uri(path)
         try:
-            results += [json.loads(data)] if data else []
+            result = RowResult.read(data, place)
         except ValueError as error:
             raise ValueError(
-                f"{store.uri(path)}: cannot be read, so that nothing says what it uses: run its sweep again, or remove "
-                f"it: {error}"
+                f"{place}: cannot be read, so that nothing says what it uses: run its sweep again, or remove it: "
+                f"{str(error).removeprefix(f'{place}: ')}"
             ) from None
-    used = {stage["fingerprint"] for result in results for stage in result["stages"]}
-    used |= {fingerprint for result in results for fingerprint in result.get("given", [])}
-    return used | {fingerprint_of(result["dataset"].get("artifact", "")) for result in results}
+        used |= {stage.fingerprint for stage in result.stages} | set(result.given)
+        if result.dataset is not None:
+            used.add(fingerprint_of(result.dataset.artifact))
+    return used
 
 
 def _leftovers(store: ArtifactStore, listed: Mapping[str, Listed], needed: set[str], busy: bool) -> list[str]:
@@ -122,8 +126,8 @@ def _leftovers(store: ArtifactStore, listed: Mapping[str, Listed], needed: set[s
     paths += [f"tune/{name}" for name in store.list_names("tune")]
     keys = [a.key for a in listed.values() if a.committed is not None]
     for key, manifest, names in zip(
-        keys, read_each(store.find_manifest, keys), read_each(lambda k: store.list_names(f"artifacts/{k}"), keys)
+        keys, read_each(store.readable_manifest, keys), read_each(lambda k: store.list_names(f"artifacts/{k}"), keys)
     ):
-        if manifest and (counts := manifest.get("attempt")):
-            paths += [f"artifacts/{key}/{name}" for name in names if name not in (MANIFEST, counts)]
+        if manifest and manifest.attempt:
+            paths += [f"artifacts/{key}/{name}" for name in names if name not in (MANIFEST, manifest.attempt)]
     return paths

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -20,10 +21,13 @@ from typing import Any
 
 import ray
 
+from cast_ray.common.logs import configure_logging
 from cast_ray.runtime.data.record_tables import load_records
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.claims import Claims
 from cast_ray.runtime.sweep.leases import LEASE_TIMEOUT_S, REPLACED, Answer, Leases, Limits, Need
+
+logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 5.0
 FOREIGN_POLL_S = 5.0
@@ -72,6 +76,7 @@ class Broker:
         keep_going: bool = False,
         by_turns: bool = False,
     ):
+        configure_logging()
         self.by_turns = by_turns
         self.moving: dict[str, tuple[frozenset[str], float]] = {}
         """Owner -> nodes on which its segment is exchanging its reservation for others, and since when."""
@@ -134,6 +139,7 @@ class Broker:
             if instance in self.replaced:  # while the store was asked; the next process has been granted these stages
                 return REPLACED
             if run:
+                logger.info("segment granted to %s: %s", owner, ", ".join(self.keys[f] for f in run))
                 return {"run": run, "done": answer["done"] + done}
             await self._end_grant(owner)
 
@@ -324,6 +330,7 @@ class Broker:
 
     async def fail(self, owner: str, fingerprint: str, reason: str) -> None:
         """A stage of `owner`'s segment met an error that a restart would meet again, in this row or in another."""
+        logger.info("a stage of %s failed for good: %s", owner, reason.splitlines()[-1])
         self.fatal.setdefault(owner, reason)
         self.leases.failed.setdefault(fingerprint, reason)
 

@@ -10,6 +10,8 @@ from typing import Any
 from ray import tune
 from tensorboardX import SummaryWriter
 
+from cast_ray.contracts.row_result import RowResult
+
 HOOKS = (
     *("on_step_begin", "on_step_end", "on_trial_start", "on_trial_restore", "on_trial_save", "on_trial_result"),
     *("on_trial_complete", "on_trial_recover", "on_trial_error", "on_checkpoint", "on_experiment_end"),
@@ -101,10 +103,10 @@ class EventWriter:
         self.writer.close()
 
 
-def write_finished(folder: Path, result: Mapping[str, Any]) -> None:
+def write_finished(folder: Path, result: RowResult) -> None:
     """The event file of a row that was answered from the store."""
     writer = EventWriter(folder)
-    for stage, entries in (result.get("curves") or {}).items():
+    for stage, entries in result.curves.items():
         writer.write_curve(stage, entries)
-    writer.write_metrics(result["metrics"])
+    writer.write_metrics(result.metrics)
     writer.close()

@@ -16,6 +16,7 @@ from rich.console import Console
 from cast_ray.common.version import VERSION
 from cast_ray.plan.cost import Size
 from cast_ray.plan.graph import NoTeacherError, RowPlan, plan, split_part
+from cast_ray.plan.reads import needs_unlabelled
 from cast_ray.recipe import DataConfig, Recipe
 from cast_ray.runtime.cluster import Cluster, hardware
 from cast_ray.runtime.data.dataset import READ_FIELDS, StoredDataset, read_dataset
@@ -136,8 +137,8 @@ class RowPlanner:
         """Stores D_l and D_u of recipes that choose images in a way that is new."""
         new: dict[tuple[str, int, int, bool], Recipe] = {}
         for recipe in recipes:
-            needs_unlabelled = recipe.loss.lambda_semi > 0 or recipe.loss.lambda_pxl > 0
-            new[recipe.data.model_dump_json(), recipe.seed, recipe.runtime.num_workers, needs_unlabelled] = recipe
+            is_read = needs_unlabelled(recipe)
+            new[recipe.data.model_dump_json(), recipe.seed, recipe.runtime.num_workers, is_read] = recipe
         if missing := new.keys() - self._chosen:
             found = store_splits(self.datasets[key], [new[choice] for choice in missing], self.store)
             self.warnings += [warning for warning in found if warning not in self.warnings]

@@ -18,14 +18,17 @@ import numpy as np
 import ray
 from ray import tune
 
+from cast_ray.contracts.row_result import RowResult, Status
 from cast_ray.plan.graph import RowPlan, Stage, artifact_key
 from cast_ray.plan.search import RUNG_METRIC
+from cast_ray.plan.stage_parts import StagePart, TrainPart
 from cast_ray.runtime.data.images import Images
 from cast_ray.runtime.data.splits import stored_split
+from cast_ray.runtime.store.artifact_files import CURVES
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.sweep.broker import HEARTBEAT_S, MAX_ENTRIES
 from cast_ray.runtime.sweep.leases import Answer, Need
-from cast_ray.runtime.sweep.row_results import SweepContext, assemble_result, row_name
+from cast_ray.runtime.sweep.row_results import Outcome, SweepContext, assemble_result, row_name, write_result
 from cast_ray.runtime.worker.audit import audit_labels
 from cast_ray.runtime.worker.group import run_segment
 from cast_ray.runtime.worker.label_job import LabelJob
@@ -130,14 +133,15 @@ def _run_row(config: dict[str, Any], broker: Any, record: bool, driver: type[Row
     """Driver of one trial: claims, runs and commits stages until the row has all of them, then writes its result."""
     job = Job.unpacked(ray.get(broker.job.remote(config["row"])))
     result = run_row(driver(job, broker, record))
-    tune.report({"status": result["status"], "error": result["error"], **result["metrics"]})
+    tune.report({"status": result.status, "error": result.error, **result.metrics})
 
 
-def run_row(driver: RowDriver) -> dict[str, Any]:
+def run_row(driver: RowDriver) -> RowResult:
     """Runs one row inside a Tune trial and returns its result; a stopped row's is not written."""
     began, started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%S%z")
     job = driver.job
-    status, error, log = "done", None, None
+    status: Status = "done"
+    error, log = None, None
     try:
         if reason := driver.run():
             status, error = "stopped", reason
@@ -146,14 +150,15 @@ def run_row(driver: RowDriver) -> dict[str, Any]:
         log = write_log(job, traceback.format_exc())
     finally:
         driver.close(status)
-    outcome = {"status": status, "error": error, "log": log, "started": started}
-    result = assemble_result(job.context, job.row, driver.ran) | outcome | {"seconds": time.monotonic() - began}
+    outcome = Outcome(status, error, log, started, time.monotonic() - began)
+    result = assemble_result(job.context, job.row, driver.ran, outcome)
     if status == "failed":
         driver.record_rest()
-    if status == "done":
-        result["metrics"] |= {name: measure_metric(job, name) for name in job.measure}
+    if status == "done" and job.measure:
+        measured = {name: measure_metric(job, name) for name in job.measure}
+        result = result.model_copy(update={"metrics": {**result.metrics, **measured}})
     if status != "stopped":
-        job.context.store.write_json(job.context.result_path(job.row), result)
+        write_result(job.context, job.row, result)
     return result
 
 
@@ -253,7 +258,7 @@ class RowDriver:
     def _record_shared(self, stage: Stage) -> None:
         """Reports the curve of a stage that this row did not run itself."""
         if self.record and stage.kind == "train" and stage.fingerprint not in self.ran:
-            curve = self.store.read_json(stage.key, "curves.json")["curve"]
+            curve = self.store.read_json(stage.key, CURVES)["curve"]
             if curve:
                 self._report(curve_report(stage.name, curve[:: 1 + len(curve) // MAX_ENTRIES]))
 
@@ -273,7 +278,7 @@ class RowDriver:
             if not all(self.store.has(s.key) for s in stages):
                 raise
         manifests = {s.fingerprint: self.store.find_manifest(s.key) for s in stages}
-        self.ran |= {f for f, manifest in manifests.items() if manifest and manifest["attempt"] == store.attempt}
+        self.ran |= {f for f, manifest in manifests.items() if manifest and manifest.attempt == store.attempt}
 
     def execute(self, stages: list[Stage], store: ArtifactStore) -> None:
         """Makes and commits the artifacts of stages that were granted together."""
@@ -293,7 +298,7 @@ class RowDriver:
                 categories=self.context.categories,
                 images={s.name: self._images(s) for s in stages if s.kind != "evaluate"},
                 val=self._table("val.parquet"),
-                num_val=self.context.dataset["num_val"],
+                num_val=self.context.dataset.num_val or 0,
                 requested=time.time(),
             )
         )
@@ -318,12 +323,12 @@ class RowDriver:
 
     def _images(self, stage: Stage) -> Images:
         """D_l and D_u of a stage, by reference: all that a driver holds of a dataset is 8 bytes an image."""
-        if stage.config.get("source"):
-            everything = np.arange(self.context.dataset["num_source"])
+        if stage.kind == "train" and TrainPart.of(stage).is_on_source:
+            everything = np.arange(self.context.dataset.num_source or 0)
             return Images(self._table("source.parquet"), everything, everything[:0], self.context.categories)
-        chosen = stored_split(self.store, self.context.dataset["content_hash"], stage.config["split"])
-        with_extra = stage.config["split"].get("pool", "rest") != "rest"
-        records = self._table("train.parquet", *(["extra.parquet"] if with_extra else []))
+        part = StagePart(stage.config)
+        chosen = stored_split(self.store, self.context.content_hash, part.split)
+        records = self._table("train.parquet", *(["extra.parquet"] if part.reads_extra else []))
         return Images(records, chosen.labelled, chosen.unlabelled, self.context.categories)
 
 
@@ -375,9 +380,8 @@ def write_log(job: Job, text: str) -> str:
 
 def write_lost(job: Job, error: BaseException) -> None:
     """The result of a row whose driver died too often to write one."""
-    outcome = {"status": "failed", "error": one_line(error), "log": write_log(job, str(error))}
-    result = assemble_result(job.context, job.row, set()) | outcome | {"started": None, "seconds": None}
-    job.context.store.write_json(job.context.result_path(job.row), result)
+    outcome = Outcome("failed", one_line(error), write_log(job, str(error)))
+    write_result(job.context, job.row, assemble_result(job.context, job.row, set(), outcome))
 
 
 def one_line(error: BaseException) -> str:

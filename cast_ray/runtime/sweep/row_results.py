@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from cast_ray.contracts.document import NewerDocumentError
+from cast_ray.contracts.label_audit import LabelAudit
+from cast_ray.contracts.manifest import LabelManifest, Manifest, TrainManifest
 from cast_ray.contracts.records import Category
+from cast_ray.contracts.row_result import (
+    CurvePoint,
+    DatasetFacts,
+    Hardware,
+    Number,
+    RowResult,
+    SplitFacts,
+    StageRecord,
+    Status,
+)
 from cast_ray.plan.graph import RowPlan, Stage, given
+from cast_ray.plan.stage_parts import TrainPart
 from cast_ray.runtime.data.splits import stored_split
-from cast_ray.runtime.store.artifact_files import AUDIT, MATCHES, METRICS
+from cast_ray.runtime.store.artifact_files import AUDIT, CURVES, MATCHES, METRICS
 from cast_ray.runtime.store.artifacts import ArtifactStore, read_each
 
 MAX_SKIPPED_NAMED = 20
@@ -27,15 +41,21 @@ class SweepContext:
     table: str
     command: str
     code_version: str
-    hardware: dict[str, Any]
+    hardware: Hardware
     store: ArtifactStore
     dataset_key: str
     """Artifact that holds the record tables (train, val and, where there is one, source)."""
-    dataset: dict[str, Any]
+    dataset: DatasetFacts
     """See `StoredDataset.facts`."""
     categories: tuple[Category, ...]
     runs_path: str
     """Where result.json files go, below the storage path."""
+
+    @property
+    def content_hash(self) -> str:
+        """Identity of the dataset's images and annotations."""
+        assert self.dataset.content_hash is not None
+        return self.dataset.content_hash
 
     def result_path(self, row: RowPlan) -> str:
         """Path of a row's result.json below the storage path."""
@@ -47,33 +67,73 @@ def row_name(table: str, row: RowPlan) -> str:
     return f"{table}__{row.row}__s{row.seed}"
 
 
-def read_result(context: SweepContext, row: RowPlan) -> dict[str, Any] | None:
-    """The row's result.json as last written, done or failed; None when there is none, or one that is cut."""
-    stored = context.store.find_bytes(context.result_path(row))
+@dataclass(frozen=True)
+class Outcome:
+    """How a row ended: see the fields of these names of `RowResult`."""
+
+    status: Status
+    error: str | None = None
+    log: str | None = None
+    started: str | None = None
+    seconds: float | None = None
+
+
+def read_result(context: SweepContext, row: RowPlan) -> RowResult | None:
+    """The row's result.json as last written, done or failed; None when there is none, or one that cannot be read.
+
+    A result that cannot be read is made again from the stages in the store.
+
+    Raises:
+        NewerDocumentError: a newer build has written it, which this one must not replace.
+    """
+    path = context.result_path(row)
+    stored = context.store.find_bytes(path)
     try:
-        return json.loads(stored) if stored else None
-    except ValueError:  # its stages are in the store, and it is made from them again
+        return RowResult.read(stored, context.store.uri(path)) if stored else None
+    except NewerDocumentError:
+        raise
+    except ValueError:
         return None
 
 
+def write_result(context: SweepContext, row: RowPlan, result: RowResult) -> None:
+    """Writes the row's result.json into the store."""
+    context.store.write_bytes(context.result_path(row), result.to_json().encode())
+
+
+def read_audit(store: ArtifactStore, key: str) -> LabelAudit | None:
+    """The audit of a labelling stage; None where its images have no ground truth."""
+    content = store.find_file(key, AUDIT)
+    return LabelAudit.read(content, store.uri("artifacts", key, AUDIT)) if content else None
+
+
+@dataclass(frozen=True)
+class _Committed:
+    """A committed artifact: its manifest, the folder of its files, and its numbers as they are stored."""
+
+    manifest: Manifest
+    folder: str
+    numbers: Mapping[str, Any]
+
+
 @lru_cache(maxsize=64)
-def _read_committed(storage: str, key: str) -> dict[str, Any]:
-    """Manifest, place and numbers of an artifact, which never change once it is committed.
+def _read_committed(storage: str, key: str) -> _Committed:
+    """An artifact, which never changes once it is committed.
 
     Raises:
         FileNotFoundError: it is not (the next call looks again).
     """
     store = ArtifactStore(storage)
     manifest = store.manifest(key)
-    numbers = {"train": "curves.json", "evaluate": METRICS, "label": AUDIT}.get(manifest["kind"])
+    numbers = {"train": CURVES, "evaluate": METRICS, "label": AUDIT}.get(manifest.kind)
     found = store.find_file(key, numbers) if numbers else None  # not every labelling stage has an audit
-    return {"manifest": manifest, "artifact": store.artifact(key), "numbers": json.loads(found) if found else {}}
+    return _Committed(manifest, store.artifact(key), json.loads(found) if found else {})
 
 
-def _find_committed(storage: str, stages: Sequence[Stage]) -> dict[str, dict[str, Any]]:
+def _find_committed(storage: str, stages: Sequence[Stage]) -> dict[str, _Committed]:
     """Fingerprint -> what is committed, of those stages that are."""
 
-    def read(stage: Stage) -> dict[str, Any] | None:
+    def read(stage: Stage) -> _Committed | None:
         try:
             return _read_committed(storage, stage.key)
         except FileNotFoundError:
@@ -83,111 +143,115 @@ def _find_committed(storage: str, stages: Sequence[Stage]) -> dict[str, dict[str
     return {stage.fingerprint: artifact for stage, artifact in found if artifact is not None}
 
 
-def assemble_result(context: SweepContext, row: RowPlan, ran: set[str]) -> dict[str, Any]:
-    """result.json of a row from the artifacts in the store, without the outcome (status, error, seconds).
+def assemble_result(context: SweepContext, row: RowPlan, ran: set[str], outcome: Outcome) -> RowResult:
+    """The result of a row from the artifacts in the store.
 
     Args:
         ran: fingerprints of the stages that this row ran itself; the others it shared.
+        outcome: how the row ended.
     """
     committed = _find_committed(context.store.storage, row.stages)
-    stages: list[dict[str, Any]] = []
-    metrics: dict[str, float] = {}
-    evaluations: dict[str, str] = {}
-    curves: dict[str, Any] = {}
-    diagnostics: dict[str, Any] = {}
-    pseudo_labels: dict[str, Any] = {}
-    per_class: dict[str, Any] = {}
-    device_seconds = 0.0
-    for stage in row.stages:
-        if stage.fingerprint not in committed:
-            continue
-        artifact = committed[stage.fingerprint]
-        facts = artifact["manifest"]
-        if facts.get("owner") == row_name(context.table, row):  # in this run or one before it
-            device_seconds += facts["stage_seconds"] * facts["num_workers"]
-        stages.append(
-            {
-                "name": stage.name,
-                "kind": stage.kind,
-                "fingerprint": stage.fingerprint,
-                "artifact": artifact["artifact"],
-                "reused": stage.fingerprint not in ran,
-                "steps": stage.steps,
-                "num_workers": facts["num_workers"],
-                **{
-                    k: facts.get(k)
-                    for k in (
-                        "seconds",
-                        "stage_seconds",
-                        "startup_seconds",
-                        "images_per_s",
-                        "resumed_at_step",
-                        "skipped_steps",
-                    )
-                },
-                **(_label_facts(facts) if stage.kind == "label" else {}),
-            }
-        )
-        if stage.kind == "train":
-            curves[stage.name] = artifact["numbers"]["curve"]
-            diagnostics[stage.name] = artifact["numbers"]["diagnostics"]
-        if stage.kind == "label" and artifact["numbers"]:
-            pseudo_labels[stage.name] = artifact["numbers"]
-    for role, stage in row.roles.items():
-        if stage.kind == "evaluate" and stage.fingerprint in committed:
-            measured = committed[stage.fingerprint]["numbers"]
-            metrics |= {f"{role}/{k}": v for k, v in measured.items() if isinstance(v, (int, float))}
-            per_class[role] = measured["per_class"]
-            evaluations[role] = stage.fingerprint
-            _add_final_point(row, curves, stage, measured)
-    last = committed.get(row.roles["distill"].fingerprint, {"manifest": {}})["manifest"]
+    finished = [(stage, committed[stage.fingerprint]) for stage in row.stages if stage.fingerprint in committed]
+    own = [artifact.manifest for _, artifact in finished if artifact.manifest.owner == row_name(context.table, row)]
+    evaluated = {
+        role: (stage, committed[stage.fingerprint].numbers)
+        for role, stage in row.roles.items()
+        if stage.kind == "evaluate" and stage.fingerprint in committed
+    }
+    trained = {stage.name: artifact.numbers for stage, artifact in finished if stage.kind == "train"}
+    labelled = {stage.name: artifact.numbers for stage, artifact in finished if stage.kind == "label"}
+    return RowResult(
+        schema_version=RowResult.VERSION,
+        table=context.table,
+        row=row.row,
+        seed=row.seed,
+        **vars(outcome),
+        recipe=row.recipe.model_dump(mode="json"),
+        command=context.command,
+        code_version=context.code_version,
+        device_hours=sum(manifest.device_seconds for manifest in own) / 3600,  # of this run or one before it
+        hardware=context.hardware,
+        dataset=_dataset_facts(context, row, committed),
+        stages=tuple(_stage_record(stage, artifact, stage.fingerprint not in ran) for stage, artifact in finished),
+        given=tuple(sorted(given(row))),
+        metrics=_metrics(evaluated),
+        per_class={role: numbers["per_class"] for role, (_, numbers) in evaluated.items()},
+        evaluations={role: stage.fingerprint for role, (stage, _) in evaluated.items()},
+        curves=_curves(row, trained, evaluated.values()),
+        diagnostics={name: numbers["diagnostics"] for name, numbers in trained.items()},
+        pseudo_labels={name: LabelAudit.of(numbers, AUDIT) for name, numbers in labelled.items() if numbers},
+    )
+
+
+def _metrics(evaluated: Mapping[str, tuple[Stage, Mapping[str, Any]]]) -> dict[str, Number | None]:
+    """`<role>/<measure>` -> value of all evaluations of a row."""
     return {
-        "table": context.table,
-        "row": row.row,
-        "seed": row.seed,
-        "recipe": row.recipe.model_dump(),
-        "command": context.command,
-        "code_version": context.code_version,
-        "device_hours": device_seconds / 3600,
-        "hardware": context.hardware,
-        "dataset": context.dataset
-        | {k: last.get(k) for k in ("num_labelled", "num_unlabelled")}
-        | {"split": _split_facts(context, row)},
-        "stages": stages,
-        "given": sorted(given(row)),
-        "metrics": metrics,
-        "per_class": per_class,
-        "evaluations": evaluations,
-        "curves": curves,
-        "diagnostics": diagnostics,
-        "pseudo_labels": pseudo_labels,
+        f"{role}/{measure}": value
+        for role, (_, numbers) in evaluated.items()
+        for measure, value in numbers.items()
+        if isinstance(value, Number)
     }
 
 
-def _label_facts(facts: dict[str, Any]) -> dict[str, Any]:
-    """How many labels a labelling stage gave, and which images it could not read: their number, the first by name."""
-    skipped = [row["error"] for row in facts.get("skipped", [])]
-    counts = {name: facts[name] for name in ("num_images", "num_pseudo_labels") if name in facts}
-    return counts | {"num_skipped": len(skipped), "skipped": skipped[:MAX_SKIPPED_NAMED]}
+def _stage_record(stage: Stage, artifact: _Committed, reused: bool) -> StageRecord:
+    manifest = artifact.manifest
+    return StageRecord(
+        name=stage.name,
+        kind=stage.kind,
+        fingerprint=stage.fingerprint,
+        artifact=artifact.folder,
+        reused=reused,
+        steps=stage.steps,
+        num_workers=manifest.num_workers,
+        seconds=manifest.seconds,
+        stage_seconds=manifest.stage_seconds,
+        startup_seconds=manifest.startup_seconds,
+        images_per_s=manifest.images_per_s,
+        **_facts_of_kind(manifest),
+    )
 
 
-def _split_facts(context: SweepContext, row: RowPlan) -> dict[str, Any]:
-    """How the row's D_l and D_u were chosen."""
-    part = row.roles["distill"].config["split"]
-    return stored_split(context.store, context.dataset["content_hash"], part).facts
+def _facts_of_kind(manifest: Manifest) -> dict[str, Any]:
+    """Fields of a StageRecord that only stages of the manifest's kind have."""
+    if isinstance(manifest, TrainManifest):
+        return {"resumed_at_step": manifest.resumed_at_step, "skipped_steps": manifest.skipped_steps}
+    if isinstance(manifest, LabelManifest):
+        reasons = [image.error for image in manifest.skipped]
+        return {
+            "num_images": manifest.num_images,
+            "num_pseudo_labels": manifest.num_pseudo_labels,
+            "num_skipped": len(reasons),
+            "skipped": tuple(reasons[:MAX_SKIPPED_NAMED]),
+        }
+    return {}
 
 
-def _add_final_point(
-    row: RowPlan, curves: dict[str, list[dict[str, float]]], evaluation: Stage, measured: dict[str, Any]
-) -> None:
-    """Ends the curve of a stage that was validated while it trained with what its evaluation measured."""
-    for stage in row.stages:
-        if stage.fingerprint != evaluation.parents["model"] or stage.name not in curves:
-            continue
-        curve = curves[stage.name]
-        if any("val/mask_ap" in entry for entry in curve) and curve[-1]["step"] == stage.steps:
-            final = {f"val/{k}": measured[k] for k in ("mask_ap", "ap50") if measured[k] is not None}
-            curves[stage.name] = [*curve[:-1], curve[-1] | final]
+def _dataset_facts(context: SweepContext, row: RowPlan, committed: Mapping[str, _Committed]) -> DatasetFacts:
+    """The dataset, with how many labelled and unlabelled images the row's student learns from and how they were
+    chosen."""
+    student = row.roles["distill"]
+    chosen = stored_split(context.store, context.content_hash, TrainPart.of(student).split).facts
+    artifact = committed.get(student.fingerprint)
+    manifest = artifact.manifest if artifact is not None else None
+    counts = (manifest.num_labelled, manifest.num_unlabelled) if isinstance(manifest, TrainManifest) else (None, None)
+    changes = {"num_labelled": counts[0], "num_unlabelled": counts[1], "split": SplitFacts(**chosen)}
+    return context.dataset.model_copy(update=changes)
+
+
+def _curves(
+    row: RowPlan, trained: Mapping[str, Mapping[str, Any]], evaluated: Iterable[tuple[Stage, Mapping[str, Any]]]
+) -> dict[str, tuple[CurvePoint, ...]]:
+    """Train stage -> its curve. That of a stage which was validated while it trained ends with its evaluation."""
+    curves = {name: tuple(numbers["curve"]) for name, numbers in trained.items()}
+    steps = {stage.name: (stage.fingerprint, stage.steps) for stage in row.stages}
+    for evaluation, measured in evaluated:
+        for name, curve in curves.items():
+            fingerprint, last = steps[name]
+            is_validated = any("val/mask_ap" in point for point in curve)
+            if fingerprint == evaluation.parents["model"] and is_validated and curve[-1]["step"] == last:
+                final = {f"val/{k}": measured[k] for k in ("mask_ap", "ap50") if measured[k] is not None}
+                curves[name] = (*curve[:-1], curve[-1] | final)
+    return curves
 
 
 def read_matches(context: SweepContext, row: RowPlan) -> Iterator[tuple[str, bytes]]:
@@ -199,14 +263,14 @@ def read_matches(context: SweepContext, row: RowPlan) -> Iterator[tuple[str, byt
                 yield role, content
 
 
-def result_from_store(context: SweepContext, row: RowPlan) -> dict[str, Any]:
+def result_from_store(context: SweepContext, row: RowPlan) -> RowResult:
     """The result of a row all of whose stages were already stored."""
-    outcome = {"status": "done", "error": None, "log": None, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    return assemble_result(context, row, ran=set()) | outcome | {"seconds": 0.0}
+    outcome = Outcome("done", started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), seconds=0.0)
+    return assemble_result(context, row, set(), outcome)
 
 
-def is_current(result: dict[str, Any] | None, row: RowPlan) -> bool:
+def is_current(result: RowResult | None, row: RowPlan) -> bool:
     """Whether a stored result is a finished one, made from exactly this row's stages."""
-    if result is None or result["status"] != "done":
+    if result is None or not result.is_done:
         return False
-    return {s["fingerprint"] for s in result["stages"]} == {s.fingerprint for s in row.stages}
+    return {stage.fingerprint for stage in result.stages} == {stage.fingerprint for stage in row.stages}

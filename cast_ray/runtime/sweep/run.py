@@ -15,13 +15,21 @@ from rich.text import Text
 from cast_ray.plan.ablation import Table
 from cast_ray.plan.cost import CostModel, PlanCost, Size, cost_of
 from cast_ray.plan.graph import NoTeacherError, RowPlan, Stage, SweepPlan, given, input_size_of, plan_sweep
+from cast_ray.plan.stage_parts import Model, TrainPart
 from cast_ray.recipe import Recipe
 from cast_ray.runtime.cluster import connect
 from cast_ray.runtime.store.artifacts import ArtifactStore, Listed, committed, read_each
 from cast_ray.runtime.store.claims import Holder, Presence
 from cast_ray.runtime.sweep.planner import RowPlanner, command_line
 from cast_ray.runtime.sweep.preview import Preview, hours, print_plan, row_labels, titles_of
-from cast_ray.runtime.sweep.row_results import SweepContext, is_current, read_result, result_from_store, row_name
+from cast_ray.runtime.sweep.row_results import (
+    SweepContext,
+    is_current,
+    read_result,
+    result_from_store,
+    row_name,
+    write_result,
+)
 from cast_ray.runtime.sweep.slots import slots_of
 from cast_ray.runtime.sweep.trackers import Trackers
 
@@ -219,7 +227,7 @@ def _cost(
     """Device-hours from the store's newest manifests; where there are none, from FLOPs, if the user asked."""
     newest = sorted(listed.values(), key=lambda a: -(a.committed or 0.0))[:MAX_MANIFESTS]
     keys = [a.key for a in newest if a.committed is not None]
-    manifests = [m for m in read_each(store.find_manifest, keys) if m is not None]
+    manifests = [m for m in read_each(store.readable_manifest, keys) if m is not None]
     sizes: dict[str, Size] = {}
     for row in whole.rows:
         sizes |= dict.fromkeys((s.fingerprint for s in row.stages), planner.size(row.recipe))
@@ -242,7 +250,7 @@ def _memory(request: SweepRequest, whole: SweepPlan, planner: RowPlanner) -> dic
     seen = set(whole.stored)
     alike: dict[str, int | None] = {}
     for row in whole.rows:
-        models = {stage.fingerprint: stage.config["model"] for stage in row.stages if stage.kind == "train"}
+        models = {stage.fingerprint: TrainPart.of(stage).model for stage in row.stages if stage.kind == "train"}
         for stage in row.stages:
             if stage.fingerprint in seen or (stage.kind != "train" and input_size_of(stage).is_fixed):
                 continue
@@ -261,19 +269,18 @@ def _memory(request: SweepRequest, whole: SweepPlan, planner: RowPlanner) -> dic
     return found
 
 
-def _memory_key(stage: Stage, recipe: Recipe, model: Mapping[str, Any] | None) -> str:
+def _memory_key(stage: Stage, recipe: Recipe, model: Model | None) -> str:
     """Equal for stages that need the same memory: thousands of rows may differ in learning rates and the like alone.
 
     Args:
         model: that the stage runs; None: an imported teacher's.
     """
     config, where = stage.config, [recipe.data.root, recipe.runtime.model_dump()]
-    part = [stage.name, model, config["data"].get("image_px"), config["data"].get("resize"), *where]
+    part = [stage.name, repr(model), config["data"].get("image_px"), config["data"].get("resize"), *where]
     if stage.kind != "train":
         return json.dumps([*part, recipe.evaluation.batch, recipe.label_batch], default=list)
-    train = config["train"]
-    part += [config["contrastive"], config["unlabelled"]]
-    part += [train["batch_labelled"], train.get("batch_unlabelled"), train["ema"] > 0]
+    train = TrainPart.of(stage)
+    part += [config["contrastive"], train.batch_labelled, train.batch_unlabelled, train.has_average]
     part += [getattr(recipe.stages, stage.name).accumulate]
     return json.dumps(part, default=list)
 
@@ -289,10 +296,10 @@ def _rows_without_result(sweeps: Sequence[Sweep], whole: SweepPlan) -> list[tupl
     for (context, row), result in zip(pairs, read_each(lambda pair: read_result(*pair), pairs)):
         if any(s.fingerprint not in whole.stored for s in row.stages):
             missing.append((context, row))
-            if result is not None and result["status"] == "done":
+            if result is not None and result.is_done:
                 context.store.delete(context.result_path(row))
         elif not is_current(result, row):
-            context.store.write_json(context.result_path(row), result_from_store(context, row))
+            write_result(context, row, result_from_store(context, row))
     return _spread(missing, whole)
 
 
@@ -345,6 +352,8 @@ def _run(
         board = ray.get(broker.board.remote())
     finally:
         ray.shutdown()
+    if "failed" in outcomes.values() and (words := cluster.where_logs_are()):
+        console.print(words, soft_wrap=True, highlight=False)
     left = [job.row for job in jobs if outcomes[job.name] == "stopped"]
     if not left:
         return None

@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cast_ray.contracts.instance import RecordLabel
 from cast_ray.contracts.records import INSTANCE_TYPE, RECORD_SCHEMA, Category, class_names
 from cast_ray.plan.graph import Stage, input_size_of
-from cast_ray.recipe import InputSize, PseudoConfig, Recipe
+from cast_ray.plan.stage_parts import LabelPart
+from cast_ray.recipe import InputSize, Recipe
 from cast_ray.runtime.data.block_source import Rows
 from cast_ray.runtime.data.images import Images
 from cast_ray.runtime.data.pictures import Pictures, images_per_task
@@ -70,7 +72,7 @@ class LabelJob:
     @property
     def blocks(self) -> list[Rows]:
         """All of D_u in blocks of whole forward passes."""
-        batch = self.stage.config["batch"]
+        batch = LabelPart.of(self.stage).batch
         size = batch * max(1, images_per_task(self.input_size) // batch)
         count = len(self.images.unlabelled)
         return [(start, min(start + size, count)) for start in range(0, count, size)]
@@ -87,7 +89,7 @@ class LabelJob:
         facts = {"stage": self.stage.name, "fingerprint": self.stage.fingerprint, "unit": "image"}
         self.broker.post.remote(self.owner, facts | {"step": total - missing, "steps": total})
 
-    def write(self, pictures: Pictures, labels: list[list[dict[str, Any]]]) -> None:
+    def write(self, pictures: Pictures, labels: list[list[RecordLabel]]) -> None:
         """One block's labels, in the order of its images."""
         rows: list[dict[str, Any]] = []
         for position, instances in zip(pictures.positions, labels):
@@ -124,7 +126,7 @@ class LabelJob:
         """
         skipped: list[dict[str, Any]] = []
         num_images = num_labels = 0
-        is_balanced = self.stage.config["pseudo"].get("class_thresholds", "fixed") == "balanced"
+        is_balanced = LabelPart.of(self.stage).pseudo.class_thresholds == "balanced"
         thresholds = self._balanced_thresholds() if is_balanced else None
         with (
             self.store.open_to_add(self.stage, LABELS) as file,
@@ -183,7 +185,7 @@ class LabelJob:
         """Predictions as labels: those of at least their class's threshold, painted image by image."""
         from cast_ray.teachers.pseudo_labels import paint
 
-        config, rows = PseudoConfig(**self.stage.config["pseudo"]), table.to_pylist()
+        config, rows = LabelPart.of(self.stage).pseudo, table.to_pylist()
         for row in rows:
             size = [row["height"], row["width"]]
             sure = [i | {"size": size} for i in row["instances"] if i["score"] >= thresholds[i["category_id"]]]
@@ -206,7 +208,7 @@ def nothing_found(stage: Stage, recipe: Recipe, categories: Sequence[Category], 
     teacher = recipe.teacher
     threshold = f"pseudo.score_threshold {recipe.pseudo.score_threshold}"
     asked = ""
-    if "teacher" in stage.config:
+    if LabelPart.of(stage).teacher_settings is not None:
         threshold += f" and teacher.inference.score_threshold {teacher.inference.score_threshold}"
         names = class_names(categories)
         words = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

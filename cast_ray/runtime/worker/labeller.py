@@ -5,16 +5,16 @@ Apart from `labelling.py` because it imports torch and transformers (some 8 s of
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from safetensors.torch import load as load_tensors
 
+from cast_ray.contracts.instance import Instances, RecordLabel
 from cast_ray.contracts.soft_targets import with_beliefs
 from cast_ray.models.postprocess import predict_in_groups
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.plan.graph import Stage
-from cast_ray.recipe import InputSize, ModelConfig, PseudoConfig
+from cast_ray.plan.stage_parts import LabelPart
+from cast_ray.recipe import InputSize, ModelConfig
 from cast_ray.runtime.data.pictures import Pictures
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.models import load_labeller
@@ -37,9 +37,8 @@ class PseudoLabeller:
     def __init__(self, store: ArtifactStore, stage: Stage, device: torch.device):
         self.teacher = load_labeller(store, stage, "teacher", device)
         self.categories = self.teacher.categories
-        self.pseudo = PseudoConfig(**stage.config["pseudo"])
-        self.batch: int = stage.config["batch"]
-        self.is_soft: bool = stage.config.get("soft", False)
+        part = LabelPart.of(stage)
+        self.pseudo, self.batch, self.is_soft = part.pseudo, part.batch, part.is_soft
 
     def load(self, weights: bytes) -> None:
         """Other weights of the same teacher (safetensors): all of those that its training changes."""
@@ -53,7 +52,7 @@ class PseudoLabeller:
         student.precision = self.teacher.precision
         self.teacher = student.to(self.teacher.device)
 
-    def label(self, pictures: Pictures) -> list[list[dict[str, Any]]]:
+    def label(self, pictures: Pictures) -> list[list[RecordLabel]]:
         """Instances of each image as of LABEL_SCHEMA, at its own size."""
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -62,7 +61,7 @@ class PseudoLabeller:
         finally:
             torch.set_num_threads(num_threads)
 
-    def _label(self, pictures: Pictures) -> list[list[dict[str, Any]]]:
+    def _label(self, pictures: Pictures) -> list[list[RecordLabel]]:
         found = predict_in_groups(
             self._full_pass,
             pictures.pixels,
@@ -81,14 +80,14 @@ class PseudoLabeller:
         resized_hw: list[tuple[int, int]],
         max_detections: int | None,
         min_score: float,
-    ) -> list[list[dict[str, Any]]]:
+    ) -> list[Instances]:
         """The teacher's instances of images of one size, from a pass that is filled up with black ones."""
         filled = images.new_zeros((self.batch, *images.shape[1:]))
         filled[: len(images)] = images
         self.teacher.is_soft = self.is_soft
         return predict_by_vote(self.teacher, filled, image_hw, resized_hw, self.pseudo)
 
-    def _instances(self, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _instances(self, found: Instances) -> list[RecordLabel]:
         # Balanced thresholds are known once all of D_u is predicted; `LabelJob.join` then paints.
         choose = trusted_instances if self.pseudo.class_thresholds == "balanced" else pseudo_labels
         chosen = choose(found, self.pseudo)

@@ -11,6 +11,7 @@ import pyarrow as pa
 import ray
 import torch
 
+from cast_ray.contracts.instance import Instances
 from cast_ray.contracts.records import Category, ClassMap
 from cast_ray.evaluation.coco_results import coco_results
 from cast_ray.evaluation.detections import Detections, Truth, tie_order
@@ -90,7 +91,7 @@ def predict(
     resized_hw: Sequence[tuple[int, int]],
     max_detections: int,
     batch: int,
-) -> list[list[dict[str, Any]]]:
+) -> list[Instances]:
     """Instances of each image at its own size, as from `Teacher.predict`, with scores in single precision.
 
     A score is single precision wherever it goes, so that the results file and what is stored of the matches rank alike.
@@ -102,4 +103,4 @@ def predict(
         batch: most images of one forward pass; only images of one size pass together.
     """
     found = predict_in_groups(teacher.predict, images, image_hw, resized_hw, max_detections, batch)
-    return [[i | {"score": float(np.float32(i["score"]))} for i in instances] for instances in found]
+    return [[{**i, "score": float(np.float32(i["score"]))} for i in instances] for instances in found]

@@ -27,9 +27,11 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cast_ray.contracts.instance import RecordLabel
 from cast_ray.contracts.records import Category
 from cast_ray.plan.graph import Stage, input_size_of
-from cast_ray.recipe import InputSize, Recipe, RuntimeConfig
+from cast_ray.plan.stage_parts import LabelPart, TrainPart
+from cast_ray.recipe import InputSize, ModelConfig, Recipe, RuntimeConfig
 from cast_ray.runtime.data.pictures import Pictures
 from cast_ray.runtime.data.resources import labeller_bundle, num_teachers
 from cast_ray.runtime.store.artifacts import ArtifactStore
@@ -53,9 +55,9 @@ def versions_from(step: int, refresh_steps: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Learner:
-    """A student in training that labels: its architecture (fields of ModelConfig), and the size at which it does."""
+    """A student in training that labels: its architecture, and the size at which it sees whole images."""
 
-    model: dict[str, Any]
+    model: ModelConfig
     input_size: InputSize
 
 
@@ -75,7 +77,7 @@ class OnlineLabels:
     @property
     def batch(self) -> int:
         """Images of a teacher's forward pass."""
-        return self.stage.config["batch"]
+        return LabelPart.of(self.stage).batch
 
     def input_size_of(self, version: int) -> InputSize:
         """The size at which a version of the teacher sees whole images."""
@@ -84,7 +86,7 @@ class OnlineLabels:
     def version_of(self, step: int) -> int:
         return version_of(step, self.refresh_steps)
 
-    def label(self, pictures: Pictures, version: int, turn: int) -> list[list[dict[str, Any]]]:
+    def label(self, pictures: Pictures, version: int, turn: int) -> list[list[RecordLabel]]:
         """Instances of each image as of LABEL_SCHEMA; waits for the teacher's weights, then for a teacher."""
         weights = ray.get(self.versions.get.remote(version)) if version else None
         teacher = self.teachers[turn % len(self.teachers)]
@@ -112,7 +114,7 @@ class OnlineTeacher:
         version: int,
         weights: list[ray.ObjectRef] | None,
         pictures: Pictures,
-    ) -> list[list[dict[str, Any]]]:
+    ) -> list[list[RecordLabel]]:
         """Instances of each image as of LABEL_SCHEMA.
 
         Raises:
@@ -135,7 +137,6 @@ class OnlineTeacher:
     def _load(self, stage: Stage, learner: Learner | None, version: int, weights: list[ray.ObjectRef] | None) -> None:
         import torch
 
-        from cast_ray.recipe import ModelConfig
         from cast_ray.runtime.worker.labeller import PseudoLabeller
 
         if self.loaded[0] != stage.fingerprint or version == 0:
@@ -143,7 +144,7 @@ class OnlineTeacher:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             self.labeller = PseudoLabeller(self.store, stage, device)
         if learner is not None and version:
-            self.labeller.become(ModelConfig(**learner.model), learner.input_size)
+            self.labeller.become(learner.model, learner.input_size)
         if weights is not None:
             self.labeller.load(ray.get(weights[0]))
         self.loaded = (stage.fingerprint, version)
@@ -186,8 +187,12 @@ class Teachers:
     def labels(self, stage: Stage) -> OnlineLabels:
         """For the stream of a stage that labels online."""
         assert stage.online is not None
-        learner = Learner(stage.config["model"], input_size_of(stage)) if stage.name == "distill" else None
-        return OnlineLabels(stage.online, self.actors, self.versions, stage.config.get("refresh_steps", 0), learner)
+        part = TrainPart.of(stage)
+        learner = None
+        if stage.name == "distill":
+            assert part.segmenter is not None
+            learner = Learner(part.segmenter, input_size_of(stage))
+        return OnlineLabels(stage.online, self.actors, self.versions, part.refresh_steps, learner)
 
 
 def teacher_bundles(runtime: RuntimeConfig) -> list[dict[str, float]]:

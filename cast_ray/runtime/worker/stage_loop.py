@@ -1,13 +1,13 @@
 """Inside a Train worker: the stages of a segment, one after the other.
 
-Kept apart from `workers.py` because it imports torch and transformers (some 8 s of CPU time): row drivers and Train's
+Kept apart from `group.py` because it imports torch and transformers (about 8 s of CPU time): row drivers and Train's
 controllers load that file, never this one.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
+import logging
 import time
 import traceback
 from dataclasses import replace
@@ -21,34 +21,39 @@ from ray.train import Checkpoint
 from ray.train.torch import get_device
 from ray.util.placement_group import PlacementGroup
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
+from cast_ray.common.logs import configure_logging
 from cast_ray.engine.checkpoint import TrainState
+from cast_ray.engine.loop import TrainHooks, TrainResult
 from cast_ray.engine.world import World
 from cast_ray.models.autocast import require_precision
+from cast_ray.models.segmenter import Segmenter
 from cast_ray.plan.graph import Stage, artifact_key, input_size_of
-from cast_ray.plan.stage_parts import is_semi_strong, order_seed, train_config
-from cast_ray.recipe import DataConfig
+from cast_ray.plan.stage_parts import PublishedTeacher, TrainPart, train_config
 from cast_ray.runtime.data.images import Images
 from cast_ray.runtime.data.pictures import picture_dataset, pictures
 from cast_ray.runtime.data.resources import configure_data
-from cast_ray.runtime.data.training_stream import training_stream
+from cast_ray.runtime.data.training_stream import SampleRules, StepShare, training_stream
 from cast_ray.runtime.process_settings import prepare_process
-from cast_ray.runtime.store.artifact_files import LABELS
+from cast_ray.runtime.store.artifact_files import CURVES, LABELS
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.models import WEIGHTS, load_teacher, save_model
 from cast_ray.runtime.worker.audit import audit_labels
-from cast_ray.runtime.worker.evaluation import POST_EVERY_S, evaluate_stage
+from cast_ray.runtime.worker.evaluation import evaluate_stage
 from cast_ray.runtime.worker.label_job import LabelJob
 from cast_ray.runtime.worker.labeller import PseudoLabeller
-from cast_ray.runtime.worker.online import Publisher, Teachers
+from cast_ray.runtime.worker.online import OnlineLabels, Publisher, Teachers
 from cast_ray.runtime.worker.segment import Segment
 from cast_ray.runtime.worker.train import train_stage
+from cast_ray.runtime.worker.train_progress import TrainProgress
 from cast_ray.runtime.worker.validation import SideValidation, is_validated, validation_bundles
+from cast_ray.teachers.protocol import Teacher
+
+logger = logging.getLogger(__name__)
 
 VALIDATION_LOOK_S = 20.0
 
-# Met again by every restart of the workers, unlike a lost process, a broken connection or a full disk.
+# Restarting the workers would raise these again, unlike a lost process, a broken connection or a full disk.
 FATAL = (ValueError, TypeError, KeyError, AttributeError, AssertionError, FloatingPointError, torch.OutOfMemoryError)
 
 
@@ -63,7 +68,11 @@ def run_stages(segment: Segment, group: PlacementGroup, worker_nodes: list[str],
     if ray.get(segment.broker.failure.remote(segment.owner)):
         return  # a restart after a fatal error: nothing to try again
     prepare_process(max(1, int(segment.recipe.runtime.cpus_per_worker)))
+    configure_logging()
     context = ray.train.get_context()
+    names = ", ".join(stage.name for stage in segment.stages)
+    # A second line of the same segment is a restart: Ray Train starts all workers of a group again when one is lost.
+    logger.info("worker %d of %s started for %s", context.get_world_rank(), segment.owner, names)
     here = [i for i, node in enumerate(worker_nodes) if node == ray.get_runtime_context().get_node_id()]
     configure_data(group, segment.recipe.runtime, here[context.get_local_rank()])
     if context.get_world_rank() == 0:
@@ -108,108 +117,55 @@ def run_stages(segment: Segment, group: PlacementGroup, worker_nodes: list[str],
 def _train(
     segment: Segment, stage: Stage, world: World, teachers: Teachers | None, validation: SideValidation | None
 ) -> dict[str, Any]:
-    store, recipe = segment.store, segment.recipe
+    """A train stage on this worker; the first one writes the artifact's model and curves."""
+    recipe, part = segment.recipe, TrainPart.of(stage)
     config = train_config(stage, recipe)
     images = _with_labels(segment, stage)
     online = teachers.labels(stage) if teachers is not None and stage.online is not None else None
-    resume = _find_checkpoint(store, stage.fingerprint)
-    publisher = None
-    if online is not None and online.refresh_steps:
-        publisher = Publisher(store, stage.fingerprint, online)
-        if resume is not None and not publisher.can_resume(resume.step):
-            resume = None
-        if world.rank == 0:
-            publisher.start(resume.step if resume else 0)
-        world.barrier()
-    weights, teacher = None, None
-    if "kind" in stage.config["model"]:  # a teacher that starts from checkpoints, not from a segmenter's fields
-        key = artifact_key("train", stage.parents["init"])
-        teacher = load_teacher(store, key, stage.config["model"], input_size_of(stage))
-    elif "init" in stage.parents:
-        weights = load_tensors(store.read_bytes(artifact_key("train", stage.parents["init"]), WEIGHTS))
-    data = DataConfig(**recipe.data.model_dump() | stage.config["data"])
-    contrastive = stage.config["contrastive"]
+    resume, publisher = _resumed(segment.store, stage, online, world)
+    start_step = resume.step if resume else 0
     batches = training_stream(
         images,
-        data,
+        part.data(recipe),
         recipe.runtime,
-        batch_labelled=config.batch_labelled,
-        batch_unlabelled=config.batch_unlabelled if stage.config["unlabelled"] else 0,
-        steps=config.steps,
-        start_step=resume.step if resume else 0,
-        seed=order_seed(stage),
-        rank=world.rank,
-        world_size=world.size,
-        strong=bool(contrastive),
-        oracle=bool(contrastive) and contrastive["sampler"] == "oracle",
+        StepShare(
+            config.batch_labelled,
+            config.batch_unlabelled,
+            config.steps,
+            seed=part.order_seed,
+            start_step=start_step,
+            rank=world.rank,
+            world_size=world.size,
+        ),
+        _sample_rules(part),
         online=online,
-        strong_unlabelled=is_semi_strong(stage),
-        copy_paste=stage.config["data"].get("copy_paste", 0.0),
         device=world.device,
     )
-    post = {"stage": stage.name, "fingerprint": stage.fingerprint, "steps": config.steps, "unit": "step"}
-    posted = 0.0
-    entries: list[dict[str, float]] = []
-
-    def on_log(entry: dict[str, float]) -> None:
-        nonlocal posted
-        if world.rank > 0:
-            return
-        now = time.monotonic()
-        entries.append(entry)
-        if now - posted > POST_EVERY_S or entry["step"] == config.steps:
-            posted = now
-            facts = post | {k: entry[k] for k in ("step", "loss", "images_per_s")}
-            segment.broker.post.remote(segment.owner, facts, tuple(entries))
-            entries.clear()
-
-    def on_checkpoint(state: TrainState) -> None:
-        name = f"{stage.fingerprint}-{state.step:08d}"
-        metrics = {"step": state.step, "stage": stage.name, "loss": state.curve[-1]["loss"] if state.curve else None}
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = None
-            if world.rank == 0:
-                state.save(folder)
-                checkpoint = Checkpoint.from_directory(folder)
-            ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=name)
-        if world.rank == 0:
-            run = ray.train.get_context().get_experiment_name()
-            store.note_checkpoint(stage.fingerprint, store.uri("train", run, name), state.step)
-            if publisher is not None:
-                publisher.noted_checkpoint(state.step)
-
-    def on_refresh(step: int, weights: dict[str, torch.Tensor]) -> None:
-        if world.rank == 0 and publisher is not None:
-            publisher.publish(step, save_tensors({name: t.detach().cpu().contiguous() for name, t in weights.items()}))
-
-    if world.rank == 0:
-        segment.broker.post.remote(segment.owner, post | {"step": resume.step if resume else 0})
+    progress = TrainProgress(segment, stage, world.rank, publisher)
+    hooks = TrainHooks(
+        on_log=progress.on_log,
+        on_checkpoint=progress.on_checkpoint,
+        on_refresh=progress.on_refresh,
+        refresh_every_steps=part.refresh_steps,
+    )
+    if validation is not None and is_validated(recipe, stage):
+        every = recipe.evaluation.every_steps
+        hooks = replace(hooks, on_snapshot=partial(validation.snapshot, stage), snapshot_every_steps=every)
+    progress.start(start_step)
     model, result = train_stage(
         stage,
         num_classes=len(segment.categories),
-        initial_weights=weights,
-        teacher=teacher,
+        parent=_parent(segment.store, stage, part),
         batches=batches,
         world=world,
         train_config=config,
         gradient_checkpointing=recipe.runtime.gradient_checkpointing,
         resume=resume,
-        on_log=on_log,
-        on_checkpoint=on_checkpoint,
-        on_refresh=on_refresh,
-        snapshot_every_steps=recipe.evaluation.every_steps if validation and is_validated(recipe, stage) else 0,
-        on_snapshot=partial(validation.snapshot, stage) if validation else lambda step, weights: None,
+        hooks=hooks,
     )
     if is_validated(recipe, stage):
         _wait_for_validation(validation, world)
-    facts: dict[str, Any] = {}
-    if world.rank == 0:
-        save_model(store, stage, model, segment.categories)
-        curve = result.curve
-        if validation is not None:
-            curve, facts = validation.finish(stage, curve)
-        curves = {"curve": curve, "diagnostics": result.diagnostics}
-        store.add(stage, "curves.json", json.dumps(curves).encode())
+    facts = _write_trained(segment, stage, model, result, validation) if world.rank == 0 else {}
     return facts | {
         "seconds": result.seconds,
         "images_per_s": result.images_per_s,
@@ -218,6 +174,61 @@ def _train(
         "resumed_at_step": resume.step if resume else None,
         "skipped_steps": result.num_skipped,
     }
+
+
+def _resumed(
+    store: ArtifactStore, stage: Stage, online: OnlineLabels | None, world: World
+) -> tuple[TrainState | None, Publisher | None]:
+    """The state that the stage continues from and, where it refreshes its teacher, who publishes the weights.
+
+    A state is only of use while the weights of the teachers that label its next steps are kept.
+    """
+    resume = _find_checkpoint(store, stage.fingerprint)
+    if resume is not None:
+        logger.info("%s (%s) continues from its checkpoint at step %d", stage.name, stage.fingerprint, resume.step)
+    if online is None or not online.refresh_steps:
+        return resume, None
+    publisher = Publisher(store, stage.fingerprint, online)
+    if resume is not None and not publisher.can_resume(resume.step):
+        resume = None
+    if world.rank == 0:
+        publisher.start(resume.step if resume else 0)
+    world.barrier()
+    return resume, publisher
+
+
+def _parent(store: ArtifactStore, stage: Stage, part: TrainPart) -> dict[str, torch.Tensor] | Teacher | None:
+    """What the stage starts from: a parent's weights, a teacher made of published checkpoints, or nothing."""
+    if isinstance(part.model, PublishedTeacher):
+        key = artifact_key("train", stage.parents["init"])
+        return load_teacher(store, key, dict(part.model.settings), input_size_of(stage))
+    if "init" not in stage.parents:
+        return None
+    return load_tensors(store.read_bytes(artifact_key("train", stage.parents["init"]), WEIGHTS))
+
+
+def _sample_rules(part: TrainPart) -> SampleRules:
+    contrastive = part.contrastive
+    return SampleRules(
+        strong=contrastive is not None,
+        oracle=contrastive is not None and contrastive.sampler == "oracle",
+        strong_unlabelled=part.is_semi_strong,
+        copy_paste=part.copy_paste,
+    )
+
+
+def _write_trained(
+    segment: Segment, stage: Stage, model: Segmenter | Teacher, result: TrainResult, validation: SideValidation | None
+) -> dict[str, Any]:
+    """Adds the model and the curves to the artifact; returns what the manifest says of the validation."""
+    save_model(segment.store, stage, model, segment.categories)
+    curve = result.curve
+    facts: dict[str, Any] = {}
+    if validation is not None:
+        curve, facts = validation.finish(stage, curve)
+    curves = {"curve": curve, "diagnostics": result.diagnostics}
+    segment.store.add(stage, CURVES, json.dumps(curves).encode())
+    return facts
 
 
 def _wait_for_validation(validation: SideValidation | None, world: World) -> None:

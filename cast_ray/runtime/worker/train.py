@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from cast_ray.contracts.records import Batch
 from cast_ray.engine.checkpoint import TrainState
 from cast_ray.engine.collectives import WorkerGather
-from cast_ray.engine.loop import TrainResult, train
+from cast_ray.engine.loop import NO_HOOKS, TrainHooks, TrainResult, train
 from cast_ray.engine.objective import Objective
 from cast_ray.engine.world import World
 from cast_ray.models.cast_network import CastNetwork, TrainedNetwork
 from cast_ray.models.segmenter import Segmenter, build_segmenter
 from cast_ray.plan.graph import Stage
-from cast_ray.plan.stage_parts import order_seed
-from cast_ray.recipe import ContrastiveConfig, LossConfig, ModelConfig, TrainConfig
+from cast_ray.plan.stage_parts import TrainPart
+from cast_ray.recipe import TrainConfig
 from cast_ray.teachers.protocol import Teacher
 
 
@@ -24,74 +24,66 @@ def train_stage(
     stage: Stage,
     *,
     num_classes: int,
-    initial_weights: Mapping[str, torch.Tensor] | None,
-    teacher: Teacher | None = None,
+    parent: Mapping[str, torch.Tensor] | Teacher | None,
     batches: Iterator[Batch],
     world: World,
     train_config: TrainConfig,
     gradient_checkpointing: bool = False,
     resume: TrainState | None,
-    on_log: Callable[[dict[str, float]], None],
-    on_checkpoint: Callable[[TrainState], None],
-    on_refresh: Callable[[int, dict[str, torch.Tensor]], None] = lambda step, weights: None,
-    snapshot_every_steps: int = 0,
-    on_snapshot: Callable[[int, dict[str, torch.Tensor]], None] = lambda step, weights: None,
+    hooks: TrainHooks = NO_HOOKS,
 ) -> tuple[Segmenter | Teacher, TrainResult]:
-    """Runs one train stage on this worker; see `engine.loop.train` for the callbacks.
+    """Runs one train stage on this worker.
 
     Args:
-        stage: from `stages.graph`.
+        stage: from `plan.graph`.
         num_classes: C.
+        parent: weights of the parent's segmenter (theta_T0 for 1a and 1c, theta_s* for 3), or the parent itself where
+            it is another kind of teacher, which is then trained in place; None: seeded random weights.
         train_config: of `train_config(stage, recipe)`.
         gradient_checkpointing: of the recipe's `runtime`.
-        initial_weights: of the parent (theta_T0 for 1a and 1c, theta_s* for 3); None: seeded random weights.
-        teacher: the parent itself, where it is not a segmenter; trained in place.
         batches: this worker's batches from the resumed step on.
+        resume, hooks: see `engine.loop.train`.
 
     Returns:
         The trained segmenter or teacher (averaged weights) and the curves.
     """
-    config = stage.config
-    init_seed = config.get("init_seed", config["seed"])
-    torch.manual_seed(init_seed)
-    contrastive = ContrastiveConfig(**config["contrastive"]) if config["contrastive"] else None
+    part = TrainPart.of(stage)
+    torch.manual_seed(part.init_seed)
+    contrastive = part.contrastive
     model: Segmenter | Teacher
     network: TrainedNetwork
-    if teacher is not None:
-        model = teacher
-        network, criterion = teacher.for_training(contrastive)
+    if isinstance(parent, Teacher):
+        model = parent
+        network, criterion = parent.for_training(contrastive)
         has_proposals = False
     else:
-        model = _segmenter(stage, num_classes, initial_weights)
+        model = _segmenter(stage, part, num_classes, parent)
         network, criterion = CastNetwork(model, contrastive), None
         has_proposals = model.config.proposals
     if gradient_checkpointing:
         network.checkpoint_activations()
     gather = WorkerGather(world.rank, world.size) if world.size > 1 else None
-    objective = Objective(LossConfig(**config["loss"]), contrastive, gather, criterion, has_proposals)
+    objective = Objective(part.loss, contrastive, gather, criterion, has_proposals)
     result = train(
         network,
         objective,
         batches,
         train_config,
         fingerprint=stage.fingerprint,
-        seed=order_seed(stage),
+        seed=part.order_seed,
         world=world,
         amp=stage.precision,
         resume=resume,
-        on_log=on_log,
-        on_checkpoint=on_checkpoint,
-        on_refresh=on_refresh,
-        refresh_every_steps=config.get("refresh_steps", 0),
-        snapshot_every_steps=snapshot_every_steps,
-        on_snapshot=on_snapshot,
+        hooks=hooks,
     )
     return model, result
 
 
-def _segmenter(stage: Stage, num_classes: int, initial_weights: Mapping[str, torch.Tensor] | None) -> Segmenter:
-    config = stage.config
-    segmenter = build_segmenter(ModelConfig(**config["model"]), num_classes, config.get("init_seed", config["seed"]))
+def _segmenter(
+    stage: Stage, part: TrainPart, num_classes: int, initial_weights: Mapping[str, torch.Tensor] | None
+) -> Segmenter:
+    assert part.segmenter is not None, stage.name
+    segmenter = build_segmenter(part.segmenter, num_classes, part.init_seed)
     if initial_weights is not None:
         try:
             segmenter.load_state_dict(initial_weights)

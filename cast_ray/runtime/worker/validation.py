@@ -17,7 +17,8 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cast_ray.plan.graph import Stage, input_size_of
-from cast_ray.recipe import Precision, Recipe, RuntimeConfig
+from cast_ray.plan.stage_parts import TrainPart
+from cast_ray.recipe import ModelConfig, Precision, Recipe, RuntimeConfig
 from cast_ray.runtime.data.resources import configure_data, stream_bundle, validator_bundle
 from cast_ray.runtime.process_settings import prepare_process
 from cast_ray.runtime.store.artifacts import ArtifactStore
@@ -47,7 +48,7 @@ def validation_bundles(recipe: Recipe, stages: Sequence[Stage] | None = None) ->
 def is_validated(recipe: Recipe, stage: Stage) -> bool:
     """Whether snapshots of a stage are measured: of segmenters only, not of teachers made of published checkpoints."""
     every = recipe.evaluation.every_steps
-    return stage.kind == "train" and 0 < every < stage.steps and "kind" not in stage.config["model"]
+    return stage.kind == "train" and 0 < every < stage.steps and TrainPart.of(stage).segmenter is not None
 
 
 class SideValidation:
@@ -75,8 +76,10 @@ class SideValidation:
             return
         if self.actor is None:
             self.actor = self._start()
+        segmenter = TrainPart.of(stage).segmenter
+        assert segmenter is not None, stage.name  # see `is_validated`
         self.pending[step] = self.actor.validate.remote(
-            stage.fingerprint, stage.config["model"], stage.precision, images, step, save(dict(weights))
+            stage.fingerprint, segmenter, stage.precision, images, step, save(dict(weights))
         )
 
     def _start(self) -> Any:
@@ -144,7 +147,7 @@ class Validator:
     def validate(
         self,
         fingerprint: str,
-        model: dict[str, Any],
+        model: ModelConfig,
         precision: Precision,
         images: ValidationSet,
         step: int,
@@ -156,11 +159,10 @@ class Validator:
 
         from cast_ray.evaluation.measures import metrics_of
         from cast_ray.models.segmenter import build_segmenter
-        from cast_ray.recipe import ModelConfig
         from cast_ray.runtime.worker.measuring import measure
         from cast_ray.teachers.expert import ExpertTeacher
 
-        segmenter = build_segmenter(ModelConfig(**model), len(images.categories), seed=0)
+        segmenter = build_segmenter(model, len(images.categories), seed=0)
         segmenter.load_state_dict(load(weights))
         teacher = ExpertTeacher(segmenter, images.categories, images.input_size).to(self.device)
         teacher.precision = precision

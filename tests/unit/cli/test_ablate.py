@@ -65,6 +65,16 @@ def test_several_tables_are_one_plan(dry_run: DryRun) -> None:
     assert tree.index("pretrain") < tree.index("adapt") < tree.index("label-adapted") < tree.index("selftrain")
 
 
+def test_a_row_that_reads_no_unlabelled_image_needs_none(dry_run: DryRun) -> None:
+    """lambda_pxl stays above 0 here, but without a contrastive loss no stage reads D_u."""
+    settings = ("loss.lambda_semi=0", "contrastive.kind=none", "data.label_fraction=1.0")
+    row = ("losses", *SMALL, "--rows", "sup+semi+pxl", *(part for text in settings for part in ("--set", text)))
+    output = dry_run(*row)
+    assert "label-" not in output and "distill" in output
+    with pytest.raises(AssertionError, match="leaves 0 unlabelled images"):  # distill has L_pxl
+        dry_run(*row, "--set", "contrastive.kind=cast")
+
+
 @pytest.mark.parametrize("preset", ["cityscapes", "ade20k"])
 def test_a_row_without_a_teacher_is_left_out_unless_asked_for(
     dry_run: DryRun, tmp_path: Path, preset: str, capfd: pytest.CaptureFixture[str]

@@ -169,7 +169,7 @@ def test_markup_in_names_of_classes_is_text(
 ) -> None:
     (tmp_path / "names.json").write_text(json.dumps(["dog[/red]", ":car:"]))
     options = ("--classes", tmp_path / "names.json", "--threshold", 0.999, "--out", tmp_path / "out")
-    assert run(photos, *grounded(checkpoints), *options) == label.EXIT_NOTHING
+    assert run(photos, *grounded(checkpoints), *options) == EXIT_FAILED
     assert "asked for dog[/red], :car: above --threshold 0.999" in capsys.readouterr().err
 
 

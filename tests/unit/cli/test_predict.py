@@ -189,7 +189,7 @@ def test_a_picture_that_must_be_converted_is_said_with_its_path_once(
 ) -> None:
     for name, content in (("raw.HEIC", b"x"), ("b.heic", b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic"), ("c.svg", b"<svg/>")):
         (photos / name).write_bytes(content)
-        assert run(photos / name, "--student", student, "--out", tmp_path / "out") == predict.EXIT_NOTHING
+        assert run(photos / name, "--student", student, "--out", tmp_path / "out") == EXIT_FAILED
         error = capsys.readouterr().err
         assert error.count(str(photos / name)) == 1, error
         assert f"skipped {photos / name}: " in error and error.rstrip().endswith(": convert it to JPEG or PNG")
@@ -200,7 +200,7 @@ def test_markup_in_names_of_classes_and_files_is_text(
 ) -> None:
     (photos / "[red]:car:.jpg").write_bytes(b"x")
     options = ("--student", student, "--out", tmp_path / "[/red]", "--threshold", 0)
-    assert run(photos / "[red]:car:.jpg", *options) == predict.EXIT_NOTHING
+    assert run(photos / "[red]:car:.jpg", *options) == EXIT_FAILED
     assert f"skipped {photos}/[red]:car:.jpg: not an image" in capsys.readouterr().err
     assert run(photos / "a.png", *options) == 0
     assert f"results in {tmp_path}/[/red]" in capsys.readouterr().out

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from training_scenes import MODEL, NUM_CLASSES, draw_image
 
+from cast_ray.contracts.instance import Instance
 from cast_ray.contracts.records import Category, ClassMap, Predictions, Targets
 from cast_ray.contracts.soft_targets import (
     grid_hw,
@@ -141,14 +142,15 @@ def test_a_teacher_tells_what_its_queries_believe_where_it_is_asked() -> None:
 def test_a_teacher_without_queries_believes_its_score_and_its_mask() -> None:
     mask = np.zeros((HEIGHT, WIDTH), bool)
     mask[8:20, 12:33] = True
-    bare = {"label": 1, "score": 0.7, "rle": encode_mask(mask), "size": [HEIGHT, WIDTH]}
+    bare: Instance = {"label": 1, "score": 0.7, "rle": encode_mask(mask), "size": [HEIGHT, WIDTH]}
     found = with_beliefs(bare, NUM_CLASSES)
     assert found["class_probs"] == pytest.approx([0, 0.7, 0, 0.3]) and "mask_probs" not in bare
     grid = sample_probabilities(
         found["mask_probs"], (HEIGHT, WIDTH), np.arange(2, HEIGHT, 4.0), np.arange(2, WIDTH, 4.0)
     )
     np.testing.assert_allclose(grid / 255, mask.reshape(15, 4, 21, 4).mean((1, 3)), atol=0.01)
-    assert with_beliefs(found | {"score": 0.1}, NUM_CLASSES)["class_probs"] == found["class_probs"]  # a query's stay
+    found["score"] = 0.1
+    assert with_beliefs(found, NUM_CLASSES)["class_probs"] == found["class_probs"]  # a query's stay
 
 
 def soft_target(seed: int, count: int) -> Targets:

@@ -46,9 +46,8 @@ def steps(monkeypatch: pytest.MonkeyPatch, *, labels: bool, oracle: bool) -> Bat
         "labels" if labels else None,  # type: ignore[arg-type]
     )
     first = np.zeros((1, 1), dtype=np.int64)  # of D_l and of D_u
-    plan = training_stream.StepSchedule(
-        images, DATA, 0, first, first, 0, (0, 1), strong=True, oracle=oracle, online=None
-    )
+    rules = training_stream.SampleRules(strong=True, oracle=oracle)
+    plan = training_stream.StepSchedule(images, DATA, 0, first, first, 0, (0, 1), rules, online=None)
     made = training_stream._make_steps(0, 1, plan=plan)
     return to_batch(from_buffer(made.column("batch")[0].as_buffer()))
 

@@ -12,11 +12,13 @@ from cast_ray.models.segmenter import build_segmenter
 from cast_ray.plan.cost import seen_size
 from cast_ray.plan.graph import plan
 from cast_ray.plan.memory import inference_memory
+from cast_ray.plan.stage_parts import PublishedTeacher, TrainPart
 from cast_ray.recipe import ContrastiveConfig, EncoderConfig, ModelConfig, TrainConfig, build_recipe
 
 VIT = EncoderConfig(name="vit", widths=(8, 16, 32, 64), depths=(1, 1, 2, 2), stem_stride=2)
 MODEL = ModelConfig(encoder=VIT, hidden_dim=32, num_queries=10, num_layers=3, num_heads=2, proposals=False)
 TRAIN = TrainConfig(batch_labelled=2, batch_unlabelled=2)
+NO_UNLABELLED = TrainConfig(batch_labelled=2, batch_unlabelled=0)
 CONTRAST = ContrastiveConfig(projection_dims=(8, 8))
 SIZE = (64, 96)
 
@@ -68,7 +70,7 @@ def test_it_follows_the_settings() -> None:
     base = estimate()
     assert base.total == base.weights + base.activations + base.outputs
     assert estimate(num_workers=2).activations == base.activations / 2
-    assert estimate(unlabelled=False).activations == base.activations / 2
+    assert estimate(train=NO_UNLABELLED).activations == base.activations / 2
     parted = estimate(train=TRAIN.model_copy(update={"accumulate": 4}))
     assert (parted.activations, parted.outputs) == (base.activations / 4, base.outputs)
     assert estimate(half=True).activations < base.activations
@@ -82,8 +84,8 @@ def test_pseudo_labels_on_the_strong_view_cost_a_decoder_more_of_d_u_beside_l_px
     both, pxl = estimate(contrastive=CONTRAST, semi_strong=True), estimate(contrastive=CONTRAST)
     assert both.weights == pxl.weights and pxl.activations < both.activations < 2 * pxl.activations
     assert pxl.outputs < both.outputs < 2 * pxl.outputs
-    labelled = estimate(contrastive=CONTRAST, semi_strong=True, unlabelled=False)
-    assert labelled == estimate(contrastive=CONTRAST, unlabelled=False)
+    labelled = estimate(contrastive=CONTRAST, semi_strong=True, train=NO_UNLABELLED)
+    assert labelled == estimate(contrastive=CONTRAST, train=NO_UNLABELLED)
 
 
 def test_the_papers_student_on_one_gpu() -> None:
@@ -135,12 +137,13 @@ def test_a_plan_knows_the_size_of_whole_images(overrides: dict, size: tuple[int,
     row = plan(recipe, "0" * 64)
     for name in ("student", "label-teacher"):
         stage = row.roles[name]
-        model = row.roles["distill" if name == "student" else "selftrain"].config["model"]
+        model = TrainPart.of(row.roles["distill" if name == "student" else "selftrain"]).model
+        assert isinstance(model, ModelConfig)
         images = recipe.evaluation.batch if name == "student" else 2
         assert seen_size(stage, (200, 300)) == size
-        wanted = estimate_inference_memory(ModelConfig(**model), num_classes=4, image_px=size, images=images)
+        wanted = estimate_inference_memory(model, num_classes=4, image_px=size, images=images)
         assert inference_memory(stage, recipe, model, 4, (200, 300)) == wanted
     assert seen_size(row.roles["distill"], (200, 300)) == (64, 96)
-    unknown = inference_memory(row.roles["student"], recipe, recipe.student.model_dump(), 4, None)
+    unknown = inference_memory(row.roles["student"], recipe, recipe.student, 4, None)
     assert (unknown is None) == bool(overrides)
-    assert inference_memory(row.roles["student"], recipe, {"kind": "sam3"}, 4, (200, 300)) is None
+    assert inference_memory(row.roles["student"], recipe, PublishedTeacher({"kind": "sam3"}), 4, (200, 300)) is None

@@ -34,13 +34,11 @@ def train(stage: Stage, steps: int, initial: Segmenter | None = None) -> Segment
     segmenter, result = train_stage(
         stage,
         num_classes=NUM_CLASSES,
-        initial_weights=initial.state_dict() if initial else None,
+        parent=initial.state_dict() if initial else None,
         batches=batches(0, steps, num_labelled=1),
         world=World(),
         train_config=TrainConfig(**{"batch_unlabelled": 0} | stage.config["train"]),
         resume=None,
-        on_log=lambda _: None,
-        on_checkpoint=lambda _: None,
     )
     assert result.curve[-1]["step"] == steps and isinstance(segmenter, Segmenter)
     return segmenter

@@ -125,7 +125,7 @@ def box(width: int, category: int = 26, crowd: bool = False) -> dict[str, Any]:
 
 def ap(instances: list[dict[str, Any]], found: list[dict[str, Any]]) -> float | None:
     row = {"height": HEIGHT, "width": WIDTH, "instances": instances}
-    seen = [{"label": CLASSES.label(f["category_id"]), "size": [HEIGHT, WIDTH], **f} for f in found]
+    seen: Any = [{"label": CLASSES.label(f["category_id"]), "size": [HEIGHT, WIDTH], **f} for f in found]
     matches = match_cityscapes([Truth.of(row, CLASSES)], [Detections.of(seen)], len(CLASSES))
     return cityscapes_metrics(matches, CATEGORIES)["mask_ap"]
 

@@ -8,6 +8,7 @@ from training_scenes import CONTRAST, LOSS, make_batch, make_network
 
 from cast_ray.engine.objective import Objective
 from cast_ray.losses.contrastive.loss import contrastive_loss
+from cast_ray.losses.contrastive.pixel_problem import PixelViews
 from cast_ray.models.segmenter import Segmenter
 from cast_ray.recipe import CONTRASTIVE_PRESETS, ContrastiveConfig
 
@@ -53,7 +54,7 @@ def test_gradients_of_every_parameter_are_finite_under_autocast_at_the_lowest_te
     with torch.autocast("cpu", dtype):
         output = network(BATCH.weak, BATCH.strong)
     predictions = output.predictions
-    pxl = contrastive_loss(
+    views = PixelViews(
         output.z_weak,
         output.z_strong,
         predictions.mask_logits[-1],
@@ -61,9 +62,8 @@ def test_gradients_of_every_parameter_are_finite_under_autocast_at_the_lowest_te
         BATCH.valid,
         BATCH.truth_instance,
         BATCH.truth_class,
-        config,
-        temperature=0.07,
     )
+    pxl = contrastive_loss(views, config, temperature=0.07)
     assert pxl.count > 0
     (pxl.sum / pxl.count).backward()
     gradients = [p.grad for p in network.parameters() if p.grad is not None]

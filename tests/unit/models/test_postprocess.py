@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Mask2FormerImageProcessor
 
+from cast_ray.contracts.instance import Instance
 from cast_ray.models import postprocess
 from cast_ray.models.postprocess import can_reach, encode_masks, to_instances
 
@@ -26,7 +27,7 @@ def logits(batch: int = 2, queries: int = 6, classes: int = 4, size: tuple[int, 
     return 3 * torch.randn(batch, queries, classes + 1, generator=g), 6 * smooth
 
 
-def decoded(instance: dict) -> np.ndarray:
+def decoded(instance: Instance) -> np.ndarray:
     return coco_mask.decode({"size": instance["size"], "counts": instance["rle"]}).astype(bool)
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from cast_ray.cli import export
 from cast_ray.contracts.records import Category
+from cast_ray.contracts.row_result import RowResult
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.models.student import CARD, CONFIG, WEIGHTS, Student
 from cast_ray.plan.graph import plan
@@ -185,6 +186,7 @@ RESULT: dict[str, Any] = {
     "table": "losses",
     "row": "sup+semi",
     "seed": 2,
+    "status": "done",
     "command": "python sweeps/ablate.py losses",
     "code_version": "0.1.0+abc",
     "device_hours": 0.25,
@@ -196,12 +198,13 @@ RESULT: dict[str, Any] = {
 
 @pytest.mark.parametrize(("metric", "name"), [("coco", "COCO AP"), ("cityscapes", "Cityscapes AP")])
 def test_the_card_names_the_kind_of_ap(tmp_path: Path, metric: str, name: str) -> None:
-    make().save_pretrained(tmp_path, RESULT | {"recipe": RESULT["recipe"] | {"evaluation": {"metric": metric}}})
+    plain = RESULT | {"recipe": RESULT["recipe"] | {"evaluation": {"metric": metric}}}
+    make().save_pretrained(tmp_path, RowResult.of(plain, "result.json"))
     assert f"\n{name} in percent on 200 validation images" in (tmp_path / CARD).read_text()
 
 
 def test_the_card_tells_the_measurements(tmp_path: Path) -> None:
-    make().save_pretrained(tmp_path, RESULT)
+    make().save_pretrained(tmp_path, RowResult.of(RESULT, "result.json"))
     card = (tmp_path / CARD).read_text()
     assert card.startswith("---\nlibrary_name: cast_ray\n")
     for part in (
@@ -232,10 +235,11 @@ def test_the_precision_of_the_training_is_kept_and_told(tmp_path: Path) -> None:
 
 
 STAGES = [
-    {"name": "selftrain", "kind": "train", "artifact": "nowhere"},
-    {"name": "distill", "kind": "train", "artifact": "distilled"},
-    {"name": "evaluate", "kind": "evaluate", "artifact": "nowhere"},
+    {"name": "selftrain", "kind": "train", "fingerprint": "s", "artifact": "nowhere"},
+    {"name": "distill", "kind": "train", "fingerprint": "d", "artifact": "distilled"},
+    {"name": "evaluate", "kind": "evaluate", "fingerprint": "e", "artifact": "nowhere"},
 ]
+REFINE = {"name": "refine", "kind": "train", "fingerprint": "r", "artifact": "refined"}
 
 
 @pytest.fixture
@@ -244,7 +248,9 @@ def runs(tmp_path: Path) -> Path:
     for name, seed in (("distilled", 5), ("refined", 6)):
         make(seed).save_pretrained(tmp_path / "artifacts" / name)
     for row, refined in (("losses__sup__s0", True), ("losses__sup+semi__s0", False), ("losses__sup+semi__s1", False)):
-        stages = STAGES + ([{"name": "refine", "kind": "train", "artifact": "refined"}] if refined else [])
+        stages = STAGES + (
+            [{"name": "refine", "kind": "train", "fingerprint": "r", "artifact": "refined"}] if refined else []
+        )
         result = RESULT | {"stages": [s | {"artifact": str(tmp_path / "artifacts" / s["artifact"])} for s in stages]}
         (tmp_path / "runs" / "demo" / row).mkdir(parents=True)
         (tmp_path / "runs" / "demo" / row / "result.json").write_text(json.dumps(result))
@@ -258,7 +264,7 @@ def same(a: Student, b: Student) -> bool:
 def test_a_row_leads_to_its_last_student(runs: Path) -> None:
     for path in (runs / "losses__sup__s0", runs / "sup"):
         student, result = open_student(str(path))
-        assert same(student, make(6)) and result is not None and result["seed"] == 2
+        assert same(student, make(6)) and result is not None and result.seed == 2
     student, _ = open_student(str(runs / "losses__sup+semi__s1"))
     assert same(student, make(5))
 

@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from cast_ray.contracts.manifest import Manifest, manifest_class
 from cast_ray.plan import cost as cost_module
 from cast_ray.plan.cost import ASSUMED_FLOPS, CostModel, Size, cost_of
 from cast_ray.plan.graph import RowPlan, Stage, SweepPlan, plan, plan_sweep
@@ -23,22 +24,17 @@ def sweep(overrides: dict[str, Any] | None = None, stored: Any = ()) -> SweepPla
     return plan_sweep([row(overrides)], stored)
 
 
-def manifest(stage: Stage, seconds: float, **facts: Any) -> dict[str, Any]:
+def manifest(stage: Stage, seconds: float, **facts: Any) -> Manifest:
     count: dict[str, dict[str, Any]] = {
         "label": {"num_images": 36},
         "evaluate": {"images_per_s": 16 / seconds, "seconds": seconds},
     }
-    return {
-        **vars(stage),
-        "stage_seconds": seconds,
-        "num_workers": 1,
-        "device": "cpu",
-        **count.get(stage.kind, {}),
-        **facts,
-    }
+    own = {name: getattr(stage, name) for name in ("kind", "config", "parents", "fingerprint", "steps")}
+    common = {"stage": stage.name, "stage_seconds": seconds, "num_workers": 1, "device": "cpu"}
+    return manifest_class(stage.kind)(**own | common | count.get(stage.kind, {}) | facts)
 
 
-def history(plan_: RowPlan, **facts: Any) -> list[dict[str, Any]]:
+def history(plan_: RowPlan, **facts: Any) -> list[Manifest]:
     """Every stage took a second a step, or a tenth of one an image."""
     seconds = {"label": 3.6, "evaluate": 1.6}
     return [manifest(s, seconds.get(s.kind, float(s.steps)), **facts) for s in plan_.stages]
@@ -147,8 +143,8 @@ def test_zero_shot_labels_are_counted_as_their_teacher(monkeypatch: pytest.Monke
 
 
 def test_time_of_other_checkpoints_does_not_count() -> None:
-    imported = {"kind": "train", "fingerprint": "f", "parents": {}}
-    imported |= {"config": {"model": foundation_row().recipe.teacher.training_part()}}
+    config = {"model": foundation_row().recipe.teacher.training_part()}
+    imported = Manifest(stage="foundation", kind="train", fingerprint="f", config=config)
     past = CostModel([imported, *history(foundation_row())], "cpu")
     same = estimates(plan_sweep([foundation_row(seed="7")], ()), past, count_flops=False)
     assert {e.source for e in same.values()} == {"measured"}

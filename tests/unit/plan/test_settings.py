@@ -89,7 +89,7 @@ def test_seeds_of_different_settings_are_not_averaged(tmp_path: Path) -> None:
         "WARNING: sup, seed 0 is left out, because its settings are not those of the row's newest result (seed 2): "
         "stages.refine.lr 5e-05 instead of 0.01."
     ]
-    assert {r["seed"] for r in report.results} == {1, 2}  # curves over seeds are means too
+    assert {r.seed for r in report.results} == {1, 2}  # curves over seeds are means too
 
 
 def test_a_field_that_an_older_version_did_not_have_is_unknown(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from report_scenes import ROWS, result, save
+from report_scenes import ROWS, empty_audit, result, save
 
 from cast_ray.plan.ablation import Table, load_table
 from cast_ray.recipe import build_recipe
@@ -124,9 +124,10 @@ def test_label_fractions_have_bands_and_the_papers_curves(tmp_path: Path) -> Non
 
 
 def audit(score: float) -> dict[str, Any]:
-    numbers = {"num_objects": 9, "precision": 100 * score, "recall": None}
+    numbers = {"num_labels": 9, "num_objects": 9, "precision": 100 * score, "recall": None}
     calibration = {"score": [None, score], "precision": [None, 0.5], "ece": 0.1}
-    return {"per_class": {"disc": numbers, "rare": numbers | {"num_objects": 1}}, "calibration": calibration}
+    per_class = {"disc": numbers, "rare": numbers | {"num_objects": 1}}
+    return empty_audit() | {"per_class": per_class, "calibration": calibration}
 
 
 def test_audits_of_pseudo_labels_are_drawn_once_for_rows_that_share_them(tmp_path: Path) -> None:

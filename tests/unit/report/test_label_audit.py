@@ -15,10 +15,12 @@ from evaluation_scenes import CATEGORIES, HEIGHT, WIDTH, random_scenes
 from PIL import Image
 
 from cast_ray.contracts.records import RECORD_SCHEMA, ClassMap, encode_image_id
+from cast_ray.contracts.row_result import DatasetFacts, Hardware
 from cast_ray.evaluation.label_audit import audit_images, summarise_audit
 from cast_ray.plan.graph import RowPlan, Stage, plan
 from cast_ray.publish.label_audit import NUM_WORST, worst_cases
 from cast_ray.recipe import build_recipe
+from cast_ray.report.content import Result
 from cast_ray.report.label_audit import audit_table, coverage_table
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.sweep.row_results import SweepContext
@@ -48,10 +50,11 @@ def audit_of(seed: int) -> dict[str, Any]:
     return json.loads(json.dumps(audit))
 
 
-def result(row: str, **audits: dict[str, Any]) -> dict[str, Any]:
+def result(row: str, **audits: dict[str, Any]) -> Result:
     names = {name.replace("_", "-"): audit for name, audit in audits.items()}
-    stages = [{"name": name, "fingerprint": f"{name}-{audit['ap']}"} for name, audit in names.items()]
-    return {"row": row, "seed": 0, "pseudo_labels": names, "stages": stages}
+    stages = [{"name": name, "kind": "label", "fingerprint": f"{name}-{audit['ap']}"} for name, audit in names.items()]
+    plain = {"table": "losses", "row": row, "seed": 0, "status": "done", "pseudo_labels": names, "stages": stages}
+    return Result.of(plain, "result.json")
 
 
 def test_the_table_names_every_stage_size_and_class() -> None:
@@ -66,7 +69,7 @@ def test_the_table_names_every_stage_size_and_class() -> None:
     assert first["errors"] == " / ".join(str(audit["errors"][kind]) for kind in audit["errors"])
     head, body = coverage_table(result("a", label_adapted=audit))
     assert all(len(line) == len(head) for line in body) and body[0][1] == str(len(IDS))
-    assert audit_table({"row": "sup"})[1] == coverage_table({"row": "sup", "pseudo_labels": {}})[1] == []
+    assert audit_table(result("sup"))[1] == coverage_table(result("sup"))[1] == []
 
 
 def test_left_overs_and_suppressed_predictions_have_columns() -> None:
@@ -95,14 +98,14 @@ def test_no_labels_leave_empty_cells() -> None:
     assert dict(zip(head, body[0]))["precision"] == dict(zip(head, body[0]))["ECE"] == ""
 
 
-def write(store: ArtifactStore, stage: Stage, files: dict[str, pa.Table | bytes]) -> None:
+def write(store: ArtifactStore, stage: Stage, files: dict[str, pa.Table | bytes], **facts: Any) -> None:
     for name, content in files.items():
         if isinstance(content, pa.Table):
             buffer = io.BytesIO()
             pa.parquet.write_table(content, buffer)
             content = buffer.getvalue()
         store.add(stage, name, content)
-    store.commit(stage, {})
+    store.commit(stage, facts)
 
 
 @pytest.fixture
@@ -115,13 +118,16 @@ def swept(tmp_path: Path) -> tuple[SweepContext, RowPlan]:
         Image.fromarray(np.full((HEIGHT, WIDTH, 3), 20 * k, dtype=np.uint8)).save(row["uri"])
     row_plan = plan(build_recipe("shapes", "smoke"), "0" * 64)
     dataset = Stage("dataset", "dataset", {}, {}, "d" * 20)
-    write(store, dataset, {"train.parquet": pa.Table.from_pylist(truth, schema=RECORD_SCHEMA)})
+    facts = {"content_hash": "0" * 64, "categories": [vars(c) for c in CATEGORIES], "num_images": {"train": len(truth)}}
+    write(store, dataset, {"train.parquet": pa.Table.from_pylist(truth, schema=RECORD_SCHEMA)}, **facts)
     schema = RECORD_SCHEMA.append(pa.field("position", pa.int64()))
     files: dict[str, pa.Table | bytes] = {
         f"labels/{k}.parquet": pa.Table.from_pylist(labels[k::3], schema=schema) for k in range(3)
     }
     write(store, row_plan.roles["label-teacher"], files | {"audit.json": json.dumps(audit_of(0)).encode()})
-    context = SweepContext("run", "losses", "", "", {}, store, dataset.key, {}, CATEGORIES, "runs/run")
+    context = SweepContext(
+        "run", "losses", "", "", Hardware(), store, dataset.key, DatasetFacts(), CATEGORIES, "runs/run"
+    )
     return context, row_plan
 
 

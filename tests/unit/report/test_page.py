@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from report_scenes import ROWS, failed, result, save
+from report_scenes import ROWS, empty_audit, failed, result, save
 
 from cast_ray.plan.ablation import load_table
 from cast_ray.report import sections
+from cast_ray.report.content import Result
 from cast_ray.report.overlays import CONTACT_SHEET
 from cast_ray.report.run_folder import write_plan
 from cast_ray.report.samples import SAMPLES
@@ -139,14 +140,14 @@ def save_as(run: Path, results: list[dict[str, Any]]) -> Path:
 
 
 def test_the_audit_of_pseudo_labels_has_its_tables(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def table(audited: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    def table(audited: Result) -> tuple[list[str], list[list[str]]]:
         lines = [["label", "all", "44.1"], ["label", "disc", "50.0"]]
-        return ["labels of", "group", "precision"], lines if audited["row"] == "sup+semi" else lines[1:]
+        return ["labels of", "group", "precision"], lines if audited.row == "sup+semi" else lines[1:]
 
     Image.new("RGB", (40, 40)).save(run / "worst.png")
     for name, value in (("audit_table", table), ("coverage_table", table), ("WORST_SHEET", "worst.png")):
         monkeypatch.setattr(sections, name, value)
-    audit = {"per_class": {}, "calibration": {"score": [0.5], "precision": [0.4], "ece": 0.1}}
+    audit = empty_audit() | {"calibration": {"score": [0.5], "precision": [0.4], "ece": 0.1}}
     save(run, [result(row, seed, pseudo_labels={"label": audit}) for row in ROWS[1:3] for seed in range(2)])
     text = page_of(run)
     assert text.count("44.1") == 2 * 2 and text.count(">50.0<") == 2  # whole labels, and what they cover

@@ -406,7 +406,7 @@ def test_results_of_an_earlier_recipe_do_not_count_as_those_of_a_running_one(tmp
     announce(run, table, now, {}, "", console)
     assert read_run(run).results == () and len(read_run(run).pending()) == 2
     save(run, [result("sup", recipe=now["sup", 0].model_dump(mode="json"))])
-    assert [r["row"] for r in read_run(run).results] == ["sup"]
+    assert [r.row for r in read_run(run).results] == ["sup"]
     write_plan(run, [table], [("losses", row, 0) for row in ROWS[:2]])  # as when the sweep is over
     assert len(read_run(run).results) == 2
 

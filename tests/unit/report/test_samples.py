@@ -19,6 +19,7 @@ from report_scenes import result
 from rich.console import Console
 
 from cast_ray.contracts.records import RECORD_SCHEMA, Category, encode_image_id
+from cast_ray.contracts.row_result import DatasetFacts, Hardware, RowResult
 from cast_ray.evaluation.coco_results import results_document
 from cast_ray.plan.graph import RowPlan, Stage
 from cast_ray.publish import samples
@@ -115,10 +116,10 @@ def sweep(tmp_path: Path) -> tuple[SweepContext, RowPlan]:
         table="losses",
         command="",
         code_version="",
-        hardware={},
+        hardware=Hardware(),
         store=store,
         dataset_key=dataset.key,
-        dataset={},
+        dataset=DatasetFacts(),
         categories=CATEGORIES,
         runs_path="runs/run",
     )
@@ -215,7 +216,7 @@ def test_an_image_that_is_gone_costs_its_picture_alone(
 ) -> None:
     context, row = sweep
     (tmp_path / "0.png").unlink()
-    monkeypatch.setattr(publish, "read_result", lambda context, row: result("sup"))
+    monkeypatch.setattr(publish, "read_result", lambda context, row: RowResult.of(result("sup"), "result.json"))
     output = io.StringIO()
     assert publish.publish_row(context, row, tmp_path / "out", Console(file=output, width=200))
     assert output.getvalue().startswith("sup: samples.json is left out: ") and "0.png" in output.getvalue()

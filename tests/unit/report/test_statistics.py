@@ -111,10 +111,10 @@ def test_other_images_or_missing_data_fall_back_to_seeds(tmp_path: Path, scores:
     (run / "losses__sup__s1" / "matches-student.npz").unlink()
     interval = report_of(run).differences_in("student/mask_ap")["sup+semi"].interval
     assert interval is not None and interval.resampled == "seeds"
-    elsewhere = [r for r in read_results(run_with(tmp_path / "b", scores))]
-    for r in elsewhere:
-        if r["row"] == "sup":
-            r["recipe"] = r["recipe"] | {"evaluation": {"num_images": 25}}
+    others = {"recipe": {"preset": "shapes", "scale": "demo", "evaluation": {"num_images": 25}}}
+    elsewhere = [
+        r.model_copy(update=others) if r.row == "sup" else r for r in read_results(run_with(tmp_path / "b", scores))
+    ]
     report = summarise(elsewhere, resampling=Resampling(None, 100))
     interval = report.differences_in("student/mask_ap")["sup+semi"].interval
     assert interval is not None and interval.resampled == "seeds"
@@ -148,8 +148,8 @@ def test_the_final_model_is_the_refined_student(tmp_path: Path, scores: Scores) 
     run = run_with(tmp_path, scores)
     (one,) = read_results(run)
     resampling = Resampling(run, 20)
-    final = {"metrics": one["metrics"] | {"final/mask_ap": 4.5}}
-    assert resampling.interval({0: one | final}, "final/mask_ap") == resampling.interval({0: one}, "student/mask_ap")
+    final = one.model_copy(update={"metrics": {**one.metrics, "final/mask_ap": 4.5}})
+    assert resampling.interval({0: final}, "final/mask_ap") == resampling.interval({0: one}, "student/mask_ap")
 
 
 def test_images_without_objects_do_not_spoil_an_interval() -> None:

@@ -16,6 +16,7 @@ from training_scenes import batches
 
 from cast_ray.contracts.records import Category
 from cast_ray.engine.checkpoint import TrainState
+from cast_ray.engine.loop import TrainHooks
 from cast_ray.engine.world import World
 from cast_ray.plan.graph import RowPlan, Stage, plan
 from cast_ray.plan.stage_parts import train_config
@@ -70,14 +71,13 @@ def run(stage: Stage, teacher: Teacher, steps: int, resume: TrainState | None = 
     model, _ = train_stage(
         stage,
         num_classes=3,
-        initial_weights=None,
-        teacher=teacher,
+        parent=teacher,
         batches=batches(resume.step if resume else 0, steps, num_labelled=1),
         world=World(),
         train_config=train_config(stage, RECIPE).model_copy(update={"checkpoint_every_steps": every}),
         resume=resume,
-        on_log=lambda _: None,
-        on_checkpoint=lambda state: states.append(copy.deepcopy(state)),  # its tensors are the live ones
+        # A copy, because a state's tensors are the live ones.
+        hooks=TrainHooks(on_checkpoint=lambda state: states.append(copy.deepcopy(state))),
     )
     return model, states
 

@@ -10,25 +10,26 @@ from pycocotools import mask as coco_mask
 from teacher_scenes import CATEGORIES, CONTRAST, CROP, random_images
 from tiny_checkpoints import write_mask_transformer, write_sam3
 
+from cast_ray.contracts.instance import Instance, SourcedInstance
 from cast_ray.contracts.records import Category
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.recipe import EncoderConfig, ModelConfig, TeacherConfig
 from cast_ray.teachers.ensemble import EnsembleTeacher
 from cast_ray.teachers.expert import ExpertTeacher
 from cast_ray.teachers.fusion import group_instances, suppress, vote
-from cast_ray.teachers.protocol import Instances, load_teacher, save_teacher
+from cast_ray.teachers.protocol import load_teacher, save_teacher
 
 SIZE = (20, 30)
 
 
-def instance(label: int, score: float, box: tuple[int, int, int, int], source: int = 0) -> dict:
+def instance(label: int, score: float, box: tuple[int, int, int, int], source: int = 0) -> SourcedInstance:
     mask = np.zeros(SIZE, dtype=np.uint8)
     mask[box[1] : box[3], box[0] : box[2]] = 1
     rle = coco_mask.encode(np.asfortranarray(mask))["counts"]
     return {"label": label, "score": score, "rle": rle, "size": list(SIZE), "mask_quality": 0.5, "source": source}
 
 
-def decode(found: dict) -> np.ndarray:
+def decode(found: Instance) -> np.ndarray:
     return coco_mask.decode({"size": found["size"], "counts": found["rle"]})
 
 
@@ -45,7 +46,7 @@ def test_suppression_is_the_slow_obvious_one() -> None:
     for score in rng.permutation(40) / 40:
         x, y = int(rng.integers(0, 15)), int(rng.integers(0, 10))
         mine.append(instance(int(rng.integers(2)), float(score), (x, y, x + 12, y + 8)))
-    kept: Instances = []
+    kept: list[SourcedInstance] = []
     for i in sorted(mine, key=lambda i: -i["score"]):
         same = [k for k in kept if k["label"] == i["label"]]
         if all((decode(i) & decode(k)).sum() / (decode(i) | decode(k)).sum() < 0.5 for k in same):

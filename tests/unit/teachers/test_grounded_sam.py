@@ -15,6 +15,7 @@ from tiny_checkpoints import write_detector, write_sam2
 from training_scenes import make_batch
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor, Sam2Model, Sam2VideoConfig, Sam2VideoModel
 
+from cast_ray.contracts.instance import rle_of
 from cast_ray.contracts.records import Category
 from cast_ray.engine.optim import build_optimizer
 from cast_ray.models.postprocess import encode_masks
@@ -118,12 +119,8 @@ def test_padding_batches_and_chunks_change_nothing(folders: dict[str, Path], tea
     for a, b in zip(together, alone):
         assert [i["label"] for i in a] == [i["label"] for i in b]
         np.testing.assert_allclose([i["score"] for i in a], [i["score"] for i in b], rtol=1e-4)
-        same = [coco_mask.iou([_rle(x)], [_rle(y)], [0])[0, 0] for x, y in zip(a, b)]
+        same = [coco_mask.iou([rle_of(x)], [rle_of(y)], [0])[0, 0] for x, y in zip(a, b)]
         assert np.mean(same) > 0.95
-
-
-def _rle(instance: dict[str, Any]) -> dict[str, Any]:
-    return {"size": instance["size"], "counts": instance["rle"]}
 
 
 def test_the_score_ranks_as_asked(folders: dict[str, Path], teacher: GroundedSamTeacher) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
+from cast_ray.contracts.instance import Instance
 from cast_ray.contracts.records import Category
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.recipe import EncoderConfig, ModelConfig, PseudoConfig
@@ -16,7 +17,7 @@ from cast_ray.teachers.expert import ExpertTeacher
 from cast_ray.teachers.pseudo_labels import pseudo_labels
 
 
-def instance(label: int, score: float, left: int, right: int, mask_quality: float = 0.9) -> dict:
+def instance(label: int, score: float, left: int, right: int, mask_quality: float = 0.9) -> Instance:
     mask = np.zeros((10, 20), np.uint8)
     mask[:, left:right] = 1
     return {
@@ -28,7 +29,7 @@ def instance(label: int, score: float, left: int, right: int, mask_quality: floa
     }
 
 
-def columns(found: dict) -> list[int]:
+def columns(found: Instance) -> list[int]:
     mask = coco_mask.decode({"size": found["size"], "counts": found["rle"]})
     return np.flatnonzero(mask.all(0)).tolist()
 
@@ -133,16 +134,16 @@ def test_masks_that_overlap_a_better_one_of_their_class_are_suppressed_before_pa
     assert [i["num_suppressed"] for i in alone] == [0, 0]  # what is not trusted counts nowhere
 
 
-def paint_slowly(found: list[dict[str, Any]], config: PseudoConfig) -> list[tuple[int, float, list[tuple[int, int]]]]:
+def paint_slowly(found: list[Instance], config: PseudoConfig) -> list[tuple[int, float, list[tuple[int, int]]]]:
     """The labelling rule pixel by pixel: (label, score, pixels) of each label."""
 
-    def pixels(one: dict[str, Any]) -> set[tuple[int, int]]:
+    def pixels(one: Instance) -> set[tuple[int, int]]:
         mask = coco_mask.decode({"size": one["size"], "counts": one["rle"]})
         return {(int(y), int(x)) for y, x in zip(*np.nonzero(mask))}
 
     left = [i for i in found if i["score"] > config.score_threshold]
     if config.nms_iou < 1:
-        stay: list[dict[str, Any]] = []
+        stay: list[Instance] = []
         for one in sorted(left, key=lambda i: -i["score"]):
             mine = pixels(one)
             rivals = [pixels(other) for other in stay if other["label"] == one["label"]]
@@ -169,7 +170,7 @@ def test_labels_are_those_of_painting_pixel_by_pixel(order: Any, share: float, i
     rng = np.random.default_rng(7)
     config = PseudoConfig(order=order, min_visible_share=share, nms_iou=iou, max_per_image=8, score_threshold=0.2)
     for _ in range(20):
-        found = []
+        found: list[Instance] = []
         for _ in range(14):
             left, top = rng.integers(0, 14), rng.integers(0, 6)
             mask = np.zeros((10, 20), np.uint8)

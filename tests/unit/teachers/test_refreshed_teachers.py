@@ -14,7 +14,7 @@ from teacher_scenes import CATEGORIES, CROP, random_images
 from tiny_checkpoints import write_detector, write_mask_transformer, write_sam2, write_sam3
 from training_scenes import MODEL, make_batch
 
-from cast_ray.engine.loop import train
+from cast_ray.engine.loop import TrainHooks, train
 from cast_ray.engine.objective import Objective
 from cast_ray.engine.world import World
 from cast_ray.models.segmenter import build_segmenter
@@ -79,8 +79,7 @@ def trained(teacher: Teacher, steps: int) -> list[bytes]:
         seed=0,
         world=World(),
         amp="off",
-        on_refresh=publish,
-        refresh_every_steps=2,
+        hooks=TrainHooks(on_refresh=publish, refresh_every_steps=2),
     )
     return published
 
@@ -138,6 +137,6 @@ def test_a_labeller_becomes_the_student_that_it_labels_for(tmp_path: Path) -> No
         (),
         None,
         4,
-        Learner(config.model_dump(), InputSize("fit", (32, 48))),
+        Learner(config, InputSize("fit", (32, 48))),
     )
     assert [online.input_size_of(version).crop_px for version in (0, 1, 7)] == [(48, 64), (32, 48), (32, 48)]

@@ -9,13 +9,14 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
+from cast_ray.contracts.instance import Instance, Instances, SourcedInstance
 from cast_ray.contracts.records import Category
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.plan.graph import plan
 from cast_ray.recipe import EncoderConfig, ModelConfig, PseudoConfig, build_recipe
 from cast_ray.teachers.expert import ExpertTeacher
 from cast_ray.teachers.fusion import vote
-from cast_ray.teachers.protocol import Instances, Teacher
+from cast_ray.teachers.protocol import Teacher
 from cast_ray.teachers.voting import predict_by_vote
 
 CATEGORIES = [Category(1, "bright")]
@@ -42,7 +43,7 @@ class Bright(Teacher):
             inside = image[:1, :h, :w].float()[None]
             whole = torch.nn.functional.interpolate(inside, tuple(own), mode="bilinear", antialias=True)[0, 0] > 127
             rle = coco_mask.encode(np.asfortranarray(whole.numpy().astype(np.uint8)))["counts"]
-            instance = {"label": 0, "score": self.score, "rle": rle, "size": list(own), "mask_quality": 0.9}
+            instance: Instance = {"label": 0, "score": self.score, "rle": rle, "size": list(own), "mask_quality": 0.9}
             found.append([instance] if whole.any() else [])
         return found
 
@@ -62,7 +63,7 @@ def scene() -> tuple[torch.Tensor, list[tuple[int, int]], list[tuple[int, int]]]
     return images, [(64, 96), (32, 40)], [(32, 48), (32, 40)]
 
 
-def dense(instance: dict[str, Any]) -> np.ndarray:
+def dense(instance: Instance) -> np.ndarray:
     return coco_mask.decode({"size": instance["size"], "counts": instance["rle"]}).astype(bool)
 
 
@@ -113,10 +114,12 @@ def test_a_segmenters_votes_are_those_of_asking_by_hand() -> None:
     found = predict_by_vote(teacher, images, sizes, sizes, PseudoConfig(vote_flip=True, vote_iou=0.5))
     straight, mirrored = teacher.predict(images), teacher.predict(images.flip(-1))
     for mine, a, b in zip(found, straight, mirrored):
-        back = [
-            i | {"rle": coco_mask.encode(np.asfortranarray(dense(i)[:, ::-1].astype(np.uint8)))["counts"]} for i in b
+        back: Instances = [
+            {**i, "rle": coco_mask.encode(np.asfortranarray(dense(i)[:, ::-1].astype(np.uint8)))["counts"]} for i in b
         ]
-        assert mine == vote([i | {"source": 0} for i in a] + [i | {"source": 1} for i in back], 0.5, 2)
+        answers: list[SourcedInstance] = [{**i, "source": 0} for i in a]
+        answers += [{**i, "source": 1} for i in back]
+        assert mine == vote(answers, 0.5, 2)
 
 
 def test_votes_belong_to_the_labels_identity_only_where_there_are_any() -> None:
@@ -140,7 +143,7 @@ def test_a_vote_has_no_query_whose_beliefs_it_could_tell() -> None:
 
     class Sure(Bright):
         def find(self, *arguments: Any) -> list[Instances]:
-            beliefs = {"class_probs": [0.9, 0.1], "mask_probs": b""}
+            beliefs: Any = {"class_probs": [0.9, 0.1], "mask_probs": b""}
             return [[i | beliefs for i in found] for found in super().find(*arguments)]
 
     assert "class_probs" in predict_by_vote(Sure(), images, own, inside, PseudoConfig())[0][0]

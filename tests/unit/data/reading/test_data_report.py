@@ -158,11 +158,11 @@ def test_results_and_report_say_it(tmp_path: Path) -> None:
     recipe = build_recipe("coco", "smoke", {"data.root": str(root)})
     store = ArtifactStore(str(tmp_path / "storage"))
     dataset = read_dataset([recipe], store, Console(file=io.StringIO()), ["runs/test"], lambda: pytest.fail())
-    warnings = dataset.facts()["warnings"]
+    warnings = dataset.facts().warnings
     assert len(warnings) == 2
     rows = [result("sup"), result("sup+semi")]
     for row in rows:
-        row["dataset"]["warnings"] = warnings
+        row["dataset"]["warnings"] = list(warnings)
     notes = summarise(read_results(save(tmp_path / "run", rows))).notes
     assert list(notes[:2]) == [f"WARNING: {warning}" for warning in warnings]
 

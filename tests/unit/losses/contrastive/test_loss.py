@@ -10,7 +10,7 @@ from contrastive_scenes import gradients, scene
 
 from cast_ray.losses.contrastive import pixels as pixel_contrast
 from cast_ray.losses.contrastive.loss import contrastive_loss, temperature_at
-from cast_ray.losses.contrastive.pixel_problem import pose_problem
+from cast_ray.losses.contrastive.pixel_problem import PixelViews, pose_problem
 from cast_ray.losses.contrastive.pixels import diagnose
 from cast_ray.recipe import CONTRASTIVE_PRESETS, ContrastiveConfig
 
@@ -18,7 +18,7 @@ SIZE = (2, 3)
 
 
 def facts_of(inputs, config, temperature=0.1):
-    out = contrastive_loss(**inputs, config=config, temperature=temperature)
+    out = contrastive_loss(PixelViews(**inputs), config=config, temperature=temperature)
     assert out.statistics is not None and not out.statistics.requires_grad
     return diagnose(out.statistics, temperature)
 
@@ -35,7 +35,7 @@ def reference(inputs, config, temperature, how="expectation"):
 
 
 def assert_equal_to_reference(inputs, config, temperature, how="expectation"):
-    found = contrastive_loss(**inputs, config=config, temperature=temperature)
+    found = contrastive_loss(PixelViews(**inputs), config=config, temperature=temperature)
     wanted, count = reference(inputs, config, temperature, how)
     torch.testing.assert_close(found.sum, wanted, rtol=1e-5, atol=1e-5)
     assert found.count == count > 0
@@ -70,7 +70,7 @@ def test_padding_is_neither_anchor_nor_negative(preset):
     inputs["valid"][0, :, 8:] = False
     config = column(preset, estimator="expectation")
     assert_equal_to_reference(inputs, config, 0.2)
-    loss = contrastive_loss(**inputs, config=config, temperature=0.2)
+    loss = contrastive_loss(PixelViews(**inputs), config=config, temperature=0.2)
     assert loss.count == 10
     for grad in gradients(inputs, loss.sum):
         assert not grad[0, :, :, 2].any() and grad[0, :, :, :2].any()
@@ -80,7 +80,9 @@ def mean_of_draws(inputs, config, temperature, draws):
     g = torch.Generator().manual_seed(0)
     values, grads = [], 0
     for _ in range(draws):
-        out = contrastive_loss(**inputs, config=config, temperature=temperature, generator=g, with_diagnostics=False)
+        out = contrastive_loss(
+            PixelViews(**inputs), config=config, temperature=temperature, generator=g, with_diagnostics=False
+        )
         values.append(out.sum.detach())
         grads = grads + torch.cat([t.flatten() for t in gradients(inputs, out.sum)]) / draws
     drawn = torch.stack(values)
@@ -96,7 +98,7 @@ def test_sampled_is_unbiased_for_the_mean_over_every_draw_and_below_the_expectat
     exact, _ = reference(inputs, config, temperature, how=how)
     wanted = torch.cat([t.flatten() for t in gradients(inputs, exact)])
     upper = contrastive_loss(
-        **inputs, config=config.model_copy(update={"estimator": "expectation"}), temperature=temperature
+        PixelViews(**inputs), config=config.model_copy(update={"estimator": "expectation"}), temperature=temperature
     ).sum
     assert abs(mean - exact) < 4 * error
     assert exact < upper and mean + 4 * error < upper
@@ -124,7 +126,7 @@ def test_no_cap_is_all_pixels():
     inputs = scene()
     capped = ContrastiveConfig(estimator="expectation", num_anchors=6, pool_size=12)
     free = capped.model_copy(update={"num_anchors": None, "pool_size": None})
-    some, all_of_them = (contrastive_loss(**inputs, config=c, temperature=0.2) for c in (capped, free))
+    some, all_of_them = (contrastive_loss(PixelViews(**inputs), config=c, temperature=0.2) for c in (capped, free))
     assert torch.equal(some.sum, all_of_them.sum) and some.count == all_of_them.count == 12
     assert_equal_to_reference(inputs, free, 0.2)
 
@@ -142,7 +144,12 @@ def test_workers_share_one_pool(scope, candidates):
     inputs = scene(images=2, h=4, w=4)
     config = ContrastiveConfig(scope=scope, pool_size=8 if scope == "batch" else 6, num_anchors=3)
     problem = pose_problem(
-        **inputs, config=config, generator=None, gather=TwoWorkers(), negatives_from="weak", with_truth=False
+        PixelViews(**inputs),
+        config=config,
+        generator=None,
+        gather=TwoWorkers(),
+        negatives_from="weak",
+        with_truth=False,
     )
     assert len(problem.candidates) == len(problem.pool.pixel) == candidates
     own = problem.pool.pixel[problem.first : problem.first + 2 * problem.per_image] // 16
@@ -153,14 +160,16 @@ def test_one_image_finds_its_negatives_in_itself():
     config = ContrastiveConfig(estimator="expectation")
     assert_equal_to_reference(scene(images=1), config, 0.2)
     alone = config.model_copy(update={"scope": "same-image"})
-    batch, apart = (contrastive_loss(**scene(images=1), config=c, temperature=0.2) for c in (config, alone))
+    batch, apart = (contrastive_loss(PixelViews(**scene(images=1)), config=c, temperature=0.2) for c in (config, alone))
     torch.testing.assert_close(batch.sum, apart.sum)
 
 
 def test_fewer_candidates_than_r_are_drawn_again_with_replacement():
     inputs, config = scene(images=1), ContrastiveConfig(num_negatives=500)
-    mean = contrastive_loss(**inputs, config=config.model_copy(update={"estimator": "expectation"}), temperature=0.3)
-    drawn = contrastive_loss(**inputs, config=config, temperature=0.3)
+    mean = contrastive_loss(
+        PixelViews(**inputs), config=config.model_copy(update={"estimator": "expectation"}), temperature=0.3
+    )
+    drawn = contrastive_loss(PixelViews(**inputs), config=config, temperature=0.3)
     assert drawn.count == 6
     torch.testing.assert_close(drawn.sum, mean.sum, rtol=0.01, atol=0)  # 500 draws of 5 candidates
 
@@ -168,12 +177,12 @@ def test_fewer_candidates_than_r_are_drawn_again_with_replacement():
 def test_pool_of_some_pixels_approaches_the_pool_of_all():
     inputs = scene(images=2)
     config = ContrastiveConfig(estimator="expectation", num_negatives=8)
-    exact = contrastive_loss(**inputs, config=config, temperature=0.5).sum
+    exact = contrastive_loss(PixelViews(**inputs), config=config, temperature=0.5).sum
     biases = []
     for pool in (4, 10):
         g = torch.Generator().manual_seed(1)
         small = config.model_copy(update={"pool_size": pool})
-        draws = [contrastive_loss(**inputs, config=small, temperature=0.5, generator=g) for _ in range(300)]
+        draws = [contrastive_loss(PixelViews(**inputs), config=small, temperature=0.5, generator=g) for _ in range(300)]
         biases.append(abs(torch.stack([d.sum / d.count * exact.new_tensor(12) for d in draws]).mean() - exact))
     assert biases[1] < biases[0] < 0.1 * exact
 
@@ -181,9 +190,9 @@ def test_pool_of_some_pixels_approaches_the_pool_of_all():
 def test_some_anchors_estimate_the_mean_over_all():
     inputs = scene()
     config = ContrastiveConfig(estimator="expectation", num_anchors=2)
-    whole = contrastive_loss(**inputs, config=config.model_copy(update={"num_anchors": 6}), temperature=0.3)
+    whole = contrastive_loss(PixelViews(**inputs), config=config.model_copy(update={"num_anchors": 6}), temperature=0.3)
     g = torch.Generator().manual_seed(0)
-    some = [contrastive_loss(**inputs, config=config, temperature=0.3, generator=g) for _ in range(300)]
+    some = [contrastive_loss(PixelViews(**inputs), config=config, temperature=0.3, generator=g) for _ in range(300)]
     assert all(s.count == 4 for s in some)
     means = torch.stack([s.sum / s.count for s in some])
     assert abs(means.mean() - whole.sum / whole.count) < 4 * means.std() / 300**0.5
@@ -193,7 +202,7 @@ def test_some_anchors_estimate_the_mean_over_all():
 def test_one_image_has_no_negatives_in_other_images(estimator):
     inputs = scene(images=1)
     config = ContrastiveConfig(scope="cross-image", estimator=estimator)
-    out = contrastive_loss(**inputs, config=config, temperature=0.07)
+    out = contrastive_loss(PixelViews(**inputs), config=config, temperature=0.07)
     assert out.sum == 0 and out.count == 0 and out.sum.requires_grad
     assert all(g.isfinite().all() and not g.any() for g in gradients(inputs, out.sum))
     assert facts_of(inputs, config)["raw_loss"] == 0
@@ -206,7 +215,7 @@ def test_equal_pseudo_labels_everywhere_give_nothing(estimator, sampler, scope):
     inputs["mask_logits"] = torch.zeros_like(inputs["mask_logits"])
     inputs["class_logits"] = inputs["class_logits"][:1, :1].expand_as(inputs["class_logits"]).contiguous()
     config = ContrastiveConfig(sampler=sampler, scope=scope, estimator=estimator)
-    out = contrastive_loss(**inputs, config=config, temperature=0.07)
+    out = contrastive_loss(PixelViews(**inputs), config=config, temperature=0.07)
     assert out.sum == 0 and out.count == 0
     assert all(not g.any() for g in gradients(inputs, out.sum))
 
@@ -218,7 +227,7 @@ def test_image_without_confident_query_still_contrasts_by_masks():
     fusion = ContrastiveConfig(estimator="expectation", scope="same-image")
     assert_equal_to_reference(inputs, fusion, 0.2)
     by_class = fusion.model_copy(update={"sampler": "class"})
-    out = contrastive_loss(**inputs, config=by_class, temperature=0.2)
+    out = contrastive_loss(PixelViews(**inputs), config=by_class, temperature=0.2)
     assert out.count == 6  # the other image's anchors
     assert not gradients(inputs, out.sum)[0][0].any()
 
@@ -226,14 +235,14 @@ def test_image_without_confident_query_still_contrasts_by_masks():
 def test_all_padding_gives_nothing():
     inputs = scene()
     inputs["valid"][:] = False
-    out = contrastive_loss(**inputs, config=ContrastiveConfig(), temperature=0.07)
+    out = contrastive_loss(PixelViews(**inputs), config=ContrastiveConfig(), temperature=0.07)
     assert out.sum == 0 and out.count == 0
 
 
 def test_oracle_without_truth_gives_nothing_and_unknown_shares_are_nan():
     inputs = scene()
     inputs["truth_instance"][:] = inputs["truth_class"][:] = -1
-    out = contrastive_loss(**inputs, config=ContrastiveConfig(sampler="oracle"), temperature=0.07)
+    out = contrastive_loss(PixelViews(**inputs), config=ContrastiveConfig(sampler="oracle"), temperature=0.07)
     assert out.sum == 0 and out.count == 0
     facts = facts_of(inputs, ContrastiveConfig())
     assert math.isnan(facts["fnr"]) and math.isnan(facts["same_class"]) and facts["raw_loss"] > 0
@@ -253,7 +262,7 @@ def test_hinge_stops_the_gradient_of_far_negatives(estimator):
     pushed = {}
     for name, value in (("far", z), ("near", z_near)):
         inputs["z_weak"], inputs["z_strong"] = value.clone().requires_grad_(), value.clone()
-        out = contrastive_loss(**inputs, config=config, temperature=temperature)
+        out = contrastive_loss(PixelViews(**inputs), config=config, temperature=temperature)
         (grad,) = torch.autograd.grad(out.sum, [inputs["z_weak"]])
         # The positive's own pull is along z_strong, here (1, 0) for image 0: what is left along (0, 1) is the push.
         pushed[name] = grad[0, 1].abs().max().item()
@@ -271,7 +280,7 @@ def test_finite_gradients_in_half_precision_at_the_lowest_temperature(dtype, pre
     inputs["z_strong"].requires_grad_()
     config = column(preset, estimator=estimator)
     with torch.autocast("cpu", dtype=dtype if dtype == torch.bfloat16 else torch.float16):
-        out = contrastive_loss(**inputs, config=config, temperature=0.07)
+        out = contrastive_loss(PixelViews(**inputs), config=config, temperature=0.07)
     assert out.sum.dtype == torch.float32 and out.sum.isfinite()
     assert all(g.isfinite().all() and g.any() for g in gradients(inputs, out.sum))
 
@@ -280,7 +289,7 @@ def test_extreme_temperature_and_equal_views_stay_finite():
     inputs = scene()
     inputs["z_strong"] = (-inputs["z_weak"].detach()).requires_grad_()
     for temperature in (1e-3, 0.02, 10.0):
-        out = contrastive_loss(**inputs, config=ContrastiveConfig(), temperature=temperature)
+        out = contrastive_loss(PixelViews(**inputs), config=ContrastiveConfig(), temperature=temperature)
         assert out.sum.isfinite() and all(g.isfinite().all() for g in gradients(inputs, out.sum))
 
 
@@ -288,7 +297,7 @@ def test_no_gradient_flows_through_the_pseudo_probabilities():
     inputs = scene()
     inputs["mask_logits"].requires_grad_()
     inputs["class_logits"].requires_grad_()
-    out = contrastive_loss(**inputs, config=ContrastiveConfig(), temperature=0.1)
+    out = contrastive_loss(PixelViews(**inputs), config=ContrastiveConfig(), temperature=0.1)
     grads = torch.autograd.grad(out.sum, [inputs["mask_logits"], inputs["class_logits"]], allow_unused=True)
     assert grads == (None, None)
 
@@ -296,17 +305,19 @@ def test_no_gradient_flows_through_the_pseudo_probabilities():
 def test_detached_strong_view_gets_no_gradient_and_changes_no_other():
     inputs = scene()
     config = ContrastiveConfig(estimator="expectation")
-    both = gradients(inputs, contrastive_loss(**inputs, config=config, temperature=0.1).sum)[0]
+    both = gradients(inputs, contrastive_loss(PixelViews(**inputs), config=config, temperature=0.1).sum)[0]
     inputs["z_strong"] = inputs["z_strong"].detach()
-    (one,) = torch.autograd.grad(contrastive_loss(**inputs, config=config, temperature=0.1).sum, [inputs["z_weak"]])
+    (one,) = torch.autograd.grad(
+        contrastive_loss(PixelViews(**inputs), config=config, temperature=0.1).sum, [inputs["z_weak"]]
+    )
     torch.testing.assert_close(both, one)
 
 
 def test_pieces_add_up_to_the_whole():
     inputs, config = scene(), ContrastiveConfig(estimator="expectation")
-    whole = contrastive_loss(**inputs, config=config, temperature=0.1)
+    whole = contrastive_loss(PixelViews(**inputs), config=config, temperature=0.1)
     with mock.patch.dict(pixel_contrast._PAIRS_AT_A_TIME, cpu=24):  # two anchors of twelve candidates
-        pieces = contrastive_loss(**inputs, config=config, temperature=0.1)
+        pieces = contrastive_loss(PixelViews(**inputs), config=config, temperature=0.1)
     torch.testing.assert_close(whole.sum, pieces.sum)
     assert whole.count == pieces.count
     for a, b in zip(gradients(inputs, whole.sum), gradients(inputs, pieces.sum)):
@@ -317,7 +328,7 @@ def test_pieces_add_up_to_the_whole():
 def test_diagnostics_equal_the_loops():
     inputs, temperature = scene(), 0.3
     config = ContrastiveConfig(estimator="expectation")
-    found = contrastive_loss(**inputs, config=config, temperature=temperature)
+    found = contrastive_loss(PixelViews(**inputs), config=config, temperature=temperature)
     weights = all_weights(
         inputs["mask_logits"], inputs["class_logits"], inputs["valid"], inputs["truth_instance"], SIZE, config
     )
@@ -342,7 +353,7 @@ def test_diagnostics_equal_the_loops():
     }
     assert facts_of(inputs, config, temperature) == pytest.approx(wanted, abs=1e-5)
     assert 0 < false < 1
-    plain = contrastive_loss(**inputs, config=config, temperature=temperature, with_diagnostics=False)
+    plain = contrastive_loss(PixelViews(**inputs), config=config, temperature=temperature, with_diagnostics=False)
     assert plain.statistics is None and torch.equal(plain.sum, found.sum)
 
 
@@ -355,7 +366,9 @@ def test_oracle_draws_no_false_negative_and_uniform_does():
 def test_generator_decides_the_draws():
     inputs, config = scene(), ContrastiveConfig(num_anchors=3, pool_size=8)
     sums = [
-        contrastive_loss(**inputs, config=config, temperature=0.1, generator=torch.Generator().manual_seed(s)).sum
+        contrastive_loss(
+            PixelViews(**inputs), config=config, temperature=0.1, generator=torch.Generator().manual_seed(s)
+        ).sum
         for s in (3, 3, 4)
     ]
     assert sums[0] == sums[1] != sums[2]
@@ -363,7 +376,7 @@ def test_generator_decides_the_draws():
 
 def test_it_is_differentiated_once():
     inputs = scene()
-    out = contrastive_loss(**inputs, config=ContrastiveConfig(), temperature=0.1)
+    out = contrastive_loss(PixelViews(**inputs), config=ContrastiveConfig(), temperature=0.1)
     out.sum.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
         out.sum.backward()
@@ -371,7 +384,7 @@ def test_it_is_differentiated_once():
 
 def test_no_host_copy():
     with mock.patch.object(torch.Tensor, "item", side_effect=AssertionError("item() in the hot path")):
-        out = contrastive_loss(**scene(), config=ContrastiveConfig(), temperature=0.1)
+        out = contrastive_loss(PixelViews(**scene()), config=ContrastiveConfig(), temperature=0.1)
     assert out.sum > 0
 
 
@@ -386,8 +399,8 @@ def test_temperature_schedule():
 def test_bad_input_is_refused():
     inputs, config = scene(), ContrastiveConfig()
     with pytest.raises(ValueError, match=r"contrastive.kind: expected one of cast, .* got 'none'"):
-        contrastive_loss(**inputs, config=ContrastiveConfig(kind="none"), temperature=0.1)
+        contrastive_loss(PixelViews(**inputs), config=ContrastiveConfig(kind="none"), temperature=0.1)
     with pytest.raises(ValueError, match=r"expected two views \[B, D, h, w\] of one shape"):
-        contrastive_loss(**{**inputs, "z_strong": inputs["z_strong"][:1]}, config=config, temperature=0.1)
+        contrastive_loss(PixelViews(**{**inputs, "z_strong": inputs["z_strong"][:1]}), config=config, temperature=0.1)
     with pytest.raises(ValueError, match=r"expected batches of 2, got \[1, 2\]"):
-        contrastive_loss(**{**inputs, "valid": inputs["valid"][:1]}, config=config, temperature=0.1)
+        contrastive_loss(PixelViews(**{**inputs, "valid": inputs["valid"][:1]}), config=config, temperature=0.1)

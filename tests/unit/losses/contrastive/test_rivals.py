@@ -8,6 +8,7 @@ from contrastive_reference import all_weights, centres, dense_loss, pseudo_label
 from contrastive_scenes import gradients, scene
 
 from cast_ray.losses.contrastive.loss import contrastive_loss
+from cast_ray.losses.contrastive.pixel_problem import PixelViews
 from cast_ray.losses.contrastive.pixels import diagnose
 from cast_ray.recipe import ContrastiveConfig
 
@@ -22,15 +23,15 @@ def loops(inputs, **changes):
 
 def check(inputs, kind, wanted, count, **changes):
     config = ContrastiveConfig(kind=kind, estimator="expectation", num_negatives=R, **changes)
-    found = contrastive_loss(**inputs, config=config, temperature=T)
+    found = contrastive_loss(PixelViews(**inputs), config=config, temperature=T)
     torch.testing.assert_close(found.sum, wanted)
     assert found.count == count > 0
     for a, b in zip(gradients(inputs, found.sum), gradients(inputs, wanted)):
         torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-4, atol=1e-5)
     sampled = config.model_copy(update={"estimator": "sampled", "num_negatives": 512})
     expected = config.model_copy(update={"num_negatives": 512})
-    many = contrastive_loss(**inputs, config=sampled, temperature=T).sum
-    mean = contrastive_loss(**inputs, config=expected, temperature=T).sum
+    many = contrastive_loss(PixelViews(**inputs), config=sampled, temperature=T).sum
+    mean = contrastive_loss(PixelViews(**inputs), config=expected, temperature=T).sum
     torch.testing.assert_close(many, mean, rtol=0.01, atol=0)
 
 
@@ -81,14 +82,14 @@ def test_one_image_of_one_class_is_harmless(kind, estimator):
     inputs = scene(images=1)
     inputs["truth_class"][:] = 0
     config = ContrastiveConfig(kind=kind, estimator=estimator, scope="cross-image")
-    out = contrastive_loss(**inputs, config=config, temperature=0.07)
+    out = contrastive_loss(PixelViews(**inputs), config=config, temperature=0.07)
     assert out.sum == 0 and out.count == 0
     assert all(g.isfinite().all() and not g.any() for g in gradients(inputs, out.sum))
 
 
 @pytest.mark.parametrize("kind", ["infonce", "pc2seg", "supervised"])
 def test_rivals_have_diagnostics_and_no_oracle(kind):
-    out = contrastive_loss(**scene(), config=ContrastiveConfig(kind=kind), temperature=0.1)
+    out = contrastive_loss(PixelViews(**scene()), config=ContrastiveConfig(kind=kind), temperature=0.1)
     assert out.statistics is not None
     facts = diagnose(out.statistics, 0.1)
     assert all(map(math.isfinite, facts.values())) and facts["raw_loss"] == pytest.approx((out.sum / out.count).item())

@@ -70,8 +70,8 @@ def test_the_store_holds_what_load_reads(reader: Reader, monkeypatch: pytest.Mon
         stored = reader.store.read_table(found.key, f"{name}.parquet")
         assert stored.equals(getattr(whole, name)), name
     facts = found.facts()
-    assert (facts["num_train"], facts["num_val"], facts["num_source"], facts["num_extra"]) == (8, 4, 0, 3)
-    assert facts["skipped"] == 0 and facts["classes"][0] == "person"
+    assert (facts.num_train, facts.num_val, facts.num_source, facts.num_extra) == (8, 4, 0, 3)
+    assert facts.skipped == 0 and facts.classes[0] == "person"
 
 
 def test_it_is_read_once(reader: Reader) -> None:
@@ -143,7 +143,7 @@ def test_a_refused_dataset_leaves_its_report(reader: Reader) -> None:
 
     assert reader.num_read == 12
     accepted = reader({"data.max_bad_fraction": "0.25"})
-    assert accepted.num_images["train"] == 6 and accepted.facts()["skipped"] == 2
+    assert accepted.num_images["train"] == 6 and accepted.facts().skipped == 2
     assert "2 of 12 images and 0 of 50 annotations skipped (data_report.json), first: image" in reader.output.getvalue()
     assert reader.num_read == 12  # another limit needs no other read
 
@@ -201,7 +201,7 @@ def test_a_pool_of_known_images_is_told_and_leaves_none(reader: Reader) -> None:
     dataset = reader(row)
     note = "12 of 15 images of the extra pool are training or validation images (the same bytes; the first: "
     assert dataset.num_images["extra"] == 3 and note in reader.output.getvalue()
-    assert dataset.facts()["notes"][0].startswith(note) and reader.report()["copies"]["pool_left_out"] == 12
+    assert dataset.facts().notes[0].startswith(note) and reader.report()["copies"]["pool_left_out"] == 12
     store_splits(dataset, reader.recipes(row), reader.store)
     shutil.rmtree(reader.folder / "copies/train_extra")
     with pytest.raises(ValueError, match="leaves 0 unlabelled images: expected at least 1 per worker"):

@@ -11,7 +11,7 @@ import pytest
 from cast_ray.plan.graph import Stage
 from cast_ray.recipe import DataConfig
 from cast_ray.runtime.data.images import Images
-from cast_ray.runtime.data.training_stream import StepSchedule, step_blocks
+from cast_ray.runtime.data.training_stream import SampleRules, StepSchedule, step_blocks
 from cast_ray.runtime.worker.online import OnlineLabels, version_of, versions_from
 
 
@@ -41,7 +41,7 @@ def plan_of(share: int, batch: int, refresh_steps: int, first_step: int = 0, ste
     images = Images(none, np.arange(4), np.arange(9), ())
     slots = np.zeros((steps, share), dtype=np.int64)
     online = OnlineLabels(stage, (), None, refresh_steps) if batch else None
-    return StepSchedule(images, DataConfig(), 0, slots, slots, first_step, (0, 0), False, False, online)
+    return StepSchedule(images, DataConfig(), 0, slots, slots, first_step, (0, 0), SampleRules(strong=False), online)
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,8 @@ def test_a_reader_stays_with_the_attempt_it_found(store: ArtifactStore) -> None:
     first.commit(STAGE, {})
     reader = store.new_attempt()
     assert reader.read_bytes(STAGE.key, "model.safetensors") == first.attempt.encode()
-    store.write_json(f"artifacts/{STAGE.key}/manifest.json", store.manifest(STAGE.key) | {"attempt": second.attempt})
+    later = store.manifest(STAGE.key).model_copy(update={"attempt": second.attempt})
+    store.write_bytes(f"artifacts/{STAGE.key}/manifest.json", later.to_json().encode())
     assert reader.read_bytes(STAGE.key, "curves.json") == first.attempt.encode()
     assert store.new_attempt().read_bytes(STAGE.key, "curves.json") == second.attempt.encode()
 
@@ -142,7 +143,7 @@ def test_the_manifest_says_what_was_made(store: ArtifactStore) -> None:
         "seconds": 1.5,
         "resumed_at_step": None,
     }
-    assert {key: manifest[key] for key in wanted} == wanted and manifest["committed"] > 0
+    assert {key: getattr(manifest, key) for key in wanted} == wanted and (manifest.committed or 0) > 0
 
 
 def test_every_committed_fingerprint_is_listed(store: ArtifactStore) -> None:

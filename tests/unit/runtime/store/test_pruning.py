@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from report_scenes import result
 
 from cast_ray.cli import store as store_command
 from cast_ray.plan.graph import Stage
@@ -54,8 +55,8 @@ def test_unfinished_artifacts_go_and_finished_ones_stay(store: ArtifactStore) ->
 def test_finished_ones_go_by_age_and_use(store: ArtifactStore) -> None:
     for name, age_s in (("a", OLD_S), ("b", OLD_S), ("c", 0)):
         commit(store, name, age_s)
-    used = {"stages": [{"fingerprint": stage("a").fingerprint}], "dataset": {"content_hash": "0" * 64}}
-    store.write_json("runs/x/losses__sup__s0/result.json", used)
+    stages = [{"name": "a", "kind": "train", "fingerprint": stage("a").fingerprint}]
+    store.write_json("runs/x/losses__sup__s0/result.json", result("sup", stages=stages))
 
     def planned(older_s: float | None, unused: bool) -> set[str]:
         return {a.fingerprint[0] for a in find_prunable(store, older_s, unused).artifacts}
@@ -79,7 +80,7 @@ def test_a_result_that_cannot_be_read_stops_the_pruning_of_what_is_unused(store:
 def test_the_data_and_the_foundation_of_a_result_are_in_use(store: ArtifactStore) -> None:
     for name in "abc":
         commit(store, name, OLD_S)
-    used = {"stages": [], "given": [stage("a").fingerprint], "dataset": {"artifact": stage("b").key}}
+    used = result("sup", stages=[], given=[stage("a").fingerprint], dataset={"artifact": stage("b").key})
     store.write_json("runs/x/main__CAST__s0/result.json", used)
     assert [a.key for a in find_prunable(store, None, True).artifacts] == [stage("c").key]
 

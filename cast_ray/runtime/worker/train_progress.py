@@ -1,0 +1,76 @@
+"""What a train stage tells others as it goes: the progress display, its checkpoints and a refreshed teacher."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+
+import ray.train
+import torch
+from ray.train import Checkpoint
+from safetensors.torch import save as save_tensors
+
+from cast_ray.engine.checkpoint import TrainState
+from cast_ray.plan.graph import Stage
+from cast_ray.runtime.worker.evaluation import POST_EVERY_S
+from cast_ray.runtime.worker.online import Publisher
+from cast_ray.runtime.worker.segment import Segment
+
+logger = logging.getLogger(__name__)
+
+
+class TrainProgress:
+    """The callbacks of a train stage on one worker, for `engine.loop.TrainHooks`; only the first worker posts.
+
+    Args:
+        rank: of the worker.
+        publisher: of a stage that refreshes its teacher.
+    """
+
+    def __init__(self, segment: Segment, stage: Stage, rank: int, publisher: Publisher | None):
+        self.segment, self.stage, self.is_first, self.publisher = segment, stage, rank == 0, publisher
+        self.post = {"stage": stage.name, "fingerprint": stage.fingerprint, "steps": stage.steps, "unit": "step"}
+        self.posted = 0.0
+        self.entries: list[dict[str, float]] = []
+
+    def start(self, step: int) -> None:
+        """Shows the stage as running from a step on."""
+        if self.is_first:
+            self.segment.broker.post.remote(self.segment.owner, self.post | {"step": step})
+
+    def on_log(self, entry: dict[str, float]) -> None:
+        """Sends entries of the curve to the broker, not more often than each POST_EVERY_S and after the last step."""
+        if not self.is_first:
+            return
+        now = time.monotonic()
+        self.entries.append(entry)
+        if now - self.posted > POST_EVERY_S or entry["step"] == self.stage.steps:
+            self.posted = now
+            facts = self.post | {k: entry[k] for k in ("step", "loss", "images_per_s")}
+            self.segment.broker.post.remote(self.segment.owner, facts, tuple(self.entries))
+            self.entries.clear()
+
+    def on_checkpoint(self, state: TrainState) -> None:
+        """Reports a checkpoint to Train, which all workers must do, and notes where it is."""
+        stage, store = self.stage, self.segment.store
+        name = f"{stage.fingerprint}-{state.step:08d}"
+        metrics = {"step": state.step, "stage": stage.name, "loss": state.curve[-1]["loss"] if state.curve else None}
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = None
+            if self.is_first:
+                state.save(folder)
+                checkpoint = Checkpoint.from_directory(folder)
+            ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=name)
+        if self.is_first:
+            run = ray.train.get_context().get_experiment_name()
+            logger.info("checkpoint of %s (%s) written at step %d", stage.name, self.segment.owner, state.step)
+            store.note_checkpoint(stage.fingerprint, store.uri("train", run, name), state.step)
+            if self.publisher is not None:
+                self.publisher.noted_checkpoint(state.step)
+
+    def on_refresh(self, step: int, weights: dict[str, torch.Tensor]) -> None:
+        """Publishes the weights that label from the next window but one on."""
+        if self.is_first and self.publisher is not None:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+            self.publisher.publish(step, save_tensors(tensors))
