@@ -141,7 +141,12 @@ def _collect(store: ArtifactStore, arguments: argparse.Namespace, console: Conso
 def _print_pruning(pruning: Pruning, console: Console) -> None:
     for what, artifacts in (("unfinished", pruning.unfinished), ("artifacts", pruning.artifacts)):
         console.print(f"{what:12} {len(artifacts):,}, {_size(sum(a.num_bytes for a in artifacts))}")
-    console.print(f"{'leftovers':12} {len(pruning.leftovers):,} checkpoints, logs and attempts of runs that are over")
+    console.print(
+        f"{'leftovers':12} {len(pruning.leftovers):,} checkpoints, logs, claims and attempts of runs that are over"
+    )
+    for holder in pruning.planning:
+        who = f"a command of {holder.user} on {holder.host} is reading its data and has not said what it needs"
+        console.print(f"kept         every artifact: {who}: {holder.command}", highlight=False, soft_wrap=True)
     for holder, count in pruning.in_use.items():
         who = f"a sweep of {holder.user} on {holder.host} may need: {holder.command}"
         console.print(f"kept         {count:,} artifacts that {who}", highlight=False, soft_wrap=True)

@@ -12,6 +12,8 @@ from pyarrow import ArrowInvalid, fs
 
 from cast_ray.common.files import write_atomically
 
+SINGLE_UPLOADS = "allow_delayed_open=true"
+"""Option of pyarrow's S3 filesystem: a file is not opened in the store before its first 5 MB are full or it ends."""
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 
 
@@ -47,6 +49,19 @@ def join(root: str, name: str) -> str:
         return os.path.join(root, name)
     parts = urlsplit(root.replace("#", "%23"))
     return _unsplit(parts, f"{parts.path.rstrip('/')}/{quote(name)}")
+
+
+def below(root: str, *parts: str) -> str:
+    """The path or URI of what lies below a folder; a URI's options (`?endpoint_override=...`) stay at its end."""
+    place, mark, options = root.partition("?") if is_uri(root) else (root, "", "")
+    return "/".join([place.rstrip("/"), *parts]) + mark + options
+
+
+def in_few_requests(uri: str) -> str:
+    """A URI with the option that has S3 take a small file by one request, where a multipart upload are three."""
+    if not uri.startswith("s3://") or SINGLE_UPLOADS.partition("=")[0] in urlsplit(uri).query:
+        return uri
+    return f"{uri}{'&' if '?' in uri else '?'}{SINGLE_UPLOADS}"
 
 
 def read_bytes(uri: str, num_bytes: int | None = None) -> bytes:
@@ -87,4 +102,6 @@ def _local() -> fs.LocalFileSystem:
 
 @lru_cache(maxsize=16)
 def _filesystem(prefix: str) -> tuple[fs.FileSystem, str]:
-    return fs.FileSystem.from_uri(prefix)  # cached: a client for each of 100,000 images would cost seconds
+    return fs.FileSystem.from_uri(
+        in_few_requests(prefix)
+    )  # cached: a client for each of 100,000 images would cost seconds

@@ -26,6 +26,8 @@ class Manifest(Document):
     fingerprint: str = ""
     attempt: str = ""
     """Folder of the files that count; empty in stores of early versions, which have no attempts."""
+    files: dict[str, int] = Field(default_factory=dict)
+    """Name of each file of that attempt -> bytes; empty in stores of early versions."""
     parents: dict[str, str] = Field(default_factory=dict)
     """Role -> fingerprint of each artifact that it was made from."""
     config: dict[str, Any] = Field(default_factory=dict)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 from pycocotools import mask as coco_mask
 
 from cast_ray.contracts.instance import RecordInstance, Rle
@@ -41,6 +42,51 @@ RECORD_SCHEMA = pa.schema(
         ("instances", pa.list_(INSTANCE_TYPE)),  # null: nobody knows (an image of the extra unlabelled pool)
     ]
 )
+
+
+MAX_CHUNK_BYTES = 1 << 30
+"""Of one chunk of a record table. Its RLEs have offsets of 32 bits, as they have in the files of earlier versions, so
+that Arrow cannot join or take rows across 2 GiB of them."""
+
+
+def pieces_of(table: pa.Table, max_bytes: int | None = None) -> Iterator[pa.Table]:
+    """Cuts a table of records into pieces of one chunk each, in order; an empty table is one piece.
+
+    Args:
+        max_bytes: of a piece that was joined from several chunks; default: MAX_CHUNK_BYTES. A larger chunk stays whole.
+    """
+    if not table.num_rows:
+        yield table
+    limit, size = max_bytes or MAX_CHUNK_BYTES, 0
+    pending: list[pa.RecordBatch] = []
+    for batch in table.to_batches():
+        if pending and size + batch.nbytes > limit:
+            yield pa.Table.from_batches(pending).combine_chunks()
+            pending, size = [], 0
+        pending.append(batch)
+        size += batch.nbytes
+    if pending and table.num_rows:
+        yield pa.Table.from_batches(pending).combine_chunks()
+
+
+def instance_rows(instances: pa.ChunkedArray) -> np.ndarray:
+    """Row of the table that each instance of its column belongs to, int64 [N], in order."""
+    counts = pa.compute.fill_null(pa.compute.list_value_length(instances), 0).to_numpy()
+    return np.repeat(np.arange(len(instances)), counts)
+
+
+def take_rows(table: pa.Table, rows: Sequence[int] | np.ndarray) -> pa.Table:
+    """Rows of a table of records in the order asked for, as `Table.take` gives them, from a table of any size."""
+    wanted, batches = np.asarray(rows, dtype=np.int64), table.to_batches()
+    ends = np.cumsum([batch.num_rows for batch in batches])
+    chunk = np.searchsorted(ends, wanted, side="right")
+    runs = np.split(np.arange(len(wanted)), np.flatnonzero(np.diff(chunk)) + 1)
+    parts = []
+    for run in (run for run in runs if len(run)):
+        batch = batches[chunk[run[0]]]
+        first = ends[chunk[run[0]]] - batch.num_rows
+        parts.append(pa.Table.from_batches([batch.take(pa.array(wanted[run] - first))]))
+    return pa.concat_tables(parts) if parts else table.slice(0, 0)
 
 
 _MOST_RLES = 255  # pycocotools 2.0.11 counts the masks of one `area` call in 8 bits

@@ -13,7 +13,7 @@ import pyarrow.compute
 
 from cast_ray.common.files import write_atomically
 from cast_ray.contracts.instance import Instances
-from cast_ray.contracts.records import ClassMap, instances_of
+from cast_ray.contracts.records import ClassMap, instances_of, take_rows
 from cast_ray.data.reading.images import read_image
 from cast_ray.plan.graph import RowPlan
 from cast_ray.plan.stage_parts import LabelPart
@@ -56,12 +56,12 @@ def _draw(context: SweepContext, row: RowPlan, labels_key: str, student_key: str
     unlabelled = stored_split(store, context.content_hash, part).unlabelled
     positions = np.flatnonzero(unlabelled < train.num_rows)[:NUM_IMAGES]
     if len(positions):
-        records = train.take(unlabelled[positions]).to_pylist()
+        records = take_rows(train, unlabelled[positions]).to_pylist()
         truth = [("ground truth (hidden)", [_drawable(r, classes, scores=False) for r in records])]
     else:  # all of D_u is the extra pool, whose ground truth nobody knows
         positions = np.arange(min(NUM_IMAGES, len(unlabelled)))
         extra = store.read_table(context.dataset_key, "extra.parquet")
-        records, truth = extra.take(unlabelled[positions] - train.num_rows).to_pylist(), []
+        records, truth = take_rows(extra, unlabelled[positions] - train.num_rows).to_pylist(), []
     labels = store.read_table(labels_key, "labels")
     labels = labels.filter(pa.compute.is_in(labels.column("position"), value_set=pa.array(positions)))
     pseudo = {r["position"]: r for r in labels.to_pylist()}

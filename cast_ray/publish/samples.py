@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from cast_ray.contracts.records import ClassMap, decode_image_id, instances_of
+from cast_ray.contracts.records import ClassMap, decode_image_id, instances_of, take_rows
 from cast_ray.data.reading.images import read_image
 from cast_ray.models.drawing import class_colours
 from cast_ray.plan.graph import RowPlan, Stage
@@ -105,7 +104,7 @@ def _draw(context: SweepContext, row: RowPlan, student: Stage, teacher: Stage | 
     chosen = choose(qualities)
     answers = {"student": found} | ({"teacher": _detections(store, teacher, classes)} if teacher else {})
     samples = []
-    for (kind, i), record in zip(chosen, val.take(pa.array([i for _, i in chosen], pa.int64())).to_pylist()):
+    for (kind, i), record in zip(chosen, take_rows(val, [i for _, i in chosen]).to_pylist()):
         shown = {"ground truth": _truth(record, classes)}
         shown |= {name: answers[name].get(ids[i], []) for name in ("teacher", "student") if name in answers}
         panels = draw_panels(read_image(record["uri"]), list(shown.values()), classes.names(), UPSCALE, MAX_PX)

@@ -143,7 +143,9 @@ def connect(address: str | None, num_cpus: int | None = None) -> Cluster:
     size = f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
     where = "started here" if local else "cluster"
     nodes = tuple(node["Resources"] for node in ray.nodes() if node["Alive"])
-    return Cluster(f"Ray {ray.__version__} {where}: {size}{dashboard}", resources, nodes, local, _log_folder(context))
+    return Cluster(
+        f"Ray {ray.__version__} {where}: {size}{dashboard}", resources, nodes, local, log_folder=_log_folder(context)
+    )
 
 
 def _log_folder(context: Any) -> str:

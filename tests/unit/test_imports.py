@@ -23,7 +23,7 @@ LAYERS = [
     ("teachers",),
     ("engine",),
     ("plan",),
-    ("runtime.process_settings", "runtime.cluster", "runtime.ray_internals"),
+    ("runtime.process_settings", "runtime.cluster", "runtime.ray_internals", "runtime.shared_paths"),
     ("runtime.placement",),
     ("runtime.store",),
     ("runtime.data",),

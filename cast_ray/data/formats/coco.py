@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cast_ray.contracts.records import INSTANCE_TYPE, Category, encode_image_id
+from cast_ray.contracts.records import INSTANCE_TYPE, MAX_CHUNK_BYTES, Category, encode_image_id
 from cast_ray.data.formats.coco_document import (
     EXTRA_NAMES,
     TRAIN_NAMES,
@@ -293,20 +293,31 @@ def _instance_lists(
     rles: list[bytes],
     crowds: list[bool],
     areas: list[float | None],
-) -> pa.Array:
-    """Instances grouped by image, in the file's order within an image, without a Python object for each."""
+) -> pa.ChunkedArray:
+    """Instances grouped by image, in the file's order within an image, without a Python object for each.
+
+    They come in chunks of whole images with at most about MAX_CHUNK_BYTES of masks each.
+    """
     row = np.array(rows, dtype=np.int64)
-    order = pa.array(np.argsort(row, kind="stable"))
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=num_images))]).astype(np.int32)
-    columns = [
-        pa.array(category_ids, pa.int64()),
-        pa.array(rles, pa.binary()),
-        pa.array(np.ones(len(row), dtype=np.float32)),
-        pa.array(crowds, pa.bool_()),
-        pa.array(areas, pa.float64()),
-    ]
-    instances = pa.StructArray.from_arrays([c.take(order) for c in columns], fields=list(INSTANCE_TYPE))
-    return pa.ListArray.from_arrays(pa.array(offsets), instances)
+    order = np.argsort(row, kind="stable")
+    ends = np.cumsum(np.bincount(row, minlength=num_images))
+    sizes = np.array([len(rles[i]) for i in order], dtype=np.int64)
+    held = np.concatenate([[0], np.cumsum(sizes)])[ends] // MAX_CHUNK_BYTES  # chunk of each image, by its last mask
+    chunks, first = [], 0
+    for images in np.split(np.arange(num_images), np.flatnonzero(np.diff(held)) + 1):
+        chosen = order[first : ends[images[-1]]] if len(images) else order[:0]
+        columns = [
+            pa.array([category_ids[i] for i in chosen], pa.int64()),
+            pa.array([rles[i] for i in chosen], pa.binary()),
+            pa.array(np.ones(len(chosen), dtype=np.float32)),
+            pa.array([crowds[i] for i in chosen], pa.bool_()),
+            pa.array([areas[i] for i in chosen], pa.float64()),
+        ]
+        offsets = pa.array(np.concatenate([[0], ends[images] - first]).astype(np.int32))
+        instances = pa.StructArray.from_arrays(columns, fields=list(INSTANCE_TYPE))
+        chunks.append(pa.ListArray.from_arrays(offsets, instances))
+        first += len(chosen)
+    return pa.chunked_array(chunks)
 
 
 def _hold_out(table: pa.Table, val_fraction: float) -> tuple[pa.Table, pa.Table]:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import io
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image
 
-from cast_ray.common.paths import read_bytes
+from cast_ray.common.paths import is_uri, read_bytes
 
 MAX_PIXELS = 178_956_970
 """Pillow's own limit; more is taken for a decompression bomb unless the recipe says otherwise."""
+
+RECENT_BYTES = 32 << 20
+"""Of image files that a process keeps: of a small set each is fetched once, where every step would fetch it anew."""
 
 # EPS and friends run interpreters or open other files: only plain raster formats are tried.
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
@@ -31,6 +36,33 @@ _HEAD_BYTES = 1 << 18
 _MAP_MODES = ("L", "P", "I", "I;16", "I;16B", "RGB", "RGBA")
 _ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)
+
+
+class _Recent:
+    """The bytes of the files that were read last, up to a size; safe to use from threads."""
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes, self.num_bytes = max_bytes, 0
+        self.files: OrderedDict[str, bytes] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def get(self, uri: str) -> bytes | None:
+        with self.lock:
+            if uri in self.files:
+                self.files.move_to_end(uri)
+            return self.files.get(uri)
+
+    def put(self, uri: str, content: bytes) -> None:
+        if len(content) > self.max_bytes:
+            return
+        with self.lock:
+            self.num_bytes += len(content) - len(self.files.pop(uri, b""))
+            self.files[uri] = content
+            while self.num_bytes > self.max_bytes:
+                self.num_bytes -= len(self.files.popitem(last=False)[1])
+
+
+_recent = _Recent(RECENT_BYTES)
 
 
 class ImageError(ValueError):
@@ -51,6 +83,8 @@ def read_image(uri: str, image_hw: tuple[int, int] | None = None, max_pixels: in
     0..255 (Pillow's own conversion clips it to white). EXIF orientation is not applied: annotations are in the
     coordinates of the stored pixels. Of an animation the first frame is read.
 
+    The bytes of files behind a URI are kept for the next read in this process, up to RECENT_BYTES of them.
+
     Args:
         uri: local path or any pyarrow.fs URI (s3://, gs://, file://).
         image_hw: (height, width) that the image must have, as its record says; then `max_pixels` is not asked.
@@ -63,7 +97,7 @@ def read_image(uri: str, image_hw: tuple[int, int] | None = None, max_pixels: in
         ImageError (a ValueError): missing, empty, truncated, of another size, too large or not an image.
         OSError: the file store failed (worth another try, which a bad file is not).
     """
-    with _opened(uri, image_hw, max_pixels) as (image, _):
+    with _opened(uri, image_hw, max_pixels, recent=True) as (image, _):
         return _to_rgb(image)
 
 
@@ -98,7 +132,7 @@ def read_map(uri: str, image_hw: tuple[int, int], max_pixels: int = MAX_PIXELS) 
 
 @contextmanager
 def _opened(
-    uri: str, image_hw: tuple[int, int] | None, max_pixels: int, *, whole: bool = True
+    uri: str, image_hw: tuple[int, int] | None, max_pixels: int, *, whole: bool = True, recent: bool = False
 ) -> Iterator[tuple[Image.Image, bytes]]:
     """The image before it is decoded, its size checked, and the bytes that were read.
 
@@ -108,7 +142,11 @@ def _opened(
         max_pixels = image_hw[0] * image_hw[1]
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own check cannot be told otherwise
-    content = _read(uri, None if whole else _HEAD_BYTES)
+    content = _recent.get(uri) if recent else None
+    if content is None:
+        content = _read(uri, None if whole else _HEAD_BYTES)
+        if recent and is_uri(uri):
+            _recent.put(uri, content)
     if not whole and len(content) == _HEAD_BYTES and not _has_header(content):
         # the size may stand further back: TIFF keeps it anywhere, JPEG behind large EXIF and colour profiles
         content = _read(uri, None)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cast_ray.contracts.records import Category, DatasetSplits, mask_areas, object_areas
+from cast_ray.contracts.records import Category, DatasetSplits, instance_rows, mask_areas, object_areas, take_rows
 from cast_ray.data.reading.listing import Listing
 from cast_ray.data.splits.fractions import label_index
 
@@ -57,16 +57,19 @@ def facts_of(dataset: DatasetSplits) -> list[SplitFacts]:
 
 
 def _facts(name: str, table: pa.Table, categories: Sequence[Category]) -> SplitFacts:
-    instances = table.column("instances").combine_chunks()
-    flat, rows = instances.flatten(), pc.list_parent_indices(instances).to_numpy()
-    crowd = flat.field("is_crowd").to_numpy(zero_copy_only=False)
+    instances = table.column("instances")
+    flat, rows = pc.list_flatten(instances), instance_rows(instances)
+    crowd = pc.struct_field(flat, "is_crowd").to_numpy()
     label_of = {category.id: label for label, category in enumerate(categories)}
-    labels = np.array([label_of.get(c, -1) for c in flat.field("category_id").to_pylist()], dtype=np.int64)
+    ids = pc.struct_field(flat, "category_id").to_pylist()
+    labels = np.array([label_of.get(c, -1) for c in ids], dtype=np.int64)
     num_crowds = int((crowd & (labels >= 0)).sum())
     labels = labels[~crowd]
     rows = rows[~crowd]
     pairs = np.unique(np.stack([labels, rows], 1), axis=0) if len(rows) else np.empty((0, 2), np.int64)
-    areas = object_areas(flat.field("area").to_pylist(), _mask_areas(table, instances))[~crowd]
+    areas = object_areas(pc.struct_field(flat, "area").to_pylist(), _mask_areas(table, flat, instance_rows(instances)))[
+        ~crowd
+    ]
     heights, widths = (table.column(n).to_numpy() for n in ("height", "width"))
     sizes, counts = np.unique(np.stack([heights, widths], 1), axis=0, return_counts=True)
     return SplitFacts(
@@ -86,12 +89,10 @@ def _facts(name: str, table: pa.Table, categories: Sequence[Category]) -> SplitF
     )
 
 
-def _mask_areas(table: pa.Table, instances: pa.ListArray) -> np.ndarray:
-    rles = pa.ListArray.from_arrays(instances.offsets, instances.values.field("rle"))
-    sizes = zip(table.column("height").to_pylist(), table.column("width").to_pylist())
-    return mask_areas(
-        [{"size": size, "counts": c} for size, counts in zip(sizes, rles.to_pylist()) for c in counts or ()]
-    )
+def _mask_areas(table: pa.Table, flat: pa.ChunkedArray, rows: np.ndarray) -> np.ndarray:
+    sizes = list(zip(table.column("height").to_pylist(), table.column("width").to_pylist()))
+    counts = pc.struct_field(flat, "rle").to_pylist()
+    return mask_areas([{"size": sizes[row], "counts": count} for row, count in zip(rows.tolist(), counts)])
 
 
 def choose_samples(table: pa.Table, count: int) -> list[dict[str, Any]]:
@@ -100,4 +101,4 @@ def choose_samples(table: pa.Table, count: int) -> list[dict[str, Any]]:
     classes = label_index(table).column("category_ids")
     empty = (pc.list_value_length(classes).to_numpy() == 0).tolist()
     order = sorted(range(table.num_rows), key=lambda row: (empty[row], keys[row]))
-    return table.take(order[:count]).to_pylist()
+    return take_rows(table, order[:count]).to_pylist()

@@ -276,7 +276,7 @@ def load(
         tables[split].append(table)
     report = reading.report()
     check_report(report, config.max_bad_fraction)
-    splits = {split: pa.concat_tables(parts).combine_chunks() for split, parts in tables.items()}
+    splits = {split: pa.concat_tables(parts) for split, parts in tables.items()}
     dataset = DatasetSplits(
         train=splits["train"],
         val=splits["val"],

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cast_ray.contracts.records import instance_rows
 from cast_ray.data.splits.label_lists import LabelList, listed_rows
 from cast_ray.recipe import DataConfig
 
@@ -41,10 +42,11 @@ class LabelSource:
 
 def label_index(records: pa.Table) -> pa.Table:
     """What a choice reads of training records: image_id, uri and category_ids, the classes with an object in it."""
-    instances = records.column("instances").combine_chunks()
-    flat, rows = instances.flatten(), pc.list_parent_indices(instances).to_numpy()
-    objects = ~flat.field("is_crowd").to_numpy(zero_copy_only=False)
-    pairs = np.unique(np.stack([rows[objects], flat.field("category_id").to_numpy()[objects]], 1), axis=0)
+    instances = records.column("instances")
+    flat, rows = pc.list_flatten(instances), instance_rows(instances)
+    objects = ~pc.struct_field(flat, "is_crowd").to_numpy().astype(bool)
+    categories = pc.struct_field(flat, "category_id").to_numpy()
+    pairs = np.unique(np.stack([rows[objects], categories[objects]], 1), axis=0).astype(np.int64)
     ends = np.cumsum(np.bincount(pairs[:, 0], minlength=records.num_rows))
     offsets = pa.array(np.concatenate([[0], ends]).astype(np.int32))
     classes = pa.ListArray.from_arrays(offsets, pa.array(pairs[:, 1], pa.int64()))

@@ -28,7 +28,7 @@ from cast_ray.common import registry
 from cast_ray.common.digest import digest_of
 from cast_ray.common.paths import absolute
 from cast_ray.contracts.manifest import DatasetManifest
-from cast_ray.contracts.records import Category, class_names
+from cast_ray.contracts.records import MAX_CHUNK_BYTES, Category, class_names
 from cast_ray.contracts.row_result import DatasetFacts
 from cast_ray.data.reading.copies import Copies
 from cast_ray.data.reading.data_report import REPORT_FILE, check_report
@@ -41,7 +41,7 @@ from cast_ray.data.splits.label_lists import LabelList, forms_of_skipped, read_l
 from cast_ray.plan.graph import DataHashes, Stage, fingerprint_of
 from cast_ray.recipe import DataConfig, Recipe
 from cast_ray.runtime.cluster import Cluster
-from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.store.artifacts import ArtifactStore, LostFilesError
 
 READER_VERSION = 2
 """Raise it when readers find other records in the same files: stored tables are then read again."""
@@ -264,7 +264,10 @@ def _read(
         "num_images": {split: parts.num_rows.get(split, 0) for split in index.splits},
         "has_positions": index.annotated is not None,
     }
-    store.commit(stage, facts)
+    try:
+        store.commit(stage, facts)
+    except LostFilesError as error:
+        raise ValueError(str(error)) from None
     store.write_json(f"datasets/{asked}.json", {"folders": index.listing.seen})
     return _stored(store, stage.key)
 
@@ -288,7 +291,7 @@ class _Parts:
         pending = self.pending.setdefault(split, [])
         pending.append(table)
         self.num_rows[split] = self.num_rows.get(split, 0) + table.num_rows
-        if sum(t.num_rows for t in pending) >= IMAGES_PER_PART:
+        if sum(t.num_rows for t in pending) >= IMAGES_PER_PART or sum(t.nbytes for t in pending) >= MAX_CHUNK_BYTES:
             self._write(split)
 
     def close(self, copies: Copies) -> None:

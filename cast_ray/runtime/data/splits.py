@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -83,8 +84,17 @@ def _no_object(facts: dict[str, Any]) -> str:
 
 def stored_split(store: ArtifactStore, content_hash: str, part: dict[str, Any]) -> LabelSplit:
     """The images of a stage, as `store_splits` chose them; rows past the training images are the extra pool's."""
-    content = store.find_bytes(f"splits/{split_key(content_hash, part)}.json")
+    return _read_split(store.storage, split_key(content_hash, part))
+
+
+@lru_cache(maxsize=8)
+def _read_split(storage: str, key: str) -> LabelSplit:
+    """Kept because all rows of a table ask for the same few, whose files name every image of the dataset. Equal keys
+    are equal choices, so that what is kept is never out of date."""
+    content = ArtifactStore(storage).find_bytes(f"splits/{key}.json")
     assert content is not None
     chosen = json.loads(content)
     labelled, unlabelled = (np.array(chosen[name], dtype=np.int64) for name in ("labelled", "unlabelled"))
+    for rows in (labelled, unlabelled):
+        rows.setflags(write=False)
     return LabelSplit(labelled, unlabelled, chosen["facts"])

@@ -37,8 +37,10 @@ from cast_ray.runtime.search.study import (
     open_study,
     reap,
 )
-from cast_ray.runtime.store.artifacts import ArtifactStore, committed, read_each
+from cast_ray.runtime.shared_paths import check_shared_paths
+from cast_ray.runtime.store.artifacts import ArtifactStore, read_each
 from cast_ray.runtime.store.claims import DEAD_AFTER_S, Presence, Watch
+from cast_ray.runtime.store.past_stages import note_past
 from cast_ray.runtime.sweep.broker import MAX_CALLS, Broker
 from cast_ray.runtime.sweep.planner import RowPlanner, command_line
 from cast_ray.runtime.sweep.progress import ProgressDisplay
@@ -49,10 +51,11 @@ from cast_ray.runtime.sweep.row_driver import (
     Job,
     make_trainable,
     trial_dirname,
+    tune_folder,
     write_lost,
 )
 from cast_ray.runtime.sweep.row_results import SweepContext, row_name
-from cast_ray.runtime.sweep.run import check_still_stored, say_pruning
+from cast_ray.runtime.sweep.run import check_still_stored, keys_read, say_pruning
 from cast_ray.runtime.sweep.slots import slots_of
 from cast_ray.runtime.sweep.trackers import Trackers
 
@@ -106,25 +109,25 @@ def run_search(
     """
     spec, store = request.spec, ArtifactStore(request.storage)
     store.check_writable()
-    base = request.recipe({})
-    planner = RowPlanner({request.name: [base]}, store, console, lambda: connect(request.address, request.num_cpus))
-    storage = open_storage(request.study)
-    context, first = planner.plan(base, table=spec.name, run=request.name, row="base")
-    print_warnings(planner.warnings, console)
-    identity = {
-        "preset": request.preset,
-        "scale": request.scale,
-        "overrides": request.overrides,
-        "seed": request.seed,
-        "data": context.content_hash,
-    }
-    studies: dict[str, optuna.Study] = {
-        s: open_study(storage, f"{request.name}-{s}", spec, identity) for s in spec.samplers
-    }
-    with Presence(store, command_line()) as presence:
-        read = planner.fingerprints() | given(first)
-        presence.need(read, on_wait=lambda holder: say_pruning(holder, console))
-        check_still_stored(read, committed(store.list_artifacts()))
+    with Presence(store, command_line(), on_wait=lambda holder: say_pruning(holder, console)) as presence:
+        base = request.recipe({})
+        planner = RowPlanner({request.name: [base]}, store, console, lambda: connect(request.address, request.num_cpus))
+        storage = open_storage(request.study)
+        context, first = planner.plan(base, table=spec.name, run=request.name, row="base")
+        print_warnings(planner.warnings, console)
+        identity = {
+            "preset": request.preset,
+            "scale": request.scale,
+            "overrides": request.overrides,
+            "seed": request.seed,
+            "data": context.content_hash,
+        }
+        studies: dict[str, optuna.Study] = {
+            s: open_study(storage, f"{request.name}-{s}", spec, identity) for s in spec.samplers
+        }
+        read = keys_read(planner, [first])
+        presence.need(map(fingerprint_of, read))
+        check_still_stored(map(fingerprint_of, read), map(fingerprint_of, store.find_manifests(read)))
         _reap(studies, store, presence.holder.id, console)
         left: dict[str, int] = {sampler: spec.num_trials - num_ended(study) for sampler, study in studies.items()}
         for sampler, study in studies.items():
@@ -137,7 +140,10 @@ def run_search(
         stopped = None
         if any(number > 0 for number in left.values()):
             search = _Search(request, planner, presence, storage, console)
-            stopped = search.run(studies, left)
+            try:
+                stopped = search.run(studies, left)
+            finally:
+                note_past(store, (stage.key for row in search.rows for stage in row.stages))
     return SearchOutcome(studies, stopped)
 
 
@@ -191,6 +197,7 @@ class _Search:
         self.console.print(cluster.description, highlight=False)
         try:
             recipe = request.recipe({})
+            check_shared_paths(self.store.storage, [recipe.data.root])
             slots = slots_of([recipe], cluster, DRIVER_CPUS, max(left.values()))
             self.follows = not cluster.is_local and not recipe.runtime.max_concurrent_stages
             self.broker = Broker.options(max_concurrency=MAX_CALLS).remote(  # type: ignore[attr-defined]
@@ -233,39 +240,39 @@ class _Search:
         asha = spec.scheduler == "asha"
         steps = getattr(self.request.recipe({}).stages, spec.early_stopping.stage).steps
         experiment = f"{self.request.name}-{sampler}-{int(time.time())}-{self.store.attempt}"
-        tuner = tune.Tuner(
-            make_trainable(self.broker, record=bool(callbacks) or asha),
-            tune_config=tune.TuneConfig(
-                search_alg=search,
-                num_samples=num_trials,
-                # A waiting row would have been proposed without knowing the results it waits beside.
-                max_concurrent_trials=slots,
-                reuse_actors=True,
-                trial_dirname_creator=trial_dirname,
-                scheduler=ASHAScheduler(
-                    time_attr=RUNG_STEP,
-                    metric=RUNG_METRIC,
-                    mode="max",
-                    max_t=steps,
-                    grace_period=spec.early_stopping.first_rung(steps),
-                    reduction_factor=spec.early_stopping.reduction,
-                )
-                if asha
-                else None,
-            ),
-            run_config=tune.RunConfig(
-                name=experiment,
-                storage_path=self.store.uri("tune"),
-                verbose=0,
-                failure_config=tune.FailureConfig(max_failures=MAX_DRIVER_FAILURES),
-                callbacks=callbacks,
-            ),
-        )
-        grid = tuner.fit()
-        for result in (grid[i] for i in range(len(grid))):
-            if result.error is not None:
-                write_lost(search.jobs[(result.config or {})["row"]], result.error)
-        self.store.delete(f"tune/{experiment}")
+        with tune_folder() as folder:
+            tuner = tune.Tuner(
+                make_trainable(self.broker, record=bool(callbacks) or asha),
+                tune_config=tune.TuneConfig(
+                    search_alg=search,
+                    num_samples=num_trials,
+                    # A waiting row would have been proposed without knowing the results it waits beside.
+                    max_concurrent_trials=slots,
+                    reuse_actors=True,
+                    trial_dirname_creator=trial_dirname,
+                    scheduler=ASHAScheduler(
+                        time_attr=RUNG_STEP,
+                        metric=RUNG_METRIC,
+                        mode="max",
+                        max_t=steps,
+                        grace_period=spec.early_stopping.first_rung(steps),
+                        reduction_factor=spec.early_stopping.reduction,
+                    )
+                    if asha
+                    else None,
+                ),
+                run_config=tune.RunConfig(
+                    name=experiment,
+                    storage_path=folder,
+                    verbose=0,
+                    failure_config=tune.FailureConfig(max_failures=MAX_DRIVER_FAILURES),
+                    callbacks=callbacks,
+                ),
+            )
+            grid = tuner.fit()
+            for result in (grid[i] for i in range(len(grid))):
+                if result.error is not None:
+                    write_lost(search.jobs[(result.config or {})["row"]], result.error)
 
     def _is_waiting(self, names: Collection[str]) -> bool:
         """Whether one of these trials still waits for room on a cluster, so that another one would only wait with it.

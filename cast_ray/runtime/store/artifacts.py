@@ -4,9 +4,10 @@
     <storage>/artifacts/<kind>-<fingerprint>/manifest.json      says which attempt counts
     <storage>/checkpoints/<fingerprint>.json                    where an unfinished train stage can continue
 
-An artifact without a manifest does not exist: readers find an artifact's files through the manifest only, and a writer
-that died leaves an attempt that nobody reads. Writers never share a folder, so that two that make the same stage at the
-same time (see `claims.py`) cannot spoil each other's files: whichever manifest is written last names one whole attempt.
+An artifact without a manifest does not exist: readers find an artifact's files through the manifest only, which names
+them, and a writer that died leaves an attempt that nobody reads. Writers never share a folder, so that two that make
+the same stage at the same time (see `claims.py`) cannot spoil each other's files: whichever manifest is written last
+names one whole attempt.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import pyarrow.fs
 import pyarrow.parquet
 
 from cast_ray.common.files import PARTIAL, write_atomically
-from cast_ray.common.paths import absolute, resolve
+from cast_ray.common.paths import absolute, below, resolve
 from cast_ray.contracts.manifest import Manifest, manifest_class, read_manifest
 from cast_ray.plan.graph import Stage, fingerprint_of
 
@@ -55,10 +56,19 @@ def local_copy(uri: str) -> Iterator[Path]:
         yield Path(folder)
 
 
+def _make_folder(fs: pa.fs.FileSystem, path: str) -> None:
+    if fs.type_name not in OBJECT_STORES:
+        fs.create_dir(path, recursive=True)
+
+
 def read_each(read: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """`read` of each item, many at a time, in order."""
     with ThreadPoolExecutor(NUM_READERS) as pool:
         return list(pool.map(read, items))
+
+
+class LostFilesError(RuntimeError):
+    """Files of an artifact have gone before it was committed: making it again is the only remedy."""
 
 
 @dataclass
@@ -93,8 +103,10 @@ class ArtifactStore:
     def __init__(self, storage: str, attempt: str | None = None):
         self.storage = storage if "://" in storage else str(Path(storage).expanduser().resolve())
         self.attempt = attempt or uuid.uuid4().hex[:8]
-        self._adding: set[str] = set()
-        self._committed: dict[str, str] = {}
+        self._added: dict[str, set[str]] = {}
+        """Key of each artifact that is being made -> names of the files that this object has written."""
+        self._committed: dict[str, Manifest] = {}
+        """Key -> manifest of each artifact that was read."""
 
     def __reduce__(self) -> tuple[type[ArtifactStore], tuple[str, str]]:
         return ArtifactStore, (self.storage, self.attempt)
@@ -121,23 +133,41 @@ class ArtifactStore:
         return fs.get_file_info(f"{root}/writable.json").mtime.timestamp()
 
     def uri(self, *parts: str) -> str:
-        return "/".join([self.storage.rstrip("/"), *parts])
+        return below(self.storage, *parts)
 
     def artifact(self, key: str) -> str:
         """URI of the folder with an artifact's files: the committed attempt's, else this store's own."""
         return self.uri(self._folder(key))
 
     def _folder(self, key: str) -> str:
-        if key not in self._adding and key not in self._committed:
-            manifest = self.find_manifest(key)
-            if manifest is not None:
-                self._committed[key] = manifest.attempt
-        attempt = self._committed.get(key, self.attempt) if key not in self._adding else self.attempt
+        if key in self._added:
+            return f"artifacts/{key}/{self.attempt}"
+        if key not in self._committed and self.find_manifest(key) is None:
+            return f"artifacts/{key}/{self.attempt}"
+        attempt = self._committed[key].attempt
         return f"artifacts/{key}/{attempt}" if attempt else f"artifacts/{key}"
 
+    def _files(self, key: str, name: str) -> str | list[str]:
+        """Path of a file of an artifact, or those of all files in a folder of it: the ones that its manifest names, so
+        that one which has been lost is an error and not a part of the data that is silently missing."""
+        _, root = self._fs
+        folder = f"{root}/{self._folder(key)}"
+        named = self._committed[key].files if key in self._committed and key not in self._added else {}
+        parts = sorted(file for file in named if file.startswith(f"{name}/"))
+        return [f"{folder}/{part}" for part in parts] or f"{folder}/{name}"
+
     def has(self, key: str) -> bool:
+        return self._is_file(f"artifacts/{key}/{MANIFEST}")
+
+    def _is_file(self, path: str) -> bool:
+        """Whether there is a file. Opening it is one request to an object store; asking what a path is takes two where
+        there is no file, since it may be a folder."""
         fs, root = self._fs
-        return fs.get_file_info(f"{root}/artifacts/{key}/{MANIFEST}").type == pa.fs.FileType.File
+        try:
+            fs.open_input_file(f"{root}/{path}").close()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
     def list_artifacts(self) -> dict[str, Listed]:
         """Every artifact by key, committed or not (one listing)."""
@@ -162,8 +192,7 @@ class ArtifactStore:
 
     def holds(self, key: str, name: str) -> bool:
         """Whether an artifact has a file of that name."""
-        fs, root = self._fs
-        return fs.get_file_info(f"{root}/{self._folder(key)}/{name}").type == pa.fs.FileType.File
+        return self._is_file(f"{self._folder(key)}/{name}")
 
     def read_bytes(self, key: str, name: str) -> bytes:
         fs, root = self._fs
@@ -187,8 +216,7 @@ class ArtifactStore:
         if isinstance(fs, pa.fs.LocalFileSystem):
             write_atomically(target, data)
             return
-        if fs.type_name not in OBJECT_STORES:
-            fs.create_dir(target.rsplit("/", 1)[0], recursive=True)
+        _make_folder(fs, target.rsplit("/", 1)[0])
         with fs.open_output_stream(target) as file:
             file.write(data)
 
@@ -197,16 +225,24 @@ class ArtifactStore:
 
     def add(self, stage: Stage, name: str, data: bytes) -> None:
         """Writes one file of an artifact that this store's attempt has not yet committed."""
-        self._adding.add(stage.key)
+        self.note_added(stage, {name})
         self.write_bytes(f"artifacts/{stage.key}/{self.attempt}/{name}", data)
+
+    def added(self, stage: Stage) -> frozenset[str]:
+        """Names of the files that this object has added to an artifact that is not yet committed."""
+        return frozenset(self._added.get(stage.key, ()))
+
+    def note_added(self, stage: Stage, names: Iterable[str]) -> None:
+        """Tells of files that a copy of this store has added elsewhere, so that `commit` looks for them."""
+        self._added.setdefault(stage.key, set()).update(names)
 
     @contextlib.contextmanager
     def open_to_add(self, stage: Stage, name: str) -> Iterator[Any]:
         """One file of an artifact that is not yet committed, to be written bit by bit."""
-        self._adding.add(stage.key)
+        self.note_added(stage, {name})
         fs, root = self._fs
         path = f"{root}/{self._folder(stage.key)}/{name}"
-        fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
+        _make_folder(fs, path.rsplit("/", 1)[0])
         with fs.open_output_stream(path) as file:
             yield file
 
@@ -219,10 +255,10 @@ class ArtifactStore:
 
     def add_folder(self, stage: Stage, folder: Path) -> None:
         """Copies the files of a local folder into an artifact that is not yet committed, without reading them whole."""
-        self._adding.add(stage.key)
+        self.note_added(stage, {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()})
         fs, root = self._fs
         target = f"{root}/{self._folder(stage.key)}"
-        fs.create_dir(target, recursive=True)
+        _make_folder(fs, target)
         pa.fs.copy_files(str(folder), target, source_filesystem=pa.fs.LocalFileSystem(), destination_filesystem=fs)
 
     @contextlib.contextmanager
@@ -233,7 +269,8 @@ class ArtifactStore:
 
     def discard(self, stage: Stage, name: str) -> None:
         """Removes one file of an artifact that is not yet committed."""
-        self.delete(f"{self._folder(stage.key)}/{name}")
+        self.delete_file(f"{self._folder(stage.key)}/{name}")
+        self._added.get(stage.key, set()).discard(name)
 
     def commit(self, stage: Stage, facts: dict[str, Any]) -> bool:
         """Makes an artifact exist: writes its manifest as the last file.
@@ -243,12 +280,22 @@ class ArtifactStore:
 
         Returns:
             False when somebody else has committed it meanwhile: theirs counts, this attempt is thrown away.
+
+        Raises:
+            LostFilesError: a file that was added is not there any more.
         """
-        self._adding.discard(stage.key)
+        added = self._added.pop(stage.key, set())
         if self.has(stage.key):
             if self._folder(stage.key) != f"artifacts/{stage.key}/{self.attempt}":
                 self.delete(f"artifacts/{stage.key}/{self.attempt}")
             return False
+        files = self._list_files(f"artifacts/{stage.key}/{self.attempt}")
+        if lost := sorted(added - files.keys()):
+            raise LostFilesError(
+                f"{stage.name}: {len(lost)} of the {len(added)} files written to "
+                f"{self.uri('artifacts', stage.key, self.attempt)} have been removed ({lost[0]}): expected nobody but "
+                "`store gc` to delete anything there; run the same command again"
+            )
         kind = manifest_class(stage.kind)
         manifest = kind(
             schema_version=kind.VERSION,
@@ -256,6 +303,7 @@ class ArtifactStore:
             kind=stage.kind,
             fingerprint=stage.fingerprint,
             attempt=self.attempt,
+            files=dict(sorted(files.items())),
             parents=stage.parents,
             config=stage.config,
             steps=stage.steps,
@@ -264,6 +312,14 @@ class ArtifactStore:
         )
         self.write_bytes(f"artifacts/{stage.key}/{MANIFEST}", manifest.to_json().encode())
         return True
+
+    def _list_files(self, path: str) -> dict[str, int]:
+        """Name relative to a folder below the storage path -> bytes, of all files in it."""
+        fs, root = self._fs
+        folder = f"{root}/{path}"
+        found = fs.get_file_info(pa.fs.FileSelector(folder, recursive=True, allow_not_found=True))
+        files = (i for i in found if i.type == pa.fs.FileType.File and not i.base_name.endswith(PARTIAL))
+        return {info.path[len(folder) + 1 :]: info.size for info in files}
 
     def manifest(self, key: str) -> Manifest:
         """What an artifact is.
@@ -281,7 +337,17 @@ class ArtifactStore:
         """The same, or None where the artifact is not committed."""
         path = f"artifacts/{key}/{MANIFEST}"
         found = self.find_bytes(path)
-        return read_manifest(found, self.uri(path)) if found else None
+        if not found:
+            return None
+        manifest = read_manifest(found, self.uri(path))
+        self._committed.setdefault(key, manifest)  # the artifact's files are read next, more often than not
+        return manifest
+
+    def find_manifests(self, keys: Iterable[str]) -> dict[str, Manifest]:
+        """Key -> manifest of those artifacts that exist, several read at a time."""
+        wanted = list(dict.fromkeys(keys))
+        found = zip(wanted, read_each(self.find_manifest, wanted))
+        return {key: manifest for key, manifest in found if manifest is not None}
 
     def readable_manifest(self, key: str) -> Manifest | None:
         """The same for overviews of a whole store: None also where it cannot be read, so that it hides no other."""
@@ -292,13 +358,11 @@ class ArtifactStore:
 
     def read_table(self, key: str, name: str, columns: list[str] | None = None) -> pa.Table:
         """A Parquet file, or a folder of them, inside an artifact."""
-        fs, root = self._fs
-        return pa.parquet.read_table(f"{root}/{self._folder(key)}/{name}", filesystem=fs, columns=columns)
+        return pa.parquet.read_table(self._files(key, name), filesystem=self._fs[0], columns=columns)
 
     def open_dataset(self, key: str, name: str) -> pa.dataset.Dataset:
         """A folder of Parquet files inside an artifact, to be read piece by piece."""
-        fs, root = self._fs
-        return pa.dataset.dataset(f"{root}/{self._folder(key)}/{name}", filesystem=fs, format="parquet")
+        return pa.dataset.dataset(self._files(key, name), filesystem=self._fs[0], format="parquet")
 
     def read_tables(self, paths: list[str]) -> list[pa.Table]:
         """Parquet files below the storage path, several at a time."""
@@ -312,7 +376,7 @@ class ArtifactStore:
             uri: `<storage>/train/<run>/<checkpoint>`; earlier runs of the stage stay in the note until it is finished.
         """
         before = self.find_checkpoint(fingerprint)
-        runs = [*(before["runs"] if before else []), uri.split("/")[-2]]
+        runs = [*(before["runs"] if before else []), uri.partition("?")[0].split("/")[-2]]
         note = {"uri": uri, "step": step, "runs": list(dict.fromkeys(runs))}
         self.write_json(f"checkpoints/{fingerprint}.json", note)
 
@@ -327,8 +391,9 @@ class ArtifactStore:
         """
         runs = {run_name}
         for fingerprint in fingerprints:
-            runs |= set((self.find_checkpoint(fingerprint) or {}).get("runs", []))
-            self.delete(f"checkpoints/{fingerprint}.json")
+            if (note := self.find_checkpoint(fingerprint)) is not None:
+                runs |= set(note["runs"])
+                self.delete_file(f"checkpoints/{fingerprint}.json")
         for run in runs:
             self.delete(f"train/{run}")
 
@@ -352,6 +417,12 @@ class ArtifactStore:
         fs, root = self._fs
         info = fs.get_file_info(f"{root}/{path}")
         return info.mtime.timestamp() if info.type == pa.fs.FileType.File and info.mtime else None
+
+    def delete_file(self, path: str) -> None:
+        """Removes one file below the storage path, if it is there; cheaper than `delete`, which asks what it is."""
+        fs, root = self._fs
+        with contextlib.suppress(FileNotFoundError):
+            fs.delete_file(f"{root}/{path}")
 
     def delete(self, path: str) -> None:
         """Removes a file or folder below the storage path, if there is one."""

@@ -1,7 +1,8 @@
 """Who makes which stage, agreed through the store: sweeps of several users, machines and Ray clusters share stages.
 
     <storage>/claims/holders/<holder>.json          a running sweep, rewritten every BEAT_S
-    <storage>/claims/plans/<holder>.json            the fingerprints it needs: what `store gc` must leave alone
+    <storage>/claims/plans/<holder>.json            the fingerprints it needs: what `store gc` must leave alone; while
+                                                    a sweep has not written it, that is everything
     <storage>/claims/stages/<fingerprint>~<holder>  "I make this stage"
     <storage>/claims/pruning/<holder>.json          a `store gc` at work
 
@@ -13,9 +14,10 @@ never both believe that they are alone.
 
 Time enters only where a holder dies with its claims. It counts as dead when its file is gone or has not changed for
 DEAD_AFTER_S while we watched (by our own clock: clocks need not agree), or at once when it was a process of this
-machine that no longer runs. A holder that was only paused that long may wake up and finish a stage that another has
-taken over. Then, as on NFS with a stale cache, a stage is made twice. That costs time and nothing else: each attempt
-writes a folder of its own (see `store.py`), and a reader finds whole artifacts only.
+machine that no longer runs. Two machines may have the same host name, and the first process namespace has the same
+number on all of them, so a machine is known by its boot id. A holder that was only paused that long may wake up and
+finish a stage that another has taken over. Then, as on NFS with a stale cache, a stage is made twice. That costs time
+and nothing else: each attempt writes a folder of its own (see `artifacts.py`), and a reader finds whole artifacts only.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from cast_ray.runtime.store.artifacts import ArtifactStore
 
 logger = logging.getLogger(__name__)
 
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 BEAT_S = 10.0
 DEAD_AFTER_S = 60.0
 PRUNING_POLL_S = 1.0
@@ -57,6 +60,8 @@ class Holder:
     user: str
     command: str
     since: float
+    boot_id: str = ""
+    """Of the running kernel; empty: not known, in files of earlier versions."""
 
     @classmethod
     def of_this_process(cls, command: str) -> Holder:
@@ -69,13 +74,22 @@ class Holder:
             user=_user(),
             command=command,
             since=time.time(),
+            boot_id=_boot_id(),
         )
 
     def is_gone(self) -> bool:
         """Whether it was a process of this machine that has ended; False where this cannot be known."""
-        if self.host != socket.gethostname() or not self.pid_namespace or self.pid_namespace != _pid_namespace():
+        here = (socket.gethostname(), _boot_id(), _pid_namespace())
+        if not all(here) or (self.host, self.boot_id, self.pid_namespace) != here:
             return False
         return _start_of(self.pid) != self.pid_started
+
+
+def _boot_id() -> str:
+    try:
+        return BOOT_ID.read_text().strip()
+    except OSError:
+        return ""
 
 
 def _user() -> str:
@@ -121,18 +135,29 @@ class Watch:
 
 def read_holder(beat: bytes) -> Holder:
     """The holder that a file of `claims/holders` or `claims/pruning` describes."""
-    return Holder(**{k: v for k, v in json.loads(beat).items() if k != "beat"})
+    known = {field.name for field in fields(Holder)}
+    return Holder(**{k: v for k, v in json.loads(beat).items() if k in known})
 
 
 class Presence:
     """Shows others that this process is at work; a context manager around a sweep, or around `store gc`.
 
-    Entering a sweep's presence waits for a `store gc` at work and then leaves word of what the sweep needs, before the
-    sweep looks what is stored: so nothing that it finds is pruned under it.
+    A sweep enters its presence before it reads a dataset or anything else of the store. Entering waits for a `store gc`
+    at work; one that starts later finds the sweep, and removes no artifact until the sweep has written what it needs.
+    So nothing that a sweep reads or writes is pruned under it.
+
+    Args:
+        on_wait: called once, with the holder of the `store gc` that is waited for.
     """
 
-    def __init__(self, store: ArtifactStore, command: str, role: str = "sweep"):
-        self.store, self.role = store, role
+    def __init__(
+        self,
+        store: ArtifactStore,
+        command: str,
+        role: str = "sweep",
+        on_wait: Callable[[Holder], None] = lambda holder: None,
+    ):
+        self.store, self.role, self.on_wait = store, role, on_wait
         self.holder = Holder.of_this_process(command)
         self.stopped = threading.Event()
         self.beats = 0
@@ -145,16 +170,25 @@ class Presence:
     def __enter__(self) -> Presence:
         self._beat()
         self.thread.start()
+        if self.role == "sweep":
+            try:
+                self._wait_for_pruning()
+            except BaseException:  # `__exit__` is not called
+                self.__exit__()
+                raise
         return self
 
-    def need(self, fingerprints: Iterable[str], on_wait: Callable[[Holder], None] = lambda holder: None) -> None:
+    def need(self, fingerprints: Iterable[str]) -> None:
         """Declares what this sweep needs; returns when no `store gc` is at work that may not have seen it."""
         plan = {"fingerprints": sorted(set(fingerprints))}
         self.store.write_bytes(f"claims/plans/{self.holder.id}.json", json.dumps(plan).encode())
+        self._wait_for_pruning()
+
+    def _wait_for_pruning(self) -> None:
         watch, told = Watch(self.store), False
         while pruning := [h for h in _holders(self.store, "gc") if watch.is_alive(h.id, "gc")]:
             if not told:
-                on_wait(pruning[0])
+                self.on_wait(pruning[0])
                 told = True
             self.stopped.wait(PRUNING_POLL_S)
 
@@ -163,9 +197,9 @@ class Presence:
         self.thread.join(timeout=10)
         for name in self.store.list_names("claims/stages"):
             if name.endswith(SEPARATOR + self.holder.id):
-                self.store.delete(f"claims/stages/{name}")
-        self.store.delete(f"claims/plans/{self.holder.id}.json")
-        self.store.delete(self.path)
+                self.store.delete_file(f"claims/stages/{name}")
+        self.store.delete_file(f"claims/plans/{self.holder.id}.json")
+        self.store.delete_file(self.path)
 
     def _beat(self) -> None:
         self.beats += 1
@@ -224,12 +258,12 @@ class Claims:
             if alive[holder]:
                 found[key] = holder
             else:
-                self.store.delete(f"claims/stages/{name}")
+                self.store.delete_file(f"claims/stages/{name}")
         return found
 
     def give_back(self, keys: Iterable[str]) -> None:
         for key in keys:
-            self.store.delete(self._path(key))
+            self.store.delete_file(self._path(key))
 
     def _path(self, key: str) -> str:
         return f"claims/stages/{key}{SEPARATOR}{self.holder}"
@@ -241,18 +275,36 @@ def _holders(store: ArtifactStore, role: str) -> list[Holder]:
     return [read_holder(beat) for beat in beats if beat is not None]
 
 
-def live_sweeps(store: ArtifactStore, silent_s: float) -> dict[Holder, set[str]]:
-    """Sweeps that may be at work and the fingerprints they need, for `store gc`.
+def _living(store: ArtifactStore, role: str, silent_s: float) -> list[Holder]:
+    now, found = store.now(), []
+    for holder in _holders(store, role):
+        written = store.changed(f"claims/{ROLES[role]}/{holder.id}.json")
+        if written is not None and not holder.is_gone() and now - written <= silent_s:
+            found.append(holder)
+    return found
+
+
+def live_sweeps(store: ArtifactStore, silent_s: float) -> dict[Holder, set[str] | None]:
+    """Sweeps that may be at work and the fingerprints they need, for `store gc`; None: a sweep that is still planning.
 
     A single look cannot tell a dead sweep of another machine from a living one, so every sweep counts whose file was
     written within `silent_s` by the store's own clock; one of this machine that has ended does not.
     """
-    now = store.now()
-    found = {}
-    for holder in _holders(store, "sweep"):
-        written = store.changed(f"claims/holders/{holder.id}.json")
-        if written is None or holder.is_gone() or now - written > silent_s:
-            continue
+    found: dict[Holder, set[str] | None] = {}
+    for holder in _living(store, "sweep", silent_s):
         plan = store.find_bytes(f"claims/plans/{holder.id}.json")
-        found[holder] = set(json.loads(plan)["fingerprints"]) if plan else set()
+        found[holder] = set(json.loads(plan)["fingerprints"]) if plan else None
     return found
+
+
+def dead_claims(store: ArtifactStore, silent_s: float) -> list[str]:
+    """Paths of the files in `claims/` that sweeps and prunings have left behind which are over (see `live_sweeps`)."""
+    # Listed before the holders are: a sweep shows its own file first and takes it back last.
+    left = {folder: store.list_names(f"claims/{folder}") for folder in ("stages", "plans", *ROLES.values())}
+    alive = {holder.id for role in ROLES for holder in _living(store, role, silent_s)}
+    owners = {
+        f"claims/{folder}/{name}": name.rpartition(SEPARATOR)[2].removesuffix(".json")
+        for folder, names in left.items()
+        for name in names
+    }
+    return [path for path, owner in owners.items() if owner not in alive]

@@ -11,24 +11,29 @@ import pyarrow.fs
 from cast_ray.contracts.row_result import RowResult
 from cast_ray.plan.graph import fingerprint_of
 from cast_ray.runtime.store.artifacts import MANIFEST, ArtifactStore, Listed, read_each
-from cast_ray.runtime.store.claims import Holder, Presence, live_sweeps
+from cast_ray.runtime.store.claims import Holder, Presence, dead_claims, live_sweeps
 
 SILENT_S = 3600.0
-"""A sweep whose sign of life is older than this is over; they come every few seconds, and clocks may differ."""
+"""A sweep whose sign of life is older than this is over; they come every few seconds, and clocks may differ. Nor is an
+unfinished artifact removed before nobody has written to it for so long."""
+OF_STAGES = ("labels", "refresh", "validations")
+"""Folders below the storage path that hold a folder for each unfinished stage, called by its fingerprint."""
 
 
 @dataclass(frozen=True)
 class Pruning:
     """What can go, and what stays because somebody may need it.
 
-    unfinished: artifacts without a manifest; artifacts: finished ones; leftovers: paths of attempts, checkpoints and
-    logs that nothing leads to any more; in_use: artifacts kept for each live sweep.
+    unfinished: artifacts without a manifest; artifacts: finished ones; leftovers: paths of attempts, checkpoints,
+    blocks of labels, claims and logs that nothing leads to any more; in_use: artifacts kept for each live sweep;
+    planning: sweeps that have not yet said what they need, so that every artifact stays.
     """
 
     unfinished: tuple[Listed, ...]
     artifacts: tuple[Listed, ...]
     leftovers: tuple[str, ...]
     in_use: Mapping[Holder, int]
+    planning: tuple[Holder, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -43,8 +48,12 @@ def find_prunable(store: ArtifactStore, older_s: float | None = None, unused: bo
         older_s: also finished artifacts written longer ago than this.
         unused: also finished artifacts that no result.json of the store names; with `older_s`: only those of them.
     """
+    claims = tuple(dead_claims(store, SILENT_S))
     sweeps = live_sweeps(store, SILENT_S)
-    needed = {fingerprint for plan in sweeps.values() for fingerprint in plan}
+    planned = {holder: plan for holder, plan in sweeps.items() if plan is not None}
+    if planning := tuple(holder for holder in sweeps if holder not in planned):
+        return Pruning((), (), claims, {}, planning)
+    needed = set().union(*planned.values())
     now = store.now()
     unfinished, finished = [], []
     listed = store.list_artifacts()
@@ -52,8 +61,7 @@ def find_prunable(store: ArtifactStore, older_s: float | None = None, unused: bo
         if artifact.fingerprint in needed:
             continue
         if artifact.committed is None:
-            # Its writer may not have been a sweep (an imported foundation, a dataset): give it time.
-            if now - artifact.changed > SILENT_S or not sweeps:
+            if now - artifact.changed > SILENT_S:
                 unfinished.append(artifact)
         elif older_s is not None or unused:
             finished.append(artifact)
@@ -65,16 +73,16 @@ def find_prunable(store: ArtifactStore, older_s: float | None = None, unused: bo
     return Pruning(
         tuple(unfinished),
         tuple(finished),
-        tuple(_leftovers(store, listed, needed, bool(sweeps))),
-        {holder: sum(a.fingerprint in plan for a in listed.values()) for holder, plan in sweeps.items()},
+        (*claims, *_leftovers(store, listed, needed, bool(sweeps))),
+        {holder: sum(a.fingerprint in plan for a in listed.values()) for holder, plan in planned.items()},
     )
 
 
 def prune(store: ArtifactStore, older_s: float | None, unused: bool, command: str) -> Pruning:
     """Removes what can go and returns what that was.
 
-    A sweep that starts meanwhile either sees this pruning and waits for its end before it looks what is stored, or has
-    left word of what it needs before the plan is made (see `Presence.need`).
+    A sweep that starts meanwhile either sees this pruning and waits for its end before it looks what is stored, or is
+    seen by it (see `Presence`).
     """
     with Presence(store, command, role="gc"):
         pruning = find_prunable(store, older_s, unused)
@@ -109,9 +117,10 @@ def _used(store: ArtifactStore) -> set[str]:
 
 
 def _leftovers(store: ArtifactStore, listed: Mapping[str, Listed], needed: set[str], busy: bool) -> list[str]:
-    """Checkpoints of finished or forgotten stages, attempts beside the one that counts, logs of Tune."""
+    """Checkpoints of finished or forgotten stages and what these stages were in the middle of (blocks of labels,
+    versions of a teacher, validation points), attempts beside the one that counts, logs of Tune."""
     committed = {a.fingerprint for a in listed.values() if a.committed is not None}
-    paths = []
+    paths = [f"{folder}/{name}" for folder in OF_STAGES for name in store.list_names(folder) if name not in needed]
     in_progress: set[str] = set()
     for name in store.list_names("checkpoints"):
         fingerprint = name.removesuffix(".json")

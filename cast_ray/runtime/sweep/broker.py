@@ -382,11 +382,14 @@ class Broker:
                 del self.tables[old]  # it lives on as long as anybody else holds it
         return [self.tables[key, names]]
 
-    async def board(self) -> dict[str, Any]:
-        """What a progress display shows: running, waiting and ended rows, fingerprints done, device-seconds spent.
+    async def board(self, num_known: int = 0) -> dict[str, Any]:
+        """What a progress display shows: running, waiting and ended rows, stages done, device-seconds spent.
 
         rooms: owner -> what its segment waits for, why, and for how many seconds by now; running: owners of the
         segments that have room.
+
+        Args:
+            num_known: fingerprints of finished stages that the caller has had: only those after them are sent.
         """
         now = time.monotonic()
         return {
@@ -395,7 +398,7 @@ class Broker:
             "rooms": {owner: room | {"seconds": now - room["since"]} for owner, room in self.rooms.items()},
             "running": list(self.limits.running),
             "ended": self.ended,
-            "done": self.leases.done,
+            "done": self.leases.finished[num_known:],
             "device_s": self.limits.spent(now),
             "stop": self.limits.reason(now),
         }

@@ -38,6 +38,8 @@ class Leases:
     def __init__(self, slots: int, done: set[str]):
         self.slots = slots
         self.done = set(done)
+        self.finished: list[str] = []
+        """What was added to `done` since the start, in order."""
         self.leased: dict[str, str] = {}
         self.foreign: set[str] = set()
         """Fingerprints of the stages that another sweep makes."""
@@ -66,7 +68,9 @@ class Leases:
         return unfinished
 
     def finish(self, fingerprint: str) -> None:
-        self.done.add(fingerprint)
+        if fingerprint not in self.done:
+            self.done.add(fingerprint)
+            self.finished.append(fingerprint)
         self.leased.pop(fingerprint, None)
         self.foreign.discard(fingerprint)
 

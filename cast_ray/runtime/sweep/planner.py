@@ -21,7 +21,7 @@ from cast_ray.recipe import DataConfig, Recipe
 from cast_ray.runtime.cluster import Cluster, hardware
 from cast_ray.runtime.data.dataset import READ_FIELDS, StoredDataset, read_dataset
 from cast_ray.runtime.data.splits import store_splits, stored_split
-from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.store.artifacts import ArtifactStore, LostFilesError
 from cast_ray.runtime.sweep.row_results import SweepContext
 
 
@@ -152,7 +152,10 @@ class RowPlanner:
             from cast_ray.runtime.store.models import import_foundation  # torch and transformers
 
             categories = self.datasets[key].categories
-            self._foundations[source] = import_foundation(self.store, recipe, categories, dry_run=self.dry_run)
+            try:
+                self._foundations[source] = import_foundation(self.store, recipe, categories, dry_run=self.dry_run)
+            except LostFilesError as error:
+                raise ValueError(str(error)) from None
         return self._foundations[source]
 
     def _context(self, table: str, run: str, dataset: StoredDataset) -> SweepContext:

@@ -58,6 +58,8 @@ class ProgressDisplay:
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.seen: dict[str, str] = {}
+        self.finished: list[str] = []
+        """Fingerprints of the stages that were finished since the sweep began; the board tells of new ones only."""
         self.lined = 0.0
 
     def __enter__(self) -> ProgressDisplay:
@@ -81,9 +83,11 @@ class ProgressDisplay:
 
     def _board(self) -> dict[str, Any] | None:
         try:
-            return ray.get(self.broker.board.remote(), timeout=5)
+            board = ray.get(self.broker.board.remote(len(self.finished)), timeout=5)
         except Exception:  # Ray is starting or going down: there is nothing to show, and nothing to break
             return None
+        self.finished += board["done"]
+        return board | {"done": self.plan.stored.union(self.finished)}
 
     def _left(self, board: dict[str, Any]) -> str:
         """Overall share of optimiser steps and the time left at the pace so far."""

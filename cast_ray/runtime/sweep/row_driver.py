@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import pickle
+import tempfile
 import threading
 import time
 import traceback
 import uuid
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -92,31 +94,42 @@ def run_trials(
     """
     ray.get(broker.load.remote({job.name: job.packed() for job in jobs}))
     experiment = f"{name}-{int(time.time())}-{store.attempt}"
-    tuner = tune.Tuner(
-        make_trainable(broker, record=bool(callbacks), driver=driver),
-        param_space={"row": tune.grid_search([job.name for job in jobs])},
-        tune_config=tune.TuneConfig(
-            max_concurrent_trials=max_drivers, reuse_actors=True, trial_dirname_creator=trial_dirname
-        ),
-        run_config=tune.RunConfig(
-            name=experiment,
-            storage_path=store.uri("tune"),
-            verbose=0,
-            failure_config=tune.FailureConfig(max_failures=MAX_DRIVER_FAILURES),
-            callbacks=list(callbacks),
-        ),
-    )
-    grid = tuner.fit()
-    by_name = {job.name: job for job in jobs}
-    outcomes = {}
-    for result in (grid[i] for i in range(len(grid))):
-        row = (result.config or {})["row"]
-        outcomes[row] = (result.metrics or {}).get("status", "failed")
-        if result.error is not None:
-            outcomes[row] = "failed"
-            write_lost(by_name[row], result.error)
-    store.delete(f"tune/{experiment}")  # all that is worth keeping is in the results
+    with tune_folder() as folder:
+        tuner = tune.Tuner(
+            make_trainable(broker, record=bool(callbacks), driver=driver),
+            param_space={"row": tune.grid_search([job.name for job in jobs])},
+            tune_config=tune.TuneConfig(
+                max_concurrent_trials=max_drivers, reuse_actors=True, trial_dirname_creator=trial_dirname
+            ),
+            run_config=tune.RunConfig(
+                name=experiment,
+                storage_path=folder,
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=MAX_DRIVER_FAILURES),
+                callbacks=list(callbacks),
+            ),
+        )
+        grid = tuner.fit()
+        by_name = {job.name: job for job in jobs}
+        outcomes = {}
+        for result in (grid[i] for i in range(len(grid))):
+            row = (result.config or {})["row"]
+            outcomes[row] = (result.metrics or {}).get("status", "failed")
+            if result.error is not None:
+                outcomes[row] = "failed"
+                write_lost(by_name[row], result.error)
     return outcomes
+
+
+@contextmanager
+def tune_folder() -> Iterator[str]:
+    """A folder of this machine for Tune's own files, for as long as a sweep runs.
+
+    Tune writes the state of all its trials every few seconds to restore them from. Nothing here does: a sweep resumes
+    from the store, where these files would be most of its requests.
+    """
+    with tempfile.TemporaryDirectory(prefix="cast_ray-tune-", ignore_cleanup_errors=True) as folder:
+        yield folder
 
 
 def make_trainable(broker: Any, record: bool, driver: type[RowDriver] | None = None) -> Any:

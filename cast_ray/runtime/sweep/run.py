@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -12,14 +12,26 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from cast_ray.contracts.manifest import Manifest
 from cast_ray.plan.ablation import Table
 from cast_ray.plan.cost import CostModel, PlanCost, Size, cost_of
-from cast_ray.plan.graph import NoTeacherError, RowPlan, Stage, SweepPlan, given, input_size_of, plan_sweep
+from cast_ray.plan.graph import (
+    NoTeacherError,
+    RowPlan,
+    Stage,
+    SweepPlan,
+    artifact_key,
+    fingerprint_of,
+    given,
+    input_size_of,
+    plan_sweep,
+)
 from cast_ray.plan.stage_parts import Model, TrainPart
 from cast_ray.recipe import Recipe
 from cast_ray.runtime.cluster import connect
-from cast_ray.runtime.store.artifacts import ArtifactStore, Listed, committed, read_each
+from cast_ray.runtime.store.artifacts import ArtifactStore, read_each
 from cast_ray.runtime.store.claims import Holder, Presence
+from cast_ray.runtime.store.past_stages import note_past, past_manifests
 from cast_ray.runtime.sweep.planner import RowPlanner, command_line
 from cast_ray.runtime.sweep.preview import Preview, hours, print_plan, row_labels, titles_of
 from cast_ray.runtime.sweep.row_results import (
@@ -32,9 +44,6 @@ from cast_ray.runtime.sweep.row_results import (
 )
 from cast_ray.runtime.sweep.slots import slots_of
 from cast_ray.runtime.sweep.trackers import Trackers
-
-MAX_MANIFESTS = 400
-"""Manifests of earlier stages that an estimate is made from, newest first."""
 
 
 @dataclass(frozen=True)
@@ -105,26 +114,31 @@ def run_sweep(
     store = ArtifactStore(request.storage)
     store.check_writable()
     runs = {table.name: list(table.recipes.values()) for table in request.tables}
-    planner = RowPlanner(
-        runs, store, console, lambda: connect(request.address, request.num_cpus), dry_run=request.dry_run
-    )
-    sweeps = [_plan_table(table, planner, console) for table in request.tables]
-    rows = [row for sweep in sweeps for row in sweep.rows]
-    if request.dry_run:
-        listed = store.list_artifacts()
-        _preview(request, sweeps, plan_sweep(rows, committed(listed)), planner, listed, store, console)
-        return None
-    with Presence(store, command_line()) as presence:
-        read = planner.fingerprints().union(*map(given, rows))
-        needed = {stage.fingerprint for row in rows for stage in row.stages}
-        presence.need(needed | read, on_wait=lambda holder: say_pruning(holder, console))
-        listed = store.list_artifacts()
-        check_still_stored(read, committed(listed))
-        whole = plan_sweep(rows, committed(listed))
-        _preview(request, sweeps, whole, planner, listed, store, console)
+    with Presence(store, command_line(), on_wait=lambda holder: say_pruning(holder, console)) as presence:
+        planner = RowPlanner(
+            runs, store, console, lambda: connect(request.address, request.num_cpus), dry_run=request.dry_run
+        )
+        sweeps = [_plan_table(table, planner, console) for table in request.tables]
+        rows = [row for sweep in sweeps for row in sweep.rows]
+        stages = {stage.key: stage for row in rows for stage in row.stages}
+        read = keys_read(planner, rows)
+        presence.need(map(fingerprint_of, (*stages, *read)))
+        manifests = store.find_manifests((*stages, *read))
+        stored = set(map(fingerprint_of, manifests))
+        if not request.dry_run:
+            check_still_stored(map(fingerprint_of, read), stored)
+        whole = plan_sweep(rows, stored)
+        _preview(request, sweeps, whole, planner, manifests, store, console)
+        if request.dry_run:
+            return None
         on_start(sweeps)
         jobs = _rows_without_result(sweeps, whole)
-        stopped = _run(request, whole, jobs, presence.holder, store, console) if jobs else None
+        stopped = None
+        if jobs:
+            try:
+                stopped = _run(request, whole, jobs, presence.holder, store, console)
+            finally:
+                note_past(store, [stage.key for stage in whole.to_run])
     return SweepOutcome(tuple(sweeps), stopped)
 
 
@@ -156,12 +170,18 @@ def say_pruning(holder: Holder, console: Console) -> None:
     console.print(f"waiting for `store gc` of {holder.user} on {holder.host} (process {holder.pid})")
 
 
-def check_still_stored(read: Iterable[str], stored: Collection[str]) -> None:
+def keys_read(planner: RowPlanner, rows: Iterable[RowPlan]) -> list[str]:
+    """Artifacts that planning has read: the datasets and the imported teachers of the rows."""
+    teachers = sorted(set().union(*map(given, rows)))
+    return [dataset.key for dataset in planner.datasets.values()] + [artifact_key("train", f) for f in teachers]
+
+
+def check_still_stored(read: Iterable[str], stored: Iterable[str]) -> None:
     """Raises ValueError when `store gc` has removed what planning has read, before the sweep could say it needs it.
 
     Args:
         read: fingerprints of the datasets and imported teachers that the plan builds on.
-        stored: fingerprints in the store, listed after the sweep has left word of its needs.
+        stored: those of them in the store, looked up after the sweep has left word of its needs.
     """
     if gone := sorted(set(read) - set(stored)):
         raise ValueError(
@@ -194,7 +214,7 @@ def _preview(
     sweeps: Sequence[Sweep],
     whole: SweepPlan,
     planner: RowPlanner,
-    listed: dict[str, Listed],
+    manifests: Mapping[str, Manifest],
     store: ArtifactStore,
     console: Console,
 ) -> None:
@@ -210,7 +230,7 @@ def _preview(
             labels=row_labels(named),
             datasets=list(planner.datasets.values()),
             storage=store.storage,
-            cost=_cost(request, whole, planner, listed, store),
+            cost=_cost(request, whole, planner, manifests, store),
             price_per_hour=request.price_per_hour,
             budget_hours=request.budget_hours,
             memory=_memory(request, whole, planner),
@@ -222,18 +242,20 @@ def _preview(
 
 
 def _cost(
-    request: SweepRequest, whole: SweepPlan, planner: RowPlanner, listed: dict[str, Listed], store: ArtifactStore
+    request: SweepRequest,
+    whole: SweepPlan,
+    planner: RowPlanner,
+    manifests: Mapping[str, Manifest],
+    store: ArtifactStore,
 ) -> PlanCost:
     """Device-hours from the store's newest manifests; where there are none, from FLOPs, if the user asked."""
-    newest = sorted(listed.values(), key=lambda a: -(a.committed or 0.0))[:MAX_MANIFESTS]
-    keys = [a.key for a in newest if a.committed is not None]
-    manifests = [m for m in read_each(store.readable_manifest, keys) if m is not None]
+    past = [*past_manifests(store), *manifests.values()]
     sizes: dict[str, Size] = {}
     for row in whole.rows:
         sizes |= dict.fromkeys((s.fingerprint for s in row.stages), planner.size(row.recipe))
     device = "cuda" if whole.rows[0].recipe.runtime.use_gpu else "cpu"
     asked = request.dry_run or request.price_per_hour is not None or request.budget_hours is not None
-    return cost_of(whole, CostModel(manifests, device), lambda stage: sizes[stage.fingerprint], count_flops=asked)
+    return cost_of(whole, CostModel(past, device), lambda stage: sizes[stage.fingerprint], count_flops=asked)
 
 
 def _memory(request: SweepRequest, whole: SweepPlan, planner: RowPlanner) -> dict[str, list[int | None]]:
@@ -325,11 +347,13 @@ def _run(
     console.print(cluster.description, highlight=False)
     import ray
 
+    from cast_ray.runtime.shared_paths import check_shared_paths
     from cast_ray.runtime.sweep.broker import MAX_CALLS, Broker
     from cast_ray.runtime.sweep.progress import ProgressDisplay
     from cast_ray.runtime.sweep.row_driver import DRIVER_CPUS, Job, run_trials
 
     try:
+        check_shared_paths(store.storage, [row.recipe.data.root for _, row in pairs])
         # Rows beyond the slots only wait: a few more than can run, so that a free slot finds work at once.
         slots = slots_of([row.recipe for _, row in pairs], cluster, DRIVER_CPUS, len(pairs))
         broker = Broker.options(max_concurrency=MAX_CALLS).remote(  # type: ignore[attr-defined]
@@ -357,7 +381,7 @@ def _run(
     left = [job.row for job in jobs if outcomes[job.name] == "stopped"]
     if not left:
         return None
-    rest = plan_sweep(left, board["done"])
+    rest = plan_sweep(left, whole.stored | set(board["done"]))
     words = (
         f": {board['stop']}. Left: {len(left)} rows, {len(rest.to_run)} stages, {rest.steps_to_run:,} steps; "
         f"used {hours(board['device_s'] / 3600)}. The same command goes on."

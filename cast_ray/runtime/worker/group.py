@@ -17,6 +17,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError
 from ray.util.placement_group import PlacementGroup
 
+from cast_ray.common.paths import in_few_requests
 from cast_ray.runtime.data.resources import segment_bundles, stream_bundle, worker_bundle
 from cast_ray.runtime.placement import NODE_LABEL, nodes_of, reserve
 from cast_ray.runtime.ray_internals import is_lost_at_start, is_startup_timeout
@@ -115,7 +116,7 @@ def _fit(
         ),
         run_config=RunConfig(
             name=run_name,
-            storage_path=segment.store.uri("train"),
+            storage_path=in_few_requests(segment.store.uri("train")),
             failure_config=FailureConfig(max_failures=runtime.max_failures, controller_failure_limit=0),  # type: ignore[call-arg]
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from cast_ray.contracts.instance import RecordLabel
-from cast_ray.contracts.records import INSTANCE_TYPE, RECORD_SCHEMA, Category, class_names
+from cast_ray.contracts.records import INSTANCE_TYPE, RECORD_SCHEMA, Category, class_names, pieces_of, take_rows
 from cast_ray.plan.graph import Stage, input_size_of
 from cast_ray.plan.stage_parts import LabelPart
 from cast_ray.recipe import InputSize, Recipe
@@ -46,6 +46,8 @@ LABEL_SCHEMA = RECORD_SCHEMA.set(
 """One row an image that was labelled, in the order of D_u."""
 BLOCK_SCHEMA = LABEL_SCHEMA.append(pa.field("error", pa.string()))
 BLOCKS_JOINED_AT_A_TIME = 64
+ROW_GROUP_BYTES = 128 << 20
+"""Of a row group of the joined labels, which readers hold whole."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,8 @@ class LabelJob:
                 labelled = table.filter(pa.compute.is_null(table["error"])).drop_columns("error")
                 if thresholds is not None:
                     labelled = self._painted(labelled, thresholds)
-                writer.write_table(labelled)
+                for piece in pieces_of(labelled, ROW_GROUP_BYTES):  # what is read at once
+                    writer.write_table(piece)
                 num_images += labelled.num_rows
                 num_labels += pa.compute.sum(pa.compute.list_value_length(labelled["instances"])).as_py() or 0
         wanted = len(self.images.unlabelled)
@@ -170,8 +173,8 @@ class LabelJob:
             category, score = (pa.compute.struct_field(instances, n).to_numpy() for n in ("category_id", "score"))
             for found in np.unique(category):
                 scores.setdefault(int(found), []).append(score[category == found])
-        truth = fetched(self.images.records).column("instances").take(self.images.labelled)
-        objects = pa.compute.list_flatten(truth)
+        truth = take_rows(fetched(self.images.records).select(["instances"]), self.images.labelled)
+        objects = pa.compute.list_flatten(truth.column("instances"))
         objects = objects.filter(pa.compute.invert(pa.compute.struct_field(objects, "is_crowd")))
         counted = pa.compute.value_counts(pa.compute.struct_field(objects, "category_id")).to_pylist()
         return balanced_thresholds(

@@ -47,13 +47,16 @@ def label_images(job: LabelJob) -> dict[str, Any]:
             if not ray.get(job.broker.occupy.remote(job.owner)):
                 raise SweepStopped
             _run(job, group, blocks)
-    return job.facts(blocks, began) | ray.get(_join.remote(job))
+    facts, added = ray.get(_join.remote(job))
+    job.store.note_added(job.stage, added)
+    return job.facts(blocks, began) | facts
 
 
 # Rows in the making are kept out of the driver's memory; its trial's placement group holds nothing but the driver.
 @ray.remote(num_cpus=0.01, scheduling_strategy="DEFAULT")
-def _join(job: LabelJob) -> dict[str, Any]:
-    return job.join()
+def _join(job: LabelJob) -> tuple[dict[str, Any], frozenset[str]]:
+    """See `LabelJob.join`; also the names of the files that it has added to the artifact."""
+    return job.join(), job.store.added(job.stage)
 
 
 def _run(job: LabelJob, group: PlacementGroup, blocks: list[Rows]) -> None:

@@ -104,8 +104,10 @@ def run_stages(segment: Segment, group: PlacementGroup, worker_nodes: list[str],
             facts |= {"num_workers": world.size, "device": str(world.device), "owner": segment.owner}
             startup_s = 0.0  # the group's start counts once, for its first stage
             segment.store.commit(stage, facts)
-            for folder in ("labels", "refresh"):  # of labelling that can go on, and of teachers' versions
-                segment.store.delete(f"{folder}/{stage.fingerprint}")
+            if stage.kind == "label":  # blocks that a resumed labelling would have found
+                segment.store.delete(f"labels/{stage.fingerprint}")
+            if stage.config.get("refresh_steps"):  # its teacher's versions
+                segment.store.delete(f"refresh/{stage.fingerprint}")
             ray.get(segment.broker.finish.remote(stage.fingerprint))
             if validation is not None:
                 validation.forget(stage)

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from cast_ray.plan.graph import Stage
-from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.store.artifacts import ArtifactStore, LostFilesError
 
 STAGE = Stage("distill", "train", {"seed": 0}, {"init": "p" * 20}, "a" * 20, steps=4)
 OTHER = Stage("student", "evaluate", {}, {"model": "a" * 20}, "b" * 20)
@@ -144,6 +144,43 @@ def test_the_manifest_says_what_was_made(store: ArtifactStore) -> None:
         "resumed_at_step": None,
     }
     assert {key: getattr(manifest, key) for key in wanted} == wanted and (manifest.committed or 0) > 0
+
+
+def test_a_commit_looks_whether_its_files_are_there(store: ArtifactStore, tmp_path: Path) -> None:
+    store.add(STAGE, "train.parquet/00000.parquet", b"8 rows")
+    store.add(STAGE, "train.parquet/00001.parquet", b"4 rows")
+    with store.open_to_add(STAGE, "results.json") as file:
+        file.write(b"[]")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "card.json").write_text("{}")
+    store.add_folder(STAGE, tmp_path / "model")
+    store.delete(f"artifacts/{STAGE.key}/{store.attempt}/train.parquet/00000.parquet")
+    words = r"distill: 1 of the 4 files written to .* have been removed \(train.parquet/00000.parquet\)"
+    with pytest.raises(LostFilesError, match=words):
+        store.commit(STAGE, {})
+    assert not store.has(STAGE.key)
+    # What another process has added is looked for, too, where it was told of; what was taken back is not missed.
+    again = store.new_attempt()
+    again.add(OTHER, "part.jsonl", b"")
+    again.discard(OTHER, "part.jsonl")
+    again.note_added(OTHER, {"labels.parquet"})
+    with pytest.raises(LostFilesError, match="1 of the 1 files"):
+        again.commit(OTHER, {})
+
+
+def test_a_file_that_was_lost_later_is_an_error_not_fewer_rows(store: ArtifactStore) -> None:
+    for part, numbers in enumerate(([1, 2], [3])):
+        buffer = io.BytesIO()
+        pa.parquet.write_table(pa.table({"x": numbers}), buffer)
+        store.add(STAGE, f"train.parquet/{part:05d}.parquet", buffer.getvalue())
+    store.commit(STAGE, {})
+    reader = store.new_attempt()
+    assert list(store.manifest(STAGE.key).files) == ["train.parquet/00000.parquet", "train.parquet/00001.parquet"]
+    assert reader.read_table(STAGE.key, "train.parquet").column("x").to_pylist() == [1, 2, 3]
+    assert reader.open_dataset(STAGE.key, "train.parquet").count_rows() == 3
+    store.delete(f"artifacts/{STAGE.key}/{store.attempt}/train.parquet/00001.parquet")
+    with pytest.raises(FileNotFoundError):
+        reader.read_table(STAGE.key, "train.parquet")
 
 
 def test_every_committed_fingerprint_is_listed(store: ArtifactStore) -> None:

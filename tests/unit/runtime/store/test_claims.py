@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,16 @@ from pathlib import Path
 import pytest
 
 from cast_ray.runtime.store.artifacts import ArtifactStore
-from cast_ray.runtime.store.claims import DEAD_AFTER_S, Claims, Holder, Presence, Watch, live_sweeps
+from cast_ray.runtime.store.claims import (
+    DEAD_AFTER_S,
+    Claims,
+    Holder,
+    Presence,
+    Watch,
+    dead_claims,
+    live_sweeps,
+    read_holder,
+)
 
 KEYS = ["train-a", "label-b", "train-c"]
 
@@ -104,12 +114,14 @@ def test_a_process_of_this_machine_that_ended_is_dead_at_once(store: ArtifactSto
     started = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
     holder = replace(Holder.of_this_process("test"), id="child", pid=process.pid, pid_started=started)
     store.write_json("claims/holders/child.json", asdict(holder) | {"beat": 1})
-    assert Watch(store).is_alive("child") and live_sweeps(store, 60) == {holder: set()}
+    assert Watch(store).is_alive("child") and live_sweeps(store, 60) == {holder: None}
     process.communicate(b"\n")
     assert not Watch(store).is_alive("child") and live_sweeps(store, 60) == {}
     # Its number given to another process is not it; and of another machine nothing is known.
     assert replace(Holder.of_this_process("x"), pid_started="1").is_gone()
     assert not replace(holder, host="elsewhere").is_gone()
+    assert not replace(holder, boot_id="of another machine with the same name").is_gone()
+    assert not replace(holder, boot_id="").is_gone()  # as earlier versions wrote it
     assert not replace(holder, pid_namespace="pid:[1]").is_gone()
 
 
@@ -126,23 +138,60 @@ def test_presence_is_shown_and_taken_back(store: ArtifactStore) -> None:
 def test_a_sweep_waits_for_a_pruning_at_work(store: ArtifactStore) -> None:
     pruning = Presence(store, "store gc", role="gc")
     waited: list[str] = []
+    seen: list[set[str] | None] = []
 
     def end_it(holder: Holder) -> None:
         waited.append(holder.command)
-        assert live_sweeps(store, 60)  # the sweep has left word before it waits
+        seen.extend(live_sweeps(store, 60).values())
         pruning.__exit__()
 
     pruning.__enter__()
-    with Presence(store, "ablate.py losses") as presence:
-        presence.need(["f"], on_wait=end_it)
-    assert waited == ["store gc"]
+    with Presence(store, "ablate.py losses", on_wait=end_it) as presence:
+        assert waited == ["store gc"]  # before anything is read
+        second = Presence(store, "store gc", role="gc")
+        pruning = second.__enter__()
+        presence.need(["f"])
+    assert waited == ["store gc"] * 2
+    assert seen == [None, {"f"}]  # it shows itself before it waits, and says what it needs before it waits again
 
 
 def test_a_pruning_that_died_is_not_waited_for(store: ArtifactStore) -> None:
     dead = replace(Holder.of_this_process("store gc"), id="dead", pid_started="1")
     store.write_json("claims/pruning/dead.json", asdict(dead) | {"beat": 1})
+    with Presence(store, "ablate.py losses", on_wait=lambda holder: pytest.fail("it waited")) as presence:
+        presence.need(["f"])
+
+
+def test_a_wait_that_is_interrupted_takes_the_presence_back(store: ArtifactStore) -> None:
+    def interrupt(holder: Holder) -> None:
+        raise KeyboardInterrupt
+
+    with Presence(store, "store gc", role="gc"):
+        with pytest.raises(KeyboardInterrupt), Presence(store, "ablate.py losses", on_wait=interrupt):
+            pass
+        assert live_sweeps(store, 60) == {} and store.list_names("claims/holders") == []
+
+
+def test_a_holder_of_an_earlier_or_later_version_is_read(store: ArtifactStore) -> None:
+    described = asdict(show(store, "a"))
+    described.pop("boot_id")
+    assert read_holder(json.dumps(described | {"beat": 1, "colour": "red"}).encode()).boot_id == ""
+
+
+def test_files_of_dead_holders_are_told_from_those_of_the_living(store: ArtifactStore) -> None:
     with Presence(store, "ablate.py losses") as presence:
-        presence.need(["f"], on_wait=lambda holder: pytest.fail("it waited"))
+        presence.need(["f"])
+        Claims(store, presence.holder.id).take(KEYS)
+        with Presence(store, "store gc", role="gc"):
+            assert dead_claims(store, 60) == []
+        show(store, "silent")
+        left = ["claims/holders/silent.json", "claims/plans/silent.json", "claims/stages/train-z~silent"]
+        store.write_json(left[1], {"fingerprints": []})
+        store.write_bytes(left[2], b"")
+        store.write_bytes("claims/stages/train-y~never-seen", b"")
+        assert dead_claims(store, 60) == ["claims/stages/train-y~never-seen"]
+        os.utime(Path(store.storage, left[0]), (1, 1))
+        assert set(dead_claims(store, 60)) == {*left, "claims/stages/train-y~never-seen"}
 
 
 def test_a_silent_sweep_of_another_machine_counts_for_a_while(store: ArtifactStore) -> None:

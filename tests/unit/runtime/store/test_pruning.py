@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from report_scenes import result
+from rich.console import Console
 
 from cast_ray.cli import store as store_command
 from cast_ray.plan.graph import Stage
 from cast_ray.runtime.store.artifacts import ArtifactStore
-from cast_ray.runtime.store.claims import Presence
+from cast_ray.runtime.store.claims import Presence, live_sweeps
 from cast_ray.runtime.store.pruning import SILENT_S, find_prunable, prune
 
 OLD_S = 10 * 86400
@@ -47,6 +51,8 @@ def keys(store: ArtifactStore) -> set[str]:
 def test_unfinished_artifacts_go_and_finished_ones_stay(store: ArtifactStore) -> None:
     commit(store, "a")
     store.add(stage("b"), "model.safetensors", b"half")
+    assert find_prunable(store).unfinished == ()  # somebody may be writing it
+    aged(store, "b", 2 * SILENT_S)
     assert [a.key for a in find_prunable(store).unfinished] == [stage("b").key]
     prune(store, None, False, "test")
     assert keys(store) == {stage("a").key} and store.has(stage("a").key)
@@ -112,6 +118,69 @@ def test_a_fresh_unfinished_artifact_stays_while_somebody_is_at_work(store: Arti
         assert find_prunable(store).unfinished == ()
         aged(store, "b", 2 * SILENT_S)
         assert [a.key for a in find_prunable(store).unfinished] == [stage("b").key]
+
+
+def test_while_a_sweep_plans_every_artifact_stays(store: ArtifactStore, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has said that it is there, but not yet what it needs: it may be reading just the artifact that is so old."""
+    commit(store, "a", OLD_S)
+    store.add(stage("b"), "model.safetensors", b"half")
+    aged(store, "b", OLD_S)
+    with Presence(store, "ablate.py losses") as presence:
+        pruning = prune(store, 0, True, "test")
+        assert pruning.planning == (presence.holder,) and pruning.num_bytes == 0
+        assert keys(store) == {stage("a").key, stage("b").key}
+        assert store_command.main(["gc", "--yes", "--older-than", "0", "--storage", store.storage]) == 0
+        assert "kept         every artifact: a command of" in capsys.readouterr().out
+        presence.need([stage("b").fingerprint])
+        prune(store, 0, True, "test")
+        assert keys(store) == {stage("b").key}
+
+
+def test_what_dead_sweeps_left_beside_the_artifacts_goes(store: ArtifactStore) -> None:
+    mine, theirs = stage("a").fingerprint, stage("b").fingerprint
+    for folder in ("labels", "refresh", "validations"):
+        for fingerprint in (mine, theirs):
+            store.write_bytes(f"{folder}/{fingerprint}/1", b"x")
+    store.write_bytes(f"claims/stages/{stage('b').key}~dead", b"")
+    store.write_json("claims/plans/dead.json", {"fingerprints": [theirs]})
+    with Presence(store, "ablate.py losses") as presence:
+        presence.need([mine])
+        prune(store, None, False, "test")
+        for folder in ("labels", "refresh", "validations"):
+            assert store.list_names(folder) == [mine]
+        assert store.list_names("claims/stages") == []
+        assert store.list_names("claims/plans") == [f"{presence.holder.id}.json"]
+    prune(store, None, False, "test")
+    assert [name for f in ("labels", "refresh", "validations") for name in store.list_names(f)] == []
+
+
+@pytest.mark.parametrize("command", ["run_sweep", "run_search"])
+def test_a_sweep_is_seen_from_before_it_reads_its_data(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """`store gc` in the middle of the reading of a dataset: nothing of it may go, however long the reading takes."""
+    seen = []
+
+    def plan(*_: object, **__: object) -> None:
+        store.add(stage("d"), "train.parquet/00000.parquet", b"12 rows")
+        aged(store, "d", 2 * SILENT_S)
+        prune(store, 0, True, "test")
+        seen.append(store.list_names(f"artifacts/{stage('d').key}/{store.attempt}"))
+        raise ValueError("enough")
+
+    if command == "run_sweep":
+        from cast_ray.runtime.sweep import run as module
+        from cast_ray.runtime.sweep.run import SweepRequest
+
+        request: Any = SweepRequest((), store.storage, None, None)
+    else:
+        from cast_ray.runtime.search import run as module  # type: ignore[no-redef]
+
+        request = SimpleNamespace(spec=None, storage=store.storage, recipe=lambda point: None, name="x")
+    monkeypatch.setattr(module, "RowPlanner", plan)
+    with pytest.raises(ValueError, match="enough"):
+        getattr(module, command)(request, Console(file=io.StringIO()))
+    assert seen == [["train.parquet"]] and live_sweeps(store, SILENT_S) == {}
 
 
 def test_attempts_beside_the_one_that_counts_go(store: ArtifactStore) -> None:

@@ -147,7 +147,8 @@ def test_who_waits_is_told_that_it_is_done() -> None:
         await broker.finish("pre")
         assert await waiting == {"run": [], "done": ["pre"]}
         board = await broker.board()
-        assert board["waiting"] == [] and board["done"] == {"pre"}
+        assert board["waiting"] == [] and board["done"] == ["pre"]
+        assert (await broker.board(1))["done"] == []  # what was sent is not sent again
 
     asyncio.run(asyncio.wait_for(scene(), 60))
 
