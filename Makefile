@@ -17,7 +17,7 @@ PROGRESS := /^ *(Downloading|Using cached|Processing) .*[.]whl/ { \
   /^Installing collected/ { print "  unpacking (a minute or two)"; fflush() }
 # Processes that run tests side by side. More than four save nothing: the tests with a Ray run one after the other.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 4 ? 4 : n )))
-PARALLEL = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadgroup --no-loadscope-reorder)
+PARALLEL = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --no-loadscope-reorder)
 # Two threads a process on two busy cores is slower than one, and Ray starts several processes.
 export OMP_NUM_THREADS ?= 1
 

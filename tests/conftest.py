@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,15 +24,22 @@ MARK = "CAST_RAY_TEST_SWEEP"
 PATIENCE_S = 600
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups of tests that one process runs (`make test` starts several): a file, or all that start a Ray.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One process runs all tests of a file, and one all tests that start a Ray (`make test` starts several processes).
 
     A Ray takes all cores of the machine. Two beside each other would wait for each other's starts until they time out;
-    one beside the other tests fills the gaps in which it waits.
+    one beside the other tests fills the gaps in which it waits. `xdist_group` marks would say the same, but
+    pytest-xdist 3.8 ignores them without a word under pytest 9.2.
     """
-    for item in items:
-        file = item.path.relative_to(ROOT).as_posix()
-        item.add_marker(pytest.mark.xdist_group("ray" if file.startswith(WITH_RAY) else file))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if file.startswith(WITH_RAY) else file
+
+    return ByFile(config, log)
 
 
 def wait_until(condition: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
