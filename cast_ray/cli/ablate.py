@@ -29,7 +29,7 @@ from cast_ray.cli.options import (
     storage_path,
     whole_number,
 )
-from cast_ray.plan.ablation import load_table, table_names
+from cast_ray.plan.ablation import Table, load_table, table_names
 from cast_ray.report.run_choice import choose_run
 from cast_ray.runtime.sweep.run import (
     Sweep,
@@ -110,8 +110,8 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
                 has_own_folder=bool(choice.beside),
             )
         )
-    if not requests:
-        raise ValueError(f"--rows: no row of {', '.join(names)} is called {', '.join(arguments.rows)}")
+    if unknown := _unknown_rows(tables, arguments.rows or []):
+        raise ValueError(f"--rows: no row of {', '.join(names)} is called {', '.join(unknown)}")
     folders = {request.table.name: str(output_folder(str(out / request.name))) for request in requests}
     events = {name: str(Path(folder) / TENSORBOARD) for name, folder in folders.items()}
     trackers = Trackers(
@@ -140,6 +140,12 @@ def _check_seeds(arguments: argparse.Namespace) -> None:
     seeds = arguments.seeds or []
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"--seeds: expected different numbers, got {' '.join(map(str, seeds))}")
+
+
+def _unknown_rows(tables: Sequence[Table], wanted: Sequence[str]) -> list[str]:
+    """The rows that were asked for and that no table has, by their name or as `TABLE:ROW`."""
+    known = {name for table in tables for row in table.rows for name in (row, f"{table.name}:{row}")}
+    return [row for row in wanted if row not in known]
 
 
 def _rows(table: str, known: list[str], wanted: list[str] | None, several: bool) -> list[str]:

@@ -11,6 +11,8 @@ from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
 
+from cast_ray.common.text import FOLDER_NAME_RULE, is_folder_name
+
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 3, 130
 EXIT_CODES = {
     0: "done",
@@ -100,7 +102,7 @@ def add_set_option(parser: argparse.ArgumentParser, help_text: str = "override a
 
 def add_run_options(parser: argparse.ArgumentParser, name: str) -> None:
     """Adds the options that say where a run is kept; `name`: the form of its default name."""
-    parser.add_argument("--name", help=f"name of the run (default: {name})")
+    parser.add_argument("--name", type=run_name, help=f"name of the run (default: {name})")
     parser.add_argument("--out", help="local folder for results and reports (default: runs)")
     add_storage_option(parser)
 
@@ -207,6 +209,17 @@ def default_folder() -> Path:
 def storage_path(text: str | None) -> str:
     """Returns the path or URI of the store that --storage names, else the variable, else the default folder."""
     return text or os.environ.get(STORAGE_VARIABLE) or str(default_folder() / "storage")
+
+
+def run_name(text: str) -> str:
+    """Returns the name of a run, which is that of its folder.
+
+    Raises:
+        argparse.ArgumentTypeError: it names a place elsewhere, or is too long.
+    """
+    if not is_folder_name(text):
+        raise argparse.ArgumentTypeError(f"{FOLDER_NAME_RULE}, got {text!r}")
+    return text
 
 
 def runs_folder(text: str | None) -> Path:

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 
 MAX_NAMED = 12
+_FOLDER_NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,119}")
+FOLDER_NAME_RULE = "expected a name of 1 to 120 characters without / and not after a dot"
+
+
+def is_folder_name(text: str) -> bool:
+    """Whether a text can name a folder of its own below another one, see FOLDER_NAME_RULE."""
+    return _FOLDER_NAME.fullmatch(text) is not None
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

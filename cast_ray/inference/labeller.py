@@ -65,7 +65,7 @@ def make_labeller(
 
 
 def load_teacher(
-    source: str, classes: str | Sequence[str | Category] | None = None, recipe: Recipe | None = None
+    source: str | Path, classes: str | Sequence[str | Category] | None = None, recipe: Recipe | None = None
 ) -> Teacher:
     """Loads a teacher, published or saved, on the CPU and ready to predict.
 
@@ -83,6 +83,7 @@ def load_teacher(
     Raises:
         ValueError: a checkpoint or teacher that is not there or does not know the classes.
     """
+    source = str(source)
     is_published = source in PUBLISHED
     if recipe is None:
         kind_key = {"teacher.kind": source} if is_published else {}

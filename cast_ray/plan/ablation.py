@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from cast_ray.common.text import nearest
+from cast_ray.common.text import FOLDER_NAME_RULE, is_folder_name, nearest
 from cast_ray.common.text_files import read_text
 from cast_ray.plan.settings import overridden, settings_of
 from cast_ray.recipe import SCALES, Recipe, build_recipe, preset_names
@@ -41,7 +41,6 @@ TABLES_DIR = shipped_folder("tables", "tables")
 DEFAULT_PRESET, DEFAULT_SCALE = "shapes", "demo"
 
 # Of directories and trials; a slash would nest them, a leading dot hide them.
-_ROW_NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,119}")
 _FACTOR = re.compile(r"x(\d+(?:\.\d+)?)")
 
 
@@ -91,8 +90,8 @@ class Table(BaseModel):
     @classmethod
     def _rows_have_names(cls, rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for row in rows:
-            if not _ROW_NAME.fullmatch(row):
-                raise ValueError(f"row {row!r}: expected a name of 1 to 120 characters without / and not after a dot")
+            if not is_folder_name(row):
+                raise ValueError(f"row {row!r}: {FOLDER_NAME_RULE}")
         return rows
 
     @model_validator(mode="after")
@@ -105,6 +104,8 @@ class Table(BaseModel):
             if key in self.base and self.base[key] not in known:
                 raise ValueError(f"base: {key}: unknown {self.base[key]!r}{nearest(str(self.base[key]), known)}")
         for where, overrides in self._parts():
+            if "seed" in overrides:
+                raise ValueError(f"{where}: seed: expected the table's `seeds`, which all rows share")
             try:
                 resolve_recipe(DEFAULT_PRESET, DEFAULT_SCALE, self._base_overrides, overrides)
             except ValueError as error:
@@ -225,6 +226,8 @@ class Table(BaseModel):
         Raises:
             ValueError: unknown row (the message names the nearest) or a bad override.
         """
+        if "seed" in (overrides or {}):
+            raise ValueError("seed: expected --seeds, which may name several (a row and a seed are one trial)")
         if row not in self.rows:
             raise ValueError(f"unknown row {row!r} of table {self.name!r}{nearest(row, list(self.rows))}")
         base = _in_turn(self._base_overrides, {**(overrides or {}), "seed": seed})

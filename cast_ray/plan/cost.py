@@ -111,7 +111,10 @@ class CostModel:
         """
         model = _model_of(stage, find)
         seen_hw = seen_size(stage, size.image_hw)
-        count = stage.steps or (size.num_unlabelled if stage.kind == "label" else _to_evaluate(stage, size))
+        if stage.kind == "train":
+            count = stage.steps  # 0 where a stage is left out by its length
+        else:
+            count = size.num_unlabelled if stage.kind == "label" else _to_evaluate(stage, size)
         images = count * _images_of(stage.kind, stage.config)
         if seen := self.exact.get(_exact_key(stage.kind, stage.config, model)):
             return Estimate(statistics.median(seen) * count, "measured")

@@ -14,6 +14,7 @@ import yaml
 from dataset_folders import write_ade20k, write_cityscapes
 
 from cast_ray.cli import ablate, search
+from cast_ray.cli.main import main as cast_ray_main
 from cast_ray.plan.ablation import table_names
 from cast_ray.plan.graph import plan, plan_sweep
 from cast_ray.recipe import build_recipe
@@ -228,3 +229,26 @@ def test_results_do_not_go_to_a_uri(
 def test_the_name_of_many_tables_fits_a_folder() -> None:
     assert sweep_name(["losses-shapes-demo"]) == "losses-shapes-demo"
     assert len(sweep_name([f"{name}-shapes-demo" for name in table_names()])) < 60
+
+
+def _code(arguments: list[str]) -> int:
+    try:
+        return cast_ray_main(["ablate", *arguments])
+    except SystemExit as error:
+        return int(error.code or 0)
+
+
+@pytest.mark.parametrize("name", ["a/b", "../x", ".", "", "y/", "x" * 300])
+def test_a_run_is_named_by_one_folder(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _code(["losses", "--dry-run", "--name", name]) == 2
+    assert "--name: expected a name of 1 to 120 characters" in capsys.readouterr().err
+
+
+def test_a_seed_is_no_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _code(["losses", "--dry-run", "--set", "seed=3"]) == 2
+    assert "seed: expected --seeds" in capsys.readouterr().err
+
+
+def test_a_row_that_none_of_several_tables_has_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _code(["losses", "main", "--dry-run", "--rows", "sup", "nope"]) == 2
+    assert "no row of losses, main is called nope" in capsys.readouterr().err
