@@ -502,7 +502,7 @@ def test_a_result_that_cannot_be_read_hides_no_other(
     assert not written.is_complete and not written.has_failures and report.num_expected == 4
     text = terminal_text(report)
     assert "WARNING: sup+pxl, seed 0: its result cannot be read and is left out." in " ".join(text.split())
-    assert message in " ".join(text.split()) and "15.8" in line_of(text, "sup+semi")
+    assert "".join(message.split()) in "".join(text.split()) and "15.8" in line_of(text, "sup+semi")
     assert "| sup+pxl | UNREADABLE, 1 seed |" in written.files["markdown"].read_text()
     assert "UNREADABLE" in written.files["html"].read_text()
 
