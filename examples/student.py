@@ -13,6 +13,8 @@ from cast_ray.data.reading.images import read_image
 from cast_ray.data.views import fit_image
 from cast_ray.runtime.store.models import open_student
 
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
 student, _ = open_student(sys.argv[1])  # a folder or a row of a run; Student.from_pretrained reads a folder alone
 image = read_image(sys.argv[2])  # uint8 [height, width, 3], RGB, as stored: EXIF orientation is not applied
 pixels, inside = fit_image(image, student.input_size)  # resized as in training, and padded

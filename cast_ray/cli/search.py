@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
+from pydantic import ValidationError
 from rich.text import Text
 
 from cast_ray.cli.options import (
@@ -30,7 +31,8 @@ from cast_ray.cli.options import (
     storage_path,
     whole_number,
 )
-from cast_ray.plan.search import load_search, search_names
+from cast_ray.plan.ablation import explain
+from cast_ray.plan.search import SearchSpec, load_search, search_names
 from cast_ray.runtime.sweep.trackers import TENSORBOARD, Trackers
 
 STUDY = "study.journal"
@@ -46,9 +48,12 @@ def main(argv: Sequence[str]) -> int:
 def _search(arguments: argparse.Namespace) -> int:
     spec = load_search(arguments.search)
     changes = {"num_trials": arguments.trials, "samplers": arguments.samplers, "scheduler": arguments.scheduler}
-    spec = type(spec).model_validate(
-        spec.model_dump() | {key: value for key, value in changes.items() if value is not None}
-    )
+    try:
+        spec = SearchSpec.model_validate(
+            spec.model_dump() | {key: value for key, value in changes.items() if value is not None}
+        )
+    except ValidationError as error:
+        raise ValueError(explain(error, SearchSpec)) from None
     overrides = recipe_overrides(arguments)
     preset, scale = arguments.preset or spec.preset, arguments.scale or spec.scale
     name = arguments.name or f"{spec.name}-search-{preset}-{scale}"

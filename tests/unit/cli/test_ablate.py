@@ -252,3 +252,9 @@ def test_a_seed_is_no_setting(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_row_that_none_of_several_tables_has_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert _code(["losses", "main", "--dry-run", "--rows", "sup", "nope"]) == 2
     assert "no row of losses, main is called nope" in capsys.readouterr().err
+
+
+def test_samplers_that_are_none_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cast_ray_main(["search", "losses", "--samplers", "foo"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "samplers" in line and "'tpe' or 'random'" in line
