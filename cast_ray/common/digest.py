@@ -7,6 +7,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+FULL_DIGITS = 64
+"""Hexadecimal digits of a whole SHA-256."""
+
 
 def digest_of(value: Any, length: int = 20, default: Callable[[Any], Any] | None = None) -> str:
     """The first hexadecimal digits of the SHA-256 of a value's JSON with sorted keys.

@@ -40,7 +40,7 @@ class Instance(TypedDict):
 
 
 Instances = list[Instance]
-"""Of one image."""
+"""The instances of one image."""
 
 
 class SourcedInstance(Instance):

@@ -45,8 +45,11 @@ RECORD_SCHEMA = pa.schema(
 
 
 MAX_CHUNK_BYTES = 1 << 30
-"""Of one chunk of a record table. Its RLEs have offsets of 32 bits, as they have in the files of earlier versions, so
-that Arrow cannot join or take rows across 2 GiB of them."""
+"""Most bytes of one chunk of a record table.
+
+Its RLEs have offsets of 32 bits, as in the files of earlier versions, so that Arrow cannot join or take rows across
+2 GiB of them.
+"""
 
 
 def pieces_of(table: pa.Table, max_bytes: int | None = None) -> Iterator[pa.Table]:
@@ -96,7 +99,7 @@ def rle_runs(counts: bytes) -> np.ndarray:
     """Run lengths of COCO compressed RLE counts, background first: int64 [n].
 
     5 bits a character, lowest first; from the third run on relative to the one two before. The counts must be whole,
-    as those of records are (`datasets.segmentations` checks the ones that nobody vouches for).
+    as those of records are (`data/formats/segmentations.py` checks the ones that nobody vouches for).
     """
     codes = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero(codes < 32)

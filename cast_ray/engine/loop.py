@@ -153,9 +153,9 @@ class _Run:
             self._continue_from(resume)
         self.names = list(objective.weights)
         self.weights = objective.weights
-        """Of the terms in the last step."""
+        """The weights of the terms in the last step."""
         self.factor = 1.0
-        """Of the learning rate in the last step."""
+        """The factor of the learning rate in the last step."""
         self.images, self.images_logged = 0, 0
         self.began = self.logged = time.monotonic()
 

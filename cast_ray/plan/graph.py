@@ -52,7 +52,7 @@ VIEW_FIELDS = (
 )
 """Fields of DataConfig that decide what a train stage's model sees, beside `image_px`."""
 ALWAYS_NAMED = ("scale_jitter", "flip", "color_jitter")
-"""Those that stood in fingerprints before the others existed, whose defaults are left out of them."""
+"""Those that stood in fingerprints before the others existed. The others are left out at their defaults."""
 
 
 class NoTeacherError(ValueError):

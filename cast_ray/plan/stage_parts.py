@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias
 
 from cast_ray.plan.graph import HOW_IT_RUNS, Stage
 from cast_ray.recipe import (
@@ -47,6 +47,13 @@ class StagePart:
     """What the stages of all kinds say."""
 
     config: Mapping[str, Any]
+    kind: ClassVar[str]
+
+    @classmethod
+    def of(cls, stage: Stage) -> Self:
+        """Returns the view of a stage, which must be of the view's kind."""
+        assert stage.kind == cls.kind, stage.kind
+        return cls(stage.config)
 
     @property
     def split(self) -> dict[str, Any]:
@@ -68,10 +75,7 @@ class StagePart:
 class TrainPart(StagePart):
     """What a train stage says."""
 
-    @classmethod
-    def of(cls, stage: Stage) -> TrainPart:
-        assert stage.kind == "train", stage.kind
-        return cls(stage.config)
+    kind = "train"
 
     @property
     def model(self) -> Model:
@@ -153,10 +157,7 @@ class TrainPart(StagePart):
 class LabelPart(StagePart):
     """What a label stage says."""
 
-    @classmethod
-    def of(cls, stage: Stage) -> LabelPart:
-        assert stage.kind == "label", stage.kind
-        return cls(stage.config)
+    kind = "label"
 
     @property
     def pseudo(self) -> PseudoConfig:
@@ -184,10 +185,7 @@ class LabelPart(StagePart):
 class EvaluatePart(StagePart):
     """What an evaluate stage says."""
 
-    @classmethod
-    def of(cls, stage: Stage) -> EvaluatePart:
-        assert stage.kind == "evaluate", stage.kind
-        return cls(stage.config)
+    kind = "evaluate"
 
     @property
     def num_images(self) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cast_ray.common.digest import FULL_DIGITS, digest_of
 from cast_ray.common.paths import absolute
 from cast_ray.plan.ablation import Table
 from cast_ray.plan.settings import differing, overridden, settings_of
@@ -55,9 +55,8 @@ def choose_run(out: Path, name: str, table: Table, settings: Mapping[str, Any]) 
             return RunChoice(folder.name, beside, tuple(differences.get(beside, ())))
     if not _is_used(out / name):
         return RunChoice(name)
-    content = json.dumps([_located(settings), table.rows], sort_keys=True, default=list)
-    digest = hashlib.sha256(content.encode()).hexdigest()
-    lengths = (DIGITS, 2 * DIGITS, len(digest))
+    digest = digest_of([_located(settings), table.rows], FULL_DIGITS, default=list)
+    lengths = (DIGITS, 2 * DIGITS, FULL_DIGITS)
     free = (f"{name}-{digest[:length]}" for length in lengths if not _is_used(out / f"{name}-{digest[:length]}"))
     return RunChoice(next(free), name, tuple(differences[name]))
 

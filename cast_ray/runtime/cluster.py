@@ -23,7 +23,7 @@ LOCAL_SETTINGS = {
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
     "OMP_NUM_THREADS": "1",
     # Ray runs actors' methods on threads. glibc gives a thread heaps of 64 MB that go back to the kernel when they are
-    # empty: half of a labeller's time was page faults (`processes.prepare_process` comes too late for those threads).
+    # empty: half of a labeller's time was page faults (`prepare_process` comes too late for those threads).
     "MALLOC_ARENA_MAX": "1",
     # Ray gives up after 60 s, which a busy machine needs at times.
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180",

@@ -18,7 +18,7 @@ MAX_PIXELS = 178_956_970
 """Pillow's own limit; more is taken for a decompression bomb unless the recipe says otherwise."""
 
 RECENT_BYTES = 32 << 20
-"""Of image files that a process keeps: of a small set each is fetched once, where every step would fetch it anew."""
+"""Most bytes of image files that a process keeps: a small set is fetched once instead of at every step."""
 
 # EPS and friends run interpreters or open other files: only plain raster formats are tried.
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")

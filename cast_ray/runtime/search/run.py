@@ -1,6 +1,6 @@
 """Searches: Optuna proposes points through Ray Tune, every point is a recipe row through the same stages and store.
 
-The trials are those of a table (`trials.run_row`); only their rows are not known beforehand. Tune's own restore is not
+The trials are those of a table (`row_driver`); only their rows are not known beforehand. Tune's own restore is not
 used: the study remembers the points (`study.py`) and the store their stages, so the same command goes on.
 """
 

@@ -61,7 +61,7 @@ class Holder:
     command: str
     since: float
     boot_id: str = ""
-    """Of the running kernel; empty: not known, in files of earlier versions."""
+    """Id of the running kernel's start; empty: not known, in files of earlier versions."""
 
     @classmethod
     def of_this_process(cls, command: str) -> Holder:

@@ -129,7 +129,7 @@ def stage_slots(
             )
         slots = min(slots, int(gpus // gpus_per_stage))
         wanted += f" and {gpus_per_stage:g} GPUs"
-    # Not reserved in Ray (see `budget._as_seen`), so counted here: streams beyond it would spill to disk.
+    # Not reserved in Ray (see `data/resources.py`), so counted here: streams beyond it would spill to disk.
     memory_mb = resources.get(STORE, 0.0) / 2**20
     num_streams = runtime.num_workers + bool(beside_training)
     slots = min(slots, int(memory_mb // (num_streams * runtime.stream_memory_mb)))

@@ -1,6 +1,6 @@
 """Experiment trackers: TensorBoard event files by default, Weights & Biases and MLflow through Ray's own callbacks.
 
-A row's driver reports to Tune what is new in the curves of its stages (`trials.curve_report`): the newest entry as
+A row's driver reports to Tune what is new in the curves of its stages (`row_driver.curve_report`): the newest entry as
 metrics named `<stage>/<term>`, and under `curve` all entries since the last report, for the event files.
 """
 
@@ -45,7 +45,7 @@ class Trackers:
         later is switched off, and the sweep goes on without it.
 
         Args:
-            job_of: name of a trial -> its `trials.Job`.
+            job_of: name of a trial -> its `row_driver.Job`.
             on_failure: is told, once, which tracker was switched off and why.
         """
         from cast_ray.runtime.sweep.callbacks import GuardedCallback, TensorBoardCallback

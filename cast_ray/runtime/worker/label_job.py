@@ -47,7 +47,7 @@ LABEL_SCHEMA = RECORD_SCHEMA.set(
 BLOCK_SCHEMA = LABEL_SCHEMA.append(pa.field("error", pa.string()))
 BLOCKS_JOINED_AT_A_TIME = 64
 ROW_GROUP_BYTES = 128 << 20
-"""Of a row group of the joined labels, which readers hold whole."""
+"""Size of a row group of the joined labels, which readers hold whole."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ offline job) to a teacher actor, waits, and crops what comes back with the image
 all streams of a stage share, not an actor pool of each stream: every Train worker has a stream of its own, and each
 pool would hold teachers of its own. So nothing is decoded twice and no pixels pass through the object store but on
 their way to the teacher; and as a task asks for one group of images at a time, there are never more requests than tasks
-(`budget.tasks_per_stream` of each worker): a student that is slow holds its teachers back.
+(`resources.tasks_per_stream` of each worker): a student that is slow holds its teachers back.
 
 A mean teacher (`labels.refresh_steps` = N, in self-training or of the student) needs a rule that does not depend on who
 is faster. Steps are cut into windows of N. A window is labelled by the weight average of the model as it stood one
