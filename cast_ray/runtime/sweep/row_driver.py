@@ -290,8 +290,9 @@ class RowDriver:
             # Another sweep took them over, while this one was thought to be dead, and has finished them.
             if not all(self.store.has(s.key) for s in stages):
                 raise
-        manifests = {s.fingerprint: self.store.find_manifest(s.key) for s in stages}
-        self.ran |= {f for f, manifest in manifests.items() if manifest and manifest.attempt == store.attempt}
+        finally:  # of a segment that failed, its first stages may have been committed
+            manifests = {s.fingerprint: self.store.find_manifest(s.key) for s in stages}
+            self.ran |= {f for f, manifest in manifests.items() if manifest and manifest.attempt == store.attempt}
 
     def execute(self, stages: list[Stage], store: ArtifactStore) -> None:
         """Makes and commits the artifacts of stages that were granted together."""

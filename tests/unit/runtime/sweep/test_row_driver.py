@@ -1,0 +1,41 @@
+"""Who ran a stage, as the result of a row tells it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cast_ray.plan.graph import Stage
+from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.sweep.row_driver import RowDriver
+
+FIRST = Stage("pretrain", "train", {"seed": 0}, {}, "a" * 20, steps=4)
+SECOND = Stage("distill", "train", {"seed": 0}, {"init": "a" * 20}, "b" * 20, steps=4)
+
+
+class Driver(RowDriver):
+    """Trains nothing: commits its first stage, and fails in the second where it is told to."""
+
+    def __init__(self, storage: Path, fails: bool):
+        self.store, self.ran, self.fails = ArtifactStore(str(storage)), set(), fails
+
+    def execute(self, stages: list[Stage], store: ArtifactStore) -> None:
+        for number, stage in enumerate(stages):
+            if number and self.fails:
+                raise RuntimeError("the loss is not finite")
+            store.commit(stage, {})
+
+
+def test_a_segment_that_fails_has_run_its_first_stages(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, fails=True)
+    with pytest.raises(RuntimeError, match="not finite"):
+        driver.run_segment([FIRST, SECOND])
+    assert driver.ran == {FIRST.fingerprint}
+
+
+def test_what_another_sweep_has_committed_is_not_run_here(tmp_path: Path) -> None:
+    Driver(tmp_path, fails=False).run_segment([FIRST])
+    driver = Driver(tmp_path, fails=False)
+    driver.run_segment([FIRST, SECOND])
+    assert driver.ran == {SECOND.fingerprint}
