@@ -181,6 +181,13 @@ def whole_number(text: str) -> int:
     return _read(text, int, lambda number: number >= 0, "a whole number from 0 on")
 
 
+def seed(text: str) -> int:
+    """Reads an argument that is a seed of random numbers."""
+    from cast_ray.recipe.part import END_OF_SEEDS  # not needed by `cast-ray --help`, which is to be quick
+
+    return _read(text, int, lambda number: 0 <= number < END_OF_SEEDS, "a whole number from 0 on and below 2^63")
+
+
 def positive(text: str) -> int:
     """Reads an argument that is 1, 2, ..."""
     return _read(text, int, lambda number: number >= 1, "a whole number, 1 or more")

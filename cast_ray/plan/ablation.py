@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping
 from functools import cache, lru_cache
@@ -16,12 +17,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from cast_ray.common.text import FOLDER_NAME_RULE, is_folder_name, nearest
 from cast_ray.common.text_files import read_text
 from cast_ray.plan.settings import overridden, settings_of
 from cast_ray.recipe import SCALES, Recipe, build_recipe, preset_names
+from cast_ray.recipe.part import Seed, StrictModel
 from cast_ray.recipe.strict_yaml import read_yaml
 
 
@@ -44,10 +46,8 @@ DEFAULT_PRESET, DEFAULT_SCALE = "shapes", "demo"
 _FACTOR = re.compile(r"x(\d+(?:\.\d+)?)")
 
 
-class Table(BaseModel):
+class Table(StrictModel):
     """One ablation: what is compared, on which seeds, against which baseline and which published values."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str
     title: str
@@ -55,7 +55,7 @@ class Table(BaseModel):
     """The metric that rows are compared by, for example `student/mask_ap` (percent)."""
     baseline: str
     """The row that differences are taken to."""
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    seeds: tuple[Seed, ...] = Field((0,), min_length=1)
     base: dict[str, Any] = {}
     """Dotted recipe key -> value of all rows; also `preset` and `scale`, where the command names none."""
     rows: dict[str, dict[str, Any]] = Field(min_length=1)
@@ -275,7 +275,7 @@ def resolve_recipe(preset: str, scale: str, base: Mapping[str, Any], row: Mappin
         if isinstance(before, bool) or not isinstance(before, int | float):
             continue  # a text, which may well be called x2
         resolved[key] = before * float(factor[1])
-        if isinstance(before, int):
+        if isinstance(before, int) and math.isfinite(resolved[key]):  # what is not, the recipe refuses
             resolved[key] = max(round(resolved[key]), min(before, 1))
     return build_recipe(preset, scale, _in_turn(base, resolved))
 
@@ -385,8 +385,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             lines.append(f"unknown key {key!r}{nearest(key, list(model.model_fields))}")
         elif problem["type"] == "missing":
             lines.append(f"{key} is missing")
-        elif problem["type"] == "value_error":
-            lines.append(message)
+        elif problem["type"] == "value_error":  # of several fields, which the message names, or of one
+            lines.append(f"{key}: {message}" if key else message)
         else:
             lines.append(f"{key}: {message} (got {problem['input']!r})")
     return "; ".join(lines)

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from cast_ray.common.text import nearest
 from cast_ray.plan.ablation import DEFAULT_PRESET, DEFAULT_SCALE, explain, read_spec, resolve_recipe, shipped_folder
 from cast_ray.recipe import Recipe
+from cast_ray.recipe.part import Seed, StrictModel
 
 SEARCH_DIR = shipped_folder("searches", "search")
 RUNG_METRIC = "val/mask_ap"
@@ -27,11 +28,7 @@ REFUSED_SCHEDULERS = {
 }
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Domain(_Strict):
+class Domain(StrictModel):
     """The values of one recipe key: a range (of integers where both ends are) or choices."""
 
     low: float | int | None = None
@@ -61,7 +58,7 @@ class Domain(_Strict):
         return list(self.choices) or [self.low, self.high]
 
 
-class EarlyStopping(_Strict):
+class EarlyStopping(StrictModel):
     """ASHA on one train stage: at each rung the better 1/`reduction` of the trials goes on."""
 
     stage: Literal["distill"] = "distill"
@@ -74,7 +71,7 @@ class EarlyStopping(_Strict):
         return max(1, steps // self.reduction**self.rungs)
 
 
-class SearchSpec(_Strict):
+class SearchSpec(StrictModel):
     """One search: space, objectives, samplers, length."""
 
     name: str
@@ -93,7 +90,7 @@ class SearchSpec(_Strict):
     scheduler: str = "none"
     """asha: stop trials early by `early_stopping`; none: run all to their end."""
     early_stopping: EarlyStopping = EarlyStopping()
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the samplers."""
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ from cast_ray.recipe.input_size import InputSize
 from cast_ray.recipe.labels import FIXED_SIZE_BATCH, LabelsConfig
 from cast_ray.recipe.losses import ContrastiveConfig, LossConfig
 from cast_ray.recipe.models import BATCH_NORM_DECODERS, ModelConfig
-from cast_ray.recipe.part import Part
+from cast_ray.recipe.part import Part, Seed
 from cast_ray.recipe.runtime import RuntimeConfig
 from cast_ray.recipe.stages import EvaluationConfig, PseudoConfig, StagesConfig, TrainConfig
 from cast_ray.recipe.strict_yaml import NotYamlError, read_yaml
@@ -30,11 +30,11 @@ class Recipe(Part):
 
     preset: str
     scale: Literal["smoke", "demo", "full"]
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the label split, the initial weights, and the order of images and their views."""
-    init_seed: int | None = None
+    init_seed: Seed | None = None
     """Seed of the initial weights alone; None: `seed`."""
-    order_seed: int | None = None
+    order_seed: Seed | None = None
     """Seed of the order of images, their views and sampled points alone; None: `seed`."""
     data: DataConfig = DataConfig()
     teacher: TeacherConfig = TeacherConfig()

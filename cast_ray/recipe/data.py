@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from cast_ray.common.registry import PATTERN
 from cast_ray.recipe.input_size import InputSize, Resize
-from cast_ray.recipe.part import Part
+from cast_ray.recipe.part import Part, Seed
 
 FORMATS = ("shapes", "coco", "cityscapes", "ade20k")
 
@@ -22,7 +22,7 @@ class ShapesConfig(Part):
     num_train: int = Field(500, ge=8)
     """Scenes in the target style, split into labelled and unlabelled by `label_fraction`."""
     num_val: int = Field(200, ge=4)
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the drawing, apart from the recipe's own seed: all seeds of a sweep see the same scenes."""
 
 
@@ -67,7 +67,7 @@ class DataConfig(Part):
     """Family `list`: file that names the labelled images, one a line, or a JSON of published COCO splits."""
     unlabelled_list: str = ""
     """Family `list`: file that names D_u; empty: all that are not labelled."""
-    split_seed: int | None = None
+    split_seed: Seed | None = None
     """Seed of the choice of labelled images; None: the recipe's own, so that each seed has its own D_l."""
     unlabelled_pool: Literal["rest", "extra", "both"] = "rest"
     """D_u: training images that keep no label, the dataset's extra unlabelled images, or both."""

@@ -13,8 +13,9 @@ from cast_ray.cli.options import EXIT_BAD_INPUT, plain_console
 
 STUDENT = ["photos", "--student", "gone", "--out", "out"]
 TEACHER = ["photos", "--teacher", "gone", "--out", "out"]
-WHOLE, POSITIVE, SHARE, AMOUNT = (
+WHOLE, SEED, POSITIVE, SHARE, AMOUNT = (
     "a whole number from 0 on",
+    "a whole number from 0 on and below 2^63",
     "a whole number, 1 or more",
     "a number from 0 to 1",
     "a number from 0 on",
@@ -30,7 +31,7 @@ NUMBERS: list[tuple[Callable[[list[str]], int], list[str], str, str, list[str]]]
     (label.main, TEACHER, "--workers", WHOLE, ["-2"]),
     (export.main, ["--student", "gone", "--out", "s.onnx"], "--max-detections", POSITIVE, ["0", "-5"]),
     (inspect.main, ["data"], "--images", POSITIVE, ["0", "-1"]),
-    (ablate.main, ["losses"], "--seeds", WHOLE, ["-1"]),
+    (ablate.main, ["losses"], "--seeds", SEED, ["-1", "true", str(2**63)]),
     (ablate.main, ["losses"], "--num-cpus", POSITIVE, ["0", "-2"]),
     (ablate.main, ["losses"], "--max-concurrent", WHOLE, ["-1"]),
     (ablate.main, ["losses"], "--workers-per-trial", POSITIVE, ["0"]),
@@ -40,7 +41,7 @@ NUMBERS: list[tuple[Callable[[list[str]], int], list[str], str, str, list[str]]]
     (efficiency.main, [], "--repeats", POSITIVE, ["0"]),
     (report.main, ["runs/x"], "--every", "a number above 0", ["0", "-1", "nan"]),
     (search.main, ["losses"], "--trials", POSITIVE, ["0"]),
-    (search.main, ["losses"], "--seed", WHOLE, ["-1"]),
+    (search.main, ["losses"], "--seed", SEED, ["-1", str(2**63)]),
     (search.main, ["losses"], "--num-cpus", POSITIVE, ["0"]),
     (search.main, ["losses"], "--max-concurrent", WHOLE, ["-1"]),
     (search.main, ["losses"], "--workers-per-trial", POSITIVE, ["-1"]),

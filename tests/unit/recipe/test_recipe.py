@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
@@ -93,6 +95,21 @@ def test_only_leaves_can_be_set(key: str) -> None:
         ("contrastive.sampler", "random"),
         ("runtime.num_workers", "0"),
         ("seed", ""),
+        ("seed", "-1"),
+        ("seed", str(2**63)),
+        ("init_seed", str(2**64)),
+        ("data.shapes.seed", "-1"),
+        ("data.split_seed", "1e30"),
+        ("seed", "true"),
+        ("stages.distill.steps", "true"),
+        ("labels.batch", "false"),
+        ("data.image_px", "[true, 64]"),
+        ("data.train_resize", "[true, 64]"),
+        ("loss.lambda_pxl", "inf"),
+        ("loss.lambda_pxl", ".nan"),
+        ("contrastive.hinge", "nan"),
+        ("pseudo.vote_scales", "[1.0, .inf]"),
+        ("stages.distill.poly_power", "-.inf"),
     ],
 )
 def test_a_bad_value_names_its_key_and_itself(key: str, value: str) -> None:
@@ -100,6 +117,25 @@ def test_a_bad_value_names_its_key_and_itself(key: str, value: str) -> None:
         build_recipe("shapes", overrides={key: value})
     message = str(error.value)
     assert key in message and "got" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("value", ["true", "inf"])
+def test_a_preset_is_as_strict_as_an_override(value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets" / "mine.yaml").write_text(f"recipe: {{loss: {{lambda_pxl: {value}}}}}")
+    monkeypatch.setattr("cast_ray.recipe.build.resources.files", lambda _: tmp_path)
+    preset_names.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=r"^loss\.lambda_pxl: .*number.*got"):
+            build_recipe("mine", "full")
+    finally:
+        preset_names.cache_clear()
+
+
+def test_truth_values_stay_where_they_belong() -> None:
+    recipe = build_recipe("shapes", overrides={"runtime.use_gpu": "true", "data.flip": False})
+    assert recipe.runtime.use_gpu is True and recipe.data.flip is False
+    assert build_recipe("shapes", overrides={"seed": str(2**63 - 1)}).seed == 2**63 - 1
 
 
 def test_batches_must_fill_the_workers() -> None:

@@ -101,6 +101,12 @@ def test_a_point_is_a_recipe_row() -> None:
         ({"objectives": {"student/mask_ap": "more"}}, "objectives"),
         ({"samplers": ["tpe", "tpe"]}, "expected different ones"),
         ({"num_trials": 0}, "num_trials"),
+        ({"num_trials": True}, "num_trials: expected a number, not true or false"),
+        ({"seed": 2**63}, "seed: .*less than 9223372036854775808"),
+        ({"seed": -1}, "seed: .*greater than or equal to 0"),
+        ({"space": {"loss.lambda_pxl": {"low": 0, "high": math.inf}}}, "space, loss.lambda_pxl: high.*finite number"),
+        ({"space": {"loss.lambda_pxl": {"low": False, "high": 1}}}, "space, loss.lambda_pxl: low: expected a number"),
+        ({"space": {"loss.lambda_pxl": {"choices": [math.nan]}}}, "space, loss.lambda_pxl: .*finite number"),
     ],
 )
 def test_a_wrong_search_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
