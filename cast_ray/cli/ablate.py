@@ -24,10 +24,10 @@ from cast_ray.cli.options import (
     exit_code,
     output_folder,
     plain_console,
+    random_seed,
     recipe_overrides,
     runs_folder,
     storage_path,
-    seed,
 )
 from cast_ray.plan.ablation import Table, load_table, table_names
 from cast_ray.report.run_choice import choose_run
@@ -177,7 +177,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--rows", nargs="+", metavar="ROW", help="only these rows; TABLE:ROW where several tables have one of that name"
     )
-    parser.add_argument("--seeds", nargs="+", type=seed, metavar="N", help="seeds instead of the table's")
+    parser.add_argument("--seeds", nargs="+", type=random_seed, metavar="N", help="seeds instead of the table's")
     add_run_options(parser, name="TABLE-PRESET-SCALE")
     add_ray_options(parser)
     plan = parser.add_argument_group("what it costs")

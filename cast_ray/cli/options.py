@@ -181,7 +181,7 @@ def whole_number(text: str) -> int:
     return _read(text, int, lambda number: number >= 0, "a whole number from 0 on")
 
 
-def seed(text: str) -> int:
+def random_seed(text: str) -> int:
     """Reads an argument that is a seed of random numbers."""
     from cast_ray.recipe.part import END_OF_SEEDS  # not needed by `cast-ray --help`, which is to be quick
 

@@ -56,17 +56,17 @@ class Table(StrictModel):
     baseline: str
     """The row that differences are taken to."""
     seeds: tuple[Seed, ...] = Field((0,), min_length=1)
-    base: dict[str, Any] = {}
+    base: dict[str, Any] = Field(default_factory=dict)
     """Dotted recipe key -> value of all rows; also `preset` and `scale`, where the command names none."""
     rows: dict[str, dict[str, Any]] = Field(min_length=1)
     """Row name -> dotted recipe key -> value; with a grid, every row at every point of it."""
-    grid: dict[str, list[Any] | dict[str, dict[str, Any]]] = {}
+    grid: dict[str, list[Any] | dict[str, dict[str, Any]]] = Field(default_factory=dict)
     """Axis -> values of a recipe key (`loss.lambda_pxl: [0.1, 0.2]`), or label -> overrides."""
     paper: str = ""
     """Key of the paper's table in `cast_ray/paper/tables.json`."""
-    paper_columns: dict[str, str | list[str]] = {}
+    paper_columns: dict[str, str | list[str]] = Field(default_factory=dict)
     """Column of the paper's table -> metric of ours that it stands beside, or several."""
-    paper_rows: dict[str, str | dict[str, str]] = {}
+    paper_rows: dict[str, str | dict[str, str]] = Field(default_factory=dict)
     """Row of ours -> the paper's row, or metric -> the paper's row, where the names differ."""
 
     @model_validator(mode="before")

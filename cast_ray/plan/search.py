@@ -80,7 +80,7 @@ class SearchSpec(StrictModel):
     """Metric of a row -> whether more or less of it is better; several: the Pareto front is sought."""
     space: dict[str, dict[str, Any]] = Field(min_length=1)
     """Recipe key -> its domain."""
-    base: dict[str, Any] = {}
+    base: dict[str, Any] = Field(default_factory=dict)
     """Dotted recipe key -> value of all trials; also `preset` and `scale`, where the command names none."""
     samplers: tuple[Literal["tpe", "random"], ...] = Field(("tpe", "random"), min_length=1)
     """Each is a study of its own with `num_trials` trials, so that they can be compared at equal budget."""
