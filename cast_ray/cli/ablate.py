@@ -95,6 +95,7 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
             for seed in seeds
             for row in rows
         }
+        table.check_measured(recipes.values())
         of = f"{table.name}-{arguments.preset or table.preset}-{arguments.scale or table.scale}"
         name = of if not arguments.name else arguments.name if len(tables) == 1 else f"{arguments.name}-{table.name}"
         settings = table.settings(arguments.preset, arguments.scale, overrides)

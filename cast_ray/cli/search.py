@@ -31,8 +31,8 @@ from cast_ray.cli.options import (
     runs_folder,
     storage_path,
 )
-from cast_ray.plan.ablation import explain
 from cast_ray.plan.search import SearchSpec, load_search, search_names
+from cast_ray.plan.yaml_files import explain
 from cast_ray.runtime.sweep.trackers import TENSORBOARD, Trackers
 
 STUDY = "study.journal"

@@ -13,7 +13,9 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from cast_ray.common.text import nearest
-from cast_ray.plan.ablation import DEFAULT_PRESET, DEFAULT_SCALE, explain, read_spec, resolve_recipe, shipped_folder
+from cast_ray.plan.ablation import DEFAULT_PRESET, DEFAULT_SCALE, resolve_recipe
+from cast_ray.plan.metrics import check_objective, why_missing
+from cast_ray.plan.yaml_files import explain, read_spec, shipped_folder
 from cast_ray.recipe import Recipe
 from cast_ray.recipe.part import Seed, StrictModel
 
@@ -96,6 +98,11 @@ class SearchSpec(StrictModel):
     @model_validator(mode="after")
     def _is_sound(self) -> SearchSpec:
         self.domains()
+        for name in self.objectives:
+            try:
+                check_objective(name)
+            except ValueError as error:
+                raise ValueError(f"objectives: {error}") from None
         if self.scheduler in REFUSED_SCHEDULERS:
             raise ValueError(f"scheduler: {self.scheduler} is refused: {REFUSED_SCHEDULERS[self.scheduler]}")
         if self.scheduler not in ("asha", "none"):
@@ -145,7 +152,11 @@ class SearchSpec(StrictModel):
         seed: int = 0,
         overrides: Mapping[str, Any] | None = None,
     ) -> Recipe:
-        """The recipe of one point; arguments as `Table.row_recipe`. With asha its stage is validated at the rungs."""
+        """The recipe of one point; arguments as `Table.row_recipe`. With asha its stage is validated at the rungs.
+
+        Raises:
+            ValueError: a bad value, or a trial that would end without one of the objectives.
+        """
         base = {key: value for key, value in self.base.items() if key not in ("preset", "scale")}
         base = {**base, **(overrides or {}), "seed": seed}
         preset, scale = preset or self.preset, scale or self.scale
@@ -154,6 +165,9 @@ class SearchSpec(StrictModel):
             steps = getattr(recipe.stages, self.early_stopping.stage).steps
             every = {"evaluation.every_steps": self.early_stopping.first_rung(steps)}
             recipe = resolve_recipe(preset, scale, {**base, **every}, point)
+        for name in self.objectives:
+            if reason := why_missing(name, recipe):
+                raise ValueError(f"a trial would end without its objective {name}: {reason}")
         return recipe
 
 

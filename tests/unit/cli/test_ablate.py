@@ -185,7 +185,7 @@ def test_flags_reach_the_request() -> None:
 def test_a_tables_own_preset_and_scale(tmp_path: Path) -> None:
     spec = {
         "title": "t",
-        "metric": "m",
+        "metric": "student/mask_ap",
         "baseline": "a",
         "rows": {"a": {}},
         "base": {"preset": "coco", "scale": "full"},

@@ -174,7 +174,9 @@ def test_the_row_comes_after_the_users_overrides() -> None:
 
 
 def test_a_rows_column_comes_after_the_users_fields() -> None:
-    table = Table(name="x", title="x", metric="m", baseline="a", rows={"a": {"contrastive": "released"}, "b": {}})
+    table = Table(
+        name="x", title="x", metric="student/mask_ap", baseline="a", rows={"a": {"contrastive": "released"}, "b": {}}
+    )
     mine = {"contrastive": "paper", "contrastive.hinge": "0.7"}
     assert table.row_recipe("a", "shapes", overrides=mine).contrastive.hinge == 0.5
     assert table.row_recipe("b", "shapes", overrides=mine).contrastive.hinge == 0.7
@@ -193,8 +195,25 @@ def test_a_table_of_ones_own_loads_from_its_path(tmp_path: Path) -> None:
         ({"rows": {"a": {"loss.lambda_pxI": 1}}}, "row 'a': unknown recipe key .* did you mean 'loss.lambda_pxl'"),
         ({"rows": {"a": {"loss.lambda_pxl": -1}}}, "row 'a': loss.lambda_pxl: .*greater than or equal to 0"),
         ({"paper": "loses"}, "paper: unknown table 'loses': did you mean 'losses'"),
-        ({"paper": "losses", "paper_columns": {"studentap": "x"}}, "no column 'studentap'.*did you mean 'student_ap'"),
-        ({"paper_columns": {"student_ap": "x"}}, "paper_columns without paper"),
+        (
+            {"paper": "losses", "paper_columns": {"studentap": "student/ap50"}},
+            "no column 'studentap'.*did you mean 'student_ap'",
+        ),
+        ({"paper_columns": {"student_ap": "student/mask_ap"}}, "paper_columns without paper"),
+        ({"metric": "student/maskap"}, "metric: unknown metric 'student/maskap': did you mean 'student/mask_ap'"),
+        ({"metric": "student/latency_ms"}, "metric: 'student/latency_ms' is measured by searches alone"),
+        (
+            {"paper": "losses", "paper_columns": {"student_ap": "student/AP"}},
+            "paper_columns: unknown metric 'student/AP': did you mean 'student/a",
+        ),
+        (
+            {
+                "paper": "losses",
+                "paper_columns": {"student_ap": "student/mask_ap"},
+                "paper_rows": {"a": {"student/ap": "sup"}},
+            },
+            "paper_rows: 'a': no paper_columns name metric 'student/ap': did you mean 'student/mask_ap'",
+        ),
         ({"seeds": [1, 1]}, "seeds: expected different ones"),
         ({"seeds": []}, "seeds: .*at least 1"),
         ({"seeds": [True]}, "seeds: expected a number, not true or false"),
@@ -212,9 +231,12 @@ def test_a_table_of_ones_own_loads_from_its_path(tmp_path: Path) -> None:
         ({"grid": {"loss.lambda_pxI": [1]}, "baseline": "a, lambda_pxI=1"}, "lambda_pxI=1'.* unknown recipe key"),
         ({"grid": {"x": {"y": {"loss.lambda": 1}}}, "baseline": "a, y"}, "row 'a, y': unknown recipe key"),
         ({"grid": {"loss.lambda_pxl": 3}}, "grid.loss.lambda_pxl"),
-        ({"paper": "losses", "paper_columns": {"student_ap": "x"}, "paper_rows": {"z": "sup"}}, "'z' is not a row"),
         (
-            {"paper": "losses", "paper_columns": {"student_ap": "x"}, "paper_rows": {"a": "supp"}},
+            {"paper": "losses", "paper_columns": {"student_ap": "student/mask_ap"}, "paper_rows": {"z": "sup"}},
+            "'z' is not a row",
+        ),
+        (
+            {"paper": "losses", "paper_columns": {"student_ap": "student/mask_ap"}, "paper_rows": {"a": "supp"}},
             "no row 'supp' in 'losses': did you mean 'sup'",
         ),
     ],
