@@ -186,6 +186,7 @@ def _parser() -> Parser:
         prog="cast-ray store", description="Lists, shows, compares and prunes the artifacts of stages, across all runs."
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.type = str  # what follows the command is read, and refused, by the command's own parser
     listing = commands.add_parser("ls", help="newest artifacts first")
     listing.add_argument("--kind", choices=["train", "label", "evaluate", "dataset"], help="only these")
     listing.add_argument("--all", action="store_true", help=f"all of them (default: {NUM_LISTED})")

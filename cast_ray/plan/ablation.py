@@ -23,13 +23,15 @@ from cast_ray.common.text import FOLDER_NAME_RULE, is_folder_name, nearest
 from cast_ray.plan.metrics import check_metric, why_missing
 from cast_ray.plan.settings import overridden, settings_of
 from cast_ray.plan.yaml_files import read_spec, shipped_folder
-from cast_ray.recipe import SCALES, Recipe, build_recipe, preset_names
+from cast_ray.recipe import CHOSEN_FIRST, SCALES, Recipe, build_recipe, preset_names
 from cast_ray.recipe.part import Seed, StrictModel
+from cast_ray.recipe.strict_yaml import read_yaml
 
 TABLES_DIR = shipped_folder("tables", "tables")
 DEFAULT_PRESET, DEFAULT_SCALE = "shapes", "demo"
 
 # Of directories and trials; a slash would nest them, a leading dot hide them.
+_POINT_VALUE = re.compile(r"=(\[[^]]*\]|[^,]*)")
 _FACTOR = re.compile(r"x(\d+(?:\.\d+)?)")
 
 
@@ -71,7 +73,8 @@ class Table(StrictModel):
             if name in expanded:
                 raise ValueError(f"grid: two rows are called {name!r}: expected points with different names")
             expanded[name] = {**overrides, **{k: v for _, part in point for k, v in part.items()}}
-        return {**spec, "rows": expanded}
+        baseline = _point_called(spec.get("baseline"), expanded)
+        return {**spec, "rows": expanded} | ({"baseline": baseline} if baseline else {})
 
     @field_validator("rows")
     @classmethod
@@ -149,7 +152,7 @@ class Table(StrictModel):
 
     @property
     def _base_overrides(self) -> dict[str, Any]:
-        return {key: value for key, value in self.base.items() if key not in ("preset", "scale")}
+        return {key: value for key, value in self.base.items() if key not in CHOSEN_FIRST}
 
     def paper_values(self, preset: str = "") -> dict[str, dict[str, float]]:
         """The published values beside this table: metric -> row -> value (rows that the paper lacks are left out).
@@ -280,9 +283,27 @@ def _axis(name: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
     if not isinstance(values, list):
         return []
     short = name.rpartition(".")[2]
-    return [
-        (f"{short}={value:g}" if isinstance(value, float) else f"{short}={value}", {name: value}) for value in values
-    ]
+    return [(f"{short}={_label_of(value)}", {name: value}) for value in values]
+
+
+def _label_of(value: Any) -> str:
+    """How a value of a grid stands in the names of its rows."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _point_called(name: Any, rows: Iterable[str]) -> str | None:
+    """The row that a baseline means whose values are written as in the grid: `lr=1e-3` for `lr=0.001`."""
+
+    def normal(text: str) -> str:
+        return _POINT_VALUE.sub(lambda match: f"={_label_of(read_yaml(match[1]))}", re.sub(r",\s*", ", ", text))
+
+    if not isinstance(name, str) or name in rows:
+        return None
+    try:
+        found = [row for row in rows if normal(row) == normal(name)]
+    except ValueError:  # a name that holds what is no YAML
+        return None
+    return found[0] if len(found) == 1 else None
 
 
 def resolve_recipe(preset: str, scale: str, base: Mapping[str, Any], row: Mapping[str, Any]) -> Recipe:

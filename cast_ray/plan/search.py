@@ -16,7 +16,7 @@ from cast_ray.common.text import nearest
 from cast_ray.plan.ablation import DEFAULT_PRESET, DEFAULT_SCALE, resolve_recipe
 from cast_ray.plan.metrics import check_objective, why_missing
 from cast_ray.plan.yaml_files import explain, read_spec, shipped_folder
-from cast_ray.recipe import Recipe
+from cast_ray.recipe import CHOSEN_FIRST, Recipe
 from cast_ray.recipe.part import Seed, StrictModel
 
 SEARCH_DIR = shipped_folder("searches", "search")
@@ -157,7 +157,7 @@ class SearchSpec(StrictModel):
         Raises:
             ValueError: a bad value, or a trial that would end without one of the objectives.
         """
-        base = {key: value for key, value in self.base.items() if key not in ("preset", "scale")}
+        base = {key: value for key, value in self.base.items() if key not in CHOSEN_FIRST}
         base = {**base, **(overrides or {}), "seed": seed}
         preset, scale = preset or self.preset, scale or self.scale
         recipe = resolve_recipe(preset, scale, base, point)

@@ -9,8 +9,10 @@ from pydantic import BaseModel, ValidationError
 
 from cast_ray.common.text import nearest
 from cast_ray.common.text_files import read_text
-from cast_ray.recipe.strict_yaml import read_yaml
+from cast_ray.recipe.strict_yaml import NotYamlError, read_yaml
 
+QUOTES = "a text that holds ': ' or ' #', or begins with %, @, [, {, *, & or !, needs quotes"
+CUT_TEXT = "a text that holds a comma needs quotes between { and }"
 Spec = TypeVar("Spec", bound=BaseModel)
 
 
@@ -37,6 +39,8 @@ def read_spec(path: Path, model: type[Spec], expected: str) -> Spec:
     text = read_text(str(path), str(path))
     try:
         spec = read_yaml(text, as_text=texts)
+    except NotYamlError as error:
+        raise ValueError(f"{path}: {error} ({QUOTES})") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(spec, dict):
@@ -54,7 +58,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         key = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key!r}{nearest(key, list(model.model_fields))}")
+            cut = f" ({CUT_TEXT})" if problem["input"] is None else ""
+            lines.append(f"unknown key {key!r}{nearest(key, list(model.model_fields))}{cut}")
         elif problem["type"] == "missing":
             lines.append(f"{key} is missing")
         elif problem["type"] == "value_error":  # of several fields, which the message names, or of one

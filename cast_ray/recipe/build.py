@@ -23,6 +23,8 @@ from cast_ray.recipe.teachers import TeacherConfig
 from cast_ray.recipe.variants import in_order, is_variant, variant_fields, variant_names
 
 SCALES = ("smoke", "demo", "full")
+CHOSEN_FIRST = ("preset", "scale")
+"""Fields of a recipe that say what overrides are applied to, so that no override can set them."""
 
 
 class Recipe(Part):
@@ -209,11 +211,14 @@ def apply_override(tree: dict[str, Any], key: str, value: Any) -> None:
             raise ValueError(f"{key}={value!r}{nearest(str(value), variant_names(key))}")
         _merge(tree, variant_fields(key, value))
         return
-    known = recipe_keys()
-    if key not in known or key in ("preset", "scale"):
+    if key in CHOSEN_FIRST:
         raise ValueError(
-            f"unknown recipe key {key!r}{nearest(key, [k for k in known if k not in ('preset', 'scale')])}"
+            f"{key} is chosen before anything is overridden: expected the option --{key}, {key!r} in the `base` of a "
+            f"table or search, or the argument `{key}` of build_recipe"
         )
+    known = [k for k in recipe_keys() if k not in CHOSEN_FIRST]
+    if key not in known:
+        raise ValueError(f"unknown recipe key {key!r}{nearest(key, known)}")
     if isinstance(value, str):
         value = _parse_scalar(key, value)
     node = tree

@@ -166,6 +166,42 @@ def test_a_grid_multiplies_the_rows(tmp_path: Path) -> None:
     assert list(load_table(write(tmp_path, alone)).rows)[:2] == ["lambda_pxl=0.1, few", "lambda_pxl=0.1, many"]
 
 
+@pytest.mark.parametrize(
+    ("baseline", "grid", "row"),
+    [
+        ("use_refine=true", {"stages.use_refine": [True, False]}, "use_refine=True"),
+        ("num_anchors=null", {"contrastive.num_anchors": [None, 100]}, "num_anchors=None"),
+        ("lr=1e-3", {"stages.distill.lr": [1e-3, 2e-3]}, "lr=0.001"),
+        ("lambda_pxl=0.10", {"loss.lambda_pxl": [0.1, 0.2]}, "lambda_pxl=0.1"),
+        ("image_px=[64,64],steps=x1", {"data.image_px": [[64, 64]], "stages.distill.steps": ["x1"]}, None),
+        ("sampler=uniform,steps=x1", {"contrastive.sampler": ["uniform"], "stages.distill.steps": ["x1"]}, None),
+    ],
+)
+def test_a_baseline_is_written_as_the_values_of_its_grid(
+    tmp_path: Path, baseline: str, grid: dict[str, Any], row: str | None
+) -> None:
+    spec = {"title": "t", "metric": "student/mask_ap", "baseline": baseline, "grid": grid}
+    table = load_table(write(tmp_path, spec))
+    assert table.baseline in table.rows and table.baseline == (row or next(iter(table.rows)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("baseline: lr: 1\nrows: {a: {}}", "not YAML: .* needs quotes"),
+        ("baseline: %a\nrows: {a: {}}", "not YAML: .* begins with %.* needs quotes"),
+    ],
+)
+def test_a_name_that_needs_quotes(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_table(write(tmp_path, f"title: t\nmetric: student/mask_ap\n{text}"))
+    cut = "{title: t, metric: student/mask_ap, baseline: a, lr=1, rows: {a: {}}}"
+    with pytest.raises(ValueError, match=r"unknown key 'lr=1'.*holds a comma needs quotes"):
+        load_table(write(tmp_path, cut))
+    with pytest.raises(ValueError, match="expected one of 'a, lambda_pxl=1', 'a, lambda_pxl=2'"):
+        load_table(write(tmp_path, {**GOOD, "rows": {"a": {}}, "grid": {"loss.lambda_pxl": [1, 2]}}))
+
+
 def test_the_row_comes_after_the_users_overrides() -> None:
     recipe = load_table("losses").row_recipe(
         "sup", "shapes", scale="smoke", seed=3, overrides={"loss.lambda_pxl": "0.5", "stages.distill.steps": "2"}

@@ -75,10 +75,18 @@ def test_an_unknown_key_names_the_nearest(key: str, nearest: str) -> None:
     assert repr(key) in message and f"did you mean {nearest!r}?" in message and "\n" not in message
 
 
-@pytest.mark.parametrize("key", ["loss", "preset", "scale", "stages.distill", "loss.lambda_pxl.more", ""])
+@pytest.mark.parametrize("key", ["loss", "stages.distill", "loss.lambda_pxl.more", ""])
 def test_only_leaves_can_be_set(key: str) -> None:
     with pytest.raises(ValueError, match="unknown recipe key"):
         build_recipe("shapes", overrides={key: "1"})
+
+
+@pytest.mark.parametrize("key", ["preset", "scale"])
+def test_what_is_chosen_first_is_no_override(key: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"^{key} is chosen before .*: expected the option --{key}, '{key}' in the `base`"
+    ):
+        build_recipe("shapes", overrides={key: "full"})
 
 
 @pytest.mark.parametrize(
