@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _on_store(arguments: argparse.Namespace, console: Console) -> int:
     store = ArtifactStore(storage_path(arguments.storage))
-    if not store.list_names(""):
+    if not store.exists():
         raise ValueError(f"no store at {store.storage!r}: expected the --storage of earlier runs")
     return {"ls": _list, "show": _show, "diff": _diff, "gc": _collect}[arguments.command](store, arguments, console)
 

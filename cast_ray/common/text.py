@@ -39,8 +39,13 @@ def nearest(word: str, known: Sequence[str]) -> str:
     shown = list(known)
     if len(shown) > MAX_NAMED:
         shown = list(dict.fromkeys(_REST.sub(r"\1*", name) for name in known))
-    more = f" and {len(shown) - MAX_NAMED} more" if len(shown) > MAX_NAMED else ""
-    return f": expected one of {', '.join(repr(s) if ',' in s else s for s in shown[:MAX_NAMED])}{more}"
+    return f": expected one of {first_of([repr(name) if ',' in name else name for name in shown], MAX_NAMED)}"
+
+
+def first_of(words: Sequence[str], most: int) -> str:
+    """The first words with commas between them, and how many more there are."""
+    more = len(words) - most
+    return ", ".join(words[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def first_line(error: BaseException) -> str:

@@ -109,6 +109,7 @@ def run_search(
         ValueError: the user's data, storage, study or resources do not fit, before any compute is spent.
     """
     spec, store = request.spec, ArtifactStore(request.storage)
+    store.exists()  # whatever else lies at its path is refused
     store.check_writable()
     with Presence(store, command_line(), on_wait=lambda holder: say_pruning(holder, console)) as presence:
         base = request.recipe({})
