@@ -27,6 +27,7 @@ from rich.text import Text
 from cast_ray.common import registry
 from cast_ray.common.digest import digest_of
 from cast_ray.common.paths import absolute
+from cast_ray.common.text import first_line
 from cast_ray.contracts.manifest import DatasetManifest
 from cast_ray.contracts.records import MAX_CHUNK_BYTES, Category, class_names
 from cast_ray.contracts.row_result import DatasetFacts
@@ -190,7 +191,10 @@ def _draw(data: DataConfig, store: ArtifactStore, console: Console) -> DataConfi
     folder = f"shapes-{shapes.num_source}-{shapes.num_train}-{shapes.num_val}-s{shapes.seed}"
     data = data.model_copy(update={"root": data.root or store.uri("datasets", folder)})
     with track(console, "drawing scenes") as progress:
-        draw(data.root, shapes, progress=progress)
+        try:
+            draw(data.root, shapes, progress=progress)
+        except OSError as error:
+            raise ValueError(f"data.root: scenes cannot be drawn into {data.root}: {first_line(error)}") from None
     return data
 
 
