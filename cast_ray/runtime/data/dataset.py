@@ -24,7 +24,6 @@ import pyarrow.parquet
 from rich.console import Console
 from rich.text import Text
 
-from cast_ray.common import registry
 from cast_ray.common.digest import digest_of
 from cast_ray.common.paths import absolute
 from cast_ray.common.text import first_line
@@ -36,7 +35,7 @@ from cast_ray.data.reading.data_report import REPORT_FILE, check_report
 from cast_ray.data.reading.index import DatasetIndex, describe
 from cast_ray.data.reading.listing import state_of
 from cast_ray.data.reading.progress import track
-from cast_ray.data.reading.reader import MakeRows, Reading, Run, in_threads
+from cast_ray.data.reading.reader import MakeRows, Reading, Run, in_threads, read_index
 from cast_ray.data.splits.fractions import LabelSource, label_index, mark_copies
 from cast_ray.data.splits.label_lists import LabelList, forms_of_skipped, read_list
 from cast_ray.plan.graph import DataHashes, Stage, fingerprint_of
@@ -248,7 +247,7 @@ def _read(
 ) -> StoredDataset:
     """Reads every file once and commits the records, however few are usable: another limit needs no other read."""
     with track(console, "reading annotations") as progress:
-        index: DatasetIndex = registry.lookup("datasets", data.format)(data, progress)
+        index = read_index(data, progress)
     stage = _stage(asked, index.listing.state())
     reading = Reading(index, data)
     _check(reading.report(), data, store, report_paths)  # before images are read for nothing

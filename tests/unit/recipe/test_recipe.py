@@ -146,6 +146,20 @@ def test_truth_values_stay_where_they_belong() -> None:
     assert build_recipe("shapes", overrides={"seed": str(2**63 - 1)}).seed == 2**63 - 1
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "meant"),
+    [
+        ("student.encoder.name", "convnxt", "convnext"),
+        ("teacher.decoder", "dtp", "dpt"),
+        ("data.format", "coc", "coco"),
+    ],
+)
+def test_names_of_parts_are_checked_with_the_recipe(key: str, value: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=f"^{key}: unknown name '{value}' in .*: did you mean '{meant}'"):
+        build_recipe("shapes", overrides={key: value})
+    assert build_recipe("shapes", overrides={key: "mine.code:name"})
+
+
 def test_batches_must_fill_the_workers() -> None:
     with pytest.raises(ValueError, match=r"stages\.\w+\.batch_labelled is 8: .*runtime\.num_workers \(3\)"):
         build_recipe("shapes", overrides={"runtime.num_workers": "3"})
