@@ -152,6 +152,8 @@ class Student(nn.Module):
         Raises:
             ValueError: nothing there, not a student, or weights that do not fit; one line that names the file.
         """
+        if not str(source).strip():  # not the current folder, which an empty path means elsewhere
+            raise ValueError("the name of a saved student is empty: expected a folder or a name on the hub")
         try:
             config, weights = (_locate(str(source), name).read_bytes() for name in (CONFIG, WEIGHTS))
         except (OSError, ValueError) as error:

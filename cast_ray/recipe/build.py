@@ -150,32 +150,51 @@ def preset_names() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
 
 
-def build_recipe(preset: str, scale: str = "demo", overrides: Mapping[str, Any] | None = None) -> Recipe:
+def build_recipe(
+    preset: str, scale: str = "demo", overrides: Mapping[str, Any] | Sequence[str] | None = None
+) -> Recipe:
     """The recipe of a preset at a scale, with dotted overrides applied last.
 
     Args:
         preset: a name from `preset_names()`.
         scale: smoke, demo or full.
-        overrides: dotted key -> value; string values are read as YAML (`"1e-3"`, `"[64, 64]"`, `"true"`).
+        overrides: dotted key -> value; string values are read as YAML (`"1e-3"`, `"[64, 64]"`, `"true"`). Or the same
+            as a list of `"key=value"`, as after --set.
 
     Raises:
         ValueError: unknown preset, scale or key (the message names the nearest known one) or a bad value (the message
             names the key and what was expected).
+        TypeError: overrides of another form.
     """
+    overrides = _as_mapping(overrides)
     if preset not in preset_names():
-        raise ValueError(f"unknown preset {preset!r}{nearest(preset, preset_names())}")
+        raise ValueError(f"unknown preset {preset!r}{nearest(str(preset), preset_names())}")
     if scale not in SCALES:
         raise ValueError(f"unknown scale {scale!r}: expected one of {', '.join(SCALES)}")
     spec = _preset(preset)
     tree: dict[str, Any] = {"preset": preset, "scale": scale}
     _merge(tree, spec.get("recipe", {}))
     _merge(tree, spec.get("scales", {}).get(scale, {}))
-    for key, value in (overrides or {}).items():
+    for key, value in overrides.items():
         apply_override(tree, key, value)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise ValueError(_explain(error)) from None
+
+
+def _as_mapping(overrides: Any) -> Mapping[str, Any]:
+    """Overrides as dotted key -> value, from any of the forms that `build_recipe` takes."""
+    if overrides is None:
+        return {}
+    is_list = isinstance(overrides, list | tuple)
+    keys = overrides if is_list or isinstance(overrides, Mapping) else [overrides]
+    if (not is_list and not isinstance(overrides, Mapping)) or not all(isinstance(key, str) for key in keys):
+        raise TypeError(
+            "overrides: expected dotted keys with their values, {'loss.lambda_pxl': 0.2}, or a list of 'key=value', "
+            f"got {overrides!r}"
+        )
+    return parse_overrides(overrides) if is_list else overrides
 
 
 @cache

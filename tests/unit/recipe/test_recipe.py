@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -198,6 +199,23 @@ def test_overrides_are_read_as_yaml_scalars(key: str, text: object, value: objec
     for part in key.split("."):
         node = getattr(node, part)
     assert node == value and type(node) is type(value)
+
+
+def test_overrides_are_a_mapping_or_pairs() -> None:
+    pairs = ["loss.lambda_pxl=0.2", "student=released"]
+    assert build_recipe("shapes", overrides=pairs) == build_recipe(
+        "shapes", overrides={"student": "released", "loss.lambda_pxl": 0.2}
+    )
+    assert build_recipe("shapes", overrides=[]) == build_recipe("shapes", overrides=()) == build_recipe("shapes")
+    wrong: Any
+    for wrong in ("loss.lambda_pxl=0.2", [("loss.lambda_pxl", 0.2)], {1: 2}, 5, {"seed"}):
+        with pytest.raises(TypeError, match=r"^overrides: expected dotted keys .* or a list of 'key=value', got "):
+            build_recipe("shapes", overrides=wrong)
+    with pytest.raises(ValueError, match="expected key=value"):
+        build_recipe("shapes", overrides=["loss.lambda_pxl"])
+    for wrong in (5, None, ["shapes"]):
+        with pytest.raises(ValueError, match=r"^unknown preset "):
+            build_recipe(wrong)
 
 
 def test_override_pairs() -> None:
