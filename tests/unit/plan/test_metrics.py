@@ -11,7 +11,7 @@ import torch
 from cast_ray.contracts.records import Category
 from cast_ray.evaluation.cityscapes_ap import cityscapes_metrics
 from cast_ray.evaluation.coco_ap import AREAS, coco_metrics
-from cast_ray.evaluation.matches import DetectionMatches
+from cast_ray.evaluation.matches import DetectionMatches, Metric
 from cast_ray.losses.contrastive.pixels import NUM_STATISTICS, diagnose
 from cast_ray.plan.ablation import Table, load_table, table_names
 from cast_ray.plan.graph import plan
@@ -35,7 +35,8 @@ def test_names_are_those_that_evaluations_and_diagnostics_write() -> None:
     one = np.zeros(1)
     truth = np.ones((1, 1, len(AREAS)), dtype=np.uint16)
     numbers = {}
-    for kind, metrics_of in (("coco", coco_metrics), ("cityscapes", cityscapes_metrics)):
+    kinds: list[tuple[Metric, Any]] = [("coco", coco_metrics), ("cityscapes", cityscapes_metrics)]
+    for kind, metrics_of in kinds:
         bits = np.zeros((1, len(AREAS)), dtype=np.uint16)
         matches = DetectionMatches(kind, one.astype(np.int32), one.astype(np.int16), one, bits, bits, truth)
         measured = metrics_of(matches, [Category(1, "a")])
