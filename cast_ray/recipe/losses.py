@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from cast_ray.common.registry import PATTERN
-from cast_ray.recipe.part import Part
+from cast_ray.recipe.part import OFF_BY_DEFAULT, Part
 
 
 class LossConfig(Part):
@@ -16,16 +16,16 @@ class LossConfig(Part):
 
     lambda_semi: float = Field(1.0, ge=0)
     """Weight of the pseudo-label loss of the student. The teacher's own (1c) is 1 where this is above 0."""
-    semi_view: Literal["weak", "strong"] = "weak"
+    semi_view: Annotated[Literal["weak", "strong"], OFF_BY_DEFAULT] = "weak"
     """View of D_u that the student's pseudo-label loss reads. weak: the method's. strong: colours and blur make the
     task harder than the teacher's (FixMatch; Guided Distillation, with lambda_semi 2). It costs the strong view of D_u
     in the stream and, beside L_pxl, decoder and head on both views of D_u: y of L_pxl stays that of the weak one."""
-    soft_targets: Literal["off", "class", "mask", "both"] = "off"
+    soft_targets: Annotated[Literal["off", "class", "mask", "both"], OFF_BY_DEFAULT] = "off"
     """What the student's matched queries learn of a pseudo-label. off: its class and mask, as the method's. class,
     mask, both: the class distribution (no-object included) and the mask probabilities of the teacher's query in their
     place. A teacher without queries, or one that votes, gives its score (the rest is no-object's) and the mask itself.
     """
-    burn_in_fraction: float = Field(0.0, ge=0, lt=1)
+    burn_in_fraction: Annotated[float, OFF_BY_DEFAULT] = Field(0.0, ge=0, lt=1)
     """First share of the student's steps (2b) in which L_semi has weight 0, so that it learns from D_l (and L_pxl)
     alone before pseudo-labels count. 0: the method's."""
     lambda_pxl: float = Field(0.1, ge=0)

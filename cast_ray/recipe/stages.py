@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from cast_ray.recipe.part import Part
+from cast_ray.recipe.part import CHANGES_NO_RESULT, OFF_BY_DEFAULT, Part
 
 
 class TrainConfig(Part):
@@ -22,7 +22,7 @@ class TrainConfig(Part):
     layer_decay: float = Field(1.0, gt=0, le=1)
     """Each layer of the encoder learns at this share of the rate of the layer after it."""
     weight_decay: float = Field(0.05, ge=0)
-    decay_biases: bool = False
+    decay_biases: Annotated[bool, OFF_BY_DEFAULT] = False
     """Decay biases and layer scales too, as Mask2Former and the released code do. Norms, embeddings and learnt
     positions are never decayed."""
     clip_norm: float = Field(1.0, gt=0)
@@ -33,8 +33,8 @@ class TrainConfig(Part):
     poly_power: float = 0.9
     ema: float = Field(0.995, ge=0, lt=1)
     """Decay of the weight average that is evaluated and handed on; 0: the raw weights."""
-    checkpoint_every_steps: int = Field(200, ge=1)
-    accumulate: int = Field(1, ge=1)
+    checkpoint_every_steps: Annotated[int, CHANGES_NO_RESULT] = Field(200, ge=1)
+    accumulate: Annotated[int, CHANGES_NO_RESULT] = Field(1, ge=1)
     """Parts in which a worker's images of a step go through the network: less memory, one more forward pass, and the
     same result."""
 
@@ -71,7 +71,7 @@ class PseudoConfig(Part):
 
     score_threshold: float = Field(0.3, ge=0, le=1)
     """A prediction is trusted when its score lies above."""
-    class_thresholds: Literal["fixed", "balanced"] = "fixed"
+    class_thresholds: Annotated[Literal["fixed", "balanced"], OFF_BY_DEFAULT] = "fixed"
     """fixed: `score_threshold` for every class. balanced: for each class a threshold of its own, not below that one,
     at which the predictions on D_u hold as many of it an image as D_l does (found before painting, once for all of
     D_u; not with labels.mode=online)."""
@@ -85,15 +85,15 @@ class PseudoConfig(Part):
     """A label with fewer pixels, after painting, is dropped."""
     non_overlapping: bool = True
     """Paint the masks in `order`; a pixel belongs to the first that takes it."""
-    min_visible_share: float = Field(0.0, ge=0, le=1)
+    min_visible_share: Annotated[float, OFF_BY_DEFAULT] = Field(0.0, ge=0, le=1)
     """With `non_overlapping`: a prediction is dropped when a smaller share than this of its mask is still free. What is
     left of a near-duplicate is a ring around the object that took its pixels, not an object. 0: the released code's."""
-    nms_iou: float = Field(1.0, gt=0, le=1)
+    nms_iou: Annotated[float, OFF_BY_DEFAULT] = Field(1.0, gt=0, le=1)
     """Before painting, of predictions of one class whose masks overlap with at least this IoU only the one with the
     highest score stays (non-maximum suppression). 1: off."""
-    vote_flip: bool = False
+    vote_flip: Annotated[bool, OFF_BY_DEFAULT] = False
     """The teacher also labels each image mirrored, and the answers are fused by a vote; twice the time."""
-    vote_scales: tuple[float, ...] = Field((1.0,), min_length=1)
+    vote_scales: Annotated[tuple[float, ...], OFF_BY_DEFAULT] = Field((1.0,), min_length=1)
     """Scales of each image, relative to the size that it is fitted to, that the teacher labels and a vote fuses. A
     teacher whose processor has a size of its own sees that size at any of them."""
     vote_iou: float = Field(0.6, gt=0, le=1)
@@ -111,7 +111,7 @@ class PseudoConfig(Part):
         """Whether the teacher is asked more than once about an image."""
         return self.vote_flip or self.vote_scales != (1.0,)
 
-    on_empty: Literal["stop", "warn"] = "stop"
+    on_empty: Annotated[Literal["stop", "warn"], CHANGES_NO_RESULT] = "stop"
     """What to do when no image of the pool got a single pseudo-label."""
 
 
@@ -126,10 +126,10 @@ class EvaluationConfig(Part):
     """COCO's mask AP or Cityscapes' own instance AP: two numbers that cannot be compared with each other."""
     max_detections: int = Field(100, ge=1)
     """Most detections kept of an image, and with COCO's AP of each class of it: those with the highest scores."""
-    batch: int = Field(16, ge=1)
+    batch: Annotated[int, CHANGES_NO_RESULT] = Field(16, ge=1)
     """Images of one forward pass, at most 16."""
     num_images: int | None = Field(None, ge=1)
     """Evaluate on the first so many validation images (None: all)."""
-    every_steps: int = Field(0, ge=0)
+    every_steps: Annotated[int, CHANGES_NO_RESULT] = Field(0, ge=0)
     """Also validate each so many steps of a train stage, beside it and on resources of its own; 0: at its end only.
     It changes no weight; stages found in the store are not validated again."""
