@@ -29,7 +29,9 @@ class Recipe(Part):
     """Everything a run needs; see each part."""
 
     preset: str
+    """Name of the preset that the fields started from, see `cast_ray/presets/`."""
     scale: Literal["smoke", "demo", "full"]
+    """Scale of the preset: smoke (a few steps), demo or full."""
     seed: int = 0
     """Seed of the label split, the initial weights, and the order of images and their views."""
     init_seed: int | None = None

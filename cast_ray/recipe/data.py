@@ -22,6 +22,7 @@ class ShapesConfig(Part):
     num_train: int = Field(500, ge=8)
     """Scenes in the target style, split into labelled and unlabelled by `label_fraction`."""
     num_val: int = Field(200, ge=4)
+    """Scenes in the target style that models are evaluated on."""
     seed: int = 0
     """Seed of the drawing, apart from the recipe's own seed: all seeds of a sweep see the same scenes."""
 
@@ -39,13 +40,16 @@ class DataConfig(Part):
     val_annotations: str = ""
     """COCO JSON of the validation images; empty: found, else a `val_fraction` of the images is held out."""
     val_fraction: float = Field(0.25, gt=0, lt=1)
+    """Share of the training images that is held out for evaluation where there is no validation file."""
     image_dir: str = ""
     """Folder of the training images; empty: found by the usual names of COCO, CVAT, FiftyOne and Roboflow."""
     val_image_dir: str = ""
+    """Folder of the validation images; empty: found, as `image_dir`."""
     extra_annotations: str = ""
     """COCO JSON whose images are the extra unlabelled pool; empty: found (image_info_unlabeled*.json)."""
     extra_image_dir: str = ""
-    """Folder of the extra unlabelled pool; empty: found (Cityscapes' train_extra, COCO's unlabeled2017)."""
+    """Folder of the extra unlabelled pool, as an absolute path, a URI or a path below `root`; empty: found (Cityscapes'
+    train_extra, COCO's unlabeled2017)."""
     verify: Annotated[Literal["full", "header", "none"], CHANGES_NO_RESULT] = "full"
     """What is read of every image, once for a dataset: all of it, its head (the size), or nothing.
 
@@ -96,6 +100,7 @@ class DataConfig(Part):
     `image_px` and padded), `native` (its own size), or [S, L]: the short side has S pixels, the long side at most L.
     A trained model is saved with it."""
     flip: bool = True
+    """Mirror a training image with probability 0.5."""
     color: Annotated[Literal["jitter", "ssd"], OFF_BY_DEFAULT] = "jitter"
     """Colours of the weak view. jitter: brightness, contrast and saturation by up to `color_jitter`. ssd: those of SSD
     (Liu et al. 2016) as Mask2Former has them: brightness +-32 of 255, contrast and saturation times .5 to 1.5, hue +-18

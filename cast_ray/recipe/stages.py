@@ -13,27 +13,37 @@ class TrainConfig(Part):
     """Optimisation of one stage. Batch sizes are global: they do not change with the number of workers."""
 
     steps: int = Field(400, ge=0)
+    """Optimiser steps."""
     batch_labelled: int = Field(8, ge=1)
+    """Labelled images of every step."""
     batch_unlabelled: int = Field(8, ge=0)
     """Unlabelled images added to every step where the row uses them; never swapped for labelled ones."""
     lr: float = Field(2e-3, gt=0)
+    """Peak learning rate of AdamW, for decoder and head."""
     encoder_lr_factor: float = Field(1.0, gt=0)
     """Learning rate of the encoder's last layer, relative to that of decoder and head."""
     layer_decay: float = Field(1.0, gt=0, le=1)
     """Each layer of the encoder learns at this share of the rate of the layer after it."""
     weight_decay: float = Field(0.05, ge=0)
+    """Decoupled weight decay of AdamW."""
     decay_biases: Annotated[bool, OFF_BY_DEFAULT] = False
     """Decay biases and layer scales too, as Mask2Former and the released code do. Norms, embeddings and learnt
     positions are never decayed."""
     clip_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to at most this norm, taken over all parameters (of detector and segmenter apart)."""
     warmup_steps: int = Field(0, ge=0)
+    """Steps in which the learning rate rises linearly to its schedule; 0: none."""
     schedule: Literal["hold-decay", "poly", "constant"] = "hold-decay"
+    """Learning rate after the warm-up. hold-decay: the peak, then linear to 0. poly: the peak times (1 - step/steps) to
+    the power `poly_power`. constant: the peak."""
     decay_fraction: float = Field(0.3, ge=0, le=1)
     """Last share of the steps over which hold-decay falls linearly to 0."""
     poly_power: float = 0.9
+    """Exponent of the schedule `poly`."""
     ema: float = Field(0.995, ge=0, lt=1)
     """Decay of the weight average that is evaluated and handed on; 0: the raw weights."""
     checkpoint_every_steps: Annotated[int, CHANGES_NO_RESULT] = Field(200, ge=1)
+    """Steps between two checkpoints, from which a stage resumes."""
     accumulate: Annotated[int, CHANGES_NO_RESULT] = Field(1, ge=1)
     """Parts in which a worker's images of a step go through the network: less memory, one more forward pass, and the
     same result."""
@@ -64,6 +74,7 @@ class StagesConfig(Part):
     use_distill: bool = True
     """False: the student is trained on D_l only."""
     use_refine: bool = True
+    """False: the student stays as step 2b leaves it."""
 
 
 class PseudoConfig(Part):
@@ -81,6 +92,7 @@ class PseudoConfig(Part):
     """In which predictions are counted and painted: falling score, or as the teacher's detector returns them (the
     released code's). The embedded teacher returns them in falling score order."""
     max_per_image: int = Field(100, ge=1)
+    """Most labels of an image: the first ones in `order`."""
     min_area_px: int = Field(12, ge=0)
     """A label with fewer pixels, after painting, is dropped."""
     non_overlapping: bool = True

@@ -54,13 +54,21 @@ class GroundedSamConfig(Part):
     segmenter_lr_factor: float = Field(0.1, gt=0)
     """The segmenter's learning rate relative to the detector's: 5e-6 of 5e-5."""
     class_weight: float = Field(1.0, ge=0)
+    """Weight of the focal loss between queries and the words of the classes."""
     box_weight: float = Field(5.0, ge=0)
+    """Weight of the L1 distance between boxes."""
     giou_weight: float = Field(2.0, ge=0)
+    """Weight of 1 - generalised IoU of boxes."""
     cost_class: float = Field(2.0, ge=0)
+    """Cost of the class in the detector's matcher."""
     cost_box: float = Field(5.0, ge=0)
+    """Cost of the L1 distance between boxes in the matcher."""
     cost_giou: float = Field(2.0, ge=0)
+    """Cost of the generalised IoU of boxes in the matcher."""
     mask_focal_weight: float = Field(20.0, ge=0)
+    """Weight of the focal loss of the segmenter's masks."""
     mask_dice_weight: float = Field(1.0, ge=0)
+    """Weight of the dice loss of the segmenter's masks."""
     mask_iou_weight: float = Field(1.0, ge=0)
     """Weight of the predicted IoU's error."""
     max_prompted: int = Field(32, ge=1)
