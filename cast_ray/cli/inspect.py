@@ -27,7 +27,6 @@ from cast_ray.data.reading.inspection import SplitFacts, choose_samples, facts_o
 from cast_ray.data.reading.progress import track
 from cast_ray.data.reading.reader import load
 from cast_ray.recipe import DataConfig, build_recipe, parse_overrides, preset_names
-from cast_ray.report.overlays import contact_sheet
 
 MAX_SHOWN = 12
 
@@ -131,6 +130,8 @@ def _print_skipped(report: dict[str, Any], config: DataConfig, console: Console)
 
 
 def _draw(dataset: DatasetSplits, num_images: int, path: Path) -> Path:
+    from cast_ray.report.overlays import contact_sheet  # loads SciPy, which --help does without
+
     classes = ClassMap(dataset.categories)
     records = choose_samples(dataset.train, num_images)
     images = [read_image(r["uri"], (r["height"], r["width"])) for r in records]

@@ -1,6 +1,7 @@
 """The command `cast-ray`: lists the commands and runs the one that was named.
 
-A command's module is imported when it is run, so that `cast-ray --help` needs neither torch nor Ray.
+A command's module is imported when it is run, so that `cast-ray --help` needs neither torch nor Ray. The module itself
+imports what takes long when the command does its work, so that `cast-ray COMMAND --help` does not wait for it either.
 """
 
 from __future__ import annotations

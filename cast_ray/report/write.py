@@ -24,8 +24,6 @@ from cast_ray.report.run_folder import PLAN, RESULT, read_plan, read_run
 from cast_ray.report.sections import sections_of
 from cast_ray.report.tables import print_report
 
-WATCH_EVERY_S = 5
-
 
 @dataclass(frozen=True)
 class Written:
@@ -109,15 +107,15 @@ def rebuild_report(run_dir: str | Path, console: Console) -> Written:
 
 
 def watch_report(
-    run_dir: str | Path, console: Console, stopped: threading.Event | None = None, every_s: float = WATCH_EVERY_S
+    run_dir: str | Path, console: Console, every_s: float, stopped: threading.Event | None = None
 ) -> Written | None:
     """Writes the report again whenever a result is new, until all that the sweep was asked for are there.
 
     Results are taken from the run folder and, while the sweep runs, from the store that it writes to.
 
     Args:
-        stopped: ends the watch early; None: only the last result does.
         every_s: how often to look, and how often the page reloads itself.
+        stopped: ends the watch early; None: only the last result does.
 
     Returns:
         The last report; None when there was never one.

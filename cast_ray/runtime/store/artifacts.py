@@ -22,10 +22,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
-import pyarrow.dataset
 import pyarrow.fs
 import pyarrow.parquet
 
@@ -33,6 +32,9 @@ from cast_ray.common.files import PARTIAL, write_atomically
 from cast_ray.common.paths import absolute, below, resolve
 from cast_ray.contracts.manifest import Manifest, manifest_class, read_manifest
 from cast_ray.plan.graph import Stage, fingerprint_of
+
+if TYPE_CHECKING:
+    import pyarrow.dataset
 
 MANIFEST = "manifest.json"
 OBJECT_STORES = ("s3", "gcs", "abfs")
@@ -360,9 +362,11 @@ class ArtifactStore:
         """A Parquet file, or a folder of them, inside an artifact."""
         return pa.parquet.read_table(self._files(key, name), filesystem=self._fs[0], columns=columns)
 
-    def open_dataset(self, key: str, name: str) -> pa.dataset.Dataset:
+    def open_dataset(self, key: str, name: str) -> pyarrow.dataset.Dataset:
         """A folder of Parquet files inside an artifact, to be read piece by piece."""
-        return pa.dataset.dataset(self._files(key, name), filesystem=self._fs[0], format="parquet")
+        from pyarrow import dataset  # loads pandas, which most users of a store do without
+
+        return dataset.dataset(self._files(key, name), filesystem=self._fs[0], format="parquet")
 
     def read_tables(self, paths: list[str]) -> list[pa.Table]:
         """Parquet files below the storage path, several at a time."""
