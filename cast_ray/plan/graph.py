@@ -105,6 +105,11 @@ class RowPlan:
     stages: tuple[Stage, ...]
     roles: dict[str, Stage] = field(default_factory=dict)
 
+    @property
+    def student_stages(self) -> list[Stage]:
+        """The train stages of the row's student, the last first: the first of these trains the model that results."""
+        return [self.roles[name] for name in STUDENT_STAGES if name in self.roles]
+
 
 @dataclass(frozen=True)
 class DataHashes:

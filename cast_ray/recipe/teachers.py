@@ -11,7 +11,7 @@ from cast_ray.recipe.models import ModelConfig
 from cast_ray.recipe.part import CHANGES_NO_RESULT, Part, identity_of
 
 KINDS = ("expert", "mask2former", "grounded_sam", "sam3", "ensemble")
-PUBLISHED = KINDS[1:]
+PUBLISHED = tuple(kind for kind in KINDS if kind != "expert")
 """Kinds whose published weights label images without any training."""
 
 
@@ -149,7 +149,8 @@ class TeacherConfig(ModelConfig):
     def _members_are_known(self) -> TeacherConfig:
         for member in self.ensemble.members if self.kind == "ensemble" else ():
             if member not in KINDS and "/" not in member:
-                raise ValueError(f"ensemble.members: {member!r} is no kind ({', '.join(KINDS[1:-1])}) and no path")
+                kinds = ", ".join(kind for kind in PUBLISHED if kind != "ensemble")
+                raise ValueError(f"ensemble.members: {member!r} is no kind ({kinds}) and no path")
             if member in ("expert", "ensemble"):
                 raise ValueError(f"ensemble.members: {member!r} has no checkpoint: expected a saved teacher's folder")
         return self

@@ -229,7 +229,7 @@ def _facts_of_kind(manifest: Manifest) -> dict[str, Any]:
 def _dataset_facts(context: SweepContext, row: RowPlan, committed: Mapping[str, _Committed]) -> DatasetFacts:
     """The dataset, with how many labelled and unlabelled images the row's student learns from and how they were
     chosen."""
-    student = row.roles["distill"]
+    student = row.student_stages[-1]  # the stage that the student starts with is the one that may read D_u
     chosen = stored_split(context.store, context.content_hash, TrainPart.of(student).split).facts
     artifact = committed.get(student.fingerprint)
     manifest = artifact.manifest if artifact is not None else None

@@ -56,6 +56,7 @@ def test_stages_of_the_four_loss_rows(losses: dict[str, RowPlan]) -> None:
         "sup+semi+pxl": SEMI,
     }
     for row in losses.values():
+        assert [stage.name for stage in row.student_stages] == ["refine", "distill"]
         assert set(row.roles) >= ROLES
         assert [row.roles[name].name for name in work(row)] == work(row)
 
