@@ -30,7 +30,7 @@ demo: $(STAMP) ## set up, then measure what each loss term is worth on drawn sce
 test: $(STAMP) ## set up, then run the tests (ARGS="-k name" is passed on; JOBS=1: in one process)
 	@$(PY) -m pytest $(PARALLEL) $(ARGS)
 
-test-ray: $(STAMP) ## the tests that start a Ray, and no others
+test-ray: $(STAMP) ## the tests in folders of tests that start a Ray, without the slow ones
 	@$(PY) -m pytest tests/ray tests/faults tests/packaging $(ARGS)
 
 test-all: $(STAMP) ## the tests and the slow ones (minutes long)
