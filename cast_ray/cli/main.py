@@ -17,7 +17,7 @@ from cast_ray.common.logs import VARIABLE, configure_logging
 from cast_ray.common.version import VERSION
 
 COMMANDS = {
-    "ablate": "Runs ablation tables: every row and seed, and each stage that several rows share only once.",
+    "ablate": "Runs ablation tables: all rows and seeds, and each shared stage once.",
     "search": "Searches recipe keys with Optuna; its trials share stages with each other and with tables.",
     "report": "Writes the report of a run folder again, from the files in it.",
     "store": "Lists, shows, compares and prunes the artifacts of earlier runs.",

@@ -190,7 +190,8 @@ def seen_size(stage: Stage, image_hw: tuple[int, int] | None) -> tuple[int, int]
 def _model_of(stage: HasModel, find: Callable[[str], HasModel | None]) -> dict[str, Any] | None:
     """The model that a stage runs: its own, or that of the parent it labels or evaluates with.
 
-    Of a teacher from checkpoints also which ones: its part of the recipe does not say how large they are.
+    For a teacher from checkpoints the result also names the checkpoints, because its part of the recipe does not say
+    how large they are.
     """
     model = stage.config.get("model")
     if model is not None:

@@ -298,7 +298,7 @@ def live_sweeps(store: ArtifactStore, silent_s: float) -> dict[Holder, set[str] 
 
 
 def dead_claims(store: ArtifactStore, silent_s: float) -> list[str]:
-    """Paths of the files in `claims/` that sweeps and prunings have left behind which are over (see `live_sweeps`)."""
+    """Returns the paths of files in `claims/` that belong to sweeps and prunings which are over (see `live_sweeps`)."""
     # Listed before the holders are: a sweep shows its own file first and takes it back last.
     left = {folder: store.list_names(f"claims/{folder}") for folder in ("stages", "plans", *ROLES.values())}
     alive = {holder.id for role in ROLES for holder in _living(store, role, silent_s)}

@@ -37,7 +37,7 @@ LABEL_TYPE = pa.struct(
         pa.field("visible_share", pa.float32()),  # of the teacher's mask, after painting
         pa.field("num_suppressed", pa.int32()),  # predictions of its class that this one suppressed before painting
         pa.field("class_probs", pa.list_(pa.float32())),  # of soft targets (`loss.soft_targets`), else null
-        pa.field("mask_probs", pa.binary()),  # likewise, see `soft_targets.mask_probabilities`
+        pa.field("mask_probs", pa.binary()),  # of the matched query, see `soft_targets.mask_probabilities`
     ]
 )
 LABEL_SCHEMA = RECORD_SCHEMA.set(
@@ -218,7 +218,7 @@ def nothing_found(stage: Stage, recipe: Recipe, categories: Sequence[Category], 
         asked = f" It was asked for {words}: other words go into teacher.prompt.synonyms."
     return (
         f"{stage.name}: the teacher ({teacher.kind}) found nothing above {threshold} in {which} images.{asked} Lower "
-        "the thresholds or train the teacher longer; pseudo.on_empty=warn goes on without labels"
+        "the thresholds or train the teacher longer, or set pseudo.on_empty=warn to continue without labels"
     )
 
 

@@ -2,19 +2,18 @@
 
 A Data task of the student's stream reads its images, sends the unlabelled ones (weak, uncropped, fitted as in the
 offline job) to a teacher actor, waits, and crops what comes back with the images. The teachers are plain actors that
-all streams of a stage share, not an actor pool of each stream: every Train worker has a stream of its own, and each
-pool would hold teachers of its own. So nothing is decoded twice and no pixels pass through the object store but on
-their way to the teacher; and as a task asks for one group of images at a time, there are never more requests than tasks
-(`resources.tasks_per_stream` of each worker): a student that is slow holds its teachers back.
+all streams of a stage share. Every Train worker has its own stream, and an actor pool for each stream would need its
+own teachers. So nothing is decoded twice, and pixels pass through Ray's object store only on their way to the teacher.
+A task asks for one group of images at a time, so that there are never more requests than tasks
+(`resources.tasks_per_stream` of each worker): teachers wait for a slow student.
 
-A mean teacher (`labels.refresh_steps` = N, in self-training or of the student) needs a rule that does not depend on who
-is faster. Steps are cut into windows of N. A window is labelled by the weight average of the model as it stood one
-window before the window's start: steps 0..2N-1 by the frozen teacher (theta_T' in 1c, theta_T'' in 2b), steps 2N..3N-1
-by the average after step N, and so on. In 2b that average is a student: another model, which sees images at its own
-size. Teachers may thus work
-a whole window ahead, and whenever a label is asked for, its teacher's weights exist or will be made without it: nothing
-can wait for itself. Weights are published by rank 0 and kept in the store until the stage ends, so that a resumed stage
-labels as if it had not stopped.
+A mean teacher (`labels.refresh_steps` = N, in self-training or of the student) needs a rule that does not depend on
+which process is faster. Steps are cut into windows of N. A window is labelled by the weight average of the model as it
+stood one window before the window's start: steps 0..2N-1 by the frozen teacher (theta_T' in 1c, theta_T'' in 2b), steps
+2N..3N-1 by the average after step N, and so on. In 2b that average is a student: another model, which sees images at
+its own size. Teachers may thus work a whole window ahead, and whenever a label is asked for, its teacher's weights
+exist or will be made without it: nothing can wait for itself. Weights are published by rank 0 and kept in the store
+until the stage ends, so that a resumed stage labels as if it had not stopped.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def version_of(step: int, refresh_steps: int) -> int:
 
 
 def versions_from(step: int, refresh_steps: int) -> list[int]:
-    """Published versions that a stage needs when it goes on at a step."""
+    """Published versions that a stage needs when it resumes at a step."""
     window = step // refresh_steps if refresh_steps else 0
     return [version for version in (window - 1, window) if version > 0]
 
@@ -159,7 +158,7 @@ class TeacherVersions:
         self.changed = asyncio.Condition()
 
     async def start(self, weights: dict[int, list[ray.ObjectRef]]) -> None:
-        """A stage begins, or goes on, with these versions published."""
+        """Tells the teachers that a stage begins or resumes, with these versions published."""
         async with self.changed:
             self.weights = {version: refs[0] for version, refs in weights.items()}
             self.changed.notify_all()
@@ -233,7 +232,7 @@ class Publisher:
         return all(_file_name(version) in kept for version in versions_from(step, self.refresh_steps))
 
     def start(self, step: int) -> None:
-        """Publishes what a stage that goes on at `step` needs."""
+        """Publishes the versions that a stage needs when it resumes at `step`."""
         self.checkpoint = step
         kept = {v: self.store.find_bytes(self._path(v)) for v in versions_from(step, self.refresh_steps)}
         ray.get(self.versions.start.remote({version: [ray.put(weights)] for version, weights in kept.items()}))
