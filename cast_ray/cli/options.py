@@ -84,7 +84,7 @@ def add_recipe_options(
     """Adds the options that choose a recipe.
 
     Args:
-        of: what has a preset and a scale of its own where the user names none (table, search), for the help.
+        of: what gives the preset and the scale if the user names none (table or search), for the help.
         preset, scale: the defaults, where it is the command that has them.
     """
     from cast_ray.recipe import SCALES, preset_names  # not needed by `cast-ray --help`, which is to be quick

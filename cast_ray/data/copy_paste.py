@@ -23,7 +23,7 @@ def copy_paste(sample: Sample, source: Sample, rng: np.random.Generator, min_vis
     numbers after those of the sample.
 
     Args:
-        sample, source: of one crop size; the source has its instances, and truth maps if the sample has them.
+        sample, source: samples of one crop size; the source has its instances, and truth maps if the sample has them.
         rng: random numbers of this sample, independent of those of other samples.
         min_visible_px: fewest pixels that an instance of the sample must keep, not to be dropped.
 

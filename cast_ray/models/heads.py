@@ -207,8 +207,8 @@ class EomtHead(nn.Module):
         """Runs the joint layers.
 
         Args:
-            encoder: as given to the constructor.
-            tokens: of the image.
+            encoder: the encoder that the constructor was given.
+            tokens: tokens of the image.
             states_BTD: after the encoder's own layers.
 
         Returns:

@@ -45,7 +45,7 @@ class Student(nn.Module):
         categories: C classes, in the order of its labels.
         image_px: height and width of the crops it was trained on, pixels.
         colours: C, of overlays; None: well separated ones.
-        input_size: at which it sees whole images; None: fitted into `image_px`.
+        input_size: size at which it sees whole images; None: fitted into `image_px`.
         precision: that `predict` computes in: the one it was trained and measured in.
     """
 

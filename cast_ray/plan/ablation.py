@@ -29,8 +29,8 @@ def shipped_folder(name: str, in_checkout: str) -> Path:
     """Returns the folder of YAML files that come with cast_ray: inside an installed package, beside it in a checkout.
 
     Args:
-        name: of the folder in the package (see `setup.py`).
-        in_checkout: of the folder in `sweeps/`.
+        name: name of the folder in the package (see `setup.py`).
+        in_checkout: name of the folder in `sweeps/`.
     """
     package = Path(__file__).parents[1]
     installed = package / name
@@ -218,7 +218,7 @@ class Table(BaseModel):
 
         Args:
             row: a key of `rows`.
-            preset, scale: as in `cast_ray.recipe.build_recipe`; None: the table's own.
+            preset, scale: names, as in `cast_ray.recipe.build_recipe`; None: those of the table.
             seed: the recipe's seed.
             overrides: the user's own, after the table's base; the row's come after them, or two rows could become the
                 same run.

@@ -138,7 +138,7 @@ def plan(
         has_source: whether the dataset has a source style to pre-train the teacher on.
         foundation: fingerprint of an imported theta_T0 (a teacher's checkpoints, or `stages.foundation`), which takes
             the place of pre-training; needed by every kind of teacher but `expert`.
-        hashes: of the extra pool and the label lists, where the recipe names them.
+        hashes: hashes of the extra pool and the label lists, if the recipe names them.
 
     Raises:
         ValueError: the recipe needs pseudo-labels and has no teacher to make them.

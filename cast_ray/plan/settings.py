@@ -32,7 +32,7 @@ def settings_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted key -> value of a recipe's settings, as JSON has them.
 
     Args:
-        recipe: as plain data (`Recipe.model_dump`, or from a `result.json`).
+        recipe: a recipe as plain data (`Recipe.model_dump`, or from a `result.json`).
     """
     flat = flatten(json.loads(json.dumps(recipe, default=list)))
     settings = {key: value for key, value in flat.items() if not changes_nothing(key) and key not in OF_PRECISION}

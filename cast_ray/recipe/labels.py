@@ -16,7 +16,7 @@ class LabelsConfig(Part):
 
     mode: Annotated[Literal["offline", "online"], CHANGES_NO_RESULT] = "offline"
     """offline: a labelling stage writes all of them once, for every stage and row that needs them. online: teachers on
-    devices of their own label each image as it is drawn, while the student trains. A frozen teacher's labels, and so
+    separate devices label each image as it is drawn, while the student trains. A frozen teacher's labels, and so
     all results, are the same either way."""
     refresh_steps: int = Field(0, ge=0)
     """Online labels of a mean teacher: every so many steps the weight average of the model in training (`ema` of its

@@ -30,14 +30,14 @@ class RuntimeConfig(Part):
     validate_on_gpu: bool = True
     """Where validation beside training (`evaluation.every_steps`) runs when `use_gpu`: on a GPU more, or on the CPU."""
     num_labellers: int = Field(0, ge=0)
-    """Actors of a labelling job of its own, for more (or fewer) devices than train. 0: the workers that train also
+    """Actors of a separate labelling job, for more (or fewer) devices than train. 0: the workers that train also
     label, which costs no start of actors. Of online labels: the number of teachers, 0: one."""
     cpus_per_labeller: float = Field(0.5, gt=0)
     """CPUs that each actor of a labelling job, and each online teacher, reserves."""
     cpus_per_read: float = Field(0.2, gt=0)
     """CPUs reserved per decoding task. Use 1 on a GPU cluster, where each task keeps a core busy."""
     reads_per_stream: int = Field(2, ge=1)
-    """Decoding tasks that one worker's stream runs at a time. One core makes some 50 crops of 512x1024 a second."""
+    """Decoding tasks that one worker's stream runs at a time. One core makes about 50 crops of 512x1024 a second."""
     stream_memory_mb: int = Field(256, ge=16)
     """Object-store memory of one worker's stream: how far it may read ahead of training."""
     max_concurrent_stages: int = Field(0, ge=0)

@@ -83,7 +83,7 @@ class PseudoConfig(Part):
     score_threshold: float = Field(0.3, ge=0, le=1)
     """A prediction is trusted when its score lies above."""
     class_thresholds: Annotated[Literal["fixed", "balanced"], OFF_BY_DEFAULT] = "fixed"
-    """fixed: `score_threshold` for every class. balanced: for each class a threshold of its own, not below that one,
+    """fixed: `score_threshold` for every class. balanced: each class has its threshold, not below that one,
     at which the predictions on D_u hold as many of it an image as D_l does (found before painting, once for all of
     D_u; not with labels.mode=online)."""
     mask_quality_threshold: float = Field(0.0, ge=0, le=1)
@@ -107,7 +107,7 @@ class PseudoConfig(Part):
     """The teacher also labels each image mirrored, and the answers are fused by a vote; twice the time."""
     vote_scales: Annotated[tuple[float, ...], OFF_BY_DEFAULT] = Field((1.0,), min_length=1)
     """Scales of each image, relative to the size that it is fitted to, that the teacher labels and a vote fuses. A
-    teacher whose processor has a size of its own sees that size at any of them."""
+    teacher whose processor has a fixed size sees that size at any of them."""
     vote_iou: float = Field(0.6, gt=0, le=1)
     """Answers of one class whose masks overlap with at least this IoU are one instance of the vote."""
 
@@ -143,5 +143,5 @@ class EvaluationConfig(Part):
     num_images: int | None = Field(None, ge=1)
     """Evaluate on the first so many validation images (None: all)."""
     every_steps: Annotated[int, CHANGES_NO_RESULT] = Field(0, ge=0)
-    """Also validate each so many steps of a train stage, beside it and on resources of its own; 0: at its end only.
+    """Also validate each so many steps of a train stage, beside it and on separate resources; 0: at its end only.
     It changes no weight; stages found in the store are not validated again."""

@@ -1,4 +1,4 @@
-"""Which folder a run's results go to: runs of the same settings share one, others get a folder of their own."""
+"""Which folder a run's results go to: runs of the same settings share one, and other runs get a separate one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cast_ray.report.run_folder import PLAN, RESULT, RunRequest, read_plan, read
 from cast_ray.report.settings import first_of, value_words
 
 DIGITS = 6
-"""Digits of the digest at the end of the name of a folder of its own."""
+"""Digits of the digest at the end of the name of a separate folder."""
 MAX_NAMED = 4
 
 

@@ -65,7 +65,7 @@ def mixed_settings(results: Sequence[Result], table: Table | None) -> list[str]:
 
 
 def _settings(result: Result) -> dict[str, Any]:
-    """Without where the dataset lies: another dataset is told by its content hash."""
+    """Leaves out where the dataset lies: its content hash tells one dataset from another."""
     return {k: v for k, v in settings_of(result.recipe).items() if k not in LOCATIONS}
 
 

@@ -53,7 +53,7 @@ def write_report(
         tell: called with a line now and then while it takes long.
 
     Raises:
-        ValueError: as `read_run`.
+        ValueError: the run folder cannot be read, see `read_run`.
     """
     run = read_run(run_dir)
     reports = summarise_run(run, tell)
@@ -94,7 +94,7 @@ def rebuild_report(run_dir: str | Path, console: Console) -> Written:
     """Writes the report of a run folder again; of a sweep that was stopped, with the results that its store has.
 
     Raises:
-        ValueError: as `read_run`.
+        ValueError: the run folder cannot be read, see `read_run`.
     """
     run = read_run(run_dir)
     if run.pending() and run.plan.results_uri:

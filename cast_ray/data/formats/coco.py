@@ -128,7 +128,7 @@ def read_annotations(
     """Reads one COCO annotation file and looks its images up.
 
     Args:
-        listing: of the dataset's folder; no image outside it is taken.
+        listing: files of the dataset's folder; no image outside it is taken.
         annotation_file: relative to it, or an absolute path or URI.
         image_dirs: see `find_images`.
         config: `max_image_pixels`.

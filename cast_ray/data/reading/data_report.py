@@ -42,8 +42,8 @@ def data_report(
     """What `data_report.json` says.
 
     Args:
-        config: as the dataset was read.
-        num_images, num_annotations: by split, the skipped ones included.
+        config: settings with which the dataset was read.
+        num_images, num_annotations: split -> their number, with the skipped ones.
         skipped: each with split, kind, id, file and reason.
         sources: split -> the file or folder of its annotations.
         contents: split -> what its images hold, of the splits that were read and whose images have annotations.
@@ -89,7 +89,7 @@ def _no_object(
     """Says that a split holds no object, and the likely cause.
 
     Args:
-        facts: of the split, as in the report.
+        facts: entry of the split in the report.
         total: number of its annotations.
         skipped: those of them that were skipped.
     """
@@ -118,7 +118,7 @@ def _images_without_masks(
     """Says of each annotation file, if its images have masks, that a large share of them has none.
 
     Args:
-        splits: as in the report.
+        splits: entries of the splits in the report.
         is_held_out: the validation images are from the annotation file of the training images.
     """
     warnings = []

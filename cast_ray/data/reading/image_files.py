@@ -51,12 +51,12 @@ def find_images(
     file fits no other image. An image without `height` or `width` has the size of its file, whose header is read.
 
     Args:
-        listing: of the dataset's folder; no image outside it is taken, but from an absolute image folder.
+        listing: files of the dataset's folder; images outside it are only taken from an absolute image folder.
         images: the entries of the annotation file.
         image_dirs: folders that may hold the images, relative to the dataset's folder or one absolute path or URI; the
             one that holds most of them is taken.
         max_pixels: larger images are left out.
-        split, file: for messages.
+        split, file: names of the split and of its annotation file, for messages.
 
     Raises:
         OSError: the file store failed while a header was read.

@@ -46,7 +46,7 @@ def read_rows(rows: pa.Table, *, decode_map: DecodeMap | None, verify: str, max_
     """Reads a few images of an index: INDEX_SCHEMA -> READ_SCHEMA, a row for each, the unusable ones marked.
 
     Args:
-        rows: of one split.
+        rows: images of one split.
         decode_map: reads label maps, where the format has them.
         verify: see DataConfig; an image whose size is not known is opened whatever it says.
         max_pixels: larger images are unusable.

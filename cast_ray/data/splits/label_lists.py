@@ -99,7 +99,7 @@ def listed_rows(
 
     Args:
         records: training images: image_id and uri.
-        chosen: from `read_list`.
+        chosen: a list, as `read_list` returns it.
         fraction, seed: which of the lists in a file of positions.
         annotated: image ids that positions count (DatasetSplits.annotated).
         unusable: ids and file names of images that were skipped: the list may hold them.

@@ -114,7 +114,7 @@ class ArtifactStore:
         return ArtifactStore, (self.storage, self.attempt)
 
     def new_attempt(self) -> ArtifactStore:
-        """The same store with a folder of its own to write to."""
+        """Returns the same store with a separate folder to write to."""
         return ArtifactStore(self.storage)
 
     @property

@@ -224,7 +224,7 @@ class Claims:
         """Claims stages, in order, up to the first that another holder has.
 
         Args:
-            keys: of artifacts; later ones may read earlier ones.
+            keys: keys of artifacts; later ones may read earlier ones.
 
         Returns:
             the keys taken, and what stopped there: {key: holder} of every key that another one claims.

@@ -247,7 +247,8 @@ class Broker:
         """`owner`'s segment waits for resources of the cluster.
 
         Args:
-            what, why: in words; the time is counted from the first call since the segment last had room.
+            what, why: what it waits for, and the reason, in words. The time is counted from the first call
+                since the segment last had room.
         """
         since = self.rooms[owner]["since"] if owner in self.rooms else time.monotonic()
         self.rooms[owner] = {"what": what, "why": why, "since": since}

@@ -22,7 +22,7 @@ class GuardedCallback(tune.Callback):
     """A tracker's callback, switched off by its first error: in Tune's own loop any error of one ends all trials.
 
     Args:
-        on_failure: is told, once, that the tracker is switched off and why.
+        on_failure: function that is called once, with a sentence that says that the tracker is switched off and why.
     """
 
     def __init__(self, name: str, callback: tune.Callback, on_failure: Callable[[str], None]):

@@ -1,4 +1,4 @@
-"""The broker's bookkeeping, without Ray: who runs what, what is done, who goes next, and when to stop."""
+"""The broker's bookkeeping, without Ray: which row runs what, what is done, which row is next, and when to stop."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Need:
     parents: tuple[str, ...]
     steps: int
     alone: bool = False
-    """A job of its own, outside the worker group of what comes before and after."""
+    """Whether the stage runs as a separate job, outside the worker group of the stages before and after it."""
 
     @property
     def key(self) -> str:
@@ -33,7 +33,7 @@ class Need:
 
 
 class Leases:
-    """Who runs what, what is done, who goes next."""
+    """Knows which row runs what, what is done, and which row is next."""
 
     def __init__(self, slots: int, done: set[str]):
         self.slots = slots
@@ -144,5 +144,5 @@ class Limits:
         if self.budget_s is not None and self.spent(now) >= self.budget_s:
             return f"the budget of {self.budget_s / 3600:g} device-hours is spent"
         if not self.keep_going and len(self.outcomes) >= FAILURES_BEFORE_STOP and not any(self.outcomes):
-            return f"the first {len(self.outcomes)} rows failed (--keep-going starts the others all the same)"
+            return f"the first {len(self.outcomes)} rows failed (--keep-going starts the others nevertheless)"
         return None

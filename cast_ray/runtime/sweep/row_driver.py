@@ -85,8 +85,8 @@ def run_trials(
     """Runs all rows through Tune; a row that fails leaves its reason in its result.json and the others continue.
 
     Args:
-        name: of the sweep.
-        callbacks: of Tune; they see each row's curves while it runs and its metrics at the end.
+        name: name of the sweep.
+        callbacks: callbacks of Tune; they see each row's curves while it runs and its metrics at the end.
         driver: another `RowDriver`.
 
     Returns:

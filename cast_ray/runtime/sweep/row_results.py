@@ -44,7 +44,7 @@ class SweepContext:
     hardware: Hardware
     store: ArtifactStore
     dataset_key: str
-    """Artifact that holds the record tables (train, val and, where there is one, source)."""
+    """Artifact that holds the record tables (train, val and, if the dataset has one, source)."""
     dataset: DatasetFacts
     """See `StoredDataset.facts`."""
     categories: tuple[Category, ...]

@@ -46,7 +46,7 @@ class Trackers:
 
         Args:
             job_of: name of a trial -> its `row_driver.Job`.
-            on_failure: is told, once, which tracker was switched off and why.
+            on_failure: function that is called once, with a sentence that says which tracker was switched off and why.
         """
         from cast_ray.runtime.sweep.callbacks import GuardedCallback, TensorBoardCallback
 

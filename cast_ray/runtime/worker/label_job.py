@@ -1,4 +1,4 @@
-"""What those who run one labelling stage share: its blocks, the files they become, and joining these into one.
+"""What all processes that run one labelling stage share: its blocks, the files they become, and joining these into one.
 
 A block of images becomes one Parquet file below `<storage>/labels/<fingerprint>/`, which appears whole or not at all. A
 job that was killed resumes with the blocks that are missing. When none is missing, they are joined into one file of the
@@ -52,7 +52,7 @@ ROW_GROUP_BYTES = 128 << 20
 
 @dataclass(frozen=True)
 class LabelJob:
-    """What those who run one labelling stage share; small, sent to each."""
+    """What all processes that run one labelling stage share; it is small, and each is sent a copy."""
 
     store: ArtifactStore
     stage: Stage

@@ -1,6 +1,6 @@
 """A teacher on its device and the rules that turn its predictions into pseudo-labels; what a labelling process holds.
 
-Apart from `labelling.py` because it imports torch and transformers (some 8 s of CPU time), which row drivers do not.
+Apart from `labelling.py` because it imports torch and transformers (about 8 s of CPU time), which row drivers do not.
 """
 
 from __future__ import annotations
