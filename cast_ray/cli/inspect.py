@@ -159,8 +159,12 @@ def _parser() -> Parser:
         "class and split, sizes, bad files, and a picture with masks drawn.",
     )
     parser.add_argument("root", metavar="DIR", help="folder or URI of the dataset, as its owners distribute it")
-    parser.add_argument("--format", help="coco, cityscapes or ade20k, or MODULE:FUNCTION (default: by its folders)")
+    parser.add_argument(
+        "--format", help="coco, cityscapes or ade20k, or MODULE:FUNCTION (default: recognised by its folders)"
+    )
     add_set_option(parser, "a data key of the recipe")
     parser.add_argument("--images", type=positive, default=6, help="images on the contact sheet (default: %(default)s)")
-    parser.add_argument("--out", metavar="FOLDER", help="for samples.png and data_report.json (default: inspect/NAME)")
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="folder for samples.png and data_report.json (default: inspect/NAME)"
+    )
     return parser

@@ -155,7 +155,7 @@ def add_tracker_options(parser: argparse.ArgumentParser, what: str) -> None:
 def add_image_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of commands that read images and write what a model finds in them."""
     parser.add_argument("images", nargs="+", help="files, folders, quoted patterns, local or s3://...")
-    parser.add_argument("--out", required=True, help="folder for the results; it is made")
+    parser.add_argument("--out", required=True, help="folder for the results; it is created if it is missing")
     parser.add_argument("--threshold", type=share, default=0.3, help="least score (default: %(default)s)")
     parser.add_argument("--batch", type=positive, default=8, help="images at a time (default: %(default)s)")
     parser.add_argument("--no-overlays", action="store_true", help="do not draw the instances over the images")

@@ -187,15 +187,15 @@ def _parser() -> Parser:
         prog="cast-ray store", description="Lists, shows, compares and prunes the artifacts of stages, across all runs."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    listing = commands.add_parser("ls", help="newest artifacts first")
-    listing.add_argument("--kind", choices=get_args(Kind), help="only these")
+    listing = commands.add_parser("ls", help="list artifacts, the newest first")
+    listing.add_argument("--kind", choices=get_args(Kind), help="list only artifacts of this kind")
     listing.add_argument("--all", action="store_true", help=f"all of them (default: {NUM_LISTED})")
-    listing.add_argument("--json", action="store_true", help="for programs")
-    show = commands.add_parser("show", help="manifest, parents and files of one artifact")
+    listing.add_argument("--json", action="store_true", help="print JSON, for programs")
+    show = commands.add_parser("show", help="print manifest, parents and files of one artifact")
     show.add_argument("artifact", help=ARTIFACT_HELP)
     diff = commands.add_parser(
         "diff",
-        help="why two artifacts are not the same one",
+        help="say why two artifacts differ",
         description="Says why two stages have different fingerprints: which fields of the recipe and which parents "
         "differ, and for parents that are stored, why.",
     )
@@ -203,7 +203,7 @@ def _parser() -> Parser:
     diff.add_argument("other", help=ARTIFACT_HELP)
     collect = commands.add_parser(
         "gc",
-        help="prune; never what a live sweep needs",
+        help="remove what is no longer needed, but never what a live sweep needs",
         description="Removes what runs that are over have left unfinished: attempts, checkpoints, logs. Finished "
         "artifacts only if asked: --unused, --older-than, or both.",
     )

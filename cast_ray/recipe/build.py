@@ -110,7 +110,7 @@ class Recipe(Part):
         if self.teacher.kind == "ensemble" and self.stages.use_adapt:
             raise ValueError(
                 "teacher.kind is ensemble and stages.use_adapt is true: an ensemble is not fine-tuned as a whole; "
-                "expected use_adapt=false, or adapt each member in a run of its own and name the adapted teachers' "
+                "expected use_adapt=false, or adapt each member in its own run and name the adapted teachers' "
                 "folders in teacher.ensemble.members"
             )
         return self

@@ -102,7 +102,10 @@ def rebuild_report(run_dir: str | Path, console: Console) -> Written:
         try:
             fetch_results(run_dir)
         except (OSError, pa.ArrowException) as error:  # the cluster may be gone
-            console.print(f"The sweep's store does not answer, so its results here only: {error}", soft_wrap=True)
+            console.print(
+                f"The sweep's store cannot be read, so the report holds only the results in its folder: {error}",
+                soft_wrap=True,
+            )
     return write_report(run_dir, tell=console.print)
 
 

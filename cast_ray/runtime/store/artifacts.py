@@ -295,8 +295,8 @@ class ArtifactStore:
         if lost := sorted(added - files.keys()):
             raise LostFilesError(
                 f"{stage.name}: {len(lost)} of the {len(added)} files written to "
-                f"{self.uri('artifacts', stage.key, self.attempt)} have been removed ({lost[0]}): expected nobody but "
-                "`store gc` to delete anything there; run the same command again"
+                f"{self.uri('artifacts', stage.key, self.attempt)} have been removed ({lost[0]}): only `store gc` "
+                "may delete files there; run the same command again"
             )
         kind = manifest_class(stage.kind)
         manifest = kind(

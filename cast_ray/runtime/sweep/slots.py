@@ -122,7 +122,7 @@ def stage_slots(
         if gpus < gpus_per_stage:
             fewer = ", or lower runtime.num_workers or runtime.num_labellers" if gpus else ""
             if any(b.get("GPU") for b in beside_training):
-                fewer += ", or set runtime.validate_on_gpu=false (evaluation.every_steps asks for a GPU of its own)"
+                fewer += ", or set runtime.validate_on_gpu=false (evaluation.every_steps asks for one more GPU)"
             raise ValueError(
                 f"runtime.use_gpu: one stage needs {gpus_per_stage:g} GPUs, Ray has {gpus:g}: set "
                 f"runtime.use_gpu=false to run on CPUs{fewer}"
