@@ -146,7 +146,7 @@ def _draw(dataset: DatasetSplits, num_images: int, path: Path) -> Path:
 
 
 def _largest_first(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """So that small objects are drawn over large ones."""
+    """Sorts the instances of a record by area, the largest first, so that small objects are drawn over large ones."""
     size = [record["height"], record["width"]]
     areas = mask_areas([{"size": size, "counts": i["rle"]} for i in record["instances"]])
     return [record["instances"][i] for i in np.argsort(-areas, kind="stable")]

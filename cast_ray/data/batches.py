@@ -126,7 +126,7 @@ def from_buffer(buffer: Any) -> dict[str, np.ndarray]:
 
 
 def _offsets(header_bytes: int, outline: list[tuple[str, str, tuple[int, ...]]]) -> list[int]:
-    """Where each array starts, behind the header and its length, and where the last one ends."""
+    """Returns where each array starts, behind the header and its length, and where the last one ends."""
     sizes = [np.dtype(dtype).itemsize * math.prod(shape) for _, dtype, shape in outline]
     return [-(-end // ALIGNMENT) * ALIGNMENT for end in accumulate(sizes, _aligned_sum, initial=8 + header_bytes)]
 

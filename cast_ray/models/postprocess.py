@@ -75,7 +75,7 @@ def predict_in_groups(
     *,
     min_score: float = 0.0,
 ) -> list[Instances]:
-    """Instances of images that need not have one size: those of equal size pass through the model together.
+    """Finds the instances of images of any sizes; images of equal size pass through the model together.
 
     Args:
         predict: the function of a teacher or a student that predicts on images [B, 3, H, W].

@@ -77,7 +77,7 @@ class Student(nn.Module):
         return self.segmenter.pixel_mean.device
 
     def forward(self, images: torch.Tensor) -> Predictions:
-        """As `Segmenter.forward`."""
+        """Predicts like `Segmenter.forward`."""
         return self.segmenter(images)
 
     def predict(
@@ -160,7 +160,7 @@ class Student(nn.Module):
 
     @classmethod
     def from_files(cls, config: bytes, weights: bytes, source: str) -> Student:
-        """As `from_pretrained`, from the contents of the two files; `source` names them in errors."""
+        """Loads a student like `from_pretrained`, from the contents of the two files; `source` names them in errors."""
         spec = read_config(config, source)
         try:
             model = ModelConfig(**spec["model"])

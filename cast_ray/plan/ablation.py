@@ -323,7 +323,7 @@ Spec = TypeVar("Spec", bound=BaseModel)
 
 
 def read_spec(path: Path, model: type[Spec], expected: str) -> Spec:
-    """A YAML file as a checked model whose `name` is the file's.
+    """Reads a YAML file into a checked model whose `name` is that of the file.
 
     Raises:
         ValueError: not YAML, a key that is there twice (the message gives its line), not a mapping (it gives the
@@ -376,7 +376,7 @@ def _paper_rows(key: str) -> dict[str, dict[str, float]]:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """What is wrong with a YAML file that was read into `model`, on one line."""
+    """Says in one line what is wrong with a YAML file that was read into `model`."""
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])

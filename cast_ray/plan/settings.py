@@ -64,5 +64,6 @@ def overridden(overrides: Iterable[str]) -> set[str]:
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any], besides: Collection[str] = ()) -> list[str]:
-    """Keys whose values differ, apart from `besides`; a key that one of both lacks (an older version) is unknown."""
+    """Returns the keys whose values differ, apart from `besides`. A key that one of both lacks (from an older version)
+    is unknown."""
     return [key for key, value in one.items() if key not in besides and key in other and other[key] != value]

@@ -80,7 +80,7 @@ class TrainPart(StagePart):
 
     @property
     def model(self) -> Model:
-        """What is trained."""
+        """The segmenter or the teacher that is trained."""
         fields = self.config["model"]
         return PublishedTeacher(fields) if is_published(fields) else ModelConfig(**fields)
 

@@ -168,7 +168,7 @@ def show_search(report: SearchReport, console: Console) -> int:
 
 
 def search_article(plan: SearchRun, studies: Studies) -> Article:
-    """All that is said of a search."""
+    """Makes the whole report of a search."""
     spec = plan.spec
     made = [
         section(

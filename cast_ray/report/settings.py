@@ -13,7 +13,7 @@ MAX_KEYS, MAX_ROWS = 6, 4
 
 
 def averageable(results: Sequence[Result]) -> tuple[list[Result], list[str]]:
-    """The results whose seeds may be averaged, and a note on each one that is left out.
+    """Returns the results whose seeds may be averaged, and a note on each one that is left out.
 
     Of a row's results with different settings those count that agree with its newest finished one.
     """

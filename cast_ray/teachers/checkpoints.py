@@ -159,7 +159,7 @@ def _free_memory() -> int | None:
 
 
 class quiet_transformers:
-    """Without transformers' progress bars and reports, which would be repeated by every actor."""
+    """Switches off transformers' progress bars and reports, which every actor would repeat."""
 
     def __enter__(self) -> None:
         self.bars = transformers_logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""A COCO annotation file, found, parsed and checked: whatever is wrong with it is said in one line."""
+"""A COCO annotation file, found, parsed and checked: any fault in it is reported in one line."""
 
 from __future__ import annotations
 

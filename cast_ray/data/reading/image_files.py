@@ -128,7 +128,8 @@ class _Place:
         return path if path and self.listing.file(path) is not None else ""
 
     def alike(self, name: str) -> str:
-        """The path of the only file whose name reads like this one or its last parts; empty where there is none."""
+        """Returns the path of the only file whose name equals this one or its last parts; empty if there is no such
+        file."""
         parts = name.replace("\\", "/").split("/")
         if ".." in parts:
             parts = parts[len(parts) - parts[::-1].index("..") :]

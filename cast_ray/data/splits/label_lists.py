@@ -183,7 +183,7 @@ class _NameTable:
 
 
 def _forms_of(name: str) -> list[str]:
-    """From the whole name to what is left without folders, ending and Cityscapes' kind of file."""
+    """Returns the whole name, and what is left of it without folders, ending and Cityscapes' kind of file."""
     folder, base = posixpath.split(name)
     beside = posixpath.join(posixpath.basename(folder), base)
     return list(dict.fromkeys([name, beside, base, posixpath.splitext(base)[0], frame_name(base)]))

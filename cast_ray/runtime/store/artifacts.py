@@ -336,7 +336,7 @@ class ArtifactStore:
         return manifest
 
     def find_manifest(self, key: str) -> Manifest | None:
-        """The same, or None where the artifact is not committed."""
+        """Returns the manifest of an artifact, or None if the artifact is not committed."""
         path = f"artifacts/{key}/{MANIFEST}"
         found = self.find_bytes(path)
         if not found:
@@ -417,7 +417,7 @@ class ArtifactStore:
         return [info.base_name for info in found if not info.base_name.endswith(PARTIAL)]
 
     def changed(self, path: str) -> float | None:
-        """When a file was last written, by the filesystem's clock; None when there is none."""
+        """Returns when a file was last written, by the filesystem's clock; None if there is no such file."""
         fs, root = self._fs
         info = fs.get_file_info(f"{root}/{path}")
         return info.mtime.timestamp() if info.type == pa.fs.FileType.File and info.mtime else None
@@ -429,7 +429,7 @@ class ArtifactStore:
             fs.delete_file(f"{root}/{path}")
 
     def delete(self, path: str) -> None:
-        """Removes a file or folder below the storage path, if there is one."""
+        """Removes a file or folder below the storage path, if it exists."""
         fs, root = self._fs
         kind = fs.get_file_info(f"{root}/{path}").type
         with contextlib.suppress(FileNotFoundError):

@@ -1,4 +1,5 @@
-"""Who makes which stage, agreed through the store: sweeps of several users, machines and Ray clusters share stages.
+"""Which sweep runs which stage, agreed through the store: sweeps of several users, machines and Ray clusters share
+stages.
 
     <storage>/claims/holders/<holder>.json          a running sweep, rewritten every BEAT_S
     <storage>/claims/plans/<holder>.json            the fingerprints it needs: what `store gc` must leave alone; while
@@ -107,7 +108,7 @@ def _pid_namespace() -> str:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process of this machine started (ticks since boot); None when there is none."""
+    """Returns when a process of this machine started (ticks since boot); None if there is no such process."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -109,7 +109,8 @@ def open_teacher(
 
 
 def _follow(path: str, what: str, wanted: Sequence[str]) -> tuple[str, RowResult | None]:
-    """From a row of a run to the artifact of the first stage in `wanted` that it has; any other path as it is."""
+    """Follows a row of a run to the artifact of the first stage in `wanted` that it has; returns any other path as it
+    is."""
     local = Path(path).expanduser()
     if "://" in path or (local / CONFIG).is_file() or (local / TEACHER_CARD).is_file():
         return path if "://" in path else str(local), None

@@ -56,7 +56,7 @@ class Leases:
             self.heartbeat[owner] = now
 
     def expire(self, now: float) -> list[str]:
-        """Owners whose heartbeat stopped; to be released."""
+        """Returns the owners whose heartbeat has stopped and whose leases are to be released."""
         return [o for o, last in self.heartbeat.items() if now - last > LEASE_TIMEOUT_S]
 
     def release(self, owner: str) -> list[str]:

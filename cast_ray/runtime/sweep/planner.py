@@ -174,7 +174,7 @@ class RowPlanner:
 
 
 def _run_path(run: str) -> str:
-    """Where a run's files go, below the storage path."""
+    """Returns the folder of a run's files below the storage path."""
     return f"runs/{run}"
 
 

@@ -264,7 +264,7 @@ def read_matches(context: SweepContext, row: RowPlan) -> Iterator[tuple[str, byt
 
 
 def result_from_store(context: SweepContext, row: RowPlan) -> RowResult:
-    """The result of a row all of whose stages were already stored."""
+    """Makes the result of a row whose stages are all in the store already."""
     outcome = Outcome("done", started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), seconds=0.0)
     return assemble_result(context, row, set(), outcome)
 

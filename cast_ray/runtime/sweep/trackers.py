@@ -19,7 +19,7 @@ TENSORBOARD = "tensorboard"
 
 @dataclass(frozen=True)
 class Trackers:
-    """Where curves and metrics go.
+    """Which trackers get the curves and metrics of a run.
 
     folders: table -> folder of its run; tensorboard: table -> local folder of its rows' event files; wandb: project;
     mlflow: tracking URI.

@@ -80,7 +80,7 @@ class LabelJob:
         return [(start, min(start + size, count)) for start in range(0, count, size)]
 
     def missing(self, blocks: Iterable[Rows]) -> list[Rows]:
-        """Those of the blocks that nobody has written."""
+        """Returns the blocks that no process has written yet."""
         found = set(self.store.list_names(self.folder))
         return [rows for rows in blocks if _file_name(rows) not in found]
 
@@ -185,7 +185,7 @@ class LabelJob:
         )
 
     def _painted(self, table: pa.Table, thresholds: dict[int, float]) -> pa.Table:
-        """Predictions as labels: those of at least their class's threshold, painted image by image."""
+        """Makes labels of predictions: those that reach the threshold of their class, painted image by image."""
         from cast_ray.teachers.pseudo_labels import paint
 
         config, rows = LabelPart.of(self.stage).pseudo, table.to_pylist()

@@ -1,4 +1,4 @@
-"""Online labels: teachers on devices of their own label images while a student trains on them.
+"""Online labels: teachers on separate devices label images while a student trains on them.
 
 A Data task of the student's stream reads its images, sends the unlabelled ones (weak, uncropped, fitted as in the
 offline job) to a teacher actor, waits, and crops what comes back with the images. The teachers are plain actors that
@@ -62,7 +62,8 @@ class Learner:
 
 @dataclass(frozen=True)
 class OnlineLabels:
-    """What a training stream's tasks need to have their images labelled: a label stage and who runs it.
+    """What the tasks of a training stream need to have their images labelled: a label stage and the teachers that run
+    it.
 
     learner: the model in training, where it is not the teacher's own (2b): from version 1 on it labels.
     """
@@ -95,7 +96,7 @@ class OnlineLabels:
 # It holds no state but what it loaded last, so that a lost one is replaced without anybody noticing.
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class OnlineTeacher:
-    """A teacher on a device of its own; loads whichever stage's, in whichever version, is asked for."""
+    """A teacher actor on its device, which loads the teacher of any stage, in any version, when it is asked for."""
 
     def __init__(self, store: ArtifactStore, recipe: Recipe, categories: tuple[Category, ...]):
         from cast_ray.runtime.process_settings import prepare_process
@@ -151,7 +152,7 @@ class OnlineTeacher:
 
 @ray.remote(num_cpus=0)
 class TeacherVersions:
-    """The published weights of the stage that refreshes its teacher; who asks too early waits."""
+    """The published weights of the stage that refreshes its teacher; a process that asks too early waits."""
 
     def __init__(self) -> None:
         self.weights: dict[int, ray.ObjectRef] = {}
@@ -244,7 +245,7 @@ class Publisher:
         self.versions.publish.remote(version, [ray.put(weights)])
 
     def noted_checkpoint(self, step: int) -> None:
-        """From now on a resume starts at `step`, or at the checkpoint before it where that one is damaged."""
+        """Notes that a resume now starts at `step`, or at the checkpoint before it if that one is damaged."""
         needed = versions_from(self.checkpoint, self.refresh_steps)
         oldest = needed[0] if needed else 1
         for name in self.store.list_names(self.folder):
