@@ -81,7 +81,7 @@ def test_a_stopped_sweep_is_reported_with_what_its_store_has(plan: tuple[Path, P
     output = io.StringIO()
     write_plan(run, [load_table("losses")], EXPECTED, str(run / "sweep.json"))
     (report,) = rebuild_report(run, Console(file=output)).reports
-    assert report.num_pending == 1 and "store does not answer" in output.getvalue()
+    assert report.num_pending == 1 and "store cannot be read, so the report holds only" in output.getvalue()
 
 
 def test_a_folder_without_a_plan_has_no_store_to_ask(tmp_path: Path) -> None:
