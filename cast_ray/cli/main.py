@@ -1,6 +1,7 @@
 """The command `cast-ray`: lists the commands and runs the one that was named.
 
-A command's module is imported when it is run, so that `cast-ray --help` needs neither torch nor Ray.
+A command's module is imported when it is run, so that `cast-ray --help` needs neither torch nor Ray. The module itself
+imports what takes long when the command does its work, so that `cast-ray COMMAND --help` does not wait for it either.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from cast_ray.common.logs import VARIABLE, configure_logging
 from cast_ray.common.version import VERSION
 
 COMMANDS = {
-    "ablate": "Runs ablation tables: every row and seed, and each stage that several rows share only once.",
+    "ablate": "Runs ablation tables: all rows and seeds, and each shared stage once.",
     "search": "Searches recipe keys with Optuna; its trials share stages with each other and with tables.",
     "report": "Writes the report of a run folder again, from the files in it.",
     "store": "Lists, shows, compares and prunes the artifacts of earlier runs.",

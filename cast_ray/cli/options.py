@@ -102,7 +102,7 @@ def add_recipe_options(
     """Adds the options that choose a recipe.
 
     Args:
-        of: what has a preset and a scale of its own where the user names none (table, search), for the help.
+        of: what gives the preset and the scale if the user names none (table or search), for the help.
         preset, scale: the defaults, where it is the command that has them.
     """
     from cast_ray.recipe import SCALES, preset_names  # not needed by `cast-ray --help`, which is to be quick
@@ -173,7 +173,7 @@ def add_tracker_options(parser: argparse.ArgumentParser, what: str) -> None:
 def add_image_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of commands that read images and write what a model finds in them."""
     parser.add_argument("images", nargs="+", help="files, folders, quoted patterns, local or s3://...")
-    parser.add_argument("--out", required=True, help="folder for the results; it is made")
+    parser.add_argument("--out", required=True, help="folder for the results; it is created if it is missing")
     parser.add_argument("--threshold", type=share, default=0.3, help="least score (default: %(default)s)")
     parser.add_argument("--batch", type=positive, default=8, help="images at a time (default: %(default)s)")
     parser.add_argument("--no-overlays", action="store_true", help="do not draw the instances over the images")

@@ -13,13 +13,14 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
 
 from cast_ray.cli.options import Parser, add_storage_option, exit_code, plain_console, storage_path
 from cast_ray.contracts.manifest import Manifest
+from cast_ray.plan.graph import Kind
 from cast_ray.plan.stage_difference import explain_difference
 from cast_ray.runtime.store.artifacts import ArtifactStore, Listed, read_each
 from cast_ray.runtime.store.pruning import Pruning, find_prunable, prune
@@ -187,23 +188,23 @@ def _parser() -> Parser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.type = str  # what follows the command is read, and refused, by the command's own parser
-    listing = commands.add_parser("ls", help="newest artifacts first")
-    listing.add_argument("--kind", choices=["train", "label", "evaluate", "dataset"], help="only these")
+    listing = commands.add_parser("ls", help="list artifacts, the newest first")
+    listing.add_argument("--kind", choices=get_args(Kind), help="list only artifacts of this kind")
     listing.add_argument("--all", action="store_true", help=f"all of them (default: {NUM_LISTED})")
-    listing.add_argument("--json", action="store_true", help="for programs")
-    show = commands.add_parser("show", help="manifest, parents and files of one artifact")
+    listing.add_argument("--json", action="store_true", help="print JSON, for programs")
+    show = commands.add_parser("show", help="print manifest, parents and files of one artifact")
     show.add_argument("artifact", help=ARTIFACT_HELP)
     diff = commands.add_parser(
         "diff",
-        help="why two artifacts are not the same one",
+        help="say why two artifacts differ",
         description="Says why two stages have different fingerprints: which fields of the recipe and which parents "
         "differ, and for parents that are stored, why.",
     )
     diff.add_argument("one", help=ARTIFACT_HELP)
-    diff.add_argument("other", help="likewise")
+    diff.add_argument("other", help=ARTIFACT_HELP)
     collect = commands.add_parser(
         "gc",
-        help="prune; never what a live sweep needs",
+        help="remove what is no longer needed, but never what a live sweep needs",
         description="Removes what runs that are over have left unfinished: attempts, checkpoints, logs. Finished "
         "artifacts only if asked: --unused, --older-than, or both.",
     )

@@ -89,11 +89,11 @@ def estimate_inference_memory(
 ) -> int:
     """Bytes that one process needs to find instances in whole images: weights, and the most that a pass holds at once.
 
-    The pass runs on fake tensors, as in `estimate_memory`; what it is followed by (masks at the image's own size, a
-    few at a time) takes some 100 MiB more.
+    The pass runs on fake tensors, as in `estimate_memory`. The work after it (masks at the image's own size, a few at a
+    time) takes about 100 MiB more.
 
     Args:
-        model: of a student or an expert.
+        model: settings of a student or an expert.
         num_classes: C.
         image_px: height and width of what the model is given, pixels.
         images: that pass together.

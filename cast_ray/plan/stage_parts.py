@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeAlias
 
-from cast_ray.plan.graph import HOW_IT_RUNS, Stage
+from cast_ray.plan.graph import Stage
 from cast_ray.recipe import (
     ContrastiveConfig,
     DataConfig,
@@ -21,6 +21,7 @@ from cast_ray.recipe import (
     Recipe,
     TrainConfig,
 )
+from cast_ray.recipe.part import CHANGES_NO_RESULT, marked
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class TrainPart(StagePart):
 
     @property
     def model(self) -> Model:
-        """What is trained."""
+        """The segmenter or the teacher that is trained."""
         fields = self.config["model"]
         return PublishedTeacher(fields) if is_published(fields) else ModelConfig(**fields)
 
@@ -200,4 +201,4 @@ def train_config(stage: Stage, recipe: Recipe) -> TrainConfig:
     """
     how: TrainConfig = getattr(recipe.stages, stage.name)
     part = {"batch_unlabelled": 0} | stage.config["train"]
-    return TrainConfig(**part, **how.model_dump(include=set(HOW_IT_RUNS)))
+    return TrainConfig(**part, **how.model_dump(include=set(marked(TrainConfig, CHANGES_NO_RESULT))))

@@ -70,7 +70,7 @@ class TextDetector(nn.Module):
 
     @classmethod
     def load(cls, folder: Path, field: str) -> TextDetector:
-        """From a hub-format folder. Raises ValueError, see `load_model`."""
+        """Loads the detector from a folder in the hub's format. Raises ValueError, see `load_model`."""
         return cls(
             load_model(MODELS, folder, field), load_tokenizer(folder, field), load_processor(folder, field), field
         )

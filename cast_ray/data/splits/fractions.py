@@ -86,7 +86,7 @@ def split(
     Args:
         records: training images as of `label_index`, marked or not.
         config: how to choose.
-        seed: of the run; `split_seed` goes before it.
+        seed: seed of the run; `data.split_seed` replaces it if it is set.
         source: lists and pools that the choice reads.
         min_labelled: how many labelled images the run needs: one for each worker.
 

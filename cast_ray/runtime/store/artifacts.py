@@ -23,10 +23,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import pyarrow as pa
-import pyarrow.dataset
 import pyarrow.fs
 import pyarrow.parquet
 
@@ -35,6 +34,9 @@ from cast_ray.common.paths import absolute, below, resolve
 from cast_ray.common.text import first_line, first_of
 from cast_ray.contracts.manifest import Manifest, manifest_class, read_manifest
 from cast_ray.plan.graph import Kind, Stage, fingerprint_of
+
+if TYPE_CHECKING:
+    import pyarrow.dataset
 
 MANIFEST = "manifest.json"
 MARK = "writable.json"
@@ -119,7 +121,7 @@ class ArtifactStore:
         return ArtifactStore, (self.storage, self.attempt)
 
     def new_attempt(self) -> ArtifactStore:
-        """The same store with a folder of its own to write to."""
+        """Returns the same store with a separate folder to write to."""
         return ArtifactStore(self.storage)
 
     @property
@@ -322,8 +324,8 @@ class ArtifactStore:
         if lost := sorted(added - files.keys()):
             raise LostFilesError(
                 f"{stage.name}: {len(lost)} of the {len(added)} files written to "
-                f"{self.uri('artifacts', stage.key, self.attempt)} have been removed ({lost[0]}): expected nobody but "
-                "`store gc` to delete anything there; run the same command again"
+                f"{self.uri('artifacts', stage.key, self.attempt)} have been removed ({lost[0]}): only `store gc` "
+                "may delete files there; run the same command again"
             )
         kind = manifest_class(stage.kind)
         manifest = kind(
@@ -363,7 +365,7 @@ class ArtifactStore:
         return manifest
 
     def find_manifest(self, key: str) -> Manifest | None:
-        """The same, or None where the artifact is not committed."""
+        """Returns the manifest of an artifact, or None if the artifact is not committed."""
         path = f"artifacts/{key}/{MANIFEST}"
         found = self.find_bytes(path)
         if not found:
@@ -389,9 +391,11 @@ class ArtifactStore:
         """A Parquet file, or a folder of them, inside an artifact."""
         return pa.parquet.read_table(self._files(key, name), filesystem=self._fs[0], columns=columns)
 
-    def open_dataset(self, key: str, name: str) -> pa.dataset.Dataset:
+    def open_dataset(self, key: str, name: str) -> pyarrow.dataset.Dataset:
         """A folder of Parquet files inside an artifact, to be read piece by piece."""
-        return pa.dataset.dataset(self._files(key, name), filesystem=self._fs[0], format="parquet")
+        from pyarrow import dataset  # loads pandas, which most users of a store do without
+
+        return dataset.dataset(self._files(key, name), filesystem=self._fs[0], format="parquet")
 
     def read_tables(self, paths: list[str]) -> list[pa.Table]:
         """Parquet files below the storage path, several at a time."""
@@ -442,7 +446,7 @@ class ArtifactStore:
         return [info.base_name for info in found if not info.base_name.endswith(PARTIAL)]
 
     def changed(self, path: str) -> float | None:
-        """When a file was last written, by the filesystem's clock; None when there is none."""
+        """Returns when a file was last written, by the filesystem's clock; None if there is no such file."""
         fs, root = self._fs
         info = fs.get_file_info(f"{root}/{path}")
         return info.mtime.timestamp() if info.type == pa.fs.FileType.File and info.mtime else None
@@ -454,7 +458,7 @@ class ArtifactStore:
             fs.delete_file(f"{root}/{path}")
 
     def delete(self, path: str) -> None:
-        """Removes a file or folder below the storage path, if there is one."""
+        """Removes a file or folder below the storage path, if it exists."""
         fs, root = self._fs
         kind = fs.get_file_info(f"{root}/{path}").type
         with contextlib.suppress(FileNotFoundError):

@@ -82,11 +82,11 @@ def run_trials(
     callbacks: Sequence[Any] = (),
     driver: type[RowDriver] | None = None,
 ) -> dict[str, str]:
-    """Runs all rows through Tune; a row that fails leaves its reason in its result.json and the others go on.
+    """Runs all rows through Tune; a row that fails leaves its reason in its result.json and the others continue.
 
     Args:
-        name: of the sweep.
-        callbacks: of Tune; they see each row's curves while it runs and its metrics at the end.
+        name: name of the sweep.
+        callbacks: callbacks of Tune; they see each row's curves while it runs and its metrics at the end.
         driver: another `RowDriver`.
 
     Returns:
@@ -282,7 +282,7 @@ class RowDriver:
                 self._record_shared(stage)
 
     def run_segment(self, stages: list[Stage]) -> None:
-        """Runs stages that were granted together, into a folder of their own in the store."""
+        """Runs stages that were granted together, into a separate folder of the store."""
         store = self.store.new_attempt()
         try:
             self.execute(stages, store)
@@ -393,7 +393,7 @@ def write_log(job: Job, text: str) -> str:
 
 
 def write_lost(job: Job, error: BaseException) -> None:
-    """The result of a row whose driver died too often to write one."""
+    """Makes the result of a row whose driver died too often to write one."""
     outcome = Outcome("failed", one_line(error), write_log(job, str(error)))
     write_result(job.context, job.row, assemble_result(job.context, job.row, set(), outcome))
 

@@ -1,4 +1,4 @@
-"""What those who run one labelling stage share: its blocks, the files they become, and joining these into one.
+"""What all processes that run one labelling stage share: its blocks, the files they become, and joining these into one.
 
 A block of images becomes one Parquet file below `<storage>/labels/<fingerprint>/`, which appears whole or not at all. A
 job that was killed resumes with the blocks that are missing. When none is missing, they are joined into one file of the
@@ -37,7 +37,7 @@ LABEL_TYPE = pa.struct(
         pa.field("visible_share", pa.float32()),  # of the teacher's mask, after painting
         pa.field("num_suppressed", pa.int32()),  # predictions of its class that this one suppressed before painting
         pa.field("class_probs", pa.list_(pa.float32())),  # of soft targets (`loss.soft_targets`), else null
-        pa.field("mask_probs", pa.binary()),  # likewise, see `soft_targets.mask_probabilities`
+        pa.field("mask_probs", pa.binary()),  # of the matched query, see `soft_targets.mask_probabilities`
     ]
 )
 LABEL_SCHEMA = RECORD_SCHEMA.set(
@@ -52,7 +52,7 @@ ROW_GROUP_BYTES = 128 << 20
 
 @dataclass(frozen=True)
 class LabelJob:
-    """What those who run one labelling stage share; small, sent to each."""
+    """What all processes that run one labelling stage share; it is small, and each is sent a copy."""
 
     store: ArtifactStore
     stage: Stage
@@ -80,7 +80,7 @@ class LabelJob:
         return [(start, min(start + size, count)) for start in range(0, count, size)]
 
     def missing(self, blocks: Iterable[Rows]) -> list[Rows]:
-        """Those of the blocks that nobody has written."""
+        """Returns the blocks that no process has written yet."""
         found = set(self.store.list_names(self.folder))
         return [rows for rows in blocks if _file_name(rows) not in found]
 
@@ -185,7 +185,7 @@ class LabelJob:
         )
 
     def _painted(self, table: pa.Table, thresholds: dict[int, float]) -> pa.Table:
-        """Predictions as labels: those of at least their class's threshold, painted image by image."""
+        """Makes labels of predictions: those that reach the threshold of their class, painted image by image."""
         from cast_ray.teachers.pseudo_labels import paint
 
         config, rows = LabelPart.of(self.stage).pseudo, table.to_pylist()
@@ -218,7 +218,7 @@ def nothing_found(stage: Stage, recipe: Recipe, categories: Sequence[Category], 
         asked = f" It was asked for {words}: other words go into teacher.prompt.synonyms."
     return (
         f"{stage.name}: the teacher ({teacher.kind}) found nothing above {threshold} in {which} images.{asked} Lower "
-        "the thresholds or train the teacher longer; pseudo.on_empty=warn goes on without labels"
+        "the thresholds or train the teacher longer, or set pseudo.on_empty=warn to continue without labels"
     )
 
 

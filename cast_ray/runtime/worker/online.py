@@ -1,20 +1,19 @@
-"""Online labels: teachers on devices of their own label images while a student trains on them.
+"""Online labels: teachers on separate devices label images while a student trains on them.
 
 A Data task of the student's stream reads its images, sends the unlabelled ones (weak, uncropped, fitted as in the
 offline job) to a teacher actor, waits, and crops what comes back with the images. The teachers are plain actors that
-all streams of a stage share, not an actor pool of each stream: every Train worker has a stream of its own, and each
-pool would hold teachers of its own. So nothing is decoded twice and no pixels pass through the object store but on
-their way to the teacher; and as a task asks for one group of images at a time, there are never more requests than tasks
-(`resources.tasks_per_stream` of each worker): a student that is slow holds its teachers back.
+all streams of a stage share. Every Train worker has its own stream, and an actor pool for each stream would need its
+own teachers. So nothing is decoded twice, and pixels pass through Ray's object store only on their way to the teacher.
+A task asks for one group of images at a time, so that there are never more requests than tasks
+(`resources.tasks_per_stream` of each worker): teachers wait for a slow student.
 
-A mean teacher (`labels.refresh_steps` = N, in self-training or of the student) needs a rule that does not depend on who
-is faster. Steps are cut into windows of N. A window is labelled by the weight average of the model as it stood one
-window before the window's start: steps 0..2N-1 by the frozen teacher (theta_T' in 1c, theta_T'' in 2b), steps 2N..3N-1
-by the average after step N, and so on. In 2b that average is a student: another model, which sees images at its own
-size. Teachers may thus work
-a whole window ahead, and whenever a label is asked for, its teacher's weights exist or will be made without it: nothing
-can wait for itself. Weights are published by rank 0 and kept in the store until the stage ends, so that a resumed stage
-labels as if it had not stopped.
+A mean teacher (`labels.refresh_steps` = N, in self-training or of the student) needs a rule that does not depend on
+which process is faster. Steps are cut into windows of N. A window is labelled by the weight average of the model as it
+stood one window before the window's start: steps 0..2N-1 by the frozen teacher (theta_T' in 1c, theta_T'' in 2b), steps
+2N..3N-1 by the average after step N, and so on. In 2b that average is a student: another model, which sees images at
+its own size. Teachers may thus work a whole window ahead, and whenever a label is asked for, its teacher's weights
+exist or will be made without it: nothing can wait for itself. Weights are published by rank 0 and kept in the store
+until the stage ends, so that a resumed stage labels as if it had not stopped.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def version_of(step: int, refresh_steps: int) -> int:
 
 
 def versions_from(step: int, refresh_steps: int) -> list[int]:
-    """Published versions that a stage needs when it goes on at a step."""
+    """Published versions that a stage needs when it resumes at a step."""
     window = step // refresh_steps if refresh_steps else 0
     return [version for version in (window - 1, window) if version > 0]
 
@@ -63,7 +62,8 @@ class Learner:
 
 @dataclass(frozen=True)
 class OnlineLabels:
-    """What a training stream's tasks need to have their images labelled: a label stage and who runs it.
+    """What the tasks of a training stream need to have their images labelled: a label stage and the teachers that run
+    it.
 
     learner: the model in training, where it is not the teacher's own (2b): from version 1 on it labels.
     """
@@ -96,7 +96,7 @@ class OnlineLabels:
 # It holds no state but what it loaded last, so that a lost one is replaced without anybody noticing.
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class OnlineTeacher:
-    """A teacher on a device of its own; loads whichever stage's, in whichever version, is asked for."""
+    """A teacher actor on its device, which loads the teacher of any stage, in any version, when it is asked for."""
 
     def __init__(self, store: ArtifactStore, recipe: Recipe, categories: tuple[Category, ...]):
         from cast_ray.runtime.process_settings import prepare_process
@@ -152,14 +152,14 @@ class OnlineTeacher:
 
 @ray.remote(num_cpus=0)
 class TeacherVersions:
-    """The published weights of the stage that refreshes its teacher; who asks too early waits."""
+    """The published weights of the stage that refreshes its teacher; a process that asks too early waits."""
 
     def __init__(self) -> None:
         self.weights: dict[int, ray.ObjectRef] = {}
         self.changed = asyncio.Condition()
 
     async def start(self, weights: dict[int, list[ray.ObjectRef]]) -> None:
-        """A stage begins, or goes on, with these versions published."""
+        """Tells the teachers that a stage begins or resumes, with these versions published."""
         async with self.changed:
             self.weights = {version: refs[0] for version, refs in weights.items()}
             self.changed.notify_all()
@@ -233,7 +233,7 @@ class Publisher:
         return all(_file_name(version) in kept for version in versions_from(step, self.refresh_steps))
 
     def start(self, step: int) -> None:
-        """Publishes what a stage that goes on at `step` needs."""
+        """Publishes the versions that a stage needs when it resumes at `step`."""
         self.checkpoint = step
         kept = {v: self.store.find_bytes(self._path(v)) for v in versions_from(step, self.refresh_steps)}
         ray.get(self.versions.start.remote({version: [ray.put(weights)] for version, weights in kept.items()}))
@@ -245,7 +245,7 @@ class Publisher:
         self.versions.publish.remote(version, [ray.put(weights)])
 
     def noted_checkpoint(self, step: int) -> None:
-        """From now on a resume starts at `step`, or at the checkpoint before it where that one is damaged."""
+        """Notes that a resume now starts at `step`, or at the checkpoint before it if that one is damaged."""
         needed = versions_from(self.checkpoint, self.refresh_steps)
         oldest = needed[0] if needed else 1
         for name in self.store.list_names(self.folder):

@@ -181,7 +181,7 @@ def _train(
 def _resumed(
     store: ArtifactStore, stage: Stage, online: OnlineLabels | None, world: World
 ) -> tuple[TrainState | None, Publisher | None]:
-    """The state that the stage continues from and, where it refreshes its teacher, who publishes the weights.
+    """The state that the stage continues from and, if it refreshes its teacher, the publisher of the weights.
 
     A state is only of use while the weights of the teachers that label its next steps are kept.
     """
@@ -234,7 +234,8 @@ def _write_trained(
 
 
 def _wait_for_validation(validation: SideValidation | None, world: World) -> None:
-    """Until the last snapshots are measured; all workers look in turn, for one barrier that long would time out."""
+    """Waits until the last snapshots are measured; all workers look in turn, for one barrier that long would time
+    out."""
     is_waiting = True
     while is_waiting:
         mine = validation is not None and validation.is_waiting(VALIDATION_LOOK_S)

@@ -35,12 +35,12 @@ def train_stage(
     """Runs one train stage on this worker.
 
     Args:
-        stage: from `plan.graph`.
+        stage: a train stage of `plan.graph`.
         num_classes: C.
         parent: weights of the parent's segmenter (theta_T0 for 1a and 1c, theta_s* for 3), or the parent itself where
             it is another kind of teacher, which is then trained in place; None: seeded random weights.
-        train_config: of `train_config(stage, recipe)`.
-        gradient_checkpointing: of the recipe's `runtime`.
+        train_config: its optimisation settings, from `stage_parts.train_config`.
+        gradient_checkpointing: the field of the recipe's `runtime`.
         batches: this worker's batches from the resumed step on.
         resume, hooks: see `engine.loop.train`.
 

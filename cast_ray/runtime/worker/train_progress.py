@@ -24,8 +24,8 @@ class TrainProgress:
     """The callbacks of a train stage on one worker, for `engine.loop.TrainHooks`; only the first worker posts.
 
     Args:
-        rank: of the worker.
-        publisher: of a stage that refreshes its teacher.
+        rank: rank of the worker.
+        publisher: publishes the weights of a stage that refreshes its teacher.
     """
 
     def __init__(self, segment: Segment, stage: Stage, rank: int, publisher: Publisher | None):
