@@ -49,7 +49,7 @@ def nodes() -> Iterator[RayCluster]:
 def segment_of(broker: Any, owner: str) -> Segment:
     parts: Any = {"stages": [], "store": None, "categories": (), "images": {}, "val": None, "num_val": 0}
     return Segment(
-        owner=owner, recipe=build_recipe("shapes", overrides=SETTINGS), broker=broker, requested=0.0, **parts
+        owner=owner, sweep="", recipe=build_recipe("shapes", overrides=SETTINGS), broker=broker, requested=0.0, **parts
     )
 
 

@@ -305,6 +305,7 @@ class RowDriver:
         run_segment(
             Segment(
                 owner=self.name,
+                sweep=self.context.name,
                 stages=stages,
                 recipe=self.row.recipe,
                 store=store,

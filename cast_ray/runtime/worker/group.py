@@ -42,8 +42,6 @@ def run_segment(segment: Segment) -> None:
         ray.train.TrainingFailedError: the workers failed more often than that.
     """
     runtime, broker = segment.recipe.runtime, segment.broker
-    # A name of its own: an interrupted run of the same stages may still be going down.
-    run_name = f"{segment.stages[0].fingerprint[:8]}-{segment.store.attempt}"
     streams = [stream_bundle(runtime)] * runtime.num_workers
     beside = validation_bundles(segment.recipe, segment.stages)
     online = any(stage.online for stage in segment.stages)
@@ -65,7 +63,7 @@ def run_segment(segment: Segment) -> None:
                 if online:
                     num_others = len(streams) + len(beside)
                     started = start_teachers(segment.store, segment.recipe, segment.categories, group, num_others)
-                is_over = _fit(segment, run_name, group, worker_nodes, started)
+                is_over = _fit(segment, group, worker_nodes, started)
         except ControllerError as error:
             if not is_lost_at_start(error.controller_failure) or num_lost >= runtime.max_failures:
                 raise
@@ -74,7 +72,7 @@ def run_segment(segment: Segment) -> None:
             ray.get(broker.vacate.remote(segment.owner))
     if reason := ray.get(broker.failure.remote(segment.owner)):
         raise SegmentFailed(reason)
-    segment.store.forget_run(run_name, [s.fingerprint for s in segment.stages])
+    segment.store.forget_run(segment.run_name, [s.fingerprint for s in segment.stages])
 
 
 def _find_room(segment: Segment, homes: Sequence[Mapping[str, float]]) -> list[str]:
@@ -93,9 +91,7 @@ def _find_room(segment: Segment, homes: Sequence[Mapping[str, float]]) -> list[s
         ray.get(segment.broker.node_turn.remote(segment.owner, nodes))
 
 
-def _fit(
-    segment: Segment, run_name: str, group: PlacementGroup, worker_nodes: list[str], teachers: Teachers | None
-) -> bool:
+def _fit(segment: Segment, group: PlacementGroup, worker_nodes: list[str], teachers: Teachers | None) -> bool:
     """Runs the worker group; False when it could not start because its resources were taken meanwhile.
 
     Raises:
@@ -115,7 +111,7 @@ def _fit(
             label_selector=[{NODE_LABEL: node} for node in worker_nodes],  # type: ignore[call-arg]
         ),
         run_config=RunConfig(
-            name=run_name,
+            name=segment.run_name,
             storage_path=in_few_requests(segment.store.uri("train")),
             failure_config=FailureConfig(max_failures=runtime.max_failures, controller_failure_limit=0),  # type: ignore[call-arg]
             checkpoint_config=CheckpointConfig(num_to_keep=2),
