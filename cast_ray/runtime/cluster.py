@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import socket
 import tempfile
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from cast_ray.common.logs import VARIABLE, is_verbose
 from cast_ray.common.text import first_line
 from cast_ray.contracts.row_result import Hardware
+from cast_ray.runtime.this_node import cpu_model
 
 # One machine, few stages of a minute each: starting and stopping worker groups is what costs. These settings bring one
 # from 17 s to 12 s on two cores; each gives up a feature that matters on a cluster only (docs/operations.md).
@@ -219,13 +219,9 @@ def _free_port() -> int:
 
 
 def hardware() -> Hardware:
-    """This machine, for the result: CPU model, cores, memory and GPU name."""
-    cpu = platform.processor() or platform.machine()
-    memory_gb = 0.0
+    """This machine, for the result: CPU model, cores and memory of where the sweep is planned."""
     try:
-        with open("/proc/cpuinfo") as file:
-            cpu = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), cpu)
         memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     except (OSError, ValueError):
-        pass
-    return Hardware(cpu=cpu, num_cpus=os.cpu_count() or 1, gpu=None, memory_gb=round(memory_gb, 1))
+        memory_gb = 0.0
+    return Hardware(cpu=cpu_model(), num_cpus=os.cpu_count() or 1, memory_gb=round(memory_gb, 1))

@@ -22,6 +22,7 @@ from typing import Any
 import ray
 
 from cast_ray.common.logs import configure_logging
+from cast_ray.contracts.compute_node import ComputeNode
 from cast_ray.runtime.data.record_tables import load_records
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.claims import Claims
@@ -92,6 +93,8 @@ class Broker:
         self.replaced: set[str] = set()
         """Driver processes in whose place another one has come."""
         self.devices: dict[str, int] = {}
+        self.nodes: dict[str, dict[str, ComputeNode]] = {}
+        """Owner -> process -> machine that it computes on, of those that run the owner's segment."""
         self.rooms: dict[str, dict[str, Any]] = {}
         """Owner -> what its segment waits for, why as far as is known, and since when."""
         self.posts: dict[str, dict[str, Any]] = {}
@@ -228,6 +231,7 @@ class Broker:
     async def _end_grant(self, owner: str) -> None:
         self.rooms.pop(owner, None)
         self.moving.pop(owner, None)
+        self.nodes.pop(owner, None)
         self.limits.stop(owner, time.monotonic())
         unfinished = self.leases.release(owner)
         if self.claims is not None and unfinished:
@@ -289,8 +293,17 @@ class Broker:
         self.limits.start(owner, self.devices.get(owner, 1), now)
         return True
 
+    async def computes_on(self, owner: str, process: str, node: ComputeNode) -> None:
+        """A process of `owner`'s segment has started on a machine; one that is started again takes its place."""
+        self.nodes.setdefault(owner, {})[process] = node
+
+    async def computed_on(self, owner: str) -> list[dict[str, Any]]:
+        """The machines that `owner`'s segment runs on, each kind once, as plain data for a manifest."""
+        return list({node.text: node.plain() for node in self.nodes.get(owner, {}).values()}.values())
+
     async def vacate(self, owner: str) -> None:
         """`owner`'s segment has given its room back, and waits again or ends."""
+        self.nodes.pop(owner, None)
         self.moving.pop(owner, None)
         self.limits.stop(owner, time.monotonic())
 

@@ -83,12 +83,15 @@ class _Labeller:
         import torch
 
         from cast_ray.runtime.process_settings import prepare_process
+        from cast_ray.runtime.this_node import this_node
         from cast_ray.runtime.worker.labeller import PseudoLabeller
 
         prepare_process()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.labeller = PseudoLabeller(job.store, job.stage, device)
         self.job = job
+        process = ray.get_runtime_context().get_actor_id()
+        ray.get(job.broker.computes_on.remote(job.owner, process, this_node(device)))
 
     def __call__(self, block: pa.Table) -> pa.Table:
         pictures = Pictures.of(block)

@@ -38,6 +38,7 @@ from cast_ray.runtime.process_settings import prepare_process
 from cast_ray.runtime.store.artifact_files import CURVES, LABELS
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.models import WEIGHTS, load_teacher, save_model
+from cast_ray.runtime.this_node import this_node
 from cast_ray.runtime.worker.audit import audit_labels
 from cast_ray.runtime.worker.evaluation import evaluate_stage
 from cast_ray.runtime.worker.label_job import LabelJob
@@ -78,6 +79,8 @@ def run_stages(segment: Segment, group: PlacementGroup, worker_nodes: list[str],
     if context.get_world_rank() == 0:
         segment.broker.handed_over.remote(segment.owner)
     world = World(context.get_world_rank(), context.get_world_size(), get_device())
+    node = this_node(world.device)
+    ray.get(segment.broker.computes_on.remote(segment.owner, f"worker {world.rank}", node))
     startup_s = time.time() - segment.requested
     has_validation = world.rank == 0 and bool(validation_bundles(segment.recipe, segment.stages))
     validation = SideValidation(segment, group) if has_validation else None
@@ -102,6 +105,7 @@ def run_stages(segment: Segment, group: PlacementGroup, worker_nodes: list[str],
         if world.rank == 0:
             facts |= {"stage_seconds": time.monotonic() - began, "startup_seconds": startup_s}
             facts |= {"num_workers": world.size, "device": str(world.device), "owner": segment.owner}
+            facts |= {"computed_on": ray.get(segment.broker.computed_on.remote(segment.owner))}
             startup_s = 0.0  # the group's start counts once, for its first stage
             segment.store.commit(stage, facts)
             if stage.kind == "label":  # blocks that a resumed labelling would have found
