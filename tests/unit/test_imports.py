@@ -23,7 +23,7 @@ LAYERS = [
     ("teachers",),
     ("engine",),
     ("plan",),
-    ("runtime.process_settings", "runtime.ray_internals", "runtime.shared_paths"),
+    ("runtime.process_settings", "runtime.ray_internals", "runtime.shared_paths", "runtime.metrics"),
     ("runtime.this_node",),
     ("runtime.cluster",),
     ("runtime.placement",),

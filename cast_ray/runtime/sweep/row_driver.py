@@ -29,8 +29,9 @@ from cast_ray.runtime.data.images import Images
 from cast_ray.runtime.data.splits import stored_split
 from cast_ray.runtime.store.artifact_files import CURVES
 from cast_ray.runtime.store.artifacts import ArtifactStore
-from cast_ray.runtime.sweep.broker import HEARTBEAT_S, MAX_ENTRIES
+from cast_ray.runtime.sweep.broker import HEARTBEAT_S
 from cast_ray.runtime.sweep.leases import Answer, Need
+from cast_ray.runtime.sweep.posts import MAX_ENTRIES
 from cast_ray.runtime.sweep.row_results import Outcome, SweepContext, assemble_result, row_name, write_result
 from cast_ray.runtime.worker.audit import audit_labels
 from cast_ray.runtime.worker.group import run_segment
@@ -335,7 +336,8 @@ class RowDriver:
         facts |= {"computed_on": ray.get(self.broker.computed_on.remote(self.name))}
         store.commit(stage, facts)
         job.forget_blocks()
-        ray.get(self.broker.finish.remote(stage.fingerprint))
+        device_s = facts["stage_seconds"] * recipe.runtime.num_labellers
+        ray.get(self.broker.finish.remote(stage.fingerprint, device_s))
 
     def _table(self, *names: str) -> ray.ObjectRef:
         return ray.get(self.broker.table.remote(self.store, self.context.dataset_key, names))[0]

@@ -46,7 +46,7 @@ from cast_ray.runtime.worker.labeller import PseudoLabeller
 from cast_ray.runtime.worker.online import OnlineLabels, Publisher, Teachers
 from cast_ray.runtime.worker.segment import Segment
 from cast_ray.runtime.worker.train import train_stage
-from cast_ray.runtime.worker.train_progress import TrainProgress
+from cast_ray.runtime.worker.train_progress import TimedBatches, TrainProgress
 from cast_ray.runtime.worker.validation import SideValidation, is_validated, validation_bundles
 from cast_ray.teachers.protocol import Teacher
 
@@ -112,7 +112,7 @@ def run_stages(segment: Segment, group: PlacementGroup, worker_nodes: list[str],
                 segment.store.delete(f"labels/{stage.fingerprint}")
             if stage.config.get("refresh_steps"):  # its teacher's versions
                 segment.store.delete(f"refresh/{stage.fingerprint}")
-            ray.get(segment.broker.finish.remote(stage.fingerprint))
+            ray.get(segment.broker.finish.remote(stage.fingerprint, facts["stage_seconds"] * world.size))
             if validation is not None:
                 validation.forget(stage)
         world.barrier()
@@ -147,7 +147,8 @@ def _train(
         online=online,
         device=world.device,
     )
-    progress = TrainProgress(segment, stage, world.rank, publisher)
+    timed = TimedBatches(batches)
+    progress = TrainProgress(segment, stage, world.rank, publisher, timed, start_step)
     hooks = TrainHooks(
         on_log=progress.on_log,
         on_checkpoint=progress.on_checkpoint,
@@ -157,12 +158,12 @@ def _train(
     if validation is not None and is_validated(recipe, stage):
         every = recipe.evaluation.every_steps
         hooks = replace(hooks, on_snapshot=partial(validation.snapshot, stage), snapshot_every_steps=every)
-    progress.start(start_step)
+    progress.start()
     model, result = train_stage(
         stage,
         num_classes=len(segment.categories),
         parent=_parent(segment.store, stage, part),
-        batches=batches,
+        batches=timed,
         world=world,
         train_config=config,
         gradient_checkpointing=recipe.runtime.gradient_checkpointing,

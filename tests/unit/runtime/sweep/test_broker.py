@@ -14,6 +14,7 @@ from cast_ray.plan.graph import Stage
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.claims import Presence
 from cast_ray.runtime.sweep import broker as broker_module
+from cast_ray.runtime.sweep import rooms as rooms_module
 from cast_ray.runtime.sweep.broker import Broker
 from cast_ray.runtime.sweep.leases import LEASE_TIMEOUT_S, Leases, Limits, Need
 
@@ -322,7 +323,7 @@ def test_on_a_node_one_segment_at_a_time_exchanges_its_reservation(monkeypatch: 
         assert await broker.hand_over("c", ["n2", "n4"])
         await broker.settle("c")  # its driver was lost on the way: its row settles, or asks again
         assert await broker.hand_over("d", ["n4"])
-        monkeypatch.setattr(broker_module, "TURN_S", 0.0)
+        monkeypatch.setattr(rooms_module, "TURN_S", 0.0)
         assert await broker.hand_over("e", ["n3", "n4"])  # nobody keeps others away for ever
 
     asyncio.run(asyncio.wait_for(scene(), 60))
