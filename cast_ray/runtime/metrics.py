@@ -49,9 +49,9 @@ WAITING = Metric("cast_ray_room_wait_seconds", "Longest time that a stage has be
 PROGRESS_TIME = Metric("cast_ray_progress_timestamp_seconds", "When a step, an image or a stage was last finished")
 CLAIMS = Metric("cast_ray_claims", "Stages that this sweep claims in the store")
 BUDGET = Metric("cast_ray_budget_device_seconds", "Device-seconds that the sweep may spend")
-SPENT = Metric("cast_ray_device_seconds", "Device-seconds spent", kind="counter")
-SAVED = Metric("cast_ray_saved_device_seconds", "Device-seconds of stages that rows took over finished", kind="counter")
-STARTS = Metric("cast_ray_worker_group_starts", "Starts of worker groups, those after a loss included", kind="counter")
+SPENT = Metric("cast_ray_device_seconds", "Device-seconds spent")
+SAVED = Metric("cast_ray_saved_device_seconds", "Device-seconds of stages that rows took over finished")
+RESTARTS = Metric("cast_ray_worker_group_restarts", "Worker groups that started again after a loss", kind="counter")
 PROGRESS = Metric("cast_ray_stage_progress_ratio", "Share of the stage's steps or images that is done", OF_STAGE)
 STEPS_RATE = Metric("cast_ray_steps_per_second", "Optimiser steps per second", OF_STAGE)
 IMAGES_RATE = Metric("cast_ray_images_per_second", "Images per second", OF_STAGE)
@@ -68,7 +68,7 @@ PSEUDO_LABELS = Metric("cast_ray_pseudo_labels", "Instances on these images", OF
 STORE_ERRORS = Metric("cast_ray_store_errors", "Requests to the store that failed", ("operation",), "counter")
 
 METRICS = (
-    *(STAGES, ROWS, WAITING, PROGRESS_TIME, CLAIMS, BUDGET, SPENT, SAVED, STARTS, PROGRESS, STEPS_RATE, IMAGES_RATE),
+    *(STAGES, ROWS, WAITING, PROGRESS_TIME, CLAIMS, BUDGET, SPENT, SAVED, RESTARTS, PROGRESS, STEPS_RATE, IMAGES_RATE),
     *(LOSS, DATA_WAIT, CHECKPOINT_TIME, VALIDATION_AP, LABELLED, PSEUDO_LABELS, STORE_ERRORS),
 )
 OF_POSTS = {
@@ -152,8 +152,8 @@ class SweepMetrics:
     sweep: str
     rows: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Owner -> its row and seed, of those with series of their own."""
-    totals: Counter[tuple[Metric, tuple[str, ...]]] = field(default_factory=Counter)
-    """(counter, its tags after the sweep) -> what it has come to."""
+    totals: dict[tuple[Metric, tuple[str, ...]], float] = field(default_factory=lambda: {(SAVED, ()): 0.0})
+    """(metric, its tags after the sweep) -> what it has come to."""
     validation_ap: dict[tuple[str, str], float] = field(default_factory=dict)
     """(owner, stage) -> its last AP."""
     makers: dict[str, str] = field(default_factory=dict)
@@ -181,8 +181,8 @@ class SweepMetrics:
         """A teacher has labelled images in `owner`'s stage."""
         self.moved()
         tags = (*self._row_of(owner), stage)
-        self.totals[LABELLED, tags] += num_images
-        self.totals[PSEUDO_LABELS, tags] += num_labels
+        self._add(LABELLED, tags, num_images)
+        self._add(PSEUDO_LABELS, tags, num_labels)
 
     def finished(self, owner: str, fingerprint: str, device_s: float) -> None:
         """`owner` has committed a stage, which took so many device-seconds."""
@@ -196,10 +196,14 @@ class SweepMetrics:
             if self.makers.get(fingerprint) == owner or (owner, fingerprint) in self.taken:
                 continue
             self.taken.add((owner, fingerprint))
-            self.totals[SAVED, ()] += self.device_s.get(fingerprint, 0.0)
+            self._add(SAVED, (), self.device_s.get(fingerprint, 0.0))
 
-    def group_started(self) -> None:
-        self.totals[STARTS, ()] += 1
+    def restarted(self) -> None:
+        """A worker group has started again after it lost a worker."""
+        self._add(RESTARTS, (), 1)
+
+    def _add(self, metric: Metric, tags: tuple[str, ...], more: float) -> None:
+        self.totals[metric, tags] = self.totals.get((metric, tags), 0.0) + more
 
     def _row_of(self, owner: str) -> tuple[str, str]:
         if owner not in self.rows:

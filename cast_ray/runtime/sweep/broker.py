@@ -272,8 +272,8 @@ class Broker:
 
     async def handed_over(self, owner: str) -> None:
         """`owner`'s workers have started: what it reserved is its own."""
-        self.metrics.group_started()
-        self.rooms.moved(owner)
+        if self.rooms.started(owner):
+            self.metrics.restarted()
 
     async def node_turn(self, owner: str, nodes: Sequence[str]) -> None:
         """Returns when no other segment is exchanging its reservation on these nodes."""

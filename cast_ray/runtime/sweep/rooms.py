@@ -24,6 +24,8 @@ class Rooms:
         """Owner -> nodes on which its segment is exchanging its reservation for others, and since when."""
         self.nodes: dict[str, dict[str, ComputeNode]] = {}
         """Owner -> process -> machine that it computes on, of those that run the owner's segment."""
+        self.running: set[str] = set()
+        """Owners whose workers have started."""
 
     def wait(self, owner: str, what: str, why: str, now: float) -> None:
         """`owner` waits; the time is counted from the first call since it last had room."""
@@ -46,14 +48,18 @@ class Rooms:
         self.moving[owner] = (frozenset(nodes), now)
         return True
 
-    def moved(self, owner: str) -> None:
-        """`owner` has exchanged its reservation."""
+    def started(self, owner: str) -> bool:
+        """`owner` has exchanged its reservation and its workers run; whether they had done so before in this room."""
+        is_restart = owner in self.running
+        self.running.add(owner)
         self.moving.pop(owner, None)
+        return is_restart
 
     def leave(self, owner: str) -> None:
         """`owner` has given its room back."""
-        self.moved(owner)
+        self.moving.pop(owner, None)
         self.nodes.pop(owner, None)
+        self.running.discard(owner)
 
     def computed_on(self, owner: str) -> list[ComputeNode]:
         """The machines of `owner`'s segment, each kind once."""

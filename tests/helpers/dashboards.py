@@ -1,0 +1,30 @@
+"""The queries of cluster/grafana and the alerts of cluster/prometheus, for the tests that evaluate them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CLUSTER = Path(__file__).parents[2] / "cluster"
+BOARD, RULES = CLUSTER / "grafana" / "cast_ray.json", CLUSTER / "prometheus" / "rules.yml"
+
+
+def board() -> dict[str, Any]:
+    return json.loads(BOARD.read_text())
+
+
+def board_queries() -> dict[str, str]:
+    """Panel and letter of each query of the board -> the query, with all sweeps chosen."""
+    return {
+        f"{panel['title']} {target['refId']}": target["expr"].replace("$sweep", ".*")
+        for panel in board()["panels"]
+        for target in panel["targets"]
+    }
+
+
+def alerts() -> dict[str, dict[str, Any]]:
+    (group,) = yaml.safe_load(RULES.read_text())["groups"]
+    return {rule["alert"]: rule for rule in group["rules"]}
