@@ -61,12 +61,14 @@ class Cluster:
     """The Ray that a command runs on: what to print about it and what stages may use of it.
 
     resources: of all nodes together. nodes: of each node, empty, as they are now: of a cluster, others may come and
-    these may go. is_local: this command started it, on this machine, and nothing else uses it.
+    these may go. labels: of each of these nodes. is_local: this command started it, on this machine, and nothing else
+    uses it.
     """
 
     description: str
     resources: dict[str, float]
     nodes: tuple[dict[str, float], ...] = ()
+    labels: tuple[dict[str, str], ...] = ()
     is_local: bool = True
     log_folder: str = ""
     """Where Ray's processes write their output, on each node; empty: not known."""
@@ -142,9 +144,14 @@ def connect(address: str | None, num_cpus: int | None = None) -> Cluster:
     dashboard = f", dashboard http://{context.dashboard_url}" if context.dashboard_url else ""
     size = f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
     where = "started here" if local else "cluster"
-    nodes = tuple(node["Resources"] for node in ray.nodes() if node["Alive"])
+    alive = [node for node in ray.nodes() if node["Alive"]]
     return Cluster(
-        f"Ray {ray.__version__} {where}: {size}{dashboard}", resources, nodes, local, log_folder=_log_folder(context)
+        f"Ray {ray.__version__} {where}: {size}{dashboard}",
+        resources,
+        nodes=tuple(node["Resources"] for node in alive),
+        labels=tuple(node["Labels"] for node in alive),
+        is_local=local,
+        log_folder=_log_folder(context),
     )
 
 

@@ -31,12 +31,37 @@ def slots_of(recipes: Sequence[Recipe], cluster: Cluster, driver_cpus: float, nu
     from cast_ray.runtime.worker.validation import validation_bundles
 
     alike = {(r.runtime, r.labels.mode, r.evaluation.every_steps): r for r in recipes}
+    for recipe in alike.values():
+        check_labels(recipe, cluster)
     if cluster.is_local:
         return min(stage_slots(r, cluster.resources, driver_cpus, validation_bundles(r)) for r in alike.values())
     for recipe in alike.values():
         check_nodes(recipe, cluster, validation_bundles(recipe))
     asked = [r.runtime.max_concurrent_stages for r in alike.values() if r.runtime.max_concurrent_stages]
     return max(1, min(num_rows, *asked) if asked else min(num_rows, MAX_STAGES))
+
+
+def check_labels(recipe: Recipe, cluster: Cluster) -> None:
+    """Compares the label selectors of a recipe with the nodes of a cluster that does not grow.
+
+    Raises:
+        ValueError: one of them selects no node, and there is no autoscaler that may start one.
+    """
+    from cast_ray.recipe.runtime import parse_selector
+    from cast_ray.runtime.placement import NODE_LABEL, is_selected
+    from cast_ray.runtime.ray_internals import has_autoscaler
+
+    for name in ("worker_selector", "labeller_selector"):
+        selector = parse_selector(getattr(recipe.runtime, name))
+        if not selector or any(is_selected(labels, selector) for labels in cluster.labels):
+            continue
+        if not cluster.is_local and has_autoscaler():
+            continue
+        has = dict.fromkeys(f"{k}={v}" for labels in cluster.labels for k, v in labels.items() if k != NODE_LABEL)
+        raise ValueError(
+            f"runtime.{name}={getattr(recipe.runtime, name)}: no node of this cluster has such labels, and nothing "
+            f"starts another; its nodes have {', '.join(has) or 'no labels'}"
+        )
 
 
 def check_nodes(recipe: Recipe, cluster: Cluster, beside_training: Sequence[dict[str, float]]) -> None:

@@ -18,7 +18,7 @@ from ray.train.v2.api.exceptions import ControllerError
 from ray.util.placement_group import PlacementGroup
 
 from cast_ray.common.paths import in_few_requests
-from cast_ray.runtime.data.resources import segment_bundles, stream_bundle, worker_bundle
+from cast_ray.runtime.data.resources import segment_bundles, segment_selectors, stream_bundle, worker_bundle
 from cast_ray.runtime.placement import NODE_LABEL, nodes_of, reserve
 from cast_ray.runtime.ray_internals import is_lost_at_start, is_startup_timeout
 from cast_ray.runtime.worker.online import Teachers, start_teachers, teacher_bundles
@@ -47,10 +47,11 @@ def run_segment(segment: Segment) -> None:
     online = any(stage.online for stage in segment.stages)
     teachers = teacher_bundles(runtime) if online else []
     homes = segment_bundles(runtime, beside, teachers)
+    selectors = segment_selectors(runtime, beside, teachers)
     num_lost = 0
     is_over = False
     while not is_over:
-        nodes = _find_room(segment, homes)
+        nodes = _find_room(segment, homes, selectors)
         worker_nodes, others = nodes[: runtime.num_workers], nodes[runtime.num_workers :]
         beside_nodes, teacher_nodes = others[: bool(beside)] * len(beside), others[bool(beside) :]
         try:
@@ -75,7 +76,9 @@ def run_segment(segment: Segment) -> None:
     segment.store.forget_run(segment.run_name, [s.fingerprint for s in segment.stages])
 
 
-def _find_room(segment: Segment, homes: Sequence[Mapping[str, float]]) -> list[str]:
+def _find_room(
+    segment: Segment, homes: Sequence[Mapping[str, float]], selectors: Sequence[Mapping[str, str]] | None = None
+) -> list[str]:
     """Waits until all that a segment reserves has room at once; returns the node of each bundle.
 
     The streams' group and Train's are reserved one after the other. Two segments could each hold a part and wait for
@@ -84,7 +87,7 @@ def _find_room(segment: Segment, homes: Sequence[Mapping[str, float]]) -> list[s
     """
     say = partial(segment.broker.wait_for_room.remote, segment.owner)
     while True:
-        with reserve(homes, say=say) as whole:
+        with reserve(homes, selectors=selectors, say=say) as whole:
             nodes = nodes_of(whole)
             if ray.get(segment.broker.hand_over.remote(segment.owner, nodes)):
                 return nodes

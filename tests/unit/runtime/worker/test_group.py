@@ -50,7 +50,7 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr("ray.train.torch.TorchTrainer", Trainer)
     monkeypatch.setattr(group_module, "reserve", reserve)
-    monkeypatch.setattr(group_module, "_find_room", lambda segment, homes: ["node"] * len(homes))
+    monkeypatch.setattr(group_module, "_find_room", lambda segment, homes, selectors: ["node"] * len(homes))
     monkeypatch.setattr(group_module.ray, "get", lambda answer: answer)
     monkeypatch.delenv(group_module.START_TIMEOUT, raising=False)
     return outcomes
