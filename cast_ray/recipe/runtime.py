@@ -27,8 +27,8 @@ def parse_selector(text: str) -> dict[str, str]:
         pair = _PAIR.match(rest)
         if pair is None:
             raise ValueError(
-                f"{text!r} is no label selector: expected for example ray.io/accelerator-type=L4; other kinds of values "
-                "are !L4, in(A10G,L4) and !in(A10G,L4), and commas separate several"
+                f"{text!r} is no label selector: expected for example ray.io/accelerator-type=L4; other values are "
+                "!L4, in(A10G,L4) and !in(A10G,L4), and commas separate several pairs"
             )
         found[pair[1]] = pair[2]
         rest = rest[pair.end() :]
