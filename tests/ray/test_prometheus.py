@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ class Prometheus:
     port: int
     began: float
     ended: float = 0.0
+    train_runs: set[str] = field(default_factory=set)
+    """Names of the runs that the dashboard's Train page has shown meanwhile."""
 
     def ask(self, what: str, **parameters: Any) -> Any:
         url = f"http://127.0.0.1:{self.port}/api/v1/{what}?{urllib.parse.urlencode(parameters)}"
@@ -101,14 +104,34 @@ def watched(folder: Path, start_sweep: Any, wait_until: Any) -> Iterator[Prometh
         pairs = [part for setting in SETTINGS for part in ("--set", setting)]
         sweep = start_sweep(
             *(folder, "--rows", *ROWS, "--budget-hours", "1", *pairs),
-            variables={"RAY_TMPDIR": str(folder), "RAY_metrics_report_interval_ms": "1000"},
+            variables={"RAY_TMPDIR": str(folder), "RAY_metrics_report_interval_ms": "1000"}
+            | {"RAY_TRAIN_ENABLE_STATE_TRACKING": "1"},
         )
+        while sweep.process.poll() is None:
+            server.train_runs |= train_runs(sweep.output)
+            time.sleep(2)
         assert sweep.finish() == 0, sweep.output
         server.ended = time.time()
         yield server
     finally:
         process.terminate()
         process.wait(60)
+
+
+def train_runs(output: str) -> set[str]:
+    """Names of what the Train page of the dashboard shows whose address a command has printed."""
+    found = re.search(r"dashboard (http://\S+)", output)
+    token = Path.home() / ".ray" / "auth_token"
+    if found is None:
+        return set()
+    request = urllib.request.Request(f"{found[1]}/api/train/v2/runs/v1")
+    if token.is_file():
+        request.add_header("Authorization", f"Bearer {token.read_text().strip()}")
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return {run["name"] for run in json.load(response)["train_runs"]}
+    except (urllib.error.URLError, OSError):  # it is not up yet, or no more
+        return set()
 
 
 def _answers(server: Prometheus) -> bool:
@@ -122,6 +145,12 @@ def _answers(server: Prometheus) -> bool:
 def test_every_query_of_the_board_returns_data(watched: Prometheus) -> None:
     empty = {panel: query for panel, query in board_queries().items() if not watched.series(query)}
     assert not empty
+
+
+def test_the_train_page_names_sweep_row_and_stages(watched: Prometheus) -> None:
+    names = [name.split("__") for name in watched.train_runs]
+    assert {(parts[0], parts[1], parts[3]) for parts in names} == {("losses-shapes-smoke", "losses", "s0")}
+    assert {parts[2] for parts in names} <= set(ROWS) and "pretrain-to-" in " ".join(parts[4] for parts in names)
 
 
 def test_series_name_sweep_row_seed_stage_and_node(watched: Prometheus) -> None:

@@ -369,6 +369,10 @@ class Broker:
         self.metrics.moved()
         self.metrics.validation_ap[owner, stage] = mask_ap
 
+    async def labelled(self, owner: str, stage: str, num_images: int, num_labels: int) -> None:
+        """A teacher has labelled images for `owner`'s training stage, with so many instances on them."""
+        self.metrics.labelled(owner, stage, num_images, num_labels)
+
     async def advance(self, owner: str, count: int, num_labels: int = 0) -> None:
         """`count` more images of the labelling job that `owner` runs are done, with so many instances on them."""
         if (stage := self.posts.advance(owner, count, time.monotonic())) is not None:

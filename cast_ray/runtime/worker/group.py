@@ -63,7 +63,11 @@ def run_segment(segment: Segment) -> None:
                 started = None
                 if online:
                     num_others = len(streams) + len(beside)
-                    started = start_teachers(segment.store, segment.recipe, segment.categories, group, num_others)
+                    started = start_teachers(
+                        *(segment.store, segment.recipe, segment.categories, group, num_others),
+                        broker=broker,
+                        owner=segment.owner,
+                    )
                 is_over = _fit(segment, group, worker_nodes, started)
         except ControllerError as error:
             if not is_lost_at_start(error.controller_failure) or num_lost >= runtime.max_failures:

@@ -121,6 +121,4 @@ def test_image_is_built_on_the_pinned_ray(written: dict[str, Any]) -> None:
 
 def test_every_node_is_labelled_with_its_type(written: dict[str, Any]) -> None:
     types = prepared(written)["available_node_types"]
-    assert {name: node["labels"] for name, node in types.items()} == {
-        name: {NODE_GROUP_LABEL: name} for name in types
-    }
+    assert {name: node["labels"] for name, node in types.items()} == {name: {NODE_GROUP_LABEL: name} for name in types}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from ray._raylet import node_labels_match_selector
+from ray._raylet import node_labels_match_selector  # type: ignore[attr-defined]
 
 from cast_ray.recipe.runtime import parse_selector
 from cast_ray.runtime.placement import is_selected, selectors_in_words

@@ -134,7 +134,10 @@ L4, A10G = {"ray.io/accelerator-type": "L4"}, {"ray.io/accelerator-type": "A10G"
 @pytest.mark.parametrize("is_local", [False, True])
 def test_a_label_that_no_node_has_is_refused_where_no_node_can_come(autoscaler: list[bool], is_local: bool) -> None:
     cluster = labelled(L4, A10G, is_local=is_local)
-    wanted = {"runtime__num_labellers": "2", "runtime__labeller_selector": "ray.io/accelerator-type=A100"}
+    wanted: dict[str, Any] = {
+        "runtime__num_labellers": "2",
+        "runtime__labeller_selector": "ray.io/accelerator-type=A100",
+    }
     with pytest.raises(ValueError) as error:
         demand(cluster, **wanted)
     assert str(error.value) == (
