@@ -47,9 +47,9 @@ def bundles_in_words(bundles: Sequence[Mapping[str, float]]) -> str:
 
 
 def selectors_in_words(selectors: Sequence[Mapping[str, str]]) -> str:
-    """For example ` on nodes with ray.io/accelerator-type=L4`; empty where any node will do."""
+    """For example ` with ray.io/accelerator-type=L4`; empty where any node will do."""
     wanted = dict.fromkeys(f"{key}={value}" for each in selectors for key, value in each.items())
-    return f" on nodes with {' and '.join(wanted)}" if wanted else ""
+    return f" with {' and '.join(wanted)}" if wanted else ""
 
 
 def is_selected(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
@@ -87,7 +87,8 @@ def reserve(
     )
     try:
         if say is not None and not group.wait(FIRST_LOOK_S):
-            words = bundles_in_words(bundles) + ("" if nodes else selectors_in_words(selectors or ()))
+            labels = "" if nodes else selectors_in_words(selectors or ())
+            words = bundles_in_words(bundles) + (f" on nodes{labels}" if labels else "")
             say(words, "")  # at once: asking for a reason may take seconds
             while not group.wait(LOOK_S):
                 say(words, _reason(group))

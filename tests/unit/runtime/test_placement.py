@@ -20,6 +20,6 @@ def test_the_same_nodes_are_selected_as_by_ray(text: str) -> None:
 
 
 def test_selectors_are_said_once() -> None:
-    assert selectors_in_words([{"gpu": "L4"}, {"gpu": "L4"}, {}]) == " on nodes with gpu=L4"
-    assert selectors_in_words([{"gpu": "L4", "zone": "!a"}]) == " on nodes with gpu=L4 and zone=!a"
+    assert selectors_in_words([{"gpu": "L4"}, {"gpu": "L4"}, {}]) == " with gpu=L4"
+    assert selectors_in_words([{"gpu": "L4", "zone": "!a"}]) == " with gpu=L4 and zone=!a"
     assert selectors_in_words([{}, {}]) == selectors_in_words([]) == ""

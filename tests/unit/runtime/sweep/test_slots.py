@@ -150,3 +150,14 @@ def test_a_label_that_no_node_has_is_refused_where_no_node_can_come(autoscaler: 
     autoscaler[0] = False
     assert demand(cluster, **wanted | {"runtime__labeller_selector": "ray.io/accelerator-type=!A10G"})
     assert demand(cluster, runtime__worker_selector="ray.io/accelerator-type=in(L4,A100)")
+
+
+def test_only_nodes_with_the_wanted_labels_are_compared(autoscaler: list[bool]) -> None:
+    """A worker that only the large nodes hold, and that was told to lie on a small one, would wait for ever."""
+    sizes = ({"CPU": 2.0, "object_store_memory": float(STORE)}, {"CPU": 64.0, "object_store_memory": float(STORE)})
+    cluster = Cluster("", {"CPU": 66.0}, sizes, (L4, A10G), is_local=False)
+    assert demand(cluster) == demand(cluster, runtime__worker_selector="ray.io/accelerator-type=A10G") == 12
+    with pytest.raises(ValueError) as error:
+        demand(cluster, runtime__worker_selector="ray.io/accelerator-type=L4")
+    assert "the nodes of this cluster on nodes with" not in str(error.value)
+    assert "the nodes of this cluster with ray.io/accelerator-type=L4 have {CPU 2, " in str(error.value)
