@@ -61,7 +61,7 @@ class Job:
             "PATH": f"{self.folder / 'bin'}:/usr/local/bin:/usr/bin:/bin",
             "LOG": str(self.folder / "log"),
             "REAL_PYTHON": sys.executable,
-            "CAST_RAY_PYTHON": "stand-in-python",
+            "CAST_RAY_PYTHON": str(self.folder / "environment" / "stand-in-python"),
             "CAST_RAY_STORAGE": "/shared/store",
             "SLURM_SUBMIT_DIR": str(self.folder),
             "SLURM_JOB_ID": "4711",
@@ -84,9 +84,10 @@ class Job:
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
-    (tmp_path / "bin").mkdir()
     for name, body in STAND_INS.items():
-        path = tmp_path / "bin" / name
+        # Ray and Python are of an environment that is not activated.
+        path = tmp_path / ("environment" if name in ("ray", "stand-in-python") else "bin") / name
+        path.parent.mkdir(exist_ok=True)
         path.write_text("#!/usr/bin/env bash\n" + "\n".join(line.strip() for line in body.strip().splitlines()) + "\n")
         path.chmod(0o755)
     return Job(tmp_path)
