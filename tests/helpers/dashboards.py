@@ -17,9 +17,9 @@ def board() -> dict[str, Any]:
 
 
 def board_queries() -> dict[str, str]:
-    """Panel and letter of each query of the board -> the query, with all sweeps chosen."""
+    """Panel and letter of each query of the board -> the query, with all sweeps chosen and a price of 1."""
     return {
-        f"{panel['title']} {target['refId']}": target["expr"].replace("$sweep", ".*")
+        f"{panel['title']} {target['refId']}": target["expr"].replace("$sweep", ".*").replace("$price", "1")
         for panel in board()["panels"]
         for target in panel["targets"]
     }
