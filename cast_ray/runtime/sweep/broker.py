@@ -247,11 +247,11 @@ class Broker:
         if instance in self.replaced:
             return
         now = time.monotonic()
-        self._show(now)
         self.leases.beat(owner, now)
         for waiter in self.waiting:
             if waiter.owner == owner and waiter.instance == instance:
                 waiter.seen = now
+        self._show(now)  # last: an error of it must not make a living driver look dead
 
     async def wait_for_room(self, owner: str, what: str, why: str = "") -> None:
         """`owner`'s segment waits for resources of the cluster.
