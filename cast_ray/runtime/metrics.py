@@ -37,11 +37,6 @@ class Metric:
     tags: tuple[str, ...] = OF_SWEEP
     kind: Literal["gauge", "counter"] = "gauge"
 
-    @property
-    def exported_name(self) -> str:
-        """The name in Prometheus."""
-        return f"ray_{self.name}{'_total' if self.kind == 'counter' else ''}"
-
 
 STAGES = Metric("cast_ray_stages", "Stages that are waiting, running, done or failed", ("sweep", "state"))
 ROWS = Metric("cast_ray_rows", "Rows that run, wait for room, wait for a stage, or have ended", ("sweep", "state"))
@@ -67,10 +62,6 @@ LABELLED = Metric("cast_ray_labelled_images", "Images that a teacher has labelle
 PSEUDO_LABELS = Metric("cast_ray_pseudo_labels", "Instances on these images", OF_STAGE[:-1], "counter")
 STORE_ERRORS = Metric("cast_ray_store_errors", "Requests to the store that failed", ("operation",), "counter")
 
-METRICS = (
-    *(STAGES, ROWS, WAITING, PROGRESS_TIME, CLAIMS, BUDGET, SPENT, SAVED, RESTARTS, PROGRESS, STEPS_RATE, IMAGES_RATE),
-    *(LOSS, DATA_WAIT, CHECKPOINT_TIME, VALIDATION_AP, LABELLED, PSEUDO_LABELS, STORE_ERRORS),
-)
 OF_POSTS = {
     STEPS_RATE: "steps_per_s",
     IMAGES_RATE: "images_per_s",

@@ -8,8 +8,19 @@ from typing import Any
 
 import yaml
 
+from cast_ray.runtime import metrics
+from cast_ray.runtime.metrics import Metric
+
 CLUSTER = Path(__file__).parents[2] / "cluster"
 BOARD, RULES = CLUSTER / "grafana" / "cast_ray.json", CLUSTER / "prometheus" / "rules.yml"
+
+
+def metrics_by_name() -> dict[str, Metric]:
+    """Every metric by its name in Prometheus, as Ray exports it."""
+    found = [metric for metric in vars(metrics).values() if isinstance(metric, Metric)]
+    names = [f"ray_{metric.name}{'_total' if metric.kind == 'counter' else ''}" for metric in found]
+    assert len(set(names)) == len(names)
+    return dict(zip(names, found))
 
 
 def board() -> dict[str, Any]:

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from dashboards import RULES, alerts, board, board_queries
+from dashboards import RULES, alerts, board, board_queries, metrics_by_name
 
-from cast_ray.runtime.metrics import METRICS
-
-BY_NAME = {metric.exported_name: metric for metric in METRICS}
+BY_NAME = metrics_by_name()
 QUERIES = board_queries() | {name: rule["expr"] for name, rule in alerts().items()}
 NOW_MIN = 30
 """Minute at which alerts are looked at."""
