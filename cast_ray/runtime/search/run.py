@@ -210,6 +210,7 @@ class _Search:
                 request.budget_hours,
                 request.keep_going,
                 by_turns=not cluster.is_local,
+                sweep=request.name,
             )
             self.display = ProgressDisplay(self.console, self.broker, plan_sweep([], []), self.names)
             with self.display:

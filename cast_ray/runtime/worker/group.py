@@ -20,7 +20,7 @@ from ray.util.placement_group import PlacementGroup
 
 from cast_ray.common.paths import in_few_requests
 from cast_ray.runtime.data.block_source import warm_up_readers
-from cast_ray.runtime.data.resources import segment_bundles, stream_bundle, worker_bundle
+from cast_ray.runtime.data.resources import segment_bundles, segment_selectors, stream_bundle, worker_bundle
 from cast_ray.runtime.placement import NODE_LABEL, nodes_of, reserve
 from cast_ray.runtime.ray_internals import is_lost_at_start, is_startup_timeout
 from cast_ray.runtime.worker.online import Teachers, start_teachers, teacher_bundles
@@ -44,17 +44,16 @@ def run_segment(segment: Segment) -> None:
         ray.train.TrainingFailedError: the workers failed more often than that.
     """
     runtime, broker = segment.recipe.runtime, segment.broker
-    # A name of its own: an interrupted run of the same stages may still be going down.
-    run_name = f"{segment.stages[0].fingerprint[:8]}-{segment.store.attempt}"
     streams = [stream_bundle(runtime)] * runtime.num_workers
     beside = validation_bundles(segment.recipe, segment.stages)
     online = any(stage.online for stage in segment.stages)
     teachers = teacher_bundles(runtime) if online else []
     homes = segment_bundles(runtime, beside, teachers)
+    selectors = segment_selectors(runtime, beside, teachers)
     num_lost = 0
     is_over = False
     while not is_over:
-        nodes = _find_room(segment, homes)
+        nodes = _find_room(segment, homes, selectors)
         worker_nodes, others = nodes[: runtime.num_workers], nodes[runtime.num_workers :]
         beside_nodes, teacher_nodes = others[: bool(beside)] * len(beside), others[bool(beside) :]
         try:
@@ -66,8 +65,12 @@ def run_segment(segment: Segment) -> None:
                 started = None
                 if online:
                     num_others = len(streams) + len(beside)
-                    started = start_teachers(segment.store, segment.recipe, segment.categories, group, num_others)
-                is_over = _fit(segment, run_name, group, worker_nodes, started)
+                    started = start_teachers(
+                        *(segment.store, segment.recipe, segment.categories, group, num_others),
+                        broker=broker,
+                        owner=segment.owner,
+                    )
+                is_over = _fit(segment, group, worker_nodes, started)
         except ControllerError as error:
             if not is_lost_at_start(error.controller_failure) or num_lost >= runtime.max_failures:
                 raise
@@ -76,10 +79,12 @@ def run_segment(segment: Segment) -> None:
             ray.get(broker.vacate.remote(segment.owner))
     if reason := ray.get(broker.failure.remote(segment.owner)):
         raise SegmentFailed(reason)
-    segment.store.forget_run(run_name, [s.fingerprint for s in segment.stages])
+    segment.store.forget_run(segment.run_name, [s.fingerprint for s in segment.stages])
 
 
-def _find_room(segment: Segment, homes: Sequence[Mapping[str, float]]) -> list[str]:
+def _find_room(
+    segment: Segment, homes: Sequence[Mapping[str, float]], selectors: Sequence[Mapping[str, str]] | None = None
+) -> list[str]:
     """Waits until all that a segment reserves has room at once; returns the node of each bundle.
 
     The streams' group and Train's are reserved one after the other. Two segments could each hold a part and wait for
@@ -88,16 +93,14 @@ def _find_room(segment: Segment, homes: Sequence[Mapping[str, float]]) -> list[s
     """
     say = partial(segment.broker.wait_for_room.remote, segment.owner)
     while True:
-        with reserve(homes, say=say) as whole:
+        with reserve(homes, selectors=selectors, say=say) as whole:
             nodes = nodes_of(whole)
             if ray.get(segment.broker.hand_over.remote(segment.owner, nodes)):
                 return nodes
         ray.get(segment.broker.node_turn.remote(segment.owner, nodes))
 
 
-def _fit(
-    segment: Segment, run_name: str, group: PlacementGroup, worker_nodes: list[str], teachers: Teachers | None
-) -> bool:
+def _fit(segment: Segment, group: PlacementGroup, worker_nodes: list[str], teachers: Teachers | None) -> bool:
     """Runs the worker group; False when it could not start because its resources were taken meanwhile.
 
     Raises:
@@ -115,7 +118,7 @@ def _fit(
             label_selector=[{NODE_LABEL: node} for node in worker_nodes],  # type: ignore[call-arg]
         ),
         run_config=RunConfig(
-            name=run_name,
+            name=segment.run_name,
             storage_path=in_few_requests(segment.store.uri("train")),
             failure_config=FailureConfig(max_failures=runtime.max_failures, controller_failure_limit=0),  # type: ignore[call-arg]
             checkpoint_config=CheckpointConfig(num_to_keep=2),

@@ -38,6 +38,7 @@ from cast_ray.runtime.process_settings import prepare_process
 from cast_ray.runtime.store.artifact_files import CURVES, LABELS
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.models import WEIGHTS, load_teacher, save_model
+from cast_ray.runtime.this_node import this_node
 from cast_ray.runtime.worker.audit import audit_labels
 from cast_ray.runtime.worker.evaluation import evaluate_stage
 from cast_ray.runtime.worker.label_job import LabelJob
@@ -45,7 +46,7 @@ from cast_ray.runtime.worker.labeller import PseudoLabeller
 from cast_ray.runtime.worker.online import OnlineLabels, Publisher, Teachers
 from cast_ray.runtime.worker.segment import Segment
 from cast_ray.runtime.worker.train import train_stage
-from cast_ray.runtime.worker.train_progress import TrainProgress
+from cast_ray.runtime.worker.train_progress import TimedBatches, TrainProgress
 from cast_ray.runtime.worker.validation import SideValidation, is_validated, validation_bundles
 from cast_ray.teachers.protocol import Teacher
 
@@ -78,6 +79,8 @@ def run_stages(segment: Segment, group: PlacementGroup, worker_nodes: list[str],
     if context.get_world_rank() == 0:
         segment.broker.handed_over.remote(segment.owner)
     world = World(context.get_world_rank(), context.get_world_size(), get_device())
+    node = this_node(world.device)
+    ray.get(segment.broker.computes_on.remote(segment.owner, f"worker {world.rank}", node))
     startup_s = time.time() - segment.requested
     has_validation = world.rank == 0 and bool(validation_bundles(segment.recipe, segment.stages))
     validation = SideValidation(segment, group) if has_validation else None
@@ -102,13 +105,14 @@ def run_stages(segment: Segment, group: PlacementGroup, worker_nodes: list[str],
         if world.rank == 0:
             facts |= {"stage_seconds": time.monotonic() - began, "startup_seconds": startup_s}
             facts |= {"num_workers": world.size, "device": str(world.device), "owner": segment.owner}
+            facts |= {"computed_on": ray.get(segment.broker.computed_on.remote(segment.owner))}
             startup_s = 0.0  # the group's start counts once, for its first stage
             segment.store.commit(stage, facts)
             if stage.kind == "label":  # blocks that a resumed labelling would have found
                 segment.store.delete(f"labels/{stage.fingerprint}")
             if stage.config.get("refresh_steps"):  # its teacher's versions
                 segment.store.delete(f"refresh/{stage.fingerprint}")
-            ray.get(segment.broker.finish.remote(stage.fingerprint))
+            ray.get(segment.broker.finish.remote(stage.fingerprint, facts["stage_seconds"] * world.size))
             if validation is not None:
                 validation.forget(stage)
         world.barrier()
@@ -143,7 +147,8 @@ def _train(
         online=online,
         device=world.device,
     )
-    progress = TrainProgress(segment, stage, world.rank, publisher)
+    timed = TimedBatches(batches)
+    progress = TrainProgress(segment, stage, world.rank, publisher, timed, start_step)
     hooks = TrainHooks(
         on_log=progress.on_log,
         on_checkpoint=progress.on_checkpoint,
@@ -153,12 +158,12 @@ def _train(
     if validation is not None and is_validated(recipe, stage):
         every = recipe.evaluation.every_steps
         hooks = replace(hooks, on_snapshot=partial(validation.snapshot, stage), snapshot_every_steps=every)
-    progress.start(start_step)
+    progress.start()
     model, result = train_stage(
         stage,
         num_classes=len(segment.categories),
         parent=_parent(segment.store, stage, part),
-        batches=batches,
+        batches=timed,
         world=world,
         train_config=config,
         gradient_checkpointing=recipe.runtime.gradient_checkpointing,

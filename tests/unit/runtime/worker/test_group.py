@@ -52,7 +52,7 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(group_module, "_trainer_class", lambda num_workers: Trainer)
     monkeypatch.setattr(group_module, "reserve", reserve)
-    monkeypatch.setattr(group_module, "_find_room", lambda segment, homes: ["node"] * len(homes))
+    monkeypatch.setattr(group_module, "_find_room", lambda segment, homes, selectors: ["node"] * len(homes))
     monkeypatch.setattr(group_module.ray, "get", lambda answer: answer)
     monkeypatch.delenv(group_module.START_TIMEOUT, raising=False)
     return outcomes
@@ -60,10 +60,10 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def segment(broker: Calls) -> Segment:
     recipe = build_recipe("shapes", overrides={"runtime.max_failures": "2"})
-    stages: Any = [SimpleNamespace(fingerprint="abc", kind="evaluate", online=None)]
+    stages: Any = [SimpleNamespace(name="evaluate", fingerprint="abc", kind="evaluate", online=None)]
     store: Any = SimpleNamespace(attempt="1", uri=lambda *_: "/tmp/none", forget_run=lambda *_: None)
     parts: Any = {"categories": (), "images": {}, "val": None, "num_val": 0, "requested": 0.0}
-    return Segment(owner="row", stages=stages, recipe=recipe, store=store, broker=broker, **parts)
+    return Segment(owner="row", sweep="run", stages=stages, recipe=recipe, store=store, broker=broker, **parts)
 
 
 def test_a_worker_lost_while_its_group_starts_is_tried_again(fits: list[Any]) -> None:
