@@ -27,7 +27,7 @@ from cast_ray.recipe import InputSize, Recipe
 from cast_ray.runtime.data.block_source import Rows
 from cast_ray.runtime.data.images import Images
 from cast_ray.runtime.data.pictures import Pictures, images_per_task
-from cast_ray.runtime.data.record_tables import fetched, record_at
+from cast_ray.runtime.data.record_tables import record_at, table_of
 from cast_ray.runtime.store.artifact_files import LABELS
 from cast_ray.runtime.store.artifacts import ArtifactStore
 
@@ -173,7 +173,7 @@ class LabelJob:
             category, score = (pa.compute.struct_field(instances, n).to_numpy() for n in ("category_id", "score"))
             for found in np.unique(category):
                 scores.setdefault(int(found), []).append(score[category == found])
-        truth = take_rows(fetched(self.images.records).select(["instances"]), self.images.labelled)
+        truth = take_rows(table_of(self.images.records).select(["instances"]), self.images.labelled)
         objects = pa.compute.list_flatten(truth.column("instances"))
         objects = objects.filter(pa.compute.invert(pa.compute.struct_field(objects, "is_crowd")))
         counted = pa.compute.value_counts(pa.compute.struct_field(objects, "category_id")).to_pylist()

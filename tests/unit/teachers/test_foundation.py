@@ -23,7 +23,7 @@ from cast_ray.plan.stage_parts import train_config
 from cast_ray.recipe import Recipe, build_recipe
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.models import import_foundation, load_labeller, load_teacher, save_model
-from cast_ray.runtime.worker.train import train_stage
+from cast_ray.runtime.worker.train import stage_run, train_stage
 from cast_ray.teachers.grounded_sam import GroundedSamTeacher
 from cast_ray.teachers.protocol import Teacher
 from cast_ray.teachers.protocol import load_teacher as read_teacher
@@ -68,16 +68,15 @@ def make_row(recipe: Recipe, foundation: str | None) -> RowPlan:
 
 def run(stage: Stage, teacher: Teacher, steps: int, resume: TrainState | None = None, every: int = 100) -> Any:
     states: list[TrainState] = []
+    # A copy, because a state's tensors are the live ones.
+    hooks = TrainHooks(on_checkpoint=lambda state: states.append(copy.deepcopy(state)))
     model, _ = train_stage(
         stage,
+        batches(resume.step if resume else 0, steps, num_labelled=1),
+        train_config(stage, RECIPE).model_copy(update={"checkpoint_every_steps": every}),
+        stage_run(stage, World(), resume=resume, hooks=hooks),
         num_classes=3,
         parent=teacher,
-        batches=batches(resume.step if resume else 0, steps, num_labelled=1),
-        world=World(),
-        train_config=train_config(stage, RECIPE).model_copy(update={"checkpoint_every_steps": every}),
-        resume=resume,
-        # A copy, because a state's tensors are the live ones.
-        hooks=TrainHooks(on_checkpoint=lambda state: states.append(copy.deepcopy(state))),
     )
     return model, states
 
