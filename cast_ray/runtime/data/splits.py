@@ -83,7 +83,11 @@ def _no_object(facts: dict[str, Any]) -> str:
 
 
 def stored_split(store: ArtifactStore, content_hash: str, part: dict[str, Any]) -> LabelSplit:
-    """The images of a stage, as `store_splits` chose them; rows past the training images are the extra pool's."""
+    """Returns the images of a stage, as `store_splits` chose them; rows past the training images are the extra pool's.
+
+    Raises:
+        ValueError: the choice is not in the store; names its file.
+    """
     return _read_split(store.storage, split_key(content_hash, part))
 
 
@@ -91,8 +95,13 @@ def stored_split(store: ArtifactStore, content_hash: str, part: dict[str, Any]) 
 def _read_split(storage: str, key: str) -> LabelSplit:
     """Kept because all rows of a table ask for the same few, whose files name every image of the dataset. Equal keys
     are equal choices, so that what is kept is never out of date."""
-    content = ArtifactStore(storage).find_bytes(f"splits/{key}.json")
-    assert content is not None
+    store, path = ArtifactStore(storage), f"splits/{key}.json"
+    content = store.find_bytes(path)
+    if content is None:
+        raise ValueError(
+            f"{store.uri(path)}: this choice of labelled and unlabelled images is not in the store; planning its row "
+            "again writes it"
+        )
     chosen = json.loads(content)
     labelled, unlabelled = (np.array(chosen[name], dtype=np.int64) for name in ("labelled", "unlabelled"))
     for rows in (labelled, unlabelled):

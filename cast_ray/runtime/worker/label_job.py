@@ -92,7 +92,11 @@ class LabelJob:
         self.broker.post.remote(self.owner, facts | {"step": total - missing, "steps": total})
 
     def write(self, pictures: Pictures, labels: list[list[RecordLabel]]) -> None:
-        """One block's labels, in the order of its images."""
+        """Writes one block's labels, in the order of its images, and tells the broker how many images it has."""
+        self.broker.advance.remote(self.owner, self.write_block(pictures, labels))
+
+    def write_block(self, pictures: Pictures, labels: list[list[RecordLabel]]) -> int:
+        """Writes one block's labels, in the order of its images; returns how many images it has."""
         rows: list[dict[str, Any]] = []
         for position, instances in zip(pictures.positions, labels):
             record = record_at(self.images.records, self.images.unlabelled[position])
@@ -105,7 +109,7 @@ class LabelJob:
         pa.parquet.write_table(pa.Table.from_pylist(rows, schema=BLOCK_SCHEMA), file)
         block = (rows[0]["position"], rows[-1]["position"] + 1)
         self.store.write_bytes(f"{self.folder}/{_file_name(block)}", file.getvalue())
-        self.broker.advance.remote(self.owner, len(rows))
+        return len(rows)
 
     def facts(self, blocks: list[Rows], began: float) -> dict[str, Any]:
         """Facts of a run that labelled these blocks since `began` (time.monotonic()) and found the others done."""

@@ -20,8 +20,10 @@ labels as if it had not stopped.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.placement_group import PlacementGroup
@@ -37,6 +39,9 @@ from cast_ray.runtime.data.resources import labeller_bundle, num_teachers
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.worker.label_job import nothing_found
 
+if TYPE_CHECKING:
+    import torch
+
 VERSIONS_HELD = 4
 EMPTY_AFTER = 500
 """Images without a label after which a teacher is said to find nothing; its student has hardly begun by then."""
@@ -48,7 +53,7 @@ def version_of(step: int, refresh_steps: int) -> int:
 
 
 def versions_from(step: int, refresh_steps: int) -> list[int]:
-    """Published versions that a stage needs when it goes on at a step."""
+    """Returns the published versions that a stage needs when it continues from a step."""
     window = step // refresh_steps if refresh_steps else 0
     return [version for version in (window - 1, window) if version > 0]
 
@@ -87,22 +92,17 @@ class OnlineLabels:
         return version_of(step, self.refresh_steps)
 
     def label(self, pictures: Pictures, version: int, turn: int) -> list[list[RecordLabel]]:
-        """Instances of each image as of LABEL_SCHEMA; waits for the teacher's weights, then for a teacher."""
+        """Returns the instances of each image, as in LABEL_SCHEMA; waits for the teacher's weights, then for a teacher."""
         weights = ray.get(self.versions.get.remote(version)) if version else None
         teacher = self.teachers[turn % len(self.teachers)]
-        return ray.get(teacher.label.remote(self.stage, self.learner, version, weights, pictures))
+        return ray.get(teacher.label_with.remote(self.stage, self.learner, version, weights, pictures))
 
 
-# It holds no state but what it loaded last, so that a lost one is replaced without anybody noticing.
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
-class OnlineTeacher:
-    """A teacher on a device of its own; loads whichever stage's, in whichever version, is asked for."""
+class VersionedTeacher:
+    """A teacher that loads whichever stage's weights, in whichever version, are asked for."""
 
-    def __init__(self, store: ArtifactStore, recipe: Recipe, categories: tuple[Category, ...]):
-        from cast_ray.runtime.process_settings import prepare_process
-
-        prepare_process()
-        self.store, self.recipe, self.categories = store, recipe, categories
+    def __init__(self, store: ArtifactStore, recipe: Recipe, categories: tuple[Category, ...], device: torch.device):
+        self.store, self.recipe, self.categories, self.device = store, recipe, categories, device
         self.loaded: tuple[str, int] = ("", 0)
         self.labeller: Any = None
         self.num_images = self.num_labels = 0
@@ -112,10 +112,17 @@ class OnlineTeacher:
         stage: Stage,
         learner: Learner | None,
         version: int,
-        weights: list[ray.ObjectRef] | None,
+        weights: Callable[[], bytes] | None,
         pictures: Pictures,
     ) -> list[list[RecordLabel]]:
-        """Instances of each image as of LABEL_SCHEMA.
+        """Returns the instances of each image, as in LABEL_SCHEMA.
+
+        Args:
+            stage: the label stage.
+            learner: see `OnlineLabels`.
+            version: of the teacher.
+            weights: gets the weights of a version that is not loaded; None: they are the stage's own.
+            pictures: the images.
 
         Raises:
             ValueError: the first EMPTY_AFTER images got no label, and `pseudo.on_empty` is stop.
@@ -134,20 +141,43 @@ class OnlineTeacher:
             raise ValueError(nothing_found(stage, self.recipe, self.categories, f"the first {self.num_images}"))
         return labels
 
-    def _load(self, stage: Stage, learner: Learner | None, version: int, weights: list[ray.ObjectRef] | None) -> None:
-        import torch
-
+    def _load(self, stage: Stage, learner: Learner | None, version: int, weights: Callable[[], bytes] | None) -> None:
         from cast_ray.runtime.worker.labeller import PseudoLabeller
 
         if self.loaded[0] != stage.fingerprint or version == 0:
             self.num_images = self.num_labels = 0
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            self.labeller = PseudoLabeller(self.store, stage, device)
+            self.labeller = PseudoLabeller(self.store, stage, self.device)
         if learner is not None and version:
             self.labeller.become(learner.model, learner.input_size)
         if weights is not None:
-            self.labeller.load(ray.get(weights[0]))
+            self.labeller.load(weights())
         self.loaded = (stage.fingerprint, version)
+
+
+# It holds no state but what it loaded last, so that a lost one is replaced without anybody noticing.
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+class OnlineTeacher(VersionedTeacher):
+    """A teacher on a device of its own."""
+
+    def __init__(self, store: ArtifactStore, recipe: Recipe, categories: tuple[Category, ...]):
+        import torch
+
+        from cast_ray.runtime.process_settings import prepare_process
+
+        prepare_process()
+        super().__init__(store, recipe, categories, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def label_with(
+        self,
+        stage: Stage,
+        learner: Learner | None,
+        version: int,
+        weights: list[ray.ObjectRef] | None,
+        pictures: Pictures,
+    ) -> list[list[RecordLabel]]:
+        """As `label`, with the weights by reference, in a list so that Ray does not send them along."""
+        fetch = None if weights is None else partial(ray.get, weights[0])
+        return self.label(stage, learner, version, fetch, pictures)
 
 
 @ray.remote(num_cpus=0)
@@ -159,7 +189,7 @@ class TeacherVersions:
         self.changed = asyncio.Condition()
 
     async def start(self, weights: dict[int, list[ray.ObjectRef]]) -> None:
-        """A stage begins, or goes on, with these versions published."""
+        """A stage begins, or continues, with these versions published."""
         async with self.changed:
             self.weights = {version: refs[0] for version, refs in weights.items()}
             self.changed.notify_all()
@@ -187,12 +217,18 @@ class Teachers:
     def labels(self, stage: Stage) -> OnlineLabels:
         """For the stream of a stage that labels online."""
         assert stage.online is not None
-        part = TrainPart.of(stage)
-        learner = None
-        if stage.name == "distill":
-            assert part.segmenter is not None
-            learner = Learner(part.segmenter, input_size_of(stage))
-        return OnlineLabels(stage.online, self.actors, self.versions, part.refresh_steps, learner)
+        return OnlineLabels(
+            stage.online, self.actors, self.versions, TrainPart.of(stage).refresh_steps, learner_of(stage)
+        )
+
+
+def learner_of(stage: Stage) -> Learner | None:
+    """Returns the student that a stage trains, which labels once its teacher is refreshed; None: it trains a teacher."""
+    if stage.name != "distill":
+        return None
+    segmenter = TrainPart.of(stage).segmenter
+    assert segmenter is not None
+    return Learner(segmenter, input_size_of(stage))
 
 
 def teacher_bundles(runtime: RuntimeConfig) -> list[dict[str, float]]:
@@ -233,7 +269,7 @@ class Publisher:
         return all(_file_name(version) in kept for version in versions_from(step, self.refresh_steps))
 
     def start(self, step: int) -> None:
-        """Publishes what a stage that goes on at `step` needs."""
+        """Publishes what a stage that continues from `step` needs."""
         self.checkpoint = step
         kept = {v: self.store.find_bytes(self._path(v)) for v in versions_from(step, self.refresh_steps)}
         ray.get(self.versions.start.remote({version: [ray.put(weights)] for version, weights in kept.items()}))

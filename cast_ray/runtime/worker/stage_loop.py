@@ -32,7 +32,6 @@ from cast_ray.plan.stage_parts import TrainPart, train_config
 from cast_ray.runtime.data.images import Images
 from cast_ray.runtime.data.pictures import read_pictures
 from cast_ray.runtime.data.resources import configure_data
-from cast_ray.runtime.data.training_stream import SampleRules, StepShare, training_stream
 from cast_ray.runtime.process_settings import prepare_process
 from cast_ray.runtime.store.artifact_files import CURVES, LABELS
 from cast_ray.runtime.store.artifacts import ArtifactStore
@@ -43,7 +42,7 @@ from cast_ray.runtime.worker.label_job import LabelJob
 from cast_ray.runtime.worker.labeller import PseudoLabeller
 from cast_ray.runtime.worker.online import OnlineLabels, Publisher, Teachers
 from cast_ray.runtime.worker.segment import Segment
-from cast_ray.runtime.worker.train import load_parent, stage_run, train_stage
+from cast_ray.runtime.worker.train import load_parent, stage_batches, stage_run, train_stage
 from cast_ray.runtime.worker.train_progress import TrainProgress
 from cast_ray.runtime.worker.validation import SideValidation, is_validated, validation_bundles
 from cast_ray.teachers.protocol import Teacher
@@ -125,23 +124,7 @@ def _train(
     online = teachers.labels(stage) if teachers is not None and stage.online is not None else None
     resume, publisher = _resumed(segment.store, stage, online, world)
     start_step = resume.step if resume else 0
-    batches = training_stream(
-        images,
-        part.data(recipe),
-        recipe.runtime,
-        StepShare(
-            config.batch_labelled,
-            config.batch_unlabelled,
-            config.steps,
-            seed=part.order_seed,
-            start_step=start_step,
-            rank=world.rank,
-            world_size=world.size,
-        ),
-        SampleRules.of(part),
-        online=online,
-        device=world.device,
-    )
+    batches = stage_batches(stage, images, recipe, world, start_step=start_step, online=online)
     progress = TrainProgress(segment, stage, world.rank, publisher)
     hooks = TrainHooks(
         on_log=progress.on_log,
@@ -172,7 +155,15 @@ def _train(
         "num_unlabelled": len(images.unlabelled),
         "resumed_at_step": resume.step if resume else None,
         "skipped_steps": result.num_skipped,
+        **_online_facts(stage),
     }
+
+
+def _online_facts(stage: Stage) -> dict[str, Any]:
+    """What the manifest says of the labels that a stage made as it went: nothing else in the store does."""
+    if (labels := stage.online) is None:
+        return {}
+    return {"online": {"stage": labels.name, "fingerprint": labels.fingerprint, "config": labels.config}}
 
 
 def _resumed(

@@ -17,8 +17,10 @@ from cast_ray.models.cast_network import CastNetwork, TrainedNetwork
 from cast_ray.models.segmenter import Segmenter, build_segmenter
 from cast_ray.models.student import WEIGHTS
 from cast_ray.plan.graph import Stage, artifact_key, input_size_of
-from cast_ray.plan.stage_parts import PublishedTeacher, TrainPart
-from cast_ray.recipe import TrainConfig
+from cast_ray.plan.stage_parts import PublishedTeacher, TrainPart, train_config
+from cast_ray.recipe import Recipe, TrainConfig
+from cast_ray.runtime.data.images import Images
+from cast_ray.runtime.data.training_stream import OnlineLabeller, SampleRules, StepShare, training_stream
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.models import load_teacher
 from cast_ray.teachers.protocol import Teacher
@@ -46,6 +48,38 @@ def load_parent(store: ArtifactStore, stage: Stage) -> dict[str, torch.Tensor] |
     if "init" not in stage.parents:
         return None
     return load_tensors(store.read_bytes(artifact_key("train", stage.parents["init"]), WEIGHTS))
+
+
+def stage_batches(
+    stage: Stage,
+    images: Images,
+    recipe: Recipe,
+    world: World,
+    *,
+    start_step: int = 0,
+    online: OnlineLabeller | None = None,
+) -> Iterator[Batch]:
+    """Yields this worker's batches of a train stage.
+
+    Args:
+        images: D_l, D_u and pseudo-labels.
+        recipe: settings that the stage does not have itself.
+        start_step: step of the first batch.
+        online: who labels D_u as it is drawn; None: `images.labels`, or nobody.
+    """
+    part, config = TrainPart.of(stage), train_config(stage, recipe)
+    share = StepShare(
+        config.batch_labelled,
+        config.batch_unlabelled,
+        config.steps,
+        seed=part.order_seed,
+        start_step=start_step,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    return training_stream(
+        images, part.data(recipe), recipe.runtime, share, SampleRules.of(part), online=online, device=world.device
+    )
 
 
 def train_stage(
