@@ -83,7 +83,8 @@ def _run(stored: StoredStage, device: torch.device, stop_step: int | None, conso
     manifest, num_workers = stored.manifest, stored.manifest.num_workers or 1
     console.print(
         f"{stored.stage.key}: {stored.stage.name}, stored by {manifest.owner or 'an unknown row'} "
-        f"({num_workers} workers, {manifest.device or 'unknown device'}); runs again here (1 worker, {device})",
+        f"(workers: {num_workers}, device: {manifest.device or 'unknown'}); "
+        f"runs again here (workers: 1, device: {device})",
         soft_wrap=True,
     )
     if num_workers > 1 and stored.stage.kind == "train":
@@ -119,9 +120,10 @@ def _train(stored: StoredStage, device: torch.device, stop_step: int | None, con
     compared, differences = compare_curves(curve, result.curve, steps)
     console.print(f"ran {steps:,} of {stored.stage.steps:,} steps in {result.seconds:.1f} s")
     if differences:
-        console.print(f"the curve differs from the stored one, first at {differences[0].what}:")
+        console.print(f"the curve differs from the stored one, first at {differences[0].what}", highlight=False)
     elif compared:
-        console.print(f"the curve is equal to the stored one: {compared} entries, up to a relative {TOLERANCE:g}")
+        words = f"entries compared: {compared}, tolerance: {TOLERANCE:g} of a value"
+        console.print(f"the curve is equal to the stored one ({words})", highlight=False)
     else:
         console.print(f"nothing to compare: the stored curve has no entry up to step {steps}")
     return differences

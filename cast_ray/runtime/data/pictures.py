@@ -102,7 +102,7 @@ def read_pictures(
         blocks = [(start, min(start + step, len(indices))) for start in range(0, len(indices), step)]
     if is_held_here(records):
         fit = partial(_fit_images, records=records, indices=indices, input_size=input_size, skip_bad=skip_bad)
-        tables = (fit(*rows) for rows in blocks)
+        tables: Iterator[pa.Table] = (fit(*rows) for rows in blocks)
     else:
         tables = iter_blocks(picture_dataset(records, indices, input_size, runtime, blocks, skip_bad))
     yield from map(Pictures.of, tables)

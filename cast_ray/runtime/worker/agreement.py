@@ -42,7 +42,7 @@ def compare_curves(
     """
     here = {int(entry["step"]): entry for entry in stored if "loss" in entry and entry["step"] <= last_step}
     there = {int(entry["step"]): entry for entry in again}
-    found = []
+    found: list[Difference] = []
     for step in sorted(here | there):
         one, other = here.get(step, {}), there.get(step, {})
         names = [n for n in {**one, **other} if n not in ("step", OF_THE_CLOCK) and not n.startswith(BESIDE)]
@@ -87,9 +87,8 @@ def _differences(stored: Mapping[str, Any], again: Mapping[str, Any], prefix: st
 def _equal(one: Any, other: Any) -> bool:
     """Numbers are equal up to rounding, in lists too."""
     if isinstance(one, int | float) and isinstance(other, int | float):
-        return math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=ABSOLUTE_TOLERANCE) or (
-            one != one and other != other
-        )
+        is_close = math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=ABSOLUTE_TOLERANCE)
+        return is_close or (math.isnan(one) and math.isnan(other))
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(map(_equal, one, other))
     return bool(one == other)

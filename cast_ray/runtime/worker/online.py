@@ -23,7 +23,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 from ray.util.placement_group import PlacementGroup
@@ -92,7 +92,7 @@ class OnlineLabels:
         return version_of(step, self.refresh_steps)
 
     def label(self, pictures: Pictures, version: int, turn: int) -> list[list[RecordLabel]]:
-        """Returns the instances of each image, as in LABEL_SCHEMA; waits for the teacher's weights, then for a teacher."""
+        """Returns the instances of each image, as in LABEL_SCHEMA; waits for the teacher's weights, then for it."""
         weights = ray.get(self.versions.get.remote(version)) if version else None
         teacher = self.teachers[turn % len(self.teachers)]
         return ray.get(teacher.label_with.remote(self.stage, self.learner, version, weights, pictures))
@@ -176,7 +176,7 @@ class OnlineTeacher(VersionedTeacher):
         pictures: Pictures,
     ) -> list[list[RecordLabel]]:
         """As `label`, with the weights by reference, in a list so that Ray does not send them along."""
-        fetch = None if weights is None else partial(ray.get, weights[0])
+        fetch: Callable[[], bytes] | None = None if weights is None else partial(cast(Any, ray.get), weights[0])
         return self.label(stage, learner, version, fetch, pictures)
 
 
@@ -223,7 +223,7 @@ class Teachers:
 
 
 def learner_of(stage: Stage) -> Learner | None:
-    """Returns the student that a stage trains, which labels once its teacher is refreshed; None: it trains a teacher."""
+    """Returns the student that a stage trains, which labels from version 1 on; None: the stage trains a teacher."""
     if stage.name != "distill":
         return None
     segmenter = TrainPart.of(stage).segmenter
