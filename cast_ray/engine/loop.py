@@ -220,7 +220,8 @@ class _Run:
         except ValueError as error:  # for example of logits that are not finite, after a loss that was not
             if self.means_since:
                 _finite_means(self.means_since, self.names, step)
-            raise ValueError(f"step {done}: {error}") from error
+            # With its traceback, so that a debugger stops in the loss and not here.
+            raise ValueError(f"step {done}: {error}").with_traceback(error.__traceback__) from None
         loss, means = weighted_sum(terms, self.weights, self.world.all_reduce_sum, self.world.size)
         return loss, means, statistics
 
