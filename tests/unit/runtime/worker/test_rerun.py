@@ -198,6 +198,15 @@ def test_another_outcome_is_an_exit_code_and_names_the_first_step(damaged: Any, 
     assert code == EXIT_FAILED and "mask_ap: stored 99, now " in output
 
 
+def test_several_workers_are_warned_of(damaged: Any, store_run: Callable[..., Any]) -> None:
+    storage, stages = damaged
+    rewrite(storage / "artifacts" / stages["adapt"].key / "manifest.json", lambda plain: plain.update(num_workers=2))
+    code, output = store_run(storage, stages["adapt"].key)
+    assert (
+        code == 0 and "(workers: 2, device: cpu)" in output and "Losses differ from those of several workers" in output
+    )
+
+
 def test_an_error_of_the_stage_keeps_its_traceback(
     offline: Any, monkeypatch: pytest.MonkeyPatch, store_run: Callable[..., Any]
 ) -> None:
