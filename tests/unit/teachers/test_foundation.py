@@ -21,7 +21,7 @@ from cast_ray.engine.world import World
 from cast_ray.plan.graph import RowPlan, Stage, plan
 from cast_ray.plan.stage_parts import train_config
 from cast_ray.recipe import Recipe, build_recipe
-from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.store.artifacts import ArtifactStore, committed_fingerprints
 from cast_ray.runtime.store.models import import_foundation, load_labeller, load_teacher, save_model
 from cast_ray.runtime.worker.train import stage_run, train_stage
 from cast_ray.teachers.grounded_sam import GroundedSamTeacher
@@ -104,7 +104,7 @@ def test_the_fingerprint_is_of_contents_classes_and_words(checkpoints: Path, sto
         ),
     }
     assert len(prints) == 4 and None not in prints
-    assert not store.stored_fingerprints()
+    assert not committed_fingerprints(store.list_artifacts())
     # how it is trained and read out belongs to the stages that do so
     other = make_recipe(checkpoints, teacher__inference__score_threshold="0.1", teacher__grounded_sam__box_weight="1")
     assert import_foundation(store, other, CLASSES, dry_run=True) in prints
@@ -142,7 +142,7 @@ def test_what_cannot_be_imported_leaves_nothing(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         import_foundation(store, make_recipe(checkpoints, **overrides), classes)
-    assert not store.stored_fingerprints()
+    assert not committed_fingerprints(store.list_artifacts())
 
 
 def test_stages_train_store_and_read_it_back(checkpoints: Path, store: ArtifactStore) -> None:
