@@ -97,7 +97,7 @@ def _search(arguments: argparse.Namespace) -> int:
     code = show_search(write_search_report(plan, outcome.studies, out), console)
     trackers.finish(lambda text: console.print(text, soft_wrap=True, highlight=False))
     if outcome.stopped:
-        console.print(Text.assemble(("stopped", "yellow"), f": {outcome.stopped}; the same command goes on"))
+        console.print(Text.assemble(("stopped", "yellow"), f": {outcome.stopped}; the same command resumes here"))
         return EXIT_STOPPED
     return code
 

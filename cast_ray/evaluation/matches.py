@@ -1,6 +1,6 @@
 """Detections matched to ground truth, as small arrays: all that average precision is computed from.
 
-A worker matches each batch as it arrives and keeps some 20 bytes a detection; masks never leave it. The arrays of all
+A worker matches each batch as it arrives and keeps about 20 bytes a detection; masks never leave it. The arrays of all
 workers are joined at the end, stored with the evaluation, and give the AP of any sample of its images in milliseconds.
 """
 

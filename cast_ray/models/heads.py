@@ -195,7 +195,7 @@ class EomtHead(nn.Module):
         self.register_load_state_dict_post_hook(_read_probs)
 
     def anneal(self, progress: float) -> None:
-        """Sets p_l for the share of the training steps that is done, 0..1. It never rises: refinement goes on at 0."""
+        """Sets p_l for the share of the training steps that is done, 0..1. It never rises: refinement stays at 0."""
         num = self.num_layers
         shares = [min(max(progress * (num + 2) - (layer + 1), 0.0), 1.0) for layer in range(num)]
         self.probs = [min(p, (1 - share) ** ANNEALING_POWER) for p, share in zip(self.probs, shares)]

@@ -62,7 +62,7 @@ class Domain(_Strict):
 
 
 class EarlyStopping(_Strict):
-    """ASHA on one train stage: at each rung the better 1/`reduction` of the trials goes on."""
+    """ASHA on one train stage: at each rung the better 1/`reduction` of the trials continue."""
 
     stage: Literal["distill"] = "distill"
     reduction: int = Field(2, ge=2)

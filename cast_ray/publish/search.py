@@ -1,4 +1,4 @@
-"""The report of a search: samplers at equal budget, best points, Pareto front, importances, a table to go on with.
+"""The report of a search: samplers at equal budget, best points, Pareto front, importances, a table to continue with.
 
 Made from the run folder's `search.json` (what was asked for) and the studies, which hold all that is known of a trial.
 """

@@ -33,7 +33,7 @@ class RuntimeConfig(Part):
     cpus_per_read: float = Field(0.2, gt=0)
     """CPUs reserved per decoding task. Use 1 on a GPU cluster, where each task keeps a core busy."""
     reads_per_stream: int = Field(2, ge=1)
-    """Decoding tasks that one worker's stream runs at a time. One core makes some 50 crops of 512x1024 a second."""
+    """Decoding tasks that one worker's stream runs at a time. One core makes about 50 crops of 512x1024 a second."""
     stream_memory_mb: int = Field(256, ge=16)
     """Object-store memory of one worker's stream: how far it may read ahead of training."""
     max_concurrent_stages: int = Field(0, ge=0)

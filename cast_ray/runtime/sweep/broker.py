@@ -117,7 +117,7 @@ class Broker:
         return self.jobs[name]
 
     async def claim(self, owner: str, needs: list[Need], devices: int = 1, instance: str = "") -> Answer:
-        """Blocks until `owner` may run something, all its needs are done, or it may not go on.
+        """Blocks until `owner` may run something, all its needs are done, or it may not continue.
 
         Args:
             devices: what the owner's worker group will occupy, for the budget.

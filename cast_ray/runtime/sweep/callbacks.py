@@ -43,7 +43,7 @@ class GuardedCallback(tune.Callback):
             getattr(self.callback, hook)(*args, **info)
         except Exception as error:
             self.is_off = True
-            self.on_failure(f"{self.name} is switched off, the sweep goes on: {type(error).__name__}: {error}")
+            self.on_failure(f"{self.name} is switched off, the sweep continues: {type(error).__name__}: {error}")
 
 
 for _hook in HOOKS:

@@ -115,7 +115,7 @@ class Limits:
     Args:
         budget_hours: device-hours, counted from when a stage's resources are found until its worker group is gone: what
             waits for room costs nothing; None: no limit.
-        keep_going: go on though the first FAILURES_BEFORE_STOP rows that ended have all failed.
+        keep_going: start further rows though the first FAILURES_BEFORE_STOP rows that ended have all failed.
     """
 
     def __init__(self, budget_hours: float | None, keep_going: bool):
@@ -140,7 +140,7 @@ class Limits:
         return self.spent_s + sum((now - since) * devices for since, devices in self.running.values())
 
     def reason(self, now: float) -> str | None:
-        """Why nothing more may start; None: go on."""
+        """Why nothing more may start; None: more may."""
         if self.budget_s is not None and self.spent(now) >= self.budget_s:
             return f"the budget of {self.budget_s / 3600:g} device-hours is spent"
         if not self.keep_going and len(self.outcomes) >= FAILURES_BEFORE_STOP and not any(self.outcomes):

@@ -79,7 +79,7 @@ def run_trials(
     callbacks: Sequence[Any] = (),
     driver: type[RowDriver] | None = None,
 ) -> dict[str, str]:
-    """Runs all rows through Tune; a row that fails leaves its reason in its result.json and the others go on.
+    """Runs all rows through Tune; a row that fails leaves its reason in its result.json, and the others continue.
 
     Args:
         name: of the sweep.

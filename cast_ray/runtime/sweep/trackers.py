@@ -42,7 +42,7 @@ class Trackers:
         """Tune callbacks of the trackers that are switched on.
 
         A tracker that cannot be set up (no login, no server) ends the command before anything runs; one that fails
-        later is switched off, and the sweep goes on without it.
+        later is switched off, and the sweep continues without it.
 
         Args:
             job_of: name of a trial -> its `row_driver.Job`.

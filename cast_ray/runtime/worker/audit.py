@@ -24,7 +24,7 @@ TASK_CPUS = 0.01  # as `load_records`: a stage has given its own back, and other
 def audit_labels(store: ArtifactStore, stage: Stage, images: Images, runtime: RuntimeConfig) -> None:
     """Compares the pseudo-labels of a labelling stage, not yet committed, with the ground truth that was hidden.
 
-    The labels are divided over as many tasks as label; what they send to each other are arrays of some 30 bytes a label
+    The labels are divided over as many tasks as label; they send each other arrays of about 30 bytes a label
     (see `AuditPart`). The summary becomes a file of the artifact, see `summarise_audit`, where there is ground truth.
     """
     num_pieces = len(_pieces(store, stage.key))

@@ -222,7 +222,7 @@ def nothing_found(stage: Stage, recipe: Recipe, categories: Sequence[Category], 
         asked = f" It was asked for {words}: other words go into teacher.prompt.synonyms."
     return (
         f"{stage.name}: the teacher ({teacher.kind}) found nothing above {threshold} in {which} images.{asked} Lower "
-        "the thresholds or train the teacher longer; pseudo.on_empty=warn goes on without labels"
+        "the thresholds or train the teacher longer; pseudo.on_empty=warn continues without labels"
     )
 
 

@@ -1,6 +1,6 @@
 """A teacher on its device and the rules that turn its predictions into pseudo-labels; what a labelling process holds.
 
-Apart from `labelling.py` because it imports torch and transformers (some 8 s of CPU time), which row drivers do not.
+Apart from `labelling.py` because it imports torch and transformers (about 8 s of CPU time), which row drivers do not.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class PseudoLabeller:
         self.teacher = student.to(self.teacher.device)
 
     def label(self, pictures: Pictures) -> list[list[RecordLabel]]:
-        """Instances of each image as of LABEL_SCHEMA, at its own size."""
+        """Returns the instances of each image, at its own size, as in LABEL_SCHEMA."""
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:

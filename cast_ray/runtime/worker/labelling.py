@@ -1,8 +1,8 @@
 """The labelling stage (1b, 2a): images in, pseudo-labels out, in blocks that survive whoever made them.
 
 A block of images becomes one Parquet file below `<storage>/labels/<fingerprint>/`, which appears whole or not at all. A
-job that was killed goes on with the blocks that are missing. When none is, they are joined into one file of the stage's
-artifact, which is committed, and removed.
+job that was killed resumes with the blocks that are missing. When none is missing, they are joined into one file of the
+stage's artifact, which is committed, and removed.
 
 An image that cannot be read is left out of the labels, and so of the training that uses them; its file and the reason
 are in the manifest (`skipped`). Above `data.max_bad_fraction` the stage fails.

@@ -37,7 +37,7 @@ def map_files(
         batch: files that a worker is given at a time.
         num_workers: actors; each takes a GPU where the cluster has any.
         cpus_per_worker: of an actor, which also reads and draws.
-        address: as of `runtime.cluster.connect`.
+        address: see `runtime.cluster.connect`.
 
     Raises:
         ValueError: more workers than the cluster can hold, and there is no autoscaler to make it larger.
