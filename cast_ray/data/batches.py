@@ -1,8 +1,8 @@
 """From the samples of one optimiser step to one buffer, across processes, and to tensors on the worker's device.
 
 A step of eight 512x1024 images is about 30 MB, and copying it is what costs time: everything is laid into one buffer
-once, and read in place on the other side. Masks travel as bits and are unpacked on the device. What nobody knows (truth maps of
-D_u, ignore regions of images without any) does not travel at all.
+once, and read in place on the other side. Masks travel as bits and are unpacked on the device. What nobody knows (truth
+maps of D_u, ignore regions of images without any) does not travel at all.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Validation beside training: snapshots of a stage's weights, measured by an actor of their own.
 
 Training copies its weights and continues; the actor works from a placement group that the segment reserved together
-with its own, so that it neither waits for the trainer's resources nor takes them. Each measured point is a file below the
-storage path, which a restarted stage finds again. Train's own `ValidationConfig` is not used: what it measures reaches
-the checkpoint records and never Tune or the stage (Ray 2.60).
+with its own, so that it neither waits for the trainer's resources nor takes them. Each measured point is a file below
+the storage path, which a restarted stage finds again. Train's own `ValidationConfig` is not used: what it measures
+reaches the checkpoint records and never Tune or the stage (Ray 2.60).
 """
 
 from __future__ import annotations
