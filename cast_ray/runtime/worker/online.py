@@ -95,7 +95,7 @@ class OnlineLabels:
         """Returns the instances of each image, as in LABEL_SCHEMA; waits for the teacher's weights, then for it."""
         weights = ray.get(self.versions.get.remote(version)) if version else None
         teacher = self.teachers[turn % len(self.teachers)]
-        return ray.get(teacher.label_with.remote(self.stage, self.learner, version, weights, pictures))
+        return ray.get(teacher.label.remote(self.stage, self.learner, version, weights, pictures))
 
 
 class VersionedTeacher:
@@ -107,7 +107,7 @@ class VersionedTeacher:
         self.labeller: Any = None
         self.num_images = self.num_labels = 0
 
-    def label(
+    def label_version(
         self,
         stage: Stage,
         learner: Learner | None,
@@ -167,7 +167,7 @@ class OnlineTeacher(VersionedTeacher):
         prepare_process()
         super().__init__(store, recipe, categories, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
-    def label_with(
+    def label(
         self,
         stage: Stage,
         learner: Learner | None,
@@ -175,9 +175,9 @@ class OnlineTeacher(VersionedTeacher):
         weights: list[ray.ObjectRef] | None,
         pictures: Pictures,
     ) -> list[list[RecordLabel]]:
-        """As `label`, with the weights by reference, in a list so that Ray does not send them along."""
+        """Does what `label_version` does; the weights come as a reference in a list, so that Ray does not send them."""
         fetch: Callable[[], bytes] | None = None if weights is None else partial(cast(Any, ray.get), weights[0])
-        return self.label(stage, learner, version, fetch, pictures)
+        return self.label_version(stage, learner, version, fetch, pictures)
 
 
 @ray.remote(num_cpus=0)

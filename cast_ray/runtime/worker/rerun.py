@@ -71,7 +71,7 @@ class _LabelsMadeHere(OnlineLabels):
     def label(self, pictures: Pictures, version: int, turn: int) -> list[list[RecordLabel]]:
         (teacher,) = self.teachers
         weights = (lambda: self.versions[version]) if version else None
-        return teacher.label(self.stage, self.learner, version, weights, pictures)
+        return teacher.label_version(self.stage, self.learner, version, weights, pictures)
 
     def publish(self, step: int, weights: dict[str, torch.Tensor]) -> None:
         """Keeps the weights after a step, a multiple of `refresh_steps`, for the steps that they label."""
