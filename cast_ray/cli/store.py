@@ -232,7 +232,6 @@ def _parser() -> Parser:
         "run",
         help="run one stage again in this process, for a debugger",
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     rerun.add_argument("artifact", help=ARTIFACT_HELP)
     rerun.add_argument("--steps", type=positive, metavar="N", help="stop a train stage after N steps (default: all)")

@@ -23,12 +23,12 @@ NUM_SHOWN = 10
 DESCRIPTION = """Runs one stored stage again in this process, for a debugger: `python -m pdb -m cast_ray store run KEY`
 stops where an error is raised, and breakpoint() works in losses, views and models. Nothing in the store changes. A
 train stage starts at its first step, from the stored parents, and prints its loss beside the stored one; a label stage
-labels its images, an evaluate stage measures its model, and both compare.
-
-The same as in the sweep: the code, the images and their order, the views, the random numbers, the parents, the
-precision. Not the same: there is no Ray; one worker takes whole steps, where several shared them and drew other random
-points, so that the losses of a stage of several workers differ from the first step on; one thread computes; there are
-no checkpoints, no runtime.gradient_checkpointing, no stages.*.accumulate and no validation beside training."""
+labels its images, an evaluate stage measures its model, and both compare. The exit code is 1 where the outcome differs
+from the stored one. The same as in the sweep are the code, the images and their order, the views, the random numbers,
+the parents, the precision, and batch statistics, which are those of a whole step. Not the same: there is no Ray; one
+worker takes whole steps, where several shared them and drew other random points, so that the losses of a stage of
+several workers differ from the first step on; one thread computes; there are no checkpoints, no
+runtime.gradient_checkpointing, no stages.*.accumulate and no validation beside training."""
 
 
 @dataclass(frozen=True)
