@@ -82,17 +82,26 @@ def plain_console(width: int = 120, *, stderr: bool = False) -> Console:
 def exit_code(command: Callable[[], int], interrupted: str = "stopped") -> int:
     """Runs a command and returns its exit code.
 
-    A ValueError reports bad input: it becomes one line on stderr and EXIT_BAD_INPUT. Ctrl-C prints `interrupted` and
-    becomes EXIT_INTERRUPTED.
+    A ValueError reports bad input: it becomes one line on stderr and EXIT_BAD_INPUT. Ctrl-C: see `interruptible`.
     """
-    errors = plain_console(stderr=True)
+
+    def checked() -> int:
+        try:
+            return command()
+        except ValueError as error:
+            message = f"error: {error}"
+            plain_console(stderr=True).print(message, style="red", highlight=False, soft_wrap=True)
+            return EXIT_BAD_INPUT
+
+    return interruptible(checked, interrupted)
+
+
+def interruptible(command: Callable[[], int], interrupted: str = "stopped") -> int:
+    """Runs a command and returns its exit code; Ctrl-C prints `interrupted` on stderr and becomes EXIT_INTERRUPTED."""
     try:
         return command()
-    except ValueError as error:
-        errors.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
-        return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        errors.print(interrupted)
+        plain_console(stderr=True).print(interrupted)
         return EXIT_INTERRUPTED
 
 

@@ -23,7 +23,7 @@ class MemoryEstimate:
     """Bytes of one worker: weights with gradients, AdamW's moments and the average; activations kept for the backward
     pass; outputs and their gradients.
 
-    The loss's own buffers, the CUDA context and kernels' workspaces come on top: some 1 to 2 GiB on a GPU.
+    The loss's own buffers, the CUDA context and kernels' workspaces come on top: about 1 to 2 GiB on a GPU.
     """
 
     weights: int

@@ -80,7 +80,7 @@ def predict_in_groups(
     Args:
         predict: the function of a teacher or a student that predicts on images [B, 3, H, W].
         images: B of uint8 [3, H, W].
-        image_hw, resized_hw, max_detections, min_score: as of `predict`.
+        image_hw, resized_hw, max_detections, min_score: see `predict`.
         batch: most images of one forward pass; None: no limit.
 
     Returns:

@@ -111,7 +111,7 @@ class Segmenter(nn.Module):
             images: uint8 [B, 3, H, W], RGB, of any size.
 
         Returns:
-            Predictions; `auxiliary` as of the head.
+            Predictions; `auxiliary` is what the head gives.
         """
         pixels = self._normalised(images)
         if isinstance(self.head, EomtHead):

@@ -10,7 +10,7 @@ dataset's content hash. Equal fingerprints are one artifact, whatever rows, seed
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -328,7 +328,8 @@ class _Planner:
         precision = self.recipe.runtime.precision
         if precision != "off":  # float32 is left out, as it was before precision was a part of what a stage is
             config = config | {"precision": precision}
-        return Stage(name, kind, config, parent_prints, self._fingerprint(kind, config, parent_prints), steps)
+        fingerprint = stage_fingerprint(kind, config, parent_prints, self.content_hash)
+        return Stage(name, kind, config, parent_prints, fingerprint, steps)
 
     def _add(self, stage: Stage) -> Stage:
         self.stages.append(stage)
@@ -336,15 +337,19 @@ class _Planner:
             self.roles[stage.name] = stage
         return stage
 
-    def _fingerprint(self, kind: Kind, config: dict[str, Any], parents: dict[str, str]) -> str:
-        identity = {
-            "kind": kind,
-            "version": STAGE_VERSION[kind],
-            "config": config,
-            "parents": parents,
-            "data": self.content_hash,
-        }
-        return digest_of(identity, default=str)
+
+def stage_fingerprint(kind: str, config: Mapping[str, Any], parents: Mapping[str, str], content_hash: str) -> str:
+    """Returns the digest of everything that can change a stage's result.
+
+    Args:
+        kind: train, label or evaluate.
+        config: the stage's part of the recipe.
+        parents: role -> fingerprint of each artifact that it reads; of a stage that labels online, of its label stage.
+        content_hash: identity of the dataset.
+    """
+    version = STAGE_VERSION[kind]
+    identity = {"kind": kind, "version": version, "config": config, "parents": parents, "data": content_hash}
+    return digest_of(identity, default=str)
 
 
 def _code_digest(name: str) -> str:

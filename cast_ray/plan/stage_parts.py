@@ -15,6 +15,7 @@ from cast_ray.plan.graph import Stage
 from cast_ray.recipe import (
     ContrastiveConfig,
     DataConfig,
+    EvaluationConfig,
     LossConfig,
     ModelConfig,
     PseudoConfig,
@@ -187,6 +188,11 @@ class EvaluatePart(StagePart):
     """What an evaluate stage says."""
 
     kind = "evaluate"
+
+    @property
+    def settings(self) -> EvaluationConfig:
+        """How the model is measured; the size of a forward pass, which changes no metric, is the default."""
+        return EvaluationConfig(**self.config["evaluation"])
 
     @property
     def num_images(self) -> int | None:

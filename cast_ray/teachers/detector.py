@@ -123,7 +123,7 @@ class TextDetector(nn.Module):
         return found, dict(zip(self.feature_dims, kept[0]))
 
     def encode(self, images: torch.Tensor) -> dict[int, torch.Tensor]:
-        """The backbone's maps of training images alone, as of `forward`."""
+        """Returns the backbone's maps of training images alone, see `forward`."""
         features = self.model.model.backbone.conv_encoder.model(self.training_pixels(images)).feature_maps
         return dict(zip(self.feature_dims, features))
 

@@ -13,9 +13,6 @@ import torch
 from cast_ray.contracts.records import Category, class_names
 from cast_ray.recipe import PromptConfig
 
-DELIMITERS = (".", "?")
-"""What parts a prompt for Grounding DINO; never inside a class's words."""
-
 
 @dataclass(frozen=True)
 class Phrase:

@@ -97,8 +97,8 @@ class Listed:
         return fingerprint_of(self.key)
 
 
-def committed(listed: Mapping[str, Listed]) -> set[str]:
-    """Fingerprints of the artifacts of a listing that exist."""
+def committed_fingerprints(listed: Mapping[str, Listed]) -> set[str]:
+    """Returns the fingerprints of the artifacts of a listing that are committed."""
     return {artifact.fingerprint for artifact in listed.values() if artifact.committed is not None}
 
 
@@ -218,10 +218,6 @@ class ArtifactStore:
             if name == MANIFEST:
                 listed.committed = written
         return found
-
-    def stored_fingerprints(self) -> set[str]:
-        """Fingerprints of every committed artifact (one listing)."""
-        return committed(self.list_artifacts())
 
     def holds(self, key: str, name: str) -> bool:
         """Whether an artifact has a file of that name."""

@@ -88,8 +88,8 @@ def open_teacher(
     """The teacher that a user means, on the CPU.
 
     Args:
-        path: a folder or URI of a saved teacher or student (an artifact of the store is one), or a row's folder, as of
-            `open_student`.
+        path: a folder or URI of a saved teacher or student (an artifact of the store is one), or a row's folder, as
+            for `open_student`.
         part: fields of TeacherConfig that replace the saved ones.
         input_size: size at which it is given whole images; None: as saved.
         categories: to look for; None: as saved.

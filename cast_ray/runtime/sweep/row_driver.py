@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import ray
 from ray import tune
 
@@ -24,9 +23,8 @@ from cast_ray.contracts.compute_node import ComputeNode
 from cast_ray.contracts.row_result import RowResult, Status
 from cast_ray.plan.graph import RowPlan, Stage, artifact_key
 from cast_ray.plan.search import RUNG_METRIC
-from cast_ray.plan.stage_parts import StagePart, TrainPart
 from cast_ray.runtime.data.images import Images
-from cast_ray.runtime.data.splits import stored_split
+from cast_ray.runtime.data.splits import images_of
 from cast_ray.runtime.store.artifact_files import CURVES
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.sweep.broker import HEARTBEAT_S
@@ -343,14 +341,8 @@ class RowDriver:
         return ray.get(self.broker.table.remote(self.store, self.context.dataset_key, names))[0]
 
     def _images(self, stage: Stage) -> Images:
-        """D_l and D_u of a stage, by reference: all that a driver holds of a dataset is 8 bytes an image."""
-        if stage.kind == "train" and TrainPart.of(stage).is_on_source:
-            everything = np.arange(self.context.dataset.num_source or 0)
-            return Images(self._table("source.parquet"), everything, everything[:0], self.context.categories)
-        part = StagePart(stage.config)
-        chosen = stored_split(self.store, self.context.content_hash, part.split)
-        records = self._table("train.parquet", *(["extra.parquet"] if part.reads_extra else []))
-        return Images(records, chosen.labelled, chosen.unlabelled, self.context.categories)
+        num_source, content_hash = self.context.dataset.num_source or 0, self.context.content_hash
+        return images_of(stage, self._table, self.store, content_hash, num_source, self.context.categories)
 
 
 def curve_report(stage: str, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from cast_ray.recipe import InputSize, Recipe
 from cast_ray.runtime.data.block_source import Rows
 from cast_ray.runtime.data.images import Images
 from cast_ray.runtime.data.pictures import Pictures, images_per_task
-from cast_ray.runtime.data.record_tables import fetched, record_at
+from cast_ray.runtime.data.record_tables import record_at, table_of
 from cast_ray.runtime.store.artifact_files import LABELS
 from cast_ray.runtime.store.artifacts import ArtifactStore
 
@@ -92,7 +92,12 @@ class LabelJob:
         self.broker.post.remote(self.owner, facts | {"step": total - missing, "steps": total})
 
     def write(self, pictures: Pictures, labels: list[list[RecordLabel]]) -> None:
-        """One block's labels, in the order of its images."""
+        """Writes one block's labels, in the order of its images, and tells the broker how many images it has."""
+        num_images = self.write_block(pictures, labels)
+        self.broker.advance.remote(self.owner, num_images, sum(map(len, labels)))
+
+    def write_block(self, pictures: Pictures, labels: list[list[RecordLabel]]) -> int:
+        """Writes one block's labels, in the order of its images; returns how many images it has."""
         rows: list[dict[str, Any]] = []
         for position, instances in zip(pictures.positions, labels):
             record = record_at(self.images.records, self.images.unlabelled[position])
@@ -105,7 +110,7 @@ class LabelJob:
         pa.parquet.write_table(pa.Table.from_pylist(rows, schema=BLOCK_SCHEMA), file)
         block = (rows[0]["position"], rows[-1]["position"] + 1)
         self.store.write_bytes(f"{self.folder}/{_file_name(block)}", file.getvalue())
-        self.broker.advance.remote(self.owner, len(rows), sum(map(len, labels)))
+        return len(rows)
 
     def facts(self, blocks: list[Rows], began: float) -> dict[str, Any]:
         """Facts of a run that labelled these blocks since `began` (time.monotonic()) and found the others done."""
@@ -173,7 +178,7 @@ class LabelJob:
             category, score = (pa.compute.struct_field(instances, n).to_numpy() for n in ("category_id", "score"))
             for found in np.unique(category):
                 scores.setdefault(int(found), []).append(score[category == found])
-        truth = take_rows(fetched(self.images.records).select(["instances"]), self.images.labelled)
+        truth = take_rows(table_of(self.images.records).select(["instances"]), self.images.labelled)
         objects = pa.compute.list_flatten(truth.column("instances"))
         objects = objects.filter(pa.compute.invert(pa.compute.struct_field(objects, "is_crowd")))
         counted = pa.compute.value_counts(pa.compute.struct_field(objects, "category_id")).to_pylist()

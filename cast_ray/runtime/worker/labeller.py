@@ -53,7 +53,7 @@ class PseudoLabeller:
         self.teacher = student.to(self.teacher.device)
 
     def label(self, pictures: Pictures) -> list[list[RecordLabel]]:
-        """Instances of each image as of LABEL_SCHEMA, at its own size."""
+        """Returns the instances of each image, at its own size, as in LABEL_SCHEMA."""
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:

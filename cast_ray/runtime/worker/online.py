@@ -19,8 +19,10 @@ until the stage ends, so that a resumed stage labels as if it had not stopped.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 from ray.util.placement_group import PlacementGroup
@@ -36,6 +38,9 @@ from cast_ray.runtime.data.resources import labeller_bundle, num_teachers
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.worker.label_job import nothing_found
 
+if TYPE_CHECKING:
+    import torch
+
 VERSIONS_HELD = 4
 EMPTY_AFTER = 500
 """Images without a label after which a teacher is said to find nothing; its student has hardly begun by then."""
@@ -47,7 +52,7 @@ def version_of(step: int, refresh_steps: int) -> int:
 
 
 def versions_from(step: int, refresh_steps: int) -> list[int]:
-    """Published versions that a stage needs when it resumes at a step."""
+    """Returns the published versions that a stage needs when it resumes at a step."""
     window = step // refresh_steps if refresh_steps else 0
     return [version for version in (window - 1, window) if version > 0]
 
@@ -87,15 +92,71 @@ class OnlineLabels:
         return version_of(step, self.refresh_steps)
 
     def label(self, pictures: Pictures, version: int, turn: int) -> list[list[RecordLabel]]:
-        """Instances of each image as of LABEL_SCHEMA; waits for the teacher's weights, then for a teacher."""
+        """Returns the instances of each image, as in LABEL_SCHEMA; waits for the teacher's weights, then for it."""
         weights = ray.get(self.versions.get.remote(version)) if version else None
         teacher = self.teachers[turn % len(self.teachers)]
         return ray.get(teacher.label.remote(self.stage, self.learner, version, weights, pictures))
 
 
+class VersionedTeacher:
+    """A teacher that loads whichever stage's weights, in whichever version, are asked for."""
+
+    def __init__(self, store: ArtifactStore, recipe: Recipe, categories: tuple[Category, ...], device: torch.device):
+        self.store, self.recipe, self.categories, self.device = store, recipe, categories, device
+        self.loaded: tuple[str, int] = ("", 0)
+        self.labeller: Any = None
+        self.num_images = self.num_labels = 0
+
+    def label_version(
+        self,
+        stage: Stage,
+        learner: Learner | None,
+        version: int,
+        weights: Callable[[], bytes] | None,
+        pictures: Pictures,
+    ) -> list[list[RecordLabel]]:
+        """Returns the instances of each image, as in LABEL_SCHEMA.
+
+        Args:
+            stage: the label stage.
+            learner: see `OnlineLabels`.
+            version: version of the teacher.
+            weights: gets the weights of a version that is not loaded; None: they are the stage's own.
+            pictures: the images.
+
+        Raises:
+            ValueError: the first EMPTY_AFTER images got no label, and `pseudo.on_empty` is stop.
+        """
+        if self.loaded != (stage.fingerprint, version):
+            self._load(stage, learner, version, weights)
+        labels = self.labeller.label(pictures)
+        self.num_images += len(labels)
+        self.num_labels += sum(map(len, labels))
+        if (
+            version == 0
+            and self.num_labels == 0
+            and self.num_images >= EMPTY_AFTER
+            and self.recipe.pseudo.on_empty == "stop"
+        ):
+            raise ValueError(nothing_found(stage, self.recipe, self.categories, f"the first {self.num_images}"))
+        return labels
+
+    def _load(self, stage: Stage, learner: Learner | None, version: int, weights: Callable[[], bytes] | None) -> None:
+        from cast_ray.runtime.worker.labeller import PseudoLabeller
+
+        if self.loaded[0] != stage.fingerprint or version == 0:
+            self.num_images = self.num_labels = 0
+            self.labeller = PseudoLabeller(self.store, stage, self.device)
+        if learner is not None and version:
+            self.labeller.become(learner.model, learner.input_size)
+        if weights is not None:
+            self.labeller.load(weights())
+        self.loaded = (stage.fingerprint, version)
+
+
 # It holds no state but what it loaded last, so that a lost one is replaced without anybody noticing.
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
-class OnlineTeacher:
+class OnlineTeacher(VersionedTeacher):
     """A teacher actor on its device, which loads the teacher of any stage, in any version, when it is asked for.
 
     Args:
@@ -109,15 +170,11 @@ class OnlineTeacher:
         from cast_ray.runtime.this_node import this_node
 
         prepare_process()
-        self.store, self.recipe, self.categories = store, recipe, categories
+        super().__init__(store, recipe, categories, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         self.broker, self.owner = broker, owner
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if broker is not None:
             process = ray.get_runtime_context().get_actor_id()
             broker.computes_on.remote(owner, process, this_node(self.device))
-        self.loaded: tuple[str, int] = ("", 0)
-        self.labeller: Any = None
-        self.num_images = self.num_labels = 0
 
     def label(
         self,
@@ -127,39 +184,12 @@ class OnlineTeacher:
         weights: list[ray.ObjectRef] | None,
         pictures: Pictures,
     ) -> list[list[RecordLabel]]:
-        """Instances of each image as of LABEL_SCHEMA.
-
-        Raises:
-            ValueError: the first EMPTY_AFTER images got no label, and `pseudo.on_empty` is stop.
-        """
-        if self.loaded != (stage.fingerprint, version):
-            self._load(stage, learner, version, weights)
-        labels = self.labeller.label(pictures)
-        num_labels = sum(map(len, labels))
-        self.num_images += len(labels)
-        self.num_labels += num_labels
+        """Does what `label_version` does; the weights come as a reference in a list, so that Ray does not send them."""
+        fetch: Callable[[], bytes] | None = None if weights is None else partial(cast(Any, ray.get), weights[0])
+        labels = self.label_version(stage, learner, version, fetch, pictures)
         if self.broker is not None:
-            self.broker.labelled.remote(self.owner, stage.name, len(labels), num_labels)
-        if (
-            version == 0
-            and self.num_labels == 0
-            and self.num_images >= EMPTY_AFTER
-            and self.recipe.pseudo.on_empty == "stop"
-        ):
-            raise ValueError(nothing_found(stage, self.recipe, self.categories, f"the first {self.num_images}"))
+            self.broker.labelled.remote(self.owner, stage.name, len(labels), sum(map(len, labels)))
         return labels
-
-    def _load(self, stage: Stage, learner: Learner | None, version: int, weights: list[ray.ObjectRef] | None) -> None:
-        from cast_ray.runtime.worker.labeller import PseudoLabeller
-
-        if self.loaded[0] != stage.fingerprint or version == 0:
-            self.num_images = self.num_labels = 0
-            self.labeller = PseudoLabeller(self.store, stage, self.device)
-        if learner is not None and version:
-            self.labeller.become(learner.model, learner.input_size)
-        if weights is not None:
-            self.labeller.load(ray.get(weights[0]))
-        self.loaded = (stage.fingerprint, version)
 
 
 @ray.remote(num_cpus=0)
@@ -199,12 +229,18 @@ class Teachers:
     def labels(self, stage: Stage) -> OnlineLabels:
         """For the stream of a stage that labels online."""
         assert stage.online is not None
-        part = TrainPart.of(stage)
-        learner = None
-        if stage.name == "distill":
-            assert part.segmenter is not None
-            learner = Learner(part.segmenter, input_size_of(stage))
-        return OnlineLabels(stage.online, self.actors, self.versions, part.refresh_steps, learner)
+        return OnlineLabels(
+            stage.online, self.actors, self.versions, TrainPart.of(stage).refresh_steps, learner_of(stage)
+        )
+
+
+def learner_of(stage: Stage) -> Learner | None:
+    """Returns the student that a stage trains, which labels from version 1 on; None: the stage trains a teacher."""
+    if stage.name != "distill":
+        return None
+    segmenter = TrainPart.of(stage).segmenter
+    assert segmenter is not None
+    return Learner(segmenter, input_size_of(stage))
 
 
 def teacher_bundles(runtime: RuntimeConfig) -> list[dict[str, float]]:

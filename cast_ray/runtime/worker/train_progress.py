@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import ray.train
 import torch
@@ -114,5 +114,9 @@ class TrainProgress:
     def on_refresh(self, step: int, weights: dict[str, torch.Tensor]) -> None:
         """Publishes the weights that label from the next window but one on."""
         if self.is_first and self.publisher is not None:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-            self.publisher.publish(step, save_tensors(tensors))
+            self.publisher.publish(step, packed_weights(weights))
+
+
+def packed_weights(weights: Mapping[str, torch.Tensor]) -> bytes:
+    """Returns weights in the format of safetensors, copied from whatever device they are on."""
+    return save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
