@@ -12,10 +12,12 @@ from transformers import EomtConfig, Mask2FormerConfig
 from transformers.models.eomt.modeling_eomt import EomtMaskHead, EomtScaleBlock
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerMaskedAttentionDecoder,
+    Mask2FormerMaskPredictor,
     Mask2FormerMLPPredictionHead,
     Mask2FormerSinePositionEmbedding,
 )
 
+from cast_ray.contracts.mask_windows import window_logits
 from cast_ray.models.decoders import MASK_STRIDE, DecodedFeatures
 from cast_ray.models.vit_encoders import Tokens, ViTEncoder
 from cast_ray.recipe import ModelConfig
@@ -50,6 +52,7 @@ class MaskedAttentionHead(nn.Module):
         super().__init__()
         dim = config.hidden_dim
         self.proposals, self.num_queries = config.proposals, config.num_queries
+        self.local_masks = config.local_masks
         self.position = Mask2FormerSinePositionEmbedding(dim // 2, normalize=True)
         self.decoder = Mask2FormerMaskedAttentionDecoder(
             Mask2FormerConfig(
@@ -72,6 +75,9 @@ class MaskedAttentionHead(nn.Module):
             self.proposal_norm = nn.LayerNorm(dim)
             self.proposal_class = nn.Linear(dim, num_classes + 1)
             self.proposal_mask = Mask2FormerMLPPredictionHead(dim, dim, dim)
+        if config.local_masks:
+            self.proposal_window = _window_head(dim)
+            self.decoder.mask_predictor = LocalMaskPredictor(dim, config.num_heads)
         for layer in self.decoder.layers:
             for parameter in layer.parameters():
                 if parameter.dim() > 1:
@@ -86,8 +92,11 @@ class MaskedAttentionHead(nn.Module):
         """
         auxiliary: dict[str, torch.Tensor] = {}
         batch = decoded.mask_features.shape[0]
+        pixels: torch.Tensor | LocatedFeatures = decoded.mask_features
         if self.proposals:
-            content, position, auxiliary = self._propose(decoded)
+            content, position, auxiliary, origin = self._propose(decoded)
+            if self.local_masks:
+                pixels = LocatedFeatures(decoded.mask_features, *origin)
         else:
             content = self.query_content.weight.expand(batch, -1, -1)
             position = self.query_position.weight.expand(batch, -1, -1)
@@ -101,7 +110,7 @@ class MaskedAttentionHead(nn.Module):
             encoder_hidden_states=[
                 x.flatten(2).permute(2, 0, 1) + self.level_embedding.weight[i] for i, x in enumerate(levels)
             ],
-            pixel_embeddings=decoded.mask_features,
+            pixel_embeddings=pixels,  # handed on to the mask predictor as it is
             feature_size_list=[x.shape[-2:] for x in levels],
             return_dict=True,
         )
@@ -114,8 +123,11 @@ class MaskedAttentionHead(nn.Module):
     def _positions(self, x_BDHW: torch.Tensor) -> torch.Tensor:
         return self.position(x_BDHW.shape, x_BDHW.device, x_BDHW.dtype)
 
-    def _propose(self, decoded: DecodedFeatures) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """Query contents and positions [B, Q, D] from the dense proposals, and what their loss needs."""
+    def _propose(
+        self, decoded: DecodedFeatures
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], tuple[torch.Tensor, tuple[int, int]]]:
+        """Query contents and positions [B, Q, D] from the dense proposals, what their loss needs, and the token of each
+        query [B, Q] on which grid."""
         stride = max(s for s in decoded.levels if s <= PROPOSAL_STRIDE)
         level = decoded.levels[stride]
         grid = (level.shape[2], level.shape[3])
@@ -131,15 +143,57 @@ class MaskedAttentionHead(nn.Module):
         position_BTD = self._positions(level).flatten(2).transpose(1, 2)
         position = position_BTD[rows, index_BQ] + self.query_position.weight[:num]
         as_map = lambda x_BTD: x_BTD.transpose(1, 2).unflatten(2, grid)  # noqa: E731
-        return (
-            content,
-            position,
-            {
-                "proposal_class_logits": as_map(class_logits_BTC),
-                "proposal_mask_embeddings": as_map(embeddings_BTD),
-                "mask_features": decoded.mask_features,
-            },
-        )
+        auxiliary = {
+            "proposal_class_logits": as_map(class_logits_BTC),
+            "proposal_mask_embeddings": as_map(embeddings_BTD),
+            "mask_features": decoded.mask_features,
+        }
+        if self.local_masks:
+            auxiliary["proposal_windows"] = as_map(self.proposal_window(normed_BTD))
+        return content, position, auxiliary, (index_BQ, grid)
+
+
+@dataclass
+class LocatedFeatures:
+    """Mask features [B, D, H, W] and the token that each query comes from, int64 [B, Q] on a grid (h, w)."""
+
+    features: torch.Tensor
+    tokens_BQ: torch.Tensor
+    grid: tuple[int, int]
+
+
+class LocalMaskPredictor(Mask2FormerMaskPredictor):
+    """Masks of queries as in Mask2Former, each inside a Gaussian window around the proposal that the query comes from.
+
+    A mask is a product of the query with the features of each pixel. Convolutions give objects that look alike the same
+    features, so that it contains all of them; the window tells where the query's own is.
+
+    Source: Gao et al. 2021 (SMCA) for the predicted Gaussian, there a prior of attention; Tian et al. 2020 (CondInst)
+    for masks from coordinates relative to their query. Deviations: the Gaussian's logarithm is added to mask logits.
+    """
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__(dim, num_heads, dim)
+        self.window = _window_head(dim)
+
+    def forward(  # type: ignore[override]
+        self, states_QBD: torch.Tensor, pixels: LocatedFeatures, attended_hw: torch.Size
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mask logits [B, Q, H, W], and where a layer must not look: bool [B * heads, Q, h * w]."""
+        states_BQD = states_QBD.transpose(0, 1)
+        logits = torch.einsum("bqd,bdhw->bqhw", self.mask_embedder(states_BQD), pixels.features)
+        size = (logits.shape[2], logits.shape[3])
+        logits = logits + window_logits(self.window(states_BQD), pixels.tokens_BQ, pixels.grid, size)
+        attended = F.interpolate(logits.detach(), size=attended_hw, mode="bilinear", align_corners=False)
+        return logits, (attended < 0).flatten(2).repeat_interleave(self.num_heads, dim=0)
+
+
+def _window_head(dim: int) -> nn.Linear:
+    """Predicts windows, at first the same for all."""
+    head = nn.Linear(dim, 4)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
 
 
 @torch.no_grad()

@@ -52,6 +52,8 @@ class ModelConfig(Part):
     feedforward_dim: int = Field(128, ge=8)
     proposals: bool = True
     """Initialise the queries from dense location-assigned proposals (else learnt queries, as in Mask2Former)."""
+    local_masks: bool = False
+    """Give the mask of each query a Gaussian window around its proposal."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> ModelConfig:

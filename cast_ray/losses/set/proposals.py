@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from cast_ray.contracts.mask_windows import window_logits
 from cast_ray.contracts.records import Targets
 from cast_ray.losses.mask_terms import mask_terms
 from cast_ray.losses.set.criterion import target_weights
@@ -61,6 +62,7 @@ def proposal_loss(
     class_logits = auxiliary["proposal_class_logits"].float()
     embeddings, features = auxiliary["proposal_mask_embeddings"].flatten(2), auxiliary["mask_features"].flatten(2)
     (*_, height, width), grid = auxiliary["mask_features"].shape, class_logits.shape[2:]
+    windows = auxiliary["proposal_windows"].flatten(2) if "proposal_windows" in auxiliary else None
     num_classes = class_logits.shape[1] - 1
     keep = kept_pixels(targets, valid)
     # Pooled once at crop size, the largest tensors here; the grid's cells are made of the mask features' pixels.
@@ -91,6 +93,8 @@ def proposal_loss(
             continue
         instance_P, token_P = (x.to(class_logits.device, non_blocking=True) for x in (assigned_T[token_P], token_P))
         logits_PX = (embeddings[b][:, token_P].T @ features[b]).float()
+        if windows is not None:
+            logits_PX = logits_PX + window_logits(windows[b, :, token_P].T[None], token_P[None], grid, (height, width))[0].flatten(1)
         counted_1X = None if counted is None else counted[b].view(1, -1)
         mask_P, dice_P = mask_terms(logits_PX, masks[b].flatten(1)[instance_P], counted_1X)
         mask_sums[b], dice_sums[b] = mask_P @ weights[b][instance_P], dice_P @ weights[b][instance_P]
