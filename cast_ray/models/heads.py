@@ -46,6 +46,8 @@ class MaskedAttentionHead(nn.Module):
     Source: Cheng et al. 2022 by transformers' Mask2FormerMaskedAttentionDecoder; query selection after Zhu et al.
     2021 (two-stage Deformable DETR). Deviations: selection by local maxima, so that neighbouring tokens of one instance
     do not fill all queries.
+
+    With `config.local_masks` the masks of queries and of proposals lie in windows, see `LocalMaskPredictor`.
     """
 
     def __init__(self, config: ModelConfig, num_classes: int):
@@ -88,15 +90,17 @@ class MaskedAttentionHead(nn.Module):
 
         Returns:
             `auxiliary` holds, with proposals, the inputs of `losses.proposals.proposal_loss`: proposal_class_logits
-            [B, C+1, h, w], proposal_mask_embeddings [B, D, h, w] (stride 8) and mask_features [B, D, H / 4, W / 4].
+            [B, C+1, h, w], proposal_mask_embeddings [B, D, h, w] (stride 8), mask_features [B, D, H / 4, W / 4] and,
+            with local masks, proposal_windows [B, 4, h, w].
         """
         auxiliary: dict[str, torch.Tensor] = {}
         batch = decoded.mask_features.shape[0]
         pixels: torch.Tensor | LocatedFeatures = decoded.mask_features
         if self.proposals:
-            content, position, auxiliary, origin = self._propose(decoded)
+            proposed = self._propose(decoded)
+            content, position, auxiliary = proposed.content, proposed.position, proposed.auxiliary
             if self.local_masks:
-                pixels = LocatedFeatures(decoded.mask_features, *origin)
+                pixels = LocatedFeatures(decoded.mask_features, proposed.tokens_BQ, proposed.grid)
         else:
             content = self.query_content.weight.expand(batch, -1, -1)
             position = self.query_position.weight.expand(batch, -1, -1)
@@ -110,7 +114,7 @@ class MaskedAttentionHead(nn.Module):
             encoder_hidden_states=[
                 x.flatten(2).permute(2, 0, 1) + self.level_embedding.weight[i] for i, x in enumerate(levels)
             ],
-            pixel_embeddings=pixels,  # handed on to the mask predictor as it is
+            pixel_embeddings=pixels,  # transformers hands them on to the mask predictor and does nothing else with them
             feature_size_list=[x.shape[-2:] for x in levels],
             return_dict=True,
         )
@@ -123,11 +127,8 @@ class MaskedAttentionHead(nn.Module):
     def _positions(self, x_BDHW: torch.Tensor) -> torch.Tensor:
         return self.position(x_BDHW.shape, x_BDHW.device, x_BDHW.dtype)
 
-    def _propose(
-        self, decoded: DecodedFeatures
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], tuple[torch.Tensor, tuple[int, int]]]:
-        """Query contents and positions [B, Q, D] from the dense proposals, what their loss needs, and the token of each
-        query [B, Q] on which grid."""
+    def _propose(self, decoded: DecodedFeatures) -> Proposed:
+        """Makes queries from the dense proposals."""
         stride = max(s for s in decoded.levels if s <= PROPOSAL_STRIDE)
         level = decoded.levels[stride]
         grid = (level.shape[2], level.shape[3])
@@ -150,12 +151,27 @@ class MaskedAttentionHead(nn.Module):
         }
         if self.local_masks:
             auxiliary["proposal_windows"] = as_map(self.proposal_window(normed_BTD))
-        return content, position, auxiliary, (index_BQ, grid)
+        return Proposed(content, position, index_BQ, grid, auxiliary)
+
+
+@dataclass
+class Proposed:
+    """Queries that were made from dense proposals.
+
+    content, position: [B, Q, D]; tokens_BQ: int64 [B, Q], the proposal of each query, in the flattened grid (h, w);
+    auxiliary: what the proposals' loss needs.
+    """
+
+    content: torch.Tensor
+    position: torch.Tensor
+    tokens_BQ: torch.Tensor
+    grid: tuple[int, int]
+    auxiliary: dict[str, torch.Tensor]
 
 
 @dataclass
 class LocatedFeatures:
-    """Mask features [B, D, H, W] and the token that each query comes from, int64 [B, Q] on a grid (h, w)."""
+    """Mask features [B, D, H, W], and the proposal of each query, int64 [B, Q], in the flattened grid (h, w)."""
 
     features: torch.Tensor
     tokens_BQ: torch.Tensor
@@ -163,13 +179,17 @@ class LocatedFeatures:
 
 
 class LocalMaskPredictor(Mask2FormerMaskPredictor):
-    """Masks of queries as in Mask2Former, each inside a Gaussian window around the proposal that the query comes from.
+    """Predicts a mask of each query, as Mask2Former does, inside a Gaussian window around the query's proposal.
 
-    A mask is a product of the query with the features of each pixel. Convolutions give objects that look alike the same
-    features, so that it contains all of them; the window tells where the query's own is.
+    A mask is the product of a query with the features of each pixel. Convolutions give the same features to objects
+    that look alike, except near the border of the image, so that the mask of one of them holds all of them. In a small
+    crop the border is never far and the objects are few; a model that was trained on crops does not tell apart the many
+    objects of a larger image. A window says which of them is meant, and it says so relative to the proposal, in an
+    image of any size.
 
-    Source: Gao et al. 2021 (SMCA) for the predicted Gaussian, there a prior of attention; Tian et al. 2020 (CondInst)
-    for masks from coordinates relative to their query. Deviations: the Gaussian's logarithm is added to mask logits.
+    Source: the predicted Gaussian of SMCA (Gao et al. 2021), which is there a prior of the attention; masks by
+    coordinates relative to their query after CondInst (Tian et al. 2020). Deviations: the logarithm of the Gaussian is
+    added to the logits of the mask.
     """
 
     def __init__(self, dim: int, num_heads: int):
@@ -179,7 +199,13 @@ class LocalMaskPredictor(Mask2FormerMaskPredictor):
     def forward(  # type: ignore[override]
         self, states_QBD: torch.Tensor, pixels: LocatedFeatures, attended_hw: torch.Size
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mask logits [B, Q, H, W], and where a layer must not look: bool [B * heads, Q, h * w]."""
+        """Returns mask logits float32 [B, Q, H, W], and where the next layer must not look: bool [B * heads, Q, h * w].
+
+        Args:
+            states_QBD: of the queries.
+            pixels: what masks are made of.
+            attended_hw: h and w of the level that the next layer attends to.
+        """
         states_BQD = states_QBD.transpose(0, 1)
         logits = torch.einsum("bqd,bdhw->bqhw", self.mask_embedder(states_BQD), pixels.features)
         size = (logits.shape[2], logits.shape[3])
@@ -189,7 +215,7 @@ class LocalMaskPredictor(Mask2FormerMaskPredictor):
 
 
 def _window_head(dim: int) -> nn.Linear:
-    """Predicts windows, at first the same for all."""
+    """Makes the layer that predicts windows: before training they are all alike, see `mask_windows.RADIUS_CELLS`."""
     head = nn.Linear(dim, 4)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)

@@ -231,7 +231,7 @@ class _Planner:
             data_part["copy_paste"] = recipe.data.copy_paste
         has_extra = name == "distill" and bool(recipe.loss.extra_term)
         config: dict[str, Any] = {
-            "model": recipe.teacher.training_part() if by_teacher else recipe.student.model_dump(),
+            "model": (recipe.teacher if by_teacher else recipe.student).training_part(),
             "train": self._optimisation_part(name, train, unlabelled),
             "data": data_part,
             "split": None if is_source else split_part(recipe, self.hashes, unlabelled=unlabelled),

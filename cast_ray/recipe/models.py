@@ -53,13 +53,21 @@ class ModelConfig(Part):
     proposals: bool = True
     """Initialise the queries from dense location-assigned proposals (else learnt queries, as in Mask2Former)."""
     local_masks: bool = False
-    """Give the mask of each query a Gaussian window around its proposal."""
+    """Keep the mask of each query in a window (a Gaussian of predicted place and size) around the query's proposal. It
+    is for encoders without position embeddings (`conv`, `convnext` and others of convolutions), for which objects that
+    look alike are one: their masks else hold several objects of an image that is larger than the training crops."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> ModelConfig:
         if self.head == "eomt" and self.proposals:
             raise ValueError("head 'eomt' has learnt queries only: expected proposals=false")
+        if self.local_masks and not self.proposals:
+            raise ValueError("local_masks needs the place of each query: expected proposals=true, or local_masks=false")
         return self
+
+    def training_part(self) -> dict[str, Any]:
+        """Returns what a train stage depends on of this. `local_masks` is left out where it is off."""
+        return self.model_dump(exclude=None if self.local_masks else {"local_masks"})
 
 
 _MASK2FORMER: dict[str, Any] = {

@@ -185,7 +185,7 @@ class TeacherConfig(ModelConfig):
     def training_part(self) -> dict[str, Any]:
         """What a train stage of the teacher depends on beside its parents."""
         if self.kind == "expert":
-            return self.segmenter.model_dump()
+            return self.segmenter.training_part()
         part: dict[str, Any] = {"kind": self.kind}
         if self.kind == "grounded_sam":
             part["grounded_sam"] = self.grounded_sam.model_dump(exclude={"detector", "segmenter"})
