@@ -42,7 +42,7 @@ def draw(size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         (row + 8 + rng.uniform(-2, 2), column + 8 + rng.uniform(-2, 2))
         for row in range(0, size, 16)
         for column in range(0, size, 16)
-        if rng.random() < 0.6
+        if rng.random() < 0.3
     ]
     masks = np.stack([(y - top) ** 2 + (x - left) ** 2 <= RADIUS_PX**2 for top, left in centres])
     image = rng.integers(0, 40, (3, size, size)) + 160 * masks.any(0)
