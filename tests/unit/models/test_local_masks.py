@@ -35,7 +35,7 @@ def make(local_masks: bool) -> Segmenter:
 
 
 def draw(size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """An image uint8 [3, size, size] of equal discs, in a third of its cells of 16 px, and their masks [N, size, size]."""
+    """An image uint8 [3, size, size] of equal discs, in a third of its cells of 16 px, and their masks."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:size, :size]
     side = size // 16
