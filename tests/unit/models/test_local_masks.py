@@ -10,6 +10,7 @@ import torch
 from pycocotools import mask as coco_mask
 from pydantic import ValidationError
 
+from cast_ray.contracts.mask_windows import window_logits
 from cast_ray.contracts.records import Batch, Targets
 from cast_ray.engine.loop import train
 from cast_ray.engine.objective import Objective
@@ -61,6 +62,19 @@ def test_the_masks_of_two_equal_objects_differ() -> None:
         own, other = (out.mask_logits[-1][0, :, rows, columns].mean((1, 2)) for rows, columns in inside)
         apart = (own - other).abs().max()
         assert (apart > 1) == local, apart
+
+
+@torch.no_grad()
+def test_windows_are_computed_in_single_precision() -> None:
+    """In bfloat16 places beyond 128 cells would be off by a cell, and squared distances by more."""
+    model = make(True).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(draw(64, 0)[0][None])
+    assert out.mask_logits[-1].dtype == torch.float32 and out.mask_logits[-1].isfinite().all()
+    windows = torch.zeros(1, 1, 4)
+    near = window_logits(windows, torch.tensor([[3]]), (1, 7), (2, 14))
+    far = window_logits(windows.bfloat16(), torch.tensor([[300]]), (1, 304), (2, 608))
+    torch.testing.assert_close(far[..., 594:], near)
 
 
 def batches(steps: int, size: int) -> Iterator[Batch]:
