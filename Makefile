@@ -15,9 +15,9 @@ PROGRESS := /^ *(Downloading|Using cached|Processing) .*[.]whl/ { \
   sub(/^ *[A-Z][a-z]+ (cached )?/, ""); sub(/ .*/, ""); sub(".*/", ""); sub(/-(cp|py)[0-9].*/, ""); \
   printf "  %3d  %s %s\n", ++n, $$0, size; fflush() } \
   /^Installing collected/ { print "  unpacking (a minute or two)"; fflush() }
-# Processes that run tests side by side. More than four save nothing: the tests with a Ray run one after the other.
+# Processes that run tests side by side, each of which may have a Ray at work.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 4 ? 4 : n )))
-PARALLEL = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --no-loadscope-reorder)
+PARALLEL = $(if $(filter-out 1,$(JOBS)),-n $(JOBS))
 # Two threads a process on two busy cores is slower than one, and Ray starts several processes.
 export OMP_NUM_THREADS ?= 1
 

@@ -22,24 +22,29 @@ ROOT = Path(__file__).parents[1]
 WITH_RAY = ("tests/ray/", "tests/faults/", "tests/packaging/")
 MARK = "CAST_RAY_TEST_SWEEP"
 PATIENCE_S = 600
+RAY_TEST_S = 1800
+"""Time that a test with a Ray may take on a slow and busy machine."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start a Ray come first and may take longer: the short ones then fill what is left of the processes."""
+    items.sort(key=lambda item: not item.nodeid.startswith(WITH_RAY))
+    for item in items:
+        if item.nodeid.startswith(WITH_RAY) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(RAY_TEST_S))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One process runs all tests of a file, and one all tests that start a Ray (`make test` starts several processes).
+    """One process runs all tests of a file, files in the order of `pytest_collection_modifyitems`.
 
-    A Ray takes all cores of the machine. Two beside each other would wait for each other's starts until they time out;
-    one beside the other tests fills the gaps in which it waits. `xdist_group` marks would say the same, but
-    pytest-xdist 3.8 ignores them without a word under pytest 9.2.
+    A Ray mostly waits for one of its processes to import its packages, so two beside each other are worth it even on
+    two cores. `--dist loadfile` would start with the files of most tests, which are not those that take long.
     """
-    from xdist.scheduler import LoadScopeScheduling
+    from xdist.scheduler import LoadFileScheduling
 
-    class ByFile(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return "ray" if file.startswith(WITH_RAY) else file
-
-    return ByFile(config, log)
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
 
 
 def wait_until(condition: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:

@@ -14,6 +14,7 @@ import ray.data
 from ray.data import DataContext
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cast_ray.recipe import RuntimeConfig
 from cast_ray.runtime.data.record_tables import fetched
@@ -60,6 +61,24 @@ def block_dataset(blocks: list[Rows], make: ray.ObjectRef, runtime: RuntimeConfi
         concurrency=tasks_per_stream(runtime),
         override_num_blocks=len(blocks),
     )
+
+
+def warm_up_readers(runtime: RuntimeConfig) -> None:
+    """Starts processes on this node that have imported what a stream's tasks need; returns at once.
+
+    A task's process needs some seconds for torch and torchvision. Ray gives a stream's first tasks the idle processes
+    of its job, so these seconds pass while the worker of the stream imports its own packages.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    for _ in range(runtime.reads_per_stream):
+        _warm_up.options(scheduling_strategy=here).remote()
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _warm_up() -> None:
+    from cast_ray.runtime.process_settings import prepare_process
+
+    prepare_process()
 
 
 def _run_block(make: ray.ObjectRef, start: int, stop: int) -> list[pa.Table]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
-from tensorboardX import SummaryWriter
 
 from cast_ray.contracts.row_result import RowResult
 
@@ -86,6 +85,9 @@ class EventWriter:
     """One row's TensorBoard event file."""
 
     def __init__(self, folder: Path):
+        # tensorboardX imports torch where it is installed: better while the workers start than before they may.
+        from tensorboardX import SummaryWriter
+
         self.writer = SummaryWriter(str(folder), flush_secs=10)
 
     def write_curve(self, stage: str, entries: Sequence[Mapping[str, Any]]) -> None:

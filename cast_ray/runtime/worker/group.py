@@ -14,10 +14,12 @@ from typing import Any
 
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError
 from ray.util.placement_group import PlacementGroup
 
 from cast_ray.common.paths import in_few_requests
+from cast_ray.runtime.data.block_source import warm_up_readers
 from cast_ray.runtime.data.resources import segment_bundles, stream_bundle, worker_bundle
 from cast_ray.runtime.placement import NODE_LABEL, nodes_of, reserve
 from cast_ray.runtime.ray_internals import is_lost_at_start, is_startup_timeout
@@ -101,11 +103,9 @@ def _fit(
     Raises:
         ControllerError: it failed for another reason.
     """
-    from ray.train.torch import TorchTrainer  # imports torch, which a row's driver does without until it trains
-
     runtime = segment.recipe.runtime
     os.environ.setdefault(START_TIMEOUT, START_TIMEOUT_S)
-    trainer = TorchTrainer(
+    trainer = _trainer_class(runtime.num_workers)(
         _run_stages,
         train_loop_config={"segment": segment, "group": group, "worker_nodes": worker_nodes, "teachers": teachers},
         scaling_config=ScalingConfig(
@@ -130,8 +130,19 @@ def _fit(
     return True
 
 
+def _trainer_class(num_workers: int) -> Any:
+    """Returns the trainer that sets up torch's process group; for one worker, which has nobody to talk to, its base
+    class: the row's driver and Train's controller then start without importing torch."""
+    if num_workers == 1:
+        return DataParallelTrainer
+    from ray.train.torch import TorchTrainer
+
+    return TorchTrainer
+
+
 def _run_stages(config: dict[str, Any]) -> None:
-    """The loop of one worker."""
+    """The loop of one worker. The processes that will read its images start up while it imports torch itself."""
+    warm_up_readers(config["segment"].recipe.runtime)
     from cast_ray.runtime.worker.stage_loop import run_stages
 
     run_stages(config["segment"], config["group"], config["worker_nodes"], config["teachers"])

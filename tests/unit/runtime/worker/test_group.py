@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -48,7 +50,7 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     def reserve(*_: Any, **__: Any) -> Iterator[Any]:
         yield SimpleNamespace(wait=lambda timeout_s: True)
 
-    monkeypatch.setattr("ray.train.torch.TorchTrainer", Trainer)
+    monkeypatch.setattr(group_module, "_trainer_class", lambda num_workers: Trainer)
     monkeypatch.setattr(group_module, "reserve", reserve)
     monkeypatch.setattr(group_module, "_find_room", lambda segment, homes: ["node"] * len(homes))
     monkeypatch.setattr(group_module.ray, "get", lambda answer: answer)
@@ -91,3 +93,13 @@ def test_a_sweep_that_came_to_its_end_while_the_segment_waited_starts_nothing(fi
     fits.append(None)
     run_segment(segment(broker))
     assert len(fits) == 1 and broker.names == ["occupy", "vacate"]
+
+
+def test_one_worker_needs_no_torch_in_the_driver() -> None:
+    """Torch's import would stand between the command and the start of every worker group."""
+    code = (
+        "import sys; from cast_ray.runtime.worker import group; import cast_ray.runtime.sweep.row_driver; "
+        "print(group._trainer_class(1).__name__, 'torch' in sys.modules, group._trainer_class(2).__name__)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["DataParallelTrainer", "False", "TorchTrainer"]
