@@ -12,10 +12,12 @@ from transformers import EomtConfig, Mask2FormerConfig
 from transformers.models.eomt.modeling_eomt import EomtMaskHead, EomtScaleBlock
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerMaskedAttentionDecoder,
+    Mask2FormerMaskPredictor,
     Mask2FormerMLPPredictionHead,
     Mask2FormerSinePositionEmbedding,
 )
 
+from cast_ray.contracts.mask_windows import window_logits
 from cast_ray.models.decoders import MASK_STRIDE, DecodedFeatures
 from cast_ray.models.vit_encoders import Tokens, ViTEncoder
 from cast_ray.recipe import ModelConfig
@@ -44,12 +46,15 @@ class MaskedAttentionHead(nn.Module):
     Source: Cheng et al. 2022 by transformers' Mask2FormerMaskedAttentionDecoder; query selection after Zhu et al.
     2021 (two-stage Deformable DETR). Deviations: selection by local maxima, so that neighbouring tokens of one instance
     do not fill all queries.
+
+    With `config.local_masks` the masks of queries and of proposals lie in windows, see `LocalMaskPredictor`.
     """
 
     def __init__(self, config: ModelConfig, num_classes: int):
         super().__init__()
         dim = config.hidden_dim
         self.proposals, self.num_queries = config.proposals, config.num_queries
+        self.local_masks = config.local_masks
         self.position = Mask2FormerSinePositionEmbedding(dim // 2, normalize=True)
         self.decoder = Mask2FormerMaskedAttentionDecoder(
             Mask2FormerConfig(
@@ -72,6 +77,9 @@ class MaskedAttentionHead(nn.Module):
             self.proposal_norm = nn.LayerNorm(dim)
             self.proposal_class = nn.Linear(dim, num_classes + 1)
             self.proposal_mask = Mask2FormerMLPPredictionHead(dim, dim, dim)
+        if config.local_masks:
+            self.proposal_window = _window_head(dim)
+            self.decoder.mask_predictor = LocalMaskPredictor(dim, config.num_heads)
         for layer in self.decoder.layers:
             for parameter in layer.parameters():
                 if parameter.dim() > 1:
@@ -82,12 +90,17 @@ class MaskedAttentionHead(nn.Module):
 
         Returns:
             `auxiliary` holds, with proposals, the inputs of `losses.proposals.proposal_loss`: proposal_class_logits
-            [B, C+1, h, w], proposal_mask_embeddings [B, D, h, w] (stride 8) and mask_features [B, D, H / 4, W / 4].
+            [B, C+1, h, w], proposal_mask_embeddings [B, D, h, w] (stride 8), mask_features [B, D, H / 4, W / 4] and,
+            with local masks, proposal_windows [B, 4, h, w].
         """
         auxiliary: dict[str, torch.Tensor] = {}
         batch = decoded.mask_features.shape[0]
+        pixels: torch.Tensor | LocatedFeatures = decoded.mask_features
         if self.proposals:
-            content, position, auxiliary = self._propose(decoded)
+            proposed = self._propose(decoded)
+            content, position, auxiliary = proposed.content, proposed.position, proposed.auxiliary
+            if self.local_masks:
+                pixels = LocatedFeatures(decoded.mask_features, proposed.tokens_BQ, proposed.grid)
         else:
             content = self.query_content.weight.expand(batch, -1, -1)
             position = self.query_position.weight.expand(batch, -1, -1)
@@ -102,7 +115,7 @@ class MaskedAttentionHead(nn.Module):
             encoder_hidden_states=[
                 x.flatten(2).permute(2, 0, 1) + self.level_embedding.weight[i] for i, x in enumerate(levels)
             ],
-            pixel_embeddings=decoded.mask_features,
+            pixel_embeddings=pixels,  # transformers hands them on to the mask predictor and does nothing else with them
             feature_size_list=[x.shape[-2:] for x in levels],
             return_dict=True,
         )
@@ -115,8 +128,8 @@ class MaskedAttentionHead(nn.Module):
     def _positions(self, x_BDHW: torch.Tensor) -> torch.Tensor:
         return self.position(x_BDHW.shape, x_BDHW.device, x_BDHW.dtype)
 
-    def _propose(self, decoded: DecodedFeatures) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """Query contents and positions [B, Q, D] from the dense proposals, and what their loss needs."""
+    def _propose(self, decoded: DecodedFeatures) -> Proposed:
+        """Makes queries from the dense proposals."""
         stride = max(s for s in decoded.levels if s <= PROPOSAL_STRIDE)
         level = decoded.levels[stride]
         grid = (level.shape[2], level.shape[3])
@@ -132,15 +145,82 @@ class MaskedAttentionHead(nn.Module):
         position_BTD = self._positions(level).flatten(2).transpose(1, 2)
         position = position_BTD[rows, index_BQ] + self.query_position.weight[:num]
         as_map = lambda x_BTD: x_BTD.transpose(1, 2).unflatten(2, grid)  # noqa: E731
-        return (
-            content,
-            position,
-            {
-                "proposal_class_logits": as_map(class_logits_BTC),
-                "proposal_mask_embeddings": as_map(embeddings_BTD),
-                "mask_features": decoded.mask_features,
-            },
-        )
+        auxiliary = {
+            "proposal_class_logits": as_map(class_logits_BTC),
+            "proposal_mask_embeddings": as_map(embeddings_BTD),
+            "mask_features": decoded.mask_features,
+        }
+        if self.local_masks:
+            auxiliary["proposal_windows"] = as_map(self.proposal_window(normed_BTD))
+        return Proposed(content, position, index_BQ, grid, auxiliary)
+
+
+@dataclass
+class Proposed:
+    """Queries that were made from dense proposals.
+
+    content, position: [B, Q, D]; tokens_BQ: int64 [B, Q], the proposal of each query, in the flattened grid (h, w);
+    auxiliary: what the proposals' loss needs.
+    """
+
+    content: torch.Tensor
+    position: torch.Tensor
+    tokens_BQ: torch.Tensor
+    grid: tuple[int, int]
+    auxiliary: dict[str, torch.Tensor]
+
+
+@dataclass
+class LocatedFeatures:
+    """Mask features [B, D, H, W], and the proposal of each query, int64 [B, Q], in the flattened grid (h, w)."""
+
+    features: torch.Tensor
+    tokens_BQ: torch.Tensor
+    grid: tuple[int, int]
+
+
+class LocalMaskPredictor(Mask2FormerMaskPredictor):
+    """Predicts a mask of each query, as Mask2Former does, inside a Gaussian window around the query's proposal.
+
+    A mask is the product of a query with the features of each pixel. Convolutions give the same features to objects
+    that look alike, except near the border of the image, so that the mask of one of them holds all of them. In a small
+    crop the border is never far and the objects are few; a model that was trained on crops does not tell apart the many
+    objects of a larger image. A window says which of them is meant, and it says so relative to the proposal, in an
+    image of any size.
+
+    Source: the predicted Gaussian of SMCA (Gao et al. 2021), which is there a prior of the attention; masks by
+    coordinates relative to their query after CondInst (Tian et al. 2020). Deviations: the logarithm of the Gaussian is
+    added to the logits of the mask.
+    """
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__(dim, num_heads, dim)
+        self.window = _window_head(dim)
+
+    def forward(  # type: ignore[override]
+        self, states_QBD: torch.Tensor, pixels: LocatedFeatures, attended_hw: torch.Size
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns mask logits float32 [B, Q, H, W], and where the next layer must not look: bool [B * heads, Q, h * w].
+
+        Args:
+            states_QBD: of the queries.
+            pixels: what masks are made of.
+            attended_hw: h and w of the level that the next layer attends to.
+        """
+        states_BQD = states_QBD.transpose(0, 1)
+        logits = torch.einsum("bqd,bdhw->bqhw", self.mask_embedder(states_BQD), pixels.features)
+        size = (logits.shape[2], logits.shape[3])
+        logits = logits + window_logits(self.window(states_BQD), pixels.tokens_BQ, pixels.grid, size)
+        attended = F.interpolate(logits.detach(), size=attended_hw, mode="bilinear", align_corners=False)
+        return logits, (attended < 0).flatten(2).repeat_interleave(self.num_heads, dim=0)
+
+
+def _window_head(dim: int) -> nn.Linear:
+    """Makes the layer that predicts windows: before training they are all alike, see `mask_windows.RADIUS_CELLS`."""
+    head = nn.Linear(dim, 4)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
 
 
 @torch.no_grad()

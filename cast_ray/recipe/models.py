@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from cast_ray.common.registry import check_name
-from cast_ray.recipe.part import Part
+from cast_ray.recipe.part import OFF_BY_DEFAULT, Part
 
 
 class EncoderConfig(Part):
@@ -64,6 +64,10 @@ class ModelConfig(Part):
     """Width of the feed-forward part of these layers."""
     proposals: bool = True
     """Initialise the queries from dense location-assigned proposals (else learnt queries, as in Mask2Former)."""
+    local_masks: Annotated[bool, OFF_BY_DEFAULT] = False
+    """Keep the mask of each query in a window (a Gaussian of predicted place and size) around the query's proposal. It
+    is for encoders without position embeddings (`conv`, `convnext` and others of convolutions), for which objects that
+    look alike are one: their masks else hold several objects of an image that is larger than the training crops."""
 
     @field_validator("decoder")
     @classmethod
@@ -75,6 +79,8 @@ class ModelConfig(Part):
     def _parts_fit(self) -> ModelConfig:
         if self.head == "eomt" and self.proposals:
             raise ValueError("head 'eomt' has learnt queries only: expected proposals=false")
+        if self.local_masks and not self.proposals:
+            raise ValueError("local_masks needs the place of each query: expected proposals=true, or local_masks=false")
         return self
 
 
@@ -86,6 +92,7 @@ _MASK2FORMER: dict[str, Any] = {
     "num_heads": 8,
     "feedforward_dim": 2048,
     "proposals": False,
+    "local_masks": False,
 }
 # The paper gives neither the widths nor the decoder's last stride: there ours stand, which meet its 52 M parameters.
 STUDENT_PRESETS: dict[str, dict[str, Any]] = {

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from cast_ray.contracts.mask_windows import window_logits
 from cast_ray.contracts.records import Targets
 from cast_ray.losses.mask_terms import mask_terms
 from cast_ray.losses.set.criterion import target_weights
@@ -44,7 +45,8 @@ def proposal_loss(
 
     Args:
         auxiliary: `Predictions.auxiliary` of B images: proposal_class_logits [B, C+1, h, w],
-            proposal_mask_embeddings [B, D, h, w], mask_features [B, D, H', W'].
+            proposal_mask_embeddings [B, D, h, w], mask_features [B, D, H', W'] and, of local masks, proposal_windows
+            [B, 4, h, w] (see `mask_windows.window_logits`).
         targets: B targets at crop size.
         config: the weights.
         valid: bool [B, H, W], False on padding; None: no padding.
@@ -60,7 +62,9 @@ def proposal_loss(
     """
     class_logits = auxiliary["proposal_class_logits"].float()
     embeddings, features = auxiliary["proposal_mask_embeddings"].flatten(2), auxiliary["mask_features"].flatten(2)
-    (*_, height, width), grid = auxiliary["mask_features"].shape, class_logits.shape[2:]
+    height, width = auxiliary["mask_features"].shape[2:]
+    grid = (class_logits.shape[2], class_logits.shape[3])
+    windows = auxiliary["proposal_windows"].flatten(2) if "proposal_windows" in auxiliary else None
     num_classes = class_logits.shape[1] - 1
     keep = kept_pixels(targets, valid)
     # Pooled once at crop size, the largest tensors here; the grid's cells are made of the mask features' pixels.
@@ -82,7 +86,8 @@ def proposal_loss(
     cross_entropy_BT = F.cross_entropy(class_logits.flatten(2), labels_BT, reduction="none")
 
     # Attached without any token too: every head gets a gradient on every worker, which DDP needs.
-    nothing = (embeddings.flatten()[:1].sum() * 0 + features.flatten()[:1].sum() * 0).float()
+    attached = (embeddings, features) if windows is None else (embeddings, features, windows)
+    nothing = sum((x.flatten()[:1].float().sum() * 0 for x in attached), class_logits.new_zeros(()))
     mask_sums, dice_sums = [nothing] * len(targets), [nothing] * len(targets)
     # The only copy to the host: how many tokens are assigned decides the shapes.
     for b, assigned_T in enumerate(assigned_BT.cpu()):
@@ -91,6 +96,9 @@ def proposal_loss(
             continue
         instance_P, token_P = (x.to(class_logits.device, non_blocking=True) for x in (assigned_T[token_P], token_P))
         logits_PX = (embeddings[b][:, token_P].T @ features[b]).float()
+        if windows is not None:
+            window_1PHW = window_logits(windows[b, :, token_P].T[None], token_P[None], grid, (height, width))
+            logits_PX = logits_PX + window_1PHW[0].flatten(1)
         counted_1X = None if counted is None else counted[b].view(1, -1)
         mask_P, dice_P = mask_terms(logits_PX, masks[b].flatten(1)[instance_P], counted_1X)
         mask_sums[b], dice_sums[b] = mask_P @ weights[b][instance_P], dice_P @ weights[b][instance_P]

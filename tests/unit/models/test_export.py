@@ -65,6 +65,7 @@ def check(student: Student, path: Path) -> None:
     "options",
     [
         {"encoder": "conv", "proposals": True},
+        {"encoder": "conv", "proposals": True, "local_masks": True},
         {"encoder": "vit", "decoder": "msdeform"},
         {"encoder": "vit", "decoder": "dpt-released"},
         {"encoder": "vit", "head": "eomt"},

@@ -21,9 +21,15 @@ ENCODERS = {
 }
 
 
-def tiny(encoder: str = "convnext", proposals: bool = True) -> ModelConfig:
+def tiny(encoder: str = "convnext", proposals: bool = True, local_masks: bool = False) -> ModelConfig:
     return ModelConfig(
-        encoder=ENCODERS[encoder], hidden_dim=16, num_queries=5, num_layers=2, feedforward_dim=16, proposals=proposals
+        encoder=ENCODERS[encoder],
+        hidden_dim=16,
+        num_queries=5,
+        num_layers=2,
+        feedforward_dim=16,
+        proposals=proposals,
+        local_masks=local_masks,
     )
 
 
@@ -32,9 +38,9 @@ def images(batch: int = 2, height: int = 32, width: int = 48) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
-@pytest.mark.parametrize("proposals", [True, False])
-def test_forward_shapes_and_every_parameter_gets_a_gradient(encoder: str, proposals: bool):
-    model = build_segmenter(tiny(encoder, proposals), num_classes=3, seed=0)
+@pytest.mark.parametrize(("proposals", "local_masks"), [(True, False), (True, True), (False, False)])
+def test_forward_shapes_and_every_parameter_gets_a_gradient(encoder: str, proposals: bool, local_masks: bool):
+    model = build_segmenter(tiny(encoder, proposals, local_masks), num_classes=3, seed=0)
     out = model(images())
     assert isinstance(out, Predictions)
     assert len(out.class_logits) == len(out.mask_logits) == 3
@@ -70,9 +76,9 @@ def test_weights_depend_on_the_seed_only_and_the_global_state_is_kept():
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
-@pytest.mark.parametrize("proposals", [True, False])
-def test_an_image_off_the_stride_is_padded_and_its_masks_are_cut(encoder: str, proposals: bool):
-    model = build_segmenter(tiny(encoder, proposals), 3, 0)
+@pytest.mark.parametrize(("proposals", "local_masks"), [(True, False), (True, True), (False, False)])
+def test_an_image_off_the_stride_is_padded_and_its_masks_are_cut(encoder: str, proposals: bool, local_masks: bool):
+    model = build_segmenter(tiny(encoder, proposals, local_masks), 3, 0)
     out = model(images(2, 40, 52))
     assert out.mask_logits[-1].shape[2:] == (10, 13)
     assert {s: tuple(x.shape[2:]) for s, x in out.features.items()} == {

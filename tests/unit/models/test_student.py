@@ -47,13 +47,15 @@ def images() -> torch.Tensor:
     return torch.randint(0, 256, (2, 3, 32, 48), generator=torch.Generator().manual_seed(0)).byte()
 
 
-def test_what_is_saved_comes_back(folder: Path) -> None:
-    student = Student(build_segmenter(TINY, 2, 1), CATEGORIES, (32, 48), colours=[(1, 2, 3), (4, 5, 6)]).eval()
+@pytest.mark.parametrize("local_masks", [False, True])
+def test_what_is_saved_comes_back(folder: Path, local_masks: bool) -> None:
+    model = TINY.model_copy(update={"local_masks": local_masks})
+    student = Student(build_segmenter(model, 2, 1), CATEGORIES, (32, 48), colours=[(1, 2, 3), (4, 5, 6)]).eval()
     student.save_pretrained(folder)
     again = Student.from_pretrained(folder)
     assert again.categories == CATEGORIES and again.class_names == ["disc", "büchse"]
     assert again.image_px == (32, 48) and again.colours == [(1, 2, 3), (4, 5, 6)]
-    assert not again.training and again.segmenter.config == TINY
+    assert not again.training and again.segmenter.config == model
     assert again.predict(images(), [(64, 96), (20, 30)], [(32, 48), (32, 48)]) == student.predict(
         images(), [(64, 96), (20, 30)], [(32, 48), (32, 48)]
     )

@@ -175,6 +175,8 @@ RESULT_FIELDS = {
     "student.decoder": ("fpn", {"distill", "refine"}),
     "student.decoder_layers": ("2", {"distill", "refine"}),
     "stages.pretrain.steps": ("9", {"pretrain"}),
+    "teacher.local_masks": ("true", {"pretrain", "adapt", "selftrain"}),
+    "student.local_masks": ("true", {"distill"}),
     "stages.adapt.lr": ("3e-4", {"adapt"}),
     "stages.selftrain.ema": ("0.9", {"selftrain"}),
     "stages.selftrain.batch_unlabelled": ("4", {"selftrain"}),
@@ -232,6 +234,7 @@ UNTOUCHED = {
     "data.unlabelled_pool": {"pretrain", "adapt", "zero_shot"},
     "teacher.hidden_dim": set(),
     "student.num_queries": {"pretrain", "adapt", "label-adapted", "selftrain", "label-teacher", "teacher"},
+    "student.local_masks": {"pretrain", "adapt", "label-adapted", "selftrain", "label-teacher", "teacher"},
     "stages.distill.steps": {"pretrain", "adapt", "label-adapted", "selftrain", "label-teacher", "teacher"},
     "loss.lambda_semi": {"pretrain", "adapt", "label-adapted", "selftrain", "label-teacher", "teacher"},
     "loss.lambda_pxl": {"pretrain", "zero_shot"},
@@ -286,6 +289,8 @@ def test_where_and_how_it_runs_changes_nothing(key: str, value: str | None) -> N
         "runtime.stream_memory_mb": "32",
         "runtime.max_concurrent_stages": "5",
         "runtime.max_failures": "9",
+        "runtime.worker_selector": "gpu=L4",
+        "runtime.labeller_selector": "gpu=H100",
     }
     value = others[key] if value is None else value
     before, after = make(), make({key: value})

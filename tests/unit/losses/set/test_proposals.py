@@ -80,6 +80,29 @@ def test_proposal_loss_falls_to_zero_for_the_right_answer_and_counts_add_up() ->
     assert wrong["proposal_mask"][0] > 10 and wrong["proposal_dice"][0] > 0.5
 
 
+def test_the_window_of_a_proposal_is_a_part_of_its_mask() -> None:
+    """Two equal objects have equal features: without windows the mask of a token of the one holds the other too."""
+    masks = [square(64, 64, 8, 8, 8), square(64, 64, 48, 48, 8)]
+    target = targets(masks, [0, 0])
+    assigned = assign(target, (8, 8))
+    auxiliary = {
+        "proposal_class_logits": torch.zeros(1, 2, 8, 8),
+        "proposal_mask_embeddings": torch.ones(1, 1, 8, 8),
+        "mask_features": torch.where(target.masks.any(0)[::4, ::4], 20.0, -20.0)[None, None],
+    }
+    assert assigned.ge(0).sum() == 2
+    windows = torch.zeros(1, 4, 8, 8)
+    windows[:, 2:] = 1.5  # of a standard deviation of .94 cells: 5 cells away the logit is below -20
+    windows.requires_grad_()
+    without = proposal_loss(auxiliary, [target], LossConfig())
+    local = proposal_loss({**auxiliary, "proposal_windows": windows}, [target], LossConfig())
+    for term in ("proposal_mask", "proposal_dice"):
+        assert local[term][0] < 0.01 * without[term][0] and local[term][1] == without[term][1] == 2
+    local["proposal_mask"][0].sum().backward()
+    assert windows.grad is not None
+    assert (windows.grad.flatten(2).abs().sum((0, 1)) > 0).tolist() == assigned.ge(0).tolist()
+
+
 def random_auxiliary(images: int = 2) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     shapes = {
