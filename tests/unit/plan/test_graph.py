@@ -293,7 +293,8 @@ def test_where_and_how_it_runs_changes_nothing(key: str, value: str | None) -> N
         "runtime.labeller_selector": "gpu=H100",
     }
     value = others[key] if value is None else value
-    before, after = make(), make({key: value})
+    needs = {"runtime.num_labellers": "3"} if key == "runtime.labeller_selector" else {}
+    before, after = make(), make({key: value, **needs})
     assert before.recipe != after.recipe
     assert not changed(before, after)
 
