@@ -13,9 +13,10 @@ Facts of Ray 2.60 that shape this file:
 
 from __future__ import annotations
 
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group_table
@@ -52,6 +53,7 @@ def reserve(
     *,
     nodes: Sequence[str] | None = None,
     say: Callable[[str, str], object] | None = None,
+    holder: str = "",
 ) -> Iterator[PlacementGroup]:
     """Reserves bundles in a placement group, given back at the end.
 
@@ -59,11 +61,13 @@ def reserve(
         nodes: id of the node that each bundle must lie on; None: wherever they fit, on as few nodes as possible.
         say: called with what is waited for and with what is known of the reason, from the first seconds on until the
             group is placed. None: the group may still be pending when it is given out.
+        holder: in whose name it is reserved, see `give_back`; empty: nobody else's.
     """
     selector = None if nodes is None else [{NODE_LABEL: node} for node in nodes]
     group = ray.util.placement_group(
         [dict(bundle) for bundle in bundles],
         strategy="PACK",
+        name=f"{holder}/{uuid.uuid4().hex}" if holder else "",
         bundle_label_selector=selector,  # type: ignore[arg-type]
     )
     try:
@@ -74,6 +78,14 @@ def reserve(
         yield group
     finally:
         ray.util.remove_placement_group(group)
+
+
+def give_back(holder: str) -> None:
+    """Removes what a process that is gone has reserved: Ray keeps the groups of a dead actor until its job ends."""
+    for facts in placement_group_table().values():
+        if facts["name"].startswith(f"{holder}/") and facts["state"] != "REMOVED":
+            with suppress(ValueError):  # it has just been removed
+                ray.util.remove_placement_group(ray.util.get_placement_group(facts["name"]))
 
 
 def nodes_of(group: PlacementGroup) -> list[str]:

@@ -22,9 +22,11 @@ from typing import Any
 import ray
 
 from cast_ray.common.logs import configure_logging
+from cast_ray.recipe import RuntimeConfig
 from cast_ray.runtime.data.record_tables import load_records
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.claims import Claims
+from cast_ray.runtime.sweep.group_pool import GroupPool
 from cast_ray.runtime.sweep.leases import LEASE_TIMEOUT_S, REPLACED, Answer, Leases, Limits, Need
 
 logger = logging.getLogger(__name__)
@@ -49,6 +51,8 @@ class _Waiter:
     """The driver process that waits."""
     seen: float = 0.0
     """When that process was last heard of."""
+    runtime: RuntimeConfig | None = None
+    """What its worker groups need."""
     granted: asyncio.Event = field(default_factory=asyncio.Event)
     answer: Answer | None = None
 
@@ -64,6 +68,7 @@ class Broker:
     Args:
         storage, holder: where and in whose name stages are claimed; no holder: there is nobody to agree with.
         by_turns: segments that wait for room may be more than the cluster holds, see `hand_over`.
+        is_open: rows may still be added while no known one is left, as in a search.
     """
 
     def __init__(
@@ -75,9 +80,10 @@ class Broker:
         budget_hours: float | None = None,
         keep_going: bool = False,
         by_turns: bool = False,
+        is_open: bool = False,
     ):
         configure_logging()
-        self.by_turns = by_turns
+        self.by_turns, self.is_open = by_turns, is_open
         self.moving: dict[str, tuple[frozenset[str], float]] = {}
         """Owner -> nodes on which its segment is exchanging its reservation for others, and since when."""
         self.leases = Leases(slots, done)
@@ -87,6 +93,9 @@ class Broker:
         """Fingerprint -> artifact key of every stage that was asked for."""
         self.jobs: dict[str, bytes] = {}
         self.waiting: list[_Waiter] = []
+        self.asked: dict[str, _Waiter] = {}
+        """Owner -> what it asked for last."""
+        self.groups = GroupPool(self.limits)
         self.instances: dict[str, str] = {}
         """Owner -> the driver process that asked last."""
         self.replaced: set[str] = set()
@@ -116,13 +125,21 @@ class Broker:
     async def job(self, name: str) -> bytes:
         return self.jobs[name]
 
-    async def claim(self, owner: str, needs: list[Need], devices: int = 1, instance: str = "") -> Answer:
+    async def claim(
+        self,
+        owner: str,
+        needs: list[Need],
+        devices: int = 1,
+        instance: str = "",
+        runtime: RuntimeConfig | None = None,
+    ) -> Answer:
         """Blocks until `owner` may run something, all its needs are done, or it may not go on.
 
         Args:
             devices: what the owner's worker group will occupy, for the budget.
             instance: id of the driver process that asks. What earlier processes of this owner hold or wait for passes
                 to it; one of them that is alive all the same is told to stop.
+            runtime: what the owner's worker groups need, by which one that is parked is kept for it.
         """
         if instance in self.replaced:
             return REPLACED
@@ -130,7 +147,7 @@ class Broker:
         self.orders += 1
         self.keys |= {n.fingerprint: n.key for n in needs}
         self.devices[owner] = devices
-        waiter = _Waiter(owner, needs, self.orders, instance, time.monotonic())
+        waiter = self.asked[owner] = _Waiter(owner, needs, self.orders, instance, time.monotonic(), runtime)
         while True:
             answer = await self._turn(waiter)
             if not answer["run"]:
@@ -139,6 +156,8 @@ class Broker:
             if instance in self.replaced:  # while the store was asked; the next process has been granted these stages
                 return REPLACED
             if run:
+                if any(n.alone for n in needs if n.fingerprint in run):  # its labellers need the room of a worker group
+                    self._keep_within_slots()
                 logger.info("segment granted to %s: %s", owner, ", ".join(self.keys[f] for f in run))
                 return {"run": run, "done": answer["done"] + done}
             await self._end_grant(owner)
@@ -156,6 +175,8 @@ class Broker:
         self.posts.pop(owner, None)
         if owner in self.leases.heartbeat:  # the process was lost in a segment
             await self._end_grant(owner)
+            if before:  # a labelling job's room, which the process reserved itself
+                await self.groups.hosts.give_back(before)
 
     async def _turn(self, waiter: _Waiter) -> Answer:
         """Waits for this broker's own grant."""
@@ -230,6 +251,7 @@ class Broker:
         self.moving.pop(owner, None)
         self.limits.stop(owner, time.monotonic())
         unfinished = self.leases.release(owner)
+        await self.groups.end(owner)
         if self.claims is not None and unfinished:
             await asyncio.to_thread(self.claims.give_back, [self.keys[f] for f in unfinished])
 
@@ -249,6 +271,7 @@ class Broker:
         Args:
             what, why: in words; the time is counted from the first call since the segment last had room.
         """
+        self.groups.close_all()  # their room may be what it waits for
         since = self.rooms[owner]["since"] if owner in self.rooms else time.monotonic()
         self.rooms[owner] = {"what": what, "why": why, "since": since}
 
@@ -294,6 +317,51 @@ class Broker:
         self.moving.pop(owner, None)
         self.limits.stop(owner, time.monotonic())
 
+    async def lend(self, owner: str, shape: RuntimeConfig | None, run: str, node: str, instance: str = "") -> Any:
+        """Lends the host of a worker group for the segment that `owner` was granted; see `GroupPool.lend`.
+
+        A second call for a segment says that the host was lost. None: the grant has ended meanwhile, because the driver
+        was thought to be dead, or its row was stopped.
+        """
+        if instance in self.replaced:
+            return None
+        await self.groups.end(owner)
+        if instance in self.replaced or owner not in self.leases.heartbeat:
+            return None
+        host = self.groups.lend(owner, shape, self.devices.get(owner, 1), run, node)
+        self._keep_within_slots()
+        return host
+
+    async def take_back(self, owner: str, is_kept: bool, instance: str = "") -> None:
+        """`owner`'s segment is over; `is_kept`: its worker group waits for another one."""
+        if instance not in self.replaced:
+            self.groups.take_back(owner, is_kept, self._is_wanted)
+
+    async def close_groups(self) -> None:
+        """The sweep is over: returns when no worker group is left, and nothing of those that were interrupted."""
+        await self.groups.closed()
+        if self.claims is not None and self.groups.interrupted:
+            await asyncio.to_thread(self.claims.store.forget_interrupted, self.groups.interrupted)
+
+    def _keep_within_slots(self) -> None:
+        """A parked group holds the room of a slot: where all slots are taken there is none for it."""
+        self.groups.keep(self.leases.slots - len(self.leases.heartbeat))
+
+    def _is_wanted(self, shape: RuntimeConfig) -> bool:
+        """Whether a row may still come for a worker group of this shape."""
+        if self.limits.reason(time.monotonic()) is not None:
+            return False
+        return self.is_open or any(self._may_come(owner, shape) for owner in self.jobs)
+
+    def _may_come(self, owner: str, shape: RuntimeConfig) -> bool:
+        asked = self.asked.get(owner)
+        if asked is None:
+            return True
+        left = [n for n in asked.needs if n.fingerprint not in self.leases.done and not n.alone]
+        is_doomed = any(n.fingerprint in self.leases.failed for n in left)
+        is_served = all(self.leases.leased.get(n.fingerprint) == owner for n in left)
+        return asked.runtime == shape and not is_doomed and not is_served
+
     async def admit(self, owner: str, fingerprint: str) -> bool:
         """Whether the next stage of a segment may start; the same answer to every worker of the group."""
         return self.admitted.setdefault((owner, fingerprint), self.limits.reason(time.monotonic()) is None)
@@ -318,11 +386,15 @@ class Broker:
         if instance in self.replaced:
             return
         self.ended[owner] = status
+        if status == "pruned":  # its process goes on until Tune ends it, and finds its worker group gone
+            self.replaced.add(instance)
         if status in ("done", "failed"):
             self.limits.outcomes.append(status == "done")
         self.jobs.pop(owner, None)
+        self.asked.pop(owner, None)
         self.entries.pop(owner, None)
         await self.settle(owner)
+        self.groups.close_unwanted(self._is_wanted)
 
     async def spent(self, owner: str) -> float:
         """Device-seconds that `owner` has used up."""

@@ -31,6 +31,14 @@ class Segment:
     requested: float
     """When the row's driver asked for the worker group (time.time())."""
 
+    @property
+    def run_name(self) -> str:
+        """Name of the run in Ray Train of a worker group that is started for this segment.
+
+        Every attempt has one of its own: an interrupted run of the same stages may still be going down.
+        """
+        return f"{self.stages[0].fingerprint[:8]}-{self.store.attempt}"
+
 
 class SweepStopped(RuntimeError):
     """Nothing more may start in this sweep; its broker says why when it is asked for the next stage."""
