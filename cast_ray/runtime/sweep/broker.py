@@ -357,10 +357,11 @@ class Broker:
         asked = self.asked.get(owner)
         if asked is None:
             return True
-        left = [n for n in asked.needs if n.fingerprint not in self.leases.done and not n.alone]
-        is_doomed = any(n.fingerprint in self.leases.failed for n in left)
-        is_served = all(self.leases.leased.get(n.fingerprint) == owner for n in left)
-        return asked.runtime == shape and not is_doomed and not is_served
+        left = [n.fingerprint for n in asked.needs if n.fingerprint not in self.leases.done and not n.alone]
+        if asked.runtime != shape or any(fingerprint in self.leases.failed for fingerprint in left):
+            return False
+        served = {f for f, by in self.leases.leased.items() if by == owner and owner in self.groups.working}
+        return not served.issuperset(left)
 
     async def admit(self, owner: str, fingerprint: str) -> bool:
         """Whether the next stage of a segment may start; the same answer to every worker of the group."""

@@ -206,7 +206,8 @@ def test_rows_of_a_sweep_share_their_groups() -> None:
 def test_a_row_that_cannot_come_keeps_no_group() -> None:
     async def scene() -> None:
         broker, _ = broker_of(3, "a", "b", "c", "d")
-        await broker.claim("b", [need("y")], 1, "b", SMALL)  # all it needs runs already
+        await broker.claim("b", [need("y")], 1, "b", SMALL)
+        await broker.lend("b", SMALL, "run", "node", "b")  # all it needs runs already
         await broker.claim("c", [need("z")], 2, "c", LARGE)
         await broker.finish("z")
         await broker.fail("nobody", "w", "no memory")
@@ -237,6 +238,17 @@ def test_a_row_that_waits_for_a_stage_keeps_a_group_until_it_has_no_use_for_it()
         waits.cancel()
         assert broker.groups.parked == []
         await broker.close_groups()
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+def test_a_row_that_was_granted_a_segment_is_about_to_come() -> None:
+    async def scene() -> None:
+        broker, _ = broker_of(2, "a", "b")
+        await broker.claim("b", [need("y")], 1, "b", SMALL)
+        host = await serve(broker, "a", [need("x")])
+        await broker.release("a", "done", "a")  # before the driver of b has had its answer
+        assert await broker.lend("b", SMALL, "run", "node", "b") is host
 
     asyncio.run(asyncio.wait_for(scene(), 60))
 
