@@ -137,7 +137,7 @@ class WorkerGroup:
                 num_lost += 1
             finally:
                 if (served := self.segment) is not None:
-                    ray.get(broker.vacate.remote(served.owner))
+                    ray.get(served.broker.vacate.remote(served.owner))
 
     def _fit(
         self, runtime: RuntimeConfig, group: PlacementGroup, worker_nodes: list[str], teachers: Teachers | None

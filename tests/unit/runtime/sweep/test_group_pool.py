@@ -91,22 +91,21 @@ def test_a_parked_group_is_lent_to_a_segment_of_its_shape() -> None:
 
 
 def test_a_parked_group_ends_after_some_seconds_and_its_process_serves_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "PARK_S", 0.1)
-
     async def scene() -> None:
         limits = Limits(None, False)
         pool = GroupPool(limits, FakeHosts())
         host = pool.lend("a", SMALL, 3, "run-a", "n1")
         pool.take_back("a", True, is_wanted)
-        await asyncio.sleep(0.06)
-        assert pool.lend("b", SMALL, 3, "run-b", "n1") is host
+        first = pool.parked[0].timer
+        assert first is not None and first.when() > asyncio.get_running_loop().time()
+        assert pool.lend("b", SMALL, 3, "run-b", "n1") is host and first.cancelled()
+        monkeypatch.setattr(pool_module, "PARK_S", 0.05)
         pool.take_back("b", True, is_wanted)
-        await asyncio.sleep(0.06)  # the first time it was parked counts no more
-        assert pool.parked and host.num_closed == 0
-        await asyncio.sleep(0.06)
+        while pool.parked:
+            await asyncio.sleep(0.01)
         await pool.closed()
-        assert pool.parked == [] and host.num_closed == 1 and limits.parked == {}
-        assert 3 * 0.12 <= limits.spent_s < 3 * 60  # of a budget, the time in which it served nobody
+        assert host.num_closed == 1 and limits.parked == {}
+        assert 3 * 0.05 <= limits.spent_s < 3 * 60  # of a budget, the time in which it served nobody
         assert pool.lend("c", LARGE, 2, "run-c", "n1") is host
         await pool.closed()
         assert host.num_closed == 1 and set(pool.working) == {"c"}
@@ -229,6 +228,7 @@ def test_a_row_that_waits_for_a_stage_keeps_a_group_until_it_has_no_use_for_it()
     async def scene() -> None:
         broker, _ = broker_of(2, "a", "b", "c")
         await broker.claim("b", [need("y")], 1, "b", SMALL)
+        await broker.lend("b", SMALL, "run", "node", "b")
         waits = asyncio.ensure_future(broker.claim("c", [need("y"), need("z", "y")], 1, "c", SMALL))
         await asyncio.sleep(0)
         host = await serve(broker, "a", [need("x")])
