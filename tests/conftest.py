@@ -10,10 +10,11 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -151,7 +152,7 @@ def start_sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSweep
     """`start(folder, *arguments)`: the losses table at smoke scale on a Ray of its own, all files below `folder`.
 
     `tables` in place of losses; `out`: folder of results below `folder`, where two sweeps share a storage; `script`:
-    another command.
+    another command; `variables`: of the environment, Ray's included, which are otherwise kept from it.
     """
     started: list[SweepProcess] = []
 
@@ -161,6 +162,7 @@ def start_sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSweep
         tables: tuple[str, ...] = ("losses",),
         out: str = "runs",
         script: str = "sweeps/ablate.py",
+        variables: Mapping[str, str] = MappingProxyType({}),
     ) -> SweepProcess:
         mark = uuid.uuid4().hex
         log = tmp_path_factory.mktemp("log") / "output.txt"
@@ -171,7 +173,7 @@ def start_sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSweep
             process = subprocess.Popen(
                 [*command, *arguments],
                 cwd=ROOT,
-                env=environment | {MARK: mark, "OMP_NUM_THREADS": "1"},
+                env=environment | {MARK: mark, "OMP_NUM_THREADS": "1"} | dict(variables),
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 text=True,

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
+from cast_ray.contracts.compute_node import ComputeNode
 from cast_ray.contracts.document import Document, DocumentPart, Several, parse
 
 
@@ -46,6 +47,8 @@ class Manifest(Document):
     num_workers: int | None = None
     device: str | None = None
     """Kind of device that it ran on, such as cpu or cuda:0."""
+    computed_on: Several[ComputeNode] = ()
+    """The kinds of machines of the workers that finished it; empty: not known."""
     owner: str | None = None
     """Name of the trial that made it."""
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from cast_ray.contracts.compute_node import ComputeNode
 from cast_ray.contracts.document import Document, DocumentPart, Several
 from cast_ray.contracts.label_audit import LabelAudit
 
@@ -38,14 +39,14 @@ def is_finite(value: Any) -> bool:
 
 
 class Hardware(DocumentPart):
-    """The machine that planned the sweep."""
+    """The machine that planned the sweep. What computed its stages is in their `computed_on`."""
 
     cpu: str | None = None
     """Model of the CPU."""
     num_cpus: int | None = None
     """Cores."""
     gpu: str | None = None
-    """Model of the GPU; None: there is none."""
+    """Model of its GPU; None: it has none, or nobody looked."""
     memory_gb: float | None = None
 
 
@@ -131,6 +132,8 @@ class StageRecord(DocumentPart):
     startup_seconds: float | None = None
     """Time that its workers took to start; 0 where they had run another stage before."""
     images_per_s: float | None = None
+    computed_on: Several[ComputeNode] = ()
+    """The kinds of machines of the workers that finished it; empty: not known."""
     resumed_at_step: int | None = None
     """Step of the checkpoint that it was resumed from; None: it ran in one piece."""
     skipped_steps: int | None = None
@@ -178,6 +181,8 @@ class RowResult(Document):
     """Fingerprints of imported artifacts that the row builds on."""
     metrics: dict[str, Number | None] = Field(default_factory=dict)
     """`<role>/<measure>` -> value, such as `student/mask_ap` in percent; None: not defined on this data."""
+    measured_on: dict[str, ComputeNode] = Field(default_factory=dict)
+    """Metric that depends on the machine (`<role>/latency_ms`) -> the one it was measured on."""
     per_class: dict[str, dict[str, Number | None]] = Field(default_factory=dict)
     """Role -> name of each class -> AP in percent; None: no object of it."""
     evaluations: dict[str, str] = Field(default_factory=dict)

@@ -80,6 +80,16 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
+    def _selected_labellers_exist(self) -> Recipe:
+        runtime = self.runtime
+        if runtime.labeller_selector and not runtime.num_labellers and self.labels.mode != "online":
+            raise ValueError(
+                "runtime.labeller_selector is set, and the workers that train also label, on nodes of "
+                "runtime.worker_selector: expected runtime.num_labellers of at least 1, or labels.mode=online"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _batch_norm_sees_a_whole_step(self) -> Recipe:
         for part, model, stages in (
             ("student", self.student, ("distill", "refine")),

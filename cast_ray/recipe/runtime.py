@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from cast_ray.recipe.part import Part
 
 Precision = Literal["off", "bf16", "fp16"]
 """What a stage computes in: float32, or autocast to bfloat16 or float16."""
+
+
+_PAIR = re.compile(r"([\w./-]+)=(!?(?:[\w.-]+|in\([\w.-]+(?:,[\w.-]+)*\)))(?:,|$)", re.ASCII)
+
+
+def parse_selector(text: str) -> dict[str, str]:
+    """Reads `key=value,key=in(a,b)` as a label selector of Ray.
+
+    Raises:
+        ValueError: it is none.
+    """
+    rest, found = text.replace(" ", ""), {}
+    while rest:
+        pair = _PAIR.match(rest)
+        if pair is None:
+            raise ValueError(
+                f"{text!r} is no label selector: expected for example ray.io/accelerator-type=L4; other values are "
+                "!L4, in(A10G,L4) and !in(A10G,L4), and commas separate several pairs"
+            )
+        found[pair[1]] = pair[2]
+        rest = rest[pair.end() :]
+    return found
 
 
 class RuntimeConfig(Part):
@@ -39,8 +62,19 @@ class RuntimeConfig(Part):
     max_concurrent_stages: int = Field(0, ge=0)
     """Worker groups and labelling jobs at a time. 0: on one machine as many as its cores hold, on a cluster as many as
     the rows need (at most 32), of which those that find no room wait and make its autoscaler start nodes."""
+    worker_selector: str = ""
+    """Labels of the nodes that train, validate and, unless there are labellers, label: `key=value`, several with commas
+    between. A value is as in Ray's label selectors: `L4`, `!L4`, `in(A10G,L4)` or `!in(A10G,L4)`. Empty: any node."""
+    labeller_selector: str = ""
+    """The same for the nodes of labellers (`num_labellers`) and of online teachers."""
     max_failures: int = Field(3, ge=0)
     """Times a stage's workers are restarted from the last checkpoint before its row fails."""
+
+    @field_validator("worker_selector", "labeller_selector")
+    @classmethod
+    def _is_selector(cls, text: str) -> str:
+        parse_selector(text)
+        return text
 
     @property
     def precision(self) -> Precision:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from cast_ray.contracts.compute_node import nodes_text
 from cast_ray.contracts.row_result import DatasetFacts, Hardware, RowResult, SplitFacts
 from cast_ray.recipe.stages import KINDS_OF_AP
 from cast_ray.report.content import Difference, Report, Result
@@ -25,8 +26,10 @@ def context_of(results: Sequence[RowResult]) -> dict[str, str]:
         context["command"] = "; ".join(sorted(commands))
     if starts := sorted(r.started for r in results if r.started):
         context["started"] = starts[0]
+    if computed_on := nodes_text(node for r in results for stage in r.stages for node in stage.computed_on):
+        context["computed on"] = computed_on
     if machines := dict.fromkeys(hardware_text(r.hardware) for r in results if r.hardware):
-        context["machine"] = "; ".join(machines)
+        context["planned on"] = "; ".join(machines)
     if versions := {r.code_version for r in results if r.code_version}:
         context["code"] = ", ".join(sorted(versions))
     if first := next((r for r in results if r.recipe), None):
@@ -69,9 +72,9 @@ def _images_per_step(results: Sequence[RowResult]) -> str:
 
 
 def hardware_text(hardware: Hardware) -> str:
-    """`AMD EPYC, 2 CPUs, no GPU, 24 GB memory`."""
-    cpu, num_cpus, gpu = hardware.cpu or "unknown CPU", hardware.num_cpus or "?", hardware.gpu or "no GPU"
-    return f"{cpu}, {num_cpus} CPUs, {gpu}, {hardware.memory_gb or 0:.0f} GB memory"
+    """Returns for example `AMD EPYC, 2 CPUs, 24 GB memory`, of the machine that planned a sweep."""
+    cpu, num_cpus, gpu = hardware.cpu or "unknown CPU", hardware.num_cpus or "?", hardware.gpu
+    return f"{cpu}, {num_cpus} CPUs, {gpu + ', ' if gpu else ''}{hardware.memory_gb or 0:.0f} GB memory"
 
 
 def _dataset_text(datasets: Sequence[tuple[str, DatasetFacts]]) -> str:

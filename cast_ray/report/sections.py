@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cast_ray.contracts.compute_node import nodes_text
 from cast_ray.report.blocks import Column, Details, Grid, Picture, Section, Words, section
 from cast_ray.report.content import Report, Result
 from cast_ray.report.curves import (
@@ -181,12 +182,15 @@ def _facts(result: Result, recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("log", result.log),
         ("command", result.command),
         ("code", result.code_version),
-        ("hardware", hardware_text(result.hardware) if result.hardware else None),
+        ("planned on", hardware_text(result.hardware) if result.hardware else None),
         ("data hash", result.dataset.content_hash if result.dataset else None),
         ("started", result.started),
         ("result", f"{result.folder.name}/{RESULT}" if result.folder else None),
     ]
-    facts += [(f"stage {stage.name}", stage.artifact or stage.fingerprint) for stage in result.stages]
+    facts += [(f"{metric} measured on", node.text) for metric, node in result.measured_on.items()]
+    for stage in result.stages:
+        facts.append((f"stage {stage.name}", stage.artifact or stage.fingerprint))
+        facts.append((f"stage {stage.name} computed on", nodes_text(stage.computed_on) or "unknown"))
     return [(name, str(value)) for name, value in facts if value] + _pairs(recipe)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import socket
 import tempfile
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from cast_ray.common.logs import VARIABLE, is_verbose
 from cast_ray.common.text import first_line
 from cast_ray.contracts.row_result import Hardware
+from cast_ray.runtime.this_node import cpu_model
 
 # One machine, few stages of a minute each: starting and stopping worker groups is what costs. These settings bring one
 # from 17 s to 12 s on two cores; each gives up a feature that matters on a cluster only (docs/operations.md).
@@ -61,12 +61,14 @@ class Cluster:
     """The Ray that a command runs on: what to print about it and what stages may use of it.
 
     resources: of all nodes together. nodes: of each node, empty, as they are now: of a cluster, others may come and
-    these may go. is_local: this command started it, on this machine, and nothing else uses it.
+    these may go. labels: of each of these nodes. is_local: this command started it, on this machine, and nothing else
+    uses it.
     """
 
     description: str
     resources: dict[str, float]
     nodes: tuple[dict[str, float], ...] = ()
+    labels: tuple[dict[str, str], ...] = ()
     is_local: bool = True
     log_folder: str = ""
     """Where Ray's processes write their output, on each node; empty: not known."""
@@ -142,9 +144,14 @@ def connect(address: str | None, num_cpus: int | None = None) -> Cluster:
     dashboard = f", dashboard http://{context.dashboard_url}" if context.dashboard_url else ""
     size = f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
     where = "started here" if local else "cluster"
-    nodes = tuple(node["Resources"] for node in ray.nodes() if node["Alive"])
+    alive = [node for node in ray.nodes() if node["Alive"]]
     return Cluster(
-        f"Ray {ray.__version__} {where}: {size}{dashboard}", resources, nodes, local, log_folder=_log_folder(context)
+        f"Ray {ray.__version__} {where}: {size}{dashboard}",
+        resources,
+        nodes=tuple(node["Resources"] for node in alive),
+        labels=tuple(node["Labels"] for node in alive),
+        is_local=local,
+        log_folder=_log_folder(context),
     )
 
 
@@ -219,13 +226,9 @@ def _free_port() -> int:
 
 
 def hardware() -> Hardware:
-    """This machine, for the result: CPU model, cores, memory and GPU name."""
-    cpu = platform.processor() or platform.machine()
-    memory_gb = 0.0
+    """This machine, for the result: CPU model, cores and memory of where the sweep is planned."""
     try:
-        with open("/proc/cpuinfo") as file:
-            cpu = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), cpu)
         memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     except (OSError, ValueError):
-        pass
-    return Hardware(cpu=cpu, num_cpus=os.cpu_count() or 1, gpu=None, memory_gb=round(memory_gb, 1))
+        memory_gb = 0.0
+    return Hardware(cpu=cpu_model(), num_cpus=os.cpu_count() or 1, memory_gb=round(memory_gb, 1))

@@ -47,11 +47,28 @@ def bundles_in_words(bundles: Sequence[Mapping[str, float]]) -> str:
     return " and ".join(f"{count} x {{{each}}}" if count > 1 else f"{{{each}}}" for each, count in counts.items())
 
 
+def selectors_in_words(selectors: Sequence[Mapping[str, str]]) -> str:
+    """For example ` with ray.io/accelerator-type=L4`; empty where any node will do."""
+    wanted = dict.fromkeys(f"{key}={value}" for each in selectors for key, value in each.items())
+    return f" with {' and '.join(wanted)}" if wanted else ""
+
+
+def is_selected(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
+    """Whether a node with these labels is one of those that a label selector of Ray names."""
+    for key, value in selector.items():
+        wanted = value.removeprefix("!")
+        names = wanted[3:-1].split(",") if wanted.startswith("in(") else [wanted]
+        if (labels.get(key) in names) == value.startswith("!"):
+            return False
+    return True
+
+
 @contextmanager
 def reserve(
     bundles: Sequence[Mapping[str, float]],
     *,
     nodes: Sequence[str] | None = None,
+    selectors: Sequence[Mapping[str, str]] | None = None,
     say: Callable[[str, str], object] | None = None,
     holder: str = "",
 ) -> Iterator[PlacementGroup]:
@@ -59,22 +76,26 @@ def reserve(
 
     Args:
         nodes: id of the node that each bundle must lie on; None: wherever they fit, on as few nodes as possible.
+        selectors: in place of nodes, the labels that each bundle's node must have, as label selectors of Ray.
         say: called with what is waited for and with what is known of the reason, from the first seconds on until the
             group is placed. None: the group may still be pending when it is given out.
         holder: in whose name it is reserved, see `give_back`; empty: nobody else's.
     """
-    selector = None if nodes is None else [{NODE_LABEL: node} for node in nodes]
+    if nodes is not None:
+        selectors = [{NODE_LABEL: node} for node in nodes]
     group = ray.util.placement_group(
         [dict(bundle) for bundle in bundles],
         strategy="PACK",
         name=f"{holder}/{uuid.uuid4().hex}" if holder else "",
-        bundle_label_selector=selector,  # type: ignore[arg-type]
+        bundle_label_selector=[dict(each) for each in selectors] if selectors else None,
     )
     try:
         if say is not None and not group.wait(FIRST_LOOK_S):
-            say(bundles_in_words(bundles), "")  # at once: asking for a reason may take seconds
+            labels = "" if nodes else selectors_in_words(selectors or ())
+            words = bundles_in_words(bundles) + (f" on nodes{labels}" if labels else "")
+            say(words, "")  # at once: asking for a reason may take seconds
             while not group.wait(LOOK_S):
-                say(bundles_in_words(bundles), _reason(group))
+                say(words, _reason(group))
         yield group
     finally:
         ray.util.remove_placement_group(group)

@@ -13,7 +13,13 @@ from ray.cluster_utils import Cluster as RayCluster
 
 from cast_ray.recipe import build_recipe
 from cast_ray.runtime.cluster import Cluster
-from cast_ray.runtime.data.resources import segment_bundles, stream_bundle, worker_bundle
+from cast_ray.runtime.data.resources import (
+    labeller_bundle,
+    segment_bundles,
+    segment_selectors,
+    stream_bundle,
+    worker_bundle,
+)
 from cast_ray.runtime.placement import nodes_of, reserve
 from cast_ray.runtime.ray_internals import has_autoscaler
 from cast_ray.runtime.sweep.broker import Broker
@@ -38,8 +44,8 @@ STORE_BYTES = 80 * 2**20
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[RayCluster]:
     cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE_BYTES})
-    for _ in range(2):
-        cluster.add_node(num_cpus=8, num_gpus=1, object_store_memory=STORE_BYTES)
+    for size in ("small", "big"):
+        cluster.add_node(num_cpus=8, num_gpus=1, object_store_memory=STORE_BYTES, labels={"gpu-size": size})
     ray.init(cluster.address, log_to_driver=False, namespace="cast_ray")
     yield cluster
     ray.shutdown()
@@ -49,7 +55,7 @@ def nodes() -> Iterator[RayCluster]:
 def segment_of(broker: Any, owner: str) -> Segment:
     parts: Any = {"stages": [], "store": None, "categories": (), "images": {}, "val": None, "num_val": 0}
     return Segment(
-        owner=owner, recipe=build_recipe("shapes", overrides=SETTINGS), broker=broker, requested=0.0, **parts
+        owner=owner, sweep="", recipe=build_recipe("shapes", overrides=SETTINGS), broker=broker, requested=0.0, **parts
     )
 
 
@@ -67,6 +73,23 @@ def test_each_stream_lies_beside_its_worker(nodes: RayCluster) -> None:
         ):
             assert streams.wait(20) and workers.wait(20)
             assert nodes_of(streams) == nodes_of(workers) == found
+
+
+def test_a_segment_lies_on_the_nodes_that_its_selectors_name(nodes: RayCluster) -> None:
+    """The teacher on the big GPU, the student on the small one, each in turn."""
+    sizes = {node["NodeID"]: node["Labels"].get("gpu-size") for node in ray.nodes()}
+    broker = Broker.remote(1, set())  # type: ignore[attr-defined]
+    for student, teacher in (("small", "big"), ("big", "small")):
+        segment = segment_of(broker, f"row-{student}")
+        chosen = {
+            "num_workers": 1,
+            "worker_selector": f"gpu-size={student}",
+            "labeller_selector": f"gpu-size={teacher}",
+        }
+        runtime = segment.recipe.runtime.model_copy(update=chosen)
+        teachers = [labeller_bundle(runtime)]
+        homes, selectors = segment_bundles(runtime, [], teachers), segment_selectors(runtime, [], teachers)
+        assert [sizes[node] for node in group_module._find_room(segment, homes, selectors)] == [student, teacher]
 
 
 def test_segments_that_wait_for_the_same_nodes_all_come_to_their_turn(nodes: RayCluster) -> None:

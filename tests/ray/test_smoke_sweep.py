@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,8 @@ def test_every_row_has_its_result(first: Outcome) -> None:
         assert result["status"] == "done" and result["error"] is None
         assert result["seconds"] > 0 and result["device_hours"] >= 0 and result["started"]
         assert "ablate.py losses" in result["command"] and result["code_version"] and result["hardware"]["num_cpus"]
+        machines = [tuple(node["node"] for node in stage["computed_on"]) for stage in result["stages"]]
+        assert set(machines) == {(socket.gethostname(),)}  # of every stage; the node has no label with its type
         assert Recipe.model_validate(result["recipe"]).stages.distill.steps == STEPS["distill"]
         dataset = result["dataset"]
         assert (dataset["num_train"], dataset["num_val"], dataset["num_source"]) == (16, 6, 8)

@@ -28,6 +28,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cast_ray.recipe import RuntimeConfig
+from cast_ray.recipe.runtime import parse_selector
 from cast_ray.runtime.placement import joined
 from cast_ray.runtime.ray_internals import execution_callbacks
 
@@ -66,9 +67,22 @@ def segment_bundles(
     return [*workers, *([joined(*beside)] if beside else []), *teachers]
 
 
+def segment_selectors(
+    runtime: RuntimeConfig, beside: Sequence[dict[str, float]], teachers: Sequence[dict[str, float]]
+) -> list[dict[str, str]]:
+    """The labels that the node of each bundle of `segment_bundles` must have."""
+    on_workers = [parse_selector(runtime.worker_selector)] * (runtime.num_workers + bool(beside))
+    return [*on_workers, *[parse_selector(runtime.labeller_selector)] * len(teachers)]
+
+
 def labelling_bundles(runtime: RuntimeConfig) -> list[dict[str, float]]:
     """What a labelling job of its own reserves: its stream, then its labellers."""
     return [stream_bundle(runtime), *[labeller_bundle(runtime)] * runtime.num_labellers]
+
+
+def labelling_selectors(runtime: RuntimeConfig) -> list[dict[str, str]]:
+    """The labels that the node of each bundle of `labelling_bundles` must have."""
+    return [parse_selector(runtime.labeller_selector)] * (1 + runtime.num_labellers)
 
 
 def tasks_per_stream(runtime: RuntimeConfig) -> int:

@@ -208,6 +208,7 @@ class _Search:
                 request.budget_hours,
                 request.keep_going,
                 by_turns=not cluster.is_local,
+                sweep=request.name,
                 is_open=True,
             )
             self.display = ProgressDisplay(self.console, self.broker, plan_sweep([], []), self.names)

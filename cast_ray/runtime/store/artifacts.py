@@ -33,6 +33,7 @@ from cast_ray.common.files import PARTIAL, write_atomically
 from cast_ray.common.paths import absolute, below, resolve
 from cast_ray.contracts.manifest import Manifest, manifest_class, read_manifest
 from cast_ray.plan.graph import Stage, fingerprint_of
+from cast_ray.runtime.metrics import counts_store_errors
 
 MANIFEST = "manifest.json"
 OBJECT_STORES = ("s3", "gcs", "abfs")
@@ -159,6 +160,7 @@ class ArtifactStore:
     def has(self, key: str) -> bool:
         return self._is_file(f"artifacts/{key}/{MANIFEST}")
 
+    @counts_store_errors
     def _is_file(self, path: str) -> bool:
         """Whether there is a file. Opening it is one request to an object store; asking what a path is takes two where
         there is no file, since it may be a folder."""
@@ -194,6 +196,7 @@ class ArtifactStore:
         """Whether an artifact has a file of that name."""
         return self._is_file(f"{self._folder(key)}/{name}")
 
+    @counts_store_errors
     def read_bytes(self, key: str, name: str) -> bytes:
         fs, root = self._fs
         with fs.open_input_file(f"{root}/{self._folder(key)}/{name}") as file:
@@ -209,6 +212,7 @@ class ArtifactStore:
         except FileNotFoundError:
             return None
 
+    @counts_store_errors
     def write_bytes(self, path: str, data: bytes) -> None:
         """Writes one file below the storage path, which appears whole or not at all (object stores do so anyway)."""
         fs, root = self._fs
@@ -253,6 +257,7 @@ class ArtifactStore:
         with fs.open_input_stream(f"{root}/{self._folder(stage.key)}/{name}") as file, io.BufferedReader(file) as lines:
             yield lines
 
+    @counts_store_errors
     def add_folder(self, stage: Stage, folder: Path) -> None:
         """Copies the files of a local folder into an artifact that is not yet committed, without reading them whole."""
         self.note_added(stage, {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()})
@@ -313,6 +318,7 @@ class ArtifactStore:
         self.write_bytes(f"artifacts/{stage.key}/{MANIFEST}", manifest.to_json().encode())
         return True
 
+    @counts_store_errors
     def _list_files(self, path: str) -> dict[str, int]:
         """Name relative to a folder below the storage path -> bytes, of all files in it."""
         fs, root = self._fs
@@ -356,6 +362,7 @@ class ArtifactStore:
         except ValueError:
             return None
 
+    @counts_store_errors
     def read_table(self, key: str, name: str, columns: list[str] | None = None) -> pa.Table:
         """A Parquet file, or a folder of them, inside an artifact."""
         return pa.parquet.read_table(self._files(key, name), filesystem=self._fs[0], columns=columns)
@@ -364,6 +371,7 @@ class ArtifactStore:
         """A folder of Parquet files inside an artifact, to be read piece by piece."""
         return pa.dataset.dataset(self._files(key, name), filesystem=self._fs[0], format="parquet")
 
+    @counts_store_errors
     def read_tables(self, paths: list[str]) -> list[pa.Table]:
         """Parquet files below the storage path, several at a time."""
         fs, root = self._fs
@@ -411,6 +419,7 @@ class ArtifactStore:
         for run in set(runs) - kept:
             self.forget_run(run)
 
+    @counts_store_errors
     def find_bytes(self, path: str) -> bytes | None:
         """One file below the storage path, or None when there is none."""
         fs, root = self._fs
@@ -420,24 +429,28 @@ class ArtifactStore:
         except FileNotFoundError:
             return None
 
+    @counts_store_errors
     def list_names(self, path: str) -> list[str]:
         """Names of the files and folders directly below a path; none where there is no such folder."""
         fs, root = self._fs
         found = fs.get_file_info(pa.fs.FileSelector(f"{root}/{path}", allow_not_found=True))
         return [info.base_name for info in found if not info.base_name.endswith(PARTIAL)]
 
+    @counts_store_errors
     def changed(self, path: str) -> float | None:
         """When a file was last written, by the filesystem's clock; None when there is none."""
         fs, root = self._fs
         info = fs.get_file_info(f"{root}/{path}")
         return info.mtime.timestamp() if info.type == pa.fs.FileType.File and info.mtime else None
 
+    @counts_store_errors
     def delete_file(self, path: str) -> None:
         """Removes one file below the storage path, if it is there; cheaper than `delete`, which asks what it is."""
         fs, root = self._fs
         with contextlib.suppress(FileNotFoundError):
             fs.delete_file(f"{root}/{path}")
 
+    @counts_store_errors
     def delete(self, path: str) -> None:
         """Removes a file or folder below the storage path, if there is one."""
         fs, root = self._fs

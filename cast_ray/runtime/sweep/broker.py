@@ -14,32 +14,33 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 
 from cast_ray.common.logs import configure_logging
+from cast_ray.contracts.compute_node import ComputeNode
 from cast_ray.recipe import RuntimeConfig
 from cast_ray.runtime.data.record_tables import load_records
+from cast_ray.runtime.metrics import Outlet, SweepMetrics, SweepState
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.claims import Claims
 from cast_ray.runtime.sweep.group_pool import GroupPool
 from cast_ray.runtime.sweep.leases import LEASE_TIMEOUT_S, REPLACED, Answer, Leases, Limits, Need
+from cast_ray.runtime.sweep.posts import Posts
+from cast_ray.runtime.sweep.rooms import Rooms
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 5.0
 FOREIGN_POLL_S = 5.0
 MAX_TABLES = 16
-TURN_S, TURN_LOOK_S = 120.0, 0.5
-"""Seconds after which a segment that is starting its workers no longer keeps others from its nodes."""
+TURN_LOOK_S = 0.5
 MAX_CALLS = 10_000
 """Calls open at a time: one for each row that waits, and some."""
-MAX_ENTRIES = 500
-"""Curve entries kept for a row whose driver does not collect them."""
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Broker:
     Args:
         storage, holder: where and in whose name stages are claimed; no holder: there is nobody to agree with.
         by_turns: segments that wait for room may be more than the cluster holds, see `hand_over`.
+        sweep: its name in the metrics.
         is_open: rows may still be added while no known one is left, as in a search.
     """
 
@@ -80,12 +82,11 @@ class Broker:
         budget_hours: float | None = None,
         keep_going: bool = False,
         by_turns: bool = False,
+        sweep: str = "",
         is_open: bool = False,
     ):
         configure_logging()
         self.by_turns, self.is_open = by_turns, is_open
-        self.moving: dict[str, tuple[frozenset[str], float]] = {}
-        """Owner -> nodes on which its segment is exchanging its reservation for others, and since when."""
         self.leases = Leases(slots, done)
         self.limits = Limits(budget_hours, keep_going)
         self.claims = Claims(ArtifactStore(storage), holder) if holder else None
@@ -101,16 +102,17 @@ class Broker:
         self.replaced: set[str] = set()
         """Driver processes in whose place another one has come."""
         self.devices: dict[str, int] = {}
-        self.rooms: dict[str, dict[str, Any]] = {}
-        """Owner -> what its segment waits for, why as far as is known, and since when."""
-        self.posts: dict[str, dict[str, Any]] = {}
-        self.entries: dict[str, deque[dict[str, Any]]] = {}
+        self.rooms, self.posts = Rooms(), Posts()
         self.ended: dict[str, str] = {}
         self.fatal: dict[str, str] = {}
         self.tables: dict[tuple[str, tuple[str, ...]], ray.ObjectRef] = {}
         self.admitted: dict[tuple[str, str], bool] = {}
         self.orders = 0
         self.looked = 0.0
+        self.metrics = SweepMetrics(sweep)
+        self.outlet = Outlet() if ray.is_initialized() else None
+        self.num_expected = 0
+        """Stages that are to run, as far as is known from the start."""
 
     async def load(self, jobs: dict[str, bytes], stored: Sequence[str] = ()) -> None:
         """Keeps what each row's driver is to do, so that a driver fetches its own row and not all of them.
@@ -121,6 +123,11 @@ class Broker:
         self.jobs |= jobs
         for fingerprint in stored:
             self.leases.finish(fingerprint)
+
+    async def expect(self, num_stages: int, device_s: Mapping[str, float]) -> None:
+        """Tells the metrics how many stages are to run, and the device-seconds that those in the store have taken."""
+        self.num_expected = num_stages
+        self.metrics.device_s |= device_s
 
     async def job(self, name: str) -> bytes:
         return self.jobs[name]
@@ -150,11 +157,13 @@ class Broker:
         waiter = self.asked[owner] = _Waiter(owner, needs, self.orders, instance, time.monotonic(), runtime)
         while True:
             answer = await self._turn(waiter)
+            self.metrics.took_over(owner, answer["done"])
             if not answer["run"]:
                 return answer
             run, done = await self._claim_in_store([n for n in needs if n.fingerprint in answer["run"]])
             if instance in self.replaced:  # while the store was asked; the next process has been granted these stages
                 return REPLACED
+            self.metrics.took_over(owner, done)
             if run:
                 if any(n.alone for n in needs if n.fingerprint in run):  # its labellers need the room of a worker group
                     self._keep_within_slots()
@@ -172,7 +181,7 @@ class Broker:
             self.waiting.remove(waiter)
             waiter.answer = REPLACED
             waiter.granted.set()
-        self.posts.pop(owner, None)
+        self.posts.last.pop(owner, None)
         if owner in self.leases.heartbeat:  # the process was lost in a segment
             await self._end_grant(owner)
             if before:  # a labelling job's room, which the process reserved itself
@@ -247,8 +256,8 @@ class Broker:
                 self.leases.foreign.discard(fingerprint)
 
     async def _end_grant(self, owner: str) -> None:
-        self.rooms.pop(owner, None)
-        self.moving.pop(owner, None)
+        self.rooms.found(owner)
+        self.rooms.leave(owner)
         self.limits.stop(owner, time.monotonic())
         unfinished = self.leases.release(owner)
         await self.groups.end(owner)
@@ -264,6 +273,7 @@ class Broker:
         for waiter in self.waiting:
             if waiter.owner == owner and waiter.instance == instance:
                 waiter.seen = now
+        self._show(now)  # last: an error of it must not make a living driver look dead
 
     async def wait_for_room(self, owner: str, what: str, why: str = "") -> None:
         """`owner`'s segment waits for resources of the cluster.
@@ -272,8 +282,7 @@ class Broker:
             what, why: in words; the time is counted from the first call since the segment last had room.
         """
         self.groups.close_all()  # their room may be what it waits for
-        since = self.rooms[owner]["since"] if owner in self.rooms else time.monotonic()
-        self.rooms[owner] = {"what": what, "why": why, "since": since}
+        self.rooms.wait(owner, what, why, time.monotonic())
 
     async def hand_over(self, owner: str, nodes: Sequence[str]) -> bool:
         """Whether `owner`'s segment may exchange the reservation it holds on these nodes for those it runs in.
@@ -282,39 +291,38 @@ class Broker:
         make, would take them, do the same, and so on for ever. So on each node one segment at a time does it; who is
         refused gives its own reservation back and waits for `node_turn`.
         """
-        if not self.by_turns:
-            return True
-        if self._is_moving(set(nodes), owner):
-            return False
-        self.moving[owner] = (frozenset(nodes), time.monotonic())
-        return True
+        return not self.by_turns or self.rooms.move(owner, nodes, time.monotonic())
 
     async def handed_over(self, owner: str) -> None:
         """`owner`'s workers have started: what it reserved is its own."""
-        self.moving.pop(owner, None)
+        if self.rooms.started(owner):
+            self.metrics.restarted()
 
     async def node_turn(self, owner: str, nodes: Sequence[str]) -> None:
         """Returns when no other segment is exchanging its reservation on these nodes."""
-        while self._is_moving(set(nodes), owner):
+        while self.rooms.is_moving(set(nodes), owner, time.monotonic()):
             await asyncio.sleep(TURN_LOOK_S)
-
-    def _is_moving(self, nodes: set[str], owner: str) -> bool:
-        now = time.monotonic()
-        moving = [taken for other, (taken, since) in self.moving.items() if other != owner and now - since < TURN_S]
-        return any(nodes & taken for taken in moving)
 
     async def occupy(self, owner: str) -> bool:
         """`owner`'s segment has found room and counts for the budget; False: nothing may start any more."""
-        self.rooms.pop(owner, None)
+        self.rooms.found(owner)
         now = time.monotonic()
         if self.limits.reason(now) is not None:
             return False
         self.limits.start(owner, self.devices.get(owner, 1), now)
         return True
 
+    async def computes_on(self, owner: str, process: str, node: ComputeNode) -> None:
+        """A process of `owner`'s segment has started on a machine; one that is started again takes its place."""
+        self.rooms.nodes.setdefault(owner, {})[process] = node
+
+    async def computed_on(self, owner: str) -> list[dict[str, Any]]:
+        """The machines that `owner`'s segment runs on, each kind once, as plain data for a manifest."""
+        return [node.plain() for node in self.rooms.computed_on(owner)]
+
     async def vacate(self, owner: str) -> None:
         """`owner`'s segment has given its room back, and waits again or ends."""
-        self.moving.pop(owner, None)
+        self.rooms.leave(owner)
         self.limits.stop(owner, time.monotonic())
 
     async def lend(self, owner: str, shape: RuntimeConfig | None, run: str, node: str, instance: str = "") -> Any:
@@ -367,8 +375,10 @@ class Broker:
         """Whether the next stage of a segment may start; the same answer to every worker of the group."""
         return self.admitted.setdefault((owner, fingerprint), self.limits.reason(time.monotonic()) is None)
 
-    async def finish(self, fingerprint: str) -> None:
-        """A stage's artifact is committed."""
+    async def finish(self, fingerprint: str, device_s: float = 0.0) -> None:
+        """A stage is committed: by its owner here, which took so many device-seconds, or by another sweep."""
+        if (owner := self.leases.leased.get(fingerprint)) is not None:
+            self.metrics.finished(owner, fingerprint, device_s)
         self.leases.finish(fingerprint)
         self._serve()
         if self.claims is not None:
@@ -378,7 +388,7 @@ class Broker:
         """`owner`'s segment is over and its worker group is gone: its slot is free."""
         if instance in self.replaced:
             return
-        self.posts.pop(owner, None)
+        self.posts.last.pop(owner, None)
         await self._end_grant(owner)
         self._serve()
 
@@ -393,7 +403,7 @@ class Broker:
             self.limits.outcomes.append(status == "done")
         self.jobs.pop(owner, None)
         self.asked.pop(owner, None)
-        self.entries.pop(owner, None)
+        self.posts.collect(owner)
         await self.settle(owner)
         self.groups.close_unwanted(self._is_wanted)
 
@@ -415,33 +425,31 @@ class Broker:
         """Progress of what `owner` runs.
 
         Args:
-            facts: stage, fingerprint, step, steps, unit; where known loss and images_per_s.
+            facts: stage, fingerprint, step, steps, unit; where known the facts of `metrics.OF_POSTS`.
             entries: new entries of the stage's curve.
         """
-        before = self.posts.get(owner)
-        if before is not None and before["fingerprint"] == facts["fingerprint"]:
-            self.posts[owner] = before | facts
-        else:
-            self.posts[owner] = facts | {"first_step": facts["step"], "since": time.monotonic()}
-        if entries:
-            kept = self.entries.setdefault(owner, deque(maxlen=MAX_ENTRIES))
-            kept.extend({"stage": facts["stage"], **entry} for entry in entries)
+        now = time.monotonic()
+        if self.posts.add(owner, facts, entries, now):
+            self.metrics.moved()
+        self._show(now)
 
     async def collect(self, owner: str) -> list[dict[str, Any]]:
         """Curve entries of `owner`'s stages since the last call, each with its stage."""
-        return list(self.entries.pop(owner, ()))
+        return self.posts.collect(owner)
 
-    async def advance(self, owner: str, count: int) -> None:
-        """`count` more images of the labelling job that `owner` runs are done."""
-        post = self.posts.get(owner)
-        if post is None:
-            return
-        now = time.monotonic()
-        post["step"] += count
-        if "images_per_s" in post:
-            post["images_per_s"] = (post["step"] - post["first_step"]) / max(now - post["since"], 1e-9)
-        else:  # the pace counts from the first images on: what came before was the labellers' start
-            post |= {"first_step": post["step"], "since": now, "images_per_s": 0.0}
+    async def validated(self, owner: str, stage: str, mask_ap: float) -> None:
+        """A model of `owner`'s stage was measured."""
+        self.metrics.moved()
+        self.metrics.validation_ap[owner, stage] = mask_ap
+
+    async def labelled(self, owner: str, stage: str, num_images: int, num_labels: int) -> None:
+        """A teacher has labelled images for `owner`'s training stage, with so many instances on them."""
+        self.metrics.labelled(owner, stage, num_images, num_labels)
+
+    async def advance(self, owner: str, count: int, num_labels: int = 0) -> None:
+        """`count` more images of the labelling job that `owner` runs are done, with so many instances on them."""
+        if (stage := self.posts.advance(owner, count, time.monotonic())) is not None:
+            self.metrics.labelled(owner, stage, count, num_labels)
 
     async def table(self, store: ArtifactStore, key: str, names: tuple[str, ...]) -> list[ray.ObjectRef]:
         """Record tables of an artifact in the object store, one after the other, loaded once for all who use them.
@@ -466,12 +474,32 @@ class Broker:
         """
         now = time.monotonic()
         return {
-            "posts": {owner: post | {"stage_s": now - post["since"]} for owner, post in self.posts.items()},
+            "posts": self.posts.shown(now),
             "waiting": [w.owner for w in self.waiting],
-            "rooms": {owner: room | {"seconds": now - room["since"]} for owner, room in self.rooms.items()},
+            "rooms": self.rooms.shown(now),
             "running": list(self.limits.running),
             "ended": self.ended,
             "done": self.leases.finished[num_known:],
             "device_s": self.limits.spent(now),
             "stop": self.limits.reason(now),
         }
+
+    def _show(self, now: float) -> None:
+        """Refreshes the metrics, when they are due."""
+        if self.outlet is not None and self.metrics.is_due(now):
+            self.outlet.show(self.metrics.samples(self._state(now)))
+
+    def _state(self, now: float) -> SweepState:
+        rows = Counter(self.ended.values())
+        rows |= {"running": len(self.limits.running), "waiting for room": len(self.rooms.waiting)}
+        rows["waiting for a stage"] = len(self.waiting)
+        return SweepState(
+            stages=self.leases.counts(set(self.keys), self.limits.running, self.num_expected),
+            rows=rows,
+            posts=self.posts.last,
+            nodes=self.rooms.node_types(),
+            claims=len(self.leases.leased) if self.claims is not None else 0,
+            room_wait_s=self.rooms.longest_wait_s(now),
+            device_s=self.limits.spent(now),
+            budget_s=self.limits.budget_s,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,19 @@ class Leases:
         """Fingerprint -> reason of the stages that would fail again."""
         self.heartbeat: dict[str, float] = {}
         """Owners that hold a slot: from a grant until they settle, also after their last stage is committed."""
+
+    def counts(self, asked: set[str], running: Container[str], num_expected: int) -> dict[str, int]:
+        """State -> number of stages; those that are done count from the start of the sweep.
+
+        Args:
+            asked: fingerprints that rows have asked for.
+            running: owners whose segments have room.
+            num_expected: stages that are to run, as far as was known from the start; rows may not have asked for all.
+        """
+        done, failed = len(self.finished), len(self.failed)
+        active = {fingerprint for fingerprint, owner in self.leased.items() if owner in running}
+        left = max(len(asked - self.done - self.failed.keys()), num_expected - done - failed)
+        return {"waiting": left - len(active), "running": len(active), "done": done, "failed": failed}
 
     def free_slot(self) -> bool:
         return len(self.heartbeat) < self.slots

@@ -20,6 +20,7 @@ import numpy as np
 import ray
 from ray import tune
 
+from cast_ray.contracts.compute_node import ComputeNode
 from cast_ray.contracts.row_result import RowResult, Status
 from cast_ray.plan.graph import RowPlan, Stage, artifact_key
 from cast_ray.plan.search import RUNG_METRIC
@@ -28,8 +29,9 @@ from cast_ray.runtime.data.images import Images
 from cast_ray.runtime.data.splits import stored_split
 from cast_ray.runtime.store.artifact_files import CURVES
 from cast_ray.runtime.store.artifacts import ArtifactStore
-from cast_ray.runtime.sweep.broker import HEARTBEAT_S, MAX_ENTRIES
+from cast_ray.runtime.sweep.broker import HEARTBEAT_S
 from cast_ray.runtime.sweep.leases import Answer, Need
+from cast_ray.runtime.sweep.posts import MAX_ENTRIES
 from cast_ray.runtime.sweep.row_results import Outcome, SweepContext, assemble_result, row_name, write_result
 from cast_ray.runtime.worker.audit import audit_labels
 from cast_ray.runtime.worker.group_host import run_segment
@@ -170,7 +172,9 @@ def run_row(driver: RowDriver) -> RowResult:
         driver.record_rest()
     if status == "done" and job.measure:
         measured = {name: measure_metric(job, name) for name in job.measure}
-        result = result.model_copy(update={"metrics": {**result.metrics, **measured}})
+        metrics = result.metrics | {name: value for name, (value, _) in measured.items()}
+        measured_on = {name: node for name, (_, node) in measured.items()}
+        result = result.model_copy(update={"metrics": metrics, "measured_on": measured_on})
     if status != "stopped":
         write_result(job.context, job.row, result)
     return result
@@ -307,6 +311,7 @@ class RowDriver:
         run_segment(
             Segment(
                 owner=self.name,
+                sweep=self.context.name,
                 stages=stages,
                 recipe=self.row.recipe,
                 store=store,
@@ -331,9 +336,11 @@ class RowDriver:
         audit_labels(store, stage, images, recipe.runtime)
         where = {"num_workers": recipe.runtime.num_labellers, "device": "cuda" if recipe.runtime.use_gpu else "cpu"}
         facts |= {"stage_seconds": time.monotonic() - began, **where, "owner": self.name}
+        facts |= {"computed_on": ray.get(self.broker.computed_on.remote(self.name))}
         store.commit(stage, facts)
         job.forget_blocks()
-        ray.get(self.broker.finish.remote(stage.fingerprint))
+        device_s = facts["stage_seconds"] * recipe.runtime.num_labellers
+        ray.get(self.broker.finish.remote(stage.fingerprint, device_s))
 
     def _table(self, *names: str) -> ray.ObjectRef:
         return ray.get(self.broker.table.remote(self.store, self.context.dataset_key, names))[0]
@@ -355,8 +362,9 @@ def curve_report(stage: str, entries: Sequence[Mapping[str, Any]]) -> dict[str, 
     return {"stage": stage, "curve": [dict(entry) for entry in entries], **newest}
 
 
-def measure_metric(job: Job, name: str) -> float:
-    """A metric that only the running model can tell: `<role>/latency_ms` of one image on the stages' device.
+def measure_metric(job: Job, name: str) -> tuple[float, ComputeNode]:
+    """A metric that only the running model can tell: `<role>/latency_ms` of one image on the stages' device. Also the
+    machine that it was measured on.
 
     Raises:
         ValueError: there is no such metric.
@@ -371,21 +379,23 @@ def measure_metric(job: Job, name: str) -> float:
 
 
 @ray.remote(num_cpus=0.01, scheduling_strategy="DEFAULT")
-def measure_latency(store: ArtifactStore, key: str, image_px: tuple[int, int]) -> float:
+def measure_latency(store: ArtifactStore, key: str, image_px: tuple[int, int]) -> tuple[float, ComputeNode]:
     """Median milliseconds of one image of a training crop's size through a stored model, after a warm-up; one thread on
-    a CPU."""
+    a CPU. Also the machine that it was measured on."""
     import torch
 
     from cast_ray.evaluation.efficiency import measure_seconds
     from cast_ray.models.autocast import autocast
     from cast_ray.runtime.store.models import load_student
+    from cast_ray.runtime.this_node import this_node
 
     torch.set_num_threads(1)
     device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
     student = load_student(store, key).to(device)
     image = torch.zeros(1, 3, *image_px, dtype=torch.uint8, device=device)
     context = partial(autocast, student.precision, device)
-    return 1000 * measure_seconds(lambda: student(image), device, LATENCY_REPEATS, context)
+    seconds = measure_seconds(lambda: student(image), device, LATENCY_REPEATS, context)
+    return 1000 * seconds, this_node(device)
 
 
 def write_log(job: Job, text: str) -> str:

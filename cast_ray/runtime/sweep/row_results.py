@@ -207,6 +207,7 @@ def _stage_record(stage: Stage, artifact: _Committed, reused: bool) -> StageReco
         stage_seconds=manifest.stage_seconds,
         startup_seconds=manifest.startup_seconds,
         images_per_s=manifest.images_per_s,
+        computed_on=manifest.computed_on,
         **_facts_of_kind(manifest),
     )
 

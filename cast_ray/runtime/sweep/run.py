@@ -136,7 +136,7 @@ def run_sweep(
         stopped = None
         if jobs:
             try:
-                stopped = _run(request, whole, jobs, presence.holder, store, console)
+                stopped = _run(request, whole, jobs, presence.holder, store, manifests, console)
             finally:
                 note_past(store, [stage.key for stage in whole.to_run])
     return SweepOutcome(tuple(sweeps), stopped)
@@ -340,9 +340,14 @@ def _run(
     pairs: Sequence[tuple[SweepContext, RowPlan]],
     holder: Holder,
     store: ArtifactStore,
+    manifests: Mapping[str, Manifest],
     console: Console,
 ) -> str | None:
-    """Runs rows on Ray; returns why some were not finished, if they were not."""
+    """Runs rows on Ray; returns why some were not finished, if they were not.
+
+    Args:
+        manifests: of what the rows find in the store.
+    """
     cluster = connect(request.address, request.num_cpus)
     console.print(cluster.description, highlight=False)
     import ray
@@ -364,7 +369,10 @@ def _run(
             request.budget_hours,
             request.keep_going,
             by_turns=not cluster.is_local,
+            sweep=sweep_name([table.name for table in request.tables]),
         )
+        device_s = {manifest.fingerprint: manifest.device_seconds for manifest in manifests.values()}
+        ray.get(broker.expect.remote(len(whole.to_run), device_s))
         jobs = [Job(context, row) for context, row in pairs]
         with ProgressDisplay(console, broker, whole, [job.name for job in jobs]):
             by_name = {job.name: job for job in jobs}

@@ -31,6 +31,8 @@ def slots_of(recipes: Sequence[Recipe], cluster: Cluster, driver_cpus: float, nu
     from cast_ray.runtime.worker.validation import validation_bundles
 
     alike = {(r.runtime, r.labels.mode, r.evaluation.every_steps): r for r in recipes}
+    for recipe in alike.values():
+        check_labels(recipe, cluster)
     if cluster.is_local:
         return min(stage_slots(r, cluster.resources, driver_cpus, validation_bundles(r)) for r in alike.values())
     for recipe in alike.values():
@@ -39,8 +41,32 @@ def slots_of(recipes: Sequence[Recipe], cluster: Cluster, driver_cpus: float, nu
     return max(1, min(num_rows, *asked) if asked else min(num_rows, MAX_STAGES))
 
 
+def check_labels(recipe: Recipe, cluster: Cluster) -> None:
+    """Compares the label selectors of a recipe with the nodes of a cluster that does not grow.
+
+    Raises:
+        ValueError: one of them selects no node, and there is no autoscaler that may start one.
+    """
+    from cast_ray.recipe.runtime import parse_selector
+    from cast_ray.runtime.placement import NODE_LABEL, is_selected
+    from cast_ray.runtime.ray_internals import has_autoscaler
+
+    for name in ("worker_selector", "labeller_selector"):
+        selector = parse_selector(getattr(recipe.runtime, name))
+        if not selector or any(is_selected(labels, selector) for labels in cluster.labels):
+            continue
+        if not cluster.is_local and has_autoscaler():
+            continue
+        has = dict.fromkeys(f"{k}={v}" for labels in cluster.labels for k, v in labels.items() if k != NODE_LABEL)
+        raise ValueError(
+            f"runtime.{name}={getattr(recipe.runtime, name)}: no node of this cluster has such labels, and nothing "
+            f"starts another; its nodes have {', '.join(has) or 'no labels'}"
+        )
+
+
 def check_nodes(recipe: Recipe, cluster: Cluster, beside_training: Sequence[dict[str, float]]) -> None:
-    """Compares every bundle that a stage may reserve with every node of a cluster that does not grow.
+    """Compares every bundle that a stage may reserve with every node of a cluster that does not grow and whose labels
+    are those that the recipe asks for.
 
     Args:
         beside_training: what else a train stage reserves, see `validation.validation_bundles`.
@@ -48,22 +74,26 @@ def check_nodes(recipe: Recipe, cluster: Cluster, beside_training: Sequence[dict
     Raises:
         ValueError: no node holds one of them, and there is no autoscaler that may start one that does.
     """
-    from cast_ray.runtime.placement import bundles_in_words, fits
+    from cast_ray.recipe.runtime import parse_selector
+    from cast_ray.runtime.placement import bundles_in_words, fits, is_selected, selectors_in_words
     from cast_ray.runtime.ray_internals import has_autoscaler
 
-    for part, bundle, settings in _parts(recipe, beside_training):
-        if any(fits(bundle, node) for node in cluster.nodes) or has_autoscaler():
+    labels_of = cluster.labels or ({},) * len(cluster.nodes)
+    for part, bundle, settings, text in _parts(recipe, beside_training):
+        selector = parse_selector(text)
+        chosen = [node for node, labels in zip(cluster.nodes, labels_of) if is_selected(labels, selector)]
+        if any(fits(bundle, node) for node in chosen) or has_autoscaler():
             continue
-        nodes = [{name: node.get(name, 0.0) for name in bundle} for node in cluster.nodes]
+        nodes = [{name: node.get(name, 0.0) for name in bundle} for node in chosen]
         wanted, offered = (bundles_in_words(list(map(_in_mb, bundles))) for bundles in ([bundle], nodes))
         raise ValueError(
-            f"runtime: {part} needs a node with {wanted}; the nodes of this cluster have {offered}, and it has no "
-            f"autoscaler that could start another: {settings}"
+            f"runtime: {part} needs a node with {wanted}; the nodes of this cluster{selectors_in_words([selector])} "
+            f"have {offered}, and it has no autoscaler that could start another: {settings}"
         )
 
 
-def _parts(recipe: Recipe, beside: Sequence[dict[str, float]]) -> Iterator[tuple[str, dict[str, float], str]]:
-    """What has to lie on one node, in words; its resources; and how to make it smaller."""
+def _parts(recipe: Recipe, beside: Sequence[dict[str, float]]) -> Iterator[tuple[str, dict[str, float], str, str]]:
+    """What has to lie on one node, in words; its resources; how to make it smaller; which labels its node must have."""
     from cast_ray.runtime.data.resources import labeller_bundle, segment_bundles, stream_bundle
 
     runtime = recipe.runtime
@@ -72,14 +102,29 @@ def _parts(recipe: Recipe, beside: Sequence[dict[str, float]]) -> Iterator[tuple
     on_cpu = "set runtime.use_gpu=false to run on CPUs, or " if runtime.use_gpu else ""
     stream = "lower runtime.reads_per_stream, runtime.cpus_per_read or runtime.stream_memory_mb"
     worker, *others = segment_bundles(runtime, beside, [])
-    yield "a worker with its stream", worker | memory, f"{on_cpu}{stream}, or runtime.cpus_per_worker"
+    yield (
+        "a worker with its stream",
+        worker | memory,
+        f"{on_cpu}{stream}, or runtime.cpus_per_worker",
+        runtime.worker_selector,
+    )
     for bundle in others:
         on_gpu = "set runtime.validate_on_gpu=false, or " if bundle.get("GPU") else ""
-        yield "validation beside training", bundle | memory, f"{on_gpu}unset evaluation.every_steps"
+        yield (
+            "validation beside training",
+            bundle | memory,
+            f"{on_gpu}unset evaluation.every_steps",
+            runtime.worker_selector,
+        )
     if recipe.labels.mode == "online" or runtime.num_labellers:
-        yield "a labeller", labeller_bundle(runtime), f"{on_cpu}lower runtime.cpus_per_labeller"
+        yield (
+            "a labeller",
+            labeller_bundle(runtime),
+            f"{on_cpu}lower runtime.cpus_per_labeller",
+            runtime.labeller_selector,
+        )
     if runtime.num_labellers:
-        yield "a labelling job's stream", stream_bundle(runtime) | memory, stream
+        yield "a labelling job's stream", stream_bundle(runtime) | memory, stream, runtime.labeller_selector
 
 
 def _in_mb(bundle: dict[str, float]) -> dict[str, float]:

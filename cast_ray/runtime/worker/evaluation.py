@@ -55,7 +55,10 @@ def evaluate_stage(segment: Segment, stage: Stage, world: World) -> dict[str, An
     others = [load_matches(store.read_bytes(stage.key, _part("matches", r, "npz"))) for r in range(1, world.size)]
     matches = join([matches, *others], share, images.tie_order())
     store.add(stage, MATCHES, matches.to_bytes())
-    store.add(stage, METRICS, json.dumps(metrics_of(matches, teacher.categories)).encode())
+    metrics = metrics_of(matches, teacher.categories)
+    store.add(stage, METRICS, json.dumps(metrics).encode())
+    if metrics["mask_ap"] is not None:
+        segment.broker.validated.remote(segment.owner, stage.name, metrics["mask_ap"])
     _write_results(segment, stage, world.size)
     return {"seconds": seconds, "images_per_s": images.num_images / max(seconds, 1e-9)}
 

@@ -23,7 +23,7 @@ from ray.util.placement_group import PlacementGroup
 from cast_ray.common.paths import in_few_requests
 from cast_ray.recipe import RuntimeConfig
 from cast_ray.runtime.data.block_source import warm_up_readers
-from cast_ray.runtime.data.resources import segment_bundles, stream_bundle, worker_bundle
+from cast_ray.runtime.data.resources import segment_bundles, segment_selectors, stream_bundle, worker_bundle
 from cast_ray.runtime.placement import NODE_LABEL, nodes_of, reserve
 from cast_ray.runtime.ray_internals import is_lost_at_start, is_startup_timeout
 from cast_ray.runtime.worker.mailbox import Mailbox
@@ -117,7 +117,8 @@ class WorkerGroup:
             beside = validation_bundles(segment.recipe, segment.stages)
             online = any(stage.online for stage in segment.stages)
             teachers = teacher_bundles(runtime) if online else []
-            nodes = _find_room(segment, segment_bundles(runtime, beside, teachers), self.holder)
+            homes = segment_bundles(runtime, beside, teachers)
+            nodes = _find_room(segment, homes, segment_selectors(runtime, beside, teachers), self.holder)
             worker_nodes, others = nodes[: runtime.num_workers], nodes[runtime.num_workers :]
             places = [*worker_nodes, *others[: bool(beside)] * len(beside), *others[bool(beside) :]]
             try:
@@ -129,7 +130,11 @@ class WorkerGroup:
                     started = None
                     if online:
                         num_others = len(streams) + len(beside)
-                        started = start_teachers(segment.store, segment.recipe, segment.categories, group, num_others)
+                        started = start_teachers(
+                            *(segment.store, segment.recipe, segment.categories, group, num_others),
+                            broker=broker,
+                            owner=segment.owner,
+                        )
                     is_over = self._fit(runtime, group, worker_nodes, started)
             except ControllerError as error:
                 if not is_lost_at_start(error.controller_failure) or num_lost >= runtime.max_failures:
@@ -174,7 +179,12 @@ class WorkerGroup:
         return True
 
 
-def _find_room(segment: Segment, homes: Sequence[Mapping[str, float]], holder: str = "") -> list[str]:
+def _find_room(
+    segment: Segment,
+    homes: Sequence[Mapping[str, float]],
+    selectors: Sequence[Mapping[str, str]] | None = None,
+    holder: str = "",
+) -> list[str]:
     """Waits until all that a segment reserves has room at once; returns the node of each bundle.
 
     The streams' group and Train's are reserved one after the other. Two segments could each hold a part and wait for
@@ -183,7 +193,7 @@ def _find_room(segment: Segment, homes: Sequence[Mapping[str, float]], holder: s
     """
     say = partial(segment.broker.wait_for_room.remote, segment.owner)
     while True:
-        with reserve(homes, say=say, holder=holder) as whole:
+        with reserve(homes, selectors=selectors, say=say, holder=holder) as whole:
             nodes = nodes_of(whole)
             if ray.get(segment.broker.hand_over.remote(segment.owner, nodes)):
                 return nodes

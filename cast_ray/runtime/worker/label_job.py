@@ -105,7 +105,7 @@ class LabelJob:
         pa.parquet.write_table(pa.Table.from_pylist(rows, schema=BLOCK_SCHEMA), file)
         block = (rows[0]["position"], rows[-1]["position"] + 1)
         self.store.write_bytes(f"{self.folder}/{_file_name(block)}", file.getvalue())
-        self.broker.advance.remote(self.owner, len(rows))
+        self.broker.advance.remote(self.owner, len(rows), sum(map(len, labels)))
 
     def facts(self, blocks: list[Rows], began: float) -> dict[str, Any]:
         """Facts of a run that labelled these blocks since `began` (time.monotonic()) and found the others done."""

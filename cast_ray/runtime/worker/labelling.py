@@ -27,7 +27,7 @@ from ray.util.placement_group import PlacementGroup
 
 from cast_ray.runtime.data.block_source import Rows
 from cast_ray.runtime.data.pictures import Pictures, picture_dataset
-from cast_ray.runtime.data.resources import configure_data, labelling_bundles
+from cast_ray.runtime.data.resources import configure_data, labelling_bundles, labelling_selectors
 from cast_ray.runtime.placement import reserve
 from cast_ray.runtime.worker.label_job import LabelJob
 from cast_ray.runtime.worker.segment import SweepStopped
@@ -47,7 +47,8 @@ def label_images(job: LabelJob, holder: str = "") -> dict[str, Any]:
     blocks = job.missing(job.blocks)
     if blocks:
         say = partial(job.broker.wait_for_room.remote, job.owner)
-        with reserve(labelling_bundles(runtime), say=say, holder=holder) as group:
+        selectors = labelling_selectors(runtime)
+        with reserve(labelling_bundles(runtime), selectors=selectors, say=say, holder=holder) as group:
             if not ray.get(job.broker.occupy.remote(job.owner)):
                 raise SweepStopped
             _run(job, group, blocks)
@@ -87,12 +88,15 @@ class _Labeller:
         import torch
 
         from cast_ray.runtime.process_settings import prepare_process
+        from cast_ray.runtime.this_node import this_node
         from cast_ray.runtime.worker.labeller import PseudoLabeller
 
         prepare_process()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.labeller = PseudoLabeller(job.store, job.stage, device)
         self.job = job
+        process = ray.get_runtime_context().get_actor_id()
+        ray.get(job.broker.computes_on.remote(job.owner, process, this_node(device)))
 
     def __call__(self, block: pa.Table) -> pa.Table:
         pictures = Pictures.of(block)

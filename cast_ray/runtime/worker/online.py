@@ -96,13 +96,25 @@ class OnlineLabels:
 # It holds no state but what it loaded last, so that a lost one is replaced without anybody noticing.
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class OnlineTeacher:
-    """A teacher on a device of its own; loads whichever stage's, in whichever version, is asked for."""
+    """A teacher on a device of its own; loads whichever stage's, in whichever version, is asked for.
 
-    def __init__(self, store: ArtifactStore, recipe: Recipe, categories: tuple[Category, ...]):
+    Args:
+        broker, owner: who is told what it labels and on which machine, and of whose segment it is; None: nobody.
+    """
+
+    def __init__(self, store: ArtifactStore, recipe: Recipe, categories: tuple[Category, ...], broker: Any, owner: str):
+        import torch
+
         from cast_ray.runtime.process_settings import prepare_process
+        from cast_ray.runtime.this_node import this_node
 
         prepare_process()
         self.store, self.recipe, self.categories = store, recipe, categories
+        self.broker, self.owner = broker, owner
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if broker is not None:
+            process = ray.get_runtime_context().get_actor_id()
+            broker.computes_on.remote(owner, process, this_node(self.device))
         self.loaded: tuple[str, int] = ("", 0)
         self.labeller: Any = None
         self.num_images = self.num_labels = 0
@@ -123,8 +135,11 @@ class OnlineTeacher:
         if self.loaded != (stage.fingerprint, version):
             self._load(stage, learner, version, weights)
         labels = self.labeller.label(pictures)
+        num_labels = sum(map(len, labels))
         self.num_images += len(labels)
-        self.num_labels += sum(map(len, labels))
+        self.num_labels += num_labels
+        if self.broker is not None:
+            self.broker.labelled.remote(self.owner, stage.name, len(labels), num_labels)
         if (
             version == 0
             and self.num_labels == 0
@@ -135,14 +150,11 @@ class OnlineTeacher:
         return labels
 
     def _load(self, stage: Stage, learner: Learner | None, version: int, weights: list[ray.ObjectRef] | None) -> None:
-        import torch
-
         from cast_ray.runtime.worker.labeller import PseudoLabeller
 
         if self.loaded[0] != stage.fingerprint or version == 0:
             self.num_images = self.num_labels = 0
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            self.labeller = PseudoLabeller(self.store, stage, device)
+            self.labeller = PseudoLabeller(self.store, stage, self.device)
         if learner is not None and version:
             self.labeller.become(learner.model, learner.input_size)
         if weights is not None:
@@ -201,16 +213,26 @@ def teacher_bundles(runtime: RuntimeConfig) -> list[dict[str, float]]:
 
 
 def start_teachers(
-    store: ArtifactStore, recipe: Recipe, categories: tuple[Category, ...], group: PlacementGroup, first_bundle: int
+    store: ArtifactStore,
+    recipe: Recipe,
+    categories: tuple[Category, ...],
+    group: PlacementGroup,
+    first_bundle: int,
+    broker: Any = None,
+    owner: str = "",
 ) -> Teachers:
-    """Teachers in a group's last bundles. They end with the group, so that no stage is left without."""
+    """Teachers in a group's last bundles. They end with the group, so that no stage is left without.
+
+    Args:
+        broker, owner: see `OnlineTeacher`.
+    """
     runtime = recipe.runtime
     actors = tuple(
         OnlineTeacher.options(  # type: ignore[attr-defined]
             num_cpus=runtime.cpus_per_labeller,
             num_gpus=1 if runtime.use_gpu else 0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=first_bundle + i),
-        ).remote(store, recipe, categories)
+        ).remote(store, recipe, categories, broker, owner)
         for i in range(num_teachers(runtime))
     )
     return Teachers(actors, TeacherVersions.remote())  # type: ignore[attr-defined]

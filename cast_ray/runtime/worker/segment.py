@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +14,17 @@ from cast_ray.recipe import Recipe
 from cast_ray.runtime.data.images import Images
 from cast_ray.runtime.store.artifacts import ArtifactStore
 
+MAX_PART = 80
+"""Characters of a run's name that sweep and row each may take: a folder's name has at most 255 bytes."""
+
 
 @dataclass
 class Segment:
     """What one worker group is told to do."""
 
     owner: str
+    sweep: str
+    """Name of the run that the row belongs to, for people."""
     stages: list[Stage]
     recipe: Recipe
     store: ArtifactStore
@@ -33,11 +39,15 @@ class Segment:
 
     @property
     def run_name(self) -> str:
-        """Name of the run in Ray Train of a worker group that is started for this segment.
+        """Name of the run in Ray Train of a worker group that is started for this segment, shown on the dashboard:
+        sweep, row, stages and attempt. The group may serve other rows later.
 
-        Every attempt has one of its own: an interrupted run of the same stages may still be going down.
+        Every attempt has a name of its own: an interrupted run of the same stages may still be going down. The name is
+        also that of a folder, so its parts are cut to what a file system allows.
         """
-        return f"{self.stages[0].fingerprint[:8]}-{self.store.attempt}"
+        names = dict.fromkeys((self.stages[0].name, self.stages[-1].name))
+        parts = [self.sweep[:MAX_PART], self.owner[-MAX_PART:], "-to-".join(names), self.store.attempt]
+        return "__".join(re.sub(r"[^\w.+=-]", "-", part, flags=re.ASCII) for part in parts)
 
 
 class SweepStopped(RuntimeError):

@@ -39,6 +39,7 @@ from cast_ray.runtime.process_settings import prepare_process
 from cast_ray.runtime.store.artifact_files import CURVES, LABELS
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.models import WEIGHTS, load_teacher, save_model
+from cast_ray.runtime.this_node import this_node
 from cast_ray.runtime.worker.audit import audit_labels
 from cast_ray.runtime.worker.evaluation import evaluate_stage
 from cast_ray.runtime.worker.label_job import LabelJob
@@ -46,7 +47,7 @@ from cast_ray.runtime.worker.labeller import PseudoLabeller
 from cast_ray.runtime.worker.online import OnlineLabels, Publisher, Teachers
 from cast_ray.runtime.worker.segment import Segment
 from cast_ray.runtime.worker.train import train_stage
-from cast_ray.runtime.worker.train_progress import TrainProgress
+from cast_ray.runtime.worker.train_progress import TimedBatches, TrainProgress
 from cast_ray.runtime.worker.validation import SideValidation, is_validated, validation_bundles
 from cast_ray.teachers.protocol import Teacher
 
@@ -82,6 +83,7 @@ def serve_segments(
             if world.rank == 0:
                 segment.broker.handed_over.remote(segment.owner)
             startup_s = time.time() - segment.requested
+        ray.get(segment.broker.computes_on.remote(segment.owner, f"worker {rank}", this_node(world.device)))
         names = ", ".join(stage.name for stage in segment.stages)
         # A second line of the same segment is a restart: Ray Train starts all workers of a group again when one is
         # lost.
@@ -134,13 +136,14 @@ def _run_stages(
         if world.rank == 0:
             facts |= {"stage_seconds": time.monotonic() - began, "startup_seconds": startup_s}
             facts |= {"num_workers": world.size, "device": str(world.device), "owner": segment.owner}
+            facts |= {"computed_on": ray.get(segment.broker.computed_on.remote(segment.owner))}
             startup_s = 0.0  # the group's start counts once, for its first stage
             segment.store.commit(stage, facts)
             if stage.kind == "label":  # blocks that a resumed labelling would have found
                 segment.store.delete(f"labels/{stage.fingerprint}")
             if stage.config.get("refresh_steps"):  # its teacher's versions
                 segment.store.delete(f"refresh/{stage.fingerprint}")
-            ray.get(segment.broker.finish.remote(stage.fingerprint))
+            ray.get(segment.broker.finish.remote(stage.fingerprint, facts["stage_seconds"] * world.size))
             if validation is not None:
                 validation.forget(stage)
         world.barrier()
@@ -176,7 +179,8 @@ def _train(
         online=online,
         device=world.device,
     )
-    progress = TrainProgress(segment, stage, world.rank, publisher)
+    timed = TimedBatches(batches)
+    progress = TrainProgress(segment, stage, world.rank, publisher, timed, start_step)
     hooks = TrainHooks(
         on_log=progress.on_log,
         on_checkpoint=progress.on_checkpoint,
@@ -186,12 +190,12 @@ def _train(
     if validation is not None and is_validated(recipe, stage):
         every = recipe.evaluation.every_steps
         hooks = replace(hooks, on_snapshot=partial(validation.snapshot, stage), snapshot_every_steps=every)
-    progress.start(start_step)
+    progress.start()
     model, result = train_stage(
         stage,
         num_classes=len(segment.categories),
         parent=_parent(segment.store, stage, part),
-        batches=batches,
+        batches=timed,
         world=world,
         train_config=config,
         gradient_checkpointing=recipe.runtime.gradient_checkpointing,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
+from collections.abc import Iterator
 
 import ray.train
 import torch
 from ray.train import Checkpoint
 from safetensors.torch import save as save_tensors
 
+from cast_ray.contracts.records import Batch
 from cast_ray.engine.checkpoint import TrainState
 from cast_ray.plan.graph import Stage
 from cast_ray.runtime.worker.evaluation import POST_EVERY_S
@@ -20,24 +22,62 @@ from cast_ray.runtime.worker.segment import Segment
 logger = logging.getLogger(__name__)
 
 
+class TimedBatches:
+    """A stream of batches that adds up how long its reader waits for the next one."""
+
+    def __init__(self, batches: Iterator[Batch]):
+        self.batches = batches
+        self.waited_s = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        began = time.monotonic()
+        try:
+            return next(self.batches)
+        finally:
+            self.waited_s += time.monotonic() - began
+
+
 class TrainProgress:
     """The callbacks of a train stage on one worker, for `engine.loop.TrainHooks`; only the first worker posts.
 
     Args:
         rank: of the worker.
         publisher: of a stage that refreshes its teacher.
+        batches: the worker's stream.
+        start_step: step that the stage starts or continues from.
     """
 
-    def __init__(self, segment: Segment, stage: Stage, rank: int, publisher: Publisher | None):
+    def __init__(
+        self,
+        segment: Segment,
+        stage: Stage,
+        rank: int,
+        publisher: Publisher | None,
+        batches: TimedBatches,
+        start_step: int,
+    ):
         self.segment, self.stage, self.is_first, self.publisher = segment, stage, rank == 0, publisher
         self.post = {"stage": stage.name, "fingerprint": stage.fingerprint, "steps": stage.steps, "unit": "step"}
+        self.batches = batches
         self.posted = 0.0
+        self.paced = (time.monotonic(), float(start_step), 0.0)
+        """When the pace was last taken, at which step, and how long had been waited for batches by then."""
         self.entries: list[dict[str, float]] = []
 
-    def start(self, step: int) -> None:
-        """Shows the stage as running from a step on."""
+    def start(self) -> None:
+        """Shows the stage as running from its first step on."""
         if self.is_first:
-            self.segment.broker.post.remote(self.segment.owner, self.post | {"step": step})
+            self.segment.broker.post.remote(self.segment.owner, self.post | {"step": int(self.paced[1])})
+
+    def _pace(self, now: float, step: float) -> dict[str, float]:
+        """Steps per second, and the share of the time that was spent waiting for batches, since the last call."""
+        began, first, waited = self.paced
+        self.paced = (now, step, self.batches.waited_s)
+        seconds = max(now - began, 1e-9)
+        return {"steps_per_s": (step - first) / seconds, "data_wait": (self.batches.waited_s - waited) / seconds}
 
     def on_log(self, entry: dict[str, float]) -> None:
         """Sends entries of the curve to the broker, not more often than each POST_EVERY_S and after the last step."""
@@ -47,7 +87,7 @@ class TrainProgress:
         self.entries.append(entry)
         if now - self.posted > POST_EVERY_S or entry["step"] == self.stage.steps:
             self.posted = now
-            facts = self.post | {k: entry[k] for k in ("step", "loss", "images_per_s")}
+            facts = self.post | {k: entry[k] for k in ("step", "loss", "images_per_s")} | self._pace(now, entry["step"])
             self.segment.broker.post.remote(self.segment.owner, facts, tuple(self.entries))
             self.entries.clear()
 
@@ -66,6 +106,8 @@ class TrainProgress:
             run = ray.train.get_context().get_experiment_name()
             logger.info("checkpoint of %s (%s) written at step %d", stage.name, self.segment.owner, state.step)
             store.note_checkpoint(stage.fingerprint, store.uri("train", run, name), state.step)
+            saved = {"step": state.step, "checkpoint_time": time.time()}
+            self.segment.broker.post.remote(self.segment.owner, self.post | saved)
             if self.publisher is not None:
                 self.publisher.noted_checkpoint(state.step)
 

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cast_ray.plan.graph import Stage, input_size_of
 from cast_ray.plan.stage_parts import TrainPart
-from cast_ray.recipe import ModelConfig, Precision, Recipe, RuntimeConfig
+from cast_ray.recipe import ModelConfig, Recipe, RuntimeConfig
 from cast_ray.runtime.data.resources import configure_data, stream_bundle, validator_bundle
 from cast_ray.runtime.process_settings import prepare_process
 from cast_ray.runtime.store.artifacts import ArtifactStore
@@ -78,9 +78,7 @@ class SideValidation:
             self.actor = self._start()
         segmenter = TrainPart.of(stage).segmenter
         assert segmenter is not None, stage.name  # see `is_validated`
-        self.pending[step] = self.actor.validate.remote(
-            stage.fingerprint, segmenter, stage.precision, images, step, save(dict(weights))
-        )
+        self.pending[step] = self.actor.validate.remote(stage, segmenter, images, step, save(dict(weights)))
 
     def _start(self) -> Any:
         runtime = self.segment.recipe.runtime
@@ -90,7 +88,7 @@ class SideValidation:
             num_cpus=resources["CPU"],
             num_gpus=resources.get("GPU", 0.0),
             scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle + 1),
-        ).remote(self.segment.store, self.group, bundle, runtime)
+        ).remote(self.segment.store, self.group, bundle, runtime, self.segment.broker, self.segment.owner)
 
     def is_waiting(self, timeout_s: float) -> bool:
         """Whether snapshots are still to be measured after so many seconds."""
@@ -136,19 +134,26 @@ class SideValidation:
 class Validator:
     """The measuring end: one snapshot after the other."""
 
-    def __init__(self, store: ArtifactStore, group: PlacementGroup, bundle: int, runtime: RuntimeConfig):
+    def __init__(
+        self,
+        store: ArtifactStore,
+        group: PlacementGroup,
+        bundle: int,
+        runtime: RuntimeConfig,
+        broker: Any,
+        owner: str,
+    ):
         import torch
 
         prepare_process(max(1, int(runtime.cpus_per_worker)))
         configure_data(group, runtime, bundle)
-        self.store = store
+        self.store, self.broker, self.owner = store, broker, owner
         self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
 
     def validate(
         self,
-        fingerprint: str,
+        stage: Stage,
         model: ModelConfig,
-        precision: Precision,
         images: ValidationSet,
         step: int,
         weights: bytes,
@@ -165,11 +170,13 @@ class Validator:
         segmenter = build_segmenter(model, len(images.categories), seed=0)
         segmenter.load_state_dict(load(weights))
         teacher = ExpertTeacher(segmenter, images.categories, images.input_size).to(self.device)
-        teacher.precision = precision
+        teacher.precision = stage.precision
         matches = measure(teacher, images, np.arange(images.num_images), self.device)
         numbers = metrics_of(matches, images.categories)
         point = {"step": step, "rules": _rules(images), "val/mask_ap": numbers["mask_ap"], "val/ap50": numbers["ap50"]}
-        self.store.write_json(_path(fingerprint, step), point)
+        self.store.write_json(_path(stage.fingerprint, step), point)
+        if numbers["mask_ap"] is not None:
+            self.broker.validated.remote(self.owner, stage.name, numbers["mask_ap"])
 
 
 def with_points(curve: Sequence[dict[str, float]], points: Sequence[dict[str, Any]]) -> list[dict[str, float]]:

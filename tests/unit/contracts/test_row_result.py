@@ -58,7 +58,7 @@ def test_a_result_of_an_earlier_build_makes_the_same_cells() -> None:
     }
     assert report.steps.unique == 32 and report.context["label split"] == "nested 25 %"
     assert report.context["dataset"] == "12 labelled, 36 unlabelled, 16 validation images, 4 classes"
-    assert report.context["machine"] == "Test CPU, 2 CPUs, no GPU, 24 GB memory"
+    assert report.context["planned on"] == "Test CPU, 2 CPUs, 24 GB memory"
     assert any("no pseudo-label at all from label-adapted, label-teacher" in note for note in report.notes)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from cast_ray.plan.graph import plan
 from cast_ray.recipe import (
     CONTRASTIVE_PRESETS,
     SCALES,
@@ -14,6 +15,7 @@ from cast_ray.recipe import (
     preset_names,
     recipe_keys,
 )
+from cast_ray.recipe.runtime import parse_selector
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -276,3 +278,37 @@ def test_an_ensemble_lists_its_members_checkpoints() -> None:
         "teacher.grounded_sam.segmenter": "facebook/sam2.1-hiera-large",
         "teacher.ensemble.members[2]": "runs/t",
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "selector"),
+    [
+        ("", {}),
+        ("ray.io/accelerator-type=L4", {"ray.io/accelerator-type": "L4"}),
+        ("market=!spot, zone=in(a-1,b_2.c),x=!in(y)", {"market": "!spot", "zone": "in(a-1,b_2.c)", "x": "!in(y)"}),
+    ],
+)
+def test_label_selectors(text: str, selector: dict[str, str]) -> None:
+    recipe = build_recipe("shapes", overrides={"runtime.worker_selector": text})
+    assert parse_selector(recipe.runtime.worker_selector) == selector
+
+
+@pytest.mark.parametrize("text", ["L4", "a=", "=b", "a=in()", "a=in(b", "a=b;c=d", "a=b,,c=d"])
+def test_what_is_no_label_selector(text: str) -> None:
+    with pytest.raises(ValueError, match=r"runtime\.worker_selector.*no label selector: expected for example ray\.io/"):
+        build_recipe("shapes", overrides={"runtime.worker_selector": text})
+
+
+def test_labellers_that_are_selected_must_exist() -> None:
+    selected = {"runtime.labeller_selector": "gpu=big"}
+    with pytest.raises(ValueError, match=r"runtime\.labeller_selector.*runtime\.num_labellers"):
+        build_recipe("shapes", overrides=selected)
+    for more in ({"runtime.num_labellers": "1"}, {"labels.mode": "online"}):
+        assert build_recipe("shapes", overrides=selected | more).runtime.labeller_selector == "gpu=big"
+
+
+def test_selectors_change_no_fingerprint() -> None:
+    selectors = {"runtime.worker_selector": "a=b", "runtime.labeller_selector": "a=c"}
+    recipes = [build_recipe("shapes", overrides={"runtime.num_labellers": "1", **more}) for more in ({}, selectors)]
+    plain, selected = ([stage.fingerprint for stage in plan(recipe, "0" * 64, row="row").stages] for recipe in recipes)
+    assert plain == selected

@@ -524,3 +524,24 @@ def test_an_empty_folder_and_mixed_tables_are_refused(tmp_path: Path) -> None:
         write_report(tmp_path)
     with pytest.raises(ValueError, match="one table, got losses, other"):
         report_of(tmp_path, [result("sup"), result("sup", table="other")])
+
+
+def test_the_report_says_what_computed_each_number(tmp_path: Path) -> None:
+    a10g = {"node": "gpu_a10g", "gpu": "NVIDIA A10G", "gpu_driver": "550.54", "cpu": "AMD EPYC"}
+    l4 = a10g | {"node": "gpu_l4", "gpu": "NVIDIA L4"}
+    first = result("sup")
+    first["stages"][0]["computed_on"] = [a10g, l4]
+    first["stages"][2]["computed_on"] = [l4]
+    first["metrics"]["student/latency_ms"], first["measured_on"] = 7.5, {"student/latency_ms": l4}
+    report = report_of(tmp_path, [first, result("sup+semi")])
+    words = "NVIDIA A10G (driver 550.54) on gpu_a10g; NVIDIA L4 (driver 550.54) on gpu_l4"
+    assert report.context["computed on"] == words  # and not the machine that planned it
+    page = (tmp_path / "run" / "report.html", write_report(tmp_path / "run"))[0].read_text()
+    facts = [
+        "stage pretrain computed on",
+        words,
+        "student/latency_ms measured on",
+        "stage label computed on",
+        "unknown",
+    ]
+    assert all(fact in page for fact in facts)

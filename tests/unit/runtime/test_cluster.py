@@ -12,6 +12,8 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from cast_ray.runtime.ray_internals import NODE_GROUP_LABEL
+
 CLUSTER = Path(__file__).parents[3] / "cluster"
 
 
@@ -115,3 +117,8 @@ def test_image_is_built_on_the_pinned_ray(written: dict[str, Any]) -> None:
     )
     assert f"FROM rayproject/ray:{pins['ray']}-" in (CLUSTER / "Dockerfile").read_text()
     assert f"ray[default]=={pins['ray']}" in (CLUSTER / "README.md").read_text()
+
+
+def test_every_node_is_labelled_with_its_type(written: dict[str, Any]) -> None:
+    types = prepared(written)["available_node_types"]
+    assert {name: node["labels"] for name, node in types.items()} == {name: {NODE_GROUP_LABEL: name} for name in types}

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from cast_ray.contracts.compute_node import ComputeNode
 from cast_ray.plan.graph import Stage
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.claims import Presence
 from cast_ray.runtime.sweep import broker as broker_module
+from cast_ray.runtime.sweep import rooms as rooms_module
 from cast_ray.runtime.sweep.broker import Broker
 from cast_ray.runtime.sweep.leases import LEASE_TIMEOUT_S, Leases, Limits, Need
 
@@ -321,7 +323,7 @@ def test_on_a_node_one_segment_at_a_time_exchanges_its_reservation(monkeypatch: 
         assert await broker.hand_over("c", ["n2", "n4"])
         await broker.settle("c")  # its driver was lost on the way: its row settles, or asks again
         assert await broker.hand_over("d", ["n4"])
-        monkeypatch.setattr(broker_module, "TURN_S", 0.0)
+        monkeypatch.setattr(rooms_module, "TURN_S", 0.0)
         assert await broker.hand_over("e", ["n3", "n4"])  # nobody keeps others away for ever
 
     asyncio.run(asyncio.wait_for(scene(), 60))
@@ -430,3 +432,19 @@ def test_a_segment_crosses_train_and_evaluate(kind: str) -> None:
     leases = Leases(1, set())
     needs = [PRETRAIN, Need("x", kind, ("pre",), 0), Need("y", "train", ("x",), 1)]
     assert leases.grant("a", needs, 0) == {"run": ["pre", "x", "y"], "done": []}
+
+
+def test_a_segments_machines_are_noted_until_it_gives_its_room_back() -> None:
+    a10g, l4 = ComputeNode(node="a10g", cpu="x"), ComputeNode(node="l4", cpu="x")
+
+    async def scene() -> None:
+        broker = make_broker(1, set())
+        assert await broker.computed_on("a") == []
+        for process, node in (("worker 0", a10g), ("worker 1", a10g), ("worker 1", l4), ("worker 2", a10g)):
+            await broker.computes_on("a", process, node)  # worker 1 was lost and started again elsewhere
+        await broker.computes_on("b", "worker 0", l4)
+        assert await broker.computed_on("a") == [a10g.plain(), l4.plain()]  # each kind once, as plain data
+        await broker.vacate("a")
+        assert await broker.computed_on("a") == [] and await broker.computed_on("b") == [l4.plain()]
+
+    asyncio.run(asyncio.wait_for(scene(), 60))

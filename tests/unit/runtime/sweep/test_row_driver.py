@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from cast_ray.contracts.compute_node import ComputeNode
+from cast_ray.contracts.row_result import RowResult
 from cast_ray.plan.graph import Stage
 from cast_ray.runtime.store.artifacts import ArtifactStore
-from cast_ray.runtime.sweep.row_driver import RowDriver
+from cast_ray.runtime.sweep import row_driver
+from cast_ray.runtime.sweep.row_driver import RowDriver, run_row
 
 FIRST = Stage("pretrain", "train", {"seed": 0}, {}, "a" * 20, steps=4)
 SECOND = Stage("distill", "train", {"seed": 0}, {"init": "a" * 20}, "b" * 20, steps=4)
@@ -39,3 +44,16 @@ def test_what_another_sweep_has_committed_is_not_run_here(tmp_path: Path) -> Non
     driver = Driver(tmp_path, fails=False)
     driver.run_segment([FIRST, SECOND])
     assert driver.ran == {SECOND.fingerprint}
+
+
+def test_a_measured_latency_names_its_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    l4, written = ComputeNode(node="gpu_l4", gpu="NVIDIA L4"), []
+    done = RowResult(table="t", row="r", seed=0, status="done", metrics={"student/mask_ap": 20.0})
+    monkeypatch.setattr(row_driver, "assemble_result", lambda *_: done)
+    monkeypatch.setattr(row_driver, "measure_metric", lambda job, name: (7.5, l4))
+    monkeypatch.setattr(row_driver, "write_result", lambda context, row, result: written.append(result))
+    job = SimpleNamespace(context=None, row=None, measure=("student/latency_ms",))
+    driver: Any = SimpleNamespace(job=job, ran=set(), run=lambda: None, close=lambda status: None)
+    result = run_row(driver)
+    assert result.metrics == {"student/mask_ap": 20.0, "student/latency_ms": 7.5}
+    assert result.measured_on == {"student/latency_ms": l4} and written == [result]

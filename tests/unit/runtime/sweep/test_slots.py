@@ -121,3 +121,43 @@ def test_bundles_are_compared_with_nodes_and_not_sums(autoscaler: list[bool]) ->
         demand(two, runtime__num_labellers="1", runtime__cpus_per_labeller="9")
     with pytest.raises(ValueError, match=r"object store MB 50"):
         demand(cluster_of({"CPU": 8.0, "object_store_memory": 50 * 2.0**20}))
+
+
+def labelled(*labels: dict[str, str], is_local: bool = False) -> Cluster:
+    nodes = tuple({"object_store_memory": float(STORE), "CPU": 100.0} for _ in labels)
+    return Cluster("", {"CPU": 100.0, "object_store_memory": STORE}, nodes, labels, is_local)
+
+
+L4, A10G = {"ray.io/accelerator-type": "L4"}, {"ray.io/accelerator-type": "A10G", "ray.io/node-id": "0123"}
+
+
+@pytest.mark.parametrize("is_local", [False, True])
+def test_a_label_that_no_node_has_is_refused_where_no_node_can_come(autoscaler: list[bool], is_local: bool) -> None:
+    cluster = labelled(L4, A10G, is_local=is_local)
+    wanted: dict[str, Any] = {
+        "runtime__num_labellers": "2",
+        "runtime__labeller_selector": "ray.io/accelerator-type=A100",
+    }
+    with pytest.raises(ValueError) as error:
+        demand(cluster, **wanted)
+    assert str(error.value) == (
+        "runtime.labeller_selector=ray.io/accelerator-type=A100: no node of this cluster has such labels, and nothing "
+        "starts another; its nodes have ray.io/accelerator-type=L4, ray.io/accelerator-type=A10G"
+    )
+    autoscaler[0] = True
+    if not is_local:  # which nothing ever joins, whatever Ray says
+        assert demand(cluster, **wanted) == 12
+    autoscaler[0] = False
+    assert demand(cluster, **wanted | {"runtime__labeller_selector": "ray.io/accelerator-type=!A10G"})
+    assert demand(cluster, runtime__worker_selector="ray.io/accelerator-type=in(L4,A100)")
+
+
+def test_only_nodes_with_the_wanted_labels_are_compared(autoscaler: list[bool]) -> None:
+    """A worker that only the large nodes hold, and that was told to lie on a small one, would wait for ever."""
+    sizes = ({"CPU": 2.0, "object_store_memory": float(STORE)}, {"CPU": 64.0, "object_store_memory": float(STORE)})
+    cluster = Cluster("", {"CPU": 66.0}, sizes, (L4, A10G), is_local=False)
+    assert demand(cluster) == demand(cluster, runtime__worker_selector="ray.io/accelerator-type=A10G") == 12
+    with pytest.raises(ValueError) as error:
+        demand(cluster, runtime__worker_selector="ray.io/accelerator-type=L4")
+    assert "the nodes of this cluster on nodes with" not in str(error.value)
+    assert "the nodes of this cluster with ray.io/accelerator-type=L4 have {CPU 2, " in str(error.value)

@@ -107,7 +107,7 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Train:
 
     monkeypatch.setattr(group_module, "_trainer_class", lambda num_workers: Trainer)
     monkeypatch.setattr(group_module, "reserve", reserve)
-    monkeypatch.setattr(group_module, "_find_room", lambda segment, homes, holder: ["node"] * len(homes))
+    monkeypatch.setattr(group_module, "_find_room", lambda segment, homes, selectors, holder: ["node"] * len(homes))
     monkeypatch.setattr(group_module.ray, "get", lambda answer: answer.value)
     monkeypatch.delenv(group_module.START_TIMEOUT, raising=False)
     return train
@@ -117,7 +117,9 @@ def segment(
     broker: Calls, train: Train, owner: str = "row", settings: dict[str, str] | None = None, **stage: Any
 ) -> Segment:
     recipe = build_recipe("shapes", overrides={"runtime.max_failures": "2", **(settings or {})})
-    stages: Any = [SimpleNamespace(**{"fingerprint": f"of {owner}", "key": owner, "online": None} | stage)]
+    stages: Any = [
+        SimpleNamespace(**{"name": "distill", "fingerprint": f"of {owner}", "key": owner, "online": None} | stage)
+    ]
     store: Any = SimpleNamespace(
         attempt="1",
         uri=lambda *_: "/tmp/none",
@@ -126,7 +128,7 @@ def segment(
         forget_run=train.forgotten.append,
     )
     parts: Any = {"categories": (), "images": {}, "val": None, "num_val": 0, "requested": 0.0}
-    return Segment(owner=owner, stages=stages, recipe=recipe, store=store, broker=broker, **parts)
+    return Segment(owner=owner, sweep="run", stages=stages, recipe=recipe, store=store, broker=broker, **parts)
 
 
 def play(monkeypatch: pytest.MonkeyPatch, scene: Callable[[Any], Awaitable[Any]]) -> Any:
@@ -215,7 +217,7 @@ def test_another_shape_gets_a_group_of_its_own(train: Train, monkeypatch: pytest
         assert not await host.run(segment(Calls(), train, "c", online=SimpleNamespace()))
         assert host.group is None and train.starts == []
 
-    monkeypatch.setattr(group_module, "start_teachers", lambda *_: None)
+    monkeypatch.setattr(group_module, "start_teachers", lambda *_, **__: None)
     play(monkeypatch, scene)
     assert [owner for _, owner in train.ran] == ["a", "b", "c"] and len({run for run, _ in train.ran}) == 3
 
