@@ -52,8 +52,6 @@ class _Waiter:
     """The driver process that waits."""
     seen: float = 0.0
     """When that process was last heard of."""
-    runtime: RuntimeConfig | None = None
-    """What its worker groups need."""
     granted: asyncio.Event = field(default_factory=asyncio.Event)
     answer: Answer | None = None
 
@@ -86,7 +84,7 @@ class Broker:
         is_open: bool = False,
     ):
         configure_logging()
-        self.by_turns, self.is_open = by_turns, is_open
+        self.by_turns = by_turns
         self.leases = Leases(slots, done)
         self.limits = Limits(budget_hours, keep_going)
         self.claims = Claims(ArtifactStore(storage), holder) if holder else None
@@ -94,9 +92,7 @@ class Broker:
         """Fingerprint -> artifact key of every stage that was asked for."""
         self.jobs: dict[str, bytes] = {}
         self.waiting: list[_Waiter] = []
-        self.asked: dict[str, _Waiter] = {}
-        """Owner -> what it asked for last."""
-        self.groups = GroupPool(self.limits)
+        self.groups = GroupPool(self.leases, self.limits, is_open)
         self.instances: dict[str, str] = {}
         """Owner -> the driver process that asked last."""
         self.replaced: set[str] = set()
@@ -121,6 +117,7 @@ class Broker:
             stored: fingerprints of stages of these rows that were found in the store.
         """
         self.jobs |= jobs
+        self.groups.asked |= dict.fromkeys(jobs)
         for fingerprint in stored:
             self.leases.finish(fingerprint)
 
@@ -154,7 +151,8 @@ class Broker:
         self.orders += 1
         self.keys |= {n.fingerprint: n.key for n in needs}
         self.devices[owner] = devices
-        waiter = self.asked[owner] = _Waiter(owner, needs, self.orders, instance, time.monotonic(), runtime)
+        self.groups.asked[owner] = (needs, runtime)
+        waiter = _Waiter(owner, needs, self.orders, instance, time.monotonic())
         while True:
             answer = await self._turn(waiter)
             self.metrics.took_over(owner, answer["done"])
@@ -166,7 +164,7 @@ class Broker:
             self.metrics.took_over(owner, done)
             if run:
                 if any(n.alone for n in needs if n.fingerprint in run):  # its labellers need the room of a worker group
-                    self._keep_within_slots()
+                    self.groups.keep_within_slots()
                 logger.info("segment granted to %s: %s", owner, ", ".join(self.keys[f] for f in run))
                 return {"run": run, "done": answer["done"] + done}
             await self._end_grant(owner)
@@ -336,40 +334,18 @@ class Broker:
         await self.groups.end(owner)
         if instance in self.replaced or owner not in self.leases.heartbeat:
             return None
-        host = self.groups.lend(owner, shape, self.devices.get(owner, 1), run, node)
-        self._keep_within_slots()
-        return host
+        return self.groups.lend(owner, shape, self.devices.get(owner, 1), run, node)
 
     async def take_back(self, owner: str, is_kept: bool, instance: str = "") -> None:
         """`owner`'s segment is over; `is_kept`: its worker group waits for another one."""
         if instance not in self.replaced:
-            self.groups.take_back(owner, is_kept, self._is_wanted)
+            self.groups.take_back(owner, is_kept)
 
     async def close_groups(self) -> None:
         """The sweep is over: returns when no worker group is left, and nothing of those that were interrupted."""
         await self.groups.closed()
         if self.claims is not None and self.groups.interrupted:
             await asyncio.to_thread(self.claims.store.forget_interrupted, self.groups.interrupted)
-
-    def _keep_within_slots(self) -> None:
-        """A parked group holds the room of a slot: where all slots are taken there is none for it."""
-        self.groups.keep(self.leases.slots - len(self.leases.heartbeat))
-
-    def _is_wanted(self, shape: RuntimeConfig) -> bool:
-        """Whether a row may still come for a worker group of this shape."""
-        if self.limits.reason(time.monotonic()) is not None:
-            return False
-        return self.is_open or any(self._may_come(owner, shape) for owner in self.jobs)
-
-    def _may_come(self, owner: str, shape: RuntimeConfig) -> bool:
-        asked = self.asked.get(owner)
-        if asked is None:
-            return True
-        left = [n.fingerprint for n in asked.needs if n.fingerprint not in self.leases.done and not n.alone]
-        if asked.runtime != shape or any(fingerprint in self.leases.failed for fingerprint in left):
-            return False
-        served = {f for f, by in self.leases.leased.items() if by == owner and owner in self.groups.working}
-        return not served.issuperset(left)
 
     async def admit(self, owner: str, fingerprint: str) -> bool:
         """Whether the next stage of a segment may start; the same answer to every worker of the group."""
@@ -402,10 +378,9 @@ class Broker:
         if status in ("done", "failed"):
             self.limits.outcomes.append(status == "done")
         self.jobs.pop(owner, None)
-        self.asked.pop(owner, None)
         self.posts.collect(owner)
         await self.settle(owner)
-        self.groups.close_unwanted(self._is_wanted)
+        self.groups.forget(owner)
 
     async def spent(self, owner: str) -> float:
         """Device-seconds that `owner` has used up."""

@@ -13,7 +13,6 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cast_ray.recipe import RuntimeConfig
 from cast_ray.runtime.placement import give_back
-from cast_ray.runtime.sweep.leases import Limits
+from cast_ray.runtime.sweep.leases import Leases, Limits, Need
 from cast_ray.runtime.worker.group_host import GroupHost
 
 logger = logging.getLogger(__name__)
@@ -87,10 +86,17 @@ class GroupPool:
     """The worker groups of one sweep. All methods belong to one event loop.
 
     Args:
+        leases: the sweep's: they tell which rows may still come for a group, and how many slots are taken.
         limits: where the time of parked groups is counted.
+        is_open: rows may still be added when no known one is left.
     """
 
+    leases: Leases
     limits: Limits
+    is_open: bool = False
+    asked: dict[str, tuple[list[Need], RuntimeConfig | None] | None] = field(default_factory=dict)
+    """Owner -> what it asked for last and what its groups need, of the rows that have not ended; None: it has not asked
+    yet."""
     hosts: Hosts = field(default_factory=RayHosts)
     working: dict[str, LentGroup] = field(default_factory=dict)
     """Owner -> the group that runs its segment."""
@@ -125,14 +131,14 @@ class GroupPool:
                 group = LentGroup(self.hosts.start(holder, node), holder)
             group.run, group.shape, group.devices = run, shape, devices
         self.working[owner] = group
+        self.keep_within_slots()
         return group.actor
 
-    def take_back(self, owner: str, is_kept: bool, is_wanted: Callable[[RuntimeConfig], bool]) -> None:
+    def take_back(self, owner: str, is_kept: bool) -> None:
         """Takes a host back whose segment is over.
 
         Args:
             is_kept: its worker group is still up.
-            is_wanted: whether any row may still come for a group of a shape.
         """
         group = self.working.pop(owner, None)
         if group is None:
@@ -145,7 +151,12 @@ class GroupPool:
         self.limits.park(group.holder, group.devices, now)
         self.parked.append(group)
         group.timer = asyncio.get_running_loop().call_later(PARK_S, self.close, group)
-        self.close_unwanted(is_wanted)
+        self._close_unwanted()
+
+    def forget(self, owner: str) -> None:
+        """A row has ended and comes no more."""
+        self.asked.pop(owner, None)
+        self._close_unwanted()
 
     def close(self, group: LentGroup) -> None:
         """Ends a parked group; its room is free some moments later."""
@@ -164,15 +175,30 @@ class GroupPool:
         for group in list(self.parked):
             self.close(group)
 
-    def close_unwanted(self, is_wanted: Callable[[RuntimeConfig], bool]) -> None:
-        """Ends the parked groups that no row will come for."""
+    def _close_unwanted(self) -> None:
         for group in list(self.parked):
-            if group.shape is None or not is_wanted(group.shape):
+            if not self._is_wanted(group.shape):
                 self.close(group)
 
-    def keep(self, num_groups: int) -> None:
-        """Ends those parked first, until no more than so many are left."""
-        while len(self.parked) > max(num_groups, 0):
+    def _is_wanted(self, shape: RuntimeConfig | None) -> bool:
+        """Whether a row may still come for a worker group of this shape."""
+        if self.limits.reason(time.monotonic()) is not None:
+            return False
+        return self.is_open or any(self._may_come(owner, shape) for owner in self.asked)
+
+    def _may_come(self, owner: str, shape: RuntimeConfig | None) -> bool:
+        if (asked := self.asked[owner]) is None:
+            return True
+        needs, runtime = asked
+        left = [n.fingerprint for n in needs if n.fingerprint not in self.leases.done and not n.alone]
+        if runtime != shape or any(fingerprint in self.leases.failed for fingerprint in left):
+            return False
+        served = {f for f, by in self.leases.leased.items() if by == owner and owner in self.working}
+        return not served.issuperset(left)
+
+    def keep_within_slots(self) -> None:
+        """Ends those parked first where slots are taken: a parked group holds the room of one."""
+        while self.parked and len(self.parked) + len(self.leases.heartbeat) > self.leases.slots:
             self.close(self.parked[0])
 
     async def end(self, owner: str) -> None:
@@ -182,7 +208,9 @@ class GroupPool:
             await self.hosts.kill(group.actor, group.holder)
 
     async def closed(self) -> None:
-        """Ends all parked groups; returns when the last of them has given its room back."""
+        """Ends all groups; returns when the last of them has given its room back."""
+        for owner in list(self.working):  # its driver was lost for good
+            await self.end(owner)
         self.close_all()
         while self.tasks:
             await asyncio.wait(self.tasks)

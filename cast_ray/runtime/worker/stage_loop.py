@@ -85,10 +85,9 @@ def serve_segments(
             startup_s = time.time() - segment.requested
         ray.get(segment.broker.computes_on.remote(segment.owner, f"worker {rank}", this_node(world.device)))
         names = ", ".join(stage.name for stage in segment.stages)
-        # A second line of the same segment is a restart: Ray Train starts all workers of a group again when one is
-        # lost.
+        # A second line of the same segment is a restart: when one is lost, Ray Train starts all workers again.
         logger.info("worker %d of %s started for %s", world.rank, segment.owner, names)
-        if not _run_stages(segment, world, group, teachers, startup_s):
+        if not run_stages(segment, world, group, teachers, startup_s):
             return
         if world.rank == 0:
             ray.get(host.finish.remote(number))
@@ -105,7 +104,7 @@ def _start_worker(runtime: RuntimeConfig, group: PlacementGroup, worker_nodes: l
     return World(context.get_world_rank(), context.get_world_size(), get_device())
 
 
-def _run_stages(
+def run_stages(
     segment: Segment, world: World, group: PlacementGroup, teachers: Teachers | None, startup_s: float
 ) -> bool:
     """Runs every stage of a segment, skipping what an earlier attempt committed; False: no further one may start.

@@ -13,10 +13,14 @@ from cast_ray.recipe import RuntimeConfig
 from cast_ray.runtime.sweep import group_pool as pool_module
 from cast_ray.runtime.sweep.broker import Broker
 from cast_ray.runtime.sweep.group_pool import GroupPool
-from cast_ray.runtime.sweep.leases import Limits, Need
+from cast_ray.runtime.sweep.leases import Leases, Limits, Need
 
 make_broker: Any = Broker.__ray_metadata__.modified_class  # type: ignore[attr-defined]
 SMALL, LARGE = RuntimeConfig(), RuntimeConfig(num_workers=2)
+
+
+def need(name: str, *parents: str, alone: bool = False) -> Need:
+    return Need(name, "label" if alone else "train", parents, 1, alone)
 
 
 class Method:
@@ -68,24 +72,25 @@ class FakeHosts:
         self.given_back.append(holder)
 
 
-def is_wanted(shape: RuntimeConfig) -> bool:
-    return True
+def pool_of(hosts: FakeHosts | None = None, limits: Limits | None = None) -> GroupPool:
+    """A pool of a sweep to which rows may still be added."""
+    return GroupPool(Leases(9, set()), limits or Limits(None, False), is_open=True, hosts=hosts or FakeHosts())
 
 
 def test_a_parked_group_is_lent_to_a_segment_of_its_shape() -> None:
     async def scene() -> None:
         hosts = FakeHosts()
-        pool = GroupPool(Limits(None, False), hosts)
+        pool = pool_of(hosts)
         first = pool.lend("a", SMALL, 1, "run-a", "n1")
-        pool.take_back("a", True, is_wanted)
+        pool.take_back("a", True)
         assert pool.lend("b", LARGE, 2, "run-b", "n2") is not first  # another shape
         assert pool.lend("c", None, 1, "run-c", "n3") is not first  # a segment that cannot share
         assert pool.lend("d", SMALL, 1, "run-d", "n4") is first
         assert pool.lend("e", SMALL, 1, "run-e", "n5") is not first  # it is at work
         assert hosts.nodes == ["n1", "n2", "n3", "n5"] and pool.parked == []
-        pool.take_back("c", False, is_wanted)
+        pool.take_back("c", False)
         assert pool.parked == [] and pool.lend("f", LARGE, 2, "run-f", "n1") is hosts.started[2]  # its process is kept
-        pool.take_back("nobody", True, is_wanted)
+        pool.take_back("nobody", True)
 
     asyncio.run(asyncio.wait_for(scene(), 60))
 
@@ -93,14 +98,14 @@ def test_a_parked_group_is_lent_to_a_segment_of_its_shape() -> None:
 def test_a_parked_group_ends_after_some_seconds_and_its_process_serves_on(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene() -> None:
         limits = Limits(None, False)
-        pool = GroupPool(limits, FakeHosts())
+        pool = pool_of(limits=limits)
         host = pool.lend("a", SMALL, 3, "run-a", "n1")
-        pool.take_back("a", True, is_wanted)
+        pool.take_back("a", True)
         first = pool.parked[0].timer
         assert first is not None and first.when() > asyncio.get_running_loop().time()
         assert pool.lend("b", SMALL, 3, "run-b", "n1") is host and first.cancelled()
         monkeypatch.setattr(pool_module, "PARK_S", 0.05)
-        pool.take_back("b", True, is_wanted)
+        pool.take_back("b", True)
         while pool.parked:
             await asyncio.sleep(0.01)
         await pool.closed()
@@ -108,20 +113,20 @@ def test_a_parked_group_ends_after_some_seconds_and_its_process_serves_on(monkey
         assert 3 * 0.05 <= limits.spent_s < 3 * 60  # of a budget, the time in which it served nobody
         assert pool.lend("c", LARGE, 2, "run-c", "n1") is host
         await pool.closed()
-        assert host.num_closed == 1 and set(pool.working) == {"c"}
+        assert host.num_closed == 1 and pool.working == {}
 
     asyncio.run(asyncio.wait_for(scene(), 60))
 
 
 def test_what_no_row_will_come_for_ends_at_once() -> None:
     async def scene() -> None:
-        pool = GroupPool(Limits(None, False), FakeHosts())
+        pool = pool_of()
         small, large = pool.lend("a", SMALL, 1, "run-a", ""), pool.lend("b", LARGE, 2, "run-b", "")
-        pool.take_back("a", True, is_wanted)
-        pool.take_back("b", True, lambda shape: shape == LARGE)
+        pool.take_back("a", True)
+        pool.is_open, pool.asked = False, {"c": ([need("x")], LARGE)}
+        pool.take_back("b", True)
         assert [group.actor for group in pool.parked] == [large]
-        pool.take_back("nobody", True, is_wanted)
-        pool.close_unwanted(lambda shape: False)
+        pool.forget("c")
         assert pool.parked == []
         await pool.closed()
         assert small.num_closed == large.num_closed == 1
@@ -131,13 +136,15 @@ def test_what_no_row_will_come_for_ends_at_once() -> None:
 
 def test_the_oldest_parked_groups_give_way() -> None:
     async def scene() -> None:
-        pool = GroupPool(Limits(None, False), FakeHosts())
+        pool = pool_of()
         hosts = [pool.lend(owner, SMALL, 1, owner, "") for owner in "abc"]
         for owner in "abc":
-            pool.take_back(owner, True, is_wanted)
-        pool.keep(2)
+            pool.take_back(owner, True)
+        pool.leases.heartbeat, pool.leases.slots = {"d": 0.0}, 3
+        pool.keep_within_slots()
         assert [group.actor for group in pool.parked] == hosts[1:]
-        pool.keep(-1)
+        pool.leases.slots = 1
+        pool.keep_within_slots()
         await pool.closed()
         assert [host.num_closed for host in hosts] == [1, 1, 1]
 
@@ -147,12 +154,12 @@ def test_the_oldest_parked_groups_give_way() -> None:
 def test_hosts_that_are_lost_are_not_lent_again() -> None:
     async def scene() -> None:
         hosts = FakeHosts()
-        pool = GroupPool(Limits(None, False), hosts)
+        pool = pool_of(hosts)
         first = pool.lend("a", SMALL, 1, "run-a", "")
         await pool.end("a")
         second = pool.lend("a", SMALL, 1, "run-b", "")
         assert second is not first and hosts.killed == [first]
-        pool.take_back("a", True, is_wanted)
+        pool.take_back("a", True)
         second.is_lost = True
         await pool.closed()
         assert hosts.killed == [first, second] and pool.idle == [] and pool.interrupted == ["run-a", "run-b"]
@@ -161,14 +168,10 @@ def test_hosts_that_are_lost_are_not_lent_again() -> None:
     asyncio.run(asyncio.wait_for(scene(), 60))
 
 
-def need(name: str, *parents: str, alone: bool = False) -> Need:
-    return Need(name, "label" if alone else "train", parents, 1, alone)
-
-
 def broker_of(slots: int, *owners: str, **settings: Any) -> tuple[Any, FakeHosts]:
     """A broker with rows to come, and its hosts."""
     broker = make_broker(slots, set(), **settings)
-    broker.jobs = dict.fromkeys(owners, b"")
+    broker.groups.asked = dict.fromkeys(owners)
     broker.groups.hosts = FakeHosts()
     return broker, broker.groups.hosts
 
@@ -213,7 +216,7 @@ def test_a_row_that_cannot_come_keeps_no_group() -> None:
         assert (await broker.claim("d", [need("w")], 1, "d", SMALL))["failed"]
         await serve(broker, "a", [need("x")])
         assert broker.groups.parked == []
-        broker.is_open = True  # in a search the next point is proposed when this one is done
+        broker.groups.is_open = True  # in a search the next point is proposed when this one is done
         await serve(broker, "a", [need("x2")])
         assert len(broker.groups.parked) == 1
         broker.limits.budget_s = 0.0
