@@ -118,6 +118,8 @@ class Broker:
         """
         self.jobs |= jobs
         self.groups.asked |= dict.fromkeys(jobs)
+        if not self.by_turns:  # on a cluster a host starts beside the driver that asks for it
+            self.groups.warm_up(len(self.jobs))
         for fingerprint in stored:
             self.leases.finish(fingerprint)
 

@@ -34,8 +34,8 @@ DEATH_S = 10.0
 class Hosts(Protocol):
     """Starts and ends the processes that own worker groups."""
 
-    def start(self, holder: str, node: str) -> Any:
-        """Starts a host on a node, or where that one is full or gone on another."""
+    def start(self, holder: str, node: str | None) -> Any:
+        """Starts a host on a node, or where that one is full or gone on another; None: anywhere."""
 
     async def kill(self, actor: Any, holder: str) -> None:
         """Ends a host with its workers, and gives back what was reserved in its name."""
@@ -47,8 +47,8 @@ class Hosts(Protocol):
 class RayHosts:
     """Hosts that are actors of Ray."""
 
-    def start(self, holder: str, node: str) -> Any:
-        near = NodeAffinitySchedulingStrategy(node, soft=True)
+    def start(self, holder: str, node: str | None) -> Any:
+        near = "DEFAULT" if node is None else NodeAffinitySchedulingStrategy(node, soft=True)
         return GroupHost.options(scheduling_strategy=near).remote(holder)  # type: ignore[attr-defined]
 
     async def kill(self, actor: Any, holder: str) -> None:
@@ -109,6 +109,16 @@ class GroupPool:
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     """Groups that are being ended."""
 
+    def warm_up(self, num_rows: int) -> None:
+        """Starts the hosts of so many rows, no more than there are slots, while the drivers of these rows start too."""
+        num_hosts = min(num_rows, self.leases.slots)
+        while len(self.idle) + len(self.working) + len(self.parked) + len(self.tasks) < num_hosts:
+            self.idle.append(self._start(None))
+
+    def _start(self, node: str | None) -> LentGroup:
+        holder = uuid.uuid4().hex
+        return LentGroup(self.hosts.start(holder, node), holder)
+
     def lend(self, owner: str, shape: RuntimeConfig | None, devices: int, run: str, node: str) -> Any:
         """Lends the host of a group: a parked one of the same shape where there is one.
 
@@ -124,11 +134,7 @@ class GroupPool:
             self.limits.unpark(group.holder, time.monotonic())
             logger.info("the worker group of %s goes on with a segment of %s", group.run, owner)
         else:
-            if self.idle:
-                group = self.idle.pop()
-            else:
-                holder = uuid.uuid4().hex
-                group = LentGroup(self.hosts.start(holder, node), holder)
+            group = self.idle.pop() if self.idle else self._start(node)
             group.run, group.shape, group.devices = run, shape, devices
         self.working[owner] = group
         self.keep_within_slots()

@@ -52,12 +52,12 @@ class Host:
 @dataclass
 class FakeHosts:
     started: list[Host] = field(default_factory=list)
-    nodes: list[str] = field(default_factory=list)
+    nodes: list[str | None] = field(default_factory=list)
     killed: list[Host] = field(default_factory=list)
     holders: dict[str, Host] = field(default_factory=dict)
     given_back: list[str] = field(default_factory=list)
 
-    def start(self, holder: str, node: str) -> Host:
+    def start(self, holder: str, node: str | None) -> Host:
         host = self.holders[holder] = Host(f"host {len(self.started)}")
         self.started.append(host)
         self.nodes.append(node)
@@ -114,6 +114,22 @@ def test_a_parked_group_ends_after_some_seconds_and_its_process_serves_on(monkey
         assert pool.lend("c", LARGE, 2, "run-c", "n1") is host
         await pool.closed()
         assert host.num_closed == 1 and pool.working == {}
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+def test_hosts_of_the_first_rows_start_before_they_are_asked_for() -> None:
+    async def scene() -> None:
+        broker, hosts = broker_of(2)
+        await broker.load({"a": b""})
+        assert len(hosts.started) == 1
+        await broker.load({"b": b"", "c": b""})
+        assert hosts.nodes == [None, None]  # no more than slots
+        await serve(broker, "a", [need("x")])
+        await broker.claim("b", [need("y")], 2, "b", LARGE)
+        await broker.lend("b", LARGE, "run-b", "n1", "b")
+        assert len(hosts.started) == 2
+        await broker.close_groups()
 
     asyncio.run(asyncio.wait_for(scene(), 60))
 
