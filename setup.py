@@ -1,6 +1,6 @@
 """Adds the tables and searches, which users edit in `sweeps/`, to the installed package; all else is in pyproject.toml.
 
-`cast_ray.plan.ablation.shipped_folder` finds them in a checkout and in an installed package.
+`cast_ray.plan.yaml_files.shipped_folder` finds them in a checkout and in an installed package.
 """
 
 from setuptools import find_packages, setup

@@ -24,10 +24,10 @@ from cast_ray.cli.options import (
     exit_code,
     output_folder,
     plain_console,
+    random_seed,
     recipe_overrides,
     runs_folder,
     storage_path,
-    whole_number,
 )
 from cast_ray.plan.ablation import Table, load_table, table_names
 from cast_ray.report.run_choice import choose_run
@@ -95,6 +95,7 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
             for seed in seeds
             for row in rows
         }
+        table.check_measured(recipes.values())
         of = f"{table.name}-{arguments.preset or table.preset}-{arguments.scale or table.scale}"
         name = of if not arguments.name else arguments.name if len(tables) == 1 else f"{arguments.name}-{table.name}"
         settings = table.settings(arguments.preset, arguments.scale, overrides)
@@ -177,7 +178,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--rows", nargs="+", metavar="ROW", help="only these rows; TABLE:ROW where several tables have one of that name"
     )
-    parser.add_argument("--seeds", nargs="+", type=whole_number, metavar="N", help="seeds instead of the table's")
+    parser.add_argument("--seeds", nargs="+", type=random_seed, metavar="N", help="seeds instead of the table's")
     add_run_options(parser, name="TABLE-PRESET-SCALE")
     add_ray_options(parser)
     plan = parser.add_argument_group("what it costs")

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cast_ray.cli.unfinished import FinishedImages
 from cast_ray.data.reading.photos import describe_left_out, find_photos, output_names
-from cast_ray.inference.result_files import Rows, write_overlay
+from cast_ray.inference.result_files import Rows, check_overlays, write_overlay
 
 MAX_REPORTED = 10
 
@@ -38,7 +38,8 @@ def run_images(
 
     Args:
         paths: of the images.
-        settings: what decides which instances are found; a stopped run is resumed under equal settings only.
+        settings: what decides which instances are found, and `overlays`, whether they are drawn; a stopped run is
+            resumed under equal settings only.
         rows_of: gives the rows of images, in the order of the paths that it is given; see `Predictor.__call__`.
         write: writes the results of all images.
         out: the output folder.
@@ -48,9 +49,12 @@ def run_images(
         Number of images that were read.
 
     Raises:
-        ValueError: an unfinished run of other settings lies in the folder, or another process is writing to it.
+        ValueError: an unfinished run of other settings or overlays of something else lie in the folder, or another
+            process is writing to it.
     """
     names = dict(zip(paths, output_names(paths)))
+    if settings["overlays"]:
+        check_overlays(names.values(), out)
     skipped: list[tuple[str, str]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with FinishedImages(out, settings, names) as finished:

@@ -18,10 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from cast_ray.cli.options import EXIT_FAILED, Parser, add_set_option, exit_code, output_folder, plain_console, positive
-from cast_ray.common.files import write_atomically
+from cast_ray.common.files import check_replaceable, write_atomically
 from cast_ray.common.paths import absolute
 from cast_ray.contracts.records import ClassMap, DatasetSplits, class_names, mask_areas
-from cast_ray.data.reading.data_report import REPORT_FILE, check_report, print_warnings
+from cast_ray.data.reading.data_report import REPORT_FILE, check_report, is_report, print_warnings
 from cast_ray.data.reading.images import read_image
 from cast_ray.data.reading.inspection import SplitFacts, choose_samples, facts_of, guess_format
 from cast_ray.data.reading.progress import track
@@ -30,6 +30,7 @@ from cast_ray.recipe import DataConfig, build_recipe, parse_overrides, preset_na
 from cast_ray.report.overlays import contact_sheet
 
 MAX_SHOWN = 12
+SAMPLES = "samples.png"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -54,6 +55,8 @@ def inspect(arguments: argparse.Namespace, console: Console) -> int:
             "--format shapes: drawn scenes lie in no folder; expected coco, cityscapes, ade20k or a reader"
         )
     out = output_folder(arguments.out or str(Path("inspect") / (Path(root.rstrip("/")).name or kind)))
+    what, expected = "a report of `cast-ray inspect`", "another --out, or one without these files"
+    check_replaceable(out, [REPORT_FILE, SAMPLES], lambda: is_report(out / REPORT_FILE), what, expected)
     quoted = json.dumps(root, ensure_ascii=False)  # text in YAML too, where a path may hold a colon
     overrides: dict[str, Any] = {"data.root": quoted, "data.format": kind, **parse_overrides(arguments.set)}
     if unknown := [key for key in overrides if not key.startswith("data.")]:
@@ -64,7 +67,7 @@ def inspect(arguments: argparse.Namespace, console: Console) -> int:
         dataset, report = load(config, progress)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / REPORT_FILE, json.dumps(report, indent=1))
-    sheet = _draw(dataset, arguments.images, out / "samples.png")
+    sheet = _draw(dataset, arguments.images, out / SAMPLES)
     facts = facts_of(dataset)
     heading = Text.assemble((root, "bold"), f": {kind}, {len(dataset.categories)} classes")
     console.print(heading, highlight=False, soft_wrap=True)

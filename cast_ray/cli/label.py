@@ -39,13 +39,14 @@ def main(argv: Sequence[str]) -> int:
 def _label(arguments: argparse.Namespace, errors: Console) -> int:
     from cast_ray.cli.images import list_photos, run_images  # what needs torch, once the arguments are sound
     from cast_ray.cli.unfinished import weights_digest
-    from cast_ray.data.reading.photos import OVERLAYS
+    from cast_ray.data.reading.photos import INSTANCES, OVERLAYS
     from cast_ray.inference.labeller import make_labeller
     from cast_ray.inference.predictor import in_batches
-    from cast_ray.inference.result_files import shared_folder, write_labels
+    from cast_ray.inference.result_files import check_results, shared_folder, write_labels
 
     recipe = _recipe(arguments)
     out = output_folder(arguments.out)
+    check_results(out, "label")
     paths = list_photos(arguments.images, errors, exclude=[str(out / OVERLAYS)])
     categories = read_classes(arguments.classes) if arguments.classes else None
     if categories is None and arguments.teacher in PUBLISHED:
@@ -89,7 +90,7 @@ def _label(arguments: argparse.Namespace, errors: Console) -> int:
     done = run_images(paths, settings, rows_of, write, out, errors)
     named = zip(teacher.class_names, teacher.categories)
     found = ", ".join(f"{name} {counts[c.id]}" for name, c in named if counts[c.id])
-    print(f"{done} of {len(paths)} images, {counts.total()} labels ({found or 'none'}): {out / 'instances.json'}")
+    print(f"{done} of {len(paths)} images, {counts.total()} labels ({found or 'none'}): {out / INSTANCES}")
     if done and not counts:
         errors.print(
             f"nothing found in any image: asked for {', '.join(teacher.class_names[:12])} above --threshold "

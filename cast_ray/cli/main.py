@@ -28,6 +28,8 @@ COMMANDS = {
 }
 """Name of each command and what it does; `cast_ray/cli/<name>.py` holds it."""
 VERBOSE = "--verbose"
+OPTIONS = ("--help", "--version", VERBOSE)
+"""What can stand in place of a command, or beside one."""
 
 _HELP = """usage: cast-ray COMMAND [ARGUMENTS]
        cast-ray COMMAND --help
@@ -68,9 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"cast_ray {VERSION}")
         return 0
     if name not in COMMANDS:
-        what = "option" if name.startswith("-") else "command"
-        known = ", ".join(_nearest_first(name))
-        message = f"error: unknown {what} {name!r}: expected one of {known} (see cast-ray --help)"
+        if name.startswith("-"):
+            message = f"unknown option {name!r}: expected a command, or one of {', '.join(OPTIONS)}"
+        else:
+            message = f"unknown command {name!r}: expected one of {', '.join(_nearest_first(name))}"
+        message = f"error: {message} (see cast-ray --help)"
         plain_console(stderr=True).print(message, style="red", highlight=False, soft_wrap=True)
         return EXIT_BAD_INPUT
     # So that a recipe may name a reader in the user's own folder; last, so that nothing there hides a package.

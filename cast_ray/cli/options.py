@@ -39,9 +39,27 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any):
         settings.setdefault("epilog", f"{exit_codes_text()} --verbose logs what happens inside.")
         super().__init__(**settings)
+        self.register("type", None, not_empty)  # how values are read of which an option says nothing else
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_BAD_INPUT, f"error: {message} (see {self.prog} --help)\n")
+
+
+class _AppendOverride(argparse.Action):
+    """Adds a --set to those before it; one of a word that is an option of the same command is an error."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        key, _, value = str(values).partition("=")
+        flag = f"--{key.strip().replace('_', '-')}"
+        if flag in parser._option_string_actions:
+            parser.error(f"argument --set: {key.strip()} is no recipe key: expected {flag} {value}".rstrip())
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest), values])
 
 
 def exit_codes_text() -> str:
@@ -97,7 +115,7 @@ def add_recipe_options(
 
 def add_set_option(parser: argparse.ArgumentParser, help_text: str = "override a recipe key") -> None:
     """Adds --set, which may be given several times; `parse_overrides` reads it."""
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=help_text)
+    parser.add_argument("--set", action=_AppendOverride, default=[], metavar="KEY=VALUE", help=help_text)
 
 
 def add_run_options(parser: argparse.ArgumentParser, name: str) -> None:
@@ -176,9 +194,23 @@ def add_device_options(parser: argparse.ArgumentParser, amp: str) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
 
 
+def not_empty(text: str) -> str:
+    """Reads an argument that is any text; an empty one is mostly a variable of the shell that is not set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"expected a value, got {text!r}")
+    return text
+
+
 def whole_number(text: str) -> int:
     """Reads an argument that is 0, 1, 2, ..."""
     return _read(text, int, lambda number: number >= 0, "a whole number from 0 on")
+
+
+def random_seed(text: str) -> int:
+    """Reads an argument that is a seed of random numbers."""
+    from cast_ray.recipe.part import END_OF_SEEDS  # not needed by `cast-ray --help`, which is to be quick
+
+    return _read(text, int, lambda number: 0 <= number < END_OF_SEEDS, "a whole number from 0 on and below 2^63")
 
 
 def positive(text: str) -> int:

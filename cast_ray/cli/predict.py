@@ -39,11 +39,12 @@ def _predict(arguments: argparse.Namespace, errors: Console) -> int:
     from cast_ray.data.reading.photos import OVERLAYS
     from cast_ray.engine.world import pick_device
     from cast_ray.inference.predictor import Predictor, in_batches, make_predictor
-    from cast_ray.inference.result_files import write_predictions
+    from cast_ray.inference.result_files import check_results, write_predictions
     from cast_ray.models.student import CONFIG, WEIGHTS
     from cast_ray.runtime.store.models import open_student
 
     out = output_folder(arguments.out)
+    check_results(out, "predict")
     paths = list_photos(arguments.images, errors, exclude=[str(out / OVERLAYS)])
     student, _ = open_student(arguments.student)
     options = {

@@ -26,13 +26,13 @@ from cast_ray.cli.options import (
     output_folder,
     plain_console,
     positive,
+    random_seed,
     recipe_overrides,
     runs_folder,
     storage_path,
-    whole_number,
 )
-from cast_ray.plan.ablation import explain
 from cast_ray.plan.search import SearchSpec, load_search, search_names
+from cast_ray.plan.yaml_files import explain
 from cast_ray.runtime.sweep.trackers import TENSORBOARD, Trackers
 
 STUDY = "study.journal"
@@ -115,7 +115,7 @@ def _parser() -> Parser:
     parser.add_argument("--trials", type=positive, metavar="N", help="trials of each sampler, those before included")
     parser.add_argument("--samplers", nargs="+", metavar="S", help="tpe, random: a study each (default: the search's)")
     parser.add_argument("--scheduler", metavar="S", help="asha: stop trials early; none (default: the search's)")
-    parser.add_argument("--seed", type=whole_number, default=0, help="seed of the recipes (default: 0)")
+    parser.add_argument("--seed", type=random_seed, default=0, help="seed of the recipes (default: 0)")
     parser.add_argument("--study", help=f"sqlite:///FILE or a journal file (default: <out>/<name>/{STUDY})")
     add_run_options(parser, name="SEARCH-search-PRESET-SCALE")
     add_ray_options(parser)

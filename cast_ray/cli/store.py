@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _on_store(arguments: argparse.Namespace, console: Console) -> int:
     store = ArtifactStore(storage_path(arguments.storage))
-    if not store.list_names(""):
+    if not store.exists():
         raise ValueError(f"no store at {store.storage!r}: expected the --storage of earlier runs")
     return {"ls": _list, "show": _show, "diff": _diff, "gc": _collect}[arguments.command](store, arguments, console)
 
@@ -186,6 +186,7 @@ def _parser() -> Parser:
         prog="cast-ray store", description="Lists, shows, compares and prunes the artifacts of stages, across all runs."
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.type = str  # what follows the command is read, and refused, by the command's own parser
     listing = commands.add_parser("ls", help="newest artifacts first")
     listing.add_argument("--kind", choices=["train", "label", "evaluate", "dataset"], help="only these")
     listing.add_argument("--all", action="store_true", help=f"all of them (default: {NUM_LISTED})")

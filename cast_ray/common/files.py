@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from cast_ray.common.text import first_of
+
+MAX_NAMED = 3
 PARTIAL = ".partial"
 """Ending of a file that is being written; what a killed process leaves behind can be deleted."""
 
@@ -27,6 +30,34 @@ def replaced(path: str | Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def check_replaceable(
+    folder: str | Path, names: Sequence[str], is_ours: Callable[[], bool], what: str, expected: str
+) -> None:
+    """Checks, before anything is computed, that results do not replace the files of somebody else.
+
+    Args:
+        folder: the output folder, which may be missing yet.
+        names: of the files in it that would be replaced; those that are missing count for nothing.
+        is_ours: whether an earlier run of the same command has written them. An OSError or a ValueError means no.
+        what: the command writes, for the message.
+        expected: the end of the message.
+
+    Raises:
+        ValueError: one of the files is there, and something else has written it.
+    """
+    found = [name for name in names if (Path(folder) / name).exists()]
+    if not found:
+        return
+    try:
+        if is_ours():
+            return
+    except (OSError, ValueError):
+        pass
+    raise ValueError(
+        f"{folder} holds something other than {what} ({first_of(sorted(found), MAX_NAMED)}): expected {expected}"
+    )
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -46,6 +49,13 @@ ROWS: dict[str, dict[str, str]] = {
 }
 
 
+PARAMETERS = {
+    "datasets": ("config", "progress"),
+    "encoders": ("config", "architecture"),
+    "decoders": ("feature_dims", "config"),
+}
+"""Kind -> what an object of a user's own is called with."""
+
 PATTERN = r"\w+(\.\w+)*:\w+"
 """`MODULE:ATTRIBUTE`, as a regular expression."""
 
@@ -64,6 +74,41 @@ def import_named(name: str) -> Any:
         raise ValueError(f"{name!r}: expected MODULE:NAME that Python can import here: {reason}") from error
 
 
+def check_call(function: Any, name: str, parameters: Sequence[str]) -> None:
+    """Checks that the object behind `MODULE:ATTRIBUTE` can be called as it will be, before anything is computed.
+
+    Args:
+        function: the object.
+        name: how the user wrote it, for the message.
+        parameters: names of the positional arguments that it will get.
+
+    Raises:
+        ValueError: it is no function, or one of other arguments.
+    """
+    expected = f"{name!r}: expected a function that is called as f({', '.join(parameters)})"
+    if not callable(function):
+        raise ValueError(f"{expected}, found a {type(function).__name__}")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # of a function that is not written in Python
+        return
+    try:
+        signature.bind(*parameters)
+    except TypeError:
+        raise ValueError(f"{expected}, found {name.partition(':')[2]}{signature}") from None
+
+
+def check_name(kind: str, name: str) -> None:
+    """Checks the form of a name without importing anything.
+
+    Raises:
+        ValueError: a name that is neither known nor `MODULE:ATTRIBUTE`; the message names the nearest.
+    """
+    if name not in ROWS[kind] and not re.fullmatch(PATTERN, name):
+        known = list(ROWS[kind])
+        raise ValueError(f"unknown name {name!r} in {kind}{nearest(name, known)} (one of your own is MODULE:NAME)")
+
+
 def lookup(kind: str, name: str) -> Any:
     """Returns the object that a recipe names.
 
@@ -72,12 +117,15 @@ def lookup(kind: str, name: str) -> Any:
         name: a name of that kind, or `MODULE:ATTRIBUTE` of code that is not part of this package.
 
     Raises:
-        ValueError: unknown kind or name (the message names the nearest known one), or code that cannot be imported.
+        ValueError: unknown kind or name (the message names the nearest known one), code that cannot be imported, or
+            that cannot be called as objects of its kind are.
     """
     if kind not in ROWS:
         raise ValueError(f"unknown kind {kind!r}{nearest(kind, list(ROWS))}")
     if ":" in name:
-        return import_named(name)
+        found = import_named(name)
+        check_call(found, name, PARAMETERS[kind])
+        return found
     if name not in ROWS[kind]:
         raise ValueError(f"unknown name {name!r} in {kind}{nearest(name, list(ROWS[kind]))}")
     module, _, attribute = ROWS[kind][name].partition(":")

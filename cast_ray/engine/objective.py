@@ -90,7 +90,7 @@ class Objective:
         """Terms of one worker's share of a step and, with `diagnose`, the contrastive term's statistics."""
         terms = self._own_terms(output, batch, generator)
         if self.extra is not None:
-            terms["extra"] = self.extra(output, batch)
+            terms["extra"] = self._extra_term(output, batch)
         if self.contrastive is None:
             return terms, None
         assert output.z_weak is not None and output.z_strong is not None
@@ -112,6 +112,23 @@ class Objective:
             with_diagnostics=diagnose,
         )
         return {**terms, "pxl": (pxl.sum, pxl.count)}, pxl.statistics
+
+    def _extra_term(self, output: Output, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum and the count of the user's own term.
+
+        Raises:
+            ValueError: it returned something else.
+        """
+        assert self.extra is not None
+        found = self.extra(output, batch)
+        parts = found if isinstance(found, tuple | list) else (found,)
+        if len(parts) != 2 or not all(isinstance(part, torch.Tensor) and part.numel() == 1 for part in parts):
+            got = [f"tensor{list(p.shape)}" if isinstance(p, torch.Tensor) else type(p).__name__ for p in parts]
+            raise ValueError(
+                f"loss.extra_term {self.loss.extra_term!r}: expected (sum, count), two tensors of one number each, got "
+                f"{', '.join(got)}"
+            )
+        return parts[0], parts[1]
 
     def diagnose(self, statistics: torch.Tensor, step: int) -> dict[str, float]:
         """Margin, false-negative rate and the rest from a step's statistics, summed over workers."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import io
 import math
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, Literal
-from zipfile import BadZipFile
+from typing import BinaryIO, Literal, get_args
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from cast_ray.evaluation import precision
 
 Metric = Literal["coco", "cityscapes"]
 
+_COLUMNS = ("image", "label", "score", "matched", "ignored", "num_truth")
 NUM_THRESHOLDS = 10
 """IoU thresholds .50, .55, .. .95: bits 0..9 of the masks below."""
 
@@ -52,6 +54,14 @@ class DetectionMatches:
     @property
     def num_images(self) -> int:
         return len(self.num_truth)
+
+    @property
+    def is_consistent(self) -> bool:
+        """Whether the shapes of the arrays fit each other."""
+        columns = (self.image, self.label, self.score)
+        if self.num_truth.ndim != 3 or any(column.shape != (len(self.score),) for column in columns):
+            return False
+        return self.matched.shape == self.ignored.shape == (len(self.score), self.num_truth.shape[2])
 
     @property
     def num_classes(self) -> int:
@@ -102,7 +112,7 @@ class DetectionMatches:
         single = self.score.astype(np.float32)
         # Half the size where nothing is lost: scores of evaluations are single precision.
         score = single if np.array_equal(single, self.score) else self.score
-        columns = {name: getattr(self, name) for name in ("image", "label", "matched", "ignored", "num_truth")}
+        columns = {name: getattr(self, name) for name in _COLUMNS if name != "score"}
         np.savez_compressed(target, metric=np.array(self.metric), score=score, **columns)
 
     def to_bytes(self) -> bytes:
@@ -116,15 +126,34 @@ def load_matches(source: str | Path | bytes | BinaryIO) -> DetectionMatches:
     """Reads what `DetectionMatches.save` wrote.
 
     Raises:
-        ValueError: the file is no such file.
+        ValueError: the file is no such file; one line that says what was expected and what was found.
     """
+    expected = f"{_name(source)}: expected a file of matches, as runs/<name>/<row>/matches-<role>.npz"
     try:
-        with np.load(io.BytesIO(source) if isinstance(source, bytes) else source, allow_pickle=False) as arrays:
-            columns = {name: arrays[name] for name in ("image", "label", "score", "matched", "ignored", "num_truth")}
+        content = io.BytesIO(source) if isinstance(source, bytes) else source
+        with zipfile.ZipFile(content) as archive:  # before numpy, which takes any other file for a pickle
+            missing = [name for name in (*_COLUMNS, "metric") if f"{name}.npy" not in archive.namelist()]
+        if missing:
+            raise ValueError(f"{expected}, found an archive without {', '.join(missing)}")
+        if not isinstance(content, str | Path):
+            content.seek(0)
+        with np.load(content, allow_pickle=False) as arrays:
+            columns = {name: arrays[name] for name in _COLUMNS}
             metric = str(arrays["metric"])
-    except (KeyError, ValueError, OSError, EOFError, BadZipFile) as error:
-        raise ValueError(f"{_name(source)}: not a file of matches: {error}") from None
-    return DetectionMatches(metric, **columns | {"score": columns["score"].astype(np.float64)})  # type: ignore[arg-type]
+    except zipfile.BadZipFile:
+        raise ValueError(f"{expected}, found another kind of file, or a part of one") from None
+    except FileNotFoundError:
+        raise ValueError(f"{expected}, found no file") from None
+    except OSError as error:
+        raise ValueError(f"{expected}, found what cannot be read: {error.strerror or error}") from None
+    except (EOFError, zlib.error):
+        raise ValueError(f"{expected}, found one that is damaged") from None
+    except ValueError as error:
+        raise (error if str(error).startswith(expected) else ValueError(f"{expected}, found other arrays")) from None
+    matches = DetectionMatches(metric, **columns | {"score": columns["score"].astype(np.float64)})  # type: ignore[arg-type]
+    if metric not in get_args(Metric) or not matches.is_consistent:
+        raise ValueError(f"{expected}, found arrays that do not belong together")
+    return matches
 
 
 def join(

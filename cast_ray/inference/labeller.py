@@ -12,7 +12,7 @@ from cast_ray.common.paths import is_uri
 from cast_ray.common.registry import lookup
 from cast_ray.contracts.instance import Instance, Instances
 from cast_ray.contracts.records import Category
-from cast_ray.data.reading.class_lists import read_classes
+from cast_ray.data.reading.class_lists import check_classes, read_classes
 from cast_ray.engine.world import pick_device
 from cast_ray.inference.predictor import Predictor
 from cast_ray.models.autocast import fastest_precision
@@ -81,9 +81,16 @@ def load_teacher(
             the defaults of the preset `coco`.
 
     Raises:
-        ValueError: a checkpoint or teacher that is not there or does not know the classes.
+        ValueError: a checkpoint or teacher that is not there or does not know the classes, or no class at all.
+        TypeError: an argument of another type.
     """
+    if not isinstance(source, str | Path):
+        raise TypeError(f"source: expected a text or a Path, got {type(source).__name__}")
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe: expected a Recipe, as build_recipe makes it, got {type(recipe).__name__}")
     source = str(source)
+    if not source.strip():
+        raise ValueError(f"source is empty: expected a kind of teacher ({', '.join(PUBLISHED)}) or a saved teacher")
     is_published = source in PUBLISHED
     if recipe is None:
         kind_key = {"teacher.kind": source} if is_published else {}
@@ -92,7 +99,7 @@ def load_teacher(
     config = recipe.teacher
     if is_published:
         if categories is None:
-            raise ValueError(f"teacher {source!r} can look for anything: name the classes")
+            raise ValueError(f"teacher {source!r} can look for anything: name the classes, as ['person', 'car']")
         if config.kind != source:
             raise ValueError(f"teacher.kind of the recipe is {config.kind}: expected {source}")
         folders = {field: find_checkpoint(name, field) for field, name in config.checkpoint_fields().items()}
@@ -109,11 +116,15 @@ def load_teacher(
         if is_uri(source) or Path(source).expanduser().exists():
             raise
         kinds = ", ".join(PUBLISHED)
-        raise ValueError(f"--teacher: neither a kind ({kinds}) nor a saved teacher: {error}") from None
+        raise ValueError(f"teacher {source!r}: neither a kind ({kinds}) nor a saved teacher: {error}") from None
 
 
 def _categories(classes: str | Sequence[str | Category] | None) -> list[Category] | None:
     """Returns the categories that `load_teacher` is asked for; names are numbered from 1."""
     if classes is None or isinstance(classes, str):
         return None if classes is None else read_classes(classes)
-    return [Category(i, c) if isinstance(c, str) else c for i, c in enumerate(classes, 1)]
+    if not isinstance(classes, Sequence) or not all(isinstance(each, str | Category) for each in classes):
+        raise TypeError(f"classes: expected a list of names or categories, got {classes!r}")
+    categories = [Category(i, c) if isinstance(c, str) else c for i, c in enumerate(classes, 1)]
+    check_classes(categories, "classes")
+    return categories

@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from cast_ray.contracts.instance import Instance, Instances
 from cast_ray.contracts.records import Category
@@ -18,6 +19,7 @@ from cast_ray.data.reading.images import ImageError, read_image
 from cast_ray.data.views import fit_image
 from cast_ray.engine.world import pick_device
 from cast_ray.evaluation.coco_results import coco_result
+from cast_ray.inference.result_files import DRAWN_BY
 from cast_ray.models.autocast import require_precision
 from cast_ray.models.drawing import draw_instances
 from cast_ray.models.postprocess import predict_in_groups
@@ -125,7 +127,10 @@ class Predictor:
         if self.overlays:
             buffer = io.BytesIO()
             names, colours = self.model.class_names, self.model.colours
-            draw_instances(Image.fromarray(image), instances, names, colours).save(buffer, "PNG", compress_level=1)
+            drawn = draw_instances(Image.fromarray(image), instances, names, colours)
+            drawn_by = PngInfo()
+            drawn_by.add_text(*DRAWN_BY)
+            drawn.save(buffer, "PNG", compress_level=1, pnginfo=drawn_by)
             overlay = buffer.getvalue()
         results = json.dumps([coco_result(i, self.model.categories) for i in instances])
         height, width = image.shape[:2]

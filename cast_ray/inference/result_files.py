@@ -4,28 +4,88 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from pycocotools import mask as coco_mask
 
-from cast_ray.common.files import replaced
+from cast_ray.common.files import check_replaceable, replaced
+from cast_ray.common.version import VERSION
 from cast_ray.contracts.records import Category, mask_areas
-from cast_ray.data.reading.photos import OVERLAYS
+from cast_ray.data.reading.photos import IMAGES, INSTANCES, OVERLAYS, RESULTS
 
 Rows = Callable[[], Iterator[tuple[int, dict[str, Any]]]]
 """Gives, as often as it is called, (image id, row) of every image that was read; ids count from 1 over all images."""
 
 
+DRAWN_BY, MAX_HEAD_BYTES = ("Software", "cast_ray"), 256
+"""Text chunk of an overlay, and how much of the file is looked through for it: it stands before the pixels."""
+_MARK = '{"info": {"description": "cast_ray '
+"""The beginning of `instances.json` and `images.json`: the command that has written a file knows it again by this."""
+
+
+def check_results(out: Path, command: Literal["label", "predict"]) -> None:
+    """Checks that a command replaces no file in its output folder that something else has written.
+
+    `results.json`, a list, has no place for a mark: it is known by the `images.json` beside it.
+
+    Raises:
+        ValueError: there is such a file; the message names it.
+    """
+    names = {"label": [INSTANCES], "predict": [RESULTS, IMAGES]}[command]
+    mark = _mark(command).encode()
+
+    def is_ours() -> bool:
+        with (out / names[-1]).open("rb") as file:
+            return file.read(len(mark)) == mark
+
+    what = f"results of `cast-ray {command}`"
+    check_replaceable(out, names, is_ours, what, "another folder, or one without these files")
+
+
+def check_overlays(names: Iterable[str], out: Path) -> None:
+    """Checks that drawn images replace none that something else has written.
+
+    Args:
+        names: of the images, see `write_overlay`.
+        out: the output folder.
+
+    Raises:
+        ValueError: there is one; the message names it.
+    """
+    mark = "\0".join(DRAWN_BY).encode("latin-1")
+
+    def is_ours(path: Path) -> bool:
+        with path.open("rb") as file:
+            return mark in file.read(MAX_HEAD_BYTES)
+
+    files = {name: _overlay_path(out, name) for name in names}
+    others = [str(path.relative_to(out)) for path in files.values() if path.exists() and not is_ours(path)]
+    check_replaceable(out, others, lambda: False, "overlays of cast-ray", "another folder, or --no-overlays")
+
+
+def _overlay_path(out: Path, name: str) -> Path:
+    return out / OVERLAYS / f"{name}.png"
+
+
+def _mark(command: str) -> str:
+    return f'{_MARK}{command}"'
+
+
+def _head(command: str, categories: Sequence[Category]) -> str:
+    """The beginning of a COCO file: who has written it, and its classes."""
+    classes = json.dumps([{"id": c.id, "name": c.name} for c in categories])
+    return f'{_mark(command)}, "version": {json.dumps(VERSION)}}}, "categories": {classes}, '
+
+
 def write_predictions(rows: Rows, categories: Sequence[Category], out: Path) -> None:
     """Writes `results.json` (COCO results) and `images.json` (the COCO file that they belong to), each whole."""
-    classes = json.dumps([{"id": c.id, "name": c.name} for c in categories])
-    head = f'{{"categories": {classes}, "annotations": [], "images": ['
+    head = f'{_head("predict", categories)}"annotations": [], "images": ['
     with (
-        replaced(out / "results.json") as results_path,
-        replaced(out / "images.json") as images_path,
+        replaced(out / RESULTS) as results_path,
+        replaced(out / IMAGES) as images_path,
         results_path.open("w") as results_file,
         images_path.open("w") as images_file,
         JsonList(results_file) as results,
@@ -47,9 +107,8 @@ def write_labels(rows: Rows, folder: str, categories: Sequence[Category], out: P
         out: the output folder.
         counts: filled with the number of labels of each category id.
     """
-    classes = json.dumps([{"id": c.id, "name": c.name} for c in categories])
-    with replaced(out / "instances.json") as partial_file, partial_file.open("w") as file:
-        file.write(f'{{"categories": {classes}, ')
+    with replaced(out / INSTANCES) as partial_file, partial_file.open("w") as file:
+        file.write(_head("label", categories))
         with JsonList(file, '"annotations": [', "],") as annotations:
             for number, row in rows():
                 for result in json.loads(row["results"]):
@@ -74,7 +133,7 @@ def shared_folder(paths: Sequence[str]) -> str:
 def write_overlay(row: dict[str, Any], names: Mapping[str, str], out: Path) -> None:
     """Writes `overlays/<name>.png` for a row that has a drawn image."""
     if row["overlay"]:
-        path = out / OVERLAYS / f"{names[row['path']]}.png"
+        path = _overlay_path(out, names[row["path"]])
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(row["overlay"])
 

@@ -20,6 +20,7 @@ from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPreTrainedModel,
 )
 
+from cast_ray.common import registry
 from cast_ray.models.batch_norm import JointBatchNorm
 from cast_ray.recipe import ModelConfig
 
@@ -48,6 +49,18 @@ class PixelDecoder(nn.Module):
     """
 
     keeps_padding: ClassVar[bool] = False
+
+
+def find_decoder(name: str) -> type[PixelDecoder]:
+    """Returns the decoder that a recipe names.
+
+    Raises:
+        ValueError: it is not known, cannot be imported, or is not a decoder.
+    """
+    found = registry.lookup("decoders", name)
+    if not (isinstance(found, type) and issubclass(found, PixelDecoder)):
+        raise ValueError(f"{name!r}: expected a class below cast_ray.models.decoders.PixelDecoder")
+    return found
 
 
 class DPTDecoder(PixelDecoder):

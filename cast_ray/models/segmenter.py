@@ -9,7 +9,7 @@ from torch import nn
 
 from cast_ray.common import registry
 from cast_ray.contracts.records import Predictions
-from cast_ray.models.decoders import DecodedFeatures, PixelDecoder
+from cast_ray.models.decoders import DecodedFeatures, PixelDecoder, find_decoder
 from cast_ray.models.encoders import Encoder, checkpoint_blocks
 from cast_ray.models.heads import EomtHead, MaskedAttentionHead
 from cast_ray.models.padding import cut_padding, pad_to_multiple
@@ -52,10 +52,13 @@ class Segmenter(nn.Module):
                 raise ValueError(f"encoder.name is {config.encoder.name!r}: head 'eomt' needs a plain ViT")
             options = {"pyramid": False, "num_joint_layers": config.num_layers}
         else:
-            decoder: type[PixelDecoder] = registry.lookup("decoders", config.decoder)
+            decoder = find_decoder(config.decoder)
             if decoder.keeps_padding and build in (vit, vision_transformer):
                 options = {"even_grid": False}
         self.encoder: Encoder = build(config.encoder, architecture, **options)
+        if not isinstance(self.encoder, Encoder):
+            found = type(self.encoder).__name__
+            raise ValueError(f"encoder.name {config.encoder.name!r}: expected an encoder back, found a {found}")
         self.feature_dims = dict(self.encoder.channels)
         self.decoder: PixelDecoder | None = None
         self.head: MaskedAttentionHead | EomtHead

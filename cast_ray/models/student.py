@@ -21,7 +21,7 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 from transformers.utils import cached_file
 
-from cast_ray.common.files import write_atomically
+from cast_ray.common.files import check_replaceable, write_atomically
 from cast_ray.common.version import VERSION
 from cast_ray.contracts.instance import Instances
 from cast_ray.contracts.records import Category, Predictions, class_names
@@ -152,6 +152,8 @@ class Student(nn.Module):
         Raises:
             ValueError: nothing there, not a student, or weights that do not fit; one line that names the file.
         """
+        if not str(source).strip():  # not the current folder, which an empty path means elsewhere
+            raise ValueError("the name of a saved student is empty: expected a folder or a name on the hub")
         try:
             config, weights = (_locate(str(source), name).read_bytes() for name in (CONFIG, WEIGHTS))
         except (OSError, ValueError) as error:
@@ -193,17 +195,13 @@ def check_free(folder: str | Path) -> None:
     folder = Path(folder)
     if not folder.is_dir():
         return
-    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    if not names:
-        return
-    try:
-        read_config((folder / CONFIG).read_bytes(), str(folder))
-    except (OSError, ValueError):
-        found = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        raise ValueError(
-            f"{folder} holds something other than a saved student ({found}): expected an empty folder, a folder that "
-            "is not there yet or an earlier export"
-        ) from None
+    check_replaceable(
+        folder,
+        [path.name for path in folder.iterdir() if not path.name.startswith(".")],
+        lambda: bool(read_config((folder / CONFIG).read_bytes(), str(folder))),
+        "a saved student",
+        "an empty folder, a folder that is not there yet or an earlier export",
+    )
 
 
 def read_config(config: bytes, source: str) -> dict[str, Any]:

@@ -9,64 +9,53 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache, lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cast_ray.common.text import FOLDER_NAME_RULE, is_folder_name, nearest
-from cast_ray.common.text_files import read_text
+from cast_ray.plan.metrics import check_metric, why_missing
 from cast_ray.plan.settings import overridden, settings_of
-from cast_ray.recipe import SCALES, Recipe, build_recipe, preset_names
+from cast_ray.plan.yaml_files import read_spec, shipped_folder
+from cast_ray.recipe import CHOSEN_FIRST, SCALES, Recipe, build_recipe, preset_names
+from cast_ray.recipe.part import Seed, StrictModel
 from cast_ray.recipe.strict_yaml import read_yaml
-
-
-def shipped_folder(name: str, in_checkout: str) -> Path:
-    """Returns the folder of YAML files that come with cast_ray: inside an installed package, beside it in a checkout.
-
-    Args:
-        name: of the folder in the package (see `setup.py`).
-        in_checkout: of the folder in `sweeps/`.
-    """
-    package = Path(__file__).parents[1]
-    installed = package / name
-    return installed if installed.is_dir() else package.parent / "sweeps" / in_checkout
-
 
 TABLES_DIR = shipped_folder("tables", "tables")
 DEFAULT_PRESET, DEFAULT_SCALE = "shapes", "demo"
 
 # Of directories and trials; a slash would nest them, a leading dot hide them.
+_POINT_VALUE = re.compile(r"=(\[[^]]*\]|[^,]*)")
 _FACTOR = re.compile(r"x(\d+(?:\.\d+)?)")
 
 
-class Table(BaseModel):
+class Table(StrictModel):
     """One ablation: what is compared, on which seeds, against which baseline and which published values."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str
     title: str
     metric: str
-    """The metric that rows are compared by, for example `student/mask_ap` (percent)."""
+    """The metric that rows are compared by, for example `student/mask_ap` (percent); see `plan.metrics`."""
     baseline: str
     """The row that differences are taken to."""
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
-    base: dict[str, Any] = {}
+    seeds: tuple[Seed, ...] = Field((0,), min_length=1)
+    base: dict[str, Any] = Field(default_factory=dict)
     """Dotted recipe key -> value of all rows; also `preset` and `scale`, where the command names none."""
     rows: dict[str, dict[str, Any]] = Field(min_length=1)
     """Row name -> dotted recipe key -> value; with a grid, every row at every point of it."""
-    grid: dict[str, list[Any] | dict[str, dict[str, Any]]] = {}
+    grid: dict[str, list[Any] | dict[str, dict[str, Any]]] = Field(default_factory=dict)
     """Axis -> values of a recipe key (`loss.lambda_pxl: [0.1, 0.2]`), or label -> overrides."""
     paper: str = ""
     """Key of the paper's table in `cast_ray/paper/tables.json`."""
-    paper_columns: dict[str, str | list[str]] = {}
+    paper_columns: dict[str, str | list[str]] = Field(default_factory=dict)
     """Column of the paper's table -> metric of ours that it stands beside, or several."""
-    paper_rows: dict[str, str | dict[str, str]] = {}
+    paper_rows: dict[str, str | dict[str, str]] = Field(default_factory=dict)
     """Row of ours -> the paper's row, or metric -> the paper's row, where the names differ."""
 
     @model_validator(mode="before")
@@ -84,7 +73,8 @@ class Table(BaseModel):
             if name in expanded:
                 raise ValueError(f"grid: two rows are called {name!r}: expected points with different names")
             expanded[name] = {**overrides, **{k: v for _, part in point for k, v in part.items()}}
-        return {**spec, "rows": expanded}
+        baseline = _point_called(spec.get("baseline"), expanded)
+        return {**spec, "rows": expanded} | ({"baseline": baseline} if baseline else {})
 
     @field_validator("rows")
     @classmethod
@@ -98,6 +88,7 @@ class Table(BaseModel):
     def _names_exist(self) -> Table:
         if self.baseline not in self.rows:
             raise ValueError(f"baseline {self.baseline!r} is not a row{nearest(self.baseline, list(self.rows))}")
+        self._metrics_exist()
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds: expected different ones, got {list(self.seeds)}")
         for key, known in (("preset", preset_names()), ("scale", SCALES)):
@@ -118,6 +109,26 @@ class Table(BaseModel):
         if self.paper:
             self.paper_values()
         return self
+
+    def _metrics_exist(self) -> None:
+        named = [("metric", self.metric)]
+        named += [
+            ("paper_columns", name)
+            for metrics in self.paper_columns.values()
+            for name in ([metrics] if isinstance(metrics, str) else metrics)
+        ]
+        compared = {name for _, name in named}
+        for where, name in named:
+            try:
+                check_metric(name)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+        for row, names in self.paper_rows.items():
+            for name in names if isinstance(names, dict) else ():
+                if name not in compared:
+                    raise ValueError(
+                        f"paper_rows: {row!r}: no paper_columns name metric {name!r}{nearest(name, sorted(compared))}"
+                    )
 
     def _parts(self) -> list[tuple[str, dict[str, Any]]]:
         """What the table's author wrote, piece by piece: a grid of 10,000 rows is checked along its axes."""
@@ -141,7 +152,7 @@ class Table(BaseModel):
 
     @property
     def _base_overrides(self) -> dict[str, Any]:
-        return {key: value for key, value in self.base.items() if key not in ("preset", "scale")}
+        return {key: value for key, value in self.base.items() if key not in CHOSEN_FIRST}
 
     def paper_values(self, preset: str = "") -> dict[str, dict[str, float]]:
         """The published values beside this table: metric -> row -> value (rows that the paper lacks are left out).
@@ -251,6 +262,19 @@ class Table(BaseModel):
         """Dotted recipe keys that the table sets for all of its rows."""
         return overridden(self._base_overrides)
 
+    def check_measured(self, recipes: Iterable[Recipe]) -> None:
+        """Checks that rows can be compared at all.
+
+        Args:
+            recipes: of all rows of a run.
+
+        Raises:
+            ValueError: none of them will have the table's metric.
+        """
+        reasons = [why_missing(self.metric, recipe) for recipe in recipes]
+        if reasons and all(reasons):
+            raise ValueError(f"table {self.name!r}: no row will have its metric {self.metric}: {reasons[0]}")
+
 
 def _axis(name: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
     """(label, overrides) of each point of an axis; nothing for a malformed one, which pydantic refuses."""
@@ -259,9 +283,27 @@ def _axis(name: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
     if not isinstance(values, list):
         return []
     short = name.rpartition(".")[2]
-    return [
-        (f"{short}={value:g}" if isinstance(value, float) else f"{short}={value}", {name: value}) for value in values
-    ]
+    return [(f"{short}={_label_of(value)}", {name: value}) for value in values]
+
+
+def _label_of(value: Any) -> str:
+    """How a value of a grid stands in the names of its rows."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _point_called(name: Any, rows: Iterable[str]) -> str | None:
+    """The row that a baseline means whose values are written as in the grid: `lr=1e-3` for `lr=0.001`."""
+
+    def normal(text: str) -> str:
+        return _POINT_VALUE.sub(lambda match: f"={_label_of(read_yaml(match[1]))}", re.sub(r",\s*", ", ", text))
+
+    if not isinstance(name, str) or name in rows:
+        return None
+    try:
+        found = [row for row in rows if normal(row) == normal(name)]
+    except ValueError:  # a name that holds what is no YAML
+        return None
+    return found[0] if len(found) == 1 else None
 
 
 def resolve_recipe(preset: str, scale: str, base: Mapping[str, Any], row: Mapping[str, Any]) -> Recipe:
@@ -275,7 +317,7 @@ def resolve_recipe(preset: str, scale: str, base: Mapping[str, Any], row: Mappin
         if isinstance(before, bool) or not isinstance(before, int | float):
             continue  # a text, which may well be called x2
         resolved[key] = before * float(factor[1])
-        if isinstance(before, int):
+        if isinstance(before, int) and math.isfinite(resolved[key]):  # what is not, the recipe refuses
             resolved[key] = max(round(resolved[key]), min(before, 1))
     return build_recipe(preset, scale, _in_turn(base, resolved))
 
@@ -319,30 +361,6 @@ def load_table(name_or_path: str | Path) -> Table:
     return read_spec(path, Table, "title, metric, baseline and rows")
 
 
-Spec = TypeVar("Spec", bound=BaseModel)
-
-
-def read_spec(path: Path, model: type[Spec], expected: str) -> Spec:
-    """A YAML file as a checked model whose `name` is the file's.
-
-    Raises:
-        ValueError: not YAML, a key that is there twice (the message gives its line), not a mapping (it gives the
-            `expected` keys) or not valid (it names the key).
-    """
-    texts = [name for name, field in model.model_fields.items() if field.annotation is str]
-    text = read_text(str(path), str(path))
-    try:
-        spec = read_yaml(text, as_text=texts)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(spec, dict):
-        raise ValueError(f"{path}: expected a mapping with {expected}, got {type(spec).__name__}")
-    try:
-        return model.model_validate({"name": path.stem, **spec})
-    except ValidationError as error:
-        raise ValueError(f"{path}: {explain(error, model)}") from None
-
-
 @cache
 def _paper_tables() -> dict[str, Any]:
     return json.loads((resources.files("cast_ray") / "paper" / "tables.json").read_text())
@@ -373,20 +391,3 @@ def _paper_rows(key: str) -> dict[str, dict[str, float]]:
                 if isinstance(value, int | float) and not isinstance(value, bool):
                     published.setdefault(str(first), {})[prefix + name] = value
     return published
-
-
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """What is wrong with a YAML file that was read into `model`, on one line."""
-    lines = []
-    for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key!r}{nearest(key, list(model.model_fields))}")
-        elif problem["type"] == "missing":
-            lines.append(f"{key} is missing")
-        elif problem["type"] == "value_error":
-            lines.append(message)
-        else:
-            lines.append(f"{key}: {message} (got {problem['input']!r})")
-    return "; ".join(lines)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cast_ray.common.digest import digest_of
-from cast_ray.common.registry import import_named
+from cast_ray.common.registry import check_call, import_named
 from cast_ray.plan.reads import STUDENT_STAGES, TrainStage, contrast_weight, reads_labels, reads_unlabelled
 from cast_ray.recipe import DataConfig, InputSize, Precision, Recipe, TrainConfig
 from cast_ray.recipe.part import Part
@@ -366,12 +366,13 @@ def _code_digest(name: str) -> str:
     """
     try:
         function = import_named(name)
-        path = inspect.getsourcefile(function)
-    except (ValueError, TypeError) as error:
+        check_call(function, name, ("output", "batch"))
+    except ValueError as error:
         raise ValueError(f"loss.extra_term: {error}") from None
-    if path is None or not callable(function):
-        raise ValueError(f"loss.extra_term {name!r}: expected a function in a Python file")
-    return digest_of(Path(path).read_text())
+    try:
+        return digest_of(Path(inspect.getsourcefile(function) or "").read_text())
+    except (TypeError, OSError):
+        raise ValueError(f"loss.extra_term {name!r}: expected a function in a Python file") from None
 
 
 def input_size_of(stage: Stage) -> InputSize:

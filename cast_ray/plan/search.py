@@ -10,11 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from cast_ray.common.text import nearest
-from cast_ray.plan.ablation import DEFAULT_PRESET, DEFAULT_SCALE, explain, read_spec, resolve_recipe, shipped_folder
-from cast_ray.recipe import Recipe
+from cast_ray.plan.ablation import DEFAULT_PRESET, DEFAULT_SCALE, resolve_recipe
+from cast_ray.plan.metrics import check_objective, why_missing
+from cast_ray.plan.yaml_files import explain, read_spec, shipped_folder
+from cast_ray.recipe import CHOSEN_FIRST, Recipe
+from cast_ray.recipe.part import Seed, StrictModel
 
 SEARCH_DIR = shipped_folder("searches", "search")
 RUNG_METRIC = "val/mask_ap"
@@ -27,11 +30,7 @@ REFUSED_SCHEDULERS = {
 }
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Domain(_Strict):
+class Domain(StrictModel):
     """The values of one recipe key: a range (of integers where both ends are) or choices."""
 
     low: float | int | None = None
@@ -61,7 +60,7 @@ class Domain(_Strict):
         return list(self.choices) or [self.low, self.high]
 
 
-class EarlyStopping(_Strict):
+class EarlyStopping(StrictModel):
     """ASHA on one train stage: at each rung the better 1/`reduction` of the trials goes on."""
 
     stage: Literal["distill"] = "distill"
@@ -74,7 +73,7 @@ class EarlyStopping(_Strict):
         return max(1, steps // self.reduction**self.rungs)
 
 
-class SearchSpec(_Strict):
+class SearchSpec(StrictModel):
     """One search: space, objectives, samplers, length."""
 
     name: str
@@ -83,7 +82,7 @@ class SearchSpec(_Strict):
     """Metric of a row -> whether more or less of it is better; several: the Pareto front is sought."""
     space: dict[str, dict[str, Any]] = Field(min_length=1)
     """Recipe key -> its domain."""
-    base: dict[str, Any] = {}
+    base: dict[str, Any] = Field(default_factory=dict)
     """Dotted recipe key -> value of all trials; also `preset` and `scale`, where the command names none."""
     samplers: tuple[Literal["tpe", "random"], ...] = Field(("tpe", "random"), min_length=1)
     """Each is a study of its own with `num_trials` trials, so that they can be compared at equal budget."""
@@ -93,12 +92,17 @@ class SearchSpec(_Strict):
     scheduler: str = "none"
     """asha: stop trials early by `early_stopping`; none: run all to their end."""
     early_stopping: EarlyStopping = EarlyStopping()
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the samplers."""
 
     @model_validator(mode="after")
     def _is_sound(self) -> SearchSpec:
         self.domains()
+        for name in self.objectives:
+            try:
+                check_objective(name)
+            except ValueError as error:
+                raise ValueError(f"objectives: {error}") from None
         if self.scheduler in REFUSED_SCHEDULERS:
             raise ValueError(f"scheduler: {self.scheduler} is refused: {REFUSED_SCHEDULERS[self.scheduler]}")
         if self.scheduler not in ("asha", "none"):
@@ -148,8 +152,12 @@ class SearchSpec(_Strict):
         seed: int = 0,
         overrides: Mapping[str, Any] | None = None,
     ) -> Recipe:
-        """The recipe of one point; arguments as `Table.row_recipe`. With asha its stage is validated at the rungs."""
-        base = {key: value for key, value in self.base.items() if key not in ("preset", "scale")}
+        """The recipe of one point; arguments as `Table.row_recipe`. With asha its stage is validated at the rungs.
+
+        Raises:
+            ValueError: a bad value, or a trial that would end without one of the objectives.
+        """
+        base = {key: value for key, value in self.base.items() if key not in CHOSEN_FIRST}
         base = {**base, **(overrides or {}), "seed": seed}
         preset, scale = preset or self.preset, scale or self.scale
         recipe = resolve_recipe(preset, scale, base, point)
@@ -157,6 +165,9 @@ class SearchSpec(_Strict):
             steps = getattr(recipe.stages, self.early_stopping.stage).steps
             every = {"evaluation.every_steps": self.early_stopping.first_rung(steps)}
             recipe = resolve_recipe(preset, scale, {**base, **every}, point)
+        for name in self.objectives:
+            if reason := why_missing(name, recipe):
+                raise ValueError(f"a trial would end without its objective {name}: {reason}")
         return recipe
 
 

@@ -24,6 +24,7 @@ from rich.markdown import Markdown
 
 from cast_ray.common.files import write_atomically
 from cast_ray.contracts.row_result import RowResult
+from cast_ray.plan.metrics import is_latency
 from cast_ray.plan.search import SearchSpec
 from cast_ray.report.blocks import Article, Column, Figure, Grid, Panel, Section, Series, Words, section
 from cast_ray.report.exports import markdown_page
@@ -189,12 +190,13 @@ def search_article(plan: SearchRun, studies: Studies) -> Article:
 def best_table(spec: SearchSpec, front: Sequence[FrozenTrial], recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The base recipe and the best points as a table that `cast-ray ablate` runs, for example on more seeds.
 
-    Early stopping validates beside training; the table does not, which changes no weight.
+    Early stopping validates beside training; the table does not, which changes no weight. Nor does it measure latency:
+    rows of a search for that alone are compared by AP.
     """
     names = ["best"] if len(front) == 1 else [f"front {i + 1}" for i in range(len(front))]
     return {
         "title": f"{spec.title}: the best of the search",
-        "metric": next(iter(spec.objectives)),
+        "metric": next((name for name in spec.objectives if not is_latency(name)), "final/mask_ap"),
         "baseline": "base",
         "base": {**spec.base, **recipe},
         "rows": {"base": {}, **{name: dict(trial.params) for name, trial in zip(names, front)}},

@@ -6,6 +6,7 @@ Everything that can change a result is here; `stages/graph.py` cuts it into the 
 """
 
 from cast_ray.recipe.build import (
+    CHOSEN_FIRST,
     SCALES,
     Recipe,
     apply_override,
@@ -24,6 +25,7 @@ from cast_ray.recipe.stages import EvaluationConfig, PseudoConfig, StagesConfig,
 from cast_ray.recipe.teachers import GroundedSamConfig, InferenceConfig, PromptConfig, Sam3Config, TeacherConfig
 
 __all__ = [
+    "CHOSEN_FIRST",
     "CONTRASTIVE_PRESETS",
     "ContrastiveConfig",
     "DataConfig",

@@ -15,7 +15,7 @@ from cast_ray.recipe.input_size import InputSize
 from cast_ray.recipe.labels import FIXED_SIZE_BATCH, LabelsConfig
 from cast_ray.recipe.losses import ContrastiveConfig, LossConfig
 from cast_ray.recipe.models import BATCH_NORM_DECODERS, ModelConfig
-from cast_ray.recipe.part import Part
+from cast_ray.recipe.part import Part, Seed
 from cast_ray.recipe.runtime import RuntimeConfig
 from cast_ray.recipe.stages import EvaluationConfig, PseudoConfig, StagesConfig, TrainConfig
 from cast_ray.recipe.strict_yaml import NotYamlError, read_yaml
@@ -23,6 +23,8 @@ from cast_ray.recipe.teachers import TeacherConfig
 from cast_ray.recipe.variants import in_order, is_variant, variant_fields, variant_names
 
 SCALES = ("smoke", "demo", "full")
+CHOSEN_FIRST = ("preset", "scale")
+"""Fields of a recipe that say what overrides are applied to, so that no override can set them."""
 
 
 class Recipe(Part):
@@ -30,11 +32,11 @@ class Recipe(Part):
 
     preset: str
     scale: Literal["smoke", "demo", "full"]
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the label split, the initial weights, and the order of images and their views."""
-    init_seed: int | None = None
+    init_seed: Seed | None = None
     """Seed of the initial weights alone; None: `seed`."""
-    order_seed: int | None = None
+    order_seed: Seed | None = None
     """Seed of the order of images, their views and sampled points alone; None: `seed`."""
     data: DataConfig = DataConfig()
     teacher: TeacherConfig = TeacherConfig()
@@ -148,32 +150,51 @@ def preset_names() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
 
 
-def build_recipe(preset: str, scale: str = "demo", overrides: Mapping[str, Any] | None = None) -> Recipe:
+def build_recipe(
+    preset: str, scale: str = "demo", overrides: Mapping[str, Any] | Sequence[str] | None = None
+) -> Recipe:
     """The recipe of a preset at a scale, with dotted overrides applied last.
 
     Args:
         preset: a name from `preset_names()`.
         scale: smoke, demo or full.
-        overrides: dotted key -> value; string values are read as YAML (`"1e-3"`, `"[64, 64]"`, `"true"`).
+        overrides: dotted key -> value; string values are read as YAML (`"1e-3"`, `"[64, 64]"`, `"true"`). Or the same
+            as a list of `"key=value"`, as after --set.
 
     Raises:
         ValueError: unknown preset, scale or key (the message names the nearest known one) or a bad value (the message
             names the key and what was expected).
+        TypeError: overrides of another form.
     """
+    overrides = _as_mapping(overrides)
     if preset not in preset_names():
-        raise ValueError(f"unknown preset {preset!r}{nearest(preset, preset_names())}")
+        raise ValueError(f"unknown preset {preset!r}{nearest(str(preset), preset_names())}")
     if scale not in SCALES:
         raise ValueError(f"unknown scale {scale!r}: expected one of {', '.join(SCALES)}")
     spec = _preset(preset)
     tree: dict[str, Any] = {"preset": preset, "scale": scale}
     _merge(tree, spec.get("recipe", {}))
     _merge(tree, spec.get("scales", {}).get(scale, {}))
-    for key, value in (overrides or {}).items():
+    for key, value in overrides.items():
         apply_override(tree, key, value)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise ValueError(_explain(error)) from None
+
+
+def _as_mapping(overrides: Any) -> Mapping[str, Any]:
+    """Overrides as dotted key -> value, from any of the forms that `build_recipe` takes."""
+    if overrides is None:
+        return {}
+    is_list = isinstance(overrides, list | tuple)
+    keys = overrides if is_list or isinstance(overrides, Mapping) else [overrides]
+    if (not is_list and not isinstance(overrides, Mapping)) or not all(isinstance(key, str) for key in keys):
+        raise TypeError(
+            "overrides: expected dotted keys with their values, {'loss.lambda_pxl': 0.2}, or a list of 'key=value', "
+            f"got {overrides!r}"
+        )
+    return parse_overrides(overrides) if is_list else overrides
 
 
 @cache
@@ -209,11 +230,14 @@ def apply_override(tree: dict[str, Any], key: str, value: Any) -> None:
             raise ValueError(f"{key}={value!r}{nearest(str(value), variant_names(key))}")
         _merge(tree, variant_fields(key, value))
         return
-    known = recipe_keys()
-    if key not in known or key in ("preset", "scale"):
+    if key in CHOSEN_FIRST:
         raise ValueError(
-            f"unknown recipe key {key!r}{nearest(key, [k for k in known if k not in ('preset', 'scale')])}"
+            f"{key} is chosen before anything is overridden: expected the option --{key}, {key!r} in the `base` of a "
+            f"table or search, or the argument `{key}` of build_recipe"
         )
+    known = [k for k in recipe_keys() if k not in CHOSEN_FIRST]
+    if key not in known:
+        raise ValueError(f"unknown recipe key {key!r}{nearest(key, known)}")
     if isinstance(value, str):
         value = _parse_scalar(key, value)
     node = tree

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from cast_ray.common.registry import PATTERN
+from cast_ray.common.registry import check_name
 from cast_ray.recipe.input_size import InputSize, Resize
-from cast_ray.recipe.part import Part
-
-FORMATS = ("shapes", "coco", "cityscapes", "ade20k")
+from cast_ray.recipe.part import Part, Seed
 
 
 class ShapesConfig(Part):
@@ -22,7 +19,7 @@ class ShapesConfig(Part):
     num_train: int = Field(500, ge=8)
     """Scenes in the target style, split into labelled and unlabelled by `label_fraction`."""
     num_val: int = Field(200, ge=4)
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the drawing, apart from the recipe's own seed: all seeds of a sweep see the same scenes."""
 
 
@@ -30,8 +27,8 @@ class DataConfig(Part):
     """Which images, which of them keep their labels, and the size they are cropped to."""
 
     format: str = "shapes"
-    """How the dataset lies on disk: one of FORMATS, or `MODULE:FUNCTION`, a reader of your own, which Python must be
-    able to import here and in Ray's workers. See `examples/own_dataset.py`."""
+    """How the dataset lies on disk: shapes, coco, cityscapes or ade20k, or `MODULE:FUNCTION`, a reader of your own,
+    which Python must be able to import here and in Ray's workers. See `examples/own_dataset.py`."""
     root: str = ""
     """Folder of the dataset. Empty for `shapes`: drawn into the storage path."""
     annotations: str = ""
@@ -67,7 +64,7 @@ class DataConfig(Part):
     """Family `list`: file that names the labelled images, one a line, or a JSON of published COCO splits."""
     unlabelled_list: str = ""
     """Family `list`: file that names D_u; empty: all that are not labelled."""
-    split_seed: int | None = None
+    split_seed: Seed | None = None
     """Seed of the choice of labelled images; None: the recipe's own, so that each seed has its own D_l."""
     unlabelled_pool: Literal["rest", "extra", "both"] = "rest"
     """D_u: training images that keep no label, the dataset's extra unlabelled images, or both."""
@@ -115,9 +112,8 @@ class DataConfig(Part):
 
     @field_validator("format")
     @classmethod
-    def _is_a_known_format_or_a_reader(cls, value: str) -> str:
-        if value not in FORMATS and not re.fullmatch(PATTERN, value):
-            raise ValueError(f"expected one of {', '.join(FORMATS)}, or MODULE:FUNCTION of a reader of your own")
+    def _is_known_or_of_ones_own(cls, value: str) -> str:
+        check_name("datasets", value)
         return value
 
     @field_validator("train_resize", "inference_resize", mode="before")

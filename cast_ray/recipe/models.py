@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from cast_ray.common.registry import check_name
 from cast_ray.recipe.part import Part
 
 
@@ -25,6 +26,12 @@ class EncoderConfig(Part):
     """Stride of the first stage; each further one halves. 2 suits images of 64 px, 4 is the usual."""
     checkpoint: str = ""
     """Folder or hub name for `from_pretrained`; `hub`: the published weights of `name`; empty: random weights."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_known_or_of_ones_own(cls, value: str) -> str:
+        check_name("encoders", value)
+        return value
 
 
 BATCH_NORM_DECODERS = ("dpt-released",)
@@ -52,6 +59,12 @@ class ModelConfig(Part):
     feedforward_dim: int = Field(128, ge=8)
     proposals: bool = True
     """Initialise the queries from dense location-assigned proposals (else learnt queries, as in Mask2Former)."""
+
+    @field_validator("decoder")
+    @classmethod
+    def _is_known_or_of_ones_own(cls, value: str) -> str:
+        check_name("decoders", value)
+        return value
 
     @model_validator(mode="after")
     def _parts_fit(self) -> ModelConfig:

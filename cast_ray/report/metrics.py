@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cast_ray.plan.metrics import PER_CLASS
 from cast_ray.recipe.stages import KINDS_OF_AP
 
 ROLES = {"zero_shot": "zero-shot", "teacher": "teacher", "student": "student", "refined": "refined", "final": "final"}
@@ -26,7 +27,6 @@ MEASURES = {
     "gflops": "GFLOPs",
     "fps": "images/s",
 }
-PER_CLASS = "per_class"
 LOWER_IS_BETTER = ("fnr", "latency_ms", "params_m", "gflops", "loss", "seconds", "device_hours", "memory_mb", "ece")
 
 

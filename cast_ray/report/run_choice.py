@@ -12,10 +12,11 @@ from typing import Any
 
 from cast_ray.common.digest import FULL_DIGITS, digest_of
 from cast_ray.common.paths import absolute
+from cast_ray.common.text import first_of
 from cast_ray.plan.ablation import Table
 from cast_ray.plan.settings import differing, overridden, settings_of
 from cast_ray.report.run_folder import PLAN, RESULT, RunRequest, read_plan, read_results
-from cast_ray.report.settings import first_of, value_words
+from cast_ray.report.settings import value_words
 
 DIGITS = 6
 """Digits of the digest at the end of the name of a folder of its own."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cast_ray.common.text import first_of
 from cast_ray.plan.ablation import Table
 from cast_ray.plan.settings import LOCATIONS, differing, overridden, settings_of
 from cast_ray.report.content import Result
@@ -67,12 +68,6 @@ def mixed_settings(results: Sequence[Result], table: Table | None) -> list[str]:
 def _settings(result: Result) -> dict[str, Any]:
     """Without where the dataset lies: another dataset is told by its content hash."""
     return {k: v for k, v in settings_of(result.recipe).items() if k not in LOCATIONS}
-
-
-def first_of(words: Sequence[str], most: int) -> str:
-    """The first words with commas between them, and how many more there are."""
-    more = len(words) - most
-    return ", ".join(words[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def value_words(value: Any) -> str:

@@ -25,7 +25,13 @@ from cast_ray.data.reading.index import DatasetIndex, describe
 from cast_ray.data.reading.listing import Listing
 from cast_ray.recipe import DataConfig, ShapesConfig
 
-MANIFEST = "manifest.json"
+MANIFEST, PARTIAL_MANIFEST = "manifest.json", "manifest.json.partial"
+FORMAT = "cast_ray.shapes"
+"""What a manifest says, so that another program's file of that name is none."""
+FOR_SCENES = (
+    "that is missing, empty or drawn before, for the scenes that data.format=shapes draws (--preset coco and the like "
+    "read images of your own)"
+)
 _SPLITS = ("source", "train", "val")
 _CHUNK = 50
 _MIN_SCENES_FOR_POOL = 600
@@ -56,14 +62,14 @@ def draw(
         OSError: the folder cannot be written.
     """
     root = absolute(root)
-    manifest = {"format": "cast_ray.shapes", "drawing_version": DRAWING_VERSION, "config": config.model_dump()}
+    manifest = {"format": FORMAT, "drawing_version": DRAWING_VERSION, "config": config.model_dump()}
     if _is_drawn(root, manifest):
         return
     filesystem, base = resolve(root)
     _check_ours(filesystem, base, root)
     filesystem.create_dir(base, recursive=True)
     # The marker says whose folder this is; it turns into the manifest when everything else is there.
-    write_bytes(join(root, f"{MANIFEST}.partial"), json.dumps(manifest).encode())
+    write_bytes(join(root, PARTIAL_MANIFEST), json.dumps(manifest).encode())
     _delete(filesystem, posixpath.join(base, MANIFEST))
     counts = {"source": config.num_source, "train": config.num_train, "val": config.num_val}
     for folder in (*_SPLITS, "annotations"):
@@ -90,7 +96,7 @@ def draw(
         _delete_leftovers(filesystem, posixpath.join(base, split), counts[split])
     manifest |= {"counts": counts, "sha256": digest.hexdigest()}
     write_bytes(join(root, MANIFEST), json.dumps(manifest, indent=1).encode())
-    _delete(filesystem, posixpath.join(base, f"{MANIFEST}.partial"))
+    _delete(filesystem, posixpath.join(base, PARTIAL_MANIFEST))
 
 
 def index(config: DataConfig, progress: Callable[[int, int], None] | None = None) -> DatasetIndex:
@@ -187,9 +193,9 @@ def _file_name(index: int) -> str:
     return f"{index:06d}.png"
 
 
-def _read_manifest(root: str) -> dict[str, Any] | None:
+def _read_manifest(root: str, name: str = MANIFEST) -> dict[str, Any] | None:
     try:
-        manifest = json.loads(read_bytes(join(root, MANIFEST)))
+        manifest = json.loads(read_bytes(join(root, name)))
     except (OSError, ValueError):
         return None
     return manifest if isinstance(manifest, dict) else None
@@ -201,9 +207,14 @@ def _is_drawn(root: str, expected: dict[str, Any]) -> bool:
 
 
 def _check_ours(filesystem: fs.FileSystem, base: str, root: str) -> None:
+    """Refuses a folder that an earlier drawing has not made: only scenes of one's own are drawn over."""
+    if filesystem.get_file_info(base).type == fs.FileType.File:
+        raise ValueError(f"data.root: {root} is a file: expected a folder {FOR_SCENES}")
     listed = {i.base_name for i in filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True))}
-    if listed and not listed & {MANIFEST, f"{MANIFEST}.partial"}:
-        raise ValueError(f"{root}: holds other files and no drawn scenes; expected an empty or new folder")
+    notes = [_read_manifest(root, name) for name in (MANIFEST, PARTIAL_MANIFEST) if name in listed]
+    is_broken = notes == [None] and listed <= {MANIFEST, PARTIAL_MANIFEST, "annotations", *_SPLITS}
+    if listed and not is_broken and not any(note and note.get("format") == FORMAT for note in notes):
+        raise ValueError(f"data.root: {root} holds other files: expected a folder {FOR_SCENES}")
 
 
 def _delete(filesystem: fs.FileSystem, path: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from cast_ray.common.paths import absolute, is_uri
@@ -41,10 +42,27 @@ def read_classes(text: str) -> list[Category]:
     names = [name.strip() for name in names if name.strip()]
     if not names:
         raise ValueError(f"{option}: {_EXPECTED}")
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise ValueError(f"--classes: {twice[0]!r} is there twice")
-    return [Category(i, name) for i, name in enumerate(names, 1)]
+    categories = [Category(i, name) for i, name in enumerate(names, 1)]
+    check_classes(categories, "--classes")
+    return categories
+
+
+def check_classes(categories: Sequence[Category], where: str) -> None:
+    """Checks that a teacher can be asked for these classes.
+
+    Args:
+        where: they come from, for the message.
+
+    Raises:
+        ValueError: there is none, one has no name, or a name or an id is there twice.
+    """
+    if not categories:
+        raise ValueError(f"{where}: expected at least one name, got none")
+    if any(not category.name.strip() for category in categories):
+        raise ValueError(f"{where}: expected a name for each class, got an empty one")
+    for values in ([c.name for c in categories], [c.id for c in categories]):
+        if twice := [value for value, count in Counter(values).items() if count > 1]:
+            raise ValueError(f"{where}: {twice[0]!r} is there twice")
 
 
 def _is_file(text: str) -> bool:

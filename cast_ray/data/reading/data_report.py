@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -72,6 +74,16 @@ def data_report(
     )
     facts = {"format": config.format, "root": config.root, "verify": config.verify}
     return facts | {"splits": splits, "statement": statement, "warnings": warnings, "skipped": list(skipped)}
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is a data report, as `data_report` makes it.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is not JSON.
+    """
+    report = json.loads(path.read_bytes())
+    return isinstance(report, dict) and {"verify", "splits", "statement", "skipped"} <= report.keys()
 
 
 def _no_object(

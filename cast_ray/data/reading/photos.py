@@ -18,7 +18,9 @@ from cast_ray.data.reading.listing import Listing, child, is_hidden, is_text
 
 OVERLAYS = "overlays"
 """Folder of the drawn images in the output folder of `label` and `predict`; it is never read as input."""
-_WRITTEN_BESIDE = ({"instances.json"}, {"results.json", "images.json"}, {"unfinished.jsonl"})
+INSTANCES, RESULTS, IMAGES = "instances.json", "results.json", "images.json"
+"""Files of the output folder: of `label`, and the two of `predict`."""
+_WRITTEN_BESIDE = ({INSTANCES}, {RESULTS, IMAGES}, {"unfinished.jsonl"})
 """Files beside the drawn images, any of these sets: of `label`, of `predict`, of either while it is not finished."""
 _LEFT_OUT_OVERLAYS = f"folders of drawn results ({OVERLAYS})"
 _USUAL = ", ".join(IMAGE_SUFFIXES[:4])

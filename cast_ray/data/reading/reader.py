@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cast_ray.common import registry
+from cast_ray.common.text import first_line
 from cast_ray.contracts.records import RECORD_SCHEMA, DatasetSplits, decode_image_id
 from cast_ray.data.reading.copies import Copies, blind_spot, identity_of
 from cast_ray.data.reading.data_report import Contents, check_report, data_report
@@ -259,6 +261,34 @@ class Reading:
         }
 
 
+def read_index(config: DataConfig, progress: Callable[[int, int], None] | None = None) -> DatasetIndex:
+    """Lists a dataset by the reader of its format, which may be a user's own.
+
+    Raises:
+        ValueError: one line naming the file or field: the dataset is missing or not of its format, or the format names
+            something that is no reader, or fails.
+    """
+    try:
+        read = registry.lookup("datasets", config.format)
+    except ValueError as error:
+        raise ValueError(f"data.format: {error}") from None
+    try:
+        index = read(config, progress)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        if ":" not in config.format:
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {first_line(error)} ({place.filename}, line {place.lineno})"
+        raise ValueError(f"data.format {config.format!r}: the reader failed: {reason}") from error
+    if not isinstance(index, DatasetIndex):
+        raise ValueError(f"data.format {config.format!r}: expected a DatasetIndex back, got {type(index).__name__}")
+    if missing := {"train", "val"} - index.splits.keys():
+        raise ValueError(f"data.format {config.format!r}: no split {' and '.join(sorted(missing))} in its DatasetIndex")
+    return index
+
+
 def load(
     config: DataConfig, progress: Callable[[int, int], None] | None = None
 ) -> tuple[DatasetSplits, dict[str, Any]]:
@@ -268,7 +298,7 @@ def load(
         ValueError: one line naming the file or field: the dataset is missing, not of its format, or too much of it is
             unusable.
     """
-    index: DatasetIndex = registry.lookup("datasets", config.format)(config)
+    index = read_index(config)
     reading = Reading(index, config)
     check_report(reading.report(), config.max_bad_fraction)
     tables: dict[str, list[pa.Table]] = {split: [RECORD_SCHEMA.empty_table()] for split in index.splits}

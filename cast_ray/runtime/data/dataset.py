@@ -24,9 +24,9 @@ import pyarrow.parquet
 from rich.console import Console
 from rich.text import Text
 
-from cast_ray.common import registry
 from cast_ray.common.digest import digest_of
 from cast_ray.common.paths import absolute
+from cast_ray.common.text import first_line
 from cast_ray.contracts.manifest import DatasetManifest
 from cast_ray.contracts.records import MAX_CHUNK_BYTES, Category, class_names
 from cast_ray.contracts.row_result import DatasetFacts
@@ -35,7 +35,7 @@ from cast_ray.data.reading.data_report import REPORT_FILE, check_report
 from cast_ray.data.reading.index import DatasetIndex, describe
 from cast_ray.data.reading.listing import state_of
 from cast_ray.data.reading.progress import track
-from cast_ray.data.reading.reader import MakeRows, Reading, Run, in_threads
+from cast_ray.data.reading.reader import MakeRows, Reading, Run, in_threads, read_index
 from cast_ray.data.splits.fractions import LabelSource, label_index, mark_copies
 from cast_ray.data.splits.label_lists import LabelList, forms_of_skipped, read_list
 from cast_ray.plan.graph import DataHashes, Stage, fingerprint_of
@@ -190,7 +190,10 @@ def _draw(data: DataConfig, store: ArtifactStore, console: Console) -> DataConfi
     folder = f"shapes-{shapes.num_source}-{shapes.num_train}-{shapes.num_val}-s{shapes.seed}"
     data = data.model_copy(update={"root": data.root or store.uri("datasets", folder)})
     with track(console, "drawing scenes") as progress:
-        draw(data.root, shapes, progress=progress)
+        try:
+            draw(data.root, shapes, progress=progress)
+        except OSError as error:
+            raise ValueError(f"data.root: scenes cannot be drawn into {data.root}: {first_line(error)}") from None
     return data
 
 
@@ -244,7 +247,7 @@ def _read(
 ) -> StoredDataset:
     """Reads every file once and commits the records, however few are usable: another limit needs no other read."""
     with track(console, "reading annotations") as progress:
-        index: DatasetIndex = registry.lookup("datasets", data.format)(data, progress)
+        index = read_index(data, progress)
     stage = _stage(asked, index.listing.state())
     reading = Reading(index, data)
     _check(reading.report(), data, store, report_paths)  # before images are read for nothing

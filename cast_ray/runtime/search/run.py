@@ -24,6 +24,7 @@ from rich.text import Text
 
 from cast_ray.data.reading.data_report import print_warnings
 from cast_ray.plan.graph import RowPlan, artifact_key, fingerprint_of, given, plan_sweep
+from cast_ray.plan.metrics import is_latency
 from cast_ray.plan.search import RUNG_METRIC, SearchSpec
 from cast_ray.recipe import Recipe
 from cast_ray.runtime.cluster import connect
@@ -108,6 +109,7 @@ def run_search(
         ValueError: the user's data, storage, study or resources do not fit, before any compute is spent.
     """
     spec, store = request.spec, ArtifactStore(request.storage)
+    store.exists()  # whatever else lies at its path is refused
     store.check_writable()
     with Presence(store, command_line(), on_wait=lambda holder: say_pruning(holder, console)) as presence:
         base = request.recipe({})
@@ -304,7 +306,7 @@ class _Search:
                 found |= self._look_again(row)
             print_warnings(self.planner.warnings[num_said:], self.console)  # of a point that labels other images
             self.rows.append(row)
-            measured = tuple(name for name in spec.objectives if name.endswith("/latency_ms"))
+            measured = tuple(name for name in spec.objectives if is_latency(name))
             stage = spec.early_stopping.stage if spec.scheduler == "asha" else None
             job = Job(context, row, rungs_of=stage, measure=measured)
             self.names.append(row_name(context.table, row))

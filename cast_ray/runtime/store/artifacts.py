@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import tempfile
 import time
 import uuid
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import pyarrow as pa
 import pyarrow.dataset
@@ -31,14 +32,20 @@ import pyarrow.parquet
 
 from cast_ray.common.files import PARTIAL, write_atomically
 from cast_ray.common.paths import absolute, below, resolve
+from cast_ray.common.text import first_line, first_of
 from cast_ray.contracts.manifest import Manifest, manifest_class, read_manifest
-from cast_ray.plan.graph import Stage, fingerprint_of
+from cast_ray.plan.graph import Kind, Stage, fingerprint_of
 
 MANIFEST = "manifest.json"
+MARK = "writable.json"
+"""The file that every run writes into its store first: a folder with it is a store."""
+MAX_NAMED = 3
 OBJECT_STORES = ("s3", "gcs", "abfs")
 """Where folders are only a way of speaking, and making one costs a request."""
 NUM_READERS = 16
 """Small files read at a time: an object store answers in tens of milliseconds, whatever the size."""
+
+_KEY = re.compile(rf"({'|'.join(get_args(Kind))})-\w+")
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -119,10 +126,32 @@ class ArtifactStore:
     def _fs(self) -> tuple[pa.fs.FileSystem, str]:
         return resolve(absolute(self.storage))
 
-    def check_writable(self) -> None:
-        """Raises ValueError when the storage path cannot be written."""
+    def exists(self) -> bool:
+        """Whether there is a store at the storage path; False where the path is missing or empty.
+
+        It costs one listing.
+
+        Raises:
+            ValueError: something else is there: a file, or a folder of other files.
+        """
         try:
-            self.write_json("writable.json", {"checked": time.time()})
+            names = [n for n in self.list_names("") if not n.startswith(".") and n != "lost+found"]
+            if not names or MARK in names:
+                return bool(names)
+            # A store that was copied in part, or made by other means than a run.
+            if "artifacts" in names and any(_KEY.fullmatch(name) for name in self.list_names("artifacts")):
+                return True
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(f"storage path {self.storage!r} cannot be read: {first_line(error)}") from None
+        raise ValueError(
+            f"storage path {self.storage!r} holds other files ({first_of(sorted(names), MAX_NAMED)}): expected a "
+            "folder that is missing, empty or the --storage of earlier runs"
+        )
+
+    def check_writable(self) -> None:
+        """Raises ValueError when the storage path cannot be written; leaves the mark by which a store is known."""
+        try:
+            self.write_json(MARK, {"checked": time.time()})
         except (OSError, ValueError, pa.ArrowException) as error:
             raise ValueError(f"storage path {self.storage!r} cannot be written: {error}") from None
 
@@ -130,7 +159,7 @@ class ArtifactStore:
         """The time by the clock that dates this store's files."""
         self.check_writable()
         fs, root = self._fs
-        return fs.get_file_info(f"{root}/writable.json").mtime.timestamp()
+        return fs.get_file_info(f"{root}/{MARK}").mtime.timestamp()
 
     def uri(self, *parts: str) -> str:
         return below(self.storage, *parts)

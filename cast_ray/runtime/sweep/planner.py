@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from cast_ray.common.registry import lookup
 from cast_ray.common.version import VERSION
 from cast_ray.plan.cost import Size
 from cast_ray.plan.graph import NoTeacherError, RowPlan, plan, split_part
@@ -92,6 +93,7 @@ class RowPlanner:
         key = _dataset_key(recipe.data)
         dataset = self.datasets[key]
         try:
+            _check_own_models(recipe)
             self._choose_images(key, [recipe])
             planned = plan(
                 recipe,
@@ -171,6 +173,27 @@ class RowPlanner:
             categories=dataset.categories,
             runs_path=_run_path(run),
         )
+
+
+def _check_own_models(recipe: Recipe) -> None:
+    """Imports the encoders and decoders that are a user's own, before any stage is run that does not need them.
+
+    Raises:
+        ValueError: one cannot be imported or called.
+    """
+    parts = {"student": recipe.student} | ({"teacher": recipe.teacher} if recipe.teacher.kind == "expert" else {})
+    for part, model in parts.items():
+        field = "encoder.name"
+        try:
+            if ":" in model.encoder.name:
+                lookup("encoders", model.encoder.name)
+            field = "decoder"
+            if ":" in model.decoder:
+                from cast_ray.models.decoders import find_decoder  # torch, which code of one's own needs anyway
+
+                find_decoder(model.decoder)
+        except ValueError as error:
+            raise ValueError(f"{part}.{field}: {error}") from None
 
 
 def _run_path(run: str) -> str:

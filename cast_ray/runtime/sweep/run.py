@@ -112,6 +112,7 @@ def run_sweep(
         ValueError: the user's data, storage or resources do not fit, before any compute is spent.
     """
     store = ArtifactStore(request.storage)
+    store.exists()  # whatever else lies at its path is refused
     store.check_writable()
     runs = {table.name: list(table.recipes.values()) for table in request.tables}
     with Presence(store, command_line(), on_wait=lambda holder: say_pruning(holder, console)) as presence:

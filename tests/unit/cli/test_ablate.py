@@ -87,8 +87,24 @@ def test_a_row_without_a_teacher_is_left_out_unless_asked_for(
     assert line(output, "rows").endswith(
         "6: stages:full, stages:no-refine, stages:no-distill, main:supervised, main:self-training, main:CAST"
     )
-    assert ablate.main(["stages", *data, "--rows", "full", "no-adapt", "--dry-run", "--storage", str(tmp_path)]) == 2
+    storage = str(tmp_path / "other")
+    assert ablate.main(["stages", *data, "--rows", "full", "no-adapt", "--dry-run", "--storage", storage]) == 2
     assert "stages, row 'no-adapt': stages.use_adapt is false" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["ablate", "search"])
+def test_a_folder_of_other_files_is_no_storage(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "1.png").touch()
+    arguments = ["losses", "--preset", "shapes", "--scale", "smoke", "--storage", str(photos)]
+    assert {"ablate": ablate.main, "search": search.main}[command](arguments) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: storage path '{photos}' holds other files (1.png): expected a folder that is ")
+    assert [path.name for path in photos.iterdir()] == ["1.png"]
 
 
 def test_what_is_stored_is_shown(dry_run: DryRun, tmp_path: Path) -> None:
@@ -185,7 +201,7 @@ def test_flags_reach_the_request() -> None:
 def test_a_tables_own_preset_and_scale(tmp_path: Path) -> None:
     spec = {
         "title": "t",
-        "metric": "m",
+        "metric": "student/mask_ap",
         "baseline": "a",
         "rows": {"a": {}},
         "base": {"preset": "coco", "scale": "full"},

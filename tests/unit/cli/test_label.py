@@ -139,7 +139,7 @@ def test_a_mask_transformer_labels(checkpoints: Path, photos: Path, tmp_path: Pa
             ["--teacher", "sam4", "--classes", "dog"],
             f"neither a kind ({', '.join(label.PUBLISHED)}) nor a saved teacher: ",
         ),
-        (["--teacher", "expert"], "--teacher: neither a kind (mask2former, grounded_sam, sam3, ensemble) nor "),
+        (["--teacher", "expert"], "teacher 'expert': neither a kind (mask2former, grounded_sam, sam3, ensemble) nor "),
         (["--teacher", "grounded_sam", "--classes", "dog", "--set", "student.num_queries=3"], "a key of `teacher`"),
         (["--teacher", "grounded_sam", "--classes", "dog, dog"], "'dog' is there twice"),
         (["--teacher", "grounded_sam", "--classes", " , "], "expected names with commas"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import cast_ray
-from cast_ray.cli.main import COMMANDS, main
+from cast_ray.cli.main import COMMANDS, OPTIONS, help_text, main
 from cast_ray.cli.options import EXIT_BAD_INPUT, EXIT_CODES, exit_codes_text
 from cast_ray.runtime.sweep.planner import command_line
 
@@ -40,16 +40,25 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "what", "nearest"),
-    [("ablat", "command", "ablate"), ("stores", "command", "store"), ("--exprot", "option", "export")],
+    ("typed", "nearest"),
+    [("ablat", "ablate"), ("stores", "store"), ("exprot", "export")],
 )
 def test_an_unknown_command_names_the_nearest_first(
-    typed: str, what: str, nearest: str, capsys: pytest.CaptureFixture[str]
+    typed: str, nearest: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([typed, "losses"]) == EXIT_BAD_INPUT
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: unknown {what} '{typed}': expected one of {nearest}, ")
+    assert line.startswith(f"error: unknown command '{typed}': expected one of {nearest}, ")
     assert all(name in line for name in COMMANDS)
+
+
+@pytest.mark.parametrize("typed", ["-x", "--exprot", "-", "--ablate"])
+def test_an_unknown_option_is_told_the_options(typed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([typed, "losses"]) == EXIT_BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    named = ", ".join(OPTIONS)
+    assert line == f"error: unknown option '{typed}': expected a command, or one of {named} (see cast-ray --help)"
+    assert all(f"  {option} " in help_text() or f", {option} " in help_text() for option in OPTIONS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from cast_ray.cli import ablate, efficiency, export, inspect, label, predict, report, search
+from cast_ray.cli import ablate, efficiency, export, inspect, label, predict, report, search, store
 from cast_ray.cli.options import EXIT_BAD_INPUT, plain_console
 
 STUDENT = ["photos", "--student", "gone", "--out", "out"]
 TEACHER = ["photos", "--teacher", "gone", "--out", "out"]
-WHOLE, POSITIVE, SHARE, AMOUNT = (
+WHOLE, SEED, POSITIVE, SHARE, AMOUNT = (
     "a whole number from 0 on",
+    "a whole number from 0 on and below 2^63",
     "a whole number, 1 or more",
     "a number from 0 to 1",
     "a number from 0 on",
@@ -30,7 +31,7 @@ NUMBERS: list[tuple[Callable[[list[str]], int], list[str], str, str, list[str]]]
     (label.main, TEACHER, "--workers", WHOLE, ["-2"]),
     (export.main, ["--student", "gone", "--out", "s.onnx"], "--max-detections", POSITIVE, ["0", "-5"]),
     (inspect.main, ["data"], "--images", POSITIVE, ["0", "-1"]),
-    (ablate.main, ["losses"], "--seeds", WHOLE, ["-1"]),
+    (ablate.main, ["losses"], "--seeds", SEED, ["-1", "true", str(2**63)]),
     (ablate.main, ["losses"], "--num-cpus", POSITIVE, ["0", "-2"]),
     (ablate.main, ["losses"], "--max-concurrent", WHOLE, ["-1"]),
     (ablate.main, ["losses"], "--workers-per-trial", POSITIVE, ["0"]),
@@ -40,7 +41,7 @@ NUMBERS: list[tuple[Callable[[list[str]], int], list[str], str, str, list[str]]]
     (efficiency.main, [], "--repeats", POSITIVE, ["0"]),
     (report.main, ["runs/x"], "--every", "a number above 0", ["0", "-1", "nan"]),
     (search.main, ["losses"], "--trials", POSITIVE, ["0"]),
-    (search.main, ["losses"], "--seed", WHOLE, ["-1"]),
+    (search.main, ["losses"], "--seed", SEED, ["-1", str(2**63)]),
     (search.main, ["losses"], "--num-cpus", POSITIVE, ["0"]),
     (search.main, ["losses"], "--max-concurrent", WHOLE, ["-1"]),
     (search.main, ["losses"], "--workers-per-trial", POSITIVE, ["-1"]),
@@ -69,6 +70,73 @@ def test_numbers_out_of_range(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"error: argument {flag}: expected {expected}, got '{value}' (see ")
     assert list(tmp_path.iterdir()) == []
+
+
+EMPTY: list[tuple[Callable[[list[str]], int], list[str], str]] = [
+    *((main, ["losses"], flag) for main in (ablate.main, search.main) for flag in ("--out", "--storage", "--set")),
+    (ablate.main, ["losses"], "--mlflow"),
+    (ablate.main, ["losses"], "--preset"),
+    (search.main, ["losses"], "--study"),
+    (store.main, ["ls"], "--storage"),
+    (predict.main, ["photos", "--student", "gone"], "--out"),
+    (predict.main, ["photos", "--out", "out"], "--student"),
+    (label.main, ["photos", "--teacher", "gone"], "--out"),
+    (export.main, ["--student", "gone"], "--out"),
+    (inspect.main, ["data"], "--out"),
+    (efficiency.main, [], "--out"),
+]
+
+
+@pytest.mark.parametrize("value", ["", "  "])
+@pytest.mark.parametrize(("main", "arguments", "flag"), EMPTY)
+def test_an_empty_value_is_refused(
+    main: Callable[[list[str]], int],
+    arguments: list[str],
+    flag: str,
+    value: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        main([*arguments, flag, value])
+    assert exit.value.code == EXIT_BAD_INPUT
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"error: argument {flag}: expected a value, got '{value}' (see ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "setting", "flag"),
+    [
+        (ablate.main, ["losses"], "scale=full", "--scale full"),
+        (ablate.main, ["losses"], "preset=coco", "--preset coco"),
+        (ablate.main, ["losses"], "seeds=3", "--seeds 3"),
+        (ablate.main, ["losses"], "rows=sup", "--rows sup"),
+        (ablate.main, ["losses"], "storage=/mnt/s", "--storage /mnt/s"),
+        (ablate.main, ["losses"], "num_cpus=2", "--num-cpus 2"),
+        (ablate.main, ["losses"], "dry-run=true", "--dry-run true"),
+        (search.main, ["losses"], "seed=3", "--seed 3"),
+        (search.main, ["losses"], "trials=3", "--trials 3"),
+        (label.main, TEACHER, "classes=car", "--classes car"),
+        (inspect.main, ["data"], "format=coco", "--format coco"),
+        (efficiency.main, [], "rows=paper", "--rows paper"),
+    ],
+)
+def test_an_option_given_as_a_recipe_key(
+    main: Callable[[list[str]], int],
+    arguments: list[str],
+    setting: str,
+    flag: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main([*arguments, "--set", setting])
+    assert exit.value.code == EXIT_BAD_INPUT
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    key = setting.partition("=")[0]
+    assert line.startswith(f"error: argument --set: {key} is no recipe key: expected {flag} (see ")
 
 
 OUT_FOLDER: list[tuple[Callable[[list[str]], int], list[str]]] = [

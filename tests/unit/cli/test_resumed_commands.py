@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import cast_ray
 from cast_ray.cli import label, predict
 from cast_ray.cli.options import EXIT_BAD_INPUT, EXIT_INTERRUPTED
 from cast_ray.cli.unfinished import JOURNAL
 from cast_ray.common.files import PARTIAL
 from cast_ray.contracts.records import Category
 from cast_ray.inference.predictor import Predictor
-from cast_ray.inference.result_files import JsonList
+from cast_ray.inference.result_files import JsonList, check_results
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.models.student import Student
 from cast_ray.recipe import EncoderConfig, ModelConfig
@@ -195,6 +196,44 @@ def test_nothing_is_kept_of_a_command_that_finished(command: Command, tmp_path: 
     assert not (out / JOURNAL).exists()
     assert command.run(out) == 0
     assert len(command.read) == NUM_PHOTOS + 1
+
+
+@pytest.mark.parametrize("content", [b'{"info": {"description": "mine"}, "images": []}', b"[]", b"", b"no JSON"])
+def test_files_of_something_else_are_not_replaced(
+    command: Command, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in FILES[command.name]:
+        out = tmp_path / name
+        out.mkdir()
+        (out / name).write_bytes(content)
+        (out / "notes.txt").touch()
+        assert command.run(out) == EXIT_BAD_INPUT and command.read == []
+        line = capsys.readouterr().err.splitlines()[-1]
+        what = f"results of `cast-ray {command.name}`"
+        assert line.startswith(f"error: {out} holds something other than {what} ({name}): expected another folder")
+        assert {path.name for path in out.iterdir()} == {name, "notes.txt"} and (out / name).read_bytes() == content
+    drawn = tmp_path / "drawn" / "overlays" / "2.png"
+    drawn.parent.mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(drawn)
+    before = drawn.read_bytes()
+    assert command.run(drawn.parents[1]) == EXIT_BAD_INPUT and command.read == []
+    assert "holds something other than overlays of cast-ray (overlays/2.png)" in capsys.readouterr().err
+    assert drawn.read_bytes() == before and list(drawn.parents[1].iterdir()) == [drawn.parent]
+    assert command.run(drawn.parents[1], "--no-overlays") == 0 and drawn.read_bytes() == before
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    (beside / "notes.txt").touch()  # a folder of one's own takes the results, as long as nothing is replaced
+    for _ in range(2):
+        assert command.run(beside) == 0
+
+
+def test_results_say_who_has_written_them(command: Command, tmp_path: Path) -> None:
+    assert command.run(tmp_path) == 0
+    info = json.loads((tmp_path / FILES[command.name][-1]).read_bytes())["info"]
+    assert info == {"description": f"cast_ray {command.name}", "version": cast_ray.__version__}
+    other = {"predict": "label", "label": "predict"}[command.name]
+    check_results(tmp_path, command.name)  # type: ignore[arg-type]
+    check_results(tmp_path, other)  # type: ignore[arg-type]
 
 
 def test_an_image_that_has_changed_or_is_new_is_not_finished(

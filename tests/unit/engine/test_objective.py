@@ -164,6 +164,26 @@ def half_of_all_masks(output: Any, batch: Any) -> tuple[torch.Tensor, torch.Tens
     return masks.sum() / 2, torch.tensor(float(masks.numel()))
 
 
+@pytest.mark.parametrize(
+    ("found", "got"),
+    [
+        (torch.tensor(1.0), r"tensor\[\]"),
+        ((torch.ones(3), torch.tensor(1.0)), r"tensor\[3\], tensor\[\]"),
+        ((1.0, 2), "float, int"),
+        ("text", "str"),
+        (None, "NoneType"),
+    ],
+)
+def test_a_term_of_ones_own_that_is_no_sum_and_count(monkeypatch: pytest.MonkeyPatch, found: Any, got: str) -> None:
+    module = ModuleType("own_terms")
+    module.wrong = lambda output, batch: found  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "own_terms", module)
+    loss = SEMI.model_copy(update={"extra_term": "own_terms:wrong"})
+    output = make_network(None)(BATCH.weak, BATCH.strong)
+    with pytest.raises(ValueError, match=rf"loss.extra_term 'own_terms:wrong': expected \(sum, count\), .* got {got}$"):
+        Objective(loss, None)(output, BATCH, 0, torch.Generator().manual_seed(0))
+
+
 def test_a_term_of_ones_own_is_added_to_j(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("own_terms")
     module.half = half_of_all_masks  # type: ignore[attr-defined]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +100,41 @@ def test_what_is_saved_is_loaded(tmp_path: Path, single: bool) -> None:
     matches.save(tmp_path / "matches.npz")
     assert_same(load_matches(tmp_path / "matches.npz"), matches)
     assert_same(load_matches(matches.to_bytes()), matches)
+    with (tmp_path / "matches.npz").open("rb") as file:
+        assert_same(load_matches(file), matches)
     with np.load(tmp_path / "matches.npz") as arrays:
         assert arrays["score"].dtype == (np.float32 if single else np.float64)
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:
+    table, results = random_scenes(3, IDS)
+    whole = match_results(table, results, CATEGORIES).to_bytes()
+    arrays = dict(np.load(io.BytesIO(whole)))
     (tmp_path / "other.npz").write_bytes(b"not a zip")
+    (tmp_path / "pickled.npz").write_bytes(pickle.dumps({"score": 1}))
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "folder.npz").mkdir()
     np.savez(tmp_path / "arrays.npz", score=np.zeros(2))
-    for name in ("other.npz", "arrays.npz", "missing.npz"):
-        with pytest.raises(ValueError, match=rf"{name}: not a file of matches"):
+    np.savez(tmp_path / "objects.npz", **arrays | {"score": np.array([{}, []], dtype=object)})
+    np.savez(tmp_path / "short.npz", **arrays | {"label": arrays["label"][:-1]})
+    np.savez(tmp_path / "metric.npz", **arrays | {"metric": np.array("mine")})
+    np.save(tmp_path / "one.npy", np.zeros(2))
+    (tmp_path / "result.json").write_text("{}")
+    for name, found in {
+        "other.npz": "another kind of file",
+        "pickled.npz": "another kind of file",
+        "one.npy": "another kind of file",
+        "result.json": "another kind of file",
+        "cut.npz": "another kind of file, or a part of one",
+        "folder.npz": "what cannot be read: Is a directory",
+        "arrays.npz": "an archive without image, label, matched, ignored, num_truth, metric",
+        "objects.npz": "other arrays",
+        "short.npz": "arrays that do not belong together",
+        "metric.npz": "arrays that do not belong together",
+        "missing.npz": "no file",
+    }.items():
+        with pytest.raises(ValueError, match=rf"{name}: expected a file of matches, as .*, found {found}") as error:
             load_matches(tmp_path / name)
-    with pytest.raises(ValueError, match="not a file of matches"):
+        assert "pickle" not in str(error.value).replace(name, "") and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"^matches: expected a file of matches"):
         load_matches(b"")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,8 +50,33 @@ def test_a_published_kind_is_given_its_classes_by_name(tmp_path: Path) -> None:
         cast_ray.load_teacher("grounded_sam", recipe=recipe)
     with pytest.raises(ValueError, match=r"teacher\.kind of the recipe is grounded_sam: expected sam3"):
         cast_ray.load_teacher("sam3", ["dog"], recipe)
+    for none, message in (
+        ([], "classes: expected at least one name, got none"),
+        (["dog", " "], "classes: expected a name for each class"),
+        (["dog", "dog"], "classes: 'dog' is there twice"),
+        ([Category(1, "dog"), Category(1, "cat")], "classes: 1 is there twice"),
+        (" , ", "expected names with commas"),
+    ):
+        with pytest.raises(ValueError, match=f"{message}"):
+            cast_ray.load_teacher("grounded_sam", none, recipe)
+    wrong: Any
+    for wrong in ([1, 2], {"dog": 1}, 5):
+        with pytest.raises(TypeError, match=r"^classes: expected a list of names or categories, got "):
+            cast_ray.load_teacher("grounded_sam", wrong, recipe)
 
 
 def test_what_is_neither_a_kind_nor_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"neither a kind .* nor a saved teacher"):
         cast_ray.load_teacher(str(tmp_path / "gone"))
+    for empty in ("", "  "):
+        with pytest.raises(ValueError, match=r"^source is empty: expected a kind of teacher .*grounded_sam"):
+            cast_ray.load_teacher(empty)
+        with pytest.raises(ValueError, match=r"^the name of a saved student is empty"):
+            cast_ray.Student.from_pretrained(empty)
+    wrong: Any
+    for wrong in (None, 5, ["grounded_sam"]):
+        with pytest.raises(TypeError, match=r"^source: expected a text or a Path, got "):
+            cast_ray.load_teacher(wrong)
+    for wrong in ("coco", {"teacher": {}}):
+        with pytest.raises(TypeError, match=r"^recipe: expected a Recipe, as build_recipe makes it, got "):
+            cast_ray.load_teacher("sam3", ["dog"], wrong)

@@ -166,6 +166,42 @@ def test_a_grid_multiplies_the_rows(tmp_path: Path) -> None:
     assert list(load_table(write(tmp_path, alone)).rows)[:2] == ["lambda_pxl=0.1, few", "lambda_pxl=0.1, many"]
 
 
+@pytest.mark.parametrize(
+    ("baseline", "grid", "row"),
+    [
+        ("use_refine=true", {"stages.use_refine": [True, False]}, "use_refine=True"),
+        ("num_anchors=null", {"contrastive.num_anchors": [None, 100]}, "num_anchors=None"),
+        ("lr=1e-3", {"stages.distill.lr": [1e-3, 2e-3]}, "lr=0.001"),
+        ("lambda_pxl=0.10", {"loss.lambda_pxl": [0.1, 0.2]}, "lambda_pxl=0.1"),
+        ("image_px=[64,64],steps=x1", {"data.image_px": [[64, 64]], "stages.distill.steps": ["x1"]}, None),
+        ("sampler=uniform,steps=x1", {"contrastive.sampler": ["uniform"], "stages.distill.steps": ["x1"]}, None),
+    ],
+)
+def test_a_baseline_is_written_as_the_values_of_its_grid(
+    tmp_path: Path, baseline: str, grid: dict[str, Any], row: str | None
+) -> None:
+    spec = {"title": "t", "metric": "student/mask_ap", "baseline": baseline, "grid": grid}
+    table = load_table(write(tmp_path, spec))
+    assert table.baseline in table.rows and table.baseline == (row or next(iter(table.rows)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("baseline: lr: 1\nrows: {a: {}}", "not YAML: .* needs quotes"),
+        ("baseline: %a\nrows: {a: {}}", "not YAML: .* begins with %.* needs quotes"),
+    ],
+)
+def test_a_name_that_needs_quotes(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_table(write(tmp_path, f"title: t\nmetric: student/mask_ap\n{text}"))
+    cut = "{title: t, metric: student/mask_ap, baseline: a, lr=1, rows: {a: {}}}"
+    with pytest.raises(ValueError, match=r"unknown key 'lr=1'.*holds a comma needs quotes"):
+        load_table(write(tmp_path, cut))
+    with pytest.raises(ValueError, match="expected one of 'a, lambda_pxl=1', 'a, lambda_pxl=2'"):
+        load_table(write(tmp_path, {**GOOD, "rows": {"a": {}}, "grid": {"loss.lambda_pxl": [1, 2]}}))
+
+
 def test_the_row_comes_after_the_users_overrides() -> None:
     recipe = load_table("losses").row_recipe(
         "sup", "shapes", scale="smoke", seed=3, overrides={"loss.lambda_pxl": "0.5", "stages.distill.steps": "2"}
@@ -174,7 +210,9 @@ def test_the_row_comes_after_the_users_overrides() -> None:
 
 
 def test_a_rows_column_comes_after_the_users_fields() -> None:
-    table = Table(name="x", title="x", metric="m", baseline="a", rows={"a": {"contrastive": "released"}, "b": {}})
+    table = Table(
+        name="x", title="x", metric="student/mask_ap", baseline="a", rows={"a": {"contrastive": "released"}, "b": {}}
+    )
     mine = {"contrastive": "paper", "contrastive.hinge": "0.7"}
     assert table.row_recipe("a", "shapes", overrides=mine).contrastive.hinge == 0.5
     assert table.row_recipe("b", "shapes", overrides=mine).contrastive.hinge == 0.7
@@ -193,10 +231,34 @@ def test_a_table_of_ones_own_loads_from_its_path(tmp_path: Path) -> None:
         ({"rows": {"a": {"loss.lambda_pxI": 1}}}, "row 'a': unknown recipe key .* did you mean 'loss.lambda_pxl'"),
         ({"rows": {"a": {"loss.lambda_pxl": -1}}}, "row 'a': loss.lambda_pxl: .*greater than or equal to 0"),
         ({"paper": "loses"}, "paper: unknown table 'loses': did you mean 'losses'"),
-        ({"paper": "losses", "paper_columns": {"studentap": "x"}}, "no column 'studentap'.*did you mean 'student_ap'"),
-        ({"paper_columns": {"student_ap": "x"}}, "paper_columns without paper"),
+        (
+            {"paper": "losses", "paper_columns": {"studentap": "student/ap50"}},
+            "no column 'studentap'.*did you mean 'student_ap'",
+        ),
+        ({"paper_columns": {"student_ap": "student/mask_ap"}}, "paper_columns without paper"),
+        ({"metric": "student/maskap"}, "metric: unknown metric 'student/maskap': did you mean 'student/mask_ap'"),
+        ({"metric": "student/latency_ms"}, "metric: 'student/latency_ms' is measured by searches alone"),
+        (
+            {"paper": "losses", "paper_columns": {"student_ap": "student/AP"}},
+            "paper_columns: unknown metric 'student/AP': did you mean 'student/a",
+        ),
+        (
+            {
+                "paper": "losses",
+                "paper_columns": {"student_ap": "student/mask_ap"},
+                "paper_rows": {"a": {"student/ap": "sup"}},
+            },
+            "paper_rows: 'a': no paper_columns name metric 'student/ap': did you mean 'student/mask_ap'",
+        ),
         ({"seeds": [1, 1]}, "seeds: expected different ones"),
         ({"seeds": []}, "seeds: .*at least 1"),
+        ({"seeds": [True]}, "seeds: expected a number, not true or false"),
+        ({"seeds": [-1]}, "seeds.0: .*greater than or equal to 0 .*-1"),
+        ({"seeds": [2**63]}, "seeds.0: .*less than 9223372036854775808"),
+        ({"base": {"loss.lambda_pxl": float("inf")}}, "base: loss.lambda_pxl: .*finite number"),
+        ({"rows": {"a": {"loss.lambda_pxl": True}}}, "row 'a': loss.lambda_pxl: expected a number, not true or false"),
+        ({"rows": {"a": {"stages.distill.steps": "x" + "9" * 400}}}, "row 'a': stages.distill.steps: .*finite number"),
+        ({"grid": {"loss.lambda_pxl": [float("nan")]}, "baseline": "a, lambda_pxl=nan"}, "lambda_pxl: .*finite number"),
         ({"rows": {}}, "rows: .*at least 1"),
         ({"base": {"loss.lambda_pxI": 1}}, "base: unknown recipe key .* did you mean 'loss.lambda_pxl'"),
         ({"base": {"preset": "shape"}}, "base: preset: unknown 'shape': did you mean 'shapes'"),
@@ -205,9 +267,12 @@ def test_a_table_of_ones_own_loads_from_its_path(tmp_path: Path) -> None:
         ({"grid": {"loss.lambda_pxI": [1]}, "baseline": "a, lambda_pxI=1"}, "lambda_pxI=1'.* unknown recipe key"),
         ({"grid": {"x": {"y": {"loss.lambda": 1}}}, "baseline": "a, y"}, "row 'a, y': unknown recipe key"),
         ({"grid": {"loss.lambda_pxl": 3}}, "grid.loss.lambda_pxl"),
-        ({"paper": "losses", "paper_columns": {"student_ap": "x"}, "paper_rows": {"z": "sup"}}, "'z' is not a row"),
         (
-            {"paper": "losses", "paper_columns": {"student_ap": "x"}, "paper_rows": {"a": "supp"}},
+            {"paper": "losses", "paper_columns": {"student_ap": "student/mask_ap"}, "paper_rows": {"z": "sup"}},
+            "'z' is not a row",
+        ),
+        (
+            {"paper": "losses", "paper_columns": {"student_ap": "student/mask_ap"}, "paper_rows": {"a": "supp"}},
             "no row 'supp' in 'losses': did you mean 'sup'",
         ),
     ],

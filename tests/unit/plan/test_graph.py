@@ -633,5 +633,14 @@ def test_a_loss_term_of_ones_own_belongs_to_the_student(tmp_path: Path, monkeypa
     for wrong, reason in (("own_d:term", "No module named 'own_d'"), ("own_a:terms", "has no attribute 'terms'")):
         with pytest.raises(ValueError, match=rf"loss.extra_term: .*expected MODULE:NAME.*{reason}"):
             make({"loss.extra_term": wrong})
+    (tmp_path / "own_e.py").write_text("def term(output):\n    return output\n")
+    for wrong, reason in (
+        ("own_e:term", r"called as f\(output, batch\), found term\(output\)"),
+        ("os:getcwd", r"called as f\(output, batch\), found getcwd\(\)"),
+        ("os:sep", "found a str"),
+        ("os:link", "expected a function in a Python file"),
+    ):
+        with pytest.raises(ValueError, match=rf"loss.extra_term:? .*{reason}"):
+            make({"loss.extra_term": wrong})
     with pytest.raises(ValueError, match=r"loss.extra_term: expected MODULE:FUNCTION"):
         make({"loss.extra_term": "own_a"})

@@ -212,7 +212,7 @@ def test_the_precision_is_a_setting(out: Path) -> None:
 
 
 def test_more_rows_and_tables_of_the_same_settings_join(out: Path) -> None:
-    spec: dict[str, Any] = {"title": "t", "metric": "m", "baseline": "sup", "rows": {"sup": {}}}
+    spec: dict[str, Any] = {"title": "t", "metric": "student/mask_ap", "baseline": "sup", "rows": {"sup": {}}}
     mine = Table(name="mine", **spec)
     assert run(out, mine, name="x") == "x"
     longer = Table(name="mine", **spec | {"rows": {"sup": {}, "b": {LR: 0.1}}})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
@@ -73,10 +76,18 @@ def test_an_unknown_key_names_the_nearest(key: str, nearest: str) -> None:
     assert repr(key) in message and f"did you mean {nearest!r}?" in message and "\n" not in message
 
 
-@pytest.mark.parametrize("key", ["loss", "preset", "scale", "stages.distill", "loss.lambda_pxl.more", ""])
+@pytest.mark.parametrize("key", ["loss", "stages.distill", "loss.lambda_pxl.more", ""])
 def test_only_leaves_can_be_set(key: str) -> None:
     with pytest.raises(ValueError, match="unknown recipe key"):
         build_recipe("shapes", overrides={key: "1"})
+
+
+@pytest.mark.parametrize("key", ["preset", "scale"])
+def test_what_is_chosen_first_is_no_override(key: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"^{key} is chosen before .*: expected the option --{key}, '{key}' in the `base`"
+    ):
+        build_recipe("shapes", overrides={key: "full"})
 
 
 @pytest.mark.parametrize(
@@ -93,6 +104,21 @@ def test_only_leaves_can_be_set(key: str) -> None:
         ("contrastive.sampler", "random"),
         ("runtime.num_workers", "0"),
         ("seed", ""),
+        ("seed", "-1"),
+        ("seed", str(2**63)),
+        ("init_seed", str(2**64)),
+        ("data.shapes.seed", "-1"),
+        ("data.split_seed", "1e30"),
+        ("seed", "true"),
+        ("stages.distill.steps", "true"),
+        ("labels.batch", "false"),
+        ("data.image_px", "[true, 64]"),
+        ("data.train_resize", "[true, 64]"),
+        ("loss.lambda_pxl", "inf"),
+        ("loss.lambda_pxl", ".nan"),
+        ("contrastive.hinge", "nan"),
+        ("pseudo.vote_scales", "[1.0, .inf]"),
+        ("stages.distill.poly_power", "-.inf"),
     ],
 )
 def test_a_bad_value_names_its_key_and_itself(key: str, value: str) -> None:
@@ -100,6 +126,39 @@ def test_a_bad_value_names_its_key_and_itself(key: str, value: str) -> None:
         build_recipe("shapes", overrides={key: value})
     message = str(error.value)
     assert key in message and "got" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("value", ["true", "inf"])
+def test_a_preset_is_as_strict_as_an_override(value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets" / "mine.yaml").write_text(f"recipe: {{loss: {{lambda_pxl: {value}}}}}")
+    monkeypatch.setattr("cast_ray.recipe.build.resources.files", lambda _: tmp_path)
+    preset_names.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=r"^loss\.lambda_pxl: .*number.*got"):
+            build_recipe("mine", "full")
+    finally:
+        preset_names.cache_clear()
+
+
+def test_truth_values_stay_where_they_belong() -> None:
+    recipe = build_recipe("shapes", overrides={"runtime.use_gpu": "true", "data.flip": False})
+    assert recipe.runtime.use_gpu is True and recipe.data.flip is False
+    assert build_recipe("shapes", overrides={"seed": str(2**63 - 1)}).seed == 2**63 - 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "meant"),
+    [
+        ("student.encoder.name", "convnxt", "convnext"),
+        ("teacher.decoder", "dtp", "dpt"),
+        ("data.format", "coc", "coco"),
+    ],
+)
+def test_names_of_parts_are_checked_with_the_recipe(key: str, value: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=f"^{key}: unknown name '{value}' in .*: did you mean '{meant}'"):
+        build_recipe("shapes", overrides={key: value})
+    assert build_recipe("shapes", overrides={key: "mine.code:name"})
 
 
 def test_batches_must_fill_the_workers() -> None:
@@ -140,6 +199,23 @@ def test_overrides_are_read_as_yaml_scalars(key: str, text: object, value: objec
     for part in key.split("."):
         node = getattr(node, part)
     assert node == value and type(node) is type(value)
+
+
+def test_overrides_are_a_mapping_or_pairs() -> None:
+    pairs = ["loss.lambda_pxl=0.2", "student=released"]
+    assert build_recipe("shapes", overrides=pairs) == build_recipe(
+        "shapes", overrides={"student": "released", "loss.lambda_pxl": 0.2}
+    )
+    assert build_recipe("shapes", overrides=[]) == build_recipe("shapes", overrides=()) == build_recipe("shapes")
+    wrong: Any
+    for wrong in ("loss.lambda_pxl=0.2", [("loss.lambda_pxl", 0.2)], {1: 2}, 5, {"seed"}):
+        with pytest.raises(TypeError, match=r"^overrides: expected dotted keys .* or a list of 'key=value', got "):
+            build_recipe("shapes", overrides=wrong)
+    with pytest.raises(ValueError, match="expected key=value"):
+        build_recipe("shapes", overrides=["loss.lambda_pxl"])
+    for wrong in (5, None, ["shapes"]):
+        with pytest.raises(ValueError, match=r"^unknown preset "):
+            build_recipe(wrong)
 
 
 def test_override_pairs() -> None:

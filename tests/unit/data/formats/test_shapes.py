@@ -152,6 +152,24 @@ def test_somebody_elses_folder_is_left_alone(tmp_path):
     assert list(_contents(tmp_path)) == ["train/000099.png"]
 
 
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "manifest.json.partial", "annotations/instances_train.json", "train/000000.png"]
+)
+@pytest.mark.parametrize("text", ['{"name": "my app"}', "[]", "not json"])
+def test_a_folder_with_files_of_our_names_is_left_alone(tmp_path, name, text):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    (tmp_path / "photo.jpg").write_bytes(b"x")
+    with pytest.raises(
+        ValueError, match=r"^data\.root: .* holds other files: expected a folder .* empty or drawn before"
+    ):
+        shapes.draw(str(tmp_path), SMALL, num_processes=1)
+    with pytest.raises(ValueError, match=r"^data\.root: .*photo\.jpg is a file"):
+        shapes.draw(str(tmp_path / "photo.jpg"), SMALL, num_processes=1)
+    assert sorted(_contents(tmp_path)) == sorted([name, "photo.jpg"]) and path.read_text() == text
+
+
 def test_another_config_and_a_lost_image_are_refused(drawn, tmp_path):
     with pytest.raises(ValueError, match=r"manifest\.json: drawn with .*expected"):
         load(DataConfig(root=str(drawn)))[0]

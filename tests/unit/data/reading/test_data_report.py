@@ -113,6 +113,19 @@ def test_inspect_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert len(json.loads((tmp_path / "out/data_report.json").read_text())["warnings"]) == 2
 
 
+@pytest.mark.parametrize("name", ["data_report.json", "samples.png"])
+def test_inspect_replaces_its_own_files_only(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    root, out = write_coco(tmp_path / "data", valid_document(8)), tmp_path / "out"
+    for _ in range(2):
+        assert inspect([str(root), "--out", str(out)]) == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / name).write_text("{}")
+    assert inspect([str(root), "--out", str(other)]) == 2
+    assert f"{other} holds something other than a report of `cast-ray inspect` ({name}): " in capsys.readouterr().err
+    assert [path.name for path in other.iterdir()] == [name] and (other / name).read_text() == "{}"
+
+
 def test_the_plan_says_it_in_a_dry_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

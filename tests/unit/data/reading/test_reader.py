@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -166,3 +167,26 @@ def test_the_extra_pool_of_a_coco_folder(tmp_path):
     # training and validation images are no unlabelled ones
     everything, _ = _load(root, unlabelled_pool="extra", extra_image_dir=str(root))
     assert len(everything.extra) == 2
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("return config", "expected a DatasetIndex back, got DataConfig$"),
+        ("return None", "expected a DatasetIndex back, got NoneType$"),
+        ("return DatasetIndex({}, (), None)", "no split train and val in its DatasetIndex$"),
+        ("return config.predictions", r"the reader failed: AttributeError: .*own_reader\.py, line 5|main\.py, line"),
+        ("raise ValueError('data.root: no such folder')", "^data.root: no such folder$"),
+    ],
+)
+def test_a_reader_of_ones_own_that_is_none(tmp_path, monkeypatch, code, message):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_reader", raising=False)
+    lines = ["from cast_ray.data.reading.index import DatasetIndex", "", "", "def index(config, progress=None):"]
+    (tmp_path / "own_reader.py").write_text("\n".join([*lines, f"    {code}", ""]))
+    with pytest.raises(ValueError, match=message) as error:
+        load(DataConfig(format="own_reader:index", root=str(tmp_path)))
+    assert "\n" not in str(error.value)
+    for name in ("os:getcwd", "os:nothing"):
+        with pytest.raises(ValueError, match=f"^data.format: '{name}': expected "):
+            load(DataConfig(format=name, root=str(tmp_path)))

@@ -99,8 +99,16 @@ def test_a_point_is_a_recipe_row() -> None:
         ({"space": {"loss.lambda_pxl": {"choices": [1], "high": 1}}}, "either choices or low and high"),
         ({"start": [{"loss.lambda_pxl": 0.1}]}, "start: expected a value of each key .* contrastive.num_negatives"),
         ({"objectives": {"student/mask_ap": "more"}}, "objectives"),
+        ({"objectives": {"student/mask": "max"}}, "objectives: unknown metric .* did you mean 'student/mask_ap'"),
+        ({"objectives": {"student/latency": "min"}}, "objectives: .* did you mean 'student/latency_ms'"),
         ({"samplers": ["tpe", "tpe"]}, "expected different ones"),
         ({"num_trials": 0}, "num_trials"),
+        ({"num_trials": True}, "num_trials: expected a number, not true or false"),
+        ({"seed": 2**63}, "seed: .*less than 9223372036854775808"),
+        ({"seed": -1}, "seed: .*greater than or equal to 0"),
+        ({"space": {"loss.lambda_pxl": {"low": 0, "high": math.inf}}}, "space, loss.lambda_pxl: high.*finite number"),
+        ({"space": {"loss.lambda_pxl": {"low": False, "high": 1}}}, "space, loss.lambda_pxl: low: expected a number"),
+        ({"space": {"loss.lambda_pxl": {"choices": [math.nan]}}}, "space, loss.lambda_pxl: .*finite number"),
     ],
 )
 def test_a_wrong_search_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -318,6 +326,9 @@ def test_the_front_of_two_objectives(storage: Any, tmp_path: Path) -> None:
     assert list(load_table(report.best).rows) == ["base", "front 1", "front 2", "front 3"]
     rows = best_table(spec, search.study.best_trials, {})["rows"]
     assert len(rows) == 4
+    latency_first = spec_of(objectives={"student/latency_ms": "min", "student/mask_ap": "max"})
+    assert best_table(latency_first, [], {})["metric"] == "student/mask_ap"
+    assert best_table(spec_of(objectives={"student/latency_ms": "min"}), [], {})["metric"] == "final/mask_ap"
 
 
 def test_the_report_is_written_again_from_a_copy_of_the_folder(tmp_path: Path) -> None:

@@ -64,6 +64,23 @@ def test_looking_for_what_is_not_there_is_one_request(store: ArtifactStore, serv
     assert server.requests == {"HEAD": 1}
 
 
+def test_a_store_is_told_from_other_files_by_one_request(store: ArtifactStore, server: S3Server) -> None:
+    store.check_writable()
+    store.commit(STAGE, {})
+    server.reset()
+    assert store.exists()
+    assert server.requests == {"LIST": 1}
+    foreign, missing = (ArtifactStore(server.uri(f"stores/{name}")) for name in ("foreign", "missing"))
+    write_bytes(below(foreign.storage, "photos", "1.png"), b"")
+    server.reset()
+    with pytest.raises(ValueError, match="holds other files"):
+        foreign.exists()
+    assert server.requests == {"LIST": 1}
+    server.reset()
+    assert not missing.exists()
+    assert server.requests == {"LIST": 1}
+
+
 def test_claims_and_presence(store: ArtifactStore, server: S3Server) -> None:
     with Presence(store, "ablate.py losses") as presence:
         presence.need([STAGE.fingerprint])

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from cast_ray.cli import store as store_command
 from cast_ray.plan.graph import Stage
-from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.store.artifacts import MARK, ArtifactStore
 from cast_ray.runtime.store.claims import Presence, live_sweeps
 from cast_ray.runtime.store.pruning import SILENT_S, find_prunable, prune
 
@@ -232,3 +232,31 @@ def test_bad_input_of_the_command(
 def test_no_store_there(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert store_command.main(["ls", "--storage", str(tmp_path / "none")]) == 2
     assert "no store at" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["ls"], ["gc"], ["gc", "--yes"], ["show", "x"]])
+def test_other_files_are_no_store(tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    photos = [tmp_path / "train" / "1.png", tmp_path / "checkpoints" / "best.pt", tmp_path / "artifacts" / "model.pt"]
+    for path in photos:  # names of folders that stores have too, whose content `gc` would remove
+        path.parent.mkdir()
+        path.write_bytes(b"x")
+    assert store_command.main([*arguments, "--storage", str(tmp_path)]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: storage path '{tmp_path}' holds other files (artifacts, checkpoints, train): ")
+    assert all(path.is_file() for path in photos) and len(list(tmp_path.rglob("*"))) == 6
+
+
+def test_what_a_store_is(tmp_path: Path) -> None:
+    (tmp_path / ".DS_Store").touch()
+    (tmp_path / "lost+found").mkdir()
+    store = ArtifactStore(str(tmp_path))
+    assert not store.exists()
+    commit(store, "a")
+    assert store.exists()
+    (tmp_path / MARK).unlink()  # as in a copy of its artifacts alone
+    assert store.exists()
+    store.check_writable()
+    (tmp_path / "notes.txt").touch()
+    assert store.exists()
+    with pytest.raises(ValueError, match=r"notes\.txt' cannot be written: "):
+        ArtifactStore(str(tmp_path / "notes.txt")).check_writable()
