@@ -9,6 +9,8 @@ Facts of Ray 2.60 that shape this file:
   So a stage first has the whole placed in one group, each worker together with its stream, notes the nodes, gives that
   group back, and reserves the parts on just these nodes. Streams can then neither lie on another node than their worker
   nor strand a node's GPU by taking its CPUs.
+- A group that an actor has made stays when the actor dies, until the whole job ends. So a reservation carries the name
+  of its holder, and whoever learns that the holder is gone gives its reservations back (`give_back`).
 """
 
 from __future__ import annotations
