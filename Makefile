@@ -1,4 +1,4 @@
-# Everything a person types. Needs python3 (3.11 or newer) with venv, and make; the rest is installed into .venv.
+# Everything a person types. Needs python3 (3.11 to 3.13) with venv, and make; the rest is installed into .venv.
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -8,7 +8,7 @@ PY := .venv/bin/python
 STAMP := .venv/.installed
 CODE := $(foreach folder,cast_ray sweeps tests benchmarks examples,$(if $(shell find $(folder) -name '*.py' 2>/dev/null | head -1),$(folder)))
 PYTHONS := python3 python3.13 python3.12 python3.11
-FITS := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 # One line per fetched package: pip's own output is either nothing for minutes or several lines a package.
 PROGRESS := /^ *(Downloading|Using cached|Processing) .*[.]whl/ { \
   size = match($$0, /[(][0-9.]+ [kMG]?B[)]/) ? substr($$0, RSTART, RLENGTH) : ""; \
@@ -30,7 +30,7 @@ demo: $(STAMP) ## set up, then measure what each loss term is worth on drawn sce
 test: $(STAMP) ## set up, then run the tests (ARGS="-k name" is passed on; JOBS=1: in one process)
 	@$(PY) -m pytest $(PARALLEL) $(ARGS)
 
-test-ray: $(STAMP) ## the tests that start a Ray, and no others
+test-ray: $(STAMP) ## the tests in folders of tests that start a Ray, without the slow ones
 	@$(PY) -m pytest tests/ray tests/faults tests/packaging $(ARGS)
 
 test-all: $(STAMP) ## the tests and the slow ones (minutes long)
@@ -56,7 +56,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@if ! $(PY) -c '$(FITS)' >/dev/null 2>&1; then \
 	  python=; for name in $(PYTHONS); do if "$$name" -c '$(FITS)' >/dev/null 2>&1; then python=$$name; break; fi; done; \
 	  if [ -z "$$python" ]; then \
-	    echo "error: no usable Python: expected python3 3.11 or newer with the venv and ensurepip modules (tried: $(PYTHONS));" >&2; \
+	    echo "error: no usable Python: expected python3 3.11 to 3.13 with the venv and ensurepip modules (tried: $(PYTHONS));" >&2; \
 	    echo "       python3 here is: $$(python3 --version 2>&1 || true). On Debian or Ubuntu: apt install python3 python3-venv" >&2; \
 	    exit 1; \
 	  fi; \

@@ -29,7 +29,7 @@ from cast_ray.plan.graph import RowPlan, Stage, plan_sweep
 from cast_ray.recipe import build_recipe
 from cast_ray.runtime.cluster import connect
 from cast_ray.runtime.data.splits import split_key
-from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.store.artifacts import ArtifactStore, committed_fingerprints
 from cast_ray.runtime.store.claims import Presence
 from cast_ray.runtime.sweep.broker import MAX_CALLS, Broker
 from cast_ray.runtime.sweep.row_driver import DRIVER_CPUS, Job, RowDriver, run_trials
@@ -81,7 +81,7 @@ def run_ours(folder: Path, num_rows: int, salt: str, memory: Memory) -> float:
     rows = make_rows(num_rows, salt)
     with Presence(store, "control_plane.py") as presence, memory:
         presence.need(stage.fingerprint for row in rows for stage in row.stages)
-        whole = plan_sweep(rows, store.stored_fingerprints())
+        whole = plan_sweep(rows, committed_fingerprints(store.list_artifacts()))
         broker = Broker.options(max_concurrency=MAX_CALLS).remote(  # type: ignore[attr-defined]
             SLOTS, set(whole.stored), store.storage, presence.holder.id
         )
@@ -90,7 +90,7 @@ def run_ours(folder: Path, num_rows: int, salt: str, memory: Memory) -> float:
         outcomes = run_trials(salt, store, jobs, broker, MAX_DRIVERS, driver=NoopDriver)
     seconds = time.perf_counter() - began
     assert set(outcomes.values()) == {"done"} and len(outcomes) == num_rows
-    assert len(store.stored_fingerprints()) == NUM_CHAINS * CHAIN_LENGTH + num_rows
+    assert len(committed_fingerprints(store.list_artifacts())) == NUM_CHAINS * CHAIN_LENGTH + num_rows
     ray.kill(broker)
     return seconds
 
@@ -142,7 +142,7 @@ def time_listings(folder: Path) -> list[tuple[int, float]]:
         times = []
         for _ in range(3):
             began = time.perf_counter()
-            assert len(store.stored_fingerprints()) == number
+            assert len(committed_fingerprints(store.list_artifacts())) == number
             times.append(time.perf_counter() - began)
         found.append((number, statistics.median(times)))
     return found

@@ -69,7 +69,7 @@ SCORE = 0.9
 
 
 def draw_scene(height: int, width: int, num_instances: int, seed: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """A smooth background with grain and discs on it; uint8 [h, w, 3] and instances as of RECORD_SCHEMA."""
+    """A smooth background with grain and discs on it; uint8 [h, w, 3] and instances as in RECORD_SCHEMA."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (height // 32 + 2, width // 32 + 2, 3), dtype=np.uint8)
     pixels = np.array(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)

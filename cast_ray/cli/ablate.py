@@ -161,9 +161,9 @@ def _rows(table: str, known: list[str], wanted: list[str] | None, several: bool)
 def _parser() -> Parser:
     parser = Parser(
         prog="cast-ray ablate",
-        description="Runs ablation tables of CAST on Ray. Stages that rows share run once, also those of several "
-        "tables. The same command resumes an interrupted run, tries failed rows again and ends in seconds when "
-        "everything is stored. A recipe key for --set is any field of cast_ray/recipe/, for example "
+        description="Runs ablation tables of CAST on Ray. A stage that several rows share runs once, also if the "
+        "rows are in different tables. The same command resumes an interrupted run, tries failed rows again and ends "
+        "in seconds when everything is stored. A recipe key for --set is any field of cast_ray/recipe/, for example "
         "loss.lambda_pxl=0.2, stages.distill.steps=800, runtime.use_gpu=true; variant=released (or contrastive=, "
         "student=) sets a named variant.",
     )
@@ -171,12 +171,12 @@ def _parser() -> Parser:
         "tables",
         nargs="+",
         metavar="TABLE",
-        help=f"tables that come with cast_ray ({', '.join(table_names())}) or YAML files of your own; several run as "
-        "one plan",
+        help=f"tables that come with cast_ray ({', '.join(table_names())}) or paths of your YAML files; several "
+        "tables run as one plan",
     )
     add_recipe_options(parser, of="table")
     parser.add_argument(
-        "--rows", nargs="+", metavar="ROW", help="only these rows; TABLE:ROW where several tables have one of that name"
+        "--rows", nargs="+", metavar="ROW", help="only these rows; TABLE:ROW if several tables have a row of that name"
     )
     parser.add_argument("--seeds", nargs="+", type=random_seed, metavar="N", help="seeds instead of the table's")
     add_run_options(parser, name="TABLE-PRESET-SCALE")
@@ -193,8 +193,8 @@ def _parser() -> Parser:
     plan.add_argument(
         "--keep-going",
         action="store_true",
-        help="a failed row never stops the others, but when the first three rows to end have all failed, the rest is "
-        "not started: with this flag it is",
+        help="start the remaining rows even if the first three rows that ended have all failed (a single failed row "
+        "never stops the others)",
     )
     add_tracker_options(parser, what="rows")
     return parser

@@ -149,9 +149,11 @@ def _parser() -> Parser:
     parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"only these rows, or {TEACHER}")
     add_device_options(parser, amp="the fastest of the device")
     parser.add_argument(
-        "--batch", type=positive, default=4, help="images of the throughput column (default: %(default)s)"
+        "--batch", type=positive, default=4, help="images of a batch when images/s are measured (default: %(default)s)"
     )
     parser.add_argument("--repeats", type=positive, default=5, help="timed passes (default: %(default)s)")
-    parser.add_argument("--count-only", action="store_true", help="parameters and operations, nothing timed")
-    parser.add_argument("--out", metavar="FILE.json", help="also write the numbers")
+    parser.add_argument(
+        "--count-only", action="store_true", help="count parameters and operations without timing anything"
+    )
+    parser.add_argument("--out", metavar="FILE.json", help="also write the numbers to this file")
     return parser

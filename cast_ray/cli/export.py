@@ -1,4 +1,4 @@
-"""`cast-ray export` takes a student out of a run: as a folder of its own with a model card, or as one ONNX file.
+"""`cast-ray export` takes a student out of a run: as a folder with a model card, or as one ONNX file.
 
 cast-ray export --student runs/losses-shapes-demo/sup+semi+pxl --out student
 cast-ray export --student student --out student.onnx

@@ -37,7 +37,7 @@ def run_images(
     Results that the folder held before stay until the new ones are whole. Overlays are written as they come.
 
     Args:
-        paths: of the images.
+        paths: paths or URIs of the images.
         settings: what decides which instances are found, and `overlays`, whether they are drawn; a stopped run is
             resumed under equal settings only.
         rows_of: gives the rows of images, in the order of the paths that it is given; see `Predictor.__call__`.

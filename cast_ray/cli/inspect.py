@@ -27,7 +27,6 @@ from cast_ray.data.reading.inspection import SplitFacts, choose_samples, facts_o
 from cast_ray.data.reading.progress import track
 from cast_ray.data.reading.reader import load
 from cast_ray.recipe import DataConfig, build_recipe, parse_overrides, preset_names
-from cast_ray.report.overlays import contact_sheet
 
 MAX_SHOWN = 12
 SAMPLES = "samples.png"
@@ -134,6 +133,8 @@ def _print_skipped(report: dict[str, Any], config: DataConfig, console: Console)
 
 
 def _draw(dataset: DatasetSplits, num_images: int, path: Path) -> Path:
+    from cast_ray.report.overlays import contact_sheet  # loads SciPy, which --help does without
+
     classes = ClassMap(dataset.categories)
     records = choose_samples(dataset.train, num_images)
     images = [read_image(r["uri"], (r["height"], r["width"])) for r in records]
@@ -148,7 +149,7 @@ def _draw(dataset: DatasetSplits, num_images: int, path: Path) -> Path:
 
 
 def _largest_first(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """So that small objects are drawn over large ones."""
+    """Sorts the instances of a record by area, the largest first, so that small objects are drawn over large ones."""
     size = [record["height"], record["width"]]
     areas = mask_areas([{"size": size, "counts": i["rle"]} for i in record["instances"]])
     return [record["instances"][i] for i in np.argsort(-areas, kind="stable")]
@@ -161,8 +162,12 @@ def _parser() -> Parser:
         "class and split, sizes, bad files, and a picture with masks drawn.",
     )
     parser.add_argument("root", metavar="DIR", help="folder or URI of the dataset, as its owners distribute it")
-    parser.add_argument("--format", help="coco, cityscapes or ade20k, or MODULE:FUNCTION (default: by its folders)")
+    parser.add_argument(
+        "--format", help="coco, cityscapes or ade20k, or MODULE:FUNCTION (default: recognised by its folders)"
+    )
     add_set_option(parser, "a data key of the recipe")
     parser.add_argument("--images", type=positive, default=6, help="images on the contact sheet (default: %(default)s)")
-    parser.add_argument("--out", metavar="FOLDER", help="for samples.png and data_report.json (default: inspect/NAME)")
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="folder for samples.png and data_report.json (default: inspect/NAME)"
+    )
     return parser

@@ -50,7 +50,7 @@ def _label(arguments: argparse.Namespace, errors: Console) -> int:
     paths = list_photos(arguments.images, errors, exclude=[str(out / OVERLAYS)])
     categories = read_classes(arguments.classes) if arguments.classes else None
     if categories is None and arguments.teacher in PUBLISHED:
-        raise ValueError(f"--teacher {arguments.teacher} can look for anything: name what by --classes")
+        raise ValueError(f"--teacher {arguments.teacher} needs --classes: name the classes to look for")
     make = partial(
         make_labeller,
         recipe,

@@ -1,6 +1,7 @@
 """The command `cast-ray`: lists the commands and runs the one that was named.
 
-A command's module is imported when it is run, so that `cast-ray --help` needs neither torch nor Ray.
+A command's module is imported when it is run, so that `cast-ray --help` needs neither torch nor Ray. The module itself
+imports what takes long when the command does its work, so that `cast-ray COMMAND --help` does not wait for it either.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from cast_ray.cli.options import EXIT_BAD_INPUT, EXIT_CODES, exit_code, plain_console
+from cast_ray.cli.options import EXIT_BAD_INPUT, EXIT_CODES, interruptible, plain_console
 from cast_ray.common.logs import VARIABLE, configure_logging
 from cast_ray.common.version import VERSION
 
 COMMANDS = {
-    "ablate": "Runs ablation tables: every row and seed, and each stage that several rows share only once.",
+    "ablate": "Runs ablation tables: all rows and seeds, and each shared stage once.",
     "search": "Searches recipe keys with Optuna; its trials share stages with each other and with tables.",
     "report": "Writes the report of a run folder again, from the files in it.",
-    "store": "Lists, shows, compares and prunes the artifacts of earlier runs.",
+    "store": "Lists, shows, compares and prunes the artifacts of earlier runs; runs one stage again.",
     "label": "Labels images with a teacher and writes one COCO file.",
     "predict": "Finds instances in images with a saved student.",
     "export": "Takes a student out of a run, as a folder or as an ONNX file.",
@@ -80,8 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # So that a recipe may name a reader in the user's own folder; last, so that nothing there hides a package.
     if (folder := os.getcwd()) not in sys.path:
         sys.path.append(folder)
-    # Importing a command may take seconds, in which Ctrl-C must end without a traceback as well.
-    return exit_code(lambda: import_module(f"cast_ray.cli.{name}").main(arguments[1:]))
+    # Importing a command may take seconds, in which Ctrl-C must end without a traceback as well. Bad input is each
+    # command's own to report: one of them runs code whose errors must keep their traceback.
+    return interruptible(lambda: import_module(f"cast_ray.cli.{name}").main(arguments[1:]))
 
 
 def help_text() -> str:

@@ -82,17 +82,26 @@ def plain_console(width: int = 120, *, stderr: bool = False) -> Console:
 def exit_code(command: Callable[[], int], interrupted: str = "stopped") -> int:
     """Runs a command and returns its exit code.
 
-    A ValueError reports bad input: it becomes one line on stderr and EXIT_BAD_INPUT. Ctrl-C prints `interrupted` and
-    becomes EXIT_INTERRUPTED.
+    A ValueError reports bad input: it becomes one line on stderr and EXIT_BAD_INPUT. Ctrl-C: see `interruptible`.
     """
-    errors = plain_console(stderr=True)
+
+    def checked() -> int:
+        try:
+            return command()
+        except ValueError as error:
+            message = f"error: {error}"
+            plain_console(stderr=True).print(message, style="red", highlight=False, soft_wrap=True)
+            return EXIT_BAD_INPUT
+
+    return interruptible(checked, interrupted)
+
+
+def interruptible(command: Callable[[], int], interrupted: str = "stopped") -> int:
+    """Runs a command and returns its exit code; Ctrl-C prints `interrupted` on stderr and becomes EXIT_INTERRUPTED."""
     try:
         return command()
-    except ValueError as error:
-        errors.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
-        return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        errors.print(interrupted)
+        plain_console(stderr=True).print(interrupted)
         return EXIT_INTERRUPTED
 
 
@@ -102,7 +111,7 @@ def add_recipe_options(
     """Adds the options that choose a recipe.
 
     Args:
-        of: what has a preset and a scale of its own where the user names none (table, search), for the help.
+        of: what gives the preset and the scale if the user names none (table or search), for the help.
         preset, scale: the defaults, where it is the command that has them.
     """
     from cast_ray.recipe import SCALES, preset_names  # not needed by `cast-ray --help`, which is to be quick
@@ -173,7 +182,7 @@ def add_tracker_options(parser: argparse.ArgumentParser, what: str) -> None:
 def add_image_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of commands that read images and write what a model finds in them."""
     parser.add_argument("images", nargs="+", help="files, folders, quoted patterns, local or s3://...")
-    parser.add_argument("--out", required=True, help="folder for the results; it is made")
+    parser.add_argument("--out", required=True, help="folder for the results; it is created if it is missing")
     parser.add_argument("--threshold", type=share, default=0.3, help="least score (default: %(default)s)")
     parser.add_argument("--batch", type=positive, default=8, help="images at a time (default: %(default)s)")
     parser.add_argument("--no-overlays", action="store_true", help="do not draw the instances over the images")

@@ -13,17 +13,23 @@ from pathlib import Path
 from rich.console import Console
 
 from cast_ray.cli.options import EXIT_FAILED, Parser, exit_code, plain_console, positive_amount
-from cast_ray.report.run_choice import named, runs_beside
-from cast_ray.report.write import WATCH_EVERY_S, rebuild_report, show, watch_report
+
+WATCH_EVERY_S = 5
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code: 0 when every row is done, 1 when one failed or is missing."""
     parser = Parser(prog="cast-ray report", description="Writes the report of a run folder again.")
     parser.add_argument("run_dir", help="folder with <table>__<row>__s<seed>/result.json files, such as runs/NAME")
-    parser.add_argument("--watch", action="store_true", help="again whenever a result is new, until all are there")
     parser.add_argument(
-        "--every", type=positive_amount, default=WATCH_EVERY_S, metavar="S", help="seconds between two looks"
+        "--watch", action="store_true", help="rewrite the report after each new result until all results exist"
+    )
+    parser.add_argument(
+        "--every",
+        type=positive_amount,
+        default=WATCH_EVERY_S,
+        metavar="S",
+        help="seconds between two looks (default: %(default)s)",
     )
     arguments = parser.parse_args(argv)
     return exit_code(lambda: _report(arguments, plain_console()))
@@ -35,6 +41,10 @@ def _report(arguments: argparse.Namespace, console: Console) -> int:
     Raises:
         ValueError: the folder holds neither results nor a plan, or a file that is not one.
     """
+    # Imported here, because it loads SciPy's statistics and Matplotlib, which --help does without.
+    from cast_ray.report.run_choice import named, runs_beside
+    from cast_ray.report.write import rebuild_report, show, watch_report
+
     if (Path(arguments.run_dir) / "search.json").is_file():
         return _search_report(Path(arguments.run_dir), arguments.watch, arguments.every, console)
     for folder, differences in runs_beside(Path(arguments.run_dir)):
@@ -46,9 +56,9 @@ def _report(arguments: argparse.Namespace, console: Console) -> int:
     if not arguments.watch:
         return show(rebuild_report(arguments.run_dir, console), console)
     try:
-        written = watch_report(arguments.run_dir, console, every_s=arguments.every)
+        written = watch_report(arguments.run_dir, console, arguments.every)
     except KeyboardInterrupt:
-        console.print("no longer watched; the page stays as it is")
+        console.print("Watching has stopped. The report remains as last written.")
         return EXIT_FAILED
     return show(written, console) if written else EXIT_FAILED
 
@@ -59,4 +69,4 @@ def _search_report(run_dir: Path, is_watched: bool, every_s: float, console: Con
 
     if not is_watched:
         return show_search(rebuild_search_report(run_dir), console)
-    return show_search(watch_search(run_dir, console, every_s=every_s), console)
+    return show_search(watch_search(run_dir, console, every_s), console)

@@ -97,7 +97,9 @@ def _search(arguments: argparse.Namespace) -> int:
     code = show_search(write_search_report(plan, outcome.studies, out), console)
     trackers.finish(lambda text: console.print(text, soft_wrap=True, highlight=False))
     if outcome.stopped:
-        console.print(Text.assemble(("stopped", "yellow"), f": {outcome.stopped}; the same command goes on"))
+        console.print(
+            Text.assemble(("stopped", "yellow"), f": {outcome.stopped}. Run the same command again to continue.")
+        )
         return EXIT_STOPPED
     return code
 
@@ -112,14 +114,20 @@ def _parser() -> Parser:
         "search", help=f"a search that comes with cast_ray ({', '.join(search_names())}) or a YAML file of your own"
     )
     add_recipe_options(parser, of="search")
-    parser.add_argument("--trials", type=positive, metavar="N", help="trials of each sampler, those before included")
-    parser.add_argument("--samplers", nargs="+", metavar="S", help="tpe, random: a study each (default: the search's)")
+    parser.add_argument(
+        "--trials", type=positive, metavar="N", help="trials of each sampler, including those of earlier commands"
+    )
+    parser.add_argument(
+        "--samplers", nargs="+", metavar="S", help="tpe, random; each has its study (default: the search's)"
+    )
     parser.add_argument("--scheduler", metavar="S", help="asha: stop trials early; none (default: the search's)")
     parser.add_argument("--seed", type=random_seed, default=0, help="seed of the recipes (default: 0)")
     parser.add_argument("--study", help=f"sqlite:///FILE or a journal file (default: <out>/<name>/{STUDY})")
     add_run_options(parser, name="SEARCH-search-PRESET-SCALE")
     add_ray_options(parser)
     parser.add_argument("--budget-hours", type=amount, metavar="H", help="device-hours after which no stage is started")
-    parser.add_argument("--keep-going", action="store_true", help="continue though the first three trials failed")
+    parser.add_argument(
+        "--keep-going", action="store_true", help="continue even if the first three trials have all failed"
+    )
     add_tracker_options(parser, what="trials")
     return parser

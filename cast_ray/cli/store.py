@@ -1,9 +1,10 @@
-"""`cast-ray store` looks at and prunes the artifacts of a storage path.
+"""`cast-ray store` looks at, prunes and runs again the artifacts of a storage path.
 
 cast-ray store ls
 cast-ray store show train-3f2a
 cast-ray store diff train-3f2a train-91c0     # why a row did not reuse a stage
 cast-ray store gc --unused --older-than 30d
+cast-ray store run train-3f2a                 # one stage again, in this process: for a debugger
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
 
-from cast_ray.cli.options import Parser, add_storage_option, exit_code, plain_console, storage_path
+from cast_ray.cli.options import Parser, add_storage_option, exit_code, plain_console, positive, storage_path
+from cast_ray.cli.store_run import DESCRIPTION, RerunRequest, run_again
 from cast_ray.contracts.manifest import Manifest
+from cast_ray.plan.graph import Kind
 from cast_ray.plan.stage_difference import explain_difference
 from cast_ray.runtime.store.artifacts import ArtifactStore, Listed, read_each
 from cast_ray.runtime.store.pruning import Pruning, find_prunable, prune
@@ -31,15 +34,30 @@ ARTIFACT_HELP = "its key, its fingerprint or the beginning of one of them"
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
-    arguments = _parser().parse_args(argv)
-    return exit_code(lambda: _on_store(arguments, plain_console(160)))
+    arguments, console = _parser().parse_args(argv), plain_console(160)
+    if arguments.command == "run":
+        return run_again(lambda: _stage_to_run(arguments), console)
+    return exit_code(lambda: _on_store(arguments, console))
 
 
-def _on_store(arguments: argparse.Namespace, console: Console) -> int:
+def _open(arguments: argparse.Namespace) -> ArtifactStore:
     store = ArtifactStore(storage_path(arguments.storage))
     if not store.exists():
         raise ValueError(f"no store at {store.storage!r}: expected the --storage of earlier runs")
-    return {"ls": _list, "show": _show, "diff": _diff, "gc": _collect}[arguments.command](store, arguments, console)
+    return store
+
+
+def _on_store(arguments: argparse.Namespace, console: Console) -> int:
+    commands = {"ls": _list, "show": _show, "diff": _diff, "gc": _collect}
+    return commands[arguments.command](_open(arguments), arguments, console)
+
+
+def _stage_to_run(arguments: argparse.Namespace) -> RerunRequest:
+    store = _open(arguments)
+    listed = store.list_artifacts()
+    key = _named(listed, arguments.artifact, "run").key
+    dataset_key = _named(listed, arguments.data, "run --data").key if arguments.data else None
+    return RerunRequest(store, key, dataset_key, arguments.steps, arguments.device)
 
 
 def _list(store: ArtifactStore, arguments: argparse.Namespace, console: Console) -> int:
@@ -183,33 +201,48 @@ def _seconds(text: str) -> float:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="cast-ray store", description="Lists, shows, compares and prunes the artifacts of stages, across all runs."
+        prog="cast-ray store",
+        description="Lists, shows, compares and prunes the artifacts of stages, across all runs, and runs one stage "
+        "again.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.type = str  # what follows the command is read, and refused, by the command's own parser
-    listing = commands.add_parser("ls", help="newest artifacts first")
-    listing.add_argument("--kind", choices=["train", "label", "evaluate", "dataset"], help="only these")
+    listing = commands.add_parser("ls", help="list artifacts, the newest first")
+    listing.add_argument("--kind", choices=get_args(Kind), help="list only artifacts of this kind")
     listing.add_argument("--all", action="store_true", help=f"all of them (default: {NUM_LISTED})")
-    listing.add_argument("--json", action="store_true", help="for programs")
-    show = commands.add_parser("show", help="manifest, parents and files of one artifact")
+    listing.add_argument("--json", action="store_true", help="print JSON, for programs")
+    show = commands.add_parser("show", help="print manifest, parents and files of one artifact")
     show.add_argument("artifact", help=ARTIFACT_HELP)
     diff = commands.add_parser(
         "diff",
-        help="why two artifacts are not the same one",
+        help="say why two artifacts differ",
         description="Says why two stages have different fingerprints: which fields of the recipe and which parents "
         "differ, and for parents that are stored, why.",
     )
     diff.add_argument("one", help=ARTIFACT_HELP)
-    diff.add_argument("other", help="likewise")
+    diff.add_argument("other", help=ARTIFACT_HELP)
     collect = commands.add_parser(
         "gc",
-        help="prune; never what a live sweep needs",
+        help="remove what is no longer needed, but never what a live sweep needs",
         description="Removes what runs that are over have left unfinished: attempts, checkpoints, logs. Finished "
         "artifacts only if asked: --unused, --older-than, or both.",
     )
     collect.add_argument("--unused", action="store_true", help="also artifacts that no result.json in the store names")
     collect.add_argument("--older-than", metavar="AGE", help="also artifacts older than this: 30d, 12h")
     collect.add_argument("--yes", action="store_true", help="delete; without it, only say what would be deleted")
-    for command in (listing, show, diff, collect):
+    rerun = commands.add_parser(
+        "run",
+        help="run one stage again in this process, for a debugger",
+        description=DESCRIPTION,
+    )
+    rerun.add_argument("artifact", help=ARTIFACT_HELP)
+    rerun.add_argument("--steps", type=positive, metavar="N", help="stop a train stage after N steps (default: all)")
+    rerun.add_argument("--device", help="auto, cpu or cuda (default: the kind of device that the stage ran on)")
+    rerun.add_argument(
+        "--data",
+        metavar="DATASET_KEY",
+        help="artifact of the dataset to use (default: the one that the stage's fingerprint was made from)",
+    )
+    for command in (listing, show, diff, collect, rerun):
         add_storage_option(command)
     return parser

@@ -34,7 +34,7 @@ class FinishedImages:
 
     Args:
         out: the output folder; it is made.
-        settings: by name, as values of JSON.
+        settings: name of each setting -> its value, as JSON has it.
         names: path or URI of every image, in order -> the name of what is written for it.
 
     Raises:

@@ -69,6 +69,16 @@ class ValidationFacts(DocumentPart):
     """Step -> why its snapshot could not be measured."""
 
 
+class OnlineLabels(DocumentPart):
+    """The label stage that a training stage did not read but made as it went: see `plan.graph.Stage`."""
+
+    stage: str
+    """Its name."""
+    fingerprint: str
+    config: dict[str, Any]
+    """Its part of the recipe."""
+
+
 class TrainManifest(Manifest):
     """The manifest of a trained or imported model."""
 
@@ -81,6 +91,8 @@ class TrainManifest(Manifest):
     """Optimiser steps that were left out because float16 overflowed."""
     validation: ValidationFacts | None = None
     """None: it was not validated while it trained."""
+    online: OnlineLabels | None = None
+    """None: it read stored labels, or none; or an early version wrote the manifest."""
 
 
 class SkippedImage(DocumentPart):

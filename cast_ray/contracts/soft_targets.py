@@ -75,7 +75,7 @@ def sample_probabilities(stored: bytes, image_hw: Sequence[int], y: np.ndarray, 
     """Probabilities at points of the image, bilinear between the values of the grid and level beyond its edge.
 
     Args:
-        stored: as of `mask_probabilities`.
+        stored: from `mask_probabilities`.
         image_hw: the image's size, pixels.
         y, x: float [h], [w], pixels from the upper and left edge of the image: 0.5 is the middle of the first pixel.
 

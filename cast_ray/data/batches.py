@@ -1,8 +1,8 @@
 """From the samples of one optimiser step to one buffer, across processes, and to tensors on the worker's device.
 
-A step of eight 512x1024 images is some 30 MB, so copies are what it costs: everything is laid into one buffer once, and
-read in place on the other side. Masks travel as bits and are unpacked on the device. What nobody knows (truth maps of
-D_u, ignore regions of images without any) does not travel at all.
+A step of eight 512x1024 images is about 30 MB, so that copying it is the main cost: everything is laid into one buffer
+once, and read in place on the other side. Masks travel as bits and are unpacked on the device. What nobody knows (truth
+maps of D_u, ignore regions of images without any) does not travel at all.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def collate(samples: list[dict[str, np.ndarray]], num_labelled: int) -> Parts:
     """One optimiser step of one worker as a few flat arrays, masks as bits; see `pad_to_largest` for mixed sizes.
 
     Args:
-        samples: of `views.make_sample`, labelled images first.
+        samples: samples that `views.make_sample` made, labelled images first.
         num_labelled: how many are labelled.
 
     Returns:
@@ -126,7 +126,7 @@ def from_buffer(buffer: Any) -> dict[str, np.ndarray]:
 
 
 def _offsets(header_bytes: int, outline: list[tuple[str, str, tuple[int, ...]]]) -> list[int]:
-    """Where each array starts, behind the header and its length, and where the last one ends."""
+    """Returns where each array starts, behind the header and its length, and where the last one ends."""
     sizes = [np.dtype(dtype).itemsize * math.prod(shape) for _, dtype, shape in outline]
     return [-(-end // ALIGNMENT) * ALIGNMENT for end in accumulate(sizes, _aligned_sum, initial=8 + header_bytes)]
 

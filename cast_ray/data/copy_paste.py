@@ -18,14 +18,14 @@ def copy_paste(sample: Sample, source: Sample, rng: np.random.Generator, min_vis
     """The sample with some of the source's instances on top.
 
     Each instance of the source is taken with probability SHARE, at its place and size in the source's own random crop,
-    without blending. What they cover of the sample is gone: of its instances those with fewer than `min_visible_px`
-    left are dropped, and ignore regions end there. In the truth maps, where they are known, pasted instances are
-    numbered behind those that are there.
+    without blending. Pasted pixels no longer belong to the sample's instances and ignore regions, and instances that
+    keep fewer than `min_visible_px` pixels are dropped. In the truth maps, if these are known, pasted instances get the
+    numbers after those of the sample.
 
     Args:
-        sample, source: of one crop size; the source has its instances, and truth maps if the sample has them.
-        rng: of this sample.
-        min_visible_px: see above.
+        sample, source: samples of one crop size; the source has its instances, and truth maps if the sample has them.
+        rng: random numbers of this sample, independent of those of other samples.
+        min_visible_px: fewest pixels that an instance of the sample must keep, not to be dropped.
 
     Returns:
         a new sample, or the same one where nothing is taken.

@@ -95,7 +95,7 @@ def make_sample(
         class_map: category ids to labels.
         data: crop size and strength of the weak view, whose height and width are H and W below; with
             `data.whole_images` these are the resized image's own.
-        seed: of this sample, any non-negative integer.
+        seed: seed of this sample, 0 or more.
         use_instances: whether `instances` become targets.
         truth: whether the truth maps are known; they are -1 everywhere where not.
         strong: False where no loss looks at the strong view: it is then the weak one, at a third of the cost.
@@ -167,7 +167,7 @@ def fit_image(image_HWC: np.ndarray, input_size: InputSize | tuple[int, int]) ->
 
     Args:
         image_HWC: uint8 [h, w, 3].
-        input_size: of the model; (H, W) in pixels: fitted into it.
+        input_size: size at which the model sees whole images; (H, W) in pixels: fitted into it.
 
     Returns:
         uint8 [3, H, W], 0 on padding, and the (height, width) the image has inside it: crop masks to it, then resize

@@ -47,7 +47,7 @@ class PartedForward:
         """Outputs of all images, differentiable; with several parts without the encoder's feature maps.
 
         Args:
-            strong_from: as of `CastNetwork`; None: the network, which may not know it, is not told.
+            strong_from: see `CastNetwork`; None: the network, which may not know it, is not told.
         """
         if self.num_parts == 1:
             torch.manual_seed(self.seed)

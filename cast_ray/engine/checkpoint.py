@@ -1,4 +1,4 @@
-"""Everything an interrupted stage needs to go on as if it had not stopped."""
+"""Everything that an interrupted stage needs in order to resume as if it had not stopped."""
 
 from __future__ import annotations
 

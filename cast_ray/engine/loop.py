@@ -73,54 +73,66 @@ class TrainHooks:
 NO_HOOKS = TrainHooks()
 
 
+@dataclass(frozen=True)
+class RunSettings:
+    """What one call of `train` is told beside its network, objective, data and optimisation.
+
+    fingerprint: of the stage, stored in checkpoints; seed: of the stage's random numbers; world: the workers; amp:
+    precision of the forward pass; resume: state to continue from; stop_step: the run ends after this step, as if it
+    were interrupted there, and learning rate and schedules stay those of `config.steps` (None: it runs to its end);
+    hooks: see `TrainHooks`.
+    """
+
+    fingerprint: str
+    seed: int
+    world: World
+    amp: Precision = "off"
+    resume: TrainState | None = None
+    stop_step: int | None = None
+    hooks: TrainHooks = NO_HOOKS
+
+
 def train(
     network: TrainedNetwork,
     objective: Objective,
     batches: Iterator[Batch],
     config: TrainConfig,
-    *,
-    fingerprint: str,
-    seed: int,
-    world: World,
-    amp: Precision = "off",
-    resume: TrainState | None = None,
-    hooks: TrainHooks = NO_HOOKS,
+    settings: RunSettings,
 ) -> TrainResult:
     """Trains `network` in place for `config.steps` optimiser steps.
+
+    A step in which float16 overflows is left out, of the curve too, and counted.
 
     Args:
         network: the stage's network with its initial weights.
         objective: terms and weights of J.
         batches: this worker's batches from the resumed step on, one per step.
-        fingerprint: of the stage; stored in checkpoints.
-        seed: of the stage's random numbers.
-        world: the workers.
-        amp: precision of the forward pass. A step in which fp16 overflows is left out, of the curve too, and counted.
-        resume: state to continue from.
-        hooks: see `TrainHooks`.
+        config: how the weights are optimised.
+        settings: the stage's identity, the workers, and where the run begins and ends.
 
     Raises:
         FloatingPointError: the loss is not finite, naming the step and the terms; or see `LossScale.step`.
         ValueError: the stream ended before the last step, or a loss refused its input (names the step).
     """
-    run = _Run(network, objective, config, seed, world, amp, resume)
+    run, hooks, is_first = _Run(network, objective, config, settings), settings.hooks, settings.world.rank == 0
+    stop = config.steps if settings.stop_step is None else min(settings.stop_step, config.steps)
     network.train()
-    for step in range(run.start, config.steps):
+    for step in range(run.start, stop):
         batch = next(batches, None)
         if batch is None:
             raise ValueError(f"the training stream ended at step {step} of {config.steps}")
-        run.step(step, batch.to(world.device))
+        run.step(step, batch.to(settings.world.device))
         done = step + 1
         if entry := run.log_entry(done):
             hooks.on_log(entry)
-        if done == config.steps:
+        if done == stop:
             break
         if hooks.refresh_every_steps and done % hooks.refresh_every_steps == 0:
             hooks.on_refresh(done, learnt_weights(network.trained, run.average))
-        if hooks.snapshot_every_steps and done % hooks.snapshot_every_steps == 0 and world.rank == 0:
+        if hooks.snapshot_every_steps and done % hooks.snapshot_every_steps == 0 and is_first:
             hooks.on_snapshot(done, _copied_weights(network, run.average))
         if done % config.checkpoint_every_steps == 0:
-            hooks.on_checkpoint(run.state(fingerprint, done))
+            hooks.on_checkpoint(run.state(done))
     return run.finish()
 
 
@@ -132,13 +144,11 @@ class _Run:
         network: TrainedNetwork,
         objective: Objective,
         config: TrainConfig,
-        seed: int,
-        world: World,
-        amp: Precision,
-        resume: TrainState | None,
+        settings: RunSettings,
     ):
         self.network, self.objective, self.config = network, objective, config
-        self.seed, self.world = seed, world
+        self.fingerprint, self.seed, self.world = settings.fingerprint, settings.seed, settings.world
+        world, amp, resume = settings.world, settings.amp, settings.resume
         self.wrapped = world.wrap(network)
         self.optimizer = build_optimizer(network, config)
         self.average = WeightAverage(network, config.ema) if config.ema > 0 else None
@@ -210,7 +220,8 @@ class _Run:
         except ValueError as error:  # for example of logits that are not finite, after a loss that was not
             if self.means_since:
                 _finite_means(self.means_since, self.names, step)
-            raise ValueError(f"step {done}: {error}") from error
+            # With its traceback, so that a debugger stops in the loss and not here.
+            raise ValueError(f"step {done}: {error}").with_traceback(error.__traceback__) from None
         loss, means = weighted_sum(terms, self.weights, self.world.all_reduce_sum, self.world.size)
         return loss, means, statistics
 
@@ -243,13 +254,13 @@ class _Run:
         self.logged, self.images_logged, self.means_since = now, self.images, []
         return entry
 
-    def state(self, fingerprint: str, done: int) -> TrainState:
+    def state(self, done: int) -> TrainState:
         """What continues this run after `done` steps; its tensors are the live ones."""
         if self.means_since:
             # A state that cannot be continued must not replace one that can.
             _finite_means(self.means_since, self.names, done)
         return TrainState(
-            fingerprint=fingerprint,
+            fingerprint=self.fingerprint,
             step=done,
             network=self.network.state_dict(),
             average=self.average.state_dict() if self.average is not None else None,

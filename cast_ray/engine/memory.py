@@ -23,7 +23,7 @@ class MemoryEstimate:
     """Bytes of one worker: weights with gradients, AdamW's moments and the average; activations kept for the backward
     pass; outputs and their gradients.
 
-    The loss's own buffers, the CUDA context and kernels' workspaces come on top: some 1 to 2 GiB on a GPU.
+    The loss's own buffers, the CUDA context and kernels' workspaces come on top: about 1 to 2 GiB on a GPU.
     """
 
     weights: int
@@ -89,11 +89,11 @@ def estimate_inference_memory(
 ) -> int:
     """Bytes that one process needs to find instances in whole images: weights, and the most that a pass holds at once.
 
-    The pass runs on fake tensors, as in `estimate_memory`; what it is followed by (masks at the image's own size, a
-    few at a time) takes some 100 MiB more.
+    The pass runs on fake tensors, as in `estimate_memory`. The work after it (masks at the image's own size, a few at a
+    time) takes about 100 MiB more.
 
     Args:
-        model: of a student or an expert.
+        model: settings of a student or an expert.
         num_classes: C.
         image_px: height and width of what the model is given, pixels.
         images: that pass together.

@@ -110,7 +110,8 @@ class WeightAverage:
 
 
 def averaged_weights(module: nn.Module, average: WeightAverage | None) -> dict[str, torch.Tensor]:
-    """The state of a module, whose parameters the average covers, with their averages; as it is without one."""
+    """Returns the state of a module with the averages of its parameters in their place, or the state as it
+    is if there is no average."""
     state = module.state_dict()
     if average is not None:
         averages = {id(live): mean for live, mean in zip(average.live, average.average)}

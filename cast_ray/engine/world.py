@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def pick_device(wanted: str) -> torch.device:
-    """auto: the GPU where there is one.
+    """Chooses a device; `auto` is the GPU, if there is one.
 
     Raises:
         ValueError: no such device, or a GPU that is not there.
@@ -41,7 +41,7 @@ class World:
     device: torch.device = CPU
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """In-place sum over all workers."""
+        """Sums a tensor over all workers, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor

@@ -30,7 +30,8 @@ def match_cityscapes(truth: Sequence[Truth], found: Sequence[Detections], num_cl
     their number is not limited, objects have no size classes, and equal scores are one point of the curve.
 
     Args:
-        truth, found: of each image. Ignore regions of no class are void; empty detections are left out.
+        truth, found: ground truth and detections of each image. Ignore regions of no class are void; empty
+            detections are left out.
         num_classes: C.
 
     Source: cityscapesScripts 2.2.4, without its distances. Deviations: none in the measure; quirks of the tool kept: a

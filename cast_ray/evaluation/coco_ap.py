@@ -111,7 +111,7 @@ def match_coco(
     free, or an object outside the size range, and is ignored; so is a detection of another size without a match.
 
     Args:
-        truth, found: of each image.
+        truth, found: ground truth and detections of each image.
         num_classes: C.
         max_detections: kept per image and class, highest scores first.
     """

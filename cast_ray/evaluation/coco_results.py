@@ -19,7 +19,7 @@ def coco_results(
 
     Args:
         image_ids: B record ids (JSON of the dataset's own).
-        found: of each image, as from `predict`.
+        found: instances of each image, as `predict` returns them.
 
     Yields:
         One dict a detection: image_id, category_id, segmentation (RLE at the image's own size), score.
@@ -36,7 +36,7 @@ def coco_result(instance: Instance, categories: Sequence[Category]) -> dict[str,
     area of its box, which changes the AP of small, medium and large objects.
 
     Args:
-        instance: as from `Teacher.predict`.
+        instance: an instance, as `Teacher.predict` returns it.
 
     Returns:
         category_id, segmentation (RLE at the image's own size), score (single precision, see `predict`).

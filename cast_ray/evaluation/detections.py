@@ -38,7 +38,7 @@ class Detections:
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """What is to be found on one image: labels int64 [G], crowd bool [G], G RLEs.
+    """The ground truth of one image: labels int64 [G], crowd bool [G], G RLEs.
 
     mask_areas: float64 [G], pixels of the masks; areas: float64 [G], those by which objects are small, medium or large
     (see `object_areas`).

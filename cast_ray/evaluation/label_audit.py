@@ -18,11 +18,11 @@ NUM_BINS = 10
 NUM_WORST = 12
 TOUCHING_IOU = 0.1
 ERRORS = ("duplicate", "other class", "poor mask", "background")
-"""What a wrong label is: on an object that a better label has; on one of another class; overlapping one, but less than
-half; none of it."""
+"""Kinds of wrong labels. duplicate: a better label has the same object. other class: it lies on an object of another
+class. poor mask: it overlaps an object with an IoU below 0.5. background: it overlaps no object."""
 
 LEFT_OVER_SHARE = 0.5
-"""A label that keeps less of its mask than this is what others left over of it."""
+"""A label that keeps a smaller share of its predicted mask than this is a left-over of better labels."""
 
 _COUNTS = ("objects", "found", "labels", "wrong")
 _PIXELS = ("truth", "labelled", "both")

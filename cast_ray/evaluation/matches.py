@@ -1,6 +1,6 @@
 """Detections matched to ground truth, as small arrays: all that average precision is computed from.
 
-A worker matches each batch as it arrives and keeps some 20 bytes a detection; masks never leave it. The arrays of all
+A worker matches each batch as it arrives and keeps about 20 bytes a detection; masks never leave it. The arrays of all
 workers are joined at the end, stored with the evaluation, and give the AP of any sample of its images in milliseconds.
 """
 
@@ -165,8 +165,8 @@ def join(
     """The matches of disjoint sets of images as one.
 
     Args:
-        parts: at least one, of one metric and class list.
-        images: of each part, int [its number of images], their row numbers in the whole.
+        parts: one or more sets of matches, all by the same metric and of the same classes.
+        images: for each part, int [its number of images], the row numbers of its images in the whole.
         tie_order: int [I], place of each image where scores are equal; None: the row number.
         num_images: I; 0: as many as the parts hold.
     """

@@ -99,7 +99,7 @@ def coco_precision(ranking: Ranking, image_counts: np.ndarray) -> tuple[np.ndarr
     """COCO's interpolated precision at 101 recalls, and the final recall.
 
     Args:
-        ranking: of one size range.
+        ranking: detections of one size range, ranked by class.
         image_counts: int [I], how often each image counts.
 
     Returns:

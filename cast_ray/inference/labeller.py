@@ -99,7 +99,7 @@ def load_teacher(
     config = recipe.teacher
     if is_published:
         if categories is None:
-            raise ValueError(f"teacher {source!r} can look for anything: name the classes, as ['person', 'car']")
+            raise ValueError(f"teacher {source!r} needs the names of the classes to look for, as ['person', 'car']")
         if config.kind != source:
             raise ValueError(f"teacher.kind of the recipe is {config.kind}: expected {source}")
         folders = {field: find_checkpoint(name, field) for field, name in config.checkpoint_fields().items()}

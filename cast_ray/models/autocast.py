@@ -23,7 +23,7 @@ def require_precision(precision: Precision, device: torch.device, field: str) ->
     Args:
         precision: asked for.
         device: that would compute.
-        field: by which the user sets the precision, for the message.
+        field: name of the setting that gives the precision, for the message.
 
     Raises:
         ValueError: bfloat16 on a GPU that only emulates it, several times slower than float32 (before NVIDIA's Ampere:

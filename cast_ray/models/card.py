@@ -39,7 +39,7 @@ def model_card(config: Mapping[str, Any], num_parameters: int, result: RowResult
 
     Args:
         config: content of `config.json`.
-        num_parameters: of the segmenter.
+        num_parameters: number of parameters of the segmenter.
         result: outcome of the row that made the model; None: the card says that there are no measurements.
     """
     model = config["model"]

@@ -48,7 +48,7 @@ class TrainedNetwork(nn.Module):
         raise NotImplementedError
 
     def lr_factors(self, config: TrainConfig) -> dict[int, float]:
-        """id of each parameter with a learning rate of its own -> that rate relative to `config.lr`."""
+        """Returns id of each parameter that has another learning rate -> that rate relative to `config.lr`."""
         raise NotImplementedError
 
     def clip_groups(self) -> list[list[nn.Parameter]]:

@@ -140,7 +140,8 @@ class ReleasedDPTDecoder(PixelDecoder):
         self.project = nn.Conv2d(hidden_dim, hidden_dim, 1)
 
     def forward(self, maps: dict[int, torch.Tensor]) -> DecodedFeatures:
-        """As `DPTDecoder.forward`, with the levels that follow the coarsest map and mask features of stride 2."""
+        """Decodes like `DPTDecoder.forward`, with the levels that follow the coarsest map and mask features of stride
+        2."""
         laterals = [conv(maps[s]) for s, conv in zip(self.strides, self.laterals)]
         height, width = laterals[-1].shape[-2:]
         sizes = [(x.shape[-2], x.shape[-1]) for x in laterals[1:]] + [(2 * height, 2 * width)]
@@ -181,7 +182,7 @@ class FPNDecoder(PixelDecoder):
         self.project = nn.Conv2d(config.hidden_dim, config.hidden_dim, 3, padding=1)
 
     def forward(self, maps: dict[int, torch.Tensor]) -> DecodedFeatures:
-        """As `DPTDecoder.forward`."""
+        """Decodes like `DPTDecoder.forward`."""
         out = self.fpn({str(s): maps[s] for s in self.strides})
         levels = {s: out[str(s)] for s in reversed(self.strides)}
         return DecodedFeatures(levels, self.project(levels[MASK_STRIDE]))
@@ -226,7 +227,7 @@ class MSDeformDecoder(PixelDecoder):
         return self
 
     def forward(self, maps: dict[int, torch.Tensor]) -> DecodedFeatures:
-        """As `DPTDecoder.forward`, with the three coarsest levels."""
+        """Decodes like `DPTDecoder.forward`, with the three coarsest levels."""
         device = maps[self.strides[0]].device
         with nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False):
             out = self.pixel_decoder([maps[s].float() for s in self.strides], return_dict=True)

@@ -90,7 +90,7 @@ def export_onnx(
 
     Args:
         student: on the CPU.
-        path: of the file.
+        path: path of the file that is written.
         max_detections: K.
         image_px: H, W, pixels; None: the size that the student fits images into.
 

@@ -67,7 +67,7 @@ class MaskedAttentionHead(nn.Module):
         self.query_position = nn.Embedding(config.num_queries, dim)
         self.class_head = nn.Linear(dim, num_classes + 1)
         if config.proposals:
-            # Heads of their own: many tokens may claim an instance, of the queries only one.
+            # The proposals have separate heads: many tokens may stand for one instance, but only one query may.
             self.proposal_content = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
             self.proposal_norm = nn.LayerNorm(dim)
             self.proposal_class = nn.Linear(dim, num_classes + 1)
@@ -91,7 +91,8 @@ class MaskedAttentionHead(nn.Module):
         else:
             content = self.query_content.weight.expand(batch, -1, -1)
             position = self.query_position.weight.expand(batch, -1, -1)
-        # Masked attention walks coarse to fine over three levels; with fewer it starts over.
+        # Masked attention goes from coarse to fine over three levels; if there are fewer, it begins again with the
+        # first.
         levels = list(decoded.levels.values())[:NUM_ATTENDED_LEVELS]
         levels = [levels[i % len(levels)] for i in range(NUM_ATTENDED_LEVELS)]
         out = self.decoder(
@@ -195,7 +196,8 @@ class EomtHead(nn.Module):
         self.register_load_state_dict_post_hook(_read_probs)
 
     def anneal(self, progress: float) -> None:
-        """Sets p_l for the share of the training steps that is done, 0..1. It never rises: refinement goes on at 0."""
+        """Sets p_l for the share of the training steps that is done, 0..1. It never rises: refinement continues at
+        0."""
         num = self.num_layers
         shares = [min(max(progress * (num + 2) - (layer + 1), 0.0), 1.0) for layer in range(num)]
         self.probs = [min(p, (1 - share) ** ANNEALING_POWER) for p, share in zip(self.probs, shares)]
@@ -205,8 +207,8 @@ class EomtHead(nn.Module):
         """Runs the joint layers.
 
         Args:
-            encoder: as given to the constructor.
-            tokens: of the image.
+            encoder: the encoder that the constructor was given.
+            tokens: tokens of the image.
             states_BTD: after the encoder's own layers.
 
         Returns:

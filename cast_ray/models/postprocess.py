@@ -30,11 +30,11 @@ def predict_instances(
     """Instances of each image at its own size.
 
     Args:
-        segmenter: in evaluation mode.
+        segmenter: a segmenter in evaluation mode.
         images: uint8 [B, 3, H, W] on its device, resized and padded to one size.
         image_hw: B original sizes, pixels; None: as given.
         resized_hw: B sizes inside the padding, pixels; None: no padding.
-        max_detections: at most so many per image.
+        max_detections: most instances of an image.
         min_score: least score of an instance, see `to_instances`.
         soft: see `to_instances`.
 
@@ -55,7 +55,7 @@ def groups_of_equal_size(sizes: Sequence[Hashable], limit: int | None = None) ->
     depend on the images beside it.
 
     Args:
-        sizes: of the images.
+        sizes: heights and widths of the images, pixels.
         limit: most images of a group; None: no limit.
     """
     by_size: dict[Hashable, list[int]] = {}
@@ -75,12 +75,12 @@ def predict_in_groups(
     *,
     min_score: float = 0.0,
 ) -> list[Instances]:
-    """Instances of images that need not have one size: those of equal size pass through the model together.
+    """Finds the instances of images of any sizes; images of equal size pass through the model together.
 
     Args:
-        predict: of a teacher or a student, for images [B, 3, H, W].
+        predict: the function of a teacher or a student that predicts on images [B, 3, H, W].
         images: B of uint8 [3, H, W].
-        image_hw, resized_hw, max_detections, min_score: as of `predict`.
+        image_hw, resized_hw, max_detections, min_score: see `predict`.
         batch: most images of one forward pass; None: no limit.
 
     Returns:
@@ -111,11 +111,12 @@ def to_instances(
     classes. Empty masks are left out.
 
     Args:
-        predictions: of B images, or their final (class_logits [B, Q, C+1], mask_logits [B, Q, h, w]).
+        predictions: predictions for B images, or their final (class_logits [B, Q, C+1], mask_logits [B, Q, h, w]).
         image_hw: B original sizes, pixels; fewer where the last images only fill up the batch: those give nothing.
-        resized_hw: as many sizes after the resize into the crop; the rest of the crop, below and right, is padding.
+        resized_hw: their heights and widths after the resize into the crop; the rest of the crop, below and right, is
+            padding.
         image_px: height and width of the crop, pixels.
-        max_detections: at most so many instances per image.
+        max_detections: most instances of an image.
         min_score: least score of an instance. A mask whose P(class) lies below it cannot reach it and is not brought to
             the image's size, which takes most of the time on large images; the others are the same as without a limit.
         soft: also tell what the query believes: class_probs (C+1 floats, no-object last) and mask_probs (bytes, see
@@ -198,7 +199,7 @@ def encode_masks(
     """Masks at an image's size as RLE, a few at a time.
 
     Args:
-        mask_logits_KHW: of one image, any float dtype.
+        mask_logits_KHW: mask logits of one image, any float dtype.
         to_image: float32 [k, h, w] -> [k, height, width] at the image's size.
         num_pixels: the largest size that `to_image` makes on its way.
 

@@ -72,7 +72,7 @@ class Segmenter(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(self.encoder.std).view(3, 1, 1) * 255, persistent=False)
 
     def encoder_layers(self) -> list[list[nn.Parameter]]:
-        """The pretrained parameters of the encoder by depth, stem first, for learning rates of their own."""
+        """Returns the pretrained parameters of the encoder by depth, stem first, which may learn at different rates."""
         return self.encoder.layers()
 
     def anneal(self, progress: float) -> None:
@@ -111,7 +111,7 @@ class Segmenter(nn.Module):
             images: uint8 [B, 3, H, W], RGB, of any size.
 
         Returns:
-            Predictions; `auxiliary` as of the head.
+            Predictions; `auxiliary` is what the head gives.
         """
         pixels = self._normalised(images)
         if isinstance(self.head, EomtHead):
@@ -151,7 +151,7 @@ def build_segmenter(config: ModelConfig, num_classes: int, seed: int) -> Segment
     Args:
         config: encoder, decoder and head.
         num_classes: C, without no-object.
-        seed: of the initial weights.
+        seed: seed of the initial weights.
 
     Raises:
         ValueError: see `Segmenter`.

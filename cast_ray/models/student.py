@@ -45,7 +45,7 @@ class Student(nn.Module):
         categories: C classes, in the order of its labels.
         image_px: height and width of the crops it was trained on, pixels.
         colours: C, of overlays; None: well separated ones.
-        input_size: at which it sees whole images; None: fitted into `image_px`.
+        input_size: size at which it sees whole images; None: fitted into `image_px`.
         precision: that `predict` computes in: the one it was trained and measured in.
     """
 
@@ -77,7 +77,7 @@ class Student(nn.Module):
         return self.segmenter.pixel_mean.device
 
     def forward(self, images: torch.Tensor) -> Predictions:
-        """As `Segmenter.forward`."""
+        """Predicts like `Segmenter.forward`."""
         return self.segmenter(images)
 
     def predict(
@@ -162,7 +162,7 @@ class Student(nn.Module):
 
     @classmethod
     def from_files(cls, config: bytes, weights: bytes, source: str) -> Student:
-        """As `from_pretrained`, from the contents of the two files; `source` names them in errors."""
+        """Loads a student like `from_pretrained`, from the contents of the two files; `source` names them in errors."""
         spec = read_config(config, source)
         try:
             model = ModelConfig(**spec["model"])

@@ -229,7 +229,7 @@ class Table(StrictModel):
 
         Args:
             row: a key of `rows`.
-            preset, scale: as in `cast_ray.recipe.build_recipe`; None: the table's own.
+            preset, scale: names, as in `cast_ray.recipe.build_recipe`; None: those of the table.
             seed: the recipe's seed.
             overrides: the user's own, after the table's base; the row's come after them, or two rows could become the
                 same run.

@@ -69,7 +69,7 @@ class CostModel:
     """Estimates stages from the manifests of earlier ones.
 
     Args:
-        manifests: of committed artifacts, any of them.
+        manifests: manifests of committed artifacts of any kind.
         device: cpu or cuda; only earlier stages on the same kind count.
     """
 
@@ -104,9 +104,9 @@ class CostModel:
         """What one stage costs; `unknown` and 0 where nothing like it has run and its model cannot be counted.
 
         Args:
-            size: of the dataset it runs on.
+            size: size of the dataset that it runs on.
             find: fingerprint -> stage of the plan, for the model that a stage without one runs.
-            teacher: of its row, for the size of a teacher from checkpoints.
+            teacher: settings of its row's teacher, for the size of a teacher from checkpoints.
             count_flops: False: do not, which saves loading torch.
         """
         model = _model_of(stage, find)
@@ -173,7 +173,7 @@ def seen_size(stage: Stage, image_hw: tuple[int, int] | None) -> tuple[int, int]
     """Height and width in pixels of what the model of a stage is given; None where it depends on unknown images.
 
     Args:
-        image_hw: of a typical image of the dataset; None: unknown.
+        image_hw: height and width of a typical image of the dataset, pixels; None: unknown.
     """
     size = input_size_of(stage)
     if stage.kind == "train":
@@ -190,7 +190,8 @@ def seen_size(stage: Stage, image_hw: tuple[int, int] | None) -> tuple[int, int]
 def _model_of(stage: HasModel, find: Callable[[str], HasModel | None]) -> dict[str, Any] | None:
     """The model that a stage runs: its own, or that of the parent it labels or evaluates with.
 
-    Of a teacher from checkpoints also which ones: its part of the recipe does not say how large they are.
+    For a teacher from checkpoints the result also names the checkpoints, because its part of the recipe does not say
+    how large they are.
     """
     model = stage.config.get("model")
     if model is not None:

@@ -10,7 +10,7 @@ dataset's content hash. Equal fingerprints are one artifact, whatever rows, seed
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +19,8 @@ from typing import Any, Literal
 from cast_ray.common.digest import digest_of
 from cast_ray.common.registry import check_call, import_named
 from cast_ray.plan.reads import STUDENT_STAGES, TrainStage, contrast_weight, reads_labels, reads_unlabelled
-from cast_ray.recipe import DataConfig, InputSize, Precision, Recipe, TrainConfig
-from cast_ray.recipe.part import Part
+from cast_ray.recipe import InputSize, Precision, Recipe, TrainConfig
+from cast_ray.recipe.part import identity_of
 
 Kind = Literal["train", "label", "evaluate", "dataset"]
 
@@ -28,19 +28,15 @@ STAGE_VERSION: dict[str, int] = {"train": 3, "label": 3, "evaluate": 2}
 """Raise a kind's number when its code changes a result: its old artifacts are then no longer found."""
 
 
-HOW_IT_RUNS = ("checkpoint_every_steps", "accumulate")
-"""Fields of TrainConfig that change no result and so enter no fingerprint."""
-
-OPTIONAL = {
-    "pseudo": ("min_visible_share", "nms_iou", "vote_flip", "vote_scales", "class_thresholds"),
-    "loss": ("semi_view", "burn_in_fraction", "soft_targets"),
-}
-"""Fields of a part of the recipe that do nothing at their default: they enter a stage's identity only where they do."""
+# Marks at the fields say how they enter a fingerprint (`recipe/part.py`). Here is which of them a stage reads.
+OF_STUDENT = ("semi_view", "burn_in_fraction", "soft_targets")
+"""Fields of the loss that act only on a student with pseudo-labels."""
 EXTRA_TERM = ("extra_term", "extra_weight")
 """Fields of the loss that act in step 2b alone, and only where there is such a term."""
 
 
 VIEW_FIELDS = (
+    "image_px",
     "scale_jitter",
     "flip",
     "color_jitter",
@@ -50,9 +46,7 @@ VIEW_FIELDS = (
     "inference_resize",
     "color",
 )
-"""Fields of DataConfig that decide what a train stage's model sees, beside `image_px`."""
-ALWAYS_NAMED = ("scale_jitter", "flip", "color_jitter")
-"""Those that stood in fingerprints before the others existed. The others are left out at their defaults."""
+"""Fields of DataConfig that decide what a train stage's model sees."""
 
 
 class NoTeacherError(ValueError):
@@ -111,6 +105,11 @@ class RowPlan:
     stages: tuple[Stage, ...]
     roles: dict[str, Stage] = field(default_factory=dict)
 
+    @property
+    def student_stages(self) -> list[Stage]:
+        """The train stages of the row's student, the last first: the first of these trains the model that results."""
+        return [self.roles[name] for name in STUDENT_STAGES if name in self.roles]
+
 
 @dataclass(frozen=True)
 class DataHashes:
@@ -139,7 +138,7 @@ def plan(
         has_source: whether the dataset has a source style to pre-train the teacher on.
         foundation: fingerprint of an imported theta_T0 (a teacher's checkpoints, or `stages.foundation`), which takes
             the place of pre-training; needed by every kind of teacher but `expert`.
-        hashes: of the extra pool and the label lists, where the recipe names them.
+        hashes: hashes of the extra pool and the label lists, if the recipe names them.
 
     Raises:
         ValueError: the recipe needs pseudo-labels and has no teacher to make them.
@@ -159,11 +158,10 @@ def split_part(recipe: Recipe, hashes: DataHashes, *, unlabelled: bool) -> dict[
         part["min_per_class"] = data.min_per_class
     if data.label_list:
         part["label_list"] = hashes.label_list
-    if data.drop_empty:
-        part["drop_empty"] = True
+    part |= identity_of(data, include=("drop_empty",))
     if unlabelled:
         part["pool"] = data.unlabelled_pool
-        part |= data.model_dump(include={"unlabelled_fraction", "num_unlabelled"})
+        part |= identity_of(data, include=("unlabelled_fraction", "num_unlabelled"))
         if data.unlabelled_list:
             part["unlabelled_list"] = hashes.unlabelled_list
         if data.unlabelled_pool != "rest":
@@ -226,19 +224,16 @@ class _Planner:
         by_teacher, is_source = name not in STUDENT_STAGES, name == "pretrain"
         pxl, unlabelled = contrast_weight(recipe, name), reads_unlabelled(recipe, name)
         assert (labels is not None) == reads_labels(recipe, name), name
-        data_part = self._view_part(by_teacher)
-        if name == "distill" and recipe.data.copy_paste:
-            data_part["copy_paste"] = recipe.data.copy_paste
         has_extra = name == "distill" and bool(recipe.loss.extra_term)
         config: dict[str, Any] = {
-            "model": recipe.teacher.training_part() if by_teacher else recipe.student.model_dump(),
+            "model": recipe.teacher.training_part() if by_teacher else identity_of(recipe.student),
             "train": self._optimisation_part(name, train, unlabelled),
-            "data": data_part,
+            "data": self._view_part(name, by_teacher),
             "split": None if is_source else split_part(recipe, self.hashes, unlabelled=unlabelled),
             "source": is_source,
             "unlabelled": unlabelled,
             "loss": self._loss_part(by_teacher, has_labels=labels is not None, has_extra=has_extra, pxl=pxl),
-            "contrastive": recipe.contrastive.model_dump() if pxl > 0 else None,
+            "contrastive": identity_of(recipe.contrastive) if pxl > 0 else None,
             # theta_T0 stands for a published foundation model: one for all seeds, as a downloaded checkpoint would be.
             "seed": 0 if is_source else recipe.seed,
         }
@@ -257,10 +252,8 @@ class _Planner:
         return self._add(stage)
 
     def _optimisation_part(self, name: TrainStage, train: TrainConfig, unlabelled: bool) -> dict[str, Any]:
-        """How a train stage optimises, without what changes no result and what it does not use."""
-        part = train.model_dump(exclude=set(HOW_IT_RUNS))
-        if not train.decay_biases:
-            part.pop("decay_biases")
+        """How a train stage optimises, without what it does not use."""
+        part = identity_of(train)
         if not unlabelled:
             added = part.pop("batch_unlabelled")
             if name == "distill" and self.recipe.stages.images_per_step == "total":
@@ -270,9 +263,8 @@ class _Planner:
     def _loss_part(self, by_teacher: bool, *, has_labels: bool, has_extra: bool, pxl: float) -> dict[str, Any]:
         """The terms of a train stage. A teacher's self-training weighs L_semi by 1."""
         loss = self.recipe.loss
-        of_student = () if has_labels and not by_teacher else OPTIONAL["loss"]
-        not_here = of_student if has_extra else (*of_student, *EXTRA_TERM)
-        part = _without_unused(loss, OPTIONAL["loss"], exclude=not_here)
+        of_student = () if has_labels and not by_teacher else OF_STUDENT
+        part = identity_of(loss, exclude=of_student if has_extra else (*of_student, *EXTRA_TERM))
         semi = 1.0 if by_teacher else loss.lambda_semi
         part |= {"lambda_semi": semi if has_labels else 0.0, "lambda_pxl": pxl}
         if not has_labels:
@@ -280,9 +272,9 @@ class _Planner:
         return part
 
     def label(self, name: str, teacher: Stage, for_student: bool = False) -> Stage:
-        how = {"on_empty"} if self.recipe.pseudo.has_vote else {"on_empty", "vote_iou"}
+        pseudo = self.recipe.pseudo
         config = {
-            "pseudo": _without_unused(self.recipe.pseudo, OPTIONAL["pseudo"], exclude=how),
+            "pseudo": identity_of(pseudo, exclude=() if pseudo.has_vote else ("vote_iou",)),
             "data": self.recipe.input_size(by_teacher=True).part(),
             "split": split_part(self.recipe, self.hashes, unlabelled=True),
             "batch": self.recipe.label_batch,
@@ -296,7 +288,7 @@ class _Planner:
 
     def evaluate(self, role: str, model: Stage, by_teacher: bool = False) -> Stage:
         config: dict[str, Any] = {
-            "evaluation": self.recipe.evaluation.model_dump(exclude={"batch", "every_steps"}),
+            "evaluation": identity_of(self.recipe.evaluation),
             "data": self.recipe.input_size(by_teacher).part(),
         }
         if by_teacher and (part := self.recipe.teacher.inference_part()):
@@ -306,25 +298,28 @@ class _Planner:
         self.roles[role] = stage
         return stage
 
-    def _view_part(self, by_teacher: bool) -> dict[str, Any]:
+    def _view_part(self, name: TrainStage, by_teacher: bool) -> dict[str, Any]:
         """How a train stage makes its views, and the size at which its model sees whole images afterwards.
 
-        Fields at their defaults, and those that the others make idle, are left out.
+        Fields that others make idle are left out.
         """
         data, teacher = self.recipe.data, self.recipe.teacher
         own_px = teacher.image_px if by_teacher else None
-        part = data.model_dump(include=set(VIEW_FIELDS)) | {"image_px": own_px or data.image_px}
-        part["inference_resize"] = self.recipe.input_size(by_teacher).resize
-        if by_teacher and teacher.kind != "expert" and own_px is None:
-            part |= {"whole_images": True, "train_resize": "native"}
-        idle = {name for name in VIEW_FIELDS if name not in ALWAYS_NAMED and part[name] == _default(name)}
-        if part["whole_images"]:
+        changes: dict[str, Any] = {"inference_resize": self.recipe.input_size(by_teacher).resize}
+        if own_px is not None:
+            changes["image_px"] = own_px
+        elif by_teacher and teacher.kind != "expert":
+            changes |= {"whole_images": True, "train_resize": "native"}
+        seen = data.model_copy(update=changes)
+        idle = set[str]()
+        if seen.whole_images:
             idle |= {"scale_jitter", "scale_steps"}
-            if "fit" not in (part["train_resize"], part["inference_resize"]):
+            if "fit" not in (seen.train_resize, seen.inference_resize):
                 idle.add("image_px")
-        if part["color"] != "jitter":
+        if seen.color != "jitter":
             idle.add("color_jitter")
-        return {name: value for name, value in part.items() if name not in idle}
+        read = (*VIEW_FIELDS, "copy_paste") if name == "distill" else VIEW_FIELDS
+        return identity_of(seen, include=read, exclude=idle)
 
     def _stage(
         self, name: str, kind: Kind, config: dict[str, Any], parents: dict[str, Stage | None], steps: int = 0
@@ -333,7 +328,8 @@ class _Planner:
         precision = self.recipe.runtime.precision
         if precision != "off":  # float32 is left out, as it was before precision was a part of what a stage is
             config = config | {"precision": precision}
-        return Stage(name, kind, config, parent_prints, self._fingerprint(kind, config, parent_prints), steps)
+        fingerprint = stage_fingerprint(kind, config, parent_prints, self.content_hash)
+        return Stage(name, kind, config, parent_prints, fingerprint, steps)
 
     def _add(self, stage: Stage) -> Stage:
         self.stages.append(stage)
@@ -341,21 +337,19 @@ class _Planner:
             self.roles[stage.name] = stage
         return stage
 
-    def _fingerprint(self, kind: Kind, config: dict[str, Any], parents: dict[str, str]) -> str:
-        identity = {
-            "kind": kind,
-            "version": STAGE_VERSION[kind],
-            "config": config,
-            "parents": parents,
-            "data": self.content_hash,
-        }
-        return digest_of(identity, default=str)
 
+def stage_fingerprint(kind: str, config: Mapping[str, Any], parents: Mapping[str, str], content_hash: str) -> str:
+    """Returns the digest of everything that can change a stage's result.
 
-def _without_unused(part: Part, optional: Iterable[str], exclude: Iterable[str] = ()) -> dict[str, Any]:
-    """A part as plain data, without those of the optional fields that have their default."""
-    unused = {name for name in optional if getattr(part, name) == type(part).model_fields[name].default}
-    return part.model_dump(exclude={*exclude, *unused})
+    Args:
+        kind: train, label or evaluate.
+        config: the stage's part of the recipe.
+        parents: role -> fingerprint of each artifact that it reads; of a stage that labels online, of its label stage.
+        content_hash: identity of the dataset.
+    """
+    version = STAGE_VERSION[kind]
+    identity = {"kind": kind, "version": version, "config": config, "parents": parents, "data": content_hash}
+    return digest_of(identity, default=str)
 
 
 def _code_digest(name: str) -> str:
@@ -379,11 +373,6 @@ def input_size_of(stage: Stage) -> InputSize:
     """The size at which the model of a stage sees whole images: a train stage's, once it is trained."""
     data = stage.config["data"]
     return InputSize.read(data | {"resize": data.get("inference_resize", "fit")} if stage.kind == "train" else data)
-
-
-def _default(field: str) -> Any:
-    """The default of a field of DataConfig."""
-    return DataConfig.model_fields[field].default
 
 
 def given(row: RowPlan) -> set[str]:

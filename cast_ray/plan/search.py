@@ -61,7 +61,7 @@ class Domain(StrictModel):
 
 
 class EarlyStopping(StrictModel):
-    """ASHA on one train stage: at each rung the better 1/`reduction` of the trials goes on."""
+    """ASHA on one train stage: at each rung the best 1/`reduction` of the trials continue, and the others stop."""
 
     stage: Literal["distill"] = "distill"
     reduction: int = Field(2, ge=2)

@@ -1,8 +1,8 @@
 """The settings of a result: what two results must agree on, so that their difference is the rows' alone.
 
 Settings are the fields of a recipe that can change a result. Seeds are none: results of several seeds are averaged.
-Nor is anything that says where and how it runs (`graph.HOW_IT_RUNS` and the like, `runtime` but for its precision),
-which enters no fingerprint either.
+Nor is anything that says where and how it runs (the fields marked CHANGES_NO_RESULT, and `runtime` but for its
+precision), which enters no fingerprint either.
 """
 
 from __future__ import annotations
@@ -11,15 +11,12 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from cast_ray.plan.graph import HOW_IT_RUNS
-from cast_ray.recipe import CONTRASTIVE_PRESETS
-from cast_ray.recipe.teachers import HOW_IT_RUNS as TEACHER_HOW_IT_RUNS
+from cast_ray.recipe import CONTRASTIVE_PRESETS, Recipe
+from cast_ray.recipe.part import CHANGES_NO_RESULT, marked
 
 NO_SETTING = frozenset(
-    {"seed", "labels.mode", "evaluation.batch", "evaluation.every_steps", "pseudo.on_empty"}
-    | {"data.verify", "data.max_image_pixels", "data.max_bad_fraction"}
+    {"seed", *marked(Recipe, CHANGES_NO_RESULT)}
     | {f"stages.{stage}.batch_unlabelled" for stage in ("pretrain", "adapt", "refine")}
-    | {f"teacher.{part}.{name}" for part, names in TEACHER_HOW_IT_RUNS.items() for name in names}
 )
 """Dotted keys that change no result. Those under `data` may only decide which bad images are left out, and another set
 of images is another dataset, which its content hash tells; three stages read no unlabelled image."""
@@ -35,7 +32,7 @@ def settings_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted key -> value of a recipe's settings, as JSON has them.
 
     Args:
-        recipe: as plain data (`Recipe.model_dump`, or from a `result.json`).
+        recipe: a recipe as plain data (`Recipe.model_dump`, or from a `result.json`).
     """
     flat = flatten(json.loads(json.dumps(recipe, default=list)))
     settings = {key: value for key, value in flat.items() if not changes_nothing(key) and key not in OF_PRECISION}
@@ -47,9 +44,7 @@ def settings_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 def changes_nothing(key: str) -> bool:
     """Whether a dotted recipe key is a seed, or says where and how it runs."""
-    part, _, name = key.rpartition(".")
-    is_runtime = part == "runtime" and key not in OF_PRECISION
-    return key in NO_SETTING or is_runtime or (part.startswith("stages.") and name in HOW_IT_RUNS)
+    return key in NO_SETTING or (key.startswith("runtime.") and key not in OF_PRECISION)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -69,5 +64,6 @@ def overridden(overrides: Iterable[str]) -> set[str]:
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any], besides: Collection[str] = ()) -> list[str]:
-    """Keys whose values differ, apart from `besides`; a key that one of both lacks (an older version) is unknown."""
+    """Returns the keys whose values differ, apart from `besides`. A key that one of both lacks (from an older version)
+    is unknown."""
     return [key for key, value in one.items() if key not in besides and key in other and other[key] != value]

@@ -11,16 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeAlias
 
-from cast_ray.plan.graph import HOW_IT_RUNS, Stage
+from cast_ray.plan.graph import Stage
 from cast_ray.recipe import (
     ContrastiveConfig,
     DataConfig,
+    EvaluationConfig,
     LossConfig,
     ModelConfig,
     PseudoConfig,
     Recipe,
     TrainConfig,
 )
+from cast_ray.recipe.part import CHANGES_NO_RESULT, marked
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class TrainPart(StagePart):
 
     @property
     def model(self) -> Model:
-        """What is trained."""
+        """The segmenter or the teacher that is trained."""
         fields = self.config["model"]
         return PublishedTeacher(fields) if is_published(fields) else ModelConfig(**fields)
 
@@ -188,6 +190,11 @@ class EvaluatePart(StagePart):
     kind = "evaluate"
 
     @property
+    def settings(self) -> EvaluationConfig:
+        """How the model is measured; the size of a forward pass, which changes no metric, is the default."""
+        return EvaluationConfig(**self.config["evaluation"])
+
+    @property
     def num_images(self) -> int | None:
         """Validation images that it measures on at most; None: all."""
         return self.config.get("evaluation", {}).get("num_images")
@@ -200,4 +207,4 @@ def train_config(stage: Stage, recipe: Recipe) -> TrainConfig:
     """
     how: TrainConfig = getattr(recipe.stages, stage.name)
     part = {"batch_unlabelled": 0} | stage.config["train"]
-    return TrainConfig(**part, **how.model_dump(include=set(HOW_IT_RUNS)))
+    return TrainConfig(**part, **how.model_dump(include=set(marked(TrainConfig, CHANGES_NO_RESULT))))

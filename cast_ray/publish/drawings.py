@@ -33,7 +33,7 @@ def draw_samples(sweep: Sweep, path: Path) -> bool:
     """
     context, store = sweep.context, sweep.context.store
     for row in reversed(sweep.rows):
-        student = row.roles.get("refine") or row.roles["distill"]
+        student = row.student_stages[0]
         labels = row.roles.get("label-teacher")
         if labels is not None and store.has(student.key) and store.has(labels.key):
             break

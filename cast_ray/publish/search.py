@@ -1,4 +1,4 @@
-"""The report of a search: samplers at equal budget, best points, Pareto front, importances, a table to go on with.
+"""The report of a search: samplers at equal budget, best points, Pareto front, importances, a table of the best points.
 
 Made from the run folder's `search.json` (what was asked for) and the studies, which hold all that is known of a trial.
 """
@@ -31,7 +31,7 @@ from cast_ray.report.exports import markdown_page
 from cast_ray.report.metrics import format_value, label_of
 from cast_ray.report.notes import context_of
 from cast_ray.report.page import html_page, state_of
-from cast_ray.report.write import WATCH_EVERY_S, draw_figures
+from cast_ray.report.write import draw_figures
 from cast_ray.runtime.search.study import ENDED, best_trials, open_storage
 from cast_ray.runtime.sweep.row_results import SweepContext
 
@@ -145,9 +145,7 @@ def write_search_report(plan: SearchRun, studies: Studies, out: Path, refresh_s:
     return SearchReport(article, state[0].partition(";")[0], html, best, not pending)
 
 
-def watch_search(
-    out: Path, console: Console, stopped: threading.Event | None = None, every_s: float = WATCH_EVERY_S
-) -> SearchReport:
+def watch_search(out: Path, console: Console, every_s: float, stopped: threading.Event | None = None) -> SearchReport:
     """Writes the report of a search again whenever a trial is new, until all have ended; `stopped` ends it before."""
     stopped = stopped or threading.Event()
     told = ""
@@ -171,7 +169,7 @@ def show_search(report: SearchReport, console: Console) -> int:
 
 
 def search_article(plan: SearchRun, studies: Studies) -> Article:
-    """All that is said of a search."""
+    """Makes the whole report of a search."""
     spec = plan.spec
     made = [
         section(

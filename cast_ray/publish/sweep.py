@@ -78,7 +78,8 @@ def publish(sweep: Sweep, table: Table, out: Path, console: Console) -> int:
 
 @contextlib.contextmanager
 def _or_without(picture: str, console: Console) -> Iterator[None]:
-    """Pictures decorate a report: one that cannot be drawn, because an image is gone, is said and left out."""
+    """Leaves a picture out of the report, with a message, if it cannot be drawn, for example because an image is
+    gone."""
     try:
         yield
     except (OSError, ValueError, pa.ArrowException) as error:

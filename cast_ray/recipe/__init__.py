@@ -2,7 +2,7 @@
 
 A recipe is built from a preset (`cast_ray/presets/<name>.yaml`), one of that preset's scales and dotted overrides
 (`loss.lambda_pxl=0.2`). Unknown keys and bad values are refused with the key's full path and the nearest known key.
-Everything that can change a result is here; `stages/graph.py` cuts it into the part each stage's fingerprint covers.
+Everything that can change a result is here; `plan/graph.py` cuts it into the part each stage's fingerprint covers.
 """
 
 from cast_ray.recipe.build import (

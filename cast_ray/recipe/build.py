@@ -31,7 +31,9 @@ class Recipe(Part):
     """Everything a run needs; see each part."""
 
     preset: str
+    """Name of the preset that the fields started from, see `cast_ray/presets/`."""
     scale: Literal["smoke", "demo", "full"]
+    """Scale of the preset: smoke (a few steps), demo or full."""
     seed: Seed = 0
     """Seed of the label split, the initial weights, and the order of images and their views."""
     init_seed: Seed | None = None
@@ -120,7 +122,7 @@ class Recipe(Part):
         if self.teacher.kind == "ensemble" and self.stages.use_adapt:
             raise ValueError(
                 "teacher.kind is ensemble and stages.use_adapt is true: an ensemble is not fine-tuned as a whole; "
-                "expected use_adapt=false, or adapt each member in a run of its own and name the adapted teachers' "
+                "expected use_adapt=false, or adapt each member in its own run and name the adapted teachers' "
                 "folders in teacher.ensemble.members"
             )
         return self

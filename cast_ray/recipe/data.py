@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from cast_ray.common.registry import check_name
 from cast_ray.recipe.input_size import InputSize, Resize
-from cast_ray.recipe.part import Part, Seed
+from cast_ray.recipe.part import CHANGES_NO_RESULT, OFF_BY_DEFAULT, Part, Seed
 
 
 class ShapesConfig(Part):
@@ -19,6 +19,7 @@ class ShapesConfig(Part):
     num_train: int = Field(500, ge=8)
     """Scenes in the target style, split into labelled and unlabelled by `label_fraction`."""
     num_val: int = Field(200, ge=4)
+    """Scenes in the target style that models are evaluated on."""
     seed: Seed = 0
     """Seed of the drawing, apart from the recipe's own seed: all seeds of a sweep see the same scenes."""
 
@@ -36,23 +37,26 @@ class DataConfig(Part):
     val_annotations: str = ""
     """COCO JSON of the validation images; empty: found, else a `val_fraction` of the images is held out."""
     val_fraction: float = Field(0.25, gt=0, lt=1)
+    """Share of the training images that is held out for evaluation where there is no validation file."""
     image_dir: str = ""
     """Folder of the training images; empty: found by the usual names of COCO, CVAT, FiftyOne and Roboflow."""
     val_image_dir: str = ""
+    """Folder of the validation images; empty: found, as `image_dir`."""
     extra_annotations: str = ""
     """COCO JSON whose images are the extra unlabelled pool; empty: found (image_info_unlabeled*.json)."""
     extra_image_dir: str = ""
-    """Folder of the extra unlabelled pool; empty: found (Cityscapes' train_extra, COCO's unlabeled2017)."""
-    verify: Literal["full", "header", "none"] = "full"
+    """Folder of the extra unlabelled pool, as an absolute path, a URI or a path below `root`; empty: found (Cityscapes'
+    train_extra, COCO's unlabeled2017)."""
+    verify: Annotated[Literal["full", "header", "none"], CHANGES_NO_RESULT] = "full"
     """What is read of every image, once for a dataset: all of it, its head (the size), or nothing.
 
     `full` finds truncated files and makes the dataset's hash one of all bytes. With `header` and `none` the sizes of
     files and images stand for their content: a file that is rewritten with as many bytes, and a copy of an image under
     another name, are not noticed.
     """
-    max_image_pixels: int = Field(178_956_970, ge=1)
+    max_image_pixels: Annotated[int, CHANGES_NO_RESULT] = Field(178_956_970, ge=1)
     """Larger images are taken for decompression bombs and skipped."""
-    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    max_bad_fraction: Annotated[float, CHANGES_NO_RESULT] = Field(0.01, ge=0, le=1)
     """The run stops before training when more than this share of a split's images or annotations is unusable."""
     label_family: Literal["nested", "per-class", "list"] = "nested"
     """How the labelled images are chosen: by a hash of their ids, so with `min_per_class` of each class, or listed."""
@@ -72,35 +76,36 @@ class DataConfig(Part):
     """Share of those that D_u holds: smaller shares are inside larger ones."""
     num_unlabelled: int | None = Field(None, ge=0)
     """At most this many unlabelled images (None: no limit)."""
-    drop_empty: bool = False
+    drop_empty: Annotated[bool, OFF_BY_DEFAULT] = False
     """Leave labelled images without an object out of D_l, as the published recipes do. D_u keeps its images without
     objects: which these are is hidden. `label_fraction` counts the images before they are left out."""
     image_px: tuple[int, int] = (64, 64)
     """Height and width of the training crops, pixels."""
-    train_resize: Resize = "fit"
+    train_resize: Annotated[Resize, OFF_BY_DEFAULT] = "fit"
     """Size of a training image before `scale_jitter`: `fit` (the largest that fits into `image_px`, so that the jitter
     is relative to the crop), `native` (its own size), or [S, L]: the short side has S pixels times the jitter, the long
     side at most L."""
     scale_jitter: tuple[float, float] = (0.8, 1.25)
     """Range of the random factor of the weak view's size, relative to `train_resize`."""
-    scale_steps: int | None = Field(None, ge=2)
+    scale_steps: Annotated[int | None, OFF_BY_DEFAULT] = Field(None, ge=2)
     """Draw that factor from so many evenly spaced values of the range, its ends included; None: from all of it."""
-    whole_images: bool = False
+    whole_images: Annotated[bool, OFF_BY_DEFAULT] = False
     """Train on whole images of `train_resize`, without jitter, instead of on crops; those of a step are padded to the
     largest of them. Teachers from published checkpoints are trained so, see `teacher.image_px`."""
-    inference_resize: Resize = "fit"
+    inference_resize: Annotated[Resize, OFF_BY_DEFAULT] = "fit"
     """Size of an image for evaluation, validation, prediction and the labels of an expert: `fit` (fitted into
     `image_px` and padded), `native` (its own size), or [S, L]: the short side has S pixels, the long side at most L.
     A trained model is saved with it."""
     flip: bool = True
-    color: Literal["jitter", "ssd"] = "jitter"
+    """Mirror a training image with probability 0.5."""
+    color: Annotated[Literal["jitter", "ssd"], OFF_BY_DEFAULT] = "jitter"
     """Colours of the weak view. jitter: brightness, contrast and saturation by up to `color_jitter`. ssd: those of SSD
     (Liu et al. 2016) as Mask2Former has them: brightness +-32 of 255, contrast and saturation times .5 to 1.5, hue +-18
     of 180, each with probability .5."""
     color_jitter: float = Field(0.1, ge=0)
     """Strength of the weak view's colour jitter (`color=jitter`); the strong view's is fixed by the paper
     (.4/.4/.4/.1)."""
-    copy_paste: float = Field(0.0, ge=0, le=1)
+    copy_paste: Annotated[float, OFF_BY_DEFAULT] = Field(0.0, ge=0, le=1)
     """Probability that an image of the student (2b) gets instances of a random labelled image pasted over it; both are
     crops of one size, so not with `whole_images`."""
     shapes: ShapesConfig = ShapesConfig()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cast_ray.recipe.part import Part
+from cast_ray.recipe.part import CHANGES_NO_RESULT, Part
 
 FIXED_SIZE_BATCH = 8
 
@@ -14,9 +14,9 @@ FIXED_SIZE_BATCH = 8
 class LabelsConfig(Part):
     """How pseudo-labels reach training (1b, 2a); which predictions become labels is the part `pseudo`."""
 
-    mode: Literal["offline", "online"] = "offline"
+    mode: Annotated[Literal["offline", "online"], CHANGES_NO_RESULT] = "offline"
     """offline: a labelling stage writes all of them once, for every stage and row that needs them. online: teachers on
-    devices of their own label each image as it is drawn, while the student trains. A frozen teacher's labels, and so
+    separate devices label each image as it is drawn, while the student trains. A frozen teacher's labels, and so
     all results, are the same either way."""
     refresh_steps: int = Field(0, ge=0)
     """Online labels of a mean teacher: every so many steps the weight average of the model in training (`ema` of its

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from cast_ray.common.registry import PATTERN
-from cast_ray.recipe.part import Part
+from cast_ray.recipe.part import OFF_BY_DEFAULT, Part
 
 
 class LossConfig(Part):
@@ -16,31 +16,40 @@ class LossConfig(Part):
 
     lambda_semi: float = Field(1.0, ge=0)
     """Weight of the pseudo-label loss of the student. The teacher's own (1c) is 1 where this is above 0."""
-    semi_view: Literal["weak", "strong"] = "weak"
+    semi_view: Annotated[Literal["weak", "strong"], OFF_BY_DEFAULT] = "weak"
     """View of D_u that the student's pseudo-label loss reads. weak: the method's. strong: colours and blur make the
     task harder than the teacher's (FixMatch; Guided Distillation, with lambda_semi 2). It costs the strong view of D_u
     in the stream and, beside L_pxl, decoder and head on both views of D_u: y of L_pxl stays that of the weak one."""
-    soft_targets: Literal["off", "class", "mask", "both"] = "off"
+    soft_targets: Annotated[Literal["off", "class", "mask", "both"], OFF_BY_DEFAULT] = "off"
     """What the student's matched queries learn of a pseudo-label. off: its class and mask, as the method's. class,
     mask, both: the class distribution (no-object included) and the mask probabilities of the teacher's query in their
     place. A teacher without queries, or one that votes, gives its score (the rest is no-object's) and the mask itself.
     """
-    burn_in_fraction: float = Field(0.0, ge=0, lt=1)
+    burn_in_fraction: Annotated[float, OFF_BY_DEFAULT] = Field(0.0, ge=0, lt=1)
     """First share of the student's steps (2b) in which L_semi has weight 0, so that it learns from D_l (and L_pxl)
     alone before pseudo-labels count. 0: the method's."""
     lambda_pxl: float = Field(0.1, ge=0)
     """Weight of L_pxl, of teacher and student alike (released: 0.1; the papers sweep 0.01 to 0.5)."""
     class_weight: float = Field(2.0, ge=0)
+    """Weight of the cross-entropy of the queries' classes."""
     mask_weight: float = Field(5.0, ge=0)
+    """Weight of the binary cross-entropy of the matched masks, at the sampled points."""
     dice_weight: float = Field(5.0, ge=0)
+    """Weight of the dice loss of the matched masks, at the same points."""
     no_object_weight: float = Field(0.1, ge=0)
+    """Weight of queries without an object inside the class term, relative to matched ones."""
     cost_class: float = Field(2.0, ge=0)
     """Class cost of the matcher (transformers' Mask2FormerLoss takes 1, newer ones the loss's own weight)."""
     cost_mask: float = Field(5.0, ge=0)
+    """Cost of the masks' binary cross-entropy in the matcher."""
     cost_dice: float = Field(5.0, ge=0)
+    """Cost of the masks' dice loss in the matcher."""
     num_points: int = Field(12544, ge=1)
+    """Points P of each mask at which the mask terms are computed."""
     oversample_ratio: float = Field(3.0, ge=1)
+    """Candidates for the uncertain points, relative to `num_points` (`exact` only)."""
     importance_ratio: float = Field(0.75, ge=0, le=1)
+    """Share of the points that are the most uncertain candidates; the rest is uniform (`exact` only)."""
     exact: bool = True
     """Mask2Former's point sampling; False: faster, coarser matching points and uniform loss points."""
     proposal_weight: float = Field(1.0, ge=0)
@@ -70,9 +79,13 @@ class ContrastiveConfig(Part):
     kind: Literal["cast", "supervised", "pc2seg", "infonce", "none"] = "cast"
     """cast, or a rival: class-supervised pixel contrast, debiased pixel contrast, plain cross-view InfoNCE."""
     sampler: Literal["uniform", "mask", "class", "fusion", "oracle"] = "fusion"
+    """How the negatives of an anchor are drawn. uniform: all alike. mask, class, fusion: the likelier, the more their
+    predicted masks, classes or both differ from the anchor's. oracle: by the hidden truth, as a bound (`kind=cast`)."""
     scope: Literal["batch", "same-image", "cross-image"] = "batch"
     """Where negatives may lie: any pixel of the batch, the anchor's image only, the other images only."""
     estimator: Literal["sampled", "expectation"] = "sampled"
+    """sampled: R negatives are drawn for each anchor. expectation: every candidate counts as often as it would be drawn
+    in the mean."""
     normalise: Literal["l2", "sum"] = "l2"
     """How y is normalised before the inner product."""
     num_negatives: int = Field(64, ge=1)
@@ -88,6 +101,7 @@ class ContrastiveConfig(Part):
     temperature_end: float | None = Field(None, gt=0)
     """T at `temperature_steps` (linear); None: constant."""
     temperature_steps: int = Field(90_000, ge=1)
+    """Steps in which T goes from `temperature` to `temperature_end`."""
     hinge: float | None = None
     """max(0, s- - hinge) on the negative similarities after dividing by T; None: no hinge."""
     strong_grad: bool = True
@@ -95,11 +109,13 @@ class ContrastiveConfig(Part):
     head: Literal["shared", "frozen", "ema"] = "shared"
     """The strong view's projection head: the same, a frozen copy of the initial one, or a moving average."""
     head_ema: float = Field(0.99, ge=0, lt=1)
+    """Decay of the moving average of `head=ema`."""
     feature_stride: int | None = Field(8, ge=1)
     """Stride of the encoder map that is projected: the coarsest one not above this; None: the coarsest of all."""
     projection_dims: tuple[int, ...] = (128, 128)
     """Widths of the MLP after the encoder's own; the last is D."""
     projection_bias: bool = True
+    """Whether the layers of that MLP have biases."""
     gather: bool = True
     """Negatives from the images of all Train workers, as if they were one batch; else each worker's own only, and the
     law of the loss depends on their number."""

@@ -18,6 +18,7 @@ class EncoderConfig(Part):
     """
 
     name: str = "convnext"
+    """Name in the registry of encoders, for example convnext, vit or dinov2-s."""
     widths: tuple[int, ...] = (16, 32, 64, 128)
     """Channels of the maps, finest first; `vit` has the third of its four as the width of its tokens."""
     depths: tuple[int, ...] = (1, 1, 1, 1)
@@ -52,11 +53,15 @@ class ModelConfig(Part):
     head: Literal["masked-attention", "eomt"] = "masked-attention"
     """eomt: no decoder; the queries join the last layers of a ViT encoder (encoder-only mask transformer)."""
     hidden_dim: int = Field(48, ge=8)
+    """Channels of the decoder's maps and of the queries."""
     num_queries: int = Field(16, ge=1)
+    """Object queries: the most masks that are found in an image."""
     num_layers: int = Field(3, ge=1)
     """Masked-attention layers; with head `eomt`: encoder layers that the queries join."""
     num_heads: int = Field(4, ge=1)
+    """Attention heads of each of these layers."""
     feedforward_dim: int = Field(128, ge=8)
+    """Width of the feed-forward part of these layers."""
     proposals: bool = True
     """Initialise the queries from dense location-assigned proposals (else learnt queries, as in Mask2Former)."""
 

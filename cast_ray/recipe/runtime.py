@@ -39,8 +39,11 @@ class RuntimeConfig(Part):
     """Where and how wide it runs. Of this only `precision` enters fingerprints: the rest must not change a result."""
 
     num_workers: int = Field(1, ge=1)
+    """Ray Train workers of a train stage; they share its global batch."""
     use_gpu: bool = False
+    """Whether each worker, and each labelling actor, reserves a GPU."""
     cpus_per_worker: float = Field(0.5, gt=0)
+    """CPUs that each worker reserves."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Precision of training, labelling and evaluation (autocast). auto: bf16 where `use_gpu`, else off. The recipe
     alone decides, because results depend on it: a worker whose device does not have that precision refuses. GPUs before
@@ -50,13 +53,14 @@ class RuntimeConfig(Part):
     validate_on_gpu: bool = True
     """Where validation beside training (`evaluation.every_steps`) runs when `use_gpu`: on a GPU more, or on the CPU."""
     num_labellers: int = Field(0, ge=0)
-    """Actors of a labelling job of its own, for more (or fewer) devices than train. 0: the workers that train also
+    """Actors of a separate labelling job, for more (or fewer) devices than train. 0: the workers that train also
     label, which costs no start of actors. Of online labels: the number of teachers, 0: one."""
     cpus_per_labeller: float = Field(0.5, gt=0)
+    """CPUs that each actor of a labelling job, and each online teacher, reserves."""
     cpus_per_read: float = Field(0.2, gt=0)
     """CPUs reserved per decoding task. Use 1 on a GPU cluster, where each task keeps a core busy."""
     reads_per_stream: int = Field(2, ge=1)
-    """Decoding tasks that one worker's stream runs at a time. One core makes some 50 crops of 512x1024 a second."""
+    """Decoding tasks that one worker's stream runs at a time. One core makes about 50 crops of 512x1024 a second."""
     stream_memory_mb: int = Field(256, ge=16)
     """Object-store memory of one worker's stream: how far it may read ahead of training."""
     max_concurrent_stages: int = Field(0, ge=0)

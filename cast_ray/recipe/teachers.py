@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from cast_ray.recipe.models import ModelConfig
-from cast_ray.recipe.part import Part
+from cast_ray.recipe.part import CHANGES_NO_RESULT, Part, identity_of
 
 KINDS = ("expert", "mask2former", "grounded_sam", "sam3", "ensemble")
-PUBLISHED = KINDS[1:]
+PUBLISHED = tuple(kind for kind in KINDS if kind != "expert")
 """Kinds whose published weights label images without any training."""
 
 
@@ -36,7 +36,7 @@ class InferenceConfig(Part):
     """Per image."""
     rank_by: Literal["detector", "segmenter", "product"] = "detector"
     """The score of an instance: the detector's, the mask's predicted IoU, or both multiplied."""
-    boxes_at_a_time: int = Field(32, ge=1)
+    boxes_at_a_time: Annotated[int, CHANGES_NO_RESULT] = Field(32, ge=1)
     """Boxes that are turned into masks together: bounds memory, changes nothing else."""
 
 
@@ -54,13 +54,21 @@ class GroundedSamConfig(Part):
     segmenter_lr_factor: float = Field(0.1, gt=0)
     """The segmenter's learning rate relative to the detector's: 5e-6 of 5e-5."""
     class_weight: float = Field(1.0, ge=0)
+    """Weight of the focal loss between queries and the words of the classes."""
     box_weight: float = Field(5.0, ge=0)
+    """Weight of the L1 distance between boxes."""
     giou_weight: float = Field(2.0, ge=0)
+    """Weight of 1 - generalised IoU of boxes."""
     cost_class: float = Field(2.0, ge=0)
+    """Cost of the class in the detector's matcher."""
     cost_box: float = Field(5.0, ge=0)
+    """Cost of the L1 distance between boxes in the matcher."""
     cost_giou: float = Field(2.0, ge=0)
+    """Cost of the generalised IoU of boxes in the matcher."""
     mask_focal_weight: float = Field(20.0, ge=0)
+    """Weight of the focal loss of the segmenter's masks."""
     mask_dice_weight: float = Field(1.0, ge=0)
+    """Weight of the dice loss of the segmenter's masks."""
     mask_iou_weight: float = Field(1.0, ge=0)
     """Weight of the predicted IoU's error."""
     max_prompted: int = Field(32, ge=1)
@@ -84,7 +92,7 @@ class Sam3Config(Part):
 
     checkpoint: str = "facebook/sam3"
     """Folder or hub name."""
-    prompts_at_a_time: int = Field(16, ge=1)
+    prompts_at_a_time: Annotated[int, CHANGES_NO_RESULT] = Field(16, ge=1)
     """Pairs of an image and a class that are asked about together: bounds memory, changes nothing else."""
     max_asked: int = Field(8, ge=1)
     """Classes asked for in a training step: those of the images first, then others as negatives."""
@@ -112,9 +120,6 @@ class EnsembleConfig(Part):
     method: Literal["vote", "nms"] = "vote"
     """vote: pixels that most of the score finds inside, score averaged over all members; nms: the surest mask wins."""
 
-
-HOW_IT_RUNS = {"inference": {"boxes_at_a_time"}, "sam3": {"prompts_at_a_time"}}
-"""Fields that change no result."""
 
 CHECKPOINTS: dict[str, tuple[str, ...]] = {
     "mask2former": ("mask_transformer.checkpoint",),
@@ -144,7 +149,8 @@ class TeacherConfig(ModelConfig):
     def _members_are_known(self) -> TeacherConfig:
         for member in self.ensemble.members if self.kind == "ensemble" else ():
             if member not in KINDS and "/" not in member:
-                raise ValueError(f"ensemble.members: {member!r} is no kind ({', '.join(KINDS[1:-1])}) and no path")
+                kinds = ", ".join(kind for kind in PUBLISHED if kind != "ensemble")
+                raise ValueError(f"ensemble.members: {member!r} is no kind ({kinds}) and no path")
             if member in ("expert", "ensemble"):
                 raise ValueError(f"ensemble.members: {member!r} has no checkpoint: expected a saved teacher's folder")
         return self
@@ -175,29 +181,29 @@ class TeacherConfig(ModelConfig):
 
     def identity(self) -> dict[str, Any]:
         """What theta_T0 is made of beside the contents of its checkpoints."""
-        part: dict[str, Any] = {"kind": self.kind, "prompt": self.prompt.model_dump()}
+        part: dict[str, Any] = {"kind": self.kind, "prompt": identity_of(self.prompt)}
         if self.kind == "mask2former":
             part["unknown_classes"] = self.mask_transformer.unknown_classes
         if self.kind == "ensemble":
-            part["ensemble"] = self.ensemble.model_dump()
+            part["ensemble"] = identity_of(self.ensemble)
         return part
 
     def training_part(self) -> dict[str, Any]:
         """What a train stage of the teacher depends on beside its parents."""
         if self.kind == "expert":
-            return self.segmenter.model_dump()
+            return identity_of(self.segmenter)
         part: dict[str, Any] = {"kind": self.kind}
         if self.kind == "grounded_sam":
-            part["grounded_sam"] = self.grounded_sam.model_dump(exclude={"detector", "segmenter"})
+            part["grounded_sam"] = identity_of(self.grounded_sam, exclude=("detector", "segmenter"))
         if self.kind == "sam3":
-            part["sam3"] = self.sam3.model_dump(include={"max_asked", "contrast_queries"})
+            part["sam3"] = identity_of(self.sam3, exclude=("checkpoint",))
         return part
 
     def inference_part(self) -> dict[str, Any]:
         """What labels and evaluations of the teacher depend on beside its weights; {} where nothing."""
         if self.kind in ("expert", "mask2former"):
             return {}
-        return {"inference": self.inference.model_dump(exclude=HOW_IT_RUNS["inference"])}
+        return {"inference": identity_of(self.inference)}
 
     def settings(self) -> dict[str, Any]:
         """All that a saved teacher keeps of this, as plain data."""

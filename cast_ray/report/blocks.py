@@ -27,7 +27,7 @@ class Grid:
     marks: tuple[str, ...] = ()
 
     def first(self, num_lines: int) -> Grid:
-        """The same table with at most so many lines; one that is cut says so."""
+        """Returns the table with at most so many lines; its caption says when it is cut."""
         if len(self.body) <= num_lines:
             return self
         caption = f"{self.caption} (the first {num_lines} of {len(self.body)} lines)"

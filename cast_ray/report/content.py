@@ -175,7 +175,7 @@ class Compute:
 
 @dataclass(frozen=True)
 class Report:
-    """All that is said about the results of one table."""
+    """The report on the results of one table, before it is laid out."""
 
     table: str
     title: str

@@ -281,7 +281,8 @@ def _flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _measured(values: Mapping[str, tuple[float, Interval | None]]) -> tuple[Series, ...]:
-    """Points with their intervals; those of a single seed, which are of the images alone, look different."""
+    """Draws points with their intervals. Those of a single seed, whose intervals are of the images alone, look
+    different."""
     series = []
     for name, is_alone in (("measured", False), ("measured, 1 seed: interval of the images alone", True)):
         chosen = {r: v for r, v in values.items() if (v[1] is not None and v[1].resampled == "images") == is_alone}

@@ -27,7 +27,7 @@ _AT_LINE_START = re.compile(r"^(\d+)?([#+>=.)-])(?=\s|$)")
 
 
 def one_line(text: str) -> str:
-    """The same text without line breaks and control characters: each is a space, which no form of a report reads."""
+    """Replaces line breaks and control characters by spaces, because no form of a report may hold them."""
     return "".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
 
 

@@ -74,12 +74,12 @@ def format_value(metric: str, value: float) -> str:
 
 
 def format_signed(metric: str, value: float) -> str:
-    """With its sign; what rounds to nothing has none."""
+    """Formats a value with its sign; a value that is rounded to 0 has none."""
     text = format_value(metric, abs(value))
     return text if not float(text.replace(",", "")) else ("+" if value > 0 else "-") + text
 
 
 def format_spread(metric: str, mean: float, sd: float | None) -> str:
-    """`27.0 ±0.3`, or the mean alone where there is no deviation to tell."""
+    """Formats a mean with its standard deviation (`27.0 ±0.3`), or the mean alone if there is no deviation."""
     spread = f" ±{format_value(metric, sd)}" if sd is not None else ""
     return format_value(metric, mean) + spread

@@ -130,7 +130,7 @@ def draw_svg(panel: Panel, place: int = 0) -> str:
     """One panel as an `<svg>` element in the colours of the page, with a label for those who do not see it.
 
     Args:
-        place: of the panel on its page: no two elements of a page may have one id.
+        place: position of the panel on its page, since no two elements of a page may have the same id.
     """
     with matplotlib.rc_context(PLAIN_TEXT | {"svg.fonttype": "none", "svg.hashsalt": f"panel {place}"}):
         canvas = Canvas(figsize=(PANEL_INCHES[0], _height(panel)), layout="constrained")

@@ -52,10 +52,10 @@ def summarise(
     """Everything the report of some results says.
 
     Args:
-        results: as from `read_results`, all of one table.
+        results: results of one table, as `read_results` returns them.
         table: title, order of rows, baseline and paper values; None: the table that the results name, if it is one of
             `sweeps/tables`, else the rows in the order they come with the first as baseline.
-        name: of the table; None: the results say it.
+        name: name of the table; None: the one that the results name.
         pending: (row, seed) that are still to come.
         resampling: per-image data of the results; None: intervals are over seeds alone.
 

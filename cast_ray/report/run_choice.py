@@ -1,4 +1,4 @@
-"""Which folder a run's results go to: runs of the same settings share one, others get a folder of their own."""
+"""Which folder a run's results go to: runs of the same settings share one, and other runs get a separate one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cast_ray.report.run_folder import PLAN, RESULT, RunRequest, read_plan, read
 from cast_ray.report.settings import value_words
 
 DIGITS = 6
-"""Digits of the digest at the end of the name of a folder of its own."""
+"""Digits of the digest at the end of the name of a separate folder."""
 MAX_NAMED = 4
 
 
@@ -32,7 +32,7 @@ class RunChoice:
     differences: tuple[str, ...] = ()
 
     def words(self, out: Path) -> str:
-        """Where results go, and why not into the folder that one would expect."""
+        """The folder that results go to, and why it is not the one that a user would expect."""
         if not self.beside:
             return str(out / self.name)
         return f"{out / self.name}, because {out / self.beside} holds other settings: {named(self.differences)}"
@@ -94,7 +94,7 @@ def _is_used(folder: Path) -> bool:
 
 
 def _differences(folder: Path, table: Table, settings: Mapping[str, Any]) -> list[str]:
-    """In what a folder's results differ from a run of a table, in words; [] where nothing is known to."""
+    """Says in words how the results in a folder differ from a run of a table; [] if no difference is known."""
     plan = read_plan(folder)
     if plan.settings:
         return _plan_differences(plan, table, settings)
@@ -127,7 +127,7 @@ def _plan_differences(plan: RunRequest, table: Table, settings: Mapping[str, Any
 
 
 def _located(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """With the dataset's folder as every folder of this machine names it."""
+    """Returns the settings with the absolute path of the dataset's folder."""
     root = settings.get("data.root")
     return dict(settings) | ({"data.root": absolute(root)} if root else {})
 

@@ -14,7 +14,7 @@ MAX_KEYS, MAX_ROWS = 6, 4
 
 
 def averageable(results: Sequence[Result]) -> tuple[list[Result], list[str]]:
-    """The results whose seeds may be averaged, and a note on each one that is left out.
+    """Returns the results whose seeds may be averaged, and a note on each one that is left out.
 
     Of a row's results with different settings those count that agree with its newest finished one.
     """
@@ -66,7 +66,7 @@ def mixed_settings(results: Sequence[Result], table: Table | None) -> list[str]:
 
 
 def _settings(result: Result) -> dict[str, Any]:
-    """Without where the dataset lies: another dataset is told by its content hash."""
+    """Leaves out where the dataset lies: its content hash tells one dataset from another."""
     return {k: v for k, v in settings_of(result.recipe).items() if k not in LOCATIONS}
 
 

@@ -176,7 +176,7 @@ class Resampling:
         role, measure = split_metric(metric)
         if measure != "mask_ap" or result.folder is None or not self.num_replicates:
             return None
-        # the final model is the refined student where there is one
+        # the final model is the refined student, if the row has one
         for name in (role, "refined", "student") if role == "final" else (role,):
             path = result.folder / matches_file(name)
             if path not in self.loaded:

@@ -116,7 +116,7 @@ def difference_text(difference: Difference | None, row: RowSummary, report: Repo
 
 
 def interval_text(difference: Difference | None) -> str:
-    """`+5.4 to +9.1`; a single seed's is marked as of the images alone."""
+    """`+5.4 to +9.1`; a single seed's is marked, because it covers the images alone."""
     if difference is None or difference.interval is None:
         return "same model" if difference is not None and difference.same_artifact else ""
     low, high = (format_signed(difference.metric, v) for v in (difference.interval.low, difference.interval.high))

@@ -24,8 +24,6 @@ from cast_ray.report.run_folder import PLAN, RESULT, read_plan, read_run
 from cast_ray.report.sections import sections_of
 from cast_ray.report.tables import print_report
 
-WATCH_EVERY_S = 5
-
 
 @dataclass(frozen=True)
 class Written:
@@ -55,7 +53,7 @@ def write_report(
         tell: called with a line now and then while it takes long.
 
     Raises:
-        ValueError: as `read_run`.
+        ValueError: the run folder cannot be read, see `read_run`.
     """
     run = read_run(run_dir)
     reports = summarise_run(run, tell)
@@ -96,7 +94,7 @@ def rebuild_report(run_dir: str | Path, console: Console) -> Written:
     """Writes the report of a run folder again; of a sweep that was stopped, with the results that its store has.
 
     Raises:
-        ValueError: as `read_run`.
+        ValueError: the run folder cannot be read, see `read_run`.
     """
     run = read_run(run_dir)
     if run.pending() and run.plan.results_uri:
@@ -104,20 +102,23 @@ def rebuild_report(run_dir: str | Path, console: Console) -> Written:
         try:
             fetch_results(run_dir)
         except (OSError, pa.ArrowException) as error:  # the cluster may be gone
-            console.print(f"The sweep's store does not answer, so its results here only: {error}", soft_wrap=True)
+            console.print(
+                f"The sweep's store cannot be read, so the report holds only the results in its folder: {error}",
+                soft_wrap=True,
+            )
     return write_report(run_dir, tell=console.print)
 
 
 def watch_report(
-    run_dir: str | Path, console: Console, stopped: threading.Event | None = None, every_s: float = WATCH_EVERY_S
+    run_dir: str | Path, console: Console, every_s: float, stopped: threading.Event | None = None
 ) -> Written | None:
     """Writes the report again whenever a result is new, until all that the sweep was asked for are there.
 
     Results are taken from the run folder and, while the sweep runs, from the store that it writes to.
 
     Args:
-        stopped: ends the watch early; None: only the last result does.
         every_s: how often to look, and how often the page reloads itself.
+        stopped: ends the watch early; None: only the last result does.
 
     Returns:
         The last report; None when there was never one.

@@ -37,7 +37,7 @@ class BoxSegmenter(nn.Module):
 
     @classmethod
     def load(cls, folder: Path, field: str) -> BoxSegmenter:
-        """From a hub-format folder. Raises ValueError, see `load_model`."""
+        """Loads the segmenter from a folder in the hub's format. Raises ValueError, see `load_model`."""
         return cls(load_model(MODELS, folder, field), load_processor(folder, field))
 
     def save(self, folder: Path) -> None:
@@ -98,7 +98,7 @@ class BoxSegmenter(nn.Module):
     def masks_in_parts(
         self, embeddings: Sequence[torch.Tensor], image: torch.Tensor, corners: torch.Tensor, boxes_at_a_time: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `masks`, without gradients, holding the decoder's activations of a few boxes at a time."""
+        """Makes masks like `masks`, without gradients, holding the decoder's activations of a few boxes at a time."""
         if not len(image):
             side = self.mask_px
             return corners.new_zeros((0, side, side)), corners.new_zeros(0)

@@ -102,7 +102,7 @@ def load_model(kinds: dict[str, type[PreTrainedModel]], folder: Path, field: str
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{field}: {str(folder)!r}: the weights cannot be loaded: {first_line(error)}") from None
     wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if wrong:  # transformers would go on with random values and a warning
+    if wrong:  # transformers would continue with random values and a warning
         raise ValueError(f"{field}: {str(folder)!r} lacks {len(wrong)} weights of its model: {', '.join(wrong[:3])}")
     return model.eval()
 
@@ -159,7 +159,7 @@ def _free_memory() -> int | None:
 
 
 class quiet_transformers:
-    """Without transformers' progress bars and reports, which would be repeated by every actor."""
+    """Switches off transformers' progress bars and reports, which every actor would repeat."""
 
     def __enter__(self) -> None:
         self.bars = transformers_logging.is_progress_bar_enabled()

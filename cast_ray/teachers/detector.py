@@ -70,7 +70,7 @@ class TextDetector(nn.Module):
 
     @classmethod
     def load(cls, folder: Path, field: str) -> TextDetector:
-        """From a hub-format folder. Raises ValueError, see `load_model`."""
+        """Loads the detector from a folder in the hub's format. Raises ValueError, see `load_model`."""
         return cls(
             load_model(MODELS, folder, field), load_tokenizer(folder, field), load_processor(folder, field), field
         )
@@ -123,7 +123,7 @@ class TextDetector(nn.Module):
         return found, dict(zip(self.feature_dims, kept[0]))
 
     def encode(self, images: torch.Tensor) -> dict[int, torch.Tensor]:
-        """The backbone's maps of training images alone, as of `forward`."""
+        """Returns the backbone's maps of training images alone, see `forward`."""
         features = self.model.model.backbone.conv_encoder.model(self.training_pixels(images)).feature_maps
         return dict(zip(self.feature_dims, features))
 

@@ -26,7 +26,7 @@ class EnsembleTeacher(Teacher):
 
     kind = "ensemble"
     why_not_trained = (
-        "set stages.use_adapt=false, or adapt each member in a run of its own and name the folders of the adapted "
+        "set stages.use_adapt=false, or adapt each member in its own run and name the folders of the adapted "
         "teachers in teacher.ensemble.members"
     )
 

@@ -14,7 +14,8 @@ AnyInstance = TypeVar("AnyInstance", bound=Instance)
 
 
 def suppress(instances: Sequence[AnyInstance], iou_threshold: float) -> list[AnyInstance]:
-    """Non-maximum suppression of masks: of those of one class that overlap by `iou_threshold` the surest stays.
+    """Non-maximum suppression of masks: among masks of one class that overlap by `iou_threshold`, the one with the
+    highest score stays.
 
     Returns:
         The instances that stay, in falling score order.

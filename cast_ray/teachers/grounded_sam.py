@@ -72,7 +72,7 @@ class GroundedSamTeacher(Teacher):
         self.segmenter.save(folder / "segmenter")
 
     def prompts(self) -> list[Prompt]:
-        """Those of all classes, on the device."""
+        """Returns the prompts of all classes, on the device."""
         if not self._prompts or self._prompts[0].input_ids.device != self.device:
             self._prompts = [prompt.to(self.device) for prompt in self.prompter.all_prompts()]
         return self._prompts
@@ -263,7 +263,7 @@ class GroundedSamNetwork(TrainedNetwork):
         return Output(predictions, *self.projector(features[self.stride], strong_features))
 
     def _prompt_for(self, targets: Sequence[Targets]) -> Prompt:
-        """All classes where they fit into one prompt; else those of the targets, then others at random."""
+        """Chooses all classes if they fit into one prompt, otherwise those of the targets and then others at random."""
         prompts = self.prompter.all_prompts()
         if len(prompts) == 1:
             return prompts[0]

@@ -272,7 +272,8 @@ def add_labels(model: Any, names: Sequence[str]) -> None:
 
 
 def match_labels(id2label: dict[int, str], categories: Sequence[Category], config: PromptConfig) -> list[list[int]]:
-    """Per class the checkpoint's labels for it: those of its synonyms where it has any, else the one of its name.
+    """Returns for each class the checkpoint's labels: those of its synonyms if it has any, otherwise the one of its
+    name.
 
     Raises:
         ValueError: a class without a label, or two classes with the same; names them and the nearest labels.

@@ -91,7 +91,7 @@ def _build(kind: type[PreTrainedModel], settings: Any) -> PreTrainedModel:
 
 @contextmanager
 def _unchecked() -> Iterator[None]:
-    """Without transformers' checks of tensors' values, of which tensors on the meta device have none."""
+    """Switches off transformers' checks of tensors' values, because tensors on the meta device have no values."""
     name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
     before = os.environ.get(name)
     os.environ[name] = "1"

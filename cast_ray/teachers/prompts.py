@@ -13,9 +13,6 @@ import torch
 from cast_ray.contracts.records import Category, class_names
 from cast_ray.recipe import PromptConfig
 
-DELIMITERS = (".", "?")
-"""What parts a prompt for Grounding DINO; never inside a class's words."""
-
 
 @dataclass(frozen=True)
 class Phrase:
@@ -144,7 +141,7 @@ class Prompter:
         return 2 + sum(len(p.ids) + 1 for p in phrases)
 
     def all_prompts(self) -> list[Prompt]:
-        """As few prompts as hold all classes, in their order; a class is never cut in two."""
+        """Makes as few prompts as hold all classes, in their order; a class is never divided between two prompts."""
         groups: list[list[Phrase]] = [[]]
         for phrases in self.phrases:
             if self._length([*groups[-1], *phrases]) > self.max_tokens:

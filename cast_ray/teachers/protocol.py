@@ -121,7 +121,7 @@ class Teacher(nn.Module, ABC):
         """`predict` on the device, with all sizes given."""
 
     def for_training(self, contrastive: ContrastiveConfig | None) -> tuple[TrainedNetwork, TeacherTerms | None]:
-        """A network over this teacher's own weights, and its terms (None: those of a segmenter).
+        """Makes a network over this teacher's own weights, and its loss terms (None: those of a segmenter).
 
         Raises:
             ValueError: the kind cannot be fine-tuned.
@@ -135,7 +135,7 @@ class Teacher(nn.Module, ABC):
 
     @abstractmethod
     def save_weights(self, folder: Path) -> None:
-        """Writes models, tokenizers and processors in transformers' own format, each in a folder of its own."""
+        """Writes models, tokenizers and processors in transformers' own format, each in its folder."""
 
     @classmethod
     @abstractmethod
@@ -146,7 +146,7 @@ class Teacher(nn.Module, ABC):
         categories: Sequence[Category],
         input_size: InputSize | tuple[int, int],
     ) -> Teacher:
-        """From the folders of its checkpoints, by the recipe's field (`teacher.sam3.checkpoint`).
+        """Loads the teacher from the folders of its checkpoints, by the recipe's field (`teacher.sam3.checkpoint`).
 
         Raises:
             ValueError: a checkpoint that is missing, incomplete or of another type; a class that it does not know.

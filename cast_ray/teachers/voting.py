@@ -31,7 +31,7 @@ def predict_by_vote(
     scale of 1 and no flip it is what the teacher predicts, of at least `score_threshold`.
 
     Args:
-        images, image_hw, resized_hw: as of `Teacher.predict`.
+        images, image_hw, resized_hw: see `Teacher.predict`.
     """
     asked = list(product(config.vote_scales, (False, True) if config.vote_flip else (False,)))
     if asked == [(1.0, False)]:

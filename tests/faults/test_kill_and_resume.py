@@ -1,4 +1,4 @@
-"""The command is killed in the middle of a stage; the same command goes on to the same weights."""
+"""The command is killed in the middle of a stage; the same command resumes and reaches the same weights."""
 
 from __future__ import annotations
 

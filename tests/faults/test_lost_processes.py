@@ -1,4 +1,4 @@
-"""Processes of a running sweep are killed, a training worker and then a row's driver; the command itself goes on."""
+"""Processes of a running sweep are killed, a training worker and then a row's driver; the command itself continues."""
 
 from __future__ import annotations
 

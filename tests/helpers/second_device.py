@@ -129,11 +129,7 @@ def _train(device: torch.device, resume: TrainState | None, folder: str) -> tupl
         cast(Objective, Squares()),
         _batches(resume.step if resume else 0),
         SCHEDULE,
-        fingerprint="f",
-        seed=0,
-        world=World(device=device),
-        resume=resume,
-        hooks=loop.TrainHooks(on_checkpoint=save),
+        loop.RunSettings("f", 0, World(device=device), resume=resume, hooks=loop.TrainHooks(on_checkpoint=save)),
     )
     curve = [{k: v for k, v in entry.items() if k != "images_per_s"} for entry in result.curve]
     return curve, network.layer.weight.detach().cpu()

@@ -9,7 +9,7 @@ import torch
 from training_scenes import make_batch
 
 from cast_ray.contracts.records import Batch, Category
-from cast_ray.engine.loop import train
+from cast_ray.engine.loop import RunSettings, train
 from cast_ray.engine.objective import Objective
 from cast_ray.engine.world import World
 from cast_ray.recipe import ContrastiveConfig, LossConfig, TrainConfig
@@ -40,9 +40,7 @@ def run_steps(teacher: Teacher, contrastive: ContrastiveConfig | None, steps: in
         Objective(loss, contrastive, criterion=terms, proposals=False),
         forever(),
         settings,
-        fingerprint="f",
-        seed=0,
-        world=World(),
+        RunSettings("f", 0, World()),
     )
     return [entry["loss"] for entry in result.curve]
 

@@ -11,7 +11,7 @@ import torch
 
 from cast_ray.contracts.records import Batch, Targets
 from cast_ray.engine.checkpoint import TrainState
-from cast_ray.engine.loop import TrainHooks, TrainResult, train
+from cast_ray.engine.loop import RunSettings, TrainHooks, TrainResult, train
 from cast_ray.engine.objective import Objective
 from cast_ray.engine.world import World
 from cast_ray.models.cast_network import CastNetwork
@@ -133,6 +133,7 @@ def run(
     objective: Any = None,
     seed: int = 0,
     amp: Precision = "off",
+    stop_step: int | None = None,
     **hooks: Any,
 ) -> Run:
     """Trains the tiny network and keeps a copy of every checkpoint's state, whose tensors are the live ones."""
@@ -143,11 +144,14 @@ def run(
         objective or Objective(loss, contrastive),
         stream,
         config,
-        fingerprint="f",
-        seed=seed,
-        world=world or World(),
-        amp=amp,
-        resume=resume,
-        hooks=TrainHooks(**{"on_checkpoint": lambda state: states.append(copy.deepcopy(state))} | hooks),
+        RunSettings(
+            "f",
+            seed,
+            world or World(),
+            amp,
+            resume,
+            stop_step,
+            TrainHooks(**{"on_checkpoint": lambda state: states.append(copy.deepcopy(state))} | hooks),
+        ),
     )
     return Run(network, result, states)

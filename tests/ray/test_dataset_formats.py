@@ -21,7 +21,11 @@ from cast_ray.runtime.cluster import Cluster
 from cast_ray.runtime.data import dataset as dataset_module
 from cast_ray.runtime.sweep import run as sweep_module
 
-WRITERS = {"cityscapes": write_cityscapes, "ade20k": write_ade20k}
+WRITERS: dict[str, tuple[Callable[..., Path], int]] = {
+    "cityscapes": (write_cityscapes, 8),
+    "ade20k": (write_ade20k, 100),
+}
+"""Preset -> what writes a folder of 8 training and 4 validation images, and the number of classes."""
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -44,9 +48,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
 
 @pytest.mark.parametrize("preset", WRITERS)
 def test_a_plan_of_every_format(tmp_path: Path, run: Run, preset: str) -> None:
-    code, out, err = run(preset, WRITERS[preset](tmp_path / "data"))
+    write, num_classes = WRITERS[preset]
+    code, out, err = run(preset, write(tmp_path / "data"))
     assert code == 0, err
-    assert "8 train, 4 val" in out and f"{8 if preset == 'cityscapes' else 100} classes" in out
+    assert "8 train, 4 val" in out and f"{num_classes} classes" in out
     assert "stages " in out and "0 found in the store" in out
 
 
@@ -152,7 +157,7 @@ def results_of(folder: Path, preset: str) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("preset", WRITERS)
 def test_the_whole_path(tmp_path: Path, start_sweep: Any, preset: str) -> None:
     extra = {"num_extra": 4} if preset == "cityscapes" else {}
-    root = WRITERS[preset](tmp_path / "data", num_train=12, **extra)
+    root = WRITERS[preset][0](tmp_path / "data", num_train=12, **extra)
     bad = next(root.glob("leftImg8bit/train/*/*.png" if extra else "images/training/*.jpg"))
     bad.write_bytes(bad.read_bytes()[:-60])
     settings = [f"data.root={root}", "data.max_bad_fraction=0.5", "pseudo.score_threshold=0.01"]

@@ -19,7 +19,7 @@ from cast_ray.models.segmenter import build_segmenter
 from cast_ray.plan.graph import Stage
 from cast_ray.recipe import InputSize, PseudoConfig, Recipe, RuntimeConfig, build_recipe
 from cast_ray.runtime.data.images import Images
-from cast_ray.runtime.data.pictures import Pictures, picture_dataset, pictures
+from cast_ray.runtime.data.pictures import Pictures, read_pictures
 from cast_ray.runtime.data.resources import configure_data, stream_bundle
 from cast_ray.runtime.data.training_stream import SampleRules, StepShare, training_stream
 from cast_ray.runtime.placement import reserve
@@ -141,10 +141,9 @@ def test_the_workers_that_train_label_the_same(offline: LabelJob, store: Artifac
     for rank in (1, 0):
         with reserve([stream_bundle(RUNTIME)]) as group:
             configure_data(group, RUNTIME, 0)
-            dataset = picture_dataset(
+            for block in read_pictures(
                 job.images.records, job.images.unlabelled, job.input_size, RUNTIME, missing[rank::2], skip_bad=True
-            )
-            for block in pictures(dataset):
+            ):
                 job.write(block, labeller.label(block))
     assert job.missing(job.blocks) == []
     job.join()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cast_ray.cli.main import main
 from cast_ray.plan.graph import artifact_key
 from cast_ray.runtime.store.artifacts import ArtifactStore
 
@@ -110,6 +111,9 @@ def test_a_refreshed_teacher_survives_a_kill(tmp_path: Path, offline: Path, star
     assert weights(whole, "adapt") == weights(offline, "adapt")
     assert weights(whole, "selftrain") != weights(offline, "selftrain")
     assert stages(whole)["selftrain"]["fingerprint"] != stages(offline)["selftrain"]["fingerprint"]
+    for stage in ("selftrain", "distill"):  # again in this process, with teachers of its own
+        key = artifact_key("train", stages(whole)[stage]["fingerprint"])
+        assert main(["store", "run", key, "--storage", str(whole / "storage")]) == 0, stage
     for folder in (killed, whole):
         refresh = folder / "storage/refresh"
         assert not refresh.exists() or not list(refresh.iterdir())

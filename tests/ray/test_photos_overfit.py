@@ -19,7 +19,7 @@ from cast_ray.contracts.instance import Instance
 from cast_ray.contracts.records import Batch, Category, Targets
 from cast_ray.data.reading.images import read_image
 from cast_ray.data.views import fit_image
-from cast_ray.engine.loop import TrainResult, train
+from cast_ray.engine.loop import RunSettings, TrainResult, train
 from cast_ray.engine.objective import Objective
 from cast_ray.engine.world import World
 from cast_ray.models.cast_network import CastNetwork
@@ -92,9 +92,7 @@ def learn(config: ModelConfig, num_classes: int, batch: Batch, steps: int, lr: f
         Objective(LOSS, None, proposals=config.proposals),
         iter([batch] * steps),
         TrainConfig(steps=steps, lr=lr, ema=0.99, warmup_steps=20),
-        fingerprint="f",
-        seed=0,
-        world=World(),
+        RunSettings("f", 0, World()),
     )
     return network.segmenter.eval(), result
 

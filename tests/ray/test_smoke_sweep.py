@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from cast_ray.cli.main import main
 from cast_ray.contracts.manifest import DatasetManifest
 from cast_ray.contracts.records import Category, ClassMap
 from cast_ray.evaluation.label_audit import audit_images, summarise_audit
@@ -193,6 +194,32 @@ def test_labels_are_audited_against_the_hidden_truth(folder: Path, first: Outcom
         whole = audit_images([hidden[row["image_id"]] for row in labels], labels, classes)
         assert audit == summarise_audit(whole, classes)
         assert (audit["num_images"], audit["num_labels"]) == (12, sum(len(row["instances"]) for row in labels))
+
+
+def test_stored_stages_run_again_without_ray_and_give_the_same(
+    folder: Path, first: Outcome, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What workers of Ray Train made in the sweep, made in this process: losses, labels and metrics."""
+    storage = folder / "storage"
+    before = {path: path.stat().st_mtime_ns for path in storage.rglob("*") if path.is_file()}
+    result = first.results["sup+semi+pxl"]
+    store = ArtifactStore(str(storage))
+    teachers = evaluation_of(store, result, "selftrain")["fingerprint"]
+    said = (
+        "the curve is equal to the stored one",
+        "equal to the stored ones",
+        "the metrics are equal to the stored ones",
+    )
+    for kind, fingerprint, words in (
+        ("train", stage(result, "distill")["fingerprint"], said[0]),
+        ("train", stage(result, "selftrain")["fingerprint"], said[0]),
+        ("label", stage(result, "label-teacher")["fingerprint"], said[1]),
+        ("evaluate", teachers, said[2]),
+    ):
+        code = main(["store", "run", artifact_key(kind, fingerprint), "--storage", str(storage)])
+        output = "".join(capsys.readouterr())
+        assert code == 0 and words in output, output
+    assert {path: path.stat().st_mtime_ns for path in storage.rglob("*") if path.is_file()} == before
 
 
 def test_a_second_run_needs_no_ray(first: Outcome, second: Outcome) -> None:

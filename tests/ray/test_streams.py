@@ -20,7 +20,7 @@ from cast_ray.contracts.records import Batch
 from cast_ray.recipe import InputSize, RuntimeConfig
 from cast_ray.runtime import ray_internals
 from cast_ray.runtime.data.images import Images
-from cast_ray.runtime.data.pictures import picture_dataset, pictures
+from cast_ray.runtime.data.pictures import read_pictures
 from cast_ray.runtime.data.resources import configure_data, stream_bundle
 from cast_ray.runtime.data.training_stream import SampleRules, StepShare, training_stream
 from cast_ray.runtime.placement import reserve
@@ -169,7 +169,7 @@ def test_a_bad_image_ends_the_stream_by_name(tmp_path: Path, content: Any, reaso
     assert str(bad) in str(error.value) and reason in str(error.value)
     with pytest.raises(ValueError, match=r"image 9\.png"), reserve([stream_bundle(RUNTIME)]) as group:
         configure_data(group, RUNTIME, 0)
-        list(pictures(picture_dataset(ray.put(table), np.arange(NUM_IMAGES), InputSize("fit", (24, 32)), RUNTIME)))
+        list(read_pictures(ray.put(table), np.arange(NUM_IMAGES), InputSize("fit", (24, 32)), RUNTIME))
 
 
 def test_a_stream_ahead_of_its_consumer_does_not_spin(

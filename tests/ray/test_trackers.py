@@ -162,7 +162,9 @@ def test_a_tracker_that_fails_is_switched_off(tmp_path: Path) -> None:
         callback.on_trial_result(iteration=1, trials=[], trial=trial, result={"student/mask_ap": 1.0})
     callback.on_trial_complete(iteration=1, trials=[], trial=trial)
     assert pickle.loads(pickle.dumps(callback)) is not None  # as Tune does with its settings
-    assert len(told) == 1 and told[0].startswith("TensorBoard is switched off, the sweep goes on: NotADirectoryError")
+    assert len(told) == 1 and told[0].startswith(
+        "TensorBoard is switched off, and the sweep continues without it: NotADirectoryError"
+    )
 
 
 def test_a_missing_package_is_told_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,7 +128,7 @@ def read_annotations(
     """Reads one COCO annotation file and looks its images up.
 
     Args:
-        listing: of the dataset's folder; no image outside it is taken.
+        listing: files of the dataset's folder; no image outside it is taken.
         annotation_file: relative to it, or an absolute path or URI.
         image_dirs: see `find_images`.
         config: `max_image_pixels`.
@@ -163,7 +163,7 @@ class _Reader:
     def _images(
         self, entries: list[dict[str, Any]], image_dirs: Sequence[str], split: str, file: str
     ) -> tuple[dict[int | str, dict[str, Any]], list[FoundImage], list[Skipped]]:
-        """Entries of an annotation file by id; those whose file can be used; what is left out of either."""
+        """Returns entries of an annotation file by id, those whose file can be used, and what is left out of either."""
         images, skipped = usable_images(entries, split, file)
         found, missing = find_images(self.listing, images, image_dirs, self.config.max_image_pixels, split, file)
         skipped += missing

@@ -1,4 +1,4 @@
-"""A COCO annotation file, found, parsed and checked: whatever is wrong with it is said in one line."""
+"""A COCO annotation file, found, parsed and checked: any fault in it is reported in one line."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ def read_document(uri: str, file: str, expected: Sequence[str] = PARTS) -> dict[
     Args:
         uri: where it is.
         file: its name in messages.
-        expected: of images, annotations and categories; a part that is neither expected nor there is an empty list.
+        expected: which of images, annotations and categories must be there; a part that is neither expected
+            nor there is an empty list.
 
     Raises:
         ValueError: unreadable, not JSON, not COCO, or without images; the message names the file and the field.

@@ -28,8 +28,8 @@ def encode_segmentation(segmentation: Any, height: int, width: int) -> bytes:
             with `size` and compressed (string) or uncompressed (list) `counts`. Polygons are filled by the even-odd
             rule as pycocotools does it, and cut off at the image's border. Parts without an inside (fewer than three
             points, an odd number of coordinates) are left out where another part has one.
-        height: of the image, pixels.
-        width: of the image, pixels.
+        height: height of the image, pixels.
+        width: width of the image, pixels.
 
     Raises:
         ValueError: what is wrong with it, in a few words, as a reason to skip the annotation.

@@ -14,13 +14,21 @@ from cast_ray.recipe import DataConfig
 
 REPORT_FILE = "data_report.json"
 SPLIT_NAMES = {"train": "training", "val": "validation", "source": "source"}
+LARGE_SHARE = 0.25
+"""Share of a file's images above which images without a mask are taken for images that nobody has annotated."""
 
 
 class Contents(NamedTuple):
-    """How many annotations of the usable images of a split are objects, and how many are ignore regions."""
+    """What the usable images of a split hold.
+
+    num_objects, num_ignored: annotations that are objects, and those that are ignore regions; num_unmasked: images that
+    an annotation file lists without any usable annotation (0 of a format with a label map for each image, which says
+    that nothing is there).
+    """
 
     num_objects: int
     num_ignored: int
+    num_unmasked: int = 0
 
 
 def data_report(
@@ -36,8 +44,8 @@ def data_report(
     """What `data_report.json` says.
 
     Args:
-        config: as the dataset was read.
-        num_images, num_annotations: by split, the skipped ones included.
+        config: settings with which the dataset was read.
+        num_images, num_annotations: split -> their number, with the skipped ones.
         skipped: each with split, kind, id, file and reason.
         sources: split -> the file or folder of its annotations.
         contents: split -> what its images hold, of the splits that were read and whose images have annotations.
@@ -68,6 +76,7 @@ def data_report(
             if split == "val" and held_out is not None:
                 bad, total = list(held_out.skipped), held_out.num_annotations
             warnings.append(_no_object(split, splits[split], total, bad, all_ignored_hint))
+    warnings += _images_without_masks(splits, contents or {}, is_held_out=held_out is not None)
     statement = (
         f"{sums['images_skipped']:,} of {sums['images']:,} images and {sums['annotations_skipped']:,} of "
         f"{sums['annotations']:,} annotations skipped"
@@ -92,7 +101,7 @@ def _no_object(
     """Says that a split holds no object, and the likely cause.
 
     Args:
-        facts: of the split, as in the report.
+        facts: entry of the split in the report.
         total: number of its annotations.
         skipped: those of them that were skipped.
     """
@@ -113,6 +122,33 @@ def _no_object(
     effect = "Their AP cannot be measured." if split == "val" else "Nothing can be learnt from them."
     kind = SPLIT_NAMES.get(split, split)
     return f"No object in the {facts['images']:,} {kind} images{source}: {cause.strip()} {effect}"
+
+
+def _images_without_masks(
+    splits: Mapping[str, Mapping[str, Any]], contents: Mapping[str, Contents], is_held_out: bool
+) -> list[str]:
+    """Says of each annotation file, if its images have masks, that a large share of them has none.
+
+    Args:
+        splits: entries of the splits in the report.
+        is_held_out: the validation images are from the annotation file of the training images.
+    """
+    warnings = []
+    for split, held in contents.items():
+        together = ["train", "val"] if is_held_out and split == "train" and "val" in contents else [split]
+        num_images = sum(splits[name]["images"] - splits[name]["images_skipped"] for name in together)
+        num_unmasked = sum(contents[name].num_unmasked for name in together)
+        is_told = not held.num_objects or (is_held_out and split == "val")
+        if is_told or num_unmasked <= LARGE_SHARE * num_images:
+            continue
+        kind = " and ".join(SPLIT_NAMES.get(name, name) for name in together)
+        source = f" ({splits[split]['source']})" if splits[split]["source"] else ""
+        warnings.append(
+            f"{num_unmasked:,} of {num_images:,} {kind} images{source} have no mask: they count as images without "
+            "objects, not as unlabelled ones. Put unlabelled images into a folder without annotations and name it by "
+            "data.extra_image_dir, with data.unlabelled_pool=extra."
+        )
+    return warnings
 
 
 def print_warnings(warnings: Sequence[str], console: Console) -> None:

@@ -51,12 +51,12 @@ def find_images(
     file fits no other image. An image without `height` or `width` has the size of its file, whose header is read.
 
     Args:
-        listing: of the dataset's folder; no image outside it is taken, but from an absolute image folder.
+        listing: files of the dataset's folder; images outside it are only taken from an absolute image folder.
         images: the entries of the annotation file.
         image_dirs: folders that may hold the images, relative to the dataset's folder or one absolute path or URI; the
             one that holds most of them is taken.
         max_pixels: larger images are left out.
-        split, file: for messages.
+        split, file: names of the split and of its annotation file, for messages.
 
     Raises:
         OSError: the file store failed while a header was read.
@@ -128,7 +128,8 @@ class _Place:
         return path if path and self.listing.file(path) is not None else ""
 
     def alike(self, name: str) -> str:
-        """The path of the only file whose name reads like this one or its last parts; empty where there is none."""
+        """Returns the path of the only file whose name equals this one or its last parts; empty if there is no such
+        file."""
         parts = name.replace("\\", "/").split("/")
         if ".." in parts:
             parts = parts[len(parts) - parts[::-1].index("..") :]

@@ -136,7 +136,10 @@ def index_pool(
     found = images_below(listing, folder)
     if not found.paths:
         instead = f" (left out: {describe_left_out(found.left_out)})" if found.left_out else ""
-        raise ValueError(f"data.unlabelled_pool: no image below {folder} in {listing.root}{instead}")
+        raise ValueError(
+            f"data.unlabelled_pool: no image below {folder} in {listing.root}{instead}: expected a folder of images in "
+            "data.extra_image_dir, as an absolute path or a path below data.root"
+        )
     named = [(stem(path) if stem else path.removeprefix(f"{folder}/"), path, None) for path in found.paths]
     return index_table(listing, "extra", named), found.left_out
 

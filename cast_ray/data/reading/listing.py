@@ -63,7 +63,7 @@ class Listing:
         self._folders: dict[str, dict[str, Entry]] = {}
 
     def uri(self, path: str) -> str:
-        """Where a file or folder is, given its path below root, an absolute path or a URI."""
+        """Returns the address of a file or folder, given its path below root, an absolute path or a URI."""
         return path if is_uri(path) or posixpath.isabs(path) else join(self.root, path)
 
     def entries(self, folder: str) -> dict[str, Entry]:

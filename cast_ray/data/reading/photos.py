@@ -47,9 +47,9 @@ def is_overlays(listing: Listing, folder: str, name: str) -> bool:
     """Whether a folder holds what `label` or `predict` drew: its name and the files beside it say so.
 
     Args:
-        listing: of a folder, for relative paths.
+        listing: files of a folder, for relative paths.
         folder: below it, or an absolute path or URI.
-        name: of the folder in question, which lies in `folder`.
+        name: name of the folder in question, which lies in `folder`.
     """
     return name == OVERLAYS and any(files <= set(listing.files(folder)) for files in _WRITTEN_BESIDE)
 
@@ -62,7 +62,7 @@ def images_below(listing: Listing, folder: str, exclude: Iterable[str] = ()) -> 
     counted.
 
     Args:
-        listing: of a folder, for relative paths.
+        listing: files of a folder, for relative paths.
         folder: below it, or an absolute path or URI.
         exclude: folders that are not entered.
 

@@ -48,7 +48,7 @@ def read_rows(rows: pa.Table, *, decode_map: DecodeMap | None, verify: str, max_
     """Reads a few images of an index: INDEX_SCHEMA -> READ_SCHEMA, a row for each, the unusable ones marked.
 
     Args:
-        rows: of one split.
+        rows: images of one split.
         decode_map: reads label maps, where the format has them.
         verify: see DataConfig; an image whose size is not known is opened whatever it says.
         max_pixels: larger images are unusable.
@@ -205,8 +205,12 @@ class Reading:
         if instances.null_count < len(instances):  # null: nobody knows what an image of the extra pool holds
             num_ignored = pc.sum(pc.struct_field(pc.list_flatten(instances), "is_crowd")).as_py() or 0
             num_objects = (pc.sum(pc.list_value_length(instances)).as_py() or 0) - num_ignored
+            # A label map without an instance says that nothing is there; an annotation file may just not say what is.
+            is_listed = self.index.decode_map is None
+            num_unmasked = pc.sum(pc.equal(pc.list_value_length(instances), 0)).as_py() or 0 if is_listed else 0
             before = self.contents.get(split, Contents(0, 0))
-            self.contents[split] = Contents(before.num_objects + num_objects, before.num_ignored + num_ignored)
+            counts = (num_objects, num_ignored, num_unmasked)
+            self.contents[split] = Contents(*(old + new for old, new in zip(before, counts)))
             if not self.contents[split].num_objects:
                 ids = pc.unique(pc.struct_field(pc.list_flatten(instances), "category_id")).to_pylist()
                 self._ignored_classes[split] |= set(ids) & {category.id for category in self.index.categories}

@@ -84,9 +84,9 @@ def split(
     `num_unlabelled`, the last so many, so that all label fractions that leave as many share one D_u.
 
     Args:
-        records: training images as of `label_index`, marked or not.
+        records: training images as `label_index` describes them, marked or not.
         config: how to choose.
-        seed: of the run; `split_seed` goes before it.
+        seed: seed of the run; `data.split_seed` replaces it if it is set.
         source: lists and pools that the choice reads.
         min_labelled: how many labelled images the run needs: one for each worker.
 
@@ -96,29 +96,76 @@ def split(
     these are is known from the hidden truth alone.
     """
     seed = seed if config.split_seed is None else config.split_seed
-    ids = records.column("image_id").to_pylist()
-    num_images = len(ids)
-    order = _hash_order([*ids, *source.extra_ids], seed)
-    in_train = order[order < num_images]
+    num_images = records.num_rows
+    order = _hash_order([*records.column("image_id").to_pylist(), *source.extra_ids], seed)
+    labelled, chosen = _choose_labelled(records, order[order < num_images], config, seed, source)
+    too_few = f"expected at least 1 per worker ({min_labelled})"
+    if len(labelled) < min_labelled:
+        raise ValueError(f"{chosen} {len(labelled)} labelled images: {too_few}")
+    unlabelled, num_copies = _choose_unlabelled(records, order, labelled, config, seed, source)
+    num_chosen = len(labelled)
+    if config.drop_empty:  # after D_u was chosen, so that they do not go there
+        labelled = labelled[_has_object(records, labelled)]
+        if len(labelled) < min_labelled:
+            raise ValueError(
+                f"{chosen} {num_chosen} labelled images, of which {num_chosen - len(labelled)} have no object and are "
+                f"left out: {too_few}, or data.drop_empty=false; `cast-ray inspect` shows what the annotations hold "
+                "and why"
+            )
+    named = source.label_list is not None and source.label_list.positions is None
+    facts = {
+        "family": config.label_family,
+        "fraction": num_chosen / num_images if named else config.label_fraction,
+        "seed": seed,
+        "num_labelled": len(labelled),
+        "num_with_objects": int(_has_object(records, labelled).sum()),
+        "num_unlabelled": len(unlabelled),
+        "num_extra": int((unlabelled >= num_images).sum()),
+    }
+    if num_copies:
+        facts["num_copies"] = num_copies
+    if config.drop_empty:
+        facts["num_empty"] = num_chosen - len(labelled)
+    if config.label_family == "per-class":
+        facts["min_per_class"] = config.min_per_class
+    for name in ("label_list", "unlabelled_list"):
+        if (chosen_list := getattr(source, name)) is not None:
+            facts |= {name: chosen_list.file, f"{name}_sha256": chosen_list.sha256}
+    return LabelSplit(labelled, unlabelled, facts)
+
+
+def _choose_labelled(
+    records: pa.Table, order: np.ndarray, config: DataConfig, seed: int, source: LabelSource
+) -> tuple[np.ndarray, str]:
+    """D_l before images without objects are left out, and what has chosen it, for an error message.
+
+    Args:
+        order: rows of the training images in the order of their hashes.
+    """
     if config.label_family == "list":
         assert source.label_list is not None
-        labelled = _listed(records, source.label_list, config, seed, source)
-        chosen = f"{source.label_list.file} names"
-    else:
-        num_labelled = math.floor(config.label_fraction * num_images + 0.5)
-        chosen = f"label fraction {config.label_fraction} of {num_images} images gives"
-        if config.label_family == "per-class":
-            in_train = _classes_first(records, in_train, config, num_labelled)
-        labelled = in_train[:num_labelled]
-    if len(labelled) < min_labelled:
-        raise ValueError(f"{chosen} {len(labelled)} labelled images: expected at least 1 per worker ({min_labelled})")
+        return _listed(records, source.label_list, config, seed, source), f"{source.label_list.file} names"
+    num_labelled = math.floor(config.label_fraction * len(order) + 0.5)
+    if config.label_family == "per-class":
+        order = _classes_first(records, order, config, num_labelled)
+    return order[:num_labelled], f"label fraction {config.label_fraction} of {len(order)} images gives"
+
+
+def _choose_unlabelled(
+    records: pa.Table, order: np.ndarray, labelled: np.ndarray, config: DataConfig, seed: int, source: LabelSource
+) -> tuple[np.ndarray, int]:
+    """D_u, and how many copies of labelled or validation images are left out of it.
+
+    Args:
+        order: rows of the training images and of the extra pool, in the order of their hashes.
+        labelled: rows of D_l.
+    """
+    num_images = records.num_rows
     if source.unlabelled_list is not None:
         pool = _listed(records, source.unlabelled_list, config, seed, source)
     else:
-        first, last = {"rest": (0, num_images), "extra": (num_images, len(order)), "both": (0, len(order))}[
-            config.unlabelled_pool
-        ]
-        pool = np.arange(first, last)
+        pools = {"rest": (0, num_images), "extra": (num_images, len(order)), "both": (0, len(order))}
+        pool = np.arange(*pools[config.unlabelled_pool])
     taken = np.zeros(len(order), dtype=bool)
     taken[pool] = True
     taken[labelled] = False
@@ -128,44 +175,12 @@ def split(
     num_unlabelled = math.floor(config.unlabelled_fraction * len(unlabelled) + 0.5)
     if config.num_unlabelled is not None:
         num_unlabelled = min(num_unlabelled, config.num_unlabelled)
-    unlabelled = unlabelled[len(unlabelled) - num_unlabelled :]
-    num_empty = 0
-    if config.drop_empty:
-        has_object = pc.list_value_length(records.column("category_ids")).to_numpy()[labelled] > 0
-        num_empty = int((~has_object).sum())
-        labelled = labelled[has_object]
-        if len(labelled) < min_labelled:
-            raise ValueError(
-                f"{chosen} {len(has_object)} labelled images, of which {num_empty} have no object and are left out: "
-                f"expected at least 1 per worker ({min_labelled}), or data.drop_empty=false; "
-                "`cast-ray inspect` shows what the annotations hold and why"
-            )
-    named = source.label_list is not None and source.label_list.positions is None
-    facts = {
-        "family": config.label_family,
-        "fraction": (len(labelled) + num_empty) / num_images if named else config.label_fraction,
-        "seed": seed,
-        "num_labelled": len(labelled),
-        "num_with_objects": _num_with_objects(records, labelled),
-        "num_unlabelled": len(unlabelled),
-        "num_extra": int((unlabelled >= num_images).sum()),
-    }
-    if copies.any():
-        facts["num_copies"] = int(copies.sum())
-    if config.drop_empty:
-        facts["num_empty"] = num_empty
-    if config.label_family == "per-class":
-        facts["min_per_class"] = config.min_per_class
-    for name in ("label_list", "unlabelled_list"):
-        if (chosen_list := getattr(source, name)) is not None:
-            facts |= {name: chosen_list.file, f"{name}_sha256": chosen_list.sha256}
-    return LabelSplit(labelled, unlabelled, facts)
+    return unlabelled[len(unlabelled) - num_unlabelled :], int(copies.sum())
 
 
-def _num_with_objects(records: pa.Table, rows: np.ndarray) -> int:
-    """How many of these training images hold an object that is no ignore region."""
-    lengths = pc.list_value_length(records.column("category_ids")).to_numpy()
-    return int((lengths[rows] > 0).sum())
+def _has_object(records: pa.Table, rows: np.ndarray) -> np.ndarray:
+    """bool [n]: which of these training images hold an object that is no ignore region."""
+    return pc.list_value_length(records.column("category_ids")).to_numpy()[rows] > 0
 
 
 def _copies(records: pa.Table, labelled: np.ndarray) -> np.ndarray:

@@ -99,7 +99,7 @@ def listed_rows(
 
     Args:
         records: training images: image_id and uri.
-        chosen: from `read_list`.
+        chosen: a list, as `read_list` returns it.
         fraction, seed: which of the lists in a file of positions.
         annotated: image ids that positions count (DatasetSplits.annotated).
         unusable: ids and file names of images that were skipped: the list may hold them.
@@ -183,7 +183,7 @@ class _NameTable:
 
 
 def _forms_of(name: str) -> list[str]:
-    """From the whole name to what is left without folders, ending and Cityscapes' kind of file."""
+    """Returns the whole name, and what is left of it without folders, ending and Cityscapes' kind of file."""
     folder, base = posixpath.split(name)
     beside = posixpath.join(posixpath.basename(folder), base)
     return list(dict.fromkeys([name, beside, base, posixpath.splitext(base)[0], frame_name(base)]))

@@ -45,7 +45,7 @@ class PixelSet:
         return PixelSet(**taken)
 
     def flat(self) -> PixelSet:
-        """The same pixels with the first two dimensions joined."""
+        """Returns the same pixels with the first two dimensions joined."""
         return PixelSet(*(getattr(self, name).flatten(0, 1) for name in self.__dataclass_fields__))
 
     def unflatten(self, num_images: int) -> PixelSet:

@@ -232,7 +232,8 @@ def _untouched_zeros(shape: torch.Size, like: Tensor) -> Tensor:
 def _uncertain_points(
     logits: Tensor, image: Tensor, candidates: Tensor, keep: Tensor | None, config: LossConfig
 ) -> Tensor:
-    """The candidates whose logits are nearest 0, [K, int(importance_ratio * P), 2]; excluded pixels come last."""
+    """Returns the candidates whose logits are nearest 0, [K, int(importance_ratio * P), 2]; excluded pixels come
+    last."""
     num_uncertain = _point_counts(config)[1]
     if num_uncertain == 0:
         return candidates[:, :0]

@@ -13,7 +13,7 @@ import ray.data
 
 from cast_ray.recipe import InputSize, RuntimeConfig
 from cast_ray.runtime.data.block_source import Rows, block_dataset, iter_blocks
-from cast_ray.runtime.data.record_tables import record_at
+from cast_ray.runtime.data.record_tables import Records, is_held_here, record_at
 
 IMAGES_PER_TASK = 16
 """Images of one block that are fitted into a model's crop."""
@@ -65,21 +65,47 @@ def picture_dataset(
     indices: np.ndarray,
     input_size: InputSize,
     runtime: RuntimeConfig,
-    blocks: list[Rows] | None = None,
+    blocks: list[Rows],
     skip_bad: bool = False,
 ) -> ray.data.Dataset:
     """Images decoded and resized as a model sees them: rows of position (in `indices`), pixels and sizes
     (PICTURE_SCHEMA).
 
     Args:
-        blocks: ranges of positions, each a block; None: all of them.
+        blocks: ranges of positions, each a block.
         skip_bad: an image that cannot be read has its reason in the column `error`; else it ends the stream.
+    """
+    fit = partial(_fit_images, records=records, indices=indices, input_size=input_size, skip_bad=skip_bad)
+    return block_dataset(blocks, ray.put(fit), runtime)
+
+
+def read_pictures(
+    records: Records,
+    indices: np.ndarray,
+    input_size: InputSize,
+    runtime: RuntimeConfig,
+    blocks: list[Rows] | None = None,
+    skip_bad: bool = False,
+) -> Iterator[Pictures]:
+    """Yields images ready for inference, block by block: from a `picture_dataset`, or read in this process where it
+    holds the records itself.
+
+    Args:
+        blocks: ranges of positions in `indices`, each a block; None: all of them.
+        skip_bad: an image that cannot be read is among `Pictures.bad`; else it ends the stream.
+
+    Raises:
+        ValueError: an image cannot be read (without `skip_bad`; from a task of Ray Data it comes wrapped by Ray).
     """
     if blocks is None:
         step = images_per_task(input_size)
         blocks = [(start, min(start + step, len(indices))) for start in range(0, len(indices), step)]
-    fit = partial(_fit_images, records=records, indices=indices, input_size=input_size, skip_bad=skip_bad)
-    return block_dataset(blocks, ray.put(fit), runtime)
+    if is_held_here(records):
+        fit = partial(_fit_images, records=records, indices=indices, input_size=input_size, skip_bad=skip_bad)
+        tables: Iterator[pa.Table] = (fit(*rows) for rows in blocks)
+    else:
+        tables = iter_blocks(picture_dataset(records, indices, input_size, runtime, blocks, skip_bad))
+    yield from map(Pictures.of, tables)
 
 
 def images_per_task(input_size: InputSize) -> int:
@@ -88,7 +114,7 @@ def images_per_task(input_size: InputSize) -> int:
 
 
 def _fit_images(
-    start: int, stop: int, *, records: ray.ObjectRef, indices: np.ndarray, input_size: InputSize, skip_bad: bool
+    start: int, stop: int, *, records: Records, indices: np.ndarray, input_size: InputSize, skip_bad: bool
 ) -> pa.Table:
     rows = []
     for position in range(start, stop):
@@ -119,9 +145,3 @@ def _fit_image(position: int, record: dict[str, Any], input_size: InputSize) -> 
         "padded_width": pixels.shape[2],
         "error": None,
     }
-
-
-def pictures(dataset: ray.data.Dataset) -> Iterator[Pictures]:
-    """Iterates a `picture_dataset` block by block."""
-    for block in iter_blocks(dataset):
-        yield Pictures.of(block)

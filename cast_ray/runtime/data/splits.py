@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -14,11 +14,15 @@ import numpy as np
 import pyarrow.compute as pc
 
 from cast_ray.common.digest import digest_of
+from cast_ray.contracts.records import Category
 from cast_ray.data.splits.fractions import LabelSplit, split
-from cast_ray.plan.graph import split_part
+from cast_ray.plan.graph import Stage, split_part
 from cast_ray.plan.reads import needs_unlabelled
+from cast_ray.plan.stage_parts import StagePart, TrainPart
 from cast_ray.recipe import Recipe
 from cast_ray.runtime.data.dataset import LABEL_INDEX, StoredDataset
+from cast_ray.runtime.data.images import Images
+from cast_ray.runtime.data.record_tables import Records
 from cast_ray.runtime.store.artifacts import ArtifactStore
 
 
@@ -83,7 +87,11 @@ def _no_object(facts: dict[str, Any]) -> str:
 
 
 def stored_split(store: ArtifactStore, content_hash: str, part: dict[str, Any]) -> LabelSplit:
-    """The images of a stage, as `store_splits` chose them; rows past the training images are the extra pool's."""
+    """Returns the images of a stage, as `store_splits` chose them; rows past the training images are the extra pool's.
+
+    Raises:
+        ValueError: the choice is not in the store; names its file.
+    """
     return _read_split(store.storage, split_key(content_hash, part))
 
 
@@ -91,10 +99,41 @@ def stored_split(store: ArtifactStore, content_hash: str, part: dict[str, Any]) 
 def _read_split(storage: str, key: str) -> LabelSplit:
     """Kept because all rows of a table ask for the same few, whose files name every image of the dataset. Equal keys
     are equal choices, so that what is kept is never out of date."""
-    content = ArtifactStore(storage).find_bytes(f"splits/{key}.json")
-    assert content is not None
+    store, path = ArtifactStore(storage), f"splits/{key}.json"
+    content = store.find_bytes(path)
+    if content is None:
+        raise ValueError(
+            f"{store.uri(path)}: this choice of labelled and unlabelled images is not in the store; planning its row "
+            "again writes it"
+        )
     chosen = json.loads(content)
     labelled, unlabelled = (np.array(chosen[name], dtype=np.int64) for name in ("labelled", "unlabelled"))
     for rows in (labelled, unlabelled):
         rows.setflags(write=False)
     return LabelSplit(labelled, unlabelled, chosen["facts"])
+
+
+def images_of(
+    stage: Stage,
+    tables: Callable[..., Records],
+    store: ArtifactStore,
+    content_hash: str,
+    num_source: int,
+    categories: tuple[Category, ...],
+) -> Images:
+    """Returns the images of a train or label stage, without pseudo-labels; all that is held of them is 8 bytes each.
+
+    Args:
+        tables: given names of the dataset's tables, returns these, one after the other, as one.
+        store: holds the choice of D_l and D_u.
+        content_hash: identity of the dataset.
+        num_source: images of the dataset's source style.
+        categories: of the dataset.
+    """
+    if stage.kind == "train" and TrainPart.of(stage).is_on_source:
+        everything = np.arange(num_source)
+        return Images(tables("source.parquet"), everything, everything[:0], categories)
+    part = StagePart(stage.config)
+    chosen = stored_split(store, content_hash, part.split)
+    records = tables("train.parquet", *(["extra.parquet"] if part.reads_extra else []))
+    return Images(records, chosen.labelled, chosen.unlabelled, categories)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -28,11 +28,12 @@ import ray.data
 from cast_ray.contracts.instance import RecordLabel
 from cast_ray.contracts.records import Batch, ClassMap
 from cast_ray.data.sampling import view_seed, worker_slots
+from cast_ray.plan.stage_parts import TrainPart
 from cast_ray.recipe import DataConfig, InputSize, RuntimeConfig
 from cast_ray.runtime.data.block_source import Rows, block_dataset, iter_blocks
 from cast_ray.runtime.data.images import Images
 from cast_ray.runtime.data.pictures import Pictures
-from cast_ray.runtime.data.record_tables import fetched, record_at
+from cast_ray.runtime.data.record_tables import is_held_here, record_at, table_of
 from cast_ray.runtime.data.resources import block_bytes
 
 logger = logging.getLogger(__name__)
@@ -108,6 +109,17 @@ class SampleRules:
     strong_unlabelled: bool = False
     copy_paste: float = 0.0
 
+    @classmethod
+    def of(cls, part: TrainPart) -> SampleRules:
+        """Returns the rules of a train stage."""
+        contrastive = part.contrastive
+        return cls(
+            strong=contrastive is not None,
+            oracle=contrastive is not None and contrastive.sampler == "oracle",
+            strong_unlabelled=part.is_semi_strong,
+            copy_paste=part.copy_paste,
+        )
+
 
 @dataclass(frozen=True)
 class StepSchedule:
@@ -162,6 +174,9 @@ def training_stream(
 ) -> Iterator[Batch]:
     """Yields this worker's batches of steps start_step..steps-1, in order.
 
+    Where this process holds the records itself, it makes the batches itself, each when it is asked for: in one thread,
+    so that a breakpoint in a view or a label stops there. They are the same batches.
+
     Args:
         images: D_l, D_u and pseudo-labels.
         data: crop size and view settings.
@@ -177,10 +192,14 @@ def training_stream(
     step_bytes = (labelled.shape[1] + unlabelled.shape[1]) * _sample_pixels(images, data) * BYTES_PER_PIXEL
     max_size = max(1, min(block_bytes(runtime) // step_bytes, MAX_STEPS_PER_TASK))
     blocks = step_blocks(share.start_step, share.steps, max_size, online.refresh_steps if online is not None else 0)
-    make = ray.put(partial(_make_steps, plan=plan))
+    make, finish = partial(_make_steps, plan=plan), partial(_to_batch, device=device)
+    if is_held_here(images.records):
+        yield from map(finish, _payloads(make(*rows) for rows in blocks))
+        return
+    stored = ray.put(make)
     parts = [blocks[i : i + MAX_TASKS_PER_EXECUTION] for i in range(0, len(blocks), MAX_TASKS_PER_EXECUTION)]
-    payloads = (payload for part in parts for payload in _payloads(block_dataset(part, make, runtime)))
-    yield from _ahead(partial(_to_batch, device=device), payloads)
+    tables = (table for part in parts for table in iter_blocks(block_dataset(part, stored, runtime)))
+    yield from _ahead(finish, _payloads(tables))
 
 
 def _schedule(
@@ -205,7 +224,7 @@ def _sample_pixels(images: Images, data: DataConfig) -> int:
     """Pixels of one sample: of a crop, or of the largest labelled image where whole ones are trained on."""
     if not data.whole_images:
         return data.image_px[0] * data.image_px[1]
-    table = fetched(images.records)
+    table = table_of(images.records)
     sides = (table.column(name).to_numpy()[images.labelled].tolist() for name in ("height", "width"))
     size = InputSize(data.train_resize, data.image_px)
     return max((math.prod(size.inside(height, width)) for height, width in zip(*sides)), default=1)
@@ -226,8 +245,8 @@ def step_blocks(start_step: int, steps: int, max_size: int, window: int = 0) -> 
     return blocks
 
 
-def _payloads(dataset: ray.data.Dataset) -> Iterator[pa.Buffer]:
-    for block in iter_blocks(dataset):
+def _payloads(tables: Iterable[pa.Table]) -> Generator[pa.Buffer]:
+    for block in tables:
         for payload in block.column("batch"):
             yield payload.as_buffer()
 

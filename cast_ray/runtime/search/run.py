@@ -1,7 +1,7 @@
 """Searches: Optuna proposes points through Ray Tune, every point is a recipe row through the same stages and store.
 
 The trials are those of a table (`row_driver`); only their rows are not known beforehand. Tune's own restore is not
-used: the study remembers the points (`study.py`) and the store their stages, so the same command goes on.
+used: the study remembers the points (`study.py`) and the store their stages, so the same command continues the search.
 """
 
 from __future__ import annotations
@@ -435,4 +435,4 @@ class StudySearch(OptunaSearch):
         Path(checkpoint_path).write_text(json.dumps({"study": self._study_name}))
 
     def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("a search goes on from its study, not from Tune's files")
+        raise NotImplementedError("a search continues from its study, not from Tune's files")

@@ -23,10 +23,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import pyarrow as pa
-import pyarrow.dataset
 import pyarrow.fs
 import pyarrow.parquet
 
@@ -36,6 +35,9 @@ from cast_ray.common.text import first_line, first_of
 from cast_ray.contracts.manifest import Manifest, manifest_class, read_manifest
 from cast_ray.plan.graph import Kind, Stage, fingerprint_of
 from cast_ray.runtime.metrics import counts_store_errors
+
+if TYPE_CHECKING:
+    import pyarrow.dataset
 
 MANIFEST = "manifest.json"
 MARK = "writable.json"
@@ -95,8 +97,8 @@ class Listed:
         return fingerprint_of(self.key)
 
 
-def committed(listed: Mapping[str, Listed]) -> set[str]:
-    """Fingerprints of the artifacts of a listing that exist."""
+def committed_fingerprints(listed: Mapping[str, Listed]) -> set[str]:
+    """Returns the fingerprints of the artifacts of a listing that are committed."""
     return {artifact.fingerprint for artifact in listed.values() if artifact.committed is not None}
 
 
@@ -120,7 +122,7 @@ class ArtifactStore:
         return ArtifactStore, (self.storage, self.attempt)
 
     def new_attempt(self) -> ArtifactStore:
-        """The same store with a folder of its own to write to."""
+        """Returns the same store with a separate folder to write to."""
         return ArtifactStore(self.storage)
 
     @property
@@ -216,10 +218,6 @@ class ArtifactStore:
             if name == MANIFEST:
                 listed.committed = written
         return found
-
-    def stored_fingerprints(self) -> set[str]:
-        """Fingerprints of every committed artifact (one listing)."""
-        return committed(self.list_artifacts())
 
     def holds(self, key: str, name: str) -> bool:
         """Whether an artifact has a file of that name."""
@@ -327,8 +325,8 @@ class ArtifactStore:
         if lost := sorted(added - files.keys()):
             raise LostFilesError(
                 f"{stage.name}: {len(lost)} of the {len(added)} files written to "
-                f"{self.uri('artifacts', stage.key, self.attempt)} have been removed ({lost[0]}): expected nobody but "
-                "`store gc` to delete anything there; run the same command again"
+                f"{self.uri('artifacts', stage.key, self.attempt)} have been removed ({lost[0]}): only `store gc` "
+                "may delete files there; run the same command again"
             )
         kind = manifest_class(stage.kind)
         manifest = kind(
@@ -369,7 +367,7 @@ class ArtifactStore:
         return manifest
 
     def find_manifest(self, key: str) -> Manifest | None:
-        """The same, or None where the artifact is not committed."""
+        """Returns the manifest of an artifact, or None if the artifact is not committed."""
         path = f"artifacts/{key}/{MANIFEST}"
         found = self.find_bytes(path)
         if not found:
@@ -396,9 +394,11 @@ class ArtifactStore:
         """A Parquet file, or a folder of them, inside an artifact."""
         return pa.parquet.read_table(self._files(key, name), filesystem=self._fs[0], columns=columns)
 
-    def open_dataset(self, key: str, name: str) -> pa.dataset.Dataset:
+    def open_dataset(self, key: str, name: str) -> pyarrow.dataset.Dataset:
         """A folder of Parquet files inside an artifact, to be read piece by piece."""
-        return pa.dataset.dataset(self._files(key, name), filesystem=self._fs[0], format="parquet")
+        from pyarrow import dataset  # loads pandas, which most users of a store do without
+
+        return dataset.dataset(self._files(key, name), filesystem=self._fs[0], format="parquet")
 
     @counts_store_errors
     def read_tables(self, paths: list[str]) -> list[pa.Table]:
@@ -467,7 +467,7 @@ class ArtifactStore:
 
     @counts_store_errors
     def changed(self, path: str) -> float | None:
-        """When a file was last written, by the filesystem's clock; None when there is none."""
+        """Returns when a file was last written, by the filesystem's clock; None if there is no such file."""
         fs, root = self._fs
         info = fs.get_file_info(f"{root}/{path}")
         return info.mtime.timestamp() if info.type == pa.fs.FileType.File and info.mtime else None
@@ -481,7 +481,7 @@ class ArtifactStore:
 
     @counts_store_errors
     def delete(self, path: str) -> None:
-        """Removes a file or folder below the storage path, if there is one."""
+        """Removes a file or folder below the storage path, if it exists."""
         fs, root = self._fs
         kind = fs.get_file_info(f"{root}/{path}").type
         with contextlib.suppress(FileNotFoundError):

@@ -1,4 +1,5 @@
-"""Who makes which stage, agreed through the store: sweeps of several users, machines and Ray clusters share stages.
+"""Which sweep runs which stage, agreed through the store: sweeps of several users, machines and Ray clusters share
+stages.
 
     <storage>/claims/holders/<holder>.json          a running sweep, rewritten every BEAT_S
     <storage>/claims/plans/<holder>.json            the fingerprints it needs: what `store gc` must leave alone; while
@@ -107,7 +108,7 @@ def _pid_namespace() -> str:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process of this machine started (ticks since boot); None when there is none."""
+    """Returns when a process of this machine started (ticks since boot); None if there is no such process."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -224,7 +225,7 @@ class Claims:
         """Claims stages, in order, up to the first that another holder has.
 
         Args:
-            keys: of artifacts; later ones may read earlier ones.
+            keys: keys of artifacts; later ones may read earlier ones.
 
         Returns:
             the keys taken, and what stopped there: {key: holder} of every key that another one claims.
@@ -298,7 +299,7 @@ def live_sweeps(store: ArtifactStore, silent_s: float) -> dict[Holder, set[str] 
 
 
 def dead_claims(store: ArtifactStore, silent_s: float) -> list[str]:
-    """Paths of the files in `claims/` that sweeps and prunings have left behind which are over (see `live_sweeps`)."""
+    """Returns the paths of files in `claims/` that belong to sweeps and prunings which are over (see `live_sweeps`)."""
     # Listed before the holders are: a sweep shows its own file first and takes it back last.
     left = {folder: store.list_names(f"claims/{folder}") for folder in ("stages", "plans", *ROLES.values())}
     alive = {holder.id for role in ROLES for holder in _living(store, role, silent_s)}

@@ -88,10 +88,10 @@ def open_teacher(
     """The teacher that a user means, on the CPU.
 
     Args:
-        path: a folder or URI of a saved teacher or student (an artifact of the store is one), or a row's folder, as of
-            `open_student`.
+        path: a folder or URI of a saved teacher or student (an artifact of the store is one), or a row's folder, as
+            for `open_student`.
         part: fields of TeacherConfig that replace the saved ones.
-        input_size: at which it is given whole images; None: as saved.
+        input_size: size at which it is given whole images; None: as saved.
         categories: to look for; None: as saved.
 
     Raises:
@@ -109,7 +109,8 @@ def open_teacher(
 
 
 def _follow(path: str, what: str, wanted: Sequence[str]) -> tuple[str, RowResult | None]:
-    """From a row of a run to the artifact of the first stage in `wanted` that it has; any other path as it is."""
+    """Follows a row of a run to the artifact of the first stage in `wanted` that it has; returns any other path as it
+    is."""
     local = Path(path).expanduser()
     if "://" in path or (local / CONFIG).is_file() or (local / TEACHER_CARD).is_file():
         return path if "://" in path else str(local), None
@@ -145,7 +146,7 @@ def load_labeller(store: ArtifactStore, stage: Stage, role: str, device: torch.d
     Args:
         stage: whose parent `role` the model is; its config says how it is read out and in which precision.
         role: `teacher` or `model`.
-        device: of the model.
+        device: device of the model.
 
     Raises:
         ValueError: an artifact that cannot be read, or a device that is too small for the weights or does not have the
@@ -174,9 +175,9 @@ def load_teacher(
     """A teacher from its artifact, on the CPU; of an expert or a student, the segmenter as a teacher.
 
     Args:
-        key: of the artifact.
+        key: key of the artifact.
         part: fields of TeacherConfig that replace the saved ones.
-        input_size: at which it is given whole images; None: as saved.
+        input_size: size at which it is given whole images; None: as saved.
 
     Raises:
         ValueError: an artifact that cannot be read.
@@ -201,7 +202,7 @@ def import_foundation(
 
     Args:
         recipe: its teacher and `stages.foundation`.
-        categories: of the dataset.
+        categories: classes of the dataset.
         dry_run: nothing is fetched or imported; a checkpoint that is not here yet is taken by its name.
 
     Returns:

@@ -10,7 +10,7 @@ import pyarrow.fs
 
 from cast_ray.contracts.row_result import RowResult
 from cast_ray.plan.graph import fingerprint_of
-from cast_ray.runtime.store.artifacts import MANIFEST, ArtifactStore, Listed, read_each
+from cast_ray.runtime.store.artifacts import MANIFEST, ArtifactStore, Listed, committed_fingerprints, read_each
 from cast_ray.runtime.store.claims import Holder, Presence, dead_claims, live_sweeps
 
 SILENT_S = 3600.0
@@ -119,7 +119,7 @@ def _used(store: ArtifactStore) -> set[str]:
 def _leftovers(store: ArtifactStore, listed: Mapping[str, Listed], needed: set[str], busy: bool) -> list[str]:
     """Checkpoints of finished or forgotten stages and what these stages were in the middle of (blocks of labels,
     versions of a teacher, validation points), attempts beside the one that counts, logs of Tune."""
-    committed = {a.fingerprint for a in listed.values() if a.committed is not None}
+    committed = committed_fingerprints(listed)
     paths = [f"{folder}/{name}" for folder in OF_STAGES for name in store.list_names(folder) if name not in needed]
     in_progress: set[str] = set()
     for name in store.list_names("checkpoints"):

@@ -1,4 +1,4 @@
-"""Single flight over stages: a stage that several rows need runs once, and who waits for it holds nothing.
+"""Single flight over stages: a stage that several rows need runs once, and rows that wait for it hold no resources.
 
 One async actor per sweep holds the leases and the progress board. A row's driver asks for work with everything it still
 misses; the broker hands it the stages it may run now, or keeps the call open until something changes. At most `slots`
@@ -40,7 +40,7 @@ FOREIGN_POLL_S = 5.0
 MAX_TABLES = 16
 TURN_LOOK_S = 0.5
 MAX_CALLS = 10_000
-"""Calls open at a time: one for each row that waits, and some."""
+"""Most calls that are open at a time: one for each row that waits, and a few more."""
 
 
 @dataclass
@@ -139,7 +139,7 @@ class Broker:
         instance: str = "",
         runtime: RuntimeConfig | None = None,
     ) -> Answer:
-        """Blocks until `owner` may run something, all its needs are done, or it may not go on.
+        """Blocks until `owner` may run something, all its needs are done, or it must stop.
 
         Args:
             devices: what the owner's worker group will occupy, for the budget.
@@ -279,7 +279,8 @@ class Broker:
         """`owner`'s segment waits for resources of the cluster.
 
         Args:
-            what, why: in words; the time is counted from the first call since the segment last had room.
+            what, why: what it waits for, and the reason, in words. The time is counted from the first call
+                since the segment last had room.
         """
         self.groups.close_all()  # their room may be what it waits for
         self.rooms.wait(owner, what, why, time.monotonic())
@@ -287,9 +288,10 @@ class Broker:
     async def hand_over(self, owner: str, nodes: Sequence[str]) -> bool:
         """Whether `owner`'s segment may exchange the reservation it holds on these nodes for those it runs in.
 
-        For a moment its resources are free. Groups of other segments that wait are older than those it is about to
-        make, would take them, do the same, and so on for ever. So on each node one segment at a time does it; who is
-        refused gives its own reservation back and waits for `node_turn`.
+        During the exchange its resources are free for a moment. Waiting placement groups of other segments are older
+        than those that it is about to make: they would take the resources, exchange them in turn, and so on for ever.
+        So on each node only one segment at a time makes the exchange. A segment that is refused releases its own
+        reservation and waits for `node_turn`.
         """
         return not self.by_turns or self.rooms.move(owner, nodes, time.monotonic())
 

@@ -22,7 +22,7 @@ class GuardedCallback(tune.Callback):
     """A tracker's callback, switched off by its first error: in Tune's own loop any error of one ends all trials.
 
     Args:
-        on_failure: is told, once, that the tracker is switched off and why.
+        on_failure: function that is called once, with a sentence that says that the tracker is switched off and why.
     """
 
     def __init__(self, name: str, callback: tune.Callback, on_failure: Callable[[str], None]):
@@ -42,7 +42,9 @@ class GuardedCallback(tune.Callback):
             getattr(self.callback, hook)(*args, **info)
         except Exception as error:
             self.is_off = True
-            self.on_failure(f"{self.name} is switched off, the sweep goes on: {type(error).__name__}: {error}")
+            self.on_failure(
+                f"{self.name} is switched off, and the sweep continues without it: {type(error).__name__}: {error}"
+            )
 
 
 for _hook in HOOKS:

@@ -1,4 +1,4 @@
-"""The broker's bookkeeping, without Ray: who runs what, what is done, who goes next, and when to stop."""
+"""The broker's bookkeeping, without Ray: which row runs what, what is done, which row is next, and when to stop."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Need:
     parents: tuple[str, ...]
     steps: int
     alone: bool = False
-    """A job of its own, outside the worker group of what comes before and after."""
+    """Whether the stage runs as a separate job, outside the worker group of the stages before and after it."""
 
     @property
     def key(self) -> str:
@@ -34,7 +34,7 @@ class Need:
 
 
 class Leases:
-    """Who runs what, what is done, who goes next."""
+    """Knows which row runs what, what is done, and which row is next."""
 
     def __init__(self, slots: int, done: set[str]):
         self.slots = slots
@@ -70,7 +70,7 @@ class Leases:
             self.heartbeat[owner] = now
 
     def expire(self, now: float) -> list[str]:
-        """Owners whose heartbeat stopped; to be released."""
+        """Returns the owners whose heartbeat has stopped and whose leases are to be released."""
         return [o for o, last in self.heartbeat.items() if now - last > LEASE_TIMEOUT_S]
 
     def release(self, owner: str) -> list[str]:
@@ -129,7 +129,7 @@ class Limits:
     Args:
         budget_hours: device-hours, counted from when a stage's resources are found until its worker group is gone: what
             waits for room costs nothing, a group that is parked for the next row does; None: no limit.
-        keep_going: go on though the first FAILURES_BEFORE_STOP rows that ended have all failed.
+        keep_going: continue even if the first FAILURES_BEFORE_STOP rows that ended have all failed.
     """
 
     def __init__(self, budget_hours: float | None, keep_going: bool):
@@ -165,9 +165,9 @@ class Limits:
         return self.spent_s + sum((now - since) * devices for since, devices in holding)
 
     def reason(self, now: float) -> str | None:
-        """Why nothing more may start; None: go on."""
+        """Returns the reason why no further stage may start; None if stages may start."""
         if self.budget_s is not None and self.spent(now) >= self.budget_s:
             return f"the budget of {self.budget_s / 3600:g} device-hours is spent"
         if not self.keep_going and len(self.outcomes) >= FAILURES_BEFORE_STOP and not any(self.outcomes):
-            return f"the first {len(self.outcomes)} rows failed (--keep-going starts the others all the same)"
+            return f"the first {len(self.outcomes)} rows failed (--keep-going starts the others nevertheless)"
         return None

@@ -29,7 +29,7 @@ class MlflowRuns(MLflowLoggerCallback):
 
     Args:
         row_of: name of a trial -> its row.
-        options: of `MLflowLoggerCallback`.
+        options: arguments of `MLflowLoggerCallback`.
     """
 
     def __init__(self, row_of: RowOf, **options: Any):

@@ -197,7 +197,7 @@ def _check_own_models(recipe: Recipe) -> None:
 
 
 def _run_path(run: str) -> str:
-    """Where a run's files go, below the storage path."""
+    """Returns the folder of a run's files below the storage path."""
     return f"runs/{run}"
 
 

@@ -91,7 +91,11 @@ def _print_cost(preview: Preview, cost: PlanCost, console: Console) -> None:
         price = f"at {preview.price_per_hour:g} a device-hour"
         console.print(f"  cost     {spend:,.2f} to run, {alone:,.2f} from scratch, {price}")
     if preview.budget_hours is not None:
-        enough = "enough" if cost.to_run_h <= preview.budget_hours else "not enough: what is left is said at the end"
+        enough = (
+            "enough"
+            if cost.to_run_h <= preview.budget_hours
+            else "not enough: the command says at the end what is left"
+        )
         console.print(f"  budget   {preview.budget_hours:g} device-hours: {enough}")
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import ray
 from ray import tune
 
@@ -24,9 +23,8 @@ from cast_ray.contracts.compute_node import ComputeNode
 from cast_ray.contracts.row_result import RowResult, Status
 from cast_ray.plan.graph import RowPlan, Stage, artifact_key
 from cast_ray.plan.search import RUNG_METRIC
-from cast_ray.plan.stage_parts import StagePart, TrainPart
 from cast_ray.runtime.data.images import Images
-from cast_ray.runtime.data.splits import stored_split
+from cast_ray.runtime.data.splits import images_of
 from cast_ray.runtime.store.artifact_files import CURVES
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.sweep.broker import HEARTBEAT_S
@@ -84,11 +82,11 @@ def run_trials(
     callbacks: Sequence[Any] = (),
     driver: type[RowDriver] | None = None,
 ) -> dict[str, str]:
-    """Runs all rows through Tune; a row that fails leaves its reason in its result.json and the others go on.
+    """Runs all rows through Tune; a row that fails leaves its reason in its result.json and the others continue.
 
     Args:
-        name: of the sweep.
-        callbacks: of Tune; they see each row's curves while it runs and its metrics at the end.
+        name: name of the sweep.
+        callbacks: callbacks of Tune; they see each row's curves while it runs and its metrics at the end.
         driver: another `RowDriver`.
 
     Returns:
@@ -288,7 +286,7 @@ class RowDriver:
                 self._record_shared(stage)
 
     def run_segment(self, stages: list[Stage]) -> None:
-        """Runs stages that were granted together, into a folder of their own in the store."""
+        """Runs stages that were granted together, into a separate folder of the store."""
         store = self.store.new_attempt()
         try:
             self.execute(stages, store)
@@ -346,14 +344,8 @@ class RowDriver:
         return ray.get(self.broker.table.remote(self.store, self.context.dataset_key, names))[0]
 
     def _images(self, stage: Stage) -> Images:
-        """D_l and D_u of a stage, by reference: all that a driver holds of a dataset is 8 bytes an image."""
-        if stage.kind == "train" and TrainPart.of(stage).is_on_source:
-            everything = np.arange(self.context.dataset.num_source or 0)
-            return Images(self._table("source.parquet"), everything, everything[:0], self.context.categories)
-        part = StagePart(stage.config)
-        chosen = stored_split(self.store, self.context.content_hash, part.split)
-        records = self._table("train.parquet", *(["extra.parquet"] if part.reads_extra else []))
-        return Images(records, chosen.labelled, chosen.unlabelled, self.context.categories)
+        num_source, content_hash = self.context.dataset.num_source or 0, self.context.content_hash
+        return images_of(stage, self._table, self.store, content_hash, num_source, self.context.categories)
 
 
 def curve_report(stage: str, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -406,7 +398,7 @@ def write_log(job: Job, text: str) -> str:
 
 
 def write_lost(job: Job, error: BaseException) -> None:
-    """The result of a row whose driver died too often to write one."""
+    """Makes the result of a row whose driver died too often to write one."""
     outcome = Outcome("failed", one_line(error), write_log(job, str(error)))
     write_result(job.context, job.row, assemble_result(job.context, job.row, set(), outcome))
 

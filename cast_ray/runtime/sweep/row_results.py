@@ -44,7 +44,7 @@ class SweepContext:
     hardware: Hardware
     store: ArtifactStore
     dataset_key: str
-    """Artifact that holds the record tables (train, val and, where there is one, source)."""
+    """Artifact that holds the record tables (train, val and, if the dataset has one, source)."""
     dataset: DatasetFacts
     """See `StoredDataset.facts`."""
     categories: tuple[Category, ...]
@@ -230,7 +230,7 @@ def _facts_of_kind(manifest: Manifest) -> dict[str, Any]:
 def _dataset_facts(context: SweepContext, row: RowPlan, committed: Mapping[str, _Committed]) -> DatasetFacts:
     """The dataset, with how many labelled and unlabelled images the row's student learns from and how they were
     chosen."""
-    student = row.roles["distill"]
+    student = row.student_stages[-1]  # the stage that the student starts with is the one that may read D_u
     chosen = stored_split(context.store, context.content_hash, TrainPart.of(student).split).facts
     artifact = committed.get(student.fingerprint)
     manifest = artifact.manifest if artifact is not None else None
@@ -265,7 +265,7 @@ def read_matches(context: SweepContext, row: RowPlan) -> Iterator[tuple[str, byt
 
 
 def result_from_store(context: SweepContext, row: RowPlan) -> RowResult:
-    """The result of a row all of whose stages were already stored."""
+    """Makes the result of a row whose stages are all in the store already."""
     outcome = Outcome("done", started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), seconds=0.0)
     return assemble_result(context, row, set(), outcome)
 

@@ -393,7 +393,7 @@ def _run(
     rest = plan_sweep(left, whole.stored | set(board["done"]))
     words = (
         f": {board['stop']}. Left: {len(left)} rows, {len(rest.to_run)} stages, {rest.steps_to_run:,} steps; "
-        f"used {hours(board['device_s'] / 3600)}. The same command goes on."
+        f"used {hours(board['device_s'] / 3600)}. Run the same command again to continue."
     )
     console.print(Text.assemble(("stopped", "yellow"), words))
     return board["stop"]

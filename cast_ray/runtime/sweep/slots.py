@@ -15,8 +15,8 @@ from cast_ray.runtime.cluster import Cluster
 
 STORE = "object_store_memory"
 MAX_STAGES = 32
-"""Stages at a time on a cluster where the user has not said how many: each has a driver process, as have as many rows
-that wait for their turn."""
+"""Stages that run at a time on a cluster if the user has not said how many. Each of them has a driver process, and as
+many more rows that wait for their turn have one too."""
 
 
 def slots_of(recipes: Sequence[Recipe], cluster: Cluster, driver_cpus: float, num_rows: int) -> int:
@@ -26,7 +26,7 @@ def slots_of(recipes: Sequence[Recipe], cluster: Cluster, driver_cpus: float, nu
         num_rows: rows that are to run; a row runs one stage at a time.
 
     Raises:
-        ValueError: one of them never could.
+        ValueError: a stage of one of them can never run on this cluster.
     """
     from cast_ray.runtime.worker.validation import validation_bundles
 
@@ -167,7 +167,7 @@ def stage_slots(
         if gpus < gpus_per_stage:
             fewer = ", or lower runtime.num_workers or runtime.num_labellers" if gpus else ""
             if any(b.get("GPU") for b in beside_training):
-                fewer += ", or set runtime.validate_on_gpu=false (evaluation.every_steps asks for a GPU of its own)"
+                fewer += ", or set runtime.validate_on_gpu=false (evaluation.every_steps asks for one more GPU)"
             raise ValueError(
                 f"runtime.use_gpu: one stage needs {gpus_per_stage:g} GPUs, Ray has {gpus:g}: set "
                 f"runtime.use_gpu=false to run on CPUs{fewer}"

@@ -19,7 +19,7 @@ TENSORBOARD = "tensorboard"
 
 @dataclass(frozen=True)
 class Trackers:
-    """Where curves and metrics go.
+    """Which trackers get the curves and metrics of a run.
 
     folders: table -> folder of its run; tensorboard: table -> local folder of its rows' event files; wandb: project;
     mlflow: tracking URI.
@@ -42,11 +42,11 @@ class Trackers:
         """Tune callbacks of the trackers that are switched on.
 
         A tracker that cannot be set up (no login, no server) ends the command before anything runs; one that fails
-        later is switched off, and the sweep goes on without it.
+        later is switched off, and the sweep continues without it.
 
         Args:
             job_of: name of a trial -> its `row_driver.Job`.
-            on_failure: is told, once, which tracker was switched off and why.
+            on_failure: function that is called once, with a sentence that says which tracker was switched off and why.
         """
         from cast_ray.runtime.sweep.callbacks import GuardedCallback, TensorBoardCallback
 

@@ -21,7 +21,7 @@ class WandbRuns(WandbLoggerCallback):
 
     Args:
         row_of: name of a trial -> its row.
-        options: of `WandbLoggerCallback`.
+        options: arguments of `WandbLoggerCallback`.
     """
 
     def __init__(self, row_of: RowOf, **options: Any):

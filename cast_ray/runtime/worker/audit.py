@@ -24,8 +24,9 @@ TASK_CPUS = 0.01  # as `load_records`: a stage has given its own back, and other
 def audit_labels(store: ArtifactStore, stage: Stage, images: Images, runtime: RuntimeConfig) -> None:
     """Compares the pseudo-labels of a labelling stage, not yet committed, with the ground truth that was hidden.
 
-    The labels are divided over as many tasks as label; what they send to each other are arrays of some 30 bytes a label
-    (see `AuditPart`). The summary becomes a file of the artifact, see `summarise_audit`, where there is ground truth.
+    The labels are divided over as many tasks as label; what they send to each other are arrays of about 30 bytes for
+    each label (see `AuditPart`). If there is ground truth, the summary becomes a file of the artifact (see
+    `summarise_audit`).
     """
     num_pieces = len(_pieces(store, stage.key))
     num_tasks = max(1, min(runtime.num_labellers or runtime.num_workers, num_pieces))
@@ -41,7 +42,7 @@ def _pieces(store: ArtifactStore, key: str) -> list[pyarrow.dataset.Fragment]:
     return [piece for file in files for piece in file.split_by_row_group()]
 
 
-# Not inside the placement group of the Tune trial that asks, which holds nothing but the driver.
+# Not inside the placement group of the Tune trial that asks, which holds the driver alone.
 @ray.remote(num_cpus=TASK_CPUS, scheduling_strategy="DEFAULT")
 def _audit_pieces(store: ArtifactStore, key: str, images: Images, chosen: range) -> AuditPart:
     classes = ClassMap(images.categories)

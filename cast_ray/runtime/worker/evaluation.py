@@ -1,6 +1,6 @@
 """Measuring a model on the validation images: each worker matches its share as it goes, the first joins the rest.
 
-A worker holds one batch of images and some 20 bytes of every detection; results go to the store line by line.
+A worker holds one batch of images and about 20 bytes for every detection; results go to the store line by line.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Starting a worker group costs more than a small stage, so a *segment* - train, label and evaluate stages whose inputs
 exist or are made by the segment itself - shares one. Each stage is committed to the store as soon as it is done, so
-rows that wait for it go on while the segment does. When a segment is done, the group may be kept for the next row's:
+rows that wait for it continue while the segment runs. When a segment is done, the group may be kept for the next row's:
 its workers take segment after segment from a mailbox until that is closed.
 """
 

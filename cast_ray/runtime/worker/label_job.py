@@ -1,4 +1,4 @@
-"""What those who run one labelling stage share: its blocks, the files they become, and joining these into one.
+"""What all processes that run one labelling stage share: its blocks, the files they become, and joining these into one.
 
 A block of images becomes one Parquet file below `<storage>/labels/<fingerprint>/`, which appears whole or not at all. A
 job that was killed resumes with the blocks that are missing. When none is missing, they are joined into one file of the
@@ -27,7 +27,7 @@ from cast_ray.recipe import InputSize, Recipe
 from cast_ray.runtime.data.block_source import Rows
 from cast_ray.runtime.data.images import Images
 from cast_ray.runtime.data.pictures import Pictures, images_per_task
-from cast_ray.runtime.data.record_tables import fetched, record_at
+from cast_ray.runtime.data.record_tables import record_at, table_of
 from cast_ray.runtime.store.artifact_files import LABELS
 from cast_ray.runtime.store.artifacts import ArtifactStore
 
@@ -37,7 +37,7 @@ LABEL_TYPE = pa.struct(
         pa.field("visible_share", pa.float32()),  # of the teacher's mask, after painting
         pa.field("num_suppressed", pa.int32()),  # predictions of its class that this one suppressed before painting
         pa.field("class_probs", pa.list_(pa.float32())),  # of soft targets (`loss.soft_targets`), else null
-        pa.field("mask_probs", pa.binary()),  # likewise, see `soft_targets.mask_probabilities`
+        pa.field("mask_probs", pa.binary()),  # of the matched query, see `soft_targets.mask_probabilities`
     ]
 )
 LABEL_SCHEMA = RECORD_SCHEMA.set(
@@ -52,7 +52,7 @@ ROW_GROUP_BYTES = 128 << 20
 
 @dataclass(frozen=True)
 class LabelJob:
-    """What those who run one labelling stage share; small, sent to each."""
+    """What all processes that run one labelling stage share; it is small, and each is sent a copy."""
 
     store: ArtifactStore
     stage: Stage
@@ -80,7 +80,7 @@ class LabelJob:
         return [(start, min(start + size, count)) for start in range(0, count, size)]
 
     def missing(self, blocks: Iterable[Rows]) -> list[Rows]:
-        """Those of the blocks that nobody has written."""
+        """Returns the blocks that no process has written yet."""
         found = set(self.store.list_names(self.folder))
         return [rows for rows in blocks if _file_name(rows) not in found]
 
@@ -92,7 +92,12 @@ class LabelJob:
         self.broker.post.remote(self.owner, facts | {"step": total - missing, "steps": total})
 
     def write(self, pictures: Pictures, labels: list[list[RecordLabel]]) -> None:
-        """One block's labels, in the order of its images."""
+        """Writes one block's labels, in the order of its images, and tells the broker how many images it has."""
+        num_images = self.write_block(pictures, labels)
+        self.broker.advance.remote(self.owner, num_images, sum(map(len, labels)))
+
+    def write_block(self, pictures: Pictures, labels: list[list[RecordLabel]]) -> int:
+        """Writes one block's labels, in the order of its images; returns how many images it has."""
         rows: list[dict[str, Any]] = []
         for position, instances in zip(pictures.positions, labels):
             record = record_at(self.images.records, self.images.unlabelled[position])
@@ -105,7 +110,7 @@ class LabelJob:
         pa.parquet.write_table(pa.Table.from_pylist(rows, schema=BLOCK_SCHEMA), file)
         block = (rows[0]["position"], rows[-1]["position"] + 1)
         self.store.write_bytes(f"{self.folder}/{_file_name(block)}", file.getvalue())
-        self.broker.advance.remote(self.owner, len(rows), sum(map(len, labels)))
+        return len(rows)
 
     def facts(self, blocks: list[Rows], began: float) -> dict[str, Any]:
         """Facts of a run that labelled these blocks since `began` (time.monotonic()) and found the others done."""
@@ -173,7 +178,7 @@ class LabelJob:
             category, score = (pa.compute.struct_field(instances, n).to_numpy() for n in ("category_id", "score"))
             for found in np.unique(category):
                 scores.setdefault(int(found), []).append(score[category == found])
-        truth = take_rows(fetched(self.images.records).select(["instances"]), self.images.labelled)
+        truth = take_rows(table_of(self.images.records).select(["instances"]), self.images.labelled)
         objects = pa.compute.list_flatten(truth.column("instances"))
         objects = objects.filter(pa.compute.invert(pa.compute.struct_field(objects, "is_crowd")))
         counted = pa.compute.value_counts(pa.compute.struct_field(objects, "category_id")).to_pylist()
@@ -185,7 +190,7 @@ class LabelJob:
         )
 
     def _painted(self, table: pa.Table, thresholds: dict[int, float]) -> pa.Table:
-        """Predictions as labels: those of at least their class's threshold, painted image by image."""
+        """Makes labels of predictions: those that reach the threshold of their class, painted image by image."""
         from cast_ray.teachers.pseudo_labels import paint
 
         config, rows = LabelPart.of(self.stage).pseudo, table.to_pylist()
@@ -218,7 +223,7 @@ def nothing_found(stage: Stage, recipe: Recipe, categories: Sequence[Category], 
         asked = f" It was asked for {words}: other words go into teacher.prompt.synonyms."
     return (
         f"{stage.name}: the teacher ({teacher.kind}) found nothing above {threshold} in {which} images.{asked} Lower "
-        "the thresholds or train the teacher longer; pseudo.on_empty=warn goes on without labels"
+        "the thresholds or train the teacher longer, or set pseudo.on_empty=warn to continue without labels"
     )
 
 

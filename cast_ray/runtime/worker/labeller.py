@@ -1,6 +1,6 @@
 """A teacher on its device and the rules that turn its predictions into pseudo-labels; what a labelling process holds.
 
-Apart from `labelling.py` because it imports torch and transformers (some 8 s of CPU time), which row drivers do not.
+Apart from `labelling.py` because it imports torch and transformers (about 8 s of CPU time), which row drivers do not.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class PseudoLabeller:
         assert not unknown, unknown
 
     def become(self, model: ModelConfig, input_size: InputSize) -> None:
-        """From now on a segmenter of this architecture labels, a student; its weights are still to be loaded."""
+        """Makes a segmenter of this architecture, a student, the one that labels from now on; its weights follow."""
         student = ExpertTeacher(build_segmenter(model, len(self.categories), seed=0), self.categories, input_size)
         student.precision = self.teacher.precision
         self.teacher = student.to(self.teacher.device)
 
     def label(self, pictures: Pictures) -> list[list[RecordLabel]]:
-        """Instances of each image as of LABEL_SCHEMA, at its own size."""
+        """Returns the instances of each image, at its own size, as in LABEL_SCHEMA."""
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:

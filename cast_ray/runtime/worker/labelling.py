@@ -1,14 +1,14 @@
 """The labelling stage (1b, 2a): images in, pseudo-labels out, in blocks that survive whoever made them.
 
 A block of images becomes one Parquet file below `<storage>/labels/<fingerprint>/`, which appears whole or not at all. A
-job that was killed goes on with the blocks that are missing. When none is, they are joined into one file of the stage's
-artifact, which is committed, and removed.
+job that was killed resumes with the blocks that are missing. When none is missing, they are joined into one file of the
+stage's artifact, which is committed, and removed.
 
 An image that cannot be read is left out of the labels, and so of the training that uses them; its file and the reason
 are in the manifest (`skipped`). Above `data.max_bad_fraction` the stage fails.
 
 Who labels: by default the workers that train (`stage_loop._label`), one block after the other on each: the teacher's
-training has just ended there, so nothing has to start. With `runtime.num_labellers` a job of its own runs a Ray Data
+training has just ended there, so nothing has to start. With `runtime.num_labellers` a separate job runs a Ray Data
 pipeline with the teacher in a pool of actors, for more devices than train. The blocks, and so the labels, are the same.
 """
 
@@ -34,7 +34,7 @@ from cast_ray.runtime.worker.segment import SweepStopped
 
 
 def label_images(job: LabelJob, holder: str = "") -> dict[str, Any]:
-    """Runs a labelling stage as a job of its own; see `LabelJob.facts` and `join` for what it returns and raises.
+    """Runs a labelling stage as a separate job; see `LabelJob.facts` and `join` for what it returns and raises.
 
     Args:
         holder: in whose name its room is reserved, see `placement.give_back`.

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import ray
 import torch
 
 from cast_ray.contracts.instance import Instances
@@ -19,8 +17,8 @@ from cast_ray.evaluation.matches import DetectionMatches, join
 from cast_ray.evaluation.measures import match_images
 from cast_ray.models.postprocess import predict_in_groups
 from cast_ray.recipe import EvaluationConfig, InputSize, Recipe, RuntimeConfig
-from cast_ray.runtime.data.pictures import picture_dataset, pictures
-from cast_ray.runtime.data.record_tables import record_at
+from cast_ray.runtime.data.pictures import read_pictures
+from cast_ray.runtime.data.record_tables import Records, record_at, table_of
 from cast_ray.runtime.worker.segment import Segment
 from cast_ray.teachers.protocol import Teacher
 
@@ -29,7 +27,7 @@ from cast_ray.teachers.protocol import Teacher
 class ValidationSet:
     """The images that models are measured on, by reference, and how; small, sent to workers and actors."""
 
-    records: ray.ObjectRef
+    records: Records
     num_images: int
     input_size: InputSize
     categories: tuple[Category, ...]
@@ -44,8 +42,7 @@ class ValidationSet:
         return cls(segment.val, num_images, input_size, segment.categories, recipe.evaluation, recipe.runtime)
 
     def tie_order(self) -> np.ndarray:
-        table: pa.Table = ray.get(self.records)
-        return tie_order(table.column("image_id").slice(0, self.num_images).to_pylist())
+        return tie_order(table_of(self.records).column("image_id").slice(0, self.num_images).to_pylist())
 
 
 def measure(
@@ -67,7 +64,7 @@ def measure(
     """
     settings, classes = images.settings, ClassMap(images.categories)
     parts, positions, done = [], [], 0
-    for batch in pictures(picture_dataset(images.records, rows, images.input_size, images.runtime)):
+    for batch in read_pictures(images.records, rows, images.input_size, images.runtime):
         found = predict(
             teacher, batch.pixels, batch.image_hw, batch.resized_hw, settings.max_detections, settings.batch
         )

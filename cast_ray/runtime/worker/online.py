@@ -1,27 +1,28 @@
-"""Online labels: teachers on devices of their own label images while a student trains on them.
+"""Online labels: teachers on separate devices label images while a student trains on them.
 
 A Data task of the student's stream reads its images, sends the unlabelled ones (weak, uncropped, fitted as in the
 offline job) to a teacher actor, waits, and crops what comes back with the images. The teachers are plain actors that
-all streams of a stage share, not an actor pool of each stream: every Train worker has a stream of its own, and each
-pool would hold teachers of its own. So nothing is decoded twice and no pixels pass through the object store but on
-their way to the teacher; and as a task asks for one group of images at a time, there are never more requests than tasks
-(`resources.tasks_per_stream` of each worker): a student that is slow holds its teachers back.
+all streams of a stage share. Every Train worker has its own stream, and an actor pool for each stream would need its
+own teachers. So nothing is decoded twice, and pixels pass through Ray's object store only on their way to the teacher.
+A task asks for one group of images at a time, so that there are never more requests than tasks
+(`resources.tasks_per_stream` of each worker): teachers wait for a slow student.
 
-A mean teacher (`labels.refresh_steps` = N, in self-training or of the student) needs a rule that does not depend on who
-is faster. Steps are cut into windows of N. A window is labelled by the weight average of the model as it stood one
-window before the window's start: steps 0..2N-1 by the frozen teacher (theta_T' in 1c, theta_T'' in 2b), steps 2N..3N-1
-by the average after step N, and so on. In 2b that average is a student: another model, which sees images at its own
-size. Teachers may thus work
-a whole window ahead, and whenever a label is asked for, its teacher's weights exist or will be made without it: nothing
-can wait for itself. Weights are published by rank 0 and kept in the store until the stage ends, so that a resumed stage
-labels as if it had not stopped.
+A mean teacher (`labels.refresh_steps` = N, in self-training or of the student) needs a rule that does not depend on
+which process is faster. Steps are cut into windows of N. A window is labelled by the weight average of the model as it
+stood one window before the window's start: steps 0..2N-1 by the frozen teacher (theta_T' in 1c, theta_T'' in 2b), steps
+2N..3N-1 by the average after step N, and so on. In 2b that average is a student: another model, which sees images at
+its own size. Teachers may thus work a whole window ahead, and whenever a label is asked for, its teacher's weights
+exist or will be made without it: nothing can wait for itself. Weights are published by rank 0 and kept in the store
+until the stage ends, so that a resumed stage labels as if it had not stopped.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 from ray.util.placement_group import PlacementGroup
@@ -37,6 +38,9 @@ from cast_ray.runtime.data.resources import labeller_bundle, num_teachers
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.worker.label_job import nothing_found
 
+if TYPE_CHECKING:
+    import torch
+
 VERSIONS_HELD = 4
 EMPTY_AFTER = 500
 """Images without a label after which a teacher is said to find nothing; its student has hardly begun by then."""
@@ -48,7 +52,7 @@ def version_of(step: int, refresh_steps: int) -> int:
 
 
 def versions_from(step: int, refresh_steps: int) -> list[int]:
-    """Published versions that a stage needs when it goes on at a step."""
+    """Returns the published versions that a stage needs when it resumes at a step."""
     window = step // refresh_steps if refresh_steps else 0
     return [version for version in (window - 1, window) if version > 0]
 
@@ -63,7 +67,8 @@ class Learner:
 
 @dataclass(frozen=True)
 class OnlineLabels:
-    """What a training stream's tasks need to have their images labelled: a label stage and who runs it.
+    """What the tasks of a training stream need to have their images labelled: a label stage and the teachers that run
+    it.
 
     learner: the model in training, where it is not the teacher's own (2b): from version 1 on it labels.
     """
@@ -87,47 +92,37 @@ class OnlineLabels:
         return version_of(step, self.refresh_steps)
 
     def label(self, pictures: Pictures, version: int, turn: int) -> list[list[RecordLabel]]:
-        """Instances of each image as of LABEL_SCHEMA; waits for the teacher's weights, then for a teacher."""
+        """Returns the instances of each image, as in LABEL_SCHEMA; waits for the teacher's weights, then for it."""
         weights = ray.get(self.versions.get.remote(version)) if version else None
         teacher = self.teachers[turn % len(self.teachers)]
         return ray.get(teacher.label.remote(self.stage, self.learner, version, weights, pictures))
 
 
-# It holds no state but what it loaded last, so that a lost one is replaced without anybody noticing.
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
-class OnlineTeacher:
-    """A teacher on a device of its own; loads whichever stage's, in whichever version, is asked for.
+class VersionedTeacher:
+    """A teacher that loads whichever stage's weights, in whichever version, are asked for."""
 
-    Args:
-        broker, owner: who is told what it labels and on which machine, and of whose segment it is; None: nobody.
-    """
-
-    def __init__(self, store: ArtifactStore, recipe: Recipe, categories: tuple[Category, ...], broker: Any, owner: str):
-        import torch
-
-        from cast_ray.runtime.process_settings import prepare_process
-        from cast_ray.runtime.this_node import this_node
-
-        prepare_process()
-        self.store, self.recipe, self.categories = store, recipe, categories
-        self.broker, self.owner = broker, owner
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if broker is not None:
-            process = ray.get_runtime_context().get_actor_id()
-            broker.computes_on.remote(owner, process, this_node(self.device))
+    def __init__(self, store: ArtifactStore, recipe: Recipe, categories: tuple[Category, ...], device: torch.device):
+        self.store, self.recipe, self.categories, self.device = store, recipe, categories, device
         self.loaded: tuple[str, int] = ("", 0)
         self.labeller: Any = None
         self.num_images = self.num_labels = 0
 
-    def label(
+    def label_version(
         self,
         stage: Stage,
         learner: Learner | None,
         version: int,
-        weights: list[ray.ObjectRef] | None,
+        weights: Callable[[], bytes] | None,
         pictures: Pictures,
     ) -> list[list[RecordLabel]]:
-        """Instances of each image as of LABEL_SCHEMA.
+        """Returns the instances of each image, as in LABEL_SCHEMA.
+
+        Args:
+            stage: the label stage.
+            learner: see `OnlineLabels`.
+            version: version of the teacher.
+            weights: gets the weights of a version that is not loaded; None: they are the stage's own.
+            pictures: the images.
 
         Raises:
             ValueError: the first EMPTY_AFTER images got no label, and `pseudo.on_empty` is stop.
@@ -135,11 +130,8 @@ class OnlineTeacher:
         if self.loaded != (stage.fingerprint, version):
             self._load(stage, learner, version, weights)
         labels = self.labeller.label(pictures)
-        num_labels = sum(map(len, labels))
         self.num_images += len(labels)
-        self.num_labels += num_labels
-        if self.broker is not None:
-            self.broker.labelled.remote(self.owner, stage.name, len(labels), num_labels)
+        self.num_labels += sum(map(len, labels))
         if (
             version == 0
             and self.num_labels == 0
@@ -149,7 +141,7 @@ class OnlineTeacher:
             raise ValueError(nothing_found(stage, self.recipe, self.categories, f"the first {self.num_images}"))
         return labels
 
-    def _load(self, stage: Stage, learner: Learner | None, version: int, weights: list[ray.ObjectRef] | None) -> None:
+    def _load(self, stage: Stage, learner: Learner | None, version: int, weights: Callable[[], bytes] | None) -> None:
         from cast_ray.runtime.worker.labeller import PseudoLabeller
 
         if self.loaded[0] != stage.fingerprint or version == 0:
@@ -158,20 +150,58 @@ class OnlineTeacher:
         if learner is not None and version:
             self.labeller.become(learner.model, learner.input_size)
         if weights is not None:
-            self.labeller.load(ray.get(weights[0]))
+            self.labeller.load(weights())
         self.loaded = (stage.fingerprint, version)
+
+
+# It holds no state but what it loaded last, so that a lost one is replaced without anybody noticing.
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+class OnlineTeacher(VersionedTeacher):
+    """A teacher actor on its device, which loads the teacher of any stage, in any version, when it is asked for.
+
+    Args:
+        broker, owner: who is told what it labels and on which machine, and whose segment it works for; None: nobody.
+    """
+
+    def __init__(self, store: ArtifactStore, recipe: Recipe, categories: tuple[Category, ...], broker: Any, owner: str):
+        import torch
+
+        from cast_ray.runtime.process_settings import prepare_process
+        from cast_ray.runtime.this_node import this_node
+
+        prepare_process()
+        super().__init__(store, recipe, categories, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        self.broker, self.owner = broker, owner
+        if broker is not None:
+            process = ray.get_runtime_context().get_actor_id()
+            broker.computes_on.remote(owner, process, this_node(self.device))
+
+    def label(
+        self,
+        stage: Stage,
+        learner: Learner | None,
+        version: int,
+        weights: list[ray.ObjectRef] | None,
+        pictures: Pictures,
+    ) -> list[list[RecordLabel]]:
+        """Does what `label_version` does; the weights come as a reference in a list, so that Ray does not send them."""
+        fetch: Callable[[], bytes] | None = None if weights is None else partial(cast(Any, ray.get), weights[0])
+        labels = self.label_version(stage, learner, version, fetch, pictures)
+        if self.broker is not None:
+            self.broker.labelled.remote(self.owner, stage.name, len(labels), sum(map(len, labels)))
+        return labels
 
 
 @ray.remote(num_cpus=0)
 class TeacherVersions:
-    """The published weights of the stage that refreshes its teacher; who asks too early waits."""
+    """The published weights of the stage that refreshes its teacher; a process that asks too early waits."""
 
     def __init__(self) -> None:
         self.weights: dict[int, ray.ObjectRef] = {}
         self.changed = asyncio.Condition()
 
     async def start(self, weights: dict[int, list[ray.ObjectRef]]) -> None:
-        """A stage begins, or goes on, with these versions published."""
+        """Tells the teachers that a stage begins or resumes, with these versions published."""
         async with self.changed:
             self.weights = {version: refs[0] for version, refs in weights.items()}
             self.changed.notify_all()
@@ -199,12 +229,18 @@ class Teachers:
     def labels(self, stage: Stage) -> OnlineLabels:
         """For the stream of a stage that labels online."""
         assert stage.online is not None
-        part = TrainPart.of(stage)
-        learner = None
-        if stage.name == "distill":
-            assert part.segmenter is not None
-            learner = Learner(part.segmenter, input_size_of(stage))
-        return OnlineLabels(stage.online, self.actors, self.versions, part.refresh_steps, learner)
+        return OnlineLabels(
+            stage.online, self.actors, self.versions, TrainPart.of(stage).refresh_steps, learner_of(stage)
+        )
+
+
+def learner_of(stage: Stage) -> Learner | None:
+    """Returns the student that a stage trains, which labels from version 1 on; None: the stage trains a teacher."""
+    if stage.name != "distill":
+        return None
+    segmenter = TrainPart.of(stage).segmenter
+    assert segmenter is not None
+    return Learner(segmenter, input_size_of(stage))
 
 
 def teacher_bundles(runtime: RuntimeConfig) -> list[dict[str, float]]:
@@ -255,7 +291,7 @@ class Publisher:
         return all(_file_name(version) in kept for version in versions_from(step, self.refresh_steps))
 
     def start(self, step: int) -> None:
-        """Publishes what a stage that goes on at `step` needs."""
+        """Publishes the versions that a stage needs when it resumes at `step`."""
         self.checkpoint = step
         kept = {v: self.store.find_bytes(self._path(v)) for v in versions_from(step, self.refresh_steps)}
         ray.get(self.versions.start.remote({version: [ray.put(weights)] for version, weights in kept.items()}))
@@ -267,7 +303,7 @@ class Publisher:
         self.versions.publish.remote(version, [ray.put(weights)])
 
     def noted_checkpoint(self, step: int) -> None:
-        """From now on a resume starts at `step`, or at the checkpoint before it where that one is damaged."""
+        """Notes that a resume now starts at `step`, or at the checkpoint before it if that one is damaged."""
         needed = versions_from(self.checkpoint, self.refresh_steps)
         oldest = needed[0] if needed else 1
         for name in self.store.list_names(self.folder):

@@ -33,11 +33,11 @@ def map_files(
 
     Args:
         make_worker: builds what turns paths into as many rows (plain values and bytes); called once in each actor.
-        paths: of the files, readable from every node.
+        paths: paths of the images, readable from every node.
         batch: files that a worker is given at a time.
         num_workers: actors; each takes a GPU where the cluster has any.
-        cpus_per_worker: of an actor, which also reads and draws.
-        address: as of `runtime.cluster.connect`.
+        cpus_per_worker: CPUs of each actor, which also reads and draws.
+        address: address of the cluster, as in `runtime.cluster.connect`.
 
     Raises:
         ValueError: more workers than the cluster can hold, and there is no autoscaler to make it larger.

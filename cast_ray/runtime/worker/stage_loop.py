@@ -20,7 +20,6 @@ import torch
 from ray.train import Checkpoint
 from ray.train.torch import get_device
 from ray.util.placement_group import PlacementGroup
-from safetensors.torch import load as load_tensors
 
 from cast_ray.common.logs import configure_logging
 from cast_ray.engine.checkpoint import TrainState
@@ -28,17 +27,16 @@ from cast_ray.engine.loop import TrainHooks, TrainResult
 from cast_ray.engine.world import World
 from cast_ray.models.autocast import require_precision
 from cast_ray.models.segmenter import Segmenter
-from cast_ray.plan.graph import Stage, artifact_key, input_size_of
-from cast_ray.plan.stage_parts import PublishedTeacher, TrainPart, train_config
+from cast_ray.plan.graph import Stage, artifact_key
+from cast_ray.plan.stage_parts import TrainPart, train_config
 from cast_ray.recipe import RuntimeConfig
 from cast_ray.runtime.data.images import Images
-from cast_ray.runtime.data.pictures import picture_dataset, pictures
+from cast_ray.runtime.data.pictures import read_pictures
 from cast_ray.runtime.data.resources import configure_data
-from cast_ray.runtime.data.training_stream import SampleRules, StepShare, training_stream
 from cast_ray.runtime.process_settings import prepare_process
 from cast_ray.runtime.store.artifact_files import CURVES, LABELS
 from cast_ray.runtime.store.artifacts import ArtifactStore
-from cast_ray.runtime.store.models import WEIGHTS, load_teacher, save_model
+from cast_ray.runtime.store.models import save_model
 from cast_ray.runtime.this_node import this_node
 from cast_ray.runtime.worker.audit import audit_labels
 from cast_ray.runtime.worker.evaluation import evaluate_stage
@@ -46,7 +44,7 @@ from cast_ray.runtime.worker.label_job import LabelJob
 from cast_ray.runtime.worker.labeller import PseudoLabeller
 from cast_ray.runtime.worker.online import OnlineLabels, Publisher, Teachers
 from cast_ray.runtime.worker.segment import Segment
-from cast_ray.runtime.worker.train import train_stage
+from cast_ray.runtime.worker.train import load_parent, stage_batches, stage_run, train_stage
 from cast_ray.runtime.worker.train_progress import TimedBatches, TrainProgress
 from cast_ray.runtime.worker.validation import SideValidation, is_validated, validation_bundles
 from cast_ray.teachers.protocol import Teacher
@@ -161,25 +159,8 @@ def _train(
     online = teachers.labels(stage) if teachers is not None and stage.online is not None else None
     resume, publisher = _resumed(segment.store, stage, online, world)
     start_step = resume.step if resume else 0
-    batches = training_stream(
-        images,
-        part.data(recipe),
-        recipe.runtime,
-        StepShare(
-            config.batch_labelled,
-            config.batch_unlabelled,
-            config.steps,
-            seed=part.order_seed,
-            start_step=start_step,
-            rank=world.rank,
-            world_size=world.size,
-        ),
-        _sample_rules(part),
-        online=online,
-        device=world.device,
-    )
-    timed = TimedBatches(batches)
-    progress = TrainProgress(segment, stage, world.rank, publisher, timed, start_step)
+    batches = TimedBatches(stage_batches(stage, images, recipe, world, start_step=start_step, online=online))
+    progress = TrainProgress(segment, stage, world.rank, publisher, batches, start_step)
     hooks = TrainHooks(
         on_log=progress.on_log,
         on_checkpoint=progress.on_checkpoint,
@@ -192,14 +173,12 @@ def _train(
     progress.start()
     model, result = train_stage(
         stage,
+        batches,
+        config,
+        stage_run(stage, world, resume=resume, hooks=hooks),
         num_classes=len(segment.categories),
-        parent=_parent(segment.store, stage, part),
-        batches=timed,
-        world=world,
-        train_config=config,
+        parent=load_parent(segment.store, stage),
         gradient_checkpointing=recipe.runtime.gradient_checkpointing,
-        resume=resume,
-        hooks=hooks,
     )
     if is_validated(recipe, stage):
         _wait_for_validation(validation, world)
@@ -211,13 +190,21 @@ def _train(
         "num_unlabelled": len(images.unlabelled),
         "resumed_at_step": resume.step if resume else None,
         "skipped_steps": result.num_skipped,
+        **_online_facts(stage),
     }
+
+
+def _online_facts(stage: Stage) -> dict[str, Any]:
+    """What the manifest says of the labels that a stage made as it went: nothing else in the store does."""
+    if (labels := stage.online) is None:
+        return {}
+    return {"online": {"stage": labels.name, "fingerprint": labels.fingerprint, "config": labels.config}}
 
 
 def _resumed(
     store: ArtifactStore, stage: Stage, online: OnlineLabels | None, world: World
 ) -> tuple[TrainState | None, Publisher | None]:
-    """The state that the stage continues from and, where it refreshes its teacher, who publishes the weights.
+    """The state that the stage continues from and, if it refreshes its teacher, the publisher of the weights.
 
     A state is only of use while the weights of the teachers that label its next steps are kept.
     """
@@ -235,26 +222,6 @@ def _resumed(
     return resume, publisher
 
 
-def _parent(store: ArtifactStore, stage: Stage, part: TrainPart) -> dict[str, torch.Tensor] | Teacher | None:
-    """What the stage starts from: a parent's weights, a teacher made of published checkpoints, or nothing."""
-    if isinstance(part.model, PublishedTeacher):
-        key = artifact_key("train", stage.parents["init"])
-        return load_teacher(store, key, dict(part.model.settings), input_size_of(stage))
-    if "init" not in stage.parents:
-        return None
-    return load_tensors(store.read_bytes(artifact_key("train", stage.parents["init"]), WEIGHTS))
-
-
-def _sample_rules(part: TrainPart) -> SampleRules:
-    contrastive = part.contrastive
-    return SampleRules(
-        strong=contrastive is not None,
-        oracle=contrastive is not None and contrastive.sampler == "oracle",
-        strong_unlabelled=part.is_semi_strong,
-        copy_paste=part.copy_paste,
-    )
-
-
 def _write_trained(
     segment: Segment, stage: Stage, model: Segmenter | Teacher, result: TrainResult, validation: SideValidation | None
 ) -> dict[str, Any]:
@@ -270,7 +237,8 @@ def _write_trained(
 
 
 def _wait_for_validation(validation: SideValidation | None, world: World) -> None:
-    """Until the last snapshots are measured; all workers look in turn, for one barrier that long would time out."""
+    """Waits until the last snapshots are measured; all workers look in turn, for one barrier that long would time
+    out."""
     is_waiting = True
     while is_waiting:
         mine = validation is not None and validation.is_waiting(VALIDATION_LOOK_S)
@@ -278,14 +246,13 @@ def _wait_for_validation(validation: SideValidation | None, world: World) -> Non
 
 
 def _with_labels(segment: Segment, stage: Stage) -> Images:
-    """The stage's images, with the pseudo-labels that it reads; those that could not be labelled are left out."""
+    """The stage's images, with the pseudo-labels that it reads."""
     images = segment.images[stage.name]
     if "labels" not in stage.parents:
         return images
     key = artifact_key("label", stage.parents["labels"])
     (labels,) = ray.get(segment.broker.table.remote(segment.store, key, (LABELS,)))
-    positions = ray.get(labels).column("position").to_numpy()
-    return replace(images, unlabelled=images.unlabelled[positions], labels=labels)
+    return images.with_labels(labels)
 
 
 def _label(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
@@ -299,10 +266,9 @@ def _label(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
     mine = missing[world.rank :: world.size]
     if mine:
         labeller = PseudoLabeller(segment.store, stage, world.device)
-        dataset = picture_dataset(
+        for batch in read_pictures(
             images.records, images.unlabelled, job.input_size, recipe.runtime, mine, skip_bad=True
-        )
-        for batch in pictures(dataset):
+        ):
             job.write(batch, labeller.label(batch))
     world.barrier()
     if world.rank > 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import ray.train
 import torch
@@ -44,9 +44,9 @@ class TrainProgress:
     """The callbacks of a train stage on one worker, for `engine.loop.TrainHooks`; only the first worker posts.
 
     Args:
-        rank: of the worker.
-        publisher: of a stage that refreshes its teacher.
-        batches: the worker's stream.
+        rank: rank of the worker.
+        publisher: publishes the weights of a stage that refreshes its teacher.
+        batches: stream of the worker's batches, which counts the time that was spent waiting for it.
         start_step: step that the stage starts or continues from.
     """
 
@@ -114,5 +114,9 @@ class TrainProgress:
     def on_refresh(self, step: int, weights: dict[str, torch.Tensor]) -> None:
         """Publishes the weights that label from the next window but one on."""
         if self.is_first and self.publisher is not None:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-            self.publisher.publish(step, save_tensors(tensors))
+            self.publisher.publish(step, packed_weights(weights))
+
+
+def packed_weights(weights: Mapping[str, torch.Tensor]) -> bytes:
+    """Returns weights in the format of safetensors, copied from whatever device they are on."""
+    return save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})

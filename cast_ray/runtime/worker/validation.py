@@ -1,7 +1,7 @@
-"""Validation beside training: snapshots of a stage's weights, measured by an actor of their own.
+"""Validation beside training: snapshots of a stage's weights, measured by a separate actor.
 
-Training only copies its weights and goes on; the actor works from a placement group that the segment reserved with its
-own, so that it neither waits for the trainer's resources nor takes them. Each measured point is a file below the
+Training only copies its weights and continues; the actor works from a placement group that the segment reserved with
+its own, so that it neither waits for the trainer's resources nor takes them. Each measured point is a file below the
 storage path, which a restarted stage finds again. Train's own `ValidationConfig` is not used: what it measures reaches
 the checkpoint records and never Tune or the stage (Ray 2.60).
 """
@@ -37,7 +37,7 @@ def validation_bundles(recipe: Recipe, stages: Sequence[Stage] | None = None) ->
     """What validation beside training reserves: the tasks of its stream, then its actor; [] where there is none.
 
     Args:
-        recipe: of the row.
+        recipe: recipe of the row.
         stages: those that will run; None: any may.
     """
     if not recipe.evaluation.every_steps or (stages is not None and not any(is_validated(recipe, s) for s in stages)):
@@ -108,7 +108,7 @@ class SideValidation:
         for step, ref in self.pending.items():
             try:
                 ray.get(ref)
-            except ray.exceptions.RayError as error:  # the weights are right all the same
+            except ray.exceptions.RayError as error:  # the weights are right without it
                 failed[str(step)] = str(error).strip().splitlines()[-1]
         images = ValidationSet.of(self.segment, self.segment.recipe, input_size_of(stage))
         every = images.settings.every_steps

@@ -133,7 +133,7 @@ def test_a_mask_transformer_labels(checkpoints: Path, photos: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--teacher", "grounded_sam"], "name what by --classes"),
+        (["--teacher", "grounded_sam"], "needs --classes: name the classes to look for"),
         (["--teacher", "nobody/here/at/all"], "nobody/here/at/all': teacher.json is missing"),
         (
             ["--teacher", "sam4", "--classes", "dog"],

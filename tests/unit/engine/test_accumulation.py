@@ -11,7 +11,7 @@ from training_scenes import CONTRAST, LOSS, NUM_CLASSES, batches, make_batch, ma
 
 from cast_ray.contracts.records import Batch
 from cast_ray.engine.accumulation import PartedForward
-from cast_ray.engine.loop import train
+from cast_ray.engine.loop import RunSettings, train
 from cast_ray.engine.objective import Objective, weighted_sum
 from cast_ray.engine.world import World
 from cast_ray.models.cast_network import CastNetwork
@@ -133,7 +133,7 @@ def test_a_resumed_run_draws_what_it_would_have_drawn() -> None:
         torch.manual_seed(before)
         objective = Objective(LOSS, None, proposals=False)
         batch = iter([make_batch((2, 3), num_labelled=2)])
-        result = train(network, objective, batch, TrainConfig(steps=1, ema=0), fingerprint="f", seed=0, world=World())
+        result = train(network, objective, batch, TrainConfig(steps=1, ema=0), RunSettings("f", 0, World()))
         return [{k: v for k, v in entry.items() if k != "images_per_s"} for entry in result.curve]
 
     assert step(1) == step(2)

@@ -164,6 +164,16 @@ def test_no_checkpoint_after_the_last_step() -> None:
     assert [s.step for s in run(config, batches(0, 12)).states] == [6]
 
 
+def test_a_run_that_is_stopped_early_has_the_beginning_of_the_whole_one() -> None:
+    config = TrainConfig(steps=24, lr=1e-2, warmup_steps=4)
+    whole = run(config, batches(0, 24))
+    left = batches(0, 24)
+    stopped = run(config, left, stop_step=13)
+    assert stopped.curve == whole.curve[:1] and stopped.curve[0]["step"] == 10
+    assert len(list(left)) == 24 - 13
+    assert not stopped.states
+
+
 def test_seconds_go_on_over_a_resume() -> None:
     first = run(SHORT, batches(0, 16))
     assert first.result.seconds > first.states[1].seconds > first.states[0].seconds > 0

@@ -11,7 +11,7 @@ from cast_ray.models.segmenter import Segmenter, build_segmenter
 from cast_ray.plan.graph import RowPlan, Stage, plan
 from cast_ray.plan.memory import stage_memory
 from cast_ray.recipe import TrainConfig, build_recipe
-from cast_ray.runtime.worker.train import train_stage
+from cast_ray.runtime.worker.train import stage_run, train_stage
 
 TINY = {
     "student.encoder.widths": "[8, 8, 16, 16]",
@@ -33,12 +33,11 @@ def make_plan(**overrides: str) -> RowPlan:
 def train(stage: Stage, steps: int, initial: Segmenter | None = None) -> Segmenter:
     segmenter, result = train_stage(
         stage,
+        batches(0, steps, num_labelled=1),
+        TrainConfig(**{"batch_unlabelled": 0} | stage.config["train"]),
+        stage_run(stage, World()),
         num_classes=NUM_CLASSES,
         parent=initial.state_dict() if initial else None,
-        batches=batches(0, steps, num_labelled=1),
-        world=World(),
-        train_config=TrainConfig(**{"batch_unlabelled": 0} | stage.config["train"]),
-        resume=None,
     )
     assert result.curve[-1]["step"] == steps and isinstance(segmenter, Segmenter)
     return segmenter

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ def record(number: int) -> dict[str, Any]:
 def validation_set(monkeypatch: pytest.MonkeyPatch, num_images: int, drop: int = 0, **settings: Any) -> ValidationSet:
     """A set whose images are drawn when they are asked for, in blocks of 16 as Ray Data delivers them."""
 
-    def blocks(rows: np.ndarray, *_: Any) -> Iterator[Pictures]:
+    def blocks(records: Any, rows: np.ndarray, *_: Any) -> Iterator[Pictures]:
         for start in range(0, len(rows) - drop, 16):
             positions = list(range(start, min(start + 16, len(rows) - drop)))
             pixels = np.stack(
@@ -53,8 +54,7 @@ def validation_set(monkeypatch: pytest.MonkeyPatch, num_images: int, drop: int =
             sizes = [(SIZE, SIZE)] * len(positions)
             yield Pictures(positions, list(pixels.astype(np.uint8)), sizes, sizes)
 
-    monkeypatch.setattr(measuring, "picture_dataset", lambda records, rows, *_: rows)
-    monkeypatch.setattr(measuring, "pictures", blocks)
+    monkeypatch.setattr(measuring, "read_pictures", blocks)
     monkeypatch.setattr(measuring, "record_at", lambda records, row: record(int(row)))
     return ValidationSet(None, num_images, (SIZE, SIZE), CATEGORIES, EvaluationConfig(**settings), RuntimeConfig())  # type: ignore[arg-type]
 
@@ -157,7 +157,6 @@ def test_validation_beside_training_is_counted_before_anything_starts() -> None:
 
 
 def test_tables_of_records_name_the_order_of_ties(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = validation_set(monkeypatch, 3)
     table = pa.table({"image_id": [encode_image_id(i) for i in (7, 30, 4, 1)]})
-    monkeypatch.setattr(measuring.ray, "get", lambda ref: table)
+    images = replace(validation_set(monkeypatch, 3), records=table)
     assert images.tie_order().tolist() == [1, 2, 0]  # of the first three alone

@@ -46,7 +46,7 @@ def test_a_published_kind_is_given_its_classes_by_name(tmp_path: Path) -> None:
     for classes in (["person", "dog"], "person, dog", [Category(1, "person"), Category(2, "dog")]):
         teacher = cast_ray.load_teacher("grounded_sam", classes, recipe)
         assert [(c.id, c.name) for c in teacher.categories] == [(1, "person"), (2, "dog")]
-    with pytest.raises(ValueError, match="name the classes"):
+    with pytest.raises(ValueError, match="needs the names of the classes to look for"):
         cast_ray.load_teacher("grounded_sam", recipe=recipe)
     with pytest.raises(ValueError, match=r"teacher\.kind of the recipe is grounded_sam: expected sam3"):
         cast_ray.load_teacher("sam3", ["dog"], recipe)

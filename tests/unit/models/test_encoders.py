@@ -13,7 +13,7 @@ from transformers import Dinov2Backbone, Dinov2WithRegistersBackbone, DINOv3ViTB
 
 from cast_ray.common.registry import ROWS
 from cast_ray.contracts.records import Category
-from cast_ray.engine.loop import train
+from cast_ray.engine.loop import RunSettings, train
 from cast_ray.engine.objective import Objective
 from cast_ray.engine.world import World
 from cast_ray.models.backbones import ARCHITECTURES
@@ -62,9 +62,7 @@ def test_from_a_folder_through_training_to_a_reloaded_student(name: str, tmp_pat
         Objective(loss, contrast, proposals=False),
         iter([make_batch((2, 3), num_labelled=1)]),
         config,
-        fingerprint="f",
-        seed=0,
-        world=World(),
+        RunSettings("f", 0, World()),
     )
     assert result.curve[-1]["loss"] > 0
     moved = [k for k, p in segmenter.named_parameters() if not torch.equal(p.detach(), before[k])]

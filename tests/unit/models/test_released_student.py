@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from training_scenes import LOSS, NUM_CLASSES, make_batch
 
 from cast_ray.contracts.records import Category
-from cast_ray.engine.loop import train
+from cast_ray.engine.loop import RunSettings, train
 from cast_ray.engine.objective import Objective
 from cast_ray.engine.world import World
 from cast_ray.models.batch_norm import JointBatchNorm
@@ -94,9 +94,7 @@ def test_it_learns_one_batch_by_heart_and_comes_back_from_a_folder(ema: float, t
     network = CastNetwork(build_segmenter(TINY, NUM_CLASSES, seed=0), None)
     batch = make_batch((2, 3, 1, 2), num_labelled=4)
     config = TrainConfig(steps=120, lr=3e-3, ema=ema)
-    result = train(
-        network, Objective(LOSS, None, proposals=False), repeat(batch), config, fingerprint="f", seed=0, world=World()
-    )
+    result = train(network, Objective(LOSS, None, proposals=False), repeat(batch), config, RunSettings("f", 0, World()))
     assert result.curve[-1]["loss"] < 0.35 * result.curve[0]["loss"]
 
     categories = [Category(i, f"c{i}") for i in range(NUM_CLASSES)]

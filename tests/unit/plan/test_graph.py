@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+from pydantic import create_model
 
 from cast_ray.plan.ablation import load_table
-from cast_ray.plan.graph import HOW_IT_RUNS, DataHashes, RowPlan, Stage, artifact_key, input_size_of, plan, plan_sweep
+from cast_ray.plan.graph import DataHashes, RowPlan, Stage, artifact_key, input_size_of, plan, plan_sweep
 from cast_ray.plan.stage_parts import train_config
 from cast_ray.recipe import ModelConfig, Recipe, TrainConfig, build_recipe, recipe_keys
+from cast_ray.recipe.part import CHANGES_NO_RESULT, OFF_BY_DEFAULT, marked
 
 HASH = "0" * 64
 SUP = ["pretrain", "adapt", "distill", "refine"]
@@ -54,6 +56,7 @@ def test_stages_of_the_four_loss_rows(losses: dict[str, RowPlan]) -> None:
         "sup+semi+pxl": SEMI,
     }
     for row in losses.values():
+        assert [stage.name for stage in row.student_stages] == ["refine", "distill"]
         assert set(row.roles) >= ROLES
         assert [row.roles[name].name for name in work(row)] == work(row)
 
@@ -261,7 +264,7 @@ def test_a_field_that_changes_a_result_changes_its_stages(key: str) -> None:
     + [
         (f"stages.{s}.{field}", "3")
         for s in ("pretrain", "adapt", "selftrain", "distill", "refine")
-        for field in HOW_IT_RUNS
+        for field in marked(TrainConfig, CHANGES_NO_RESULT)
     ]
     + [("evaluation.batch", "3"), ("evaluation.every_steps", "2")]
     + [("data.root", "/elsewhere"), ("data.max_bad_fraction", "0.5")]
@@ -313,6 +316,42 @@ def test_precision_is_a_part_of_every_stage_whatever_machine_plans(
     assert prints(row) == prints(same)
     others = [make({"runtime.amp": amp}) for amp in ("off", "bf16", "fp16") if amp != wanted]
     assert all(changed(other, row) == set(prints(row)) for other in others)  # no artifact is shared
+
+
+def widened(recipe: Any, part: str, mark: Any, **values: Any) -> Any:
+    """A recipe whose part has a field more, `switch`, as a later version may add one."""
+    path, _, name = part.rpartition(".")
+    holder = getattr(recipe, path) if path else recipe
+    old = getattr(holder, name)
+    kind: Any = create_model("Wider", __base__=type(old), switch=(Annotated[bool, mark], False))
+    holder = holder.model_copy(
+        update={name: kind(**{field: getattr(old, field) for field in old.model_fields_set}, **values)}
+    )
+    return recipe.model_copy(update={path: holder}) if path else holder
+
+
+@pytest.mark.parametrize(
+    ("part", "stages"),
+    [
+        ("student", {"distill", "refine", "student", "refined"}),
+        ("contrastive", {"adapt", "selftrain", "distill"}),
+        ("evaluation", {"zero_shot", "teacher", "student", "refined"}),
+        ("pseudo", {"label-adapted", "label-teacher"}),
+        ("loss", {"pretrain", "adapt", "selftrain", "distill", "refine"}),
+        ("stages.refine", {"refine", "refined"}),
+        ("data", set()),  # whose fields `VIEW_FIELDS` and `split_part` choose
+    ],
+)
+def test_a_marked_field_that_is_added_to_a_part_moves_no_fingerprint_at_its_default(
+    part: str, stages: set[str]
+) -> None:
+    recipe = build_recipe("shapes", "smoke")
+    before = plan(recipe, HASH)
+    assert changed(before, plan(widened(recipe, part, OFF_BY_DEFAULT), HASH)) == set()
+    assert stages <= changed(before, plan(widened(recipe, part, OFF_BY_DEFAULT, switch=True), HASH))
+    assert changed(before, plan(widened(recipe, part, CHANGES_NO_RESULT, switch=True), HASH)) == set()
+    unmarked = changed(before, plan(widened(recipe, part, None), HASH))
+    assert stages <= unmarked and bool(unmarked) == bool(stages)
 
 
 def test_naming_the_default_seed_changes_nothing() -> None:

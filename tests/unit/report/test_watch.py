@@ -34,7 +34,7 @@ def test_the_report_follows_results_until_the_last(plan: tuple[Path, Path], wait
     page = run / "report.html"
     stopped = threading.Event()
     console = Console(file=output, width=200)
-    watching = threading.Thread(target=watch_report, args=(run, console, stopped, 0.1), daemon=True)
+    watching = threading.Thread(target=watch_report, args=(run, console, 0.1, stopped), daemon=True)
     watching.start()
     wait_until(lambda: page.is_file() and "0 of 2 results" in page.read_text(), "a page before the first result", 60)
     assert 'http-equiv="refresh"' in page.read_text()
@@ -58,7 +58,7 @@ def test_a_watch_can_be_stopped(tmp_path: Path) -> None:
     stopped = threading.Event()
     stopped.set()
     output = io.StringIO()
-    assert watch_report(tmp_path / "none", Console(file=output), stopped) is None
+    assert watch_report(tmp_path / "none", Console(file=output), 5, stopped) is None
     assert "waiting: " in output.getvalue() and "no such folder" in output.getvalue()
 
 
@@ -81,11 +81,11 @@ def test_a_stopped_sweep_is_reported_with_what_its_store_has(plan: tuple[Path, P
     output = io.StringIO()
     write_plan(run, [load_table("losses")], EXPECTED, str(run / "sweep.json"))
     (report,) = rebuild_report(run, Console(file=output)).reports
-    assert report.num_pending == 1 and "store does not answer" in output.getvalue()
+    assert report.num_pending == 1 and "store cannot be read, so the report holds only" in output.getvalue()
 
 
 def test_a_folder_without_a_plan_has_no_store_to_ask(tmp_path: Path) -> None:
     save(tmp_path, [result("sup")])
     assert fetch_results(tmp_path) == 0
-    written = watch_report(tmp_path, Console(file=io.StringIO()))
+    written = watch_report(tmp_path, Console(file=io.StringIO()), 5)
     assert written is not None and written.is_complete

@@ -21,9 +21,9 @@ from cast_ray.engine.world import World
 from cast_ray.plan.graph import RowPlan, Stage, plan
 from cast_ray.plan.stage_parts import train_config
 from cast_ray.recipe import Recipe, build_recipe
-from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.store.artifacts import ArtifactStore, committed_fingerprints
 from cast_ray.runtime.store.models import import_foundation, load_labeller, load_teacher, save_model
-from cast_ray.runtime.worker.train import train_stage
+from cast_ray.runtime.worker.train import stage_run, train_stage
 from cast_ray.teachers.grounded_sam import GroundedSamTeacher
 from cast_ray.teachers.protocol import Teacher
 from cast_ray.teachers.protocol import load_teacher as read_teacher
@@ -68,16 +68,15 @@ def make_row(recipe: Recipe, foundation: str | None) -> RowPlan:
 
 def run(stage: Stage, teacher: Teacher, steps: int, resume: TrainState | None = None, every: int = 100) -> Any:
     states: list[TrainState] = []
+    # A copy, because a state's tensors are the live ones.
+    hooks = TrainHooks(on_checkpoint=lambda state: states.append(copy.deepcopy(state)))
     model, _ = train_stage(
         stage,
+        batches(resume.step if resume else 0, steps, num_labelled=1),
+        train_config(stage, RECIPE).model_copy(update={"checkpoint_every_steps": every}),
+        stage_run(stage, World(), resume=resume, hooks=hooks),
         num_classes=3,
         parent=teacher,
-        batches=batches(resume.step if resume else 0, steps, num_labelled=1),
-        world=World(),
-        train_config=train_config(stage, RECIPE).model_copy(update={"checkpoint_every_steps": every}),
-        resume=resume,
-        # A copy, because a state's tensors are the live ones.
-        hooks=TrainHooks(on_checkpoint=lambda state: states.append(copy.deepcopy(state))),
     )
     return model, states
 
@@ -105,7 +104,7 @@ def test_the_fingerprint_is_of_contents_classes_and_words(checkpoints: Path, sto
         ),
     }
     assert len(prints) == 4 and None not in prints
-    assert not store.stored_fingerprints()
+    assert not committed_fingerprints(store.list_artifacts())
     # how it is trained and read out belongs to the stages that do so
     other = make_recipe(checkpoints, teacher__inference__score_threshold="0.1", teacher__grounded_sam__box_weight="1")
     assert import_foundation(store, other, CLASSES, dry_run=True) in prints
@@ -143,7 +142,7 @@ def test_what_cannot_be_imported_leaves_nothing(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         import_foundation(store, make_recipe(checkpoints, **overrides), classes)
-    assert not store.stored_fingerprints()
+    assert not committed_fingerprints(store.list_artifacts())
 
 
 def test_stages_train_store_and_read_it_back(checkpoints: Path, store: ArtifactStore) -> None:

@@ -14,7 +14,7 @@ from teacher_scenes import CATEGORIES, CROP, random_images
 from tiny_checkpoints import write_detector, write_mask_transformer, write_sam2, write_sam3
 from training_scenes import MODEL, make_batch
 
-from cast_ray.engine.loop import TrainHooks, train
+from cast_ray.engine.loop import RunSettings, TrainHooks, train
 from cast_ray.engine.objective import Objective
 from cast_ray.engine.world import World
 from cast_ray.models.segmenter import build_segmenter
@@ -75,11 +75,7 @@ def trained(teacher: Teacher, steps: int) -> list[bytes]:
         Objective(LossConfig(lambda_semi=1.0, num_points=64), None, criterion=terms, proposals=proposals),
         (make_batch((2, 3), 1, seed=0) for _ in range(steps)),
         TrainConfig(steps=steps, lr=1e-2, ema=0.5, schedule="constant"),
-        fingerprint="f",
-        seed=0,
-        world=World(),
-        amp="off",
-        hooks=TrainHooks(on_refresh=publish, refresh_every_steps=2),
+        RunSettings("f", 0, World(), hooks=TrainHooks(on_refresh=publish, refresh_every_steps=2)),
     )
     return published
 

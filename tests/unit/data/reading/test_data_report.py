@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from coco_folders import annotation, coco_document, image_entry, valid_document, write_coco
 from dataset_folders import write_cityscapes
+from PIL import Image
 from report_scenes import result, save
 from rich.console import Console
 
@@ -37,9 +39,10 @@ def write_splits(root: Path, train: dict[str, Any], val: dict[str, Any]) -> Path
     return write_coco(root, val, "annotations/instances_val.json", "val")
 
 
-def one_object_of(num_images: int) -> dict[str, Any]:
+def masks_for(num_masked: int, num_images: int) -> dict[str, Any]:
+    """So many images, of which the first few have an object each."""
     document = valid_document(num_images)
-    return document | {"annotations": document["annotations"][:1]}
+    return document | {"annotations": document["annotations"][:num_masked]}
 
 
 def test_a_split_of_crowds_only_is_said_with_the_likely_cause(tmp_path: Path) -> None:
@@ -84,6 +87,34 @@ def test_held_out_images_and_other_formats_too(tmp_path: Path) -> None:
     root = write_cityscapes(tmp_path / "cityscapes", num_extra=2)
     config = DataConfig(format="cityscapes", root=str(root), unlabelled_pool="both")
     assert load(config)[1]["warnings"] == []  # nobody knows what the extra pool holds
+
+
+def test_images_that_a_file_lists_without_a_mask_are_said_to_be_no_unlabelled_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_coco(tmp_path / "held out", masks_for(12, 40))
+    (warning,) = warnings_of(root)
+    assert warning == (
+        "28 of 40 training and validation images (instances.json) have no mask: they count as images without objects, "
+        "not as unlabelled ones. Put unlabelled images into a folder without annotations and name it by "
+        "data.extra_image_dir, with data.unlabelled_pool=extra."
+    )
+    assert inspect([str(root), "--out", str(tmp_path / "out")]) == 0
+    assert f"WARNING: {warning}\n" in capsys.readouterr().out
+    of_each = warnings_of(write_splits(tmp_path / "two files", masks_for(2, 4), masks_for(1, 3)))
+    assert [warning.partition(" have ")[0] for warning in of_each] == [
+        "2 of 4 training images (annotations/instances_train.json)",
+        "2 of 3 validation images (annotations/instances_val.json)",
+    ]
+    assert warnings_of(write_splits(tmp_path / "a quarter", masks_for(3, 4), masks_for(3, 3))) == []
+
+
+def test_a_label_map_without_an_instance_says_that_nothing_is_there(tmp_path: Path) -> None:
+    root = write_cityscapes(tmp_path)
+    for path in list(root.glob("gtFine/train/*/*_instanceIds.png"))[:-1]:
+        with Image.open(path) as label_map:
+            Image.fromarray(np.full(label_map.size[::-1], 7, np.uint16)).save(path)  # road, which has no instances
+    assert load(DataConfig(format="cityscapes", root=str(root)))[1]["warnings"] == []
 
 
 def test_what_became_of_the_annotations_of_held_out_images(tmp_path: Path) -> None:
@@ -139,10 +170,11 @@ def test_the_plan_says_it_in_a_dry_run(
     for _ in range(2):  # read, and found in the store
         assert ablate.main(arguments) == 0
         assert capfd.readouterr().out.count("WARNING: No object in the ") == 2
-    write_splits(tmp_path / "few", one_object_of(40), valid_document())
+    write_splits(tmp_path / "few", masks_for(1, 40), valid_document())
     assert ablate.main([*arguments, "--set", f"data.root={tmp_path / 'few'}", "--set", "data.label_fraction=0.05"]) == 0
     output = capfd.readouterr().out
-    assert output.count("WARNING: ") == 1 and "WARNING: No object in the 2 labelled images (data.label_frac" in output
+    assert output.count("WARNING: ") == 2 and "WARNING: No object in the 2 labelled images (data.label_frac" in output
+    assert "WARNING: 39 of 40 training images (annotations/instances_train.json) have no mask: they count as" in output
 
 
 def test_a_search_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,13 +213,14 @@ def test_results_and_report_say_it(tmp_path: Path) -> None:
 
 
 def test_labelled_images_without_an_object_are_said(tmp_path: Path) -> None:
-    root = write_splits(tmp_path / "data", one_object_of(40), valid_document())
+    root = write_splits(tmp_path / "data", masks_for(1, 40), valid_document())
     rows = [{"data.label_fraction": fraction, "data.label_family": "nested"} for fraction in (0.05, 1.0)]
     more = {"loss.lambda_semi": 0, "loss.lambda_pxl": 0, "data.root": str(root), "data.drop_empty": False}
     recipes = [build_recipe("coco", "smoke", more | row) for row in rows]
     store = ArtifactStore(str(tmp_path / "storage"))
     dataset = read_dataset(recipes, store, Console(file=io.StringIO()), ["runs/test"], lambda: pytest.fail())
-    assert dataset.warnings == []
+    (unmasked,) = dataset.warnings
+    assert unmasked.startswith("39 of 40 training images")
     (warning,) = store_splits(dataset, recipes, store)
     assert warning.startswith("No object in the 2 labelled images (data.label_fraction=0.05, seed 0): nothing can be")
     row = result("sup")

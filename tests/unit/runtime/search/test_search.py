@@ -1,4 +1,4 @@
-"""Searches without Ray: what a spec refuses, what becomes of a trial in its study, how a search goes on."""
+"""Searches without Ray: what a spec refuses, what becomes of a trial in its study, how a search continues."""
 
 from __future__ import annotations
 

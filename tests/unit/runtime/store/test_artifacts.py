@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from cast_ray.plan.graph import Stage
-from cast_ray.runtime.store.artifacts import ArtifactStore, LostFilesError
+from cast_ray.runtime.store.artifacts import ArtifactStore, LostFilesError, committed_fingerprints
 
 STAGE = Stage("distill", "train", {"seed": 0}, {"init": "p" * 20}, "a" * 20, steps=4)
 OTHER = Stage("student", "evaluate", {}, {"model": "a" * 20}, "b" * 20)
@@ -27,9 +27,9 @@ def test_without_manifest_an_artifact_does_not_exist(store: ArtifactStore) -> No
     assert not store.has(STAGE.key)
     store.add(STAGE, "model.safetensors", b"weights")
     store.add(STAGE, "labels/part-0.parquet", b"rows")
-    assert not store.has(STAGE.key) and store.stored_fingerprints() == set()
+    assert not store.has(STAGE.key) and committed_fingerprints(store.list_artifacts()) == set()
     store.commit(STAGE, {"seconds": 1.5})
-    assert store.has(STAGE.key) and store.stored_fingerprints() == {STAGE.fingerprint}
+    assert store.has(STAGE.key) and committed_fingerprints(store.list_artifacts()) == {STAGE.fingerprint}
     assert not store.has(OTHER.key)
 
 
@@ -63,7 +63,7 @@ def test_a_manifest_that_was_being_written_does_not_count(tmp_path: Path) -> Non
     folder = tmp_path / "artifacts" / STAGE.key
     folder.mkdir(parents=True)
     (folder / "manifest.json.4711.partial").write_text('{"stage": "dist')
-    assert not store.has(STAGE.key) and store.stored_fingerprints() == set()
+    assert not store.has(STAGE.key) and committed_fingerprints(store.list_artifacts()) == set()
     store.commit(STAGE, {})
     assert store.has(STAGE.key)
 
@@ -184,11 +184,11 @@ def test_a_file_that_was_lost_later_is_an_error_not_fewer_rows(store: ArtifactSt
 
 
 def test_every_committed_fingerprint_is_listed(store: ArtifactStore) -> None:
-    assert store.stored_fingerprints() == set()
+    assert committed_fingerprints(store.list_artifacts()) == set()
     for stage in (STAGE, OTHER):
         store.commit(stage, {})
     store.write_json("runs/manifest.json", {})
-    assert store.stored_fingerprints() == {STAGE.fingerprint, OTHER.fingerprint}
+    assert committed_fingerprints(store.list_artifacts()) == {STAGE.fingerprint, OTHER.fingerprint}
 
 
 def test_tables_in_one_file_or_several(store: ArtifactStore) -> None:

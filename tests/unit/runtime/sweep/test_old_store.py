@@ -15,7 +15,7 @@ from cast_ray.contracts.document import NewerDocumentError
 from cast_ray.contracts.row_result import RowResult
 from cast_ray.plan.ablation import load_table
 from cast_ray.plan.graph import RowPlan, plan_sweep
-from cast_ray.runtime.store.artifacts import ArtifactStore
+from cast_ray.runtime.store.artifacts import ArtifactStore, committed_fingerprints
 from cast_ray.runtime.store.pruning import find_prunable
 from cast_ray.runtime.sweep.planner import RowPlanner
 from cast_ray.runtime.sweep.row_results import (
@@ -49,7 +49,7 @@ def old_result() -> RowResult:
 
 def test_nothing_is_left_to_run(planned: tuple[SweepContext, RowPlan]) -> None:
     context, row = planned
-    whole = plan_sweep([row], context.store.stored_fingerprints())
+    whole = plan_sweep([row], committed_fingerprints(context.store.list_artifacts()))
     assert (len(whole.to_run), whole.steps_to_run) == (0, 0)
     old = {manifest.parent.name for manifest in (OLD / "artifacts").glob("*/manifest.json")}
     assert {stage.key for stage in row.stages} == {key for key in old if not key.startswith("dataset-")}
