@@ -27,6 +27,7 @@ SCENE_PX = 64
 KINDS = {
     "command": "ablate.py",
     "row driver": "ImplicitFunc",
+    "host of a group": "GroupHost",
     "Train worker": "RayTrainWorker",
     "Data task": "ReadPlanSource",
     "broker": "Broker",

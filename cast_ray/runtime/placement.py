@@ -9,13 +9,16 @@ Facts of Ray 2.60 that shape this file:
   So a stage first has the whole placed in one group, each worker together with its stream, notes the nodes, gives that
   group back, and reserves the parts on just these nodes. Streams can then neither lie on another node than their worker
   nor strand a node's GPU by taking its CPUs.
+- A group that an actor has made stays when the actor dies, until the whole job ends. So a reservation carries the name
+  of its holder, and whoever learns that the holder is gone gives its reservations back (`give_back`).
 """
 
 from __future__ import annotations
 
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group_table
@@ -69,6 +72,7 @@ def reserve(
     nodes: Sequence[str] | None = None,
     selectors: Sequence[Mapping[str, str]] | None = None,
     say: Callable[[str, str], object] | None = None,
+    holder: str = "",
 ) -> Iterator[PlacementGroup]:
     """Reserves bundles in a placement group, given back at the end.
 
@@ -77,12 +81,14 @@ def reserve(
         selectors: in place of nodes, the labels that each bundle's node must have, as label selectors of Ray.
         say: called with what is waited for and with what is known of the reason, from the first seconds on until the
             group is placed. None: the group may still be pending when it is given out.
+        holder: in whose name it is reserved, see `give_back`; empty: nobody else's.
     """
     if nodes is not None:
         selectors = [{NODE_LABEL: node} for node in nodes]
     group = ray.util.placement_group(
         [dict(bundle) for bundle in bundles],
         strategy="PACK",
+        name=f"{holder}/{uuid.uuid4().hex}" if holder else "",
         bundle_label_selector=[dict(each) for each in selectors] if selectors else None,
     )
     try:
@@ -95,6 +101,14 @@ def reserve(
         yield group
     finally:
         ray.util.remove_placement_group(group)
+
+
+def give_back(holder: str) -> None:
+    """Removes what a process that is gone has reserved: Ray keeps the groups of a dead actor until its job ends."""
+    for facts in placement_group_table().values():
+        if facts["name"].startswith(f"{holder}/") and facts["state"] != "REMOVED":
+            with suppress(ValueError):  # it has just been removed
+                ray.util.remove_placement_group(ray.util.get_placement_group(facts["name"]))
 
 
 def nodes_of(group: PlacementGroup) -> list[str]:

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.timeout(1800)
 ROWS = tuple(load_table("losses").rows)
 # A step of two images costs 0.03 s; with fewer of them the teacher's masks are empty and there is nothing to distil.
 STEPS = {"pretrain": 40, "adapt": 10, "selftrain": 10, "distill": 20, "refine": 4}
+NUM_SLOTS = 2
 SETTINGS = [
     *(f"stages.{stage}.steps={steps}" for stage, steps in STEPS.items()),
     *(f"stages.{stage}.batch_labelled=2" for stage in STEPS),
@@ -37,6 +38,7 @@ SETTINGS = [
     "teacher.num_layers=1",
     "stages.pretrain.ema=0.9",
     "pseudo.score_threshold=0.01",  # nor is it sure of anything
+    f"runtime.max_concurrent_stages={NUM_SLOTS}",
 ]
 ARGUMENTS = [part for setting in SETTINGS for part in ("--set", setting)]
 
@@ -142,6 +144,17 @@ def test_shared_stages_ran_once(first: Outcome) -> None:
     stored = {key.rpartition("-")[2] for key in first.committed if not key.startswith("dataset-")}
     assert stored == everything
     assert sum(not stage(result, "pretrain")["reused"] for result in first.results.values()) == 1
+
+
+def test_rows_share_their_worker_groups(folder: Path, first: Outcome) -> None:
+    """A group serves one row after the other: no more are started than run at a time, and nothing of them is left."""
+    paths = (folder / "storage/artifacts" / key / "manifest.json" for key in first.committed)
+    stages = [m for m in (json.loads(path.read_text()) for path in paths) if m["kind"] != "dataset"]
+    starts = {m["owner"] for m in stages if m["startup_seconds"] > 0}
+    assert 1 <= len(starts) <= NUM_SLOTS < len({m["owner"] for m in stages}), [
+        (m["stage"], m["owner"], m["startup_seconds"]) for m in stages
+    ]
+    assert not list((folder / "storage/train").iterdir()) and not list((folder / "storage/checkpoints").glob("*"))
 
 
 def test_the_report_names_every_row(folder: Path, first: Outcome) -> None:

@@ -211,12 +211,14 @@ class _Search:
                 request.keep_going,
                 by_turns=not cluster.is_local,
                 sweep=request.name,
+                is_open=True,
             )
             self.display = ProgressDisplay(self.console, self.broker, plan_sweep([], []), self.names)
             with self.display:
                 for sampler, study in studies.items():
                     if left[sampler] > 0:
                         self._run_sampler(sampler, study, left[sampler], slots)
+            ray.get(self.broker.close_groups.remote())
             board = ray.get(self.broker.board.remote())
             if "failed" in board["ended"].values() and (words := cluster.where_logs_are()):
                 self.console.print(words, soft_wrap=True, highlight=False)

@@ -421,18 +421,32 @@ class ArtifactStore:
         note = self.find_bytes(f"checkpoints/{fingerprint}.json")
         return json.loads(note) if note else None
 
-    def forget_run(self, run_name: str, fingerprints: list[str]) -> None:
-        """Deletes a finished run's checkpoints, those of interrupted runs before it and the notes that lead to them.
+    def forget_checkpoints(self, fingerprints: Iterable[str], but: str) -> None:
+        """Deletes the notes of finished stages' checkpoints and the interrupted runs that they lead to.
 
         The artifacts have replaced them.
+
+        Args:
+            but: run that stays: the one that has finished them, which may still be at work for other stages.
         """
-        runs = {run_name}
+        runs: set[str] = set()
         for fingerprint in fingerprints:
             if (note := self.find_checkpoint(fingerprint)) is not None:
                 runs |= set(note["runs"])
                 self.delete_file(f"checkpoints/{fingerprint}.json")
-        for run in runs:
-            self.delete(f"train/{run}")
+        for run in runs - {but}:
+            self.forget_run(run)
+
+    def forget_run(self, run: str) -> None:
+        """Deletes the checkpoints of a run of Ray Train that has ended."""
+        self.delete(f"train/{run}")
+
+    def forget_interrupted(self, runs: Iterable[str]) -> None:
+        """Deletes those of these runs, all ended in the middle, from which no unfinished stage could continue."""
+        notes = [self.find_checkpoint(name.removesuffix(".json")) for name in self.list_names("checkpoints")]
+        kept = {run for note in notes if note is not None for run in note["runs"]}
+        for run in set(runs) - kept:
+            self.forget_run(run)
 
     @counts_store_errors
     def find_bytes(self, path: str) -> bytes | None:

@@ -23,10 +23,12 @@ import ray
 
 from cast_ray.common.logs import configure_logging
 from cast_ray.contracts.compute_node import ComputeNode
+from cast_ray.recipe import RuntimeConfig
 from cast_ray.runtime.data.record_tables import load_records
 from cast_ray.runtime.metrics import Outlet, SweepMetrics, SweepState
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.claims import Claims
+from cast_ray.runtime.sweep.group_pool import GroupPool
 from cast_ray.runtime.sweep.leases import LEASE_TIMEOUT_S, REPLACED, Answer, Leases, Limits, Need
 from cast_ray.runtime.sweep.posts import Posts
 from cast_ray.runtime.sweep.rooms import Rooms
@@ -66,6 +68,7 @@ class Broker:
         storage, holder: where and in whose name stages are claimed; no holder: there is nobody to agree with.
         by_turns: segments that wait for room may be more than the cluster holds, see `hand_over`.
         sweep: its name in the metrics.
+        is_open: rows may still be added while no known one is left, as in a search.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Broker:
         keep_going: bool = False,
         by_turns: bool = False,
         sweep: str = "",
+        is_open: bool = False,
     ):
         configure_logging()
         self.by_turns = by_turns
@@ -88,6 +92,7 @@ class Broker:
         """Fingerprint -> artifact key of every stage that was asked for."""
         self.jobs: dict[str, bytes] = {}
         self.waiting: list[_Waiter] = []
+        self.groups = GroupPool(self.leases, self.limits, is_open)
         self.instances: dict[str, str] = {}
         """Owner -> the driver process that asked last."""
         self.replaced: set[str] = set()
@@ -112,6 +117,9 @@ class Broker:
             stored: fingerprints of stages of these rows that were found in the store.
         """
         self.jobs |= jobs
+        self.groups.asked |= dict.fromkeys(jobs)
+        if not self.by_turns:  # on a cluster a host starts beside the driver that asks for it
+            self.groups.warm_up(len(self.jobs))
         for fingerprint in stored:
             self.leases.finish(fingerprint)
 
@@ -123,13 +131,21 @@ class Broker:
     async def job(self, name: str) -> bytes:
         return self.jobs[name]
 
-    async def claim(self, owner: str, needs: list[Need], devices: int = 1, instance: str = "") -> Answer:
+    async def claim(
+        self,
+        owner: str,
+        needs: list[Need],
+        devices: int = 1,
+        instance: str = "",
+        runtime: RuntimeConfig | None = None,
+    ) -> Answer:
         """Blocks until `owner` may run something, all its needs are done, or it must stop.
 
         Args:
             devices: what the owner's worker group will occupy, for the budget.
             instance: id of the driver process that asks. What earlier processes of this owner hold or wait for passes
                 to it; one of them that is alive all the same is told to stop.
+            runtime: what the owner's worker groups need, by which one that is parked is kept for it.
         """
         if instance in self.replaced:
             return REPLACED
@@ -137,6 +153,7 @@ class Broker:
         self.orders += 1
         self.keys |= {n.fingerprint: n.key for n in needs}
         self.devices[owner] = devices
+        self.groups.asked[owner] = (needs, runtime)
         waiter = _Waiter(owner, needs, self.orders, instance, time.monotonic())
         while True:
             answer = await self._turn(waiter)
@@ -148,6 +165,8 @@ class Broker:
                 return REPLACED
             self.metrics.took_over(owner, done)
             if run:
+                if any(n.alone for n in needs if n.fingerprint in run):  # its labellers need the room of a worker group
+                    self.groups.keep_within_slots()
                 logger.info("segment granted to %s: %s", owner, ", ".join(self.keys[f] for f in run))
                 return {"run": run, "done": answer["done"] + done}
             await self._end_grant(owner)
@@ -165,6 +184,8 @@ class Broker:
         self.posts.last.pop(owner, None)
         if owner in self.leases.heartbeat:  # the process was lost in a segment
             await self._end_grant(owner)
+            if before:  # a labelling job's room, which the process reserved itself
+                await self.groups.hosts.give_back(before)
 
     async def _turn(self, waiter: _Waiter) -> Answer:
         """Waits for this broker's own grant."""
@@ -239,6 +260,7 @@ class Broker:
         self.rooms.leave(owner)
         self.limits.stop(owner, time.monotonic())
         unfinished = self.leases.release(owner)
+        await self.groups.end(owner)
         if self.claims is not None and unfinished:
             await asyncio.to_thread(self.claims.give_back, [self.keys[f] for f in unfinished])
 
@@ -260,6 +282,7 @@ class Broker:
             what, why: what it waits for, and the reason, in words. The time is counted from the first call
                 since the segment last had room.
         """
+        self.groups.close_all()  # their room may be what it waits for
         self.rooms.wait(owner, what, why, time.monotonic())
 
     async def hand_over(self, owner: str, nodes: Sequence[str]) -> bool:
@@ -304,6 +327,30 @@ class Broker:
         self.rooms.leave(owner)
         self.limits.stop(owner, time.monotonic())
 
+    async def lend(self, owner: str, shape: RuntimeConfig | None, run: str, node: str, instance: str = "") -> Any:
+        """Lends the host of a worker group for the segment that `owner` was granted; see `GroupPool.lend`.
+
+        A second call for a segment says that the host was lost. None: the grant has ended meanwhile, because the driver
+        was thought to be dead, or its row was stopped.
+        """
+        if instance in self.replaced:
+            return None
+        await self.groups.end(owner)
+        if instance in self.replaced or owner not in self.leases.heartbeat:
+            return None
+        return self.groups.lend(owner, shape, self.devices.get(owner, 1), run, node)
+
+    async def take_back(self, owner: str, is_kept: bool, instance: str = "") -> None:
+        """`owner`'s segment is over; `is_kept`: its worker group waits for another one."""
+        if instance not in self.replaced:
+            self.groups.take_back(owner, is_kept)
+
+    async def close_groups(self) -> None:
+        """The sweep is over: returns when no worker group is left, and nothing of those that were interrupted."""
+        await self.groups.closed()
+        if self.claims is not None and self.groups.interrupted:
+            await asyncio.to_thread(self.claims.store.forget_interrupted, self.groups.interrupted)
+
     async def admit(self, owner: str, fingerprint: str) -> bool:
         """Whether the next stage of a segment may start; the same answer to every worker of the group."""
         return self.admitted.setdefault((owner, fingerprint), self.limits.reason(time.monotonic()) is None)
@@ -330,11 +377,14 @@ class Broker:
         if instance in self.replaced:
             return
         self.ended[owner] = status
+        if status == "pruned":  # its process goes on until Tune ends it, and finds its worker group gone
+            self.replaced.add(instance)
         if status in ("done", "failed"):
             self.limits.outcomes.append(status == "done")
         self.jobs.pop(owner, None)
         self.posts.collect(owner)
         await self.settle(owner)
+        self.groups.forget(owner)
 
     async def spent(self, owner: str) -> float:
         """Device-seconds that `owner` has used up."""

@@ -128,7 +128,7 @@ class Limits:
 
     Args:
         budget_hours: device-hours, counted from when a stage's resources are found until its worker group is gone: what
-            waits for room costs nothing; None: no limit.
+            waits for room costs nothing, a group that is parked for the next row does; None: no limit.
         keep_going: continue even if the first FAILURES_BEFORE_STOP rows that ended have all failed.
     """
 
@@ -138,6 +138,8 @@ class Limits:
         self.spent_s = 0.0
         self.spent_by: dict[str, float] = {}
         self.running: dict[str, tuple[float, int]] = {}
+        self.parked: dict[str, tuple[float, int]] = {}
+        """Worker groups that wait for their next segment: since when, and how many devices they hold."""
         self.outcomes: list[bool] = []
 
     def start(self, owner: str, devices: int, now: float) -> None:
@@ -149,9 +151,18 @@ class Limits:
         self.spent_s += (now - since) * devices
         self.spent_by[owner] = self.spent_by.get(owner, 0.0) + (now - since) * devices
 
+    def park(self, group: str, devices: int, now: float) -> None:
+        """A worker group begins to hold devices without an owner."""
+        self.parked[group] = (now, devices)
+
+    def unpark(self, group: str, now: float) -> None:
+        since, devices = self.parked.pop(group, (now, 0))
+        self.spent_s += (now - since) * devices
+
     def spent(self, now: float) -> float:
         """Device-seconds up to now."""
-        return self.spent_s + sum((now - since) * devices for since, devices in self.running.values())
+        holding = (*self.running.values(), *self.parked.values())
+        return self.spent_s + sum((now - since) * devices for since, devices in holding)
 
     def reason(self, now: float) -> str | None:
         """Returns the reason why no further stage may start; None if stages may start."""

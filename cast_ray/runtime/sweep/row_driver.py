@@ -32,7 +32,7 @@ from cast_ray.runtime.sweep.leases import Answer, Need
 from cast_ray.runtime.sweep.posts import MAX_ENTRIES
 from cast_ray.runtime.sweep.row_results import Outcome, SweepContext, assemble_result, row_name, write_result
 from cast_ray.runtime.worker.audit import audit_labels
-from cast_ray.runtime.worker.group import run_segment
+from cast_ray.runtime.worker.group_host import run_segment
 from cast_ray.runtime.worker.label_job import LabelJob
 from cast_ray.runtime.worker.labelling import label_images
 from cast_ray.runtime.worker.segment import Segment, SegmentFailed, SweepStopped
@@ -110,6 +110,7 @@ def run_trials(
             ),
         )
         grid = tuner.fit()
+        ray.get(broker.close_groups.remote())
         by_name = {job.name: job for job in jobs}
         outcomes = {}
         for result in (grid[i] for i in range(len(grid))):
@@ -250,10 +251,11 @@ class RowDriver:
             SegmentFailed: a stage cannot succeed.
             ray.train.TrainingFailedError: workers were lost more often than `runtime.max_failures`.
         """
-        devices = self.row.recipe.runtime.num_workers
+        runtime = self.row.recipe.runtime
         while self.left:
             needs = [self._need(stage) for stage in self.left.values()]
-            answer: Answer = ray.get(self.broker.claim.remote(self.name, needs, devices, self.instance))
+            asked = self.broker.claim.remote(self.name, needs, runtime.num_workers, self.instance, runtime)
+            answer: Answer = ray.get(asked)
             for fingerprint in answer["done"]:
                 self._record_shared(self.left.pop(fingerprint))
             if reason := answer.get("failed"):
@@ -317,7 +319,8 @@ class RowDriver:
                 val=self._table("val.parquet"),
                 num_val=self.context.dataset.num_val or 0,
                 requested=time.time(),
-            )
+            ),
+            self.instance,
         )
 
     def _label(self, stage: Stage, store: ArtifactStore) -> None:
@@ -325,7 +328,7 @@ class RowDriver:
         recipe, images = self.row.recipe, self._images(stage)
         job = LabelJob(store, stage, images, self.broker, self.name, recipe)
         try:
-            facts = label_images(job)
+            facts = label_images(job, self.instance)
         except SweepStopped:
             return
         audit_labels(store, stage, images, recipe.runtime)

@@ -1,12 +1,14 @@
-"""Ray Train: consecutive stages of a row run in one worker group.
+"""Ray Train: consecutive stages of a row run in one worker group, and so do further segments of the same shape.
 
 Starting a worker group costs more than a small stage, so a *segment* - train, label and evaluate stages whose inputs
 exist or are made by the segment itself - shares one. Each stage is committed to the store as soon as it is done, so
-rows that wait for it continue while the segment runs.
+rows that wait for it continue while the segment runs. When a segment is done, the group may be kept for the next row's:
+its workers take segment after segment from a mailbox until that is closed.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -19,12 +21,15 @@ from ray.train.v2.api.exceptions import ControllerError
 from ray.util.placement_group import PlacementGroup
 
 from cast_ray.common.paths import in_few_requests
+from cast_ray.recipe import RuntimeConfig
 from cast_ray.runtime.data.block_source import warm_up_readers
 from cast_ray.runtime.data.resources import segment_bundles, segment_selectors, stream_bundle, worker_bundle
 from cast_ray.runtime.placement import NODE_LABEL, nodes_of, reserve
 from cast_ray.runtime.ray_internals import is_lost_at_start, is_startup_timeout
+from cast_ray.runtime.worker.mailbox import Mailbox
 from cast_ray.runtime.worker.online import Teachers, start_teachers, teacher_bundles
 from cast_ray.runtime.worker.segment import Segment, SegmentFailed
+from cast_ray.runtime.worker.shape import shape_of
 from cast_ray.runtime.worker.validation import validation_bundles
 
 TAKEN_S = 10.0
@@ -33,57 +38,152 @@ START_TIMEOUT, START_TIMEOUT_S = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20"
 """The same for Train's own reservation, also when it starts its workers again after one was lost with its node."""
 
 
-def run_segment(segment: Segment) -> None:
-    """Runs a segment's stages through a TorchTrainer; returns when all are committed, or no further one may start.
+class WorkerGroup:
+    """A worker group with its room, from the search for room on until the room is given back.
 
-    Workers that die are restarted up to `runtime.max_failures` times; a stage then continues from its last checkpoint.
-    Those that die while their group starts are counted apart, up to the same number.
-
-    Raises:
-        SegmentFailed: a stage raised an error that restarts cannot mend; not retried.
-        ray.train.TrainingFailedError: the workers failed more often than that.
+    Args:
+        first: segment that it is started for.
+        host: handle of the actor that holds this object, for the workers.
+        holder: in whose name its room is reserved.
     """
-    runtime, broker = segment.recipe.runtime, segment.broker
-    streams = [stream_bundle(runtime)] * runtime.num_workers
-    beside = validation_bundles(segment.recipe, segment.stages)
-    online = any(stage.online for stage in segment.stages)
-    teachers = teacher_bundles(runtime) if online else []
-    homes = segment_bundles(runtime, beside, teachers)
-    selectors = segment_selectors(runtime, beside, teachers)
-    num_lost = 0
-    is_over = False
-    while not is_over:
-        nodes = _find_room(segment, homes, selectors)
-        worker_nodes, others = nodes[: runtime.num_workers], nodes[runtime.num_workers :]
-        beside_nodes, teacher_nodes = others[: bool(beside)] * len(beside), others[bool(beside) :]
+
+    def __init__(self, first: Segment, host: Any, holder: str):
+        self.host, self.holder = host, holder
+        self.shape = shape_of(first)
+        self.mailbox = Mailbox()
+        self.segment: Segment | None = first
+        """What it runs now; None while it is kept for the next one."""
+        self.num_starts = 0
+        """Times its workers have started; from the second on some were lost before."""
+        self.store = first.store
+        self.run_name = first.run_name
+        self.serving = asyncio.ensure_future(asyncio.to_thread(self._serve))
+
+    def suits(self, segment: Segment) -> bool:
+        """Whether it can run another segment. Lost workers count against it: `runtime.max_failures` bounds the losses
+        of a group, and no row is to pay for those of the row before."""
+        return not self.serving.done() and self.num_starts <= 1 and self.shape == shape_of(segment) is not None
+
+    async def run(self, segment: Segment) -> bool:
+        """Runs a segment; returns when its stages are committed, or no further one may start.
+
+        Workers that die are restarted up to `runtime.max_failures` times; a stage then continues from its last
+        checkpoint. Those that die while their group starts are counted apart, up to the same number.
+
+        Returns:
+            Whether the group is kept: its workers wait for the next segment. Otherwise it has ended.
+
+        Raises:
+            SegmentFailed: a stage raised an error that restarts cannot mend; not retried.
+            ray.train.TrainingFailedError: the workers failed more often than that.
+        """
+        self.segment = segment
+        number = await self.mailbox.put(segment)
+        finished = asyncio.ensure_future(self.mailbox.finished(number))
+        await asyncio.wait({self.serving, finished}, return_when=asyncio.FIRST_COMPLETED)
+        is_finished = finished.done()
+        finished.cancel()
+        is_kept = is_finished and self.suits(segment)
+        if not is_kept:
+            await self.mailbox.close()
+            await self.serving
+            if reason := await segment.broker.failure.remote(segment.owner):
+                raise SegmentFailed(reason)
+        await asyncio.to_thread(self._forget_checkpoints, segment, is_finished)
+        if not is_kept:
+            await asyncio.to_thread(self.store.forget_run, self.run_name)
+        self.segment = None
+        return is_kept
+
+    def _forget_checkpoints(self, segment: Segment, is_finished: bool) -> None:
+        stages = segment.stages if is_finished else [s for s in segment.stages if segment.store.has(s.key)]
+        segment.store.forget_checkpoints([s.fingerprint for s in stages], but=self.run_name)
+
+    async def close(self) -> None:
+        """Ends a group that is kept, and returns when its room is given back."""
+        assert self.segment is None
+        await self.mailbox.close()
+        await asyncio.wait({self.serving})
+        self.serving.exception()  # of workers lost while nobody used them; looked at, or asyncio would complain
+        await asyncio.to_thread(self.store.forget_run, self.run_name)
+
+    def _serve(self) -> None:
+        """Finds room and runs the group in it until its mailbox is closed; again where the room was taken meanwhile."""
+        num_lost = 0
+        is_over = False
+        while not is_over and (segment := self.segment) is not None:
+            runtime, broker = segment.recipe.runtime, segment.broker
+            streams = [stream_bundle(runtime)] * runtime.num_workers
+            beside = validation_bundles(segment.recipe, segment.stages)
+            online = any(stage.online for stage in segment.stages)
+            teachers = teacher_bundles(runtime) if online else []
+            homes = segment_bundles(runtime, beside, teachers)
+            nodes = _find_room(segment, homes, segment_selectors(runtime, beside, teachers), self.holder)
+            worker_nodes, others = nodes[: runtime.num_workers], nodes[runtime.num_workers :]
+            places = [*worker_nodes, *others[: bool(beside)] * len(beside), *others[bool(beside) :]]
+            try:
+                with reserve([*streams, *beside, *teachers], nodes=places, holder=self.holder) as group:
+                    if not group.wait(TAKEN_S):
+                        continue
+                    if not ray.get(broker.occupy.remote(segment.owner)):
+                        return
+                    started = None
+                    if online:
+                        num_others = len(streams) + len(beside)
+                        started = start_teachers(
+                            *(segment.store, segment.recipe, segment.categories, group, num_others),
+                            broker=broker,
+                            owner=segment.owner,
+                        )
+                    is_over = self._fit(runtime, group, worker_nodes, started)
+            except ControllerError as error:
+                if not is_lost_at_start(error.controller_failure) or num_lost >= runtime.max_failures:
+                    raise
+                num_lost += 1
+            finally:
+                if (served := self.segment) is not None:
+                    ray.get(served.broker.vacate.remote(served.owner))
+
+    def _fit(
+        self, runtime: RuntimeConfig, group: PlacementGroup, worker_nodes: list[str], teachers: Teachers | None
+    ) -> bool:
+        """Runs the worker group; False when it could not start because its resources were taken meanwhile.
+
+        Raises:
+            ControllerError: it failed for another reason.
+        """
+        os.environ.setdefault(START_TIMEOUT, START_TIMEOUT_S)
+        place = {"host": self.host, "group": group, "worker_nodes": worker_nodes, "teachers": teachers}
+        trainer = _trainer_class(runtime.num_workers)(
+            _run_worker,
+            train_loop_config={"runtime": runtime, "place": place},
+            scaling_config=ScalingConfig(
+                num_workers=runtime.num_workers,
+                use_gpu=runtime.use_gpu,
+                resources_per_worker=worker_bundle(runtime),
+                label_selector=[{NODE_LABEL: node} for node in worker_nodes],  # type: ignore[call-arg]
+            ),
+            run_config=RunConfig(
+                name=self.run_name,
+                storage_path=in_few_requests(self.store.uri("train")),
+                failure_config=FailureConfig(max_failures=runtime.max_failures, controller_failure_limit=0),  # type: ignore[call-arg]
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+            ),
+        )
         try:
-            with reserve([*streams, *beside, *teachers], nodes=[*worker_nodes, *beside_nodes, *teacher_nodes]) as group:
-                if not group.wait(TAKEN_S):
-                    continue
-                if not ray.get(broker.occupy.remote(segment.owner)):
-                    return
-                started = None
-                if online:
-                    num_others = len(streams) + len(beside)
-                    started = start_teachers(
-                        *(segment.store, segment.recipe, segment.categories, group, num_others),
-                        broker=broker,
-                        owner=segment.owner,
-                    )
-                is_over = _fit(segment, group, worker_nodes, started)
+            trainer.fit()
         except ControllerError as error:
-            if not is_lost_at_start(error.controller_failure) or num_lost >= runtime.max_failures:
+            if not is_startup_timeout(error.controller_failure):
                 raise
-            num_lost += 1
-        finally:
-            ray.get(broker.vacate.remote(segment.owner))
-    if reason := ray.get(broker.failure.remote(segment.owner)):
-        raise SegmentFailed(reason)
-    segment.store.forget_run(segment.run_name, [s.fingerprint for s in segment.stages])
+            return False
+        return True
 
 
 def _find_room(
-    segment: Segment, homes: Sequence[Mapping[str, float]], selectors: Sequence[Mapping[str, str]] | None = None
+    segment: Segment,
+    homes: Sequence[Mapping[str, float]],
+    selectors: Sequence[Mapping[str, str]] | None = None,
+    holder: str = "",
 ) -> list[str]:
     """Waits until all that a segment reserves has room at once; returns the node of each bundle.
 
@@ -93,49 +193,16 @@ def _find_room(
     """
     say = partial(segment.broker.wait_for_room.remote, segment.owner)
     while True:
-        with reserve(homes, selectors=selectors, say=say) as whole:
+        with reserve(homes, selectors=selectors, say=say, holder=holder) as whole:
             nodes = nodes_of(whole)
             if ray.get(segment.broker.hand_over.remote(segment.owner, nodes)):
                 return nodes
         ray.get(segment.broker.node_turn.remote(segment.owner, nodes))
 
 
-def _fit(segment: Segment, group: PlacementGroup, worker_nodes: list[str], teachers: Teachers | None) -> bool:
-    """Runs the worker group; False when it could not start because its resources were taken meanwhile.
-
-    Raises:
-        ControllerError: it failed for another reason.
-    """
-    runtime = segment.recipe.runtime
-    os.environ.setdefault(START_TIMEOUT, START_TIMEOUT_S)
-    trainer = _trainer_class(runtime.num_workers)(
-        _run_stages,
-        train_loop_config={"segment": segment, "group": group, "worker_nodes": worker_nodes, "teachers": teachers},
-        scaling_config=ScalingConfig(
-            num_workers=runtime.num_workers,
-            use_gpu=runtime.use_gpu,
-            resources_per_worker=worker_bundle(runtime),
-            label_selector=[{NODE_LABEL: node} for node in worker_nodes],  # type: ignore[call-arg]
-        ),
-        run_config=RunConfig(
-            name=segment.run_name,
-            storage_path=in_few_requests(segment.store.uri("train")),
-            failure_config=FailureConfig(max_failures=runtime.max_failures, controller_failure_limit=0),  # type: ignore[call-arg]
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-        ),
-    )
-    try:
-        trainer.fit()
-    except ControllerError as error:
-        if not is_startup_timeout(error.controller_failure):
-            raise
-        return False
-    return True
-
-
 def _trainer_class(num_workers: int) -> Any:
     """Returns the trainer that sets up torch's process group; for one worker, which has nobody to talk to, its base
-    class: the row's driver and Train's controller then start without importing torch."""
+    class: the group's host and Train's controller then start without importing torch."""
     if num_workers == 1:
         return DataParallelTrainer
     from ray.train.torch import TorchTrainer
@@ -143,9 +210,9 @@ def _trainer_class(num_workers: int) -> Any:
     return TorchTrainer
 
 
-def _run_stages(config: dict[str, Any]) -> None:
+def _run_worker(config: dict[str, Any]) -> None:
     """The loop of one worker. The processes that will read its images start up while it imports torch itself."""
-    warm_up_readers(config["segment"].recipe.runtime)
-    from cast_ray.runtime.worker.stage_loop import run_stages
+    warm_up_readers(config["runtime"])
+    from cast_ray.runtime.worker.stage_loop import serve_segments
 
-    run_stages(config["segment"], config["group"], config["worker_nodes"], config["teachers"])
+    serve_segments(config["runtime"], **config["place"])

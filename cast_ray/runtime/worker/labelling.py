@@ -33,8 +33,11 @@ from cast_ray.runtime.worker.label_job import LabelJob
 from cast_ray.runtime.worker.segment import SweepStopped
 
 
-def label_images(job: LabelJob) -> dict[str, Any]:
+def label_images(job: LabelJob, holder: str = "") -> dict[str, Any]:
     """Runs a labelling stage as a separate job; see `LabelJob.facts` and `join` for what it returns and raises.
+
+    Args:
+        holder: in whose name its room is reserved, see `placement.give_back`.
 
     Raises:
         SweepStopped: while it waited for room, the sweep came to an end at which nothing more may start.
@@ -44,7 +47,8 @@ def label_images(job: LabelJob) -> dict[str, Any]:
     blocks = job.missing(job.blocks)
     if blocks:
         say = partial(job.broker.wait_for_room.remote, job.owner)
-        with reserve(labelling_bundles(runtime), selectors=labelling_selectors(runtime), say=say) as group:
+        selectors = labelling_selectors(runtime)
+        with reserve(labelling_bundles(runtime), selectors=selectors, say=say, holder=holder) as group:
             if not ray.get(job.broker.occupy.remote(job.owner)):
                 raise SweepStopped
             _run(job, group, blocks)

@@ -39,7 +39,8 @@ class Segment:
 
     @property
     def run_name(self) -> str:
-        """Name of its run in Ray Train, shown on the dashboard: sweep, row, stages and attempt.
+        """Name of the run in Ray Train of a worker group that is started for this segment, shown on the dashboard:
+        sweep, row, stages and attempt. The group may serve other rows later.
 
         Every attempt has a name of its own: an interrupted run of the same stages may still be going down. The name is
         also that of a folder, so its parts are cut to what a file system allows.

@@ -1,7 +1,7 @@
-"""Inside a Train worker: the stages of a segment, one after the other.
+"""Inside a Train worker: segment after segment, and the stages of each, one after the other.
 
-Kept apart from `group.py` because it imports torch and transformers (about 8 s of CPU time): row drivers and Train's
-controllers load that file, never this one.
+Kept apart from `group.py` because it imports torch and transformers (about 8 s of CPU time): the hosts of groups and
+Train's controllers load that file, never this one.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from cast_ray.models.autocast import require_precision
 from cast_ray.models.segmenter import Segmenter
 from cast_ray.plan.graph import Stage, artifact_key
 from cast_ray.plan.stage_parts import TrainPart, train_config
+from cast_ray.recipe import RuntimeConfig
 from cast_ray.runtime.data.images import Images
 from cast_ray.runtime.data.pictures import read_pictures
 from cast_ray.runtime.data.resources import configure_data
@@ -56,37 +57,66 @@ VALIDATION_LOOK_S = 20.0
 FATAL = (ValueError, TypeError, KeyError, AttributeError, AssertionError, FloatingPointError, torch.OutOfMemoryError)
 
 
-def run_stages(segment: Segment, group: PlacementGroup, worker_nodes: list[str], teachers: Teachers | None) -> None:
-    """The loop of one worker: every stage of the segment, skipping what an earlier attempt committed.
+def serve_segments(
+    runtime: RuntimeConfig, host: Any, group: PlacementGroup, worker_nodes: list[str], teachers: Teachers | None
+) -> None:
+    """The loop of one worker: runs segment after segment, until its group's host has none left.
 
     Args:
+        host: the actor `GroupHost` that hands the segments out.
         group: reservation of the workers' streams, one bundle each, and of what else runs beside them.
         worker_nodes: id of the node of each worker, in the order of the streams' bundles; ranks have one of their own.
         teachers: who labels the images of stages that have them labelled online.
     """
-    if ray.get(segment.broker.failure.remote(segment.owner)):
-        return  # a restart after a fatal error: nothing to try again
-    prepare_process(max(1, int(segment.recipe.runtime.cpus_per_worker)))
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), None
+    number = 0
+    while (taken := ray.get(host.take.remote(number, rank))) is not None:
+        number, segment = taken
+        if ray.get(segment.broker.failure.remote(segment.owner)):
+            return  # a restart after a fatal error: nothing to try again
+        startup_s = 0.0
+        if world is None:
+            world = _start_worker(runtime, group, worker_nodes)
+            if world.rank == 0:
+                segment.broker.handed_over.remote(segment.owner)
+            startup_s = time.time() - segment.requested
+        ray.get(segment.broker.computes_on.remote(segment.owner, f"worker {rank}", this_node(world.device)))
+        names = ", ".join(stage.name for stage in segment.stages)
+        # A second line of the same segment is a restart: when one is lost, Ray Train starts all workers again.
+        logger.info("worker %d of %s started for %s", world.rank, segment.owner, names)
+        if not run_stages(segment, world, group, teachers, startup_s):
+            return
+        if world.rank == 0:
+            ray.get(host.finish.remote(number))
+        del taken, segment  # the next one may be long in coming
+
+
+def _start_worker(runtime: RuntimeConfig, group: PlacementGroup, worker_nodes: list[str]) -> World:
+    """Settings of this process, made once."""
+    prepare_process(max(1, int(runtime.cpus_per_worker)))
     configure_logging()
     context = ray.train.get_context()
-    names = ", ".join(stage.name for stage in segment.stages)
-    # A second line of the same segment is a restart: Ray Train starts all workers of a group again when one is lost.
-    logger.info("worker %d of %s started for %s", context.get_world_rank(), segment.owner, names)
     here = [i for i, node in enumerate(worker_nodes) if node == ray.get_runtime_context().get_node_id()]
-    configure_data(group, segment.recipe.runtime, here[context.get_local_rank()])
-    if context.get_world_rank() == 0:
-        segment.broker.handed_over.remote(segment.owner)
-    world = World(context.get_world_rank(), context.get_world_size(), get_device())
-    node = this_node(world.device)
-    ray.get(segment.broker.computes_on.remote(segment.owner, f"worker {world.rank}", node))
-    startup_s = time.time() - segment.requested
+    configure_data(group, runtime, here[context.get_local_rank()])
+    return World(context.get_world_rank(), context.get_world_size(), get_device())
+
+
+def run_stages(
+    segment: Segment, world: World, group: PlacementGroup, teachers: Teachers | None, startup_s: float
+) -> bool:
+    """Runs every stage of a segment, skipping what an earlier attempt committed; False: no further one may start.
+
+    Args:
+        startup_s: seconds that the start of the group took; 0: it was up.
+    """
     has_validation = world.rank == 0 and bool(validation_bundles(segment.recipe, segment.stages))
     validation = SideValidation(segment, group) if has_validation else None
     for stage in segment.stages:
         if segment.store.has(stage.key):
             continue
         if not ray.get(segment.broker.admit.remote(segment.owner, stage.fingerprint)):
-            return
+            return False
         began = time.monotonic()
         try:
             require_precision(stage.precision, world.device, "runtime.amp")
@@ -116,6 +146,7 @@ def run_stages(segment: Segment, group: PlacementGroup, worker_nodes: list[str],
         world.barrier()
     if validation is not None:
         validation.close()
+    return True
 
 
 def _train(

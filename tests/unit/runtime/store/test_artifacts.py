@@ -213,8 +213,12 @@ def test_checkpoint_notes(store: ArtifactStore) -> None:
     assert not store.has(STAGE.key)
     for run in ("run-1", "run-2", "another"):
         store.write_bytes(f"train/{run}/state", b"")
-    store.forget_run("run-2", [STAGE.fingerprint, OTHER.fingerprint])  # with the interrupted one before it
-    assert store.list_names("train") == ["another"] and store.find_checkpoint(STAGE.fingerprint) is None
+    store.forget_interrupted(["run-2", "another"])  # the stage may still continue from the first
+    assert sorted(store.list_names("train")) == ["run-1", "run-2"]
+    store.forget_checkpoints([STAGE.fingerprint, OTHER.fingerprint], but="run-2")  # which goes on with other stages
+    assert store.list_names("train") == ["run-2"] and store.find_checkpoint(STAGE.fingerprint) is None
+    store.forget_interrupted(["run-2"])
+    assert store.list_names("train") == []
 
 
 def test_a_store_travels_by_its_path(store: ArtifactStore) -> None:

@@ -159,5 +159,5 @@ def test_a_checkpoint_is_noted_with_its_run(store: ArtifactStore) -> None:
     store.note_checkpoint("f", store.uri("train", "second-run", "f-00000008"), 8)
     note = store.find_checkpoint("f")
     assert note is not None and note["runs"] == ["first-run", "second-run"]
-    store.forget_run("second-run", ["f", "g"])
+    store.forget_checkpoints(["f", "g"], but="second-run")
     assert store.find_checkpoint("f") is None
