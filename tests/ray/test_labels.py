@@ -53,8 +53,14 @@ class Board:
     def post(self, owner: str, facts: dict[str, Any]) -> None:
         self.step = facts["step"]
 
-    def advance(self, owner: str, count: int) -> None:
+    def advance(self, owner: str, count: int, num_labels: int = 0) -> None:
         self.counts.append(count)
+
+    def computes_on(self, *machine: Any) -> None:
+        pass
+
+    def labelled(self, *counts: Any) -> None:
+        pass
 
     def wait_for_room(self, owner: str, what: str, why: str) -> None:
         pass

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -14,15 +14,11 @@ import numpy as np
 import pyarrow.compute as pc
 
 from cast_ray.common.digest import digest_of
-from cast_ray.contracts.records import Category
 from cast_ray.data.splits.fractions import LabelSplit, split
-from cast_ray.plan.graph import Stage, split_part
+from cast_ray.plan.graph import split_part
 from cast_ray.plan.reads import needs_unlabelled
-from cast_ray.plan.stage_parts import StagePart, TrainPart
 from cast_ray.recipe import Recipe
 from cast_ray.runtime.data.dataset import LABEL_INDEX, StoredDataset
-from cast_ray.runtime.data.images import Images
-from cast_ray.runtime.data.record_tables import Records
 from cast_ray.runtime.store.artifacts import ArtifactStore
 
 
@@ -111,29 +107,3 @@ def _read_split(storage: str, key: str) -> LabelSplit:
     for rows in (labelled, unlabelled):
         rows.setflags(write=False)
     return LabelSplit(labelled, unlabelled, chosen["facts"])
-
-
-def images_of(
-    stage: Stage,
-    tables: Callable[..., Records],
-    store: ArtifactStore,
-    content_hash: str,
-    num_source: int,
-    categories: tuple[Category, ...],
-) -> Images:
-    """Returns the images of a train or label stage, without pseudo-labels; all that is held of them is 8 bytes each.
-
-    Args:
-        tables: given names of the dataset's tables, returns these, one after the other, as one.
-        store: holds the choice of D_l and D_u.
-        content_hash: identity of the dataset.
-        num_source: images of the dataset's source style.
-        categories: of the dataset.
-    """
-    if stage.kind == "train" and TrainPart.of(stage).is_on_source:
-        everything = np.arange(num_source)
-        return Images(tables("source.parquet"), everything, everything[:0], categories)
-    part = StagePart(stage.config)
-    chosen = stored_split(store, content_hash, part.split)
-    records = tables("train.parquet", *(["extra.parquet"] if part.reads_extra else []))
-    return Images(records, chosen.labelled, chosen.unlabelled, categories)

@@ -23,8 +23,7 @@ from cast_ray.contracts.compute_node import ComputeNode
 from cast_ray.contracts.row_result import RowResult, Status
 from cast_ray.plan.graph import RowPlan, Stage, artifact_key
 from cast_ray.plan.search import RUNG_METRIC
-from cast_ray.runtime.data.images import Images
-from cast_ray.runtime.data.splits import images_of
+from cast_ray.runtime.data.images import Images, images_of
 from cast_ray.runtime.store.artifact_files import CURVES
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.sweep.broker import HEARTBEAT_S

@@ -19,9 +19,8 @@ from cast_ray.data.reading.images import read_image
 from cast_ray.plan.graph import Kind, Stage, artifact_key, fingerprint_of, stage_fingerprint
 from cast_ray.plan.stage_parts import StagePart, TrainPart
 from cast_ray.recipe import DataConfig, PseudoConfig, Recipe
-from cast_ray.runtime.data.images import Images
+from cast_ray.runtime.data.images import Images, images_of
 from cast_ray.runtime.data.record_tables import Records, read_records, record_at
-from cast_ray.runtime.data.splits import images_of
 from cast_ray.runtime.store.artifact_files import LABELS
 from cast_ray.runtime.store.artifacts import ArtifactStore
 

@@ -20,8 +20,8 @@ from cast_ray.engine.objective import Objective
 from cast_ray.engine.world import CPU
 from cast_ray.plan.graph import RowPlan, Stage, stage_fingerprint
 from cast_ray.recipe import build_recipe
+from cast_ray.runtime.data.images import images_of
 from cast_ray.runtime.data.record_tables import read_records
-from cast_ray.runtime.data.splits import images_of
 from cast_ray.runtime.store.artifact_files import CURVES, LABELS, METRICS
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.models import save_model
