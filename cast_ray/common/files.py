@@ -11,6 +11,7 @@ from pathlib import Path
 from cast_ray.common.text import first_of
 
 MAX_NAMED = 3
+"""Foreign files that a message names."""
 PARTIAL = ".partial"
 """Ending of a file that is being written; what a killed process leaves behind can be deleted."""
 

@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet
 
-from cast_ray.common.files import PARTIAL, write_atomically
+from cast_ray.common.files import MAX_NAMED, PARTIAL, write_atomically
 from cast_ray.common.paths import absolute, below, resolve
 from cast_ray.common.text import first_line, first_of
 from cast_ray.contracts.manifest import Manifest, manifest_class, read_manifest
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 MARK = "writable.json"
 """The file that every run writes into its store first: a folder with it is a store."""
-MAX_NAMED = 3
 OBJECT_STORES = ("s3", "gcs", "abfs")
 """Where folders are only a way of speaking, and making one costs a request."""
 NUM_READERS = 16

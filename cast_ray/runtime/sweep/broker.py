@@ -377,7 +377,7 @@ class Broker:
         if instance in self.replaced:
             return
         self.ended[owner] = status
-        if status == "pruned":  # its process goes on until Tune ends it, and finds its worker group gone
+        if status == "pruned":  # its process runs until Tune ends it, and finds its worker group gone
             self.replaced.add(instance)
         if status in ("done", "failed"):
             self.limits.outcomes.append(status == "done")

@@ -132,7 +132,7 @@ class GroupPool:
             group = alike[-1]
             self._unpark(group)
             self.limits.unpark(group.holder, time.monotonic())
-            logger.info("the worker group of %s goes on with a segment of %s", group.run, owner)
+            logger.info("the worker group of %s continues with a segment of %s", group.run, owner)
         else:
             group = self.idle.pop() if self.idle else self._start(node)
             group.run, group.shape, group.devices = run, shape, devices

@@ -29,7 +29,7 @@ POST_EVERY_S = 1.0
 def evaluate_stage(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
     """An evaluate stage on this worker; the first one writes the artifact's metrics, matches and results."""
     store = segment.store
-    images = ValidationSet.of(segment, segment.recipe, input_size_of(stage))
+    images = ValidationSet.of(segment, input_size_of(stage))
     teacher = load_labeller(store, stage, "model", world.device)
     share = [np.arange(images.num_images)[rank :: world.size] for rank in range(world.size)]
     began = time.monotonic()

@@ -85,14 +85,13 @@ class _Labeller:
     """An actor of the pool: holds the teacher on its device, writes each block's labels and passes on what it wrote."""
 
     def __init__(self, job: LabelJob):
-        import torch
-
+        from cast_ray.engine.world import pick_device
         from cast_ray.runtime.process_settings import prepare_process
         from cast_ray.runtime.this_node import this_node
         from cast_ray.runtime.worker.labeller import PseudoLabeller
 
         prepare_process()
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = pick_device("auto")
         self.labeller = PseudoLabeller(job.store, job.stage, device)
         self.job = job
         process = ray.get_runtime_context().get_actor_id()

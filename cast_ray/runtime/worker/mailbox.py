@@ -12,9 +12,9 @@ class Mailbox:
 
     def __init__(self) -> None:
         self.number = 0
-        """Of the segment that was put in last."""
+        """The number of the segment that was put in last."""
         self.segment: Segment | None = None
-        """That segment, until it is finished."""
+        """The segment of this number, until it is finished."""
         self.is_closed = False
         self.changed = asyncio.Condition()
 

@@ -16,7 +16,7 @@ from cast_ray.evaluation.detections import Detections, Truth, tie_order
 from cast_ray.evaluation.matches import DetectionMatches, join
 from cast_ray.evaluation.measures import match_images
 from cast_ray.models.postprocess import predict_in_groups
-from cast_ray.recipe import EvaluationConfig, InputSize, Recipe, RuntimeConfig
+from cast_ray.recipe import EvaluationConfig, InputSize, RuntimeConfig
 from cast_ray.runtime.data.pictures import read_pictures
 from cast_ray.runtime.data.record_tables import Records, record_at, table_of
 from cast_ray.runtime.worker.segment import Segment
@@ -35,11 +35,27 @@ class ValidationSet:
     runtime: RuntimeConfig
 
     @classmethod
-    def of(cls, segment: Segment, recipe: Recipe, input_size: InputSize) -> ValidationSet:
+    def of(cls, segment: Segment, input_size: InputSize) -> ValidationSet:
         """The set of a segment: its first `evaluation.num_images` validation images, at the size that a model sees."""
         assert segment.val is not None
-        num_images = min(segment.num_val, recipe.evaluation.num_images or segment.num_val)
-        return cls(segment.val, num_images, input_size, segment.categories, recipe.evaluation, recipe.runtime)
+        recipe = segment.recipe
+        return cls.first_of(
+            segment.val, segment.num_val, input_size, segment.categories, recipe.evaluation, recipe.runtime
+        )
+
+    @classmethod
+    def first_of(
+        cls,
+        records: Records,
+        num_records: int,
+        input_size: InputSize,
+        categories: tuple[Category, ...],
+        settings: EvaluationConfig,
+        runtime: RuntimeConfig,
+    ) -> ValidationSet:
+        """The first `settings.num_images` of some records, or all of them."""
+        num_images = min(num_records, settings.num_images or num_records)
+        return cls(records, num_images, input_size, categories, settings, runtime)
 
     def tie_order(self) -> np.ndarray:
         return tie_order(table_of(self.records).column("image_id").slice(0, self.num_images).to_pylist())

@@ -164,13 +164,12 @@ class OnlineTeacher(VersionedTeacher):
     """
 
     def __init__(self, store: ArtifactStore, recipe: Recipe, categories: tuple[Category, ...], broker: Any, owner: str):
-        import torch
-
+        from cast_ray.engine.world import pick_device
         from cast_ray.runtime.process_settings import prepare_process
         from cast_ray.runtime.this_node import this_node
 
         prepare_process()
-        super().__init__(store, recipe, categories, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        super().__init__(store, recipe, categories, pick_device("auto"))
         self.broker, self.owner = broker, owner
         if broker is not None:
             process = ray.get_runtime_context().get_actor_id()

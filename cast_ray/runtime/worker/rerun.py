@@ -110,11 +110,9 @@ def measure_again(stored: StoredStage, device: torch.device) -> dict[str, Any]:
     """Measures a stage's model again; returns the metrics."""
     stage, val = stored.stage, stored.val
     assert val is not None
-    settings = EvaluatePart.of(stage).settings
-    num_images = min(val.num_rows, settings.num_images or val.num_rows)
-    size = input_size_of(stage)
-    images = ValidationSet(val, num_images, size, stored.categories, settings, RECIPE.runtime)
+    settings, size = EvaluatePart.of(stage).settings, input_size_of(stage)
+    images = ValidationSet.first_of(val, val.num_rows, size, stored.categories, settings, RECIPE.runtime)
     teacher = load_labeller(stored.store, stage, "model", device)
-    rows = np.arange(num_images)
+    rows = np.arange(images.num_images)
     matches = join([measure(teacher, images, rows, device)], [rows], images.tie_order())
     return metrics_of(matches, teacher.categories)

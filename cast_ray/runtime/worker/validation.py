@@ -66,7 +66,7 @@ class SideValidation:
 
         from cast_ray.runtime.worker.measuring import ValidationSet
 
-        images = ValidationSet.of(self.segment, self.segment.recipe, input_size_of(stage))
+        images = ValidationSet.of(self.segment, input_size_of(stage))
         if _find_point(self.segment.store, stage.fingerprint, step, _rules(images)) is not None:
             return
         refs = list(self.pending.values())
@@ -110,7 +110,7 @@ class SideValidation:
                 ray.get(ref)
             except ray.exceptions.RayError as error:  # the weights are right without it
                 failed[str(step)] = str(error).strip().splitlines()[-1]
-        images = ValidationSet.of(self.segment, self.segment.recipe, input_size_of(stage))
+        images = ValidationSet.of(self.segment, input_size_of(stage))
         every = images.settings.every_steps
         points = [
             point

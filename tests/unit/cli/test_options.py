@@ -49,6 +49,15 @@ NUMBERS: list[tuple[Callable[[list[str]], int], list[str], str, str, list[str]]]
 ]
 
 
+def refusal(main: Callable[[list[str]], int], arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which a command refuses its arguments."""
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == EXIT_BAD_INPUT
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
 @pytest.mark.parametrize(
     ("main", "arguments", "flag", "expected", "value"),
     [(*case, value) for *case, values in NUMBERS for value in values],
@@ -64,10 +73,7 @@ def test_numbers_out_of_range(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as exit:
-        main([*arguments, f"{flag}={value}"])
-    assert exit.value.code == EXIT_BAD_INPUT
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    line = refusal(main, [*arguments, f"{flag}={value}"], capsys)
     assert line.startswith(f"error: argument {flag}: expected {expected}, got '{value}' (see ")
     assert list(tmp_path.iterdir()) == []
 
@@ -99,10 +105,7 @@ def test_an_empty_value_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as exit:
-        main([*arguments, flag, value])
-    assert exit.value.code == EXIT_BAD_INPUT
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    line = refusal(main, [*arguments, flag, value], capsys)
     assert line.startswith(f"error: argument {flag}: expected a value, got '{value}' (see ")
     assert list(tmp_path.iterdir()) == []
 
@@ -131,10 +134,7 @@ def test_an_option_given_as_a_recipe_key(
     flag: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(SystemExit) as exit:
-        main([*arguments, "--set", setting])
-    assert exit.value.code == EXIT_BAD_INPUT
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    line = refusal(main, [*arguments, "--set", setting], capsys)
     key = setting.partition("=")[0]
     assert line.startswith(f"error: argument --set: {key} is no recipe key: expected {flag} (see ")
 
