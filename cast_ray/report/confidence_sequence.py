@@ -149,7 +149,7 @@ def _running_bounds(mean: np.ndarray, squares: np.ndarray, critical: np.ndarray)
 
 
 def step_down(
-    values: np.ndarray, effect: float | None, error_rate: float = ERROR_RATE
+    values: np.ndarray, effect: float | None, error_rate: float = ERROR_RATE, num_rows: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Decides the rows of tables after each seed: Holm's step-down over the two sides of each row.
 
@@ -164,63 +164,70 @@ def step_down(
     there are at most 2 M - number rejected true ones, each of whose bounds is ever wrong with a / that number at most.
 
     Args:
-        values: [..., M, N], see `bounds`.
+        values: [..., rows, N], see `bounds`.
         effect: smallest effect of interest, in the units of the values; None: rows are never called equal.
+        num_rows: M, where some rows have no values yet; None: that of the values.
 
     Returns:
-        Three arrays [..., M]: 0 undecided, 1 above, -1 below, 2 equal; the number of seeds at which it was decided (0:
-        it was not); how many hypotheses were rejected before.
+        Three arrays [..., rows]: 0 undecided, 1 above, -1 below, 2 equal; the number of seeds at which it was decided
+        (0: it was not); how many hypotheses were rejected before.
     """
-    *tables, num_rows, num_seeds = values.shape
-    by_rejected = [bounds(values, error_rate / (2 * num_rows - k)) for k in range(num_rows + 1)]
-    lows, highs = (np.stack(of_each, -3) for of_each in zip(*by_rejected))  # [..., K, M, N]
-    sides, at = np.zeros((*tables, num_rows), int), np.zeros((*tables, num_rows), int)
-    rejected_before = np.zeros((*tables, num_rows), int)
-    for n in range(num_seeds):
-        for _ in range(num_rows):  # a decision may be what decides the next row
-            num_rejected = (np.abs(sides) == 1).sum(-1)
-            chosen = num_rejected[..., None, None]
-            low, high = (np.take_along_axis(b[..., n], chosen, -2)[..., 0, :] for b in (lows, highs))
-            found = np.where(low > 0, 1, np.where(high < 0, -1, 0))
-            if effect is not None:
-                found = np.where((found == 0) & (low > -effect) & (high < effect), 2, found)
+    num_hypotheses = 2 * (num_rows or values.shape[-2])
+    sides, at, rejected_before = (np.zeros(values.shape[:-1], int) for _ in range(3))
+    by_rejected: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for n in range(values.shape[-1]):
+        while True:  # a decision may be what decides the next row
+            num_rejected = (np.abs(sides) == 1).sum(-1, keepdims=True)
+            found = np.zeros_like(sides)
+            for k in np.unique(num_rejected).tolist():
+                if k not in by_rejected:
+                    by_rejected[k] = bounds(values, error_rate / (num_hypotheses - k))
+                low, high = (bound[..., n] for bound in by_rejected[k])
+                found = np.where(num_rejected == k, _sides(low, high, effect), found)
             is_open = sides == 0
+            rejected_before = np.where(is_open, num_rejected, rejected_before)
             is_new = is_open & (found != 0)
-            rejected_before = np.where(is_open, num_rejected[..., None], rejected_before)
             if not is_new.any():
                 break
             sides, at = np.where(is_new, found, sides), np.where(is_new, n + 1, at)
     return sides, at, rejected_before
 
 
+def _sides(low: np.ndarray, high: np.ndarray, effect: float | None) -> np.ndarray:
+    """What bounds decide: 1 above, -1 below, 2 equal within the effect, 0 nothing yet."""
+    found = np.where(low > 0, 1, np.where(high < 0, -1, 0))
+    return found if effect is None else np.where((found == 0) & (low > -effect) & (high < effect), 2, found)
+
+
 def decide(
-    differences: Mapping[str, Sequence[float]], effect: float | None, error_rate: float = ERROR_RATE
+    differences: Mapping[str, Sequence[float]],
+    effect: float | None,
+    error_rate: float = ERROR_RATE,
+    num_rows: int | None = None,
 ) -> dict[str, RowDecision]:
     """Decides the rows of one table from the paired differences that there are.
 
     Args:
-        differences: row -> its paired differences in the order of seeds; a row that has none yet counts all the same.
+        differences: row -> its paired differences in the order of seeds.
         effect: smallest effect of interest; None: rows are never called equal.
+        num_rows: how many rows the table compares with its baseline, those included that have no seed yet; None: the
+            rows given.
     """
     if not differences:
         return {}
-    most = max(1, *(len(values) for values in differences.values()))
-    table = np.full((len(differences), most), np.nan)
+    num_rows = num_rows or len(differences)
+    table = np.full((len(differences), max(1, *(len(values) for values in differences.values()))), np.nan)
     for line, values in zip(table, differences.values()):
         line[: len(values)] = values
-    sides, at, rejected = step_down(table, effect, error_rate)
+    sides, at, rejected = (array.tolist() for array in step_down(table, effect, error_rate, num_rows))
     found = {}
     for i, (row, values) in enumerate(differences.items()):
-        tail = error_rate / (2 * len(differences) - int(rejected[i]))
-        num_used = int(at[i]) or len(values)
-        low, high = (float(b[-1]) for b in bounds(np.asarray(values[:num_used], float), tail)) if num_used else _UNKNOWN
-        side = _SIDES[int(sides[i])]
-        forecast = seeds_needed(values, tail, effect) if side == "undecided" else None
-        found[row] = RowDecision(side, len(values), int(at[i]) or None, low, high, tail, forecast)
+        tail = error_rate / (2 * num_rows - rejected[i])
+        used = np.asarray(values[: at[i] or len(values)], float)
+        low, high = (float(bound[-1]) for bound in bounds(used, tail)) if used.size else (-math.inf, math.inf)
+        forecast = seeds_needed(values, tail, effect) if not at[i] else None
+        found[row] = RowDecision(_SIDES[sides[i]], len(values), at[i] or None, low, high, tail, forecast)
     return found
-
-
-_UNKNOWN = (-math.inf, math.inf)
 
 
 def seeds_needed(
@@ -248,9 +255,7 @@ def seeds_needed(
     future = draws.normal(means, np.sqrt(variance), (NUM_FORECASTS, max_seeds - num_seeds))
     whole = np.concatenate([np.broadcast_to(np.asarray(values, float), (NUM_FORECASTS, num_seeds)), future], -1)
     low, high = bounds(whole, tail)
-    is_decided = (low > 0) | (high < 0)
-    if effect is not None:
-        is_decided |= (low > -effect) & (high < effect)
+    is_decided = _sides(low, high, effect) != 0
     is_decided[:, :num_seeds] = False
     more = np.where(is_decided.any(-1), is_decided.argmax(-1) + 1 - num_seeds, max_seeds)
     low_q, median, high_q = (int(q) for q in np.quantile(more, [0.1, 0.5, 0.9], method="higher"))
