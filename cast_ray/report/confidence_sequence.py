@@ -25,6 +25,8 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
+from cast_ray.report.content import Forecast
+
 ERROR_RATE = 0.05
 """Greatest probability that any decision of a table is false."""
 MIXTURE_VARIANCE = 25.0
@@ -38,18 +40,6 @@ _LARGEST_LOG_T = 14.0
 
 Side = Literal["above", "below", "equal", "undecided"]
 _SIDES: dict[int, Side] = {0: "undecided", 1: "above", -1: "below", 2: "equal"}
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """How many more seeds an undecided row is likely to need; None: more than MAX_FORECAST in all.
-
-    The median, and the range from the 10 % to the 90 % quantile.
-    """
-
-    median: int | None
-    low: int | None
-    high: int | None
 
 
 @dataclass(frozen=True)
@@ -80,9 +70,9 @@ def log_evidence(t: np.ndarray, num_seeds: np.ndarray, variance: float = MIXTURE
         E_n = 2 F_n(sqrt(n) c) r^(-1/2) ((1 + u) / (1 + u / r))^(n/2),   c = t sqrt(n g / r) / sqrt((n - 1) (1 + u / r))
 
     where F_n is the distribution function of Student's t with n degrees of freedom. E_n is the likelihood ratio of
-    effects `mean / sd ~ |N(0, g)|` against no effect, both with the scale-invariant prior 1 / sd. If the assumed mean is
-    the true one and seeds are Gaussian, E_n is a martingale of mean 1 whatever the sd is, so that by Ville's inequality
-    `P(E_n >= 1 / a for any n) <= a`. It increases with t.
+    effects `mean / sd ~ |N(0, g)|` against no effect, both with the scale-invariant prior 1 / sd. If the assumed mean
+    is the true one and seeds are Gaussian, E_n is a martingale of mean 1 whatever the sd is, so that by Ville's
+    inequality `P(E_n >= 1 / a for any n) <= a`. It increases with t.
     """
     num_seeds = np.asarray(num_seeds, float)
     ratio = 1 + num_seeds * variance
@@ -122,8 +112,8 @@ def least_seeds(num_rows: int, error_rate: float = ERROR_RATE) -> int:
 def bounds(values: np.ndarray, tail: float) -> tuple[np.ndarray, np.ndarray]:
     """Lower and upper bounds of the mean after each number of values, each valid at all of them with 1 - tail.
 
-    `mean_n -+ critical_t(n) sd_n / sqrt(n)`, and the tightest of those so far. Values without any spread have no bounds:
-    their sd is not known, and equal digits are no Gaussian sample.
+    `mean_n -+ critical_t(n) sd_n / sqrt(n)`, and the tightest of those so far. Values without any spread have no
+    bounds: their sd is not known, and equal digits are no Gaussian sample.
 
     Args:
         values: [..., N], one for each seed in an order that does not depend on them; a row with fewer ends in nan.

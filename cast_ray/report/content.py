@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 from cast_ray.contracts.row_result import Number, RowResult, Status, is_finite
-from cast_ray.report.confidence_sequence import Forecast
 from cast_ray.report.metrics import PER_CLASS
 
 UNREADABLE: Status = "unreadable"
@@ -92,6 +91,18 @@ class Difference:
         """Whether the interval leaves out 0, over seeds; a single seed's interval cannot show that."""
         interval = self.interval
         return interval is not None and interval.resampled != "images" and (interval.low > 0 or interval.high < 0)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """How many more seeds are likely to decide a row: the median, and the quantiles of 10 % and 90 %.
+
+    None: more than `confidence_sequence.MAX_FORECAST` seeds in all.
+    """
+
+    median: int | None
+    low: int | None
+    high: int | None
 
 
 Answer = Literal["better", "worse", "equal", "same model", "undecided"]

@@ -576,10 +576,9 @@ def test_seeds_decide_rows(tmp_path: Path) -> None:
     assert "undecided: sup+semi+pxl (" in note and "more seeds)" in note
     page = written.files["markdown"].read_text()
     assert "| sup+semi | 4 | better | 3 |" in page and "seeds still needed" in page
-    line = next(
-        x for x in written.files["csv"].read_text().splitlines() if x.startswith("losses,sup+semi,student/mask")
-    )
-    assert ",better,3," in line
+    lines = list(csv.DictReader(io.StringIO(written.files["csv"].read_text())))
+    (line,) = [line for line in lines if (line["row"], line["metric"]) == ("sup+semi", "student/mask_ap")]
+    assert (line["decision"], line["decided_at_seed"]) == ("better", "3")
     assert json.loads(written.files["json"].read_text())["tables"][0]["decisions"][0]["answer"] == "better"
 
 
