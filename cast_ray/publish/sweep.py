@@ -35,6 +35,7 @@ def announce(
     settings: Mapping[str, Any],
     results_uri: str,
     console: Console,
+    effect: float | None = None,
 ) -> None:
     """Notes in the run folder what a sweep is about to run, so that its report can be watched from the start.
 
@@ -42,10 +43,12 @@ def announce(
         recipes: (row, seed) -> recipe.
         settings: what the rows have in common, by which a later command knows that this folder is its own.
         results_uri: folder of the store that each row's result appears in when it ends.
+        effect: smallest effect of interest that the report is to use; None: that of an earlier command, else its own.
     """
     expected = [(table.name, row, seed) for row, seed in recipes]
     digests = [recipe_digest(json.loads(recipe.model_dump_json())) for recipe in recipes.values()]
-    write_plan(out, [table], expected, results_uri, digests, {table.name: settings})
+    effects = {} if effect is None else {table.name: effect}
+    write_plan(out, [table], expected, results_uri, digests, {table.name: settings}, effects)
     console.print(f"  report   {out / 'report.html'}", soft_wrap=True, highlight=False)
     console.print(f"    live: cast-ray report {out} --watch", soft_wrap=True, highlight=False)
 

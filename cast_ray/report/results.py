@@ -15,6 +15,7 @@ from dataclasses import replace
 from cast_ray.contracts.row_result import StageRecord
 from cast_ray.plan.ablation import Table, load_table
 from cast_ray.report.content import Compute, Difference, Failure, Report, Result, RowSummary, StageSummary
+from cast_ray.report.decisions import decide_rows, default_effect
 from cast_ray.report.metrics import split_metric
 from cast_ray.report.notes import context_of, notes_of
 from cast_ray.report.run_folder import Run
@@ -36,7 +37,16 @@ def summarise_run(run: Run, tell: Callable[[str], None] = lambda text: None) -> 
     for name in run.table_names:
         results = [r for r in run.results if r.table == name]
         pending = [(row, seed) for _, row, seed in run.pending(name)]
-        reports.append(summarise(results, run.plan.table(name), name=name, pending=pending, resampling=resampling))
+        reports.append(
+            summarise(
+                results,
+                run.plan.table(name),
+                name=name,
+                pending=pending,
+                resampling=resampling,
+                effect=run.plan.effects.get(name),
+            )
+        )
     resampling.save()
     return reports
 
@@ -48,6 +58,7 @@ def summarise(
     name: str | None = None,
     pending: Iterable[tuple[str, int]] = (),
     resampling: Resampling | None = None,
+    effect: float | None = None,
 ) -> Report:
     """Everything the report of some results says.
 
@@ -58,6 +69,7 @@ def summarise(
         name: name of the table; None: the one that the results name.
         pending: (row, seed) that are still to come.
         resampling: per-image data of the results; None: intervals are over seeds alone.
+        effect: smallest effect of interest in the ranking metric; None: see `decisions.default_effect`.
 
     Raises:
         ValueError: results of more than one table.
@@ -110,6 +122,7 @@ def summarise(
         if (d := _difference(row, against, metric, done, resampling))
     ]
     stages = _unique_stages(results)
+    effect = default_effect(metric) if effect is None else effect
     report = Report(
         table=names[0],
         title=table.title if table else names[0],
@@ -119,6 +132,8 @@ def summarise(
         rows=rows,
         differences=tuple(replace(d, paper=_paper_difference(d, paper)) for d in differences),
         pairs=tuple(pairs),
+        decisions=decide_rows(done, order, baseline, metric, effect, stages),
+        effect=effect,
         failures=tuple(Failure(r.row, r.seed, _one_line(r.error), r.log) for r in results if r.has_failed),
         stages=stages,
         steps=_compute([(s.steps if s.kind == "train" else 0, s) for s in stages]),

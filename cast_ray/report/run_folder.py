@@ -40,6 +40,8 @@ class RunRequest:
     results_uri: str = ""
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Table -> what its rows have in common (`Table.settings`); a plan of an older version has none."""
+    effects: Mapping[str, float] = field(default_factory=dict)
+    """Table -> smallest effect of interest, where a command named one."""
 
     @property
     def digests(self) -> dict[tuple[str, str, int], str]:
@@ -90,6 +92,7 @@ def write_plan(
     results_uri: str = "",
     recipes: Iterable[str] = (),
     settings: Mapping[str, Mapping[str, Any]] | None = None,
+    effects: Mapping[str, float] | None = None,
 ) -> Path:
     """Notes in a run folder what a sweep is about to run, before its first result is there.
 
@@ -100,7 +103,7 @@ def write_plan(
         results_uri: see `RunRequest`.
         recipes: digest of each expected recipe: until they are there, results of other recipes are not shown; none:
             whatever lies in the folder counts.
-        settings: see `RunRequest`; of other tables those before stay.
+        settings, effects: see `RunRequest`; of other tables those before stay.
     """
     path = Path(run_dir) / PLAN
     before = read_plan(run_dir)
@@ -115,6 +118,7 @@ def write_plan(
         "recipes": [digests.get(key, "") for key in others] + (recipes or [""] * len(expected)),
         "results_uri": results_uri or before.results_uri,
         "settings": {**before.settings, **(settings or {})},
+        "effects": {**before.effects, **(effects or {})},
     }
     write_atomically(path, json.dumps(content, indent=1))
     return path
@@ -136,7 +140,8 @@ def read_plan(run_dir: str | Path) -> RunRequest:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the plan of a sweep: {error}") from None
     recipes, results_uri = tuple(content.get("recipes", ())), content.get("results_uri", "")
-    return RunRequest(tables, expected, recipes, results_uri, content.get("settings", {}))
+    settings, effects = content.get("settings", {}), content.get("effects", {})
+    return RunRequest(tables, expected, recipes, results_uri, settings, effects)
 
 
 def _table_of(spec: dict[str, Any]) -> Table | None:

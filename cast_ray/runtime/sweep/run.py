@@ -28,7 +28,7 @@ from cast_ray.plan.graph import (
 )
 from cast_ray.plan.stage_parts import Model, TrainPart
 from cast_ray.recipe import Recipe
-from cast_ray.runtime.cluster import connect
+from cast_ray.runtime.cluster import Cluster, RaySession, connect
 from cast_ray.runtime.store.artifacts import ArtifactStore, read_each
 from cast_ray.runtime.store.claims import Holder, Presence
 from cast_ray.runtime.store.past_stages import note_past, past_manifests
@@ -80,6 +80,14 @@ class SweepRequest:
     keep_going: bool = False
     """Start further rows though the first ones all failed."""
     trackers: Trackers = field(default_factory=Trackers)
+    session: RaySession | None = None
+    """Ray of several sweeps, which outlives this one; None: a Ray of its own."""
+    with_tree: bool = True
+    """Show every stage in the plan."""
+
+    def connect(self) -> Cluster:
+        """Starts or joins the Ray that the sweep runs on."""
+        return connect(self.address, self.num_cpus) if self.session is None else self.session.connect()
 
 
 @dataclass(frozen=True)
@@ -94,10 +102,12 @@ class Sweep:
 
 @dataclass(frozen=True)
 class SweepOutcome:
-    """What became of a sweep. `stopped`: why some rows were not finished, if they were not."""
+    """What became of a sweep. `stopped`: why some rows were not finished, if they were not; `device_s`: device-seconds
+    that it has used."""
 
     sweeps: tuple[Sweep, ...]
     stopped: str | None = None
+    device_s: float = 0.0
 
 
 def run_sweep(
@@ -116,9 +126,7 @@ def run_sweep(
     store.check_writable()
     runs = {table.name: list(table.recipes.values()) for table in request.tables}
     with Presence(store, command_line(), on_wait=lambda holder: say_pruning(holder, console)) as presence:
-        planner = RowPlanner(
-            runs, store, console, lambda: connect(request.address, request.num_cpus), dry_run=request.dry_run
-        )
+        planner = RowPlanner(runs, store, console, request.connect, dry_run=request.dry_run)
         sweeps = [_plan_table(table, planner, console) for table in request.tables]
         rows = [row for sweep in sweeps for row in sweep.rows]
         stages = {stage.key: stage for row in rows for stage in row.stages}
@@ -134,13 +142,13 @@ def run_sweep(
             return None
         on_start(sweeps)
         jobs = _rows_without_result(sweeps, whole)
-        stopped = None
+        stopped, device_s = None, 0.0
         if jobs:
             try:
-                stopped = _run(request, whole, jobs, presence.holder, store, manifests, console)
+                stopped, device_s = _run(request, whole, jobs, presence.holder, store, manifests, console)
             finally:
                 note_past(store, [stage.key for stage in whole.to_run])
-    return SweepOutcome(tuple(sweeps), stopped)
+    return SweepOutcome(tuple(sweeps), stopped, device_s)
 
 
 def sweep_name(runs: Sequence[str]) -> str:
@@ -237,6 +245,7 @@ def _preview(
             memory=_memory(request, whole, planner),
             warnings=planner.warnings,
             folders=[table.folder for table in request.tables if table.folder],
+            tree=request.with_tree,
         ),
         console,
     )
@@ -343,13 +352,13 @@ def _run(
     store: ArtifactStore,
     manifests: Mapping[str, Manifest],
     console: Console,
-) -> str | None:
-    """Runs rows on Ray; returns why some were not finished, if they were not.
+) -> tuple[str | None, float]:
+    """Runs rows on Ray; returns why some were not finished, if they were not, and the device-seconds used.
 
     Args:
         manifests: of what the rows find in the store.
     """
-    cluster = connect(request.address, request.num_cpus)
+    cluster = request.connect()
     console.print(cluster.description, highlight=False)
     import ray
 
@@ -384,16 +393,17 @@ def _run(
             outcomes = run_trials(name, store, jobs, broker, min(len(jobs), 2 * slots + 2), callbacks)
         board = ray.get(broker.board.remote())
     finally:
-        ray.shutdown()
+        if request.session is None:
+            ray.shutdown()
     if "failed" in outcomes.values() and (words := cluster.where_logs_are()):
         console.print(words, soft_wrap=True, highlight=False)
     left = [job.row for job in jobs if outcomes[job.name] == "stopped"]
     if not left:
-        return None
+        return None, board["device_s"]
     rest = plan_sweep(left, whole.stored | set(board["done"]))
     words = (
         f": {board['stop']}. Left: {len(left)} rows, {len(rest.to_run)} stages, {rest.steps_to_run:,} steps; "
         f"used {hours(board['device_s'] / 3600)}. Run the same command again to continue."
     )
     console.print(Text.assemble(("stopped", "yellow"), words))
-    return board["stop"]
+    return board["stop"], board["device_s"]
