@@ -1,9 +1,9 @@
 """Several machines on this one, for commands that reach others by ssh: `ray up`, and jobs of a scheduler.
 
 A machine is a set of Linux namespaces: it has an address and a host name, sees no processes but its own, and has a home
-folder and a /tmp/ray of its own; other folders are shared, as on a network file system. `ssh` and `rsync` are
-stand-ins, because nobody can log in here: a program on port 22 of each machine runs the commands it is sent. What it
-starts really runs there, and really talks to the other machines over the network.
+folder and folders for Ray's temporary files of its own; other folders are shared, as on a network file system. `ssh` and
+`rsync` are stand-ins, because nobody can log in here: a program on port 22 of each machine runs the commands it is sent.
+What it starts really runs there, and really talks to the other machines over the network.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ NETWORK, OPERATOR = "10.99.0", "operator"
 ISOLATED = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc", "--kill-child"]
 OF_MACHINE = ["unshare", "--net", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child"]
 SSH_OPTIONS_WITH_VALUE = tuple("bcDEeFIiJLlmOopQRSWw")
+OWN_FOLDERS = "CAST_RAY_TEST_OWN_FOLDERS"
+"""Variable that names, divided by colons, the folders of which each machine has its own; otherwise it is /tmp/ray."""
 END = b"\0ended with "
 
 
@@ -184,11 +186,14 @@ def wait_for(condition: Callable[[], bool], patience_s: float = 120) -> None:
 
 
 def _enter(folder: Path, name: str) -> None:
-    """Gives this process and all that it will start the home and the /tmp/ray of a machine."""
-    home, temporary = folder / name / "home", folder / name / "ray"
-    for path in (home, temporary, Path("/tmp/ray")):
-        path.mkdir(parents=True, exist_ok=True)
-    _mount(temporary, Path("/tmp/ray"))
+    """Gives this process and all that it will start the home and the folders of a machine."""
+    home = folder / name / "home"
+    home.mkdir(parents=True, exist_ok=True)
+    for place in map(Path, os.environ.get(OWN_FOLDERS, "/tmp/ray").split(":")):
+        own = folder / name / place.name
+        for path in (own, place):
+            path.mkdir(parents=True, exist_ok=True)
+        _mount(own, place)
     os.environ["HOME"] = str(home)
     os.chdir(home)
 

@@ -34,8 +34,11 @@ SWEEP = ["python", "sweeps/ablate.py", "losses", "--preset", "shapes", "--scale"
 SWEEP += [part for setting in SMALL for part in ("--set", setting)]
 DASHBOARD = "http://localhost:8265"
 JOIN = f"ray start --address={HEAD}:6379 --num-cpus=0"
-BUSY = "export RAY_agent_register_timeout_ms=120000 RAY_DASHBOARD_STARTUP_TIMEOUT_S=180 OMP_NUM_THREADS=1\n"
-"""What a node needs that shares two cores with three others: a raylet gives up when its agents need more than 15 s."""
+BASHRC = """export PATH={bin}:$PATH OMP_NUM_THREADS=1
+export RAY_agent_register_timeout_ms=120000 RAY_DASHBOARD_STARTUP_TIMEOUT_S=180
+"""
+"""Where the stand-ins are, also for a login shell of the head, and what a node needs that shares two cores with three
+others: a raylet gives up when its agents need more than 15 s."""
 
 COUNT = "pgrep -c '^(raylet|gcs_server)$' || true"
 
@@ -62,7 +65,7 @@ def steps(folder: Path) -> Steps:
     assert (provider["head_ip"], provider["worker_ips"]) == (HEAD, WORKERS)
     for name in (*names, OPERATOR):
         (folder / name / "home").mkdir(parents=True)
-        (folder / name / "home/.bashrc").write_text(BUSY)
+        (folder / name / "home/.bashrc").write_text(BASHRC.format(bin=folder / "bin"))
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     command = in_machines(folder, names, [sys.executable, __file__, str(folder)])
     clean["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests/helpers'}"
@@ -95,9 +98,9 @@ def operate(folder: Path) -> None:
     said["ask with the token"] = ask("/api/jobs/", token)
     run("submit without the token", "ray", "job", "submit", "--address", DASHBOARD, "--", "true", RAY_AUTH_MODE="")
     run("copy the token", "rsync", str(Path.home() / ".ray/auth_token"), f"{STRANGER}:~/.ray/auth_token")
-    path = f"export PATH={Path(sys.executable).parent}:$PATH"
-    run("join without the mode", "ssh", STRANGER, f"{BUSY}{path}; timeout 300 {JOIN}")
-    run("join", "ssh", STRANGER, f"{BUSY}{path}; RAY_AUTH_MODE=token timeout 300 {JOIN}; code=$?; ray stop; exit $code")
+    shell = f". ~/.bashrc; export PATH={Path(sys.executable).parent}:$PATH; unset RAY_AUTH_MODE"
+    run("join without the mode", "ssh", STRANGER, f"{shell}; timeout 300 {JOIN}")
+    run("join", "ssh", STRANGER, f"{shell}; RAY_AUTH_MODE=token timeout 300 {JOIN}; code=$?; ray stop; exit $code")
     run("sweep", "ray", "job", "submit", "--address", DASHBOARD, "--working-dir", ".", "--", *SWEEP)
     run("down", "ray", "down", "--yes", config)
     tunnel.terminate()
