@@ -1,9 +1,9 @@
 """Several machines on this one, for commands that reach others by ssh: `ray up`, and jobs of a scheduler.
 
-A machine is a set of Linux namespaces: it has an address and a host name, sees no processes but its own, and has a home
-folder and folders for Ray's temporary files of its own; other folders are shared, as on a network file system. `ssh` and
-`rsync` are stand-ins, because nobody can log in here: a program on port 22 of each machine runs the commands it is sent.
-What it starts really runs there, and really talks to the other machines over the network.
+A machine is a set of Linux namespaces: it has an address and a host name, sees no processes but its own, and has a
+home folder and folders for Ray's temporary files of its own; other folders are shared, as on a network file system.
+`ssh` and `rsync` are stand-ins, because nobody can log in here: a program on port 22 of each machine runs the commands
+that it is sent. What these start really runs there, and really talks to the other machines over the network.
 """
 
 from __future__ import annotations
