@@ -3,7 +3,7 @@
 KubeRay's schema is in no package of the Python or npm registries. The fields of its own types are listed below, as in
 its release 1.5.1 (ray-operator/apis/ray/v1); those of Kubernetes' pods that the files use, too. Where they are at hand,
 the published schemas are used as well: KubeRay's own by CAST_RAY_KUBERAY_CRDS (its folder
-helm-chart/kuberay-operator/crds), that of pods by the package kubernetes-validate.
+helm-chart/kuberay-operator/crds), that of pods by the package kubernetes-validate, SkyPilot's by skypilot.
 """
 
 from __future__ import annotations
@@ -214,6 +214,16 @@ def test_every_process_of_every_cluster_asks_for_the_token() -> None:
     assert sky["envs"]["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN" in sky["secrets"]
     slurm = (CLUSTER / "slurm.sbatch").read_text()
     assert slurm.index("export RAY_AUTH_MODE=token") < slurm.index("ray symmetric-run --address")
+
+
+def test_skypilot_accepts_its_file() -> None:
+    schemas = pytest.importorskip("sky.utils.schemas")
+    check = pytest.importorskip("sky.utils.common_utils").validate_schema
+    file = read("skypilot.yaml")
+    check(file, schemas.get_task_schema(), "task: ")
+    check(file["resources"], schemas.get_resources_schema(), "resources: ")
+    with pytest.raises(ValueError, match="num_nodes"):
+        check(file | {"num_node": 2}, schemas.get_task_schema(), "task: ")
 
 
 @pytest.mark.parametrize("script", ["setup", "run"])
