@@ -28,7 +28,7 @@ INTERRUPTED_IMAGES = "stopped; the same command resumes with the images that are
 STUDENT_HELP = "folder of a saved student, a row runs/<name>/<row>, a URI or a hub name"
 ADDRESS_HELP = "Ray cluster; 'local' starts one for this command alone (default: $RAY_ADDRESS, else local)"
 
-N = TypeVar("N", int, float)
+N = TypeVar("N", int, float, tuple[str, float])
 
 
 class Parser(argparse.ArgumentParser):
