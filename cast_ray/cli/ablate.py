@@ -17,6 +17,7 @@ from rich.console import Console
 from cast_ray.cli.options import (
     EXIT_STOPPED,
     Parser,
+    add_price_option,
     add_ray_options,
     add_recipe_options,
     add_run_options,
@@ -25,6 +26,7 @@ from cast_ray.cli.options import (
     exit_code,
     output_folder,
     plain_console,
+    prices_of,
     random_seed,
     recipe_overrides,
     runs_folder,
@@ -114,7 +116,7 @@ def _run(
             recipes = {(row.row, row.seed): row.recipe for row in sweep.rows}
             results = sweep.context.store.uri(sweep.context.runs_path)
             effect = effects.get(table.table.name)
-            announce(out / table.name, table.table, recipes, table.settings, results, console, effect)
+            announce(out / table.name, table.table, recipes, table.settings, results, console, effect, request.prices)
 
     outcome = run_sweep(request, console, on_start)
     if outcome is None:
@@ -186,7 +188,7 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
         num_cpus=arguments.num_cpus,
         dry_run=arguments.dry_run,
         budget_hours=arguments.budget_hours,
-        price_per_hour=arguments.price_per_gpu_hour,
+        prices=prices_of(arguments),
         keep_going=arguments.keep_going,
         trackers=trackers,
     )
@@ -240,7 +242,7 @@ def _parser() -> Parser:
     add_until_options(parser)
     plan = parser.add_argument_group("what it costs")
     plan.add_argument("--dry-run", action="store_true", help="print the plan, its device-hours and cost, and stop")
-    plan.add_argument("--price-per-gpu-hour", type=amount, metavar="P", help="price of a device-hour, for the plan")
+    add_price_option(plan)
     plan.add_argument(
         "--budget-hours",
         type=amount,

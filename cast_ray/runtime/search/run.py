@@ -402,6 +402,8 @@ class StudySearch(OptunaSearch):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         trial = self._ot_trials[trial_id]
         trial.set_user_attr("device_s", self.spent(self.of_trial.pop(trial_id)))
+        for fact in ("computed_on", "measured_on"):
+            trial.set_user_attr(fact, (result or {}).get(fact))
         status = (result or {}).get("status")
         if error or result is None or status == "failed":
             reason = (result or {}).get("error") or "its driver was lost"

@@ -146,7 +146,9 @@ def _run_row(config: dict[str, Any], broker: Any, record: bool, driver: type[Row
     """Driver of one trial: claims, runs and commits stages until the row has all of them, then writes its result."""
     job = Job.unpacked(ray.get(broker.job.remote(config["row"])))
     result = run_row(driver(job, broker, record))
-    tune.report({"status": result.status, "error": result.error, **result.metrics})
+    measured_on = {name: node.device for name, node in result.measured_on.items()}
+    devices = {"computed_on": sorted(result.hours_by_type), "measured_on": measured_on}
+    tune.report({"status": result.status, "error": result.error, **devices, **result.metrics})
 
 
 def run_row(driver: RowDriver) -> RowResult:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from cast_ray.contracts.manifest import Manifest
 from cast_ray.plan.ablation import Table
-from cast_ray.plan.cost import CostModel, PlanCost, Size, cost_of
+from cast_ray.plan.cost import CostModel, PlanCost, Size, cost_of, device_types
 from cast_ray.plan.graph import (
     NoTeacherError,
     RowPlan,
@@ -26,6 +26,7 @@ from cast_ray.plan.graph import (
     input_size_of,
     plan_sweep,
 )
+from cast_ray.plan.prices import Prices
 from cast_ray.plan.stage_parts import Model, TrainPart
 from cast_ray.recipe import Recipe
 from cast_ray.runtime.cluster import Cluster, RaySession, connect
@@ -76,7 +77,8 @@ class SweepRequest:
     dry_run: bool = False
     budget_hours: float | None = None
     """Device-hours after which no stage is started."""
-    price_per_hour: float | None = None
+    prices: Prices | None = None
+    """Of a device-hour; None: none were named."""
     keep_going: bool = False
     """Start further rows though the first ones all failed."""
     trackers: Trackers = field(default_factory=Trackers)
@@ -239,8 +241,8 @@ def _preview(
             labels=row_labels(named),
             datasets=list(planner.datasets.values()),
             storage=store.storage,
-            cost=_cost(request, whole, planner, manifests, store),
-            price_per_hour=request.price_per_hour,
+            costs=_costs(request, whole, planner, manifests, store),
+            prices=request.prices,
             budget_hours=request.budget_hours,
             memory=_memory(request, whole, planner),
             warnings=planner.warnings,
@@ -251,21 +253,27 @@ def _preview(
     )
 
 
-def _cost(
+def _costs(
     request: SweepRequest,
     whole: SweepPlan,
     planner: RowPlanner,
     manifests: Mapping[str, Manifest],
     store: ArtifactStore,
-) -> PlanCost:
-    """Device-hours from the store's newest manifests; where there are none, from FLOPs, if the user asked."""
+) -> dict[str, PlanCost]:
+    """Device-hours by the type of device on which the store's newest stages ran, the last used one first.
+
+    Where there are none, of `UNKNOWN_DEVICE`, from FLOPs if the user asked.
+    """
     past = [*past_manifests(store), *manifests.values()]
     sizes: dict[str, Size] = {}
     for row in whole.rows:
         sizes |= dict.fromkeys((s.fingerprint for s in row.stages), planner.size(row.recipe))
     device = "cuda" if whole.rows[0].recipe.runtime.use_gpu else "cpu"
-    asked = request.dry_run or request.price_per_hour is not None or request.budget_hours is not None
-    return cost_of(whole, CostModel(past, device), lambda stage: sizes[stage.fingerprint], count_flops=asked)
+    asked = request.dry_run or request.prices is not None or request.budget_hours is not None
+    return {
+        model: cost_of(whole, CostModel(past, device, model), lambda stage: sizes[stage.fingerprint], count_flops=asked)
+        for model in device_types(past, device)
+    }
 
 
 def _memory(request: SweepRequest, whole: SweepPlan, planner: RowPlanner) -> dict[str, list[int | None]]:
