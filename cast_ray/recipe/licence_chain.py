@@ -37,6 +37,8 @@ TEACHER, ENCODER, TEACHERS_ENCODER, DATA, EXTRA = "teacher", "encoder", "teacher
 """What a source is to the student."""
 _STRICTEST_FIRST = ("no", "unknown", "conditions", "yes")
 _MAX_ROWS = 6
+_PARTS = ("data", "teacher", "student", "stages", "loss")
+"""Parts of a recipe that a chain is read from."""
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.*?)\n---[ \t]*(?:\n|\Z)", re.DOTALL)
 
 
@@ -118,7 +120,9 @@ def licence_chain(recipe: Recipe) -> LicenceChain:
 
 def chain_of_plain_recipe(plain: Mapping[str, Any]) -> LicenceChain | None:
     """Returns the chain of a recipe as a result file holds it; None where another version has written one that this
-    version cannot read."""
+    version cannot read, or where a part is missing that the chain depends on."""
+    if not all(isinstance(plain.get(part), Mapping) and plain[part] for part in _PARTS):
+        return None  # the defaults of a missing part would say something that nobody has said
     # Seeds change nothing: the results of a table have few different chains.
     relevant = {key: value for key, value in plain.items() if not key.endswith("seed")}
     return _read_chain(json.dumps(relevant, sort_keys=True, default=list))

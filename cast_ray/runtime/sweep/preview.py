@@ -81,15 +81,6 @@ def print_plan(preview: Preview, console: Console) -> None:
     print_warnings(preview.warnings, console)
 
 
-def print_licences(licences: Sequence[str], console: Console) -> None:
-    """Says under which licences the students may be used, a line for each of the first chains."""
-    more = len(licences) - MAX_CHAINS
-    for line in licences[:MAX_CHAINS]:
-        console.print(f"  licences {line}", soft_wrap=True, markup=False, highlight=False)
-    if more > 0:
-        console.print(f"  licences {more:,} more rows have others: `cast-ray store licences` lists all students")
-
-
 def _print_cost(preview: Preview, cost: PlanCost, console: Console) -> None:
     known = {source: count for source, count in cost.sources.items() if source != "unknown"}
     unknown = cost.sources.get("unknown", 0)
@@ -219,3 +210,12 @@ def row_labels(rows: Sequence[tuple[str, str]]) -> list[str]:
 def titles_of(tables: Mapping[str, tuple[str, str, str]]) -> list[str]:
     """Table name -> (title, preset, scale), as one line each."""
     return [f"{title}  ({name}, {preset} at {scale})" for name, (title, preset, scale) in tables.items()]
+
+
+def print_licences(licences: Sequence[str], console: Console) -> None:
+    """Says under which licences the students may be used, a line for each of the first chains."""
+    more = len(licences) - MAX_CHAINS
+    for line in licences[:MAX_CHAINS]:
+        console.print(f"  licences {line}", soft_wrap=True, markup=False, highlight=False)
+    if more > 0:
+        console.print(f"  licences {more:,} more rows have others: `cast-ray store licences` lists all students")
