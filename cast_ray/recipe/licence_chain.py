@@ -63,6 +63,18 @@ class Source:
         """For example `teacher facebook/sam3: SAM License`."""
         return f"{self.role} {self.name}: {self.licence.label}"
 
+    @property
+    def terms(self) -> str:
+        """The same with what it means for commercial use, where the licence stands, and the note."""
+        where = f" ({self.licence.url})" if self.licence.url else ""
+        note = f" {self.note}" if self.note else ""
+        return f"{self.text}, {COMMERCIAL_WORDS[self.licence.commercial]}{where}.{note}"
+
+    @property
+    def is_restricted(self) -> bool:
+        """Whether it is known that commercial use is forbidden, or allowed with conditions."""
+        return self.licence.commercial in ("no", "conditions")
+
 
 @dataclass(frozen=True)
 class LicenceChain:
@@ -112,7 +124,7 @@ def licence_chain(recipe: Recipe) -> LicenceChain:
     stated = dict(_stated(each) for each in recipe.checkpoint_licences)
     sources: list[Source] = []
     if recipe.learns_from_teacher:
-        sources += _teacher_sources(recipe, stated)
+        sources += teacher_sources(recipe, stated)
     sources += encoder_sources(ENCODER, recipe.student.encoder, stated)
     sources += _data_sources(recipe)
     return LicenceChain(tuple(sources))
@@ -193,7 +205,12 @@ def _stated(text: str) -> tuple[str, str]:
     return name.strip(), licence.strip()
 
 
-def _teacher_sources(recipe: Recipe, stated: Mapping[str, str]) -> list[Source]:
+def teacher_sources(recipe: Recipe, stated: Mapping[str, str] | None = None) -> list[Source]:
+    """Returns what the teacher of a recipe is made of, whether or not its labels are used.
+
+    Args:
+        stated: name of a checkpoint -> its licence, by the recipe.
+    """
     teacher = recipe.teacher
     if recipe.stages.foundation:
         return [checkpoint_source(TEACHER, recipe.stages.foundation, stated)]
@@ -253,15 +270,12 @@ def warnings_of(chains: Sequence[tuple[str, LicenceChain]]) -> list[str]:
     rows: dict[Source, dict[str, None]] = {}
     for row, chain in chains:
         for source in chain.sources:
-            if source.licence.commercial in ("no", "conditions"):
+            if source.is_restricted:
                 rows.setdefault(source, {})[row] = None
     everyone = len({row for row, _ in chains})
     found = []
     for source, names in rows.items():
         are_some = len(names) < everyone
         who = f"the students of {first_of(list(names), _MAX_ROWS)} inherit" if are_some else "the student inherits"
-        terms = f"{source.licence.label}, {COMMERCIAL_WORDS[source.licence.commercial]}"
-        where = f" ({source.licence.url})" if source.licence.url else ""
-        note = f" {source.note}" if source.note else ""
-        found.append(f"{who} the terms of {source.role} {source.name}: {terms}{where}.{note}")
+        found.append(f"{who} the terms of {source.terms}")
     return found

@@ -109,3 +109,17 @@ def test_what_is_known_of_the_licences_that_matter() -> None:
 def test_a_licence_is_found_by_what_people_write(text: str, label: str, commercial: str) -> None:
     licence = find_licence(text)
     assert (licence.label, licence.commercial) == (label, commercial)
+
+
+def test_the_documentation_has_the_same_rows() -> None:
+    page = (ROOT / "docs" / "licences.md").read_text()
+    words = {"yes": "yes", "no": "**no**", "conditions": "with conditions", "unknown": "unknown"}
+    names = {f"`{name}`": work for name, work in CHECKPOINTS.items()}
+    names |= {f"`{name}`: {work.title}": work for name, work in DATASETS.items()}
+    rows = [
+        f"| {name} | [{work.licence.label}]({work.licence.url}) | {words[work.licence.commercial]} | "
+        f"[source]({work.source}), {work.checked} |"
+        for name, work in names.items()
+    ]
+    assert [row for row in rows if row not in page.splitlines()] == []
+    assert sum("| [source](" in line for line in page.splitlines()) == len(rows)
