@@ -21,8 +21,10 @@ from cast_ray.cli.options import (
     add_ray_options,
     add_recipe_options,
     add_run_options,
+    add_teacher_option,
     add_tracker_options,
     amount,
+    check_teacher,
     exit_code,
     output_folder,
     plain_console,
@@ -153,6 +155,7 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
             for seed in seeds
             for row in rows
         }
+        check_teacher(arguments.teacher, (recipe.teacher.kind for recipe in recipes.values()))
         table.check_measured(recipes.values())
         of = f"{table.name}-{arguments.preset or table.preset}-{arguments.scale or table.scale}"
         name = of if not arguments.name else arguments.name if len(tables) == 1 else f"{arguments.name}-{table.name}"
@@ -233,6 +236,7 @@ def _parser() -> Parser:
         "tables run as one plan",
     )
     add_recipe_options(parser, of="table")
+    add_teacher_option(parser)
     parser.add_argument(
         "--rows", nargs="+", metavar="ROW", help="only these rows; TABLE:ROW if several tables have a row of that name"
     )

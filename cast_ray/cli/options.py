@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -25,6 +25,8 @@ EXIT_CODES = {
 """What the exit codes mean, of all commands."""
 STORAGE_VARIABLE = "CAST_RAY_STORAGE"
 INTERRUPTED_IMAGES = "stopped; the same command resumes with the images that are not finished"
+TEACHER_CHOICES = {"permissive": {"teacher.kind": "grounded_sam"}}
+"""What --teacher names -> the recipe keys that it sets. permissive: MM-Grounding-DINO and SAM2.1, both Apache-2.0."""
 STUDENT_HELP = "folder of a saved student, a row runs/<name>/<row>, a URI or a hub name"
 ADDRESS_HELP = "Ray cluster; 'local' starts one for this command alone (default: $RAY_ADDRESS, else local)"
 
@@ -123,6 +125,33 @@ def add_recipe_options(
     add_set_option(parser)
 
 
+def add_teacher_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --teacher, a short form of --set teacher.kind; `recipe_overrides` reads it, `check_teacher` its rows."""
+    parser.add_argument(
+        "--teacher",
+        choices=list(TEACHER_CHOICES),
+        help="permissive: MM-Grounding-DINO and SAM2.1, under Apache-2.0; short for --set teacher.kind=grounded_sam",
+    )
+
+
+def check_teacher(teacher: str | None, kinds: Iterable[str]) -> None:
+    """Checks that no row or trial has another teacher than the one that --teacher asks for.
+
+    Args:
+        teacher: value of --teacher; None: it was not given.
+        kinds: `teacher.kind` of all rows or trials.
+
+    Raises:
+        ValueError: one is another.
+    """
+    for key, value in TEACHER_CHOICES.get(teacher or "", {}).items():
+        if others := sorted(set(kinds) - {value}):
+            raise ValueError(
+                f"--teacher {teacher} and a row or trial with {key}={others[0]}: expected {key}={value} everywhere, or "
+                "no --teacher"
+            )
+
+
 def add_set_option(parser: argparse.ArgumentParser, help_text: str = "override a recipe key") -> None:
     """Adds --set, which may be given several times; `parse_overrides` reads it."""
     parser.add_argument("--set", action=_AppendOverride, default=[], metavar="KEY=VALUE", help=help_text)
@@ -158,10 +187,10 @@ def add_ray_options(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns what --set and the options of `add_ray_options` change in a recipe.
+    """Returns what --set and the options of `add_ray_options` and `add_teacher_option` change in a recipe.
 
     Raises:
-        ValueError: a --set that is not key=value.
+        ValueError: a --set that is not key=value, or that contradicts --teacher.
     """
     from cast_ray.recipe import parse_overrides
 
@@ -169,7 +198,13 @@ def recipe_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
         "runtime.num_workers": arguments.workers_per_trial,
         "runtime.max_concurrent_stages": arguments.max_concurrent,
     }
-    return parse_overrides(arguments.set) | {key: str(value) for key, value in named.items() if value is not None}
+    overrides = parse_overrides(arguments.set)
+    for key, value in TEACHER_CHOICES.get(arguments.teacher, {}).items():
+        if overrides.get(key, value) != value:
+            given = f"--teacher {arguments.teacher} and --set {key}={overrides[key]}"
+            raise ValueError(f"{given}: expected {key}={value}, or only one of the two")
+        overrides[key] = value
+    return overrides | {key: str(value) for key, value in named.items() if value is not None}
 
 
 def add_tracker_options(parser: argparse.ArgumentParser, what: str) -> None:

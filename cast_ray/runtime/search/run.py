@@ -27,6 +27,7 @@ from cast_ray.plan.graph import RowPlan, artifact_key, fingerprint_of, given, pl
 from cast_ray.plan.metrics import is_latency
 from cast_ray.plan.search import RUNG_METRIC, SearchSpec
 from cast_ray.recipe import Recipe
+from cast_ray.recipe.licence_chain import by_rows, licence_chain, warnings_of
 from cast_ray.runtime.cluster import connect
 from cast_ray.runtime.search.study import (
     again,
@@ -44,6 +45,7 @@ from cast_ray.runtime.store.claims import DEAD_AFTER_S, Presence, Watch
 from cast_ray.runtime.store.past_stages import note_past
 from cast_ray.runtime.sweep.broker import MAX_CALLS, Broker
 from cast_ray.runtime.sweep.planner import RowPlanner, command_line
+from cast_ray.runtime.sweep.preview import print_licences
 from cast_ray.runtime.sweep.progress import ProgressDisplay
 from cast_ray.runtime.sweep.row_driver import (
     DRIVER_CPUS,
@@ -116,7 +118,9 @@ def run_search(
         planner = RowPlanner({request.name: [base]}, store, console, lambda: connect(request.address, request.num_cpus))
         storage = open_storage(request.study)
         context, first = planner.plan(base, table=spec.name, run=request.name, row="base")
-        print_warnings(planner.warnings, console)
+        chains = [(spec.name, licence_chain(base))]
+        print_licences(by_rows(chains), console)
+        print_warnings([*planner.warnings, *warnings_of(chains)], console)
         identity = {
             "preset": request.preset,
             "scale": request.scale,

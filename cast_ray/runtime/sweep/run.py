@@ -29,6 +29,7 @@ from cast_ray.plan.graph import (
 from cast_ray.plan.prices import Prices
 from cast_ray.plan.stage_parts import Model, TrainPart
 from cast_ray.recipe import Recipe
+from cast_ray.recipe.licence_chain import by_rows, licence_chain, warnings_of
 from cast_ray.runtime.cluster import Cluster, RaySession, connect
 from cast_ray.runtime.store.artifacts import ArtifactStore, read_each
 from cast_ray.runtime.store.claims import Holder, Presence
@@ -233,19 +234,21 @@ def _preview(
     for table in request.tables:
         recipe = next(iter(table.recipes.values()))
         titles[table.table.name] = (table.table.title, recipe.preset, recipe.scale)
-    named = [(sweep.context.table, row.row) for sweep in sweeps for row in sweep.rows]
+    labels = row_labels([(sweep.context.table, row.row) for sweep in sweeps for row in sweep.rows])
+    chains = [(label, licence_chain(row.recipe)) for label, row in zip(labels, whole.rows)]
     print_plan(
         Preview(
             plan=whole,
             titles=titles_of(titles),
-            labels=row_labels(named),
+            labels=labels,
             datasets=list(planner.datasets.values()),
             storage=store.storage,
             costs=_costs(request, whole, planner, manifests, store),
             prices=request.prices,
             budget_hours=request.budget_hours,
             memory=_memory(request, whole, planner),
-            warnings=planner.warnings,
+            licences=by_rows(chains),
+            warnings=[*planner.warnings, *warnings_of(chains)],
             folders=[table.folder for table in request.tables if table.folder],
             tree=request.with_tree,
         ),
