@@ -50,7 +50,7 @@ class Board:
     def __init__(self) -> None:
         self.step, self.counts = 0, []
 
-    def post(self, owner: str, facts: dict[str, Any]) -> None:
+    def begin(self, owner: str, facts: dict[str, Any]) -> None:
         self.step = facts["step"]
 
     def advance(self, owner: str, count: int, num_labels: int = 0) -> None:

@@ -70,7 +70,7 @@ class TrainProgress:
     def start(self) -> None:
         """Shows the stage as running from its first step on."""
         if self.is_first:
-            self.segment.broker.post.remote(self.segment.owner, self.post | {"step": int(self.paced[1])})
+            self.segment.broker.begin.remote(self.segment.owner, self.post | {"step": int(self.paced[1])})
 
     def _pace(self, now: float, step: float) -> dict[str, float]:
         """Steps per second, and the share of the time that was spent waiting for batches, since the last call."""
