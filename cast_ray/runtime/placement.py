@@ -111,6 +111,11 @@ def give_back(holder: str) -> None:
                 ray.util.remove_placement_group(ray.util.get_placement_group(facts["name"]))
 
 
+def is_broken(group: PlacementGroup) -> bool:
+    """Whether a group that was placed has lost a node. Ray then reports it as pending again ("RESCHEDULING")."""
+    return placement_group_table(group)["state"] != "CREATED"
+
+
 def nodes_of(group: PlacementGroup) -> list[str]:
     """Ids of the nodes that hold the bundles of a placed group."""
     nodes = placement_group_table(group)["bundles_to_node_id"]

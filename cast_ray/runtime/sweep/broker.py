@@ -492,6 +492,10 @@ class Broker:
         self.notices.begin(owner, *(facts[name] for name in names))
         await self.post(owner, facts)
 
+    async def note(self, owner: str, text: str) -> None:
+        """Tells the user what `owner` has lost, in a sentence."""
+        self.notices.add(owner, text)
+
     async def post(self, owner: str, facts: dict[str, Any], entries: Sequence[dict[str, Any]] = ()) -> None:
         """Progress of what `owner` runs.
 

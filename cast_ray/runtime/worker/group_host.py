@@ -50,13 +50,22 @@ class GroupHost:
             if not is_kept:
                 self.group = None
 
-    async def take(self, after: int, rank: int) -> tuple[int, Segment] | None:
-        """Gives a worker the next segment, see `Mailbox.take`."""
-        if self.group is None:
+    async def take(self, after: int, rank: int, worker: Any = None) -> tuple[int, Segment] | None:
+        """Gives a worker the next segment, see `Mailbox.take`.
+
+        Args:
+            worker: handle of the worker's actor.
+        """
+        if self.group is None or self.group.is_leaving:
             return None
-        if after == 0 and rank == 0:
-            self.group.num_starts += 1
+        if after == 0:
+            self.group.joined(rank, worker)
         return await self.group.mailbox.take(after)
+
+    async def leave(self) -> None:
+        """The nodes of the workers will be taken away: they have saved what they had, and the group moves."""
+        if self.group is not None:
+            self.group.leave("a node that it runs on is being drained")
 
     async def finish(self, number: int) -> None:
         """Notes that the workers have run a segment to its end."""

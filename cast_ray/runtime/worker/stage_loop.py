@@ -23,7 +23,7 @@ from ray.util.placement_group import PlacementGroup
 
 from cast_ray.common.logs import configure_logging
 from cast_ray.engine.checkpoint import TrainState
-from cast_ray.engine.loop import TrainHooks, TrainResult
+from cast_ray.engine.loop import Interrupted, TrainHooks, TrainResult
 from cast_ray.engine.world import World
 from cast_ray.models.autocast import require_precision
 from cast_ray.models.segmenter import Segmenter
@@ -42,7 +42,7 @@ from cast_ray.runtime.worker.audit import audit_labels
 from cast_ray.runtime.worker.evaluation import evaluate_stage
 from cast_ray.runtime.worker.label_job import LabelJob
 from cast_ray.runtime.worker.labeller import PseudoLabeller
-from cast_ray.runtime.worker.online import OnlineLabels, Publisher, Teachers
+from cast_ray.runtime.worker.online import OnlineLabels, Publisher, Teachers, versions_folder
 from cast_ray.runtime.worker.segment import Segment
 from cast_ray.runtime.worker.train import load_parent, stage_batches, stage_run, train_stage
 from cast_ray.runtime.worker.train_progress import TimedBatches, TrainProgress
@@ -71,7 +71,8 @@ def serve_segments(
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), None
     number = 0
-    while (taken := ray.get(host.take.remote(number, rank))) is not None:
+    me = ray.get_runtime_context().current_actor
+    while (taken := ray.get(host.take.remote(number, rank, me))) is not None:
         number, segment = taken
         if ray.get(segment.broker.failure.remote(segment.owner)):
             return  # a restart after a fatal error: nothing to try again
@@ -85,7 +86,13 @@ def serve_segments(
         names = ", ".join(stage.name for stage in segment.stages)
         # A second line of the same segment is a restart: when one is lost, Ray Train starts all workers again.
         logger.info("worker %d of %s started for %s", world.rank, segment.owner, names)
-        if not run_stages(segment, world, group, teachers, startup_s):
+        try:
+            if not run_stages(segment, world, group, teachers, startup_s):
+                return
+        except Interrupted as interruption:
+            logger.info("worker %d of %s leaves its node: %s", world.rank, segment.owner, interruption)
+            if world.rank == 0:
+                ray.get(host.leave.remote())
             return
         if world.rank == 0:
             ray.get(host.finish.remote(number))
@@ -139,7 +146,7 @@ def run_stages(
             if stage.kind == "label":  # blocks that a resumed labelling would have found
                 segment.store.delete(f"labels/{stage.fingerprint}")
             if stage.config.get("refresh_steps"):  # its teacher's versions
-                segment.store.delete(f"refresh/{stage.fingerprint}")
+                segment.store.delete(versions_folder(stage.fingerprint))
             ray.get(segment.broker.finish.remote(stage.fingerprint, facts["stage_seconds"] * world.size))
             if validation is not None:
                 validation.forget(stage)
@@ -165,6 +172,7 @@ def _train(
         on_log=progress.on_log,
         on_checkpoint=progress.on_checkpoint,
         on_refresh=progress.on_refresh,
+        is_leaving=progress.is_leaving,
         refresh_every_steps=part.refresh_steps,
     )
     if validation is not None and is_validated(recipe, stage):

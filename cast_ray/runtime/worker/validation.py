@@ -130,7 +130,9 @@ class SideValidation:
             ray.kill(self.actor)
 
 
-@ray.remote(max_restarts=0)
+# It holds no state, so that Ray may start another one in its place, with the snapshots that it had not measured. Its
+# room is pinned to one node: where that is lost, the whole worker group moves (`WorkerGroup._watch_room`).
+@ray.remote(max_restarts=-1, max_task_retries=-1)
 class Validator:
     """The measuring end: one snapshot after the other."""
 
@@ -148,6 +150,8 @@ class Validator:
         prepare_process(max(1, int(runtime.cpus_per_worker)))
         configure_data(group, runtime, bundle)
         self.store, self.broker, self.owner = store, broker, owner
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            broker.note.remote(owner, "the process of its validation was lost; another one measures what is left")
         self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
 
     def validate(
