@@ -55,7 +55,7 @@ def test_lost_workers_drivers_and_brokers_are_replaced(
 ) -> None:
     sweep = start_sweep(tmp_path, *ARGUMENTS)
 
-    def kill(name: str, after_step: int) -> None:
+    def kill(name: str, after_step: int, words: str) -> None:
         def is_ready() -> bool:
             assert sweep.process.poll() is None, sweep.output
             return noted(tmp_path) >= after_step and bool(found(sweep, name))
@@ -63,10 +63,11 @@ def test_lost_workers_drivers_and_brokers_are_replaced(
         wait_until(is_ready, f"no {name} after step {after_step}")
         for pid in found(sweep, name):
             os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: words in sweep.output or sweep.process.poll() is not None, f"not said: {words}")
 
-    kill("RayTrainWorker", after_step=10)
-    kill("ImplicitFunc", after_step=noted(tmp_path) + 10)
-    kill("Broker", after_step=noted(tmp_path) + 10)
+    processes = ("RayTrainWorker", "ImplicitFunc", "Broker")
+    for process, words in zip(processes, LOSSES):
+        kill(process, noted(tmp_path) + 10, words)
     assert sweep.finish() == 0, sweep.output
     result = json.loads((tmp_path / "runs/losses-shapes-smoke/losses__sup__s0/result.json").read_text())
     assert result["status"] == "done"

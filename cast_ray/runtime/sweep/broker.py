@@ -21,13 +21,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cast_ray.common.logs import configure_logging
 from cast_ray.contracts.compute_node import ComputeNode
 from cast_ray.recipe import RuntimeConfig
 from cast_ray.runtime.data.record_tables import load_records
 from cast_ray.runtime.metrics import Outlet, SweepMetrics, SweepState
-from cast_ray.runtime.placement import give_back
+from cast_ray.runtime.placement import give_back, on_demand_share
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.claims import Claims
 from cast_ray.runtime.sweep.broker_memory import BrokerMemory, BrokerState
@@ -581,3 +582,19 @@ class Broker:
             device_s=self.limits.spent(now),
             budget_s=self.limits.budget_s,
         )
+
+
+def start_broker(*settings: Any, **more: Any) -> Any:
+    """Starts a sweep's broker on an on-demand node, where the cluster names some, else on the node of this process:
+    where that is lost, the sweep ends anyway.
+
+    Args:
+        settings, more: as of `Broker`.
+    """
+    options: dict[str, Any] = {"max_concurrency": MAX_CALLS}
+    if share := on_demand_share(ray.cluster_resources()):
+        options["resources"] = share
+    else:
+        here = ray.get_runtime_context().get_node_id()
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(here, soft=True)
+    return Broker.options(**options).remote(*settings, **more)  # type: ignore[attr-defined]

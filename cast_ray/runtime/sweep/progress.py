@@ -143,7 +143,7 @@ class ProgressDisplay:
 
     def _say(self, text: str) -> None:
         """Prints a line with the time since the sweep began."""
-        self.console.print(f"{_clock(time.monotonic() - self.began)}  {text}", markup=False)
+        self.console.print(f"{_clock(time.monotonic() - self.began)}  {text}", markup=False, soft_wrap=True)
 
 
 def _state(name: str, board: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ from cast_ray.contracts.row_result import RowResult, Status
 from cast_ray.plan.graph import RowPlan, Stage, artifact_key
 from cast_ray.plan.search import RUNG_METRIC
 from cast_ray.runtime.data.images import Images, images_of
+from cast_ray.runtime.placement import on_demand_share
 from cast_ray.runtime.store.artifact_files import CURVES
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.sweep.broker import HEARTBEAT_S
@@ -133,9 +134,10 @@ def tune_folder() -> Iterator[str]:
 
 
 def make_trainable(broker: Any, record: bool, driver: type[RowDriver] | None = None) -> Any:
-    """What Tune runs for each row: its driver, which holds next to nothing."""
+    """What Tune runs for each row: its driver, which holds next to nothing, on an on-demand node where there are such."""
     parameters = {"broker": broker, "record": record, "driver": driver or RowDriver}
-    return tune.with_resources(tune.with_parameters(_run_row, **parameters), {"CPU": DRIVER_CPUS})
+    resources = {"CPU": DRIVER_CPUS, **on_demand_share(ray.cluster_resources())}
+    return tune.with_resources(tune.with_parameters(_run_row, **parameters), resources)
 
 
 def trial_dirname(trial: Any) -> str:
