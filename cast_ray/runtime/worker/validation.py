@@ -90,10 +90,11 @@ class SideValidation:
             scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle + 1),
         ).remote(self.segment.store, self.group, bundle, runtime, self.segment.broker, self.segment.owner)
 
-    def is_waiting(self, timeout_s: float) -> bool:
-        """Whether snapshots are still to be measured after so many seconds."""
+    def wait(self) -> None:
+        """Returns when the snapshots that were handed over are measured, however long that takes."""
         refs = list(self.pending.values())
-        return bool(refs) and bool(ray.wait(refs, num_returns=len(refs), timeout=timeout_s)[1])
+        if refs:
+            ray.wait(refs, num_returns=len(refs), timeout=None)
 
     def finish(self, stage: Stage, curve: list[dict[str, float]]) -> tuple[list[dict[str, float]], dict[str, Any]]:
         """Collects the stage's points; its last snapshots must have been waited for.
