@@ -30,7 +30,6 @@ class Interrupted(RuntimeError):
     """The run was told to end, and has saved a checkpoint of its last step."""
 
 
-
 @dataclass
 class TrainResult:
     """A trained stage: the weights handed on (averaged where the recipe says so), its curves and its time."""

@@ -127,7 +127,9 @@ def test_every_kind_of_node_may_be_lost(
         notes = [json.loads(path.read_text()) for path in (tmp_path / "lost/storage/checkpoints").glob("*.json")]
         return max((note["step"] for note in notes), default=0)
 
-    def lose(fault: str, process: str, words: str, lose_node: Callable[[Any], None], replace: Callable[[], None]) -> None:
+    def lose(
+        fault: str, process: str, words: str, lose_node: Callable[[Any], None], replace: Callable[[], None]
+    ) -> None:
         """Loses the node of a process, and waits until what it did goes on."""
         wait(lambda: nodes.find(process), f"no {process}")
         resumed, before = said("resumes after"), said(words)

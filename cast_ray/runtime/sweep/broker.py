@@ -142,8 +142,8 @@ class Broker:
         logger.warning("a broker of this sweep was lost; %d rows are taken over", len(jobs))
         self.notices.add(
             "",
-            "the sweep's broker was lost, and all worker groups with it. Another broker has taken over: finished stages "
-            "are in the store, the others resume from their last checkpoints",
+            "the sweep's broker was lost, and all worker groups with it. Another broker has taken over: finished "
+            "stages are in the store, the others resume from their last checkpoints",
         )
 
     async def _keep(self) -> None:

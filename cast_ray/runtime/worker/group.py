@@ -62,7 +62,7 @@ class WorkerGroup:
         self.workers: dict[int, Any] = {}
         """Rank -> handle of the worker that was started last."""
         self.is_leaving = False
-        """Whether its workers are to end, because a node of its room is lost or will be: it then moves to other room."""
+        """Whether its workers are to end and it moves to other nodes, because one of its nodes is lost or will be."""
         self.store = first.store
         self.run_name = first.run_name
         self.serving = asyncio.ensure_future(asyncio.to_thread(self._serve))

@@ -206,7 +206,7 @@ class TeacherVersions:
         self.store = store
         self.weights: dict[int, ray.ObjectRef] = {}
         self.is_told = False
-        """Whether a stage has begun since this process was started, so that nothing is published without its knowing."""
+        """Whether a stage has begun since this process was started, so that it knows all that is published."""
         self.changed = asyncio.Condition()
 
     async def start(self, weights: dict[int, list[ray.ObjectRef]]) -> None:

@@ -112,10 +112,13 @@ def test_blocks_go_to_those_who_are_free() -> None:
     of_slow += [task(slow) for _ in range(3)]
     of_fast += [task(fast)]
     later = iter([*of_slow, None])  # tasks that find nothing are not waited for
-    given = [[table["position"].to_pylist() for table in _those_taken(tables, shared)] for tables, shared in (
-        (iter(of_fast), fast),
-        (later, slow),  # type: ignore[arg-type]
-    )]
+    given = [
+        [table["position"].to_pylist() for table in _those_taken(tables, shared)]
+        for tables, shared in (
+            (iter(of_fast), fast),
+            (later, slow),  # type: ignore[arg-type]
+        )
+    ]
     assert given == [[[4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14]], [[0, 1, 2, 3]]]
     assert next(later) is not None
     assert (fast.num_taken(), slow.num_taken()) == (3, 1)
