@@ -1,4 +1,4 @@
-"""Processes of a running sweep are killed: a training worker, a row's driver, the broker; the command itself continues."""
+"""Processes of a running sweep are killed: a worker, a row's driver, the broker. The command itself continues."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def tune_folder() -> Iterator[str]:
 
 
 def make_trainable(broker: Any, record: bool, driver: type[RowDriver] | None = None) -> Any:
-    """What Tune runs for each row: its driver, which holds next to nothing; on an on-demand node where there are any."""
+    """What Tune runs for each row: its driver, which holds next to nothing; on an on-demand node, where there are."""
     parameters = {"broker": broker, "record": record, "driver": driver or RowDriver}
     resources = {"CPU": DRIVER_CPUS, **on_demand_share(ray.cluster_resources())}
     return tune.with_resources(tune.with_parameters(_run_row, **parameters), resources)

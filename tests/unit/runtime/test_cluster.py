@@ -62,7 +62,8 @@ def test_head_is_on_demand_and_runs_no_work(written: dict[str, Any]) -> None:
 
 
 def test_drivers_run_on_an_on_demand_cpu_node(written: dict[str, Any]) -> None:
-    drivers = prepared(written)["available_node_types"]["drivers"]
+    types = prepared(written)["available_node_types"]
+    drivers = types["drivers"]
     assert drivers["resources"]["CPU"] > 0 and "GPU" not in drivers["resources"]
     assert on_demand_share(drivers["resources"]) and not any(
         on_demand_share(t["resources"]) for t in types.values() if "GPU" in t["resources"]
