@@ -17,7 +17,6 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -33,10 +32,11 @@ from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.claims import Claims
 from cast_ray.runtime.sweep.broker_memory import BrokerMemory, BrokerState
 from cast_ray.runtime.sweep.group_pool import GroupPool
-from cast_ray.runtime.sweep.leases import LEASE_TIMEOUT_S, REPLACED, Answer, Leases, Limits, Need
+from cast_ray.runtime.sweep.leases import REPLACED, Answer, Leases, Limits, Need
 from cast_ray.runtime.sweep.notices import Notices
 from cast_ray.runtime.sweep.posts import Posts
 from cast_ray.runtime.sweep.rooms import Rooms
+from cast_ray.runtime.sweep.waiters import Waiter, Waiters
 
 logger = logging.getLogger(__name__)
 
@@ -48,23 +48,6 @@ KEEP_EVERY_S = 60.0
 """How often the device-seconds spent are written down; a broker that is lost forgets those since then."""
 MAX_CALLS = 10_000
 """Most calls that are open at a time: one for each row that waits, and a few more."""
-
-
-@dataclass
-class _Waiter:
-    owner: str
-    needs: list[Need]
-    order: int
-    instance: str = ""
-    """The driver process that waits."""
-    seen: float = 0.0
-    """When that process was last heard of."""
-    granted: asyncio.Event = field(default_factory=asyncio.Event)
-    answer: Answer | None = None
-
-    @property
-    def steps_left(self) -> int:
-        return sum(n.steps for n in self.needs)
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
@@ -99,7 +82,7 @@ class Broker:
         self.keys: dict[str, str] = {}
         """Fingerprint -> artifact key of every stage that was asked for."""
         self.jobs: dict[str, bytes] = {}
-        self.waiting: list[_Waiter] = []
+        self.waiters = Waiters(self.leases, self.limits)
         self.groups = GroupPool(self.leases, self.limits, is_open, holder)
         self.instances: dict[str, str] = {}
         """Owner -> the driver process that asked last."""
@@ -215,7 +198,7 @@ class Broker:
         self.keys |= {n.fingerprint: n.key for n in needs}
         self.devices[owner] = devices
         self.groups.asked[owner] = (needs, runtime)
-        waiter = _Waiter(owner, needs, self.orders, instance, time.monotonic())
+        waiter = Waiter(owner, needs, self.orders, instance, time.monotonic())
         while True:
             answer = await self._turn(waiter)
             self.metrics.took_over(owner, answer["done"])
@@ -239,20 +222,16 @@ class Broker:
         if before is not None and before != instance:
             self.replaced.add(before)
             self.notices.add(owner, "its driver process was lost; another one takes over")
-        for waiter in [w for w in self.waiting if w.owner == owner]:
-            self.waiting.remove(waiter)
-            waiter.answer = REPLACED
-            waiter.granted.set()
+        self.waiters.replace(owner)
         self.posts.last.pop(owner, None)
         if owner in self.leases.heartbeat:  # the process was lost in a segment
             await self._end_grant(owner)
             if before:  # a labelling job's room, which the process reserved itself
                 await self.groups.hosts.give_back(before)
 
-    async def _turn(self, waiter: _Waiter) -> Answer:
+    async def _turn(self, waiter: Waiter) -> Answer:
         """Waits for this broker's own grant."""
-        waiter.answer, waiter.granted = None, asyncio.Event()
-        self.waiting.append(waiter)
+        self.waiters.add(waiter)
         try:
             while True:
                 self._serve()
@@ -266,23 +245,10 @@ class Broker:
                     await self._end_grant(owner)
                 await self._look_at_foreign()
         finally:
-            if waiter in self.waiting:
-                self.waiting.remove(waiter)
+            self.waiters.remove(waiter)
 
     def _serve(self) -> None:
-        now = time.monotonic()
-        stop = self.limits.reason(now)
-        heard_of = [w for w in self.waiting if now - w.seen <= LEASE_TIMEOUT_S]  # others are likely dead
-        for waiter in sorted(heard_of, key=lambda w: (-w.steps_left, w.order)):
-            answer = self.leases.grant(waiter.owner, waiter.needs, now) if stop is None else self._stopped(waiter, stop)
-            if answer is not None:
-                waiter.answer = answer
-                self.waiting.remove(waiter)
-                waiter.granted.set()
-
-    def _stopped(self, waiter: _Waiter, reason: str) -> Answer:
-        done = [n.fingerprint for n in waiter.needs if n.fingerprint in self.leases.done]
-        return {"run": [], "done": done} | ({"stop": reason} if len(done) < len(waiter.needs) else {})
+        self.waiters.serve(time.monotonic())
 
     async def _claim_in_store(self, needs: list[Need]) -> tuple[list[str], list[str]]:
         """Which of the granted stages are this sweep's to run, and which somebody else has finished meanwhile."""
@@ -332,9 +298,7 @@ class Broker:
             return
         now = time.monotonic()
         self.leases.beat(owner, now)
-        for waiter in self.waiting:
-            if waiter.owner == owner and waiter.instance == instance:
-                waiter.seen = now
+        self.waiters.heard_of(owner, instance, now)
         if now - self.kept > KEEP_EVERY_S:
             self.kept = now
             await self._keep()
@@ -552,7 +516,7 @@ class Broker:
         now = time.monotonic()
         return {
             "posts": self.posts.shown(now),
-            "waiting": [w.owner for w in self.waiting],
+            "waiting": [w.owner for w in self.waiters.all],
             "rooms": self.rooms.shown(now),
             "running": list(self.limits.running),
             "ended": self.ended,
@@ -571,7 +535,7 @@ class Broker:
     def _state(self, now: float) -> SweepState:
         rows = Counter(self.ended.values())
         rows |= {"running": len(self.limits.running), "waiting for room": len(self.rooms.waiting)}
-        rows["waiting for a stage"] = len(self.waiting)
+        rows["waiting for a stage"] = len(self.waiters.all)
         return SweepState(
             stages=self.leases.counts(set(self.keys), self.limits.running, self.num_expected),
             rows=rows,
