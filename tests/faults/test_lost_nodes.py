@@ -156,7 +156,7 @@ def test_every_kind_of_node_may_be_lost(
     wait(lambda: step() >= EVERY, "no checkpoint")
     print(f"labeller's node lost: {time.monotonic() - labelled:.0f} s until the training after it had a checkpoint")
     train = nodes.add
-    lose("worker's node", "RayTrainWorker", "worker", kill, train)
+    lose("worker's node", "RayTrainWorker", "a node that it runs on was lost", kill, train)
     wait(lambda: step() >= 3 * EVERY, "no further checkpoint")
     lose("worker's node drained", "RayTrainWorker", "is being drained", drain, train)
     wait(lambda: step() >= 5 * EVERY, "no further checkpoint")
