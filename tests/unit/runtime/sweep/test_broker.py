@@ -463,10 +463,10 @@ def test_a_broker_lives_where_nodes_are_not_taken_back(has_on_demand: bool, monk
     monkeypatch.setattr(broker_module.Broker, "options", options)
     resources = {"CPU": 8.0} | ({"on_demand": 1000.0} if has_on_demand else {})
     monkeypatch.setattr(broker_module.ray, "cluster_resources", lambda: resources)
-    here = SimpleNamespace(get_node_id=lambda: "command's node")
+    here = SimpleNamespace(get_node_id=lambda: "c0" * 28)
     monkeypatch.setattr(broker_module.ray, "get_runtime_context", lambda: here)
     assert start_broker(2, set(), sweep="x") == ((2, set()), {"sweep": "x"})
     if has_on_demand:
         assert asked["resources"] == {"on_demand": 0.001} and "scheduling_strategy" not in asked
     else:
-        assert (asked["scheduling_strategy"].node_id, asked["scheduling_strategy"].soft) == ("command's node", True)
+        assert (asked["scheduling_strategy"].node_id, asked["scheduling_strategy"].soft) == ("c0" * 28, True)
