@@ -109,7 +109,7 @@ def test_every_kind_of_node_may_be_lost(
         tmp_path / "lost",
         *ARGUMENTS,
         address=nodes.cluster.address,
-        variables={"RAY_AUTH_MODE": "disabled", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"},
+        variables={"RAY_AUTH_MODE": "disabled"},
     )
     seen: list[tuple[str, float, str]] = []
 
@@ -155,6 +155,8 @@ def test_every_kind_of_node_may_be_lost(
     nodes.add()
     wait(lambda: step() >= EVERY, "no checkpoint")
     print(f"labeller's node lost: {time.monotonic() - labelled:.0f} s until the training after it had a checkpoint")
+    for process in ("Broker", "ImplicitFunc"):
+        assert ON_DEMAND in nodes.find(process)._ray_params.resources, process
     train = nodes.add
     lose("worker's node", "RayTrainWorker", "a node that it runs on was lost", kill, train)
     wait(lambda: step() >= 3 * EVERY, "no further checkpoint")
