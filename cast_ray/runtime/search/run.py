@@ -43,7 +43,7 @@ from cast_ray.runtime.shared_paths import check_shared_paths
 from cast_ray.runtime.store.artifacts import ArtifactStore, read_each
 from cast_ray.runtime.store.claims import DEAD_AFTER_S, Presence, Watch
 from cast_ray.runtime.store.past_stages import note_past
-from cast_ray.runtime.sweep.broker import MAX_CALLS, Broker
+from cast_ray.runtime.sweep.broker import start_broker
 from cast_ray.runtime.sweep.planner import RowPlanner, command_line
 from cast_ray.runtime.sweep.preview import print_licences
 from cast_ray.runtime.sweep.progress import ProgressDisplay
@@ -206,7 +206,7 @@ class _Search:
             check_shared_paths(self.store.storage, [recipe.data.root])
             slots = slots_of([recipe], cluster, DRIVER_CPUS, max(left.values()))
             self.follows = not cluster.is_local and not recipe.runtime.max_concurrent_stages
-            self.broker = Broker.options(max_concurrency=MAX_CALLS).remote(  # type: ignore[attr-defined]
+            self.broker = start_broker(
                 slots,
                 set(),
                 self.store.storage,

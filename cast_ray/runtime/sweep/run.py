@@ -374,7 +374,7 @@ def _run(
     import ray
 
     from cast_ray.runtime.shared_paths import check_shared_paths
-    from cast_ray.runtime.sweep.broker import MAX_CALLS, Broker
+    from cast_ray.runtime.sweep.broker import start_broker
     from cast_ray.runtime.sweep.progress import ProgressDisplay
     from cast_ray.runtime.sweep.row_driver import DRIVER_CPUS, Job, run_trials
 
@@ -382,7 +382,7 @@ def _run(
         check_shared_paths(store.storage, [row.recipe.data.root for _, row in pairs])
         # Rows beyond the slots only wait: a few more than can run, so that a free slot finds work at once.
         slots = slots_of([row.recipe for _, row in pairs], cluster, DRIVER_CPUS, len(pairs))
-        broker = Broker.options(max_concurrency=MAX_CALLS).remote(  # type: ignore[attr-defined]
+        broker = start_broker(
             slots,
             set(whole.stored | whole.given),
             store.storage,
