@@ -57,7 +57,9 @@ def main() -> None:
     smaller, larger = CASES
     if not quick:
         theirs = peak_tensor_mib(forward_of(smaller, "theirs"))
-        report(f"memory of the set loss, {larger}, against the target", found[larger, "loss"], TARGET_MIB[larger], "MiB")
+        report(
+            f"memory of the set loss, {larger}, against the target", found[larger, "loss"], TARGET_MIB[larger], "MiB"
+        )
         report(f"memory of the set loss, {smaller}", found[smaller, "loss"], theirs, "MiB")
 
 
