@@ -2,13 +2,14 @@
 
 cast-ray ablate losses --preset shapes
 cast-ray ablate losses stages negatives labels --dry-run
+cast-ray ablate losses --until decided --budget-hours 40
 cast-ray ablate losses --preset coco --set data.root=DIR --scale smoke
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from rich.console import Console
 from cast_ray.cli.options import (
     EXIT_STOPPED,
     Parser,
+    add_price_option,
     add_ray_options,
     add_recipe_options,
     add_run_options,
@@ -26,15 +28,24 @@ from cast_ray.cli.options import (
     exit_code,
     output_folder,
     plain_console,
+    prices_of,
     random_seed,
     recipe_overrides,
     runs_folder,
     storage_path,
 )
+from cast_ray.cli.until_decided import (
+    DEFAULT_MAX_SEEDS,
+    UndecidedTable,
+    add_until_options,
+    check_until_options,
+    run_until_decided,
+)
 from cast_ray.plan.ablation import Table, load_table, table_names
 from cast_ray.report.run_choice import choose_run
 from cast_ray.runtime.sweep.run import (
     Sweep,
+    SweepOutcome,
     SweepRequest,
     TableRequest,
     has_results,
@@ -53,19 +64,65 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _ablate(arguments: argparse.Namespace, console: Console) -> int:
+    check_until_options(arguments)
     request, out = _request(arguments)
 
+    def run(of_round: SweepRequest, effects: Mapping[str, float | None]) -> tuple[int, SweepOutcome | None]:
+        return _run(of_round, out, console, effects)
+
+    if arguments.until is None:
+        code, _ = run(request, {})
+    else:
+        overrides = recipe_overrides(arguments)
+        tables = [_undecided(arguments, table, out) for table in request.tables]
+        code = run_until_decided(
+            request,
+            tables,
+            lambda table, row, seed: table.row_recipe(row, arguments.preset, arguments.scale, seed, overrides),
+            run,
+            console,
+        )
+    if not request.dry_run:
+        request.trackers.finish(lambda text: console.print(text, soft_wrap=True, highlight=False))
+    return code
+
+
+def _undecided(arguments: argparse.Namespace, table: TableRequest, out: Path) -> UndecidedTable:
+    from cast_ray.report.decisions import default_effect  # SciPy, which a help text does without
+
+    return UndecidedTable(
+        table.table,
+        list(dict.fromkeys(row for row, _ in table.recipes)),
+        list(dict.fromkeys(seed for _, seed in table.recipes)),
+        out / table.name,
+        default_effect(table.table.metric) if arguments.effect is None else arguments.effect,
+        DEFAULT_MAX_SEEDS if arguments.max_seeds is None else arguments.max_seeds,
+    )
+
+
+def _run(
+    request: SweepRequest, out: Path, console: Console, effects: Mapping[str, float | None]
+) -> tuple[int, SweepOutcome | None]:
+    """Runs a sweep and publishes it.
+
+    Args:
+        effects: table -> smallest effect of interest that its report is to use.
+
+    Returns:
+        The exit code, and what became of the sweep; None after a dry run.
+    """
     from cast_ray.publish.sweep import announce, publish  # what draws, once the request is sound
 
     def on_start(sweeps: Sequence[Sweep]) -> None:
         for sweep, table in zip(sweeps, request.tables):
             recipes = {(row.row, row.seed): row.recipe for row in sweep.rows}
             results = sweep.context.store.uri(sweep.context.runs_path)
-            announce(out / table.name, table.table, recipes, table.settings, results, console)
+            effect = effects.get(table.table.name)
+            announce(out / table.name, table.table, recipes, table.settings, results, console, effect, request.prices)
 
     outcome = run_sweep(request, console, on_start)
     if outcome is None:
-        return 0
+        return 0, None
     codes = [0]
     for sweep, table in zip(outcome.sweeps, request.tables):
         if not outcome.stopped or has_results(sweep):
@@ -73,8 +130,7 @@ def _ablate(arguments: argparse.Namespace, console: Console) -> int:
             if table.has_own_folder:
                 console.print(f"Results are in {table.folder}", soft_wrap=True, highlight=False)
     write_events(outcome.sweeps, request.trackers)
-    request.trackers.finish(lambda text: console.print(text, soft_wrap=True, highlight=False))
-    return EXIT_STOPPED if outcome.stopped else max(codes)
+    return (EXIT_STOPPED if outcome.stopped else max(codes)), outcome
 
 
 def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
@@ -91,6 +147,8 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
         rows = _rows(table.name, list(table.rows), arguments.rows, several=len(tables) > 1)
         if not rows:
             continue
+        if arguments.until is not None and table.baseline not in rows:
+            rows = [table.baseline, *rows]  # which the others are compared with
         seeds = arguments.seeds if arguments.seeds is not None else list(table.seeds)
         recipes = {
             (row, seed): table.row_recipe(row, arguments.preset, arguments.scale, seed, overrides)
@@ -133,7 +191,7 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
         num_cpus=arguments.num_cpus,
         dry_run=arguments.dry_run,
         budget_hours=arguments.budget_hours,
-        price_per_hour=arguments.price_per_gpu_hour,
+        prices=prices_of(arguments),
         keep_going=arguments.keep_going,
         trackers=trackers,
     )
@@ -185,9 +243,10 @@ def _parser() -> Parser:
     parser.add_argument("--seeds", nargs="+", type=random_seed, metavar="N", help="seeds instead of the table's")
     add_run_options(parser, name="TABLE-PRESET-SCALE")
     add_ray_options(parser)
+    add_until_options(parser)
     plan = parser.add_argument_group("what it costs")
     plan.add_argument("--dry-run", action="store_true", help="print the plan, its device-hours and cost, and stop")
-    plan.add_argument("--price-per-gpu-hour", type=amount, metavar="P", help="price of a device-hour, for the plan")
+    add_price_option(plan)
     plan.add_argument(
         "--budget-hours",
         type=amount,

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 from rich.console import Console
 
 from cast_ray.common.text import FOLDER_NAME_RULE, is_folder_name
+from cast_ray.plan.prices import Prices
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 3, 130
 EXIT_CODES = {
@@ -29,7 +30,7 @@ TEACHER_CHOICES = {"permissive": {"teacher.kind": "grounded_sam"}}
 STUDENT_HELP = "folder of a saved student, a row runs/<name>/<row>, a URI or a hub name"
 ADDRESS_HELP = "Ray cluster; 'local' starts one for this command alone (default: $RAY_ADDRESS, else local)"
 
-N = TypeVar("N", int, float)
+N = TypeVar("N", int, float, tuple[str, float])
 
 
 class Parser(argparse.ArgumentParser):
@@ -275,6 +276,45 @@ def amount(text: str) -> float:
 def positive_amount(text: str) -> float:
     """Reads an argument that is more than 0, such as the seconds between two looks."""
     return _read(text, float, lambda number: 0 < number < math.inf, "a number above 0")
+
+
+def price(text: str) -> tuple[str, float]:
+    """Reads a price of a device-hour, of all devices (`1.2`) or of one model (`A10G=1.01`)."""
+
+    def read(given: str) -> tuple[str, float]:
+        model, equals, number = given.rpartition("=")
+        if equals and not model.strip():
+            raise ValueError("no model")
+        return model.strip(), float(number)
+
+    return _read(text, read, lambda named: 0 <= named[1] < math.inf, "a price such as 1.2 or A10G=1.01")
+
+
+def add_price_option(group: argparse._ActionsContainer) -> None:
+    """Adds the prices by which plans and reports tell what device-hours cost."""
+    group.add_argument(
+        "--price-per-gpu-hour",
+        nargs="+",
+        type=price,
+        metavar="[MODEL=]P",
+        help="price of a device-hour, or of one model's as A10G=1.01 (words of what reports call it)",
+    )
+
+
+def prices_of(arguments: argparse.Namespace) -> Prices | None:
+    """The prices that a command line names; None: it names none.
+
+    Raises:
+        ValueError: it names two for one model.
+    """
+    named = arguments.price_per_gpu_hour
+    if named is None:
+        return None
+    models = [model.lower() for model, _ in named]
+    if len(set(models)) < len(models):
+        words = " ".join(f"{model}={number:g}" if model else f"{number:g}" for model, number in named)
+        raise ValueError(f"--price-per-gpu-hour: expected one price for each model, got {words}")
+    return Prices(dict(named))
 
 
 def default_folder() -> Path:

@@ -180,7 +180,8 @@ def _measured(result: RowResult) -> list[str]:
         f"- labelled images: {_known(dataset.num_labelled)}, unlabelled: {_known(dataset.num_unlabelled)}",
     ]
     lines += [f"- `{result.command}`"] if result.command else []
-    hours = f", {result.device_hours:.2f} device-hours" if result.device_hours is not None else ""
+    by_type = {} if result.device_hours is None else result.device_hours_by_type or {"": result.device_hours}
+    hours = "".join(f", {hours:.2f} device-hours{f' on {name}' if name else ''}" for name, hours in by_type.items())
     lines.append(f"- code {_known(result.code_version)}{hours}")
     return lines
 

@@ -12,8 +12,11 @@ from cast_ray.recipe.part import CHANGES_NO_RESULT, OFF_BY_DEFAULT, Part, Seed
 
 
 class ShapesConfig(Part):
-    """How many scenes the embedded `shapes` dataset holds."""
+    """Which scenes are drawn, and how many."""
 
+    layout: Annotated[Literal["scattered", "crowded"], OFF_BY_DEFAULT] = "scattered"
+    """scattered: 64 px, two to five shapes of four classes, some of which overlap. crowded: 128 px, four to six large
+    discs of one colour that touch, so that telling objects of one class apart is the whole difficulty."""
     num_source: int = Field(1500, ge=8)
     """Scenes in the source style, all labelled: what the "foundation" teacher is pre-trained on."""
     num_train: int = Field(500, ge=8)

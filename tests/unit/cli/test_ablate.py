@@ -17,6 +17,7 @@ from cast_ray.cli import ablate, search
 from cast_ray.cli.main import main as cast_ray_main
 from cast_ray.plan.ablation import table_names
 from cast_ray.plan.graph import plan, plan_sweep
+from cast_ray.plan.prices import ANY, Prices
 from cast_ray.recipe import build_recipe
 from cast_ray.recipe.licences import CHECKPOINTS
 from cast_ray.runtime.store.artifacts import ArtifactStore
@@ -242,7 +243,7 @@ def test_flags_reach_the_request() -> None:
     runtime = table.recipes["sup+semi+pxl", 4].runtime
     assert (runtime.max_concurrent_stages, runtime.num_workers) == (3, 2)
     assert table.recipes["sup+semi+pxl", 4].loss.lambda_pxl == 0.3
-    assert (request.budget_hours, request.price_per_hour, request.keep_going) == (1.5, 2.0, True)
+    assert (request.budget_hours, request.prices, request.keep_going) == (1.5, Prices({ANY: 2.0}), True)
     assert request.trackers.tensorboard == {"losses": "there/losses-shapes-demo/tensorboard"}
     assert request_of("losses", "--no-tensorboard").trackers.tensorboard == {}
 
