@@ -17,14 +17,18 @@ from rich.console import Console
 from cast_ray.cli.options import (
     EXIT_STOPPED,
     Parser,
+    add_price_option,
     add_ray_options,
     add_recipe_options,
     add_run_options,
+    add_teacher_option,
     add_tracker_options,
     amount,
+    check_teacher,
     exit_code,
     output_folder,
     plain_console,
+    prices_of,
     random_seed,
     recipe_overrides,
     runs_folder,
@@ -114,7 +118,7 @@ def _run(
             recipes = {(row.row, row.seed): row.recipe for row in sweep.rows}
             results = sweep.context.store.uri(sweep.context.runs_path)
             effect = effects.get(table.table.name)
-            announce(out / table.name, table.table, recipes, table.settings, results, console, effect)
+            announce(out / table.name, table.table, recipes, table.settings, results, console, effect, request.prices)
 
     outcome = run_sweep(request, console, on_start)
     if outcome is None:
@@ -151,6 +155,7 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
             for seed in seeds
             for row in rows
         }
+        check_teacher(arguments.teacher, (recipe.teacher.kind for recipe in recipes.values()))
         table.check_measured(recipes.values())
         of = f"{table.name}-{arguments.preset or table.preset}-{arguments.scale or table.scale}"
         name = of if not arguments.name else arguments.name if len(tables) == 1 else f"{arguments.name}-{table.name}"
@@ -186,7 +191,7 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
         num_cpus=arguments.num_cpus,
         dry_run=arguments.dry_run,
         budget_hours=arguments.budget_hours,
-        price_per_hour=arguments.price_per_gpu_hour,
+        prices=prices_of(arguments),
         keep_going=arguments.keep_going,
         trackers=trackers,
     )
@@ -231,6 +236,7 @@ def _parser() -> Parser:
         "tables run as one plan",
     )
     add_recipe_options(parser, of="table")
+    add_teacher_option(parser)
     parser.add_argument(
         "--rows", nargs="+", metavar="ROW", help="only these rows; TABLE:ROW if several tables have a row of that name"
     )
@@ -240,7 +246,7 @@ def _parser() -> Parser:
     add_until_options(parser)
     plan = parser.add_argument_group("what it costs")
     plan.add_argument("--dry-run", action="store_true", help="print the plan, its device-hours and cost, and stop")
-    plan.add_argument("--price-per-gpu-hour", type=amount, metavar="P", help="price of a device-hour, for the plan")
+    add_price_option(plan)
     plan.add_argument(
         "--budget-hours",
         type=amount,

@@ -2,6 +2,7 @@
 
 cast-ray report runs/losses-shapes-demo
 cast-ray report runs/losses-shapes-demo --watch     # in a second terminal while the sweep runs
+cast-ray report runs/losses-shapes-demo --price-per-gpu-hour A10G=1.01 L4=0.71
 """
 
 from __future__ import annotations
@@ -12,7 +13,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cast_ray.cli.options import EXIT_FAILED, Parser, exit_code, plain_console, positive_amount
+from cast_ray.cli.options import (
+    EXIT_FAILED,
+    Parser,
+    add_price_option,
+    exit_code,
+    plain_console,
+    positive_amount,
+    prices_of,
+)
 
 WATCH_EVERY_S = 5
 
@@ -31,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
         metavar="S",
         help="seconds between two looks (default: %(default)s)",
     )
+    add_price_option(parser)
     arguments = parser.parse_args(argv)
     return exit_code(lambda: _report(arguments, plain_console()))
 
@@ -45,6 +55,7 @@ def _report(arguments: argparse.Namespace, console: Console) -> int:
     from cast_ray.report.run_choice import named, runs_beside
     from cast_ray.report.write import rebuild_report, show, watch_report
 
+    prices = prices_of(arguments)
     if (Path(arguments.run_dir) / "search.json").is_file():
         return _search_report(Path(arguments.run_dir), arguments.watch, arguments.every, console)
     for folder, differences in runs_beside(Path(arguments.run_dir)):
@@ -54,9 +65,9 @@ def _report(arguments: argparse.Namespace, console: Console) -> int:
             highlight=False,
         )
     if not arguments.watch:
-        return show(rebuild_report(arguments.run_dir, console), console)
+        return show(rebuild_report(arguments.run_dir, console, prices), console)
     try:
-        written = watch_report(arguments.run_dir, console, arguments.every)
+        written = watch_report(arguments.run_dir, console, arguments.every, prices=prices)
     except KeyboardInterrupt:
         console.print("Watching has stopped. The report remains as last written.")
         return EXIT_FAILED

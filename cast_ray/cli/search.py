@@ -20,8 +20,10 @@ from cast_ray.cli.options import (
     add_ray_options,
     add_recipe_options,
     add_run_options,
+    add_teacher_option,
     add_tracker_options,
     amount,
+    check_teacher,
     exit_code,
     output_folder,
     plain_console,
@@ -55,6 +57,8 @@ def _search(arguments: argparse.Namespace) -> int:
     except ValidationError as error:
         raise ValueError(explain(error, SearchSpec)) from None
     overrides = recipe_overrides(arguments)
+    searched = spec.domains().get("teacher.kind")
+    check_teacher(arguments.teacher, map(str, searched.ends()) if searched else ())
     preset, scale = arguments.preset or spec.preset, arguments.scale or spec.scale
     name = arguments.name or f"{spec.name}-search-{preset}-{scale}"
     out = output_folder(str(runs_folder(arguments.out) / name))
@@ -114,6 +118,7 @@ def _parser() -> Parser:
         "search", help=f"a search that comes with cast_ray ({', '.join(search_names())}) or a YAML file of your own"
     )
     add_recipe_options(parser, of="search")
+    add_teacher_option(parser)
     parser.add_argument(
         "--trials", type=positive, metavar="N", help="trials of each sampler, including those of earlier commands"
     )

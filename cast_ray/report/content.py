@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from cast_ray.contracts.row_result import Number, RowResult, Status, is_finite
+from cast_ray.plan.prices import NO_PRICES, Prices
 from cast_ray.report.metrics import PER_CLASS
 
 UNREADABLE: Status = "unreadable"
@@ -156,7 +157,8 @@ class RowSummary:
     cells: Mapping[str, Cell]
     paper: Mapping[str, float]
     seconds: float | None
-    device_hours: float
+    device_hours: Mapping[str, float]
+    """Model of the devices -> device-hours of the stages that this row's results ran."""
     num_unreadable: int = 0
     """How many of the pending results have a file that cannot be read."""
 
@@ -188,7 +190,10 @@ class RowSummary:
 
 @dataclass(frozen=True)
 class StageSummary:
-    """One unique stage (by fingerprint) and the rows and seeds that used it. `was_stored`: none of them ran it."""
+    """One unique stage (by fingerprint) and the rows and seeds that used it.
+
+    device: model of what computed it, see `contracts.compute_node.device_type`; was_stored: none of the rows ran it.
+    """
 
     name: str
     kind: str
@@ -201,6 +206,7 @@ class StageSummary:
     device_hours: float
     images_per_s: float | None
     was_stored: bool
+    device: str
 
 
 @dataclass(frozen=True)
@@ -238,7 +244,8 @@ class Report:
     failures: tuple[Failure, ...]
     stages: tuple[StageSummary, ...]
     steps: Compute
-    device_hours: Compute
+    device_hours: Mapping[str, Compute]
+    """Model of the devices -> device-hours of the stages that they computed."""
     zero_shot: Mapping[str, float]
     paper_curves: Mapping[str, Mapping[float, float]]
     """What the paper's table has over a number: metric of ours, or its own column's name -> number -> value."""
@@ -247,6 +254,8 @@ class Report:
     """Which AP the published values are, as in `evaluation.metric`."""
     context: Mapping[str, str]
     notes: tuple[str, ...]
+    prices: Prices = NO_PRICES
+    """Of a device-hour, where the reader has named them."""
     results: tuple[Result, ...] = field(repr=False, default=())
 
     @property

@@ -89,7 +89,11 @@ def comparison(report: Report) -> Figure | None:
 def compute_bars(report: Report) -> Figure | None:
     """What sharing stages saves, in training steps and in device-hours."""
     panels = []
-    for title, compute in (("training steps", report.steps), ("device-hours", report.device_hours)):
+    of_devices = [
+        ("device-hours" if len(report.device_hours) == 1 else f"device-hours of {device}", compute)
+        for device, compute in report.device_hours.items()
+    ]
+    for title, compute in (("training steps", report.steps), *of_devices):
         if compute.scratch:
             names = ("each row from scratch", "each stage once")
             bars = (

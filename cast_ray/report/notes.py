@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from cast_ray.common.text import first_of
 from cast_ray.contracts.compute_node import nodes_text
 from cast_ray.contracts.row_result import DatasetFacts, Hardware, RowResult, SplitFacts
+from cast_ray.recipe.licence_chain import LicenceChain, by_rows, chain_of_plain_recipe, warnings_of
 from cast_ray.recipe.stages import KINDS_OF_AP
 from cast_ray.report.content import Difference, Report, Result
 from cast_ray.report.decision_table import decision_notes
@@ -18,6 +19,8 @@ MAX_NAMED = 8
 ROUNDING_AP, ROUNDING_DIFFERENCE_AP = 2.4, 1.2
 """How far rounding alone has moved an AP, and a difference of two rows: the same seed and command on two machines of
 one kind (docs/measuring.md)."""
+MAX_CHAINS = 4
+"""Different chains of licences that are named."""
 AP_NAMES = {"coco": "COCO mask AP", "cityscapes": "Cityscapes' instance AP (not comparable with COCO's)"}
 SEED_FIELDS = {"data.split_seed": "label split", "init_seed": "initial weights", "order_seed": "order of images"}
 """Recipe fields by which a part of the randomness stays the same for all seeds, and what they fix."""
@@ -50,7 +53,14 @@ def context_of(results: Sequence[RowResult]) -> dict[str, str]:
         context["label split"] = _splits_text([dataset.split for _, dataset in with_data if dataset.split is not None])
         hashes = dict.fromkeys(dataset.content_hash for _, dataset in with_data if dataset.content_hash)
         context["data hash"] = ", ".join(h[:16] for h in hashes)
+    chains = by_rows(_chains_of(results))
+    context["licences"] = ". ".join([*chains[:MAX_CHAINS], *(["and others"] if len(chains) > MAX_CHAINS else [])])
     return {key: text for key, text in context.items() if text}
+
+
+def _chains_of(results: Iterable[RowResult]) -> list[tuple[str, LicenceChain]]:
+    """(row, what its student inherits) of each finished result whose recipe this version can read."""
+    return [(r.row, chain) for r in results if r.is_done and (chain := chain_of_plain_recipe(r.recipe)) is not None]
 
 
 def _kinds_of_ap(results: Sequence[RowResult]) -> set[str]:
@@ -173,7 +183,7 @@ def notes_of(report: Report) -> list[str]:
     ):
         if len(values) > 1:
             notes.append(f"WARNING: results of {len(values)} different {what} are mixed in this table.")
-    return notes
+    return notes + [f"WARNING: {text}" for text in warnings_of(_chains_of(report.results))]
 
 
 def _data_notes(report: Report) -> list[str]:

@@ -52,6 +52,8 @@ SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     # Trials also report their stages' curves, which do not hold what a search is after.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    # A lost driver is said in a sentence by the progress display; an error of a row is in its result and error.log.
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 
@@ -135,6 +137,10 @@ def connect(address: str | None, num_cpus: int | None = None) -> Cluster:
         _check_address(wanted, said_by)
     import ray
 
+    from cast_ray.runtime.ray_internals import hide_pushed_errors
+
+    if not is_verbose():
+        hide_pushed_errors()
     # What goes wrong in starting or joining is said in one line below.
     options: dict[str, Any] = {
         "log_to_driver": is_verbose(),

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from cast_ray.contracts.manifest import Manifest
 from cast_ray.plan.ablation import Table
-from cast_ray.plan.cost import CostModel, PlanCost, Size, cost_of
+from cast_ray.plan.cost import CostModel, PlanCost, Size, cost_of, device_types
 from cast_ray.plan.graph import (
     NoTeacherError,
     RowPlan,
@@ -26,8 +26,10 @@ from cast_ray.plan.graph import (
     input_size_of,
     plan_sweep,
 )
+from cast_ray.plan.prices import Prices
 from cast_ray.plan.stage_parts import Model, TrainPart
 from cast_ray.recipe import Recipe
+from cast_ray.recipe.licence_chain import by_rows, licence_chain, warnings_of
 from cast_ray.runtime.cluster import Cluster, RaySession, connect
 from cast_ray.runtime.store.artifacts import ArtifactStore, read_each
 from cast_ray.runtime.store.claims import Holder, Presence
@@ -76,7 +78,8 @@ class SweepRequest:
     dry_run: bool = False
     budget_hours: float | None = None
     """Device-hours after which no stage is started."""
-    price_per_hour: float | None = None
+    prices: Prices | None = None
+    """Of a device-hour; None: none were named."""
     keep_going: bool = False
     """Start further rows though the first ones all failed."""
     trackers: Trackers = field(default_factory=Trackers)
@@ -231,19 +234,21 @@ def _preview(
     for table in request.tables:
         recipe = next(iter(table.recipes.values()))
         titles[table.table.name] = (table.table.title, recipe.preset, recipe.scale)
-    named = [(sweep.context.table, row.row) for sweep in sweeps for row in sweep.rows]
+    labels = row_labels([(sweep.context.table, row.row) for sweep in sweeps for row in sweep.rows])
+    chains = [(label, licence_chain(row.recipe)) for label, row in zip(labels, whole.rows)]
     print_plan(
         Preview(
             plan=whole,
             titles=titles_of(titles),
-            labels=row_labels(named),
+            labels=labels,
             datasets=list(planner.datasets.values()),
             storage=store.storage,
-            cost=_cost(request, whole, planner, manifests, store),
-            price_per_hour=request.price_per_hour,
+            costs=_costs(request, whole, planner, manifests, store),
+            prices=request.prices,
             budget_hours=request.budget_hours,
             memory=_memory(request, whole, planner),
-            warnings=planner.warnings,
+            licences=by_rows(chains),
+            warnings=[*planner.warnings, *warnings_of(chains)],
             folders=[table.folder for table in request.tables if table.folder],
             tree=request.with_tree,
         ),
@@ -251,21 +256,27 @@ def _preview(
     )
 
 
-def _cost(
+def _costs(
     request: SweepRequest,
     whole: SweepPlan,
     planner: RowPlanner,
     manifests: Mapping[str, Manifest],
     store: ArtifactStore,
-) -> PlanCost:
-    """Device-hours from the store's newest manifests; where there are none, from FLOPs, if the user asked."""
+) -> dict[str, PlanCost]:
+    """Device-hours by the type of device on which the store's newest stages ran, the last used one first.
+
+    Where there are none, of `UNKNOWN_DEVICE`, from FLOPs if the user asked.
+    """
     past = [*past_manifests(store), *manifests.values()]
     sizes: dict[str, Size] = {}
     for row in whole.rows:
         sizes |= dict.fromkeys((s.fingerprint for s in row.stages), planner.size(row.recipe))
     device = "cuda" if whole.rows[0].recipe.runtime.use_gpu else "cpu"
-    asked = request.dry_run or request.price_per_hour is not None or request.budget_hours is not None
-    return cost_of(whole, CostModel(past, device), lambda stage: sizes[stage.fingerprint], count_flops=asked)
+    asked = request.dry_run or request.prices is not None or request.budget_hours is not None
+    return {
+        model: cost_of(whole, CostModel(past, device, model), lambda stage: sizes[stage.fingerprint], count_flops=asked)
+        for model in device_types(past, device)
+    }
 
 
 def _memory(request: SweepRequest, whole: SweepPlan, planner: RowPlanner) -> dict[str, list[int | None]]:
@@ -363,7 +374,7 @@ def _run(
     import ray
 
     from cast_ray.runtime.shared_paths import check_shared_paths
-    from cast_ray.runtime.sweep.broker import MAX_CALLS, Broker
+    from cast_ray.runtime.sweep.broker import start_broker
     from cast_ray.runtime.sweep.progress import ProgressDisplay
     from cast_ray.runtime.sweep.row_driver import DRIVER_CPUS, Job, run_trials
 
@@ -371,7 +382,7 @@ def _run(
         check_shared_paths(store.storage, [row.recipe.data.root for _, row in pairs])
         # Rows beyond the slots only wait: a few more than can run, so that a free slot finds work at once.
         slots = slots_of([row.recipe for _, row in pairs], cluster, DRIVER_CPUS, len(pairs))
-        broker = Broker.options(max_concurrency=MAX_CALLS).remote(  # type: ignore[attr-defined]
+        broker = start_broker(
             slots,
             set(whole.stored | whole.given),
             store.storage,

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from cast_ray.plan.ablation import Table, load_table
 from cast_ray.publish.sweep import announce
+from cast_ray.recipe import build_recipe
 from cast_ray.report.content import Report
 from cast_ray.report.exports import latex_page
 from cast_ray.report.overlays import CONTACT_SHEET
@@ -207,8 +208,8 @@ def test_ap_near_zero_is_said(tmp_path: Path) -> None:
 def test_shared_stages_count_once(tmp_path: Path) -> None:
     report = report_of(tmp_path, [result(row) for row in ROWS])
     assert (report.steps.unique, report.steps.scratch, report.steps.ran) == (1000 + 4 * 400, 4 * 1400, 2600)
-    assert report.device_hours.scratch == pytest.approx(12 * 0.02)
-    assert report.device_hours.unique == pytest.approx(6 * 0.02)
+    (hours,) = report.device_hours.values()
+    assert hours.scratch == pytest.approx(12 * 0.02) and hours.unique == pytest.approx(6 * 0.02)
     assert any("2,600 training steps in 6 unique stages; " in n and "5,600 (54 % saved)" in n for n in report.notes)
     pretrain = report.stages[0]
     assert pretrain.rows == ROWS and pretrain.seeds == (0,) and pretrain.seconds == 50.0 and not pretrain.was_stored
@@ -393,6 +394,22 @@ def test_a_repeated_command_asks_for_its_own_rows_only(tmp_path: Path) -> None:
     write_plan(tmp_path, [load_table("losses")], [("losses", row, 0) for row in ROWS])
     write_plan(tmp_path, [load_table("losses")], [("losses", "sup", 1)])
     assert read_plan(tmp_path).expected == (("losses", "sup", 1),)
+
+
+def test_the_report_says_what_the_students_inherit(tmp_path: Path) -> None:
+    given = {"data.root": "/nowhere", "teacher.kind": "mask2former"}
+    rows = {"sup": given | {"loss.lambda_semi": 0}, "sup+semi": given}
+    recipes = {row: build_recipe("cityscapes", "full", fields).model_dump(mode="json") for row, fields in rows.items()}
+    report = report_of(tmp_path / "two", [result(row, recipe=recipe) for row, recipe in recipes.items()])
+    own = "encoder facebook/dinov2-small: Apache-2.0; data cityscapes: Cityscapes licence agreement"
+    teacher = "teacher facebook/mask2former-swin-large-coco-instance: CC-BY-NC-4.0"
+    assert report.context["licences"] == f"sup: {own}. sup+semi: {teacher}; {own}"
+    said = [note for note in report.notes if " the terms of " in note]
+    assert len(said) == 2
+    assert said[0].startswith("WARNING: the student inherits the terms of data cityscapes: ")
+    assert said[1].startswith(f"WARNING: the students of sup+semi inherit the terms of {teacher}, no commercial use (")
+    without = report_of(tmp_path / "old", [result("sup")])  # its recipe says next to nothing
+    assert "licences" not in without.context and not any("inherit" in note for note in without.notes)
 
 
 def test_results_of_an_earlier_recipe_do_not_count_as_those_of_a_running_one(tmp_path: Path) -> None:
