@@ -74,9 +74,7 @@ def test_unusable_results_are_refused_by_number(change, message):
             match_results(ground_truth, given, CATEGORIES)
 
 
-@pytest.mark.parametrize(
-    "content", ['{"images": []}', "[1, 2]", '[{"image_id": 1}]', "[null]", '[\n{"score": 1}\n]', "7"]
-)
+@pytest.mark.parametrize("content", ['{"a": []}', "[1, 2]", '[{"image_id": 1}]', "[null]", '[\n{"score": 1}\n]', "7"])
 def test_other_json_is_refused(content):
     with pytest.raises(ValueError, match="expected COCO results of masks"):
         read_results(io.BytesIO(content.encode()))
