@@ -1,6 +1,6 @@
 """Requests that a smoke sweep of two rows sends to an object store, against an older checkout.
 
-    python benchmarks/s3_requests.py --theirs ../older-checkout
+    python benchmarks/s3_requests.py --rival ../older-checkout
 
 Each checkout runs the same command, `ablate.py losses --rows sup sup+semi --scale smoke` on drawn scenes, in processes
 of its own, with `s3://` as storage: an S3-compatible server on loopback (moto's) counts what arrives. Every request is
@@ -50,11 +50,11 @@ def count(checkout: Path, arguments: list[str], show_paths: bool) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--theirs", type=Path, required=True, metavar="DIR", help="another checkout of this project")
+    parser.add_argument("--rival", type=Path, required=True, metavar="DIR", help="another checkout of this project")
     parser.add_argument("--paths", action="store_true", help="also what was asked for most")
     parser.add_argument("arguments", nargs="*", help="further arguments of ablate.py, after --")
     arguments = parser.parse_args()
-    ours, theirs = (count(c, arguments.arguments, arguments.paths) for c in (ROOT, arguments.theirs.resolve()))
+    ours, theirs = (count(c, arguments.arguments, arguments.paths) for c in (ROOT, arguments.rival.resolve()))
     report("s3_requests", ours, theirs, "requests")
 
 

@@ -188,7 +188,7 @@ def _parser() -> Parser:
         "--budget-hours",
         type=amount,
         metavar="H",
-        help="device-hours (hours x workers) after which no further stage is started; the command says what is left",
+        help="device-hours (hours x GPUs of workers, teachers, labellers and validation; without GPUs x these processes) after which no further stage is started; the command says what is left",
     )
     plan.add_argument(
         "--keep-going",

@@ -83,7 +83,7 @@ class CostModel:
                 continue
             if not (manifest.device or device).startswith(device):
                 continue
-            device_s = (manifest.stage_seconds + (manifest.startup_seconds or 0.0)) * (manifest.num_workers or 1)
+            device_s = (manifest.stage_seconds + (manifest.startup_seconds or 0.0)) * manifest.known_devices
             model = _model_of(manifest, past.get)
             count = manifest.steps or _images_seen(manifest)
             if not count:

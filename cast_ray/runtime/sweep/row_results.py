@@ -203,6 +203,7 @@ def _stage_record(stage: Stage, artifact: _Committed, reused: bool) -> StageReco
         reused=reused,
         steps=stage.steps,
         num_workers=manifest.num_workers,
+        num_devices=manifest.num_devices,
         seconds=manifest.seconds,
         stage_seconds=manifest.stage_seconds,
         startup_seconds=manifest.startup_seconds,

@@ -29,7 +29,7 @@ from cast_ray.runtime.ray_internals import is_lost_at_start, is_startup_timeout
 from cast_ray.runtime.worker.mailbox import Mailbox
 from cast_ray.runtime.worker.online import Teachers, start_teachers, teacher_bundles
 from cast_ray.runtime.worker.segment import Segment, SegmentFailed
-from cast_ray.runtime.worker.shape import shape_of
+from cast_ray.runtime.worker.shape import devices_of, shape_of
 from cast_ray.runtime.worker.validation import validation_bundles
 
 TAKEN_S = 10.0
@@ -125,7 +125,7 @@ class WorkerGroup:
                 with reserve([*streams, *beside, *teachers], nodes=places, holder=self.holder) as group:
                     if not group.wait(TAKEN_S):
                         continue
-                    if not ray.get(broker.occupy.remote(segment.owner)):
+                    if not ray.get(broker.occupy.remote(segment.owner, devices_of(segment))):
                         return
                     started = None
                     if online:
