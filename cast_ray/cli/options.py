@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
 
+from cast_ray.common.outages import is_outage
 from cast_ray.common.text import FOLDER_NAME_RULE, is_folder_name
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 3, 130
@@ -82,16 +83,23 @@ def plain_console(width: int = 120, *, stderr: bool = False) -> Console:
 def exit_code(command: Callable[[], int], interrupted: str = "stopped") -> int:
     """Runs a command and returns its exit code.
 
-    A ValueError reports bad input: it becomes one line on stderr and EXIT_BAD_INPUT. Ctrl-C: see `interruptible`.
+    A ValueError reports bad input: it becomes one line on stderr and EXIT_BAD_INPUT; so does an object store that does
+    not answer for minutes, with EXIT_FAILED. Ctrl-C: see `interruptible`.
     """
+
+    def fail(message: str, code: int) -> int:
+        plain_console(stderr=True).print(f"error: {message}", style="red", highlight=False, soft_wrap=True)
+        return code
 
     def checked() -> int:
         try:
             return command()
         except ValueError as error:
-            message = f"error: {error}"
-            plain_console(stderr=True).print(message, style="red", highlight=False, soft_wrap=True)
-            return EXIT_BAD_INPUT
+            return fail(str(error), EXIT_BAD_INPUT)
+        except OSError as error:
+            if not is_outage(error):
+                raise
+            return fail(f"an object store does not answer, run the same command again later: {error}", EXIT_FAILED)
 
     return interruptible(checked, interrupted)
 

@@ -11,6 +11,7 @@ from urllib.parse import SplitResult, quote, unquote, urlsplit
 from pyarrow import ArrowInvalid, fs
 
 from cast_ray.common.files import write_atomically
+from cast_ray.common.outages import patiently
 
 SINGLE_UPLOADS = "allow_delayed_open=true"
 """Option of pyarrow's S3 filesystem: a file is not opened in the store before its first 5 MB are full or it ends."""
@@ -70,18 +71,26 @@ def read_bytes(uri: str, num_bytes: int | None = None) -> bytes:
     if isinstance(filesystem, fs.LocalFileSystem):
         with open(path, "rb") as file:  # builtin open tells a folder from a missing file; arrow does not
             return file.read(num_bytes)
-    with filesystem.open_input_stream(path) as stream:
-        return stream.read(num_bytes)
+
+    def read() -> bytes:
+        with filesystem.open_input_stream(path) as stream:
+            return stream.read(num_bytes)
+
+    return patiently(read)
 
 
 def write_bytes(uri: str, content: bytes) -> None:
     """Writes one file so that a reader sees the old content or the new, never a part."""
     filesystem, path = resolve(uri)
-    if not isinstance(filesystem, fs.LocalFileSystem):
+    if isinstance(filesystem, fs.LocalFileSystem):
+        write_atomically(path, content)
+        return
+
+    def write() -> None:
         with filesystem.open_output_stream(path) as stream:  # an object appears when its upload completes
             stream.write(content)
-        return
-    write_atomically(path, content)
+
+    patiently(write)
 
 
 def real(uri: str) -> str:

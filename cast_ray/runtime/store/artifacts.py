@@ -30,11 +30,12 @@ import pyarrow.fs
 import pyarrow.parquet
 
 from cast_ray.common.files import MAX_NAMED, PARTIAL, write_atomically
+from cast_ray.common.outages import patiently, without_patience
 from cast_ray.common.paths import absolute, below, resolve
 from cast_ray.common.text import first_line, first_of
 from cast_ray.contracts.manifest import Manifest, manifest_class, read_manifest
 from cast_ray.plan.graph import Kind, Stage, fingerprint_of
-from cast_ray.runtime.metrics import counts_store_errors
+from cast_ray.runtime.metrics import store_request
 
 if TYPE_CHECKING:
     import pyarrow.dataset
@@ -61,7 +62,8 @@ def local_copy(uri: str) -> Iterator[Path]:
         yield Path(path)
         return
     with tempfile.TemporaryDirectory() as folder:
-        pa.fs.copy_files(path, folder, source_filesystem=fs, destination_filesystem=pa.fs.LocalFileSystem())
+        local = pa.fs.LocalFileSystem()
+        patiently(lambda: pa.fs.copy_files(path, folder, source_filesystem=fs, destination_filesystem=local))
         yield Path(folder)
 
 
@@ -137,7 +139,9 @@ class ArtifactStore:
             ValueError: something else is there: a file, or a folder of other files.
         """
         try:
-            names = [n for n in self.list_names("") if not n.startswith(".") and n != "lost+found"]
+            with without_patience():
+                found = self.list_names("")
+            names = [n for n in found if not n.startswith(".") and n != "lost+found"]
             if not names or MARK in names:
                 return bool(names)
             # A store that was copied in part, or made by other means than a run.
@@ -153,15 +157,17 @@ class ArtifactStore:
     def check_writable(self) -> None:
         """Raises ValueError when the storage path cannot be written; leaves the mark by which a store is known."""
         try:
-            self.write_json(MARK, {"checked": time.time()})
+            with without_patience():
+                self.write_json(MARK, {"checked": time.time()})
         except (OSError, ValueError, pa.ArrowException) as error:
             raise ValueError(f"storage path {self.storage!r} cannot be written: {error}") from None
 
     def now(self) -> float:
         """The time by the clock that dates this store's files."""
         self.check_writable()
-        fs, root = self._fs
-        return fs.get_file_info(f"{root}/{MARK}").mtime.timestamp()
+        written = self.changed(MARK)
+        assert written is not None  # it has just been written
+        return written
 
     def uri(self, *parts: str) -> str:
         return below(self.storage, *parts)
@@ -190,7 +196,7 @@ class ArtifactStore:
     def has(self, key: str) -> bool:
         return self._is_file(f"artifacts/{key}/{MANIFEST}")
 
-    @counts_store_errors
+    @store_request
     def _is_file(self, path: str) -> bool:
         """Whether there is a file. Opening it is one request to an object store; asking what a path is takes two where
         there is no file, since it may be a folder."""
@@ -201,6 +207,7 @@ class ArtifactStore:
             return False
         return True
 
+    @store_request
     def list_artifacts(self) -> dict[str, Listed]:
         """Every artifact by key, committed or not (one listing)."""
         fs, root = self._fs
@@ -222,7 +229,7 @@ class ArtifactStore:
         """Whether an artifact has a file of that name."""
         return self._is_file(f"{self._folder(key)}/{name}")
 
-    @counts_store_errors
+    @store_request
     def read_bytes(self, key: str, name: str) -> bytes:
         fs, root = self._fs
         with fs.open_input_file(f"{root}/{self._folder(key)}/{name}") as file:
@@ -238,7 +245,7 @@ class ArtifactStore:
         except FileNotFoundError:
             return None
 
-    @counts_store_errors
+    @store_request
     def write_bytes(self, path: str, data: bytes) -> None:
         """Writes one file below the storage path, which appears whole or not at all (object stores do so anyway)."""
         fs, root = self._fs
@@ -283,7 +290,7 @@ class ArtifactStore:
         with fs.open_input_stream(f"{root}/{self._folder(stage.key)}/{name}") as file, io.BufferedReader(file) as lines:
             yield lines
 
-    @counts_store_errors
+    @store_request
     def add_folder(self, stage: Stage, folder: Path) -> None:
         """Copies the files of a local folder into an artifact that is not yet committed, without reading them whole."""
         self.note_added(stage, {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()})
@@ -344,7 +351,7 @@ class ArtifactStore:
         self.write_bytes(f"artifacts/{stage.key}/{MANIFEST}", manifest.to_json().encode())
         return True
 
-    @counts_store_errors
+    @store_request
     def _list_files(self, path: str) -> dict[str, int]:
         """Name relative to a folder below the storage path -> bytes, of all files in it."""
         fs, root = self._fs
@@ -388,7 +395,7 @@ class ArtifactStore:
         except ValueError:
             return None
 
-    @counts_store_errors
+    @store_request
     def read_table(self, key: str, name: str, columns: list[str] | None = None) -> pa.Table:
         """A Parquet file, or a folder of them, inside an artifact."""
         return pa.parquet.read_table(self._files(key, name), filesystem=self._fs[0], columns=columns)
@@ -399,7 +406,7 @@ class ArtifactStore:
 
         return dataset.dataset(self._files(key, name), filesystem=self._fs[0], format="parquet")
 
-    @counts_store_errors
+    @store_request
     def read_tables(self, paths: list[str]) -> list[pa.Table]:
         """Parquet files below the storage path, several at a time."""
         fs, root = self._fs
@@ -447,7 +454,7 @@ class ArtifactStore:
         for run in set(runs) - kept:
             self.forget_run(run)
 
-    @counts_store_errors
+    @store_request
     def find_bytes(self, path: str) -> bytes | None:
         """One file below the storage path, or None when there is none."""
         fs, root = self._fs
@@ -457,28 +464,28 @@ class ArtifactStore:
         except FileNotFoundError:
             return None
 
-    @counts_store_errors
+    @store_request
     def list_names(self, path: str) -> list[str]:
         """Names of the files and folders directly below a path; none where there is no such folder."""
         fs, root = self._fs
         found = fs.get_file_info(pa.fs.FileSelector(f"{root}/{path}", allow_not_found=True))
         return [info.base_name for info in found if not info.base_name.endswith(PARTIAL)]
 
-    @counts_store_errors
+    @store_request
     def changed(self, path: str) -> float | None:
         """Returns when a file was last written, by the filesystem's clock; None if there is no such file."""
         fs, root = self._fs
         info = fs.get_file_info(f"{root}/{path}")
         return info.mtime.timestamp() if info.type == pa.fs.FileType.File and info.mtime else None
 
-    @counts_store_errors
+    @store_request
     def delete_file(self, path: str) -> None:
         """Removes one file below the storage path, if it is there; cheaper than `delete`, which asks what it is."""
         fs, root = self._fs
         with contextlib.suppress(FileNotFoundError):
             fs.delete_file(f"{root}/{path}")
 
-    @counts_store_errors
+    @store_request
     def delete(self, path: str) -> None:
         """Removes a file or folder below the storage path, if it exists."""
         fs, root = self._fs

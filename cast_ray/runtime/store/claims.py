@@ -124,7 +124,10 @@ class Watch:
         self.seen: dict[str, tuple[bytes, float]] = {}
 
     def is_alive(self, holder: str, role: str = "sweep") -> bool:
+        asked = self.clock()
         beat = self.store.find_bytes(f"claims/{ROLES[role]}/{holder}.json")
+        if self.clock() - asked > BEAT_S:  # the store was out of reach, for those who beat as well
+            self.seen.clear()
         if beat is None:
             return False
         before, since = self.seen.get(holder, (None, 0.0))
