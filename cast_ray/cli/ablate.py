@@ -22,15 +22,18 @@ from cast_ray.cli.options import (
     add_tracker_options,
     amount,
     exit_code,
+    keep_wandb_here,
     output_folder,
     plain_console,
     random_seed,
     recipe_overrides,
-    runs_folder,
+    runs_place,
     storage_path,
+    tell_report_command,
 )
+from cast_ray.common.results_folder import ResultsFolder, open_results
 from cast_ray.plan.ablation import Table, load_table, table_names
-from cast_ray.report.run_choice import choose_run
+from cast_ray.report.run_choice import choose_run, fetch_known
 from cast_ray.runtime.sweep.run import (
     Sweep,
     SweepRequest,
@@ -51,15 +54,21 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _ablate(arguments: argparse.Namespace, console: Console) -> int:
-    request, out = _request(arguments)
+    with open_results(runs_place(arguments.out, storage_path(arguments.storage))) as results:
+        return _run(_request(arguments, results), results, console)
 
+
+def _run(request: SweepRequest, results: ResultsFolder, console: Console) -> int:
     from cast_ray.publish.sweep import announce, publish  # what draws, once the request is sound
+
+    out = results.path
 
     def on_start(sweeps: Sequence[Sweep]) -> None:
         for sweep, table in zip(sweeps, request.tables):
             recipes = {(row.row, row.seed): row.recipe for row in sweep.rows}
-            results = sweep.context.store.uri(sweep.context.runs_path)
-            announce(out / table.name, table.table, recipes, table.settings, results, console)
+            stored = sweep.context.store.uri(sweep.context.runs_path)
+            announce(out / table.name, table.table, recipes, table.settings, stored, console, results.at)
+        results.send()
 
     outcome = run_sweep(request, console, on_start)
     if outcome is None:
@@ -67,23 +76,25 @@ def _ablate(arguments: argparse.Namespace, console: Console) -> int:
     codes = [0]
     for sweep, table in zip(outcome.sweeps, request.tables):
         if not outcome.stopped or has_results(sweep):
-            codes.append(publish(sweep, table.table, out / table.name, console))
+            codes.append(publish(sweep, table.table, out / table.name, console, results.at))
             if table.has_own_folder:
                 console.print(f"Results are in {table.folder}", soft_wrap=True, highlight=False)
+            tell_report_command(results.at(out / table.name), results.is_remote, console)
     write_events(outcome.sweeps, request.trackers)
+    results.send()
     request.trackers.finish(lambda text: console.print(text, soft_wrap=True, highlight=False))
     return EXIT_STOPPED if outcome.stopped else max(codes)
 
 
-def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
-    """The validated request and the folder of its runs."""
+def _request(arguments: argparse.Namespace, results: ResultsFolder) -> SweepRequest:
+    """The validated request; what earlier runs have left in the folder that it joins is fetched."""
     tables = [load_table(name) for name in arguments.tables]
     names = [table.name for table in tables]
     if len(set(names)) != len(names):
         raise ValueError(f"tables: expected different names, got {', '.join(names)}")
     _check_seeds(arguments)
     overrides = recipe_overrides(arguments)
-    out = runs_folder(arguments.out)
+    out = results.path
     requests = []
     for table in tables:
         rows = _rows(table.name, list(table.rows), arguments.rows, several=len(tables) > 1)
@@ -99,7 +110,9 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
         of = f"{table.name}-{arguments.preset or table.preset}-{arguments.scale or table.scale}"
         name = of if not arguments.name else arguments.name if len(tables) == 1 else f"{arguments.name}-{table.name}"
         settings = table.settings(arguments.preset, arguments.scale, overrides)
+        fetch_known(results, name)
         choice = choose_run(out, name, table, settings)
+        results.fetch([choice.name])
         requests.append(
             TableRequest(
                 table,
@@ -107,7 +120,7 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
                 choice.name,
                 frozenset(rows if arguments.rows else ()),
                 settings=settings,
-                folder=choice.words(out),
+                folder=choice.words(out, results.at),
                 has_own_folder=bool(choice.beside),
             )
         )
@@ -123,7 +136,9 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
         group=sweep_name([request.name for request in requests]),
     )
     trackers.check_installed()
-    request = SweepRequest(
+    if results.is_remote and arguments.wandb:
+        keep_wandb_here()
+    return SweepRequest(
         tables=tuple(requests),
         storage=storage_path(arguments.storage),
         address=arguments.address,
@@ -134,7 +149,6 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
         keep_going=arguments.keep_going,
         trackers=trackers,
     )
-    return request, out
 
 
 def _check_seeds(arguments: argparse.Namespace) -> None:
@@ -188,7 +202,8 @@ def _parser() -> Parser:
         "--budget-hours",
         type=amount,
         metavar="H",
-        help="device-hours (hours x GPUs of workers, teachers, labellers and validation; without GPUs x these processes) after which no further stage is started; the command says what is left",
+        help="device-hours after which no further stage is started, counted in GPUs of workers, teachers, labellers "
+        "and validation or, without GPUs, in these processes; the command says what is left",
     )
     plan.add_argument(
         "--keep-going",

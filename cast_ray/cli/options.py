@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -138,7 +139,9 @@ def add_set_option(parser: argparse.ArgumentParser, help_text: str = "override a
 def add_run_options(parser: argparse.ArgumentParser, name: str) -> None:
     """Adds the options that say where a run is kept; `name`: the form of its default name."""
     parser.add_argument("--name", type=run_name, help=f"name of the run (default: {name})")
-    parser.add_argument("--out", help="local folder for results and reports (default: runs)")
+    parser.add_argument(
+        "--out", help="path or URI (s3://...) for results and reports (default: runs; in a Ray job STORAGE/runs)"
+    )
     add_storage_option(parser)
 
 
@@ -250,9 +253,20 @@ def positive_amount(text: str) -> float:
     return _read(text, float, lambda number: 0 < number < math.inf, "a number above 0")
 
 
+def is_ray_job() -> bool:
+    """Whether this command was submitted to a cluster: its folder is deleted when it ends."""
+    return bool(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
+
+
 def default_folder() -> Path:
-    """Returns where results go by default: the current folder, or inside a Ray job, whose folder is deleted, $HOME."""
-    return Path.home() / "cast_ray" if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") else Path()
+    """Returns a folder of this machine that outlives the command: the current one or, inside a Ray job, of $HOME."""
+    return Path.home() / "cast_ray" if is_ray_job() else Path()
+
+
+def keep_wandb_here() -> None:
+    """Has W&B keep its offline runs on this machine, where results are in an object store: they are sent from here
+    after the command has ended."""
+    os.environ.setdefault("WANDB_DIR", str(default_folder().absolute()))
 
 
 def storage_path(text: str | None) -> str:
@@ -271,15 +285,38 @@ def run_name(text: str) -> str:
     return text
 
 
-def runs_folder(text: str | None) -> Path:
-    """Returns the folder of all runs that --out names, or the default one.
+def runs_place(text: str | None, storage: str) -> str:
+    """Returns the path or URI of the folder of all runs that --out names; by default `runs`, which lies in the current
+    folder or, inside a Ray job, below the storage path, where it outlives the job and its cluster.
+
+    Args:
+        storage: path or URI of the store.
 
     Raises:
-        ValueError: a URI, which reports cannot be written to, a file, or a place that cannot be written.
+        ValueError: a URI of no known kind, a file, or a place that cannot be written.
     """
-    if text and "://" in text:
-        raise ValueError(f"--out {text}: expected a local folder for results and reports (--storage takes a URI)")
-    return output_folder(text or str(default_folder() / "runs"))
+    from cast_ray.common.paths import below, local_path  # pyarrow, which --help does without
+
+    place = text or (below(storage, "runs") if is_ray_job() else "runs")
+    try:
+        local = local_path(place)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--out {place}: {str(error).removeprefix(f'{place}: ')}") from None
+    return place if local is None else str(output_folder(local))
+
+
+def tell_report_command(run: str, is_remote: bool, console: Console) -> None:
+    """Says, at the end of a job or where the results are in an object store, how a user gets the report of a run.
+
+    Args:
+        run: path or URI of its folder.
+        is_remote: whether that is a URI.
+    """
+    if is_remote or is_ray_job():
+        console.print(f"Write it again: cast-ray report {shlex.quote(run)}", soft_wrap=True, highlight=False)
+    if is_remote:
+        fetch = f"cast-ray report {shlex.quote(run)} --out {shlex.quote(run.partition('?')[0].rpartition('/')[2])}"
+        console.print(f"Fetch it to your machine: {fetch}", soft_wrap=True, highlight=False)
 
 
 def output_folder(text: str) -> Path:

@@ -75,7 +75,7 @@ def patiently(request: Callable[[], R], on_failure: Callable[[], None] = lambda:
 
 @contextmanager
 def without_patience() -> Iterator[None]:
-    """Inside the block, requests of this thread are not repeated: a user who has mistyped an address is told at once."""
+    """Inside the block, requests of this thread are not repeated: who has mistyped an address is told at once."""
     before, _patience.is_off = _patience.is_off, True
     try:
         yield

@@ -44,6 +44,16 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     return filesystem, posixpath.join(base, unquote(parts.path).lstrip("/"))
 
 
+def local_path(place: str) -> str | None:
+    """The path of a file or folder on this machine, which may be given as a `file://` URI; None of another URI.
+
+    Raises:
+        ValueError: a URI that pyarrow.fs does not know.
+    """
+    filesystem, path = resolve(place)
+    return path if isinstance(filesystem, fs.LocalFileSystem) else None
+
+
 def join(root: str, name: str) -> str:
     """The path or URI of a file below a folder; `name` is a plain file name, never percent-encoded."""
     if not is_uri(root):
@@ -56,6 +66,13 @@ def below(root: str, *parts: str) -> str:
     """The path or URI of what lies below a folder; a URI's options (`?endpoint_override=...`) stay at its end."""
     place, mark, options = root.partition("?") if is_uri(root) else (root, "", "")
     return "/".join([place.rstrip("/"), *parts]) + mark + options
+
+
+def parent_and_name(uri: str) -> tuple[str, str]:
+    """The URI of the folder that holds a folder, with the same options, and the folder's name."""
+    place, mark, options = uri.partition("?")
+    parent, _, name = place.rstrip("/").rpartition("/")
+    return parent + mark + options, unquote(name)
 
 
 def in_few_requests(uri: str) -> str:

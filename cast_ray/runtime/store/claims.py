@@ -143,6 +143,12 @@ def read_holder(beat: bytes) -> Holder:
     return Holder(**{k: v for k, v in json.loads(beat).items() if k in known})
 
 
+def find_holder(store: ArtifactStore, holder: str) -> Holder | None:
+    """Returns a running sweep by its id; None where its file is gone."""
+    beat = store.find_bytes(f"claims/{ROLES['sweep']}/{holder}.json")
+    return None if beat is None else read_holder(beat)
+
+
 class Presence:
     """Shows others that this process is at work; a context manager around a sweep, or around `store gc`.
 

@@ -86,7 +86,9 @@ def test_it_is_given_up_after_minutes(clock: Clock) -> None:
     assert PATIENCE_S <= clock.now < PATIENCE_S + outages.LONGEST_PAUSE_S
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError("x"), PermissionError("x"), OSError("ACCESS_DENIED"), ValueError()])
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError("x"), PermissionError("x"), OSError("ACCESS_DENIED"), ValueError()]
+)
 def test_other_errors_are_raised_at_once(clock: Clock, error: BaseException) -> None:
     with pytest.raises(type(error)):
         patiently(failing(error))
