@@ -193,7 +193,7 @@ def add_tracker_options(parser: argparse.ArgumentParser, what: str) -> None:
 def add_image_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of commands that read images and write what a model finds in them."""
     parser.add_argument("images", nargs="+", help="files, folders, quoted patterns, local or s3://...")
-    parser.add_argument("--out", required=True, help="folder for the results; it is created if it is missing")
+    parser.add_argument("--out", required=True, help="path or URI of the folder for the results")
     parser.add_argument("--threshold", type=share, default=0.3, help="least score (default: %(default)s)")
     parser.add_argument("--batch", type=positive, default=8, help="images at a time (default: %(default)s)")
     parser.add_argument("--no-overlays", action="store_true", help="do not draw the instances over the images")
@@ -295,9 +295,19 @@ def runs_place(text: str | None, storage: str) -> str:
     Raises:
         ValueError: a URI of no known kind, a file, or a place that cannot be written.
     """
-    from cast_ray.common.paths import below, local_path  # pyarrow, which --help does without
+    from cast_ray.common.paths import below  # pyarrow, which --help does without
 
-    place = text or (below(storage, "runs") if is_ray_job() else "runs")
+    return results_place(text or (below(storage, "runs") if is_ray_job() else "runs"))
+
+
+def results_place(place: str) -> str:
+    """Returns the path or URI of the folder that `--out` names, which may be missing yet.
+
+    Raises:
+        ValueError: a URI of no known kind, a file, or a place that cannot be written.
+    """
+    from cast_ray.common.paths import local_path
+
     try:
         local = local_path(place)
     except (ValueError, OSError) as error:

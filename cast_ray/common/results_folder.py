@@ -7,6 +7,7 @@ therefore kept as a temporary copy on this machine: what is needed is fetched, a
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from pathlib import Path
 from pyarrow import ArrowException
 from pyarrow import fs as pafs
 
+from cast_ray.common.digest import digest_of
 from cast_ray.common.files import PARTIAL, write_atomically
 from cast_ray.common.outages import patiently
 from cast_ray.common.paths import absolute, below, is_uri, resolve
@@ -60,7 +62,7 @@ class ResultsFolder:
         """Brings files of an object store to this machine; those that are here stay as they are.
 
         Args:
-            folders: names of folders directly in it.
+            folders: names of folders directly in it; an empty name is all that is in it.
             is_wanted: called with the base name of each file.
 
         Raises:
@@ -144,6 +146,28 @@ def copy_results(place: str, folder: Path) -> None:
         patiently(copy)
     except (OSError, ArrowException) as error:
         raise ValueError(f"{place}: cannot be copied to {folder}: {first_line(error)}") from None
+
+
+@contextmanager
+def open_resumed_results(place: str) -> Iterator[ResultsFolder]:
+    """Gives the folder at a path or URI, as the last block that failed on this machine has left it.
+
+    The copy of a folder in an object store is deleted when a block ends without an error.
+
+    Raises:
+        ValueError: whatever the block raises, with a word on where the copy is.
+    """
+    if not is_uri(place):
+        yield ResultsFolder(place, Path(place))
+        return
+    place = place.rstrip("/")
+    folder = Path(tempfile.gettempdir()) / f"cast_ray-results-{os.getuid()}-{digest_of(place)}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    try:
+        yield ResultsFolder(place, folder)
+    except ValueError as error:
+        raise ValueError(f"{error} ({folder} is the copy of {place} on this machine)") from error
+    shutil.rmtree(folder)
 
 
 @contextmanager
