@@ -15,6 +15,8 @@ from cast_ray.common.outages import patiently
 
 SINGLE_UPLOADS = "allow_delayed_open=true"
 """Option of pyarrow's S3 filesystem: a file is not opened in the store before its first 5 MB are full or it ends."""
+OBJECT_STORES = ("s3", "gcs", "abfs")
+"""Types of filesystems where making a folder costs a request and is of no use."""
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 
 
@@ -80,6 +82,12 @@ def in_few_requests(uri: str) -> str:
     if not uri.startswith("s3://") or SINGLE_UPLOADS.partition("=")[0] in urlsplit(uri).query:
         return uri
     return f"{uri}{'&' if '?' in uri else '?'}{SINGLE_UPLOADS}"
+
+
+def make_folder(filesystem: fs.FileSystem, path: str) -> None:
+    """Makes a folder that may be there already; of an object store nothing, where it is only a part of names."""
+    if filesystem.type_name not in OBJECT_STORES:
+        filesystem.create_dir(path, recursive=True)
 
 
 def read_bytes(uri: str, num_bytes: int | None = None) -> bytes:

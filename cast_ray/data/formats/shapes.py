@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from pyarrow import fs
 
-from cast_ray.common.paths import absolute, join, read_bytes, resolve, write_bytes
+from cast_ray.common.paths import absolute, join, make_folder, read_bytes, resolve, write_bytes
 from cast_ray.contracts.records import Category
 from cast_ray.data.formats.coco import read_annotations
 from cast_ray.data.formats.scenes import CATEGORIES, DRAWING_VERSION, SCENE_PX, STYLES, draw_scene
@@ -67,13 +67,13 @@ def draw(
         return
     filesystem, base = resolve(root)
     _check_ours(filesystem, base, root)
-    filesystem.create_dir(base, recursive=True)
+    make_folder(filesystem, base)
     # The marker says whose folder this is; it turns into the manifest when everything else is there.
     write_bytes(join(root, PARTIAL_MANIFEST), json.dumps(manifest).encode())
     _delete(filesystem, posixpath.join(base, MANIFEST))
     counts = {"source": config.num_source, "train": config.num_train, "val": config.num_val}
     for folder in (*_SPLITS, "annotations"):
-        filesystem.create_dir(posixpath.join(base, folder), recursive=True)
+        make_folder(filesystem, posixpath.join(base, folder))
 
     tasks = [
         (root, config.seed, split, start, min(start + _CHUNK, counts[split]))

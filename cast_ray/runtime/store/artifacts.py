@@ -31,7 +31,7 @@ import pyarrow.parquet
 
 from cast_ray.common.files import MAX_NAMED, PARTIAL, write_atomically
 from cast_ray.common.outages import patiently, without_patience
-from cast_ray.common.paths import absolute, below, resolve
+from cast_ray.common.paths import absolute, below, make_folder, resolve
 from cast_ray.common.text import first_line, first_of
 from cast_ray.contracts.manifest import Manifest, manifest_class, read_manifest
 from cast_ray.plan.graph import Kind, Stage, fingerprint_of
@@ -43,10 +43,13 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 MARK = "writable.json"
 """The file that every run writes into its store first: a folder with it is a store."""
-OBJECT_STORES = ("s3", "gcs", "abfs")
-"""Where folders are only a way of speaking, and making one costs a request."""
 NUM_READERS = 16
 """Small files read at a time: an object store answers in tens of milliseconds, whatever the size."""
+
+READ_AHEAD_BYTES = 4 << 20
+"""What one request brings of a file that is read line by line."""
+SMALL_TABLE_BYTES = 32 << 20
+"""Parquet files up to this size are fetched whole: their reader sends several requests for each."""
 
 _KEY = re.compile(rf"({'|'.join(get_args(Kind))})-\w+")
 
@@ -67,15 +70,16 @@ def local_copy(uri: str) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _make_folder(fs: pa.fs.FileSystem, path: str) -> None:
-    if fs.type_name not in OBJECT_STORES:
-        fs.create_dir(path, recursive=True)
-
-
 def read_each(read: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """`read` of each item, many at a time, in order."""
     with ThreadPoolExecutor(NUM_READERS) as pool:
         return list(pool.map(read, items))
+
+
+def _fetch_table(fs: pa.fs.FileSystem, path: str, columns: list[str] | None = None) -> pa.Table:
+    """A small Parquet file of an object store, fetched whole."""
+    with fs.open_input_file(path) as file:
+        return pa.parquet.read_table(pa.BufferReader(file.read_buffer()), columns=columns)
 
 
 class LostFilesError(RuntimeError):
@@ -253,7 +257,7 @@ class ArtifactStore:
         if isinstance(fs, pa.fs.LocalFileSystem):
             write_atomically(target, data)
             return
-        _make_folder(fs, target.rsplit("/", 1)[0])
+        make_folder(fs, target.rsplit("/", 1)[0])
         with fs.open_output_stream(target) as file:
             file.write(data)
 
@@ -279,7 +283,7 @@ class ArtifactStore:
         self.note_added(stage, {name})
         fs, root = self._fs
         path = f"{root}/{self._folder(stage.key)}/{name}"
-        _make_folder(fs, path.rsplit("/", 1)[0])
+        make_folder(fs, path.rsplit("/", 1)[0])
         with fs.open_output_stream(path) as file:
             yield file
 
@@ -287,7 +291,10 @@ class ArtifactStore:
     def read_stream(self, stage: Stage, name: str) -> Iterator[Any]:
         """A file of an artifact, also of one that is not yet committed, open for reading line by line."""
         fs, root = self._fs
-        with fs.open_input_stream(f"{root}/{self._folder(stage.key)}/{name}") as file, io.BufferedReader(file) as lines:
+        with (
+            fs.open_input_stream(f"{root}/{self._folder(stage.key)}/{name}") as file,
+            io.BufferedReader(file, READ_AHEAD_BYTES) as lines,
+        ):
             yield lines
 
     @store_request
@@ -296,7 +303,7 @@ class ArtifactStore:
         self.note_added(stage, {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()})
         fs, root = self._fs
         target = f"{root}/{self._folder(stage.key)}"
-        _make_folder(fs, target)
+        make_folder(fs, target)
         pa.fs.copy_files(str(folder), target, source_filesystem=pa.fs.LocalFileSystem(), destination_filesystem=fs)
 
     @contextlib.contextmanager
@@ -398,7 +405,17 @@ class ArtifactStore:
     @store_request
     def read_table(self, key: str, name: str, columns: list[str] | None = None) -> pa.Table:
         """A Parquet file, or a folder of them, inside an artifact."""
-        return pa.parquet.read_table(self._files(key, name), filesystem=self._fs[0], columns=columns)
+        files, fs = self._files(key, name), self._fs[0]
+        sizes = self._committed[key].files if key in self._committed and key not in self._added else {}
+        if isinstance(fs, pa.fs.LocalFileSystem) or not 0 < self._size_of(name, sizes) <= SMALL_TABLE_BYTES:
+            return pa.parquet.read_table(files, filesystem=fs, columns=columns)
+        paths = [files] if isinstance(files, str) else files
+        return pa.concat_tables(read_each(lambda path: _fetch_table(fs, path, columns), paths))
+
+    @staticmethod
+    def _size_of(name: str, sizes: Mapping[str, int]) -> int:
+        """Bytes of a file, or of all files of a folder, of an artifact; 0 where its manifest does not say it."""
+        return sum(size for file, size in sizes.items() if file == name or file.startswith(f"{name}/"))
 
     def open_dataset(self, key: str, name: str) -> pyarrow.dataset.Dataset:
         """A folder of Parquet files inside an artifact, to be read piece by piece."""
@@ -410,7 +427,9 @@ class ArtifactStore:
     def read_tables(self, paths: list[str]) -> list[pa.Table]:
         """Parquet files below the storage path, several at a time."""
         fs, root = self._fs
-        return read_each(lambda path: pa.parquet.read_table(f"{root}/{path}", filesystem=fs), paths)
+        if isinstance(fs, pa.fs.LocalFileSystem):
+            return read_each(lambda path: pa.parquet.read_table(f"{root}/{path}", filesystem=fs), paths)
+        return read_each(lambda path: _fetch_table(fs, f"{root}/{path}"), paths)
 
     def note_checkpoint(self, fingerprint: str, uri: str, step: int) -> None:
         """Remembers where an unfinished train stage can continue, whichever row or run continues it.
