@@ -330,11 +330,12 @@ class ArtifactStore:
             LostFilesError: a file that was added is not there any more.
         """
         added = self._added.pop(stage.key, set())
-        if self.has(stage.key):
+        found, own = self._list_files(f"artifacts/{stage.key}"), f"{self.attempt}/"
+        if MANIFEST in found:
             if self._folder(stage.key) != f"artifacts/{stage.key}/{self.attempt}":
                 self.delete(f"artifacts/{stage.key}/{self.attempt}")
             return False
-        files = self._list_files(f"artifacts/{stage.key}/{self.attempt}")
+        files = {name.removeprefix(own): size for name, size in found.items() if name.startswith(own)}
         if lost := sorted(added - files.keys()):
             raise LostFilesError(
                 f"{stage.name}: {len(lost)} of the {len(added)} files written to "

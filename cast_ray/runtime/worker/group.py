@@ -97,7 +97,8 @@ class WorkerGroup:
 
     def _forget_checkpoints(self, segment: Segment, is_finished: bool) -> None:
         stages = segment.stages if is_finished else [s for s in segment.stages if segment.store.has(s.key)]
-        segment.store.forget_checkpoints([s.fingerprint for s in stages], but=self.run_name)
+        trained = [stage.fingerprint for stage in stages if stage.kind == "train"]  # the others write no checkpoint
+        segment.store.forget_checkpoints(trained, but=self.run_name)
 
     async def close(self) -> None:
         """Ends a group that is kept, and returns when its room is given back."""

@@ -120,7 +120,9 @@ def segment(
 ) -> Segment:
     recipe = build_recipe("shapes", overrides={"runtime.max_failures": "2", **(settings or {})})
     stages: Any = [
-        SimpleNamespace(**{"name": "distill", "fingerprint": f"of {owner}", "key": owner, "online": None} | stage)
+        SimpleNamespace(
+            **{"name": "distill", "kind": "train", "fingerprint": f"of {owner}", "key": owner, "online": None} | stage
+        )
     ]
     store: Any = SimpleNamespace(
         attempt="1",
