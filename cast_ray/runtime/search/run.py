@@ -28,6 +28,7 @@ from cast_ray.plan.metrics import is_latency
 from cast_ray.plan.search import RUNG_METRIC, SearchSpec
 from cast_ray.recipe import Recipe
 from cast_ray.runtime.cluster import connect
+from cast_ray.runtime.data.shared_images import forget_shared_images
 from cast_ray.runtime.search.journal import claim_study
 from cast_ray.runtime.search.study import (
     again,
@@ -228,6 +229,7 @@ class _Search:
                 self.console.print(words, soft_wrap=True, highlight=False)
             return board["stop"]
         finally:
+            forget_shared_images()
             ray.shutdown()
 
     def _run_sampler(self, sampler: str, study: optuna.Study, num_trials: int, slots: int) -> None:

@@ -357,6 +357,7 @@ class ArtifactStore:
             **facts,
         )
         self.write_bytes(f"artifacts/{stage.key}/{MANIFEST}", manifest.to_json().encode())
+        self._committed[stage.key] = manifest  # the next stage reads these files
         return True
 
     @store_request

@@ -353,6 +353,7 @@ def _run(
     console.print(cluster.description, highlight=False)
     import ray
 
+    from cast_ray.runtime.data.shared_images import forget_shared_images
     from cast_ray.runtime.shared_paths import check_shared_paths
     from cast_ray.runtime.sweep.broker import MAX_CALLS, Broker
     from cast_ray.runtime.sweep.progress import ProgressDisplay
@@ -384,6 +385,7 @@ def _run(
             outcomes = run_trials(name, store, jobs, broker, min(len(jobs), 2 * slots + 2), callbacks)
         board = ray.get(broker.board.remote())
     finally:
+        forget_shared_images()
         ray.shutdown()
     if "failed" in outcomes.values() and (words := cluster.where_logs_are()):
         console.print(words, soft_wrap=True, highlight=False)
