@@ -28,6 +28,7 @@ from cast_ray.common.results_folder import ResultsFolder
 from cast_ray.common.version import VERSION
 from cast_ray.data.reading.class_lists import read_classes
 from cast_ray.recipe import Recipe, build_recipe, parse_overrides
+from cast_ray.recipe.licence_chain import teacher_sources
 from cast_ray.recipe.teachers import PUBLISHED
 
 
@@ -60,6 +61,10 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, results: ResultsFolder, 
     categories = read_classes(arguments.classes) if arguments.classes else None
     if categories is None and arguments.teacher in PUBLISHED:
         raise ValueError(f"--teacher {arguments.teacher} needs --classes: name the classes to look for")
+    for source in teacher_sources(recipe) if arguments.teacher in PUBLISHED else ():
+        if source.is_restricted:
+            words = f"the labels come from {source.terms}"
+            errors.print(words, style="yellow", markup=False, highlight=False, soft_wrap=True)
     make = partial(
         make_labeller,
         recipe,

@@ -6,7 +6,7 @@ import argparse
 import math
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -14,6 +14,7 @@ from rich.console import Console
 
 from cast_ray.common.outages import is_outage
 from cast_ray.common.text import FOLDER_NAME_RULE, is_folder_name
+from cast_ray.plan.prices import Prices
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 3, 130
 EXIT_CODES = {
@@ -26,10 +27,12 @@ EXIT_CODES = {
 """What the exit codes mean, of all commands."""
 STORAGE_VARIABLE = "CAST_RAY_STORAGE"
 INTERRUPTED_IMAGES = "stopped; the same command resumes with the images that are not finished"
+TEACHER_CHOICES = {"permissive": {"teacher.kind": "grounded_sam"}}
+"""What --teacher names -> the recipe keys that it sets. permissive: MM-Grounding-DINO and SAM2.1, both Apache-2.0."""
 STUDENT_HELP = "folder of a saved student, a row runs/<name>/<row>, a URI or a hub name"
 ADDRESS_HELP = "Ray cluster; 'local' starts one for this command alone (default: $RAY_ADDRESS, else local)"
 
-N = TypeVar("N", int, float)
+N = TypeVar("N", int, float, tuple[str, float])
 
 
 class Parser(argparse.ArgumentParser):
@@ -131,6 +134,33 @@ def add_recipe_options(
     add_set_option(parser)
 
 
+def add_teacher_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --teacher, a short form of --set teacher.kind; `recipe_overrides` reads it, `check_teacher` its rows."""
+    parser.add_argument(
+        "--teacher",
+        choices=list(TEACHER_CHOICES),
+        help="permissive: MM-Grounding-DINO and SAM2.1, under Apache-2.0; short for --set teacher.kind=grounded_sam",
+    )
+
+
+def check_teacher(teacher: str | None, kinds: Iterable[str]) -> None:
+    """Checks that no row or trial has another teacher than the one that --teacher asks for.
+
+    Args:
+        teacher: value of --teacher; None: it was not given.
+        kinds: `teacher.kind` of all rows or trials.
+
+    Raises:
+        ValueError: one is another.
+    """
+    for key, value in TEACHER_CHOICES.get(teacher or "", {}).items():
+        if others := sorted(set(kinds) - {value}):
+            raise ValueError(
+                f"--teacher {teacher} and a row or trial with {key}={others[0]}: expected {key}={value} everywhere, or "
+                "no --teacher"
+            )
+
+
 def add_set_option(parser: argparse.ArgumentParser, help_text: str = "override a recipe key") -> None:
     """Adds --set, which may be given several times; `parse_overrides` reads it."""
     parser.add_argument("--set", action=_AppendOverride, default=[], metavar="KEY=VALUE", help=help_text)
@@ -168,10 +198,10 @@ def add_ray_options(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns what --set and the options of `add_ray_options` change in a recipe.
+    """Returns what --set and the options of `add_ray_options` and `add_teacher_option` change in a recipe.
 
     Raises:
-        ValueError: a --set that is not key=value.
+        ValueError: a --set that is not key=value, or that contradicts --teacher.
     """
     from cast_ray.recipe import parse_overrides
 
@@ -179,7 +209,13 @@ def recipe_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
         "runtime.num_workers": arguments.workers_per_trial,
         "runtime.max_concurrent_stages": arguments.max_concurrent,
     }
-    return parse_overrides(arguments.set) | {key: str(value) for key, value in named.items() if value is not None}
+    overrides = parse_overrides(arguments.set)
+    for key, value in TEACHER_CHOICES.get(arguments.teacher, {}).items():
+        if overrides.get(key, value) != value:
+            given = f"--teacher {arguments.teacher} and --set {key}={overrides[key]}"
+            raise ValueError(f"{given}: expected {key}={value}, or only one of the two")
+        overrides[key] = value
+    return overrides | {key: str(value) for key, value in named.items() if value is not None}
 
 
 def add_tracker_options(parser: argparse.ArgumentParser, what: str) -> None:
@@ -251,6 +287,45 @@ def amount(text: str) -> float:
 def positive_amount(text: str) -> float:
     """Reads an argument that is more than 0, such as the seconds between two looks."""
     return _read(text, float, lambda number: 0 < number < math.inf, "a number above 0")
+
+
+def price(text: str) -> tuple[str, float]:
+    """Reads a price of a device-hour, of all devices (`1.2`) or of one model (`A10G=1.01`)."""
+
+    def read(given: str) -> tuple[str, float]:
+        model, equals, number = given.rpartition("=")
+        if equals and not model.strip():
+            raise ValueError("no model")
+        return model.strip(), float(number)
+
+    return _read(text, read, lambda named: 0 <= named[1] < math.inf, "a price such as 1.2 or A10G=1.01")
+
+
+def add_price_option(group: argparse._ActionsContainer) -> None:
+    """Adds the prices by which plans and reports tell what device-hours cost."""
+    group.add_argument(
+        "--price-per-gpu-hour",
+        nargs="+",
+        type=price,
+        metavar="[MODEL=]P",
+        help="price of a device-hour, or of one model's as A10G=1.01 (words of what reports call it)",
+    )
+
+
+def prices_of(arguments: argparse.Namespace) -> Prices | None:
+    """The prices that a command line names; None: it names none.
+
+    Raises:
+        ValueError: it names two for one model.
+    """
+    named = arguments.price_per_gpu_hour
+    if named is None:
+        return None
+    models = [model.lower() for model, _ in named]
+    if len(set(models)) < len(models):
+        words = " ".join(f"{model}={number:g}" if model else f"{number:g}" for model, number in named)
+        raise ValueError(f"--price-per-gpu-hour: expected one price for each model, got {words}")
+    return Prices(dict(named))
 
 
 def is_ray_job() -> bool:

@@ -3,6 +3,7 @@
 cast-ray report runs/losses-shapes-demo
 cast-ray report runs/losses-shapes-demo --watch     # in a second terminal while the sweep runs
 cast-ray report s3://bucket/storage/runs/losses-shapes-demo --out losses     # of a job on a cluster
+cast-ray report runs/losses-shapes-demo --price-per-gpu-hour A10G=1.01 L4=0.71
 """
 
 from __future__ import annotations
@@ -13,7 +14,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cast_ray.cli.options import EXIT_FAILED, Parser, exit_code, output_folder, plain_console, positive_amount
+from cast_ray.cli.options import (
+    EXIT_FAILED,
+    Parser,
+    add_price_option,
+    exit_code,
+    output_folder,
+    plain_console,
+    positive_amount,
+    prices_of,
+)
 from cast_ray.common.results_folder import ResultsFolder
 
 WATCH_EVERY_S = 5
@@ -38,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
         metavar="S",
         help="seconds between two looks (default: %(default)s)",
     )
+    add_price_option(parser)
     arguments = parser.parse_args(argv)
     return exit_code(lambda: _report(arguments, plain_console()))
 
@@ -74,6 +85,7 @@ def _report_of(results: ResultsFolder, run_dir: Path, arguments: argparse.Namesp
     from cast_ray.report.run_choice import named, runs_beside
     from cast_ray.report.write import rebuild_report, show, watch_report
 
+    prices = prices_of(arguments)
     if (run_dir / "search.json").is_file():
         return _search_report(results, run_dir, arguments.watch, arguments.every, console)
     for folder, differences in runs_beside(run_dir):
@@ -83,9 +95,9 @@ def _report_of(results: ResultsFolder, run_dir: Path, arguments: argparse.Namesp
             highlight=False,
         )
     if not arguments.watch:
-        return show(rebuild_report(run_dir, console), console, results.at)
+        return show(rebuild_report(run_dir, console, prices), console, results.at)
     try:
-        written = watch_report(run_dir, console, arguments.every, on_written=results.send, at=results.at)
+        written = watch_report(run_dir, console, arguments.every, on_written=results.send, at=results.at, prices=prices)
     except KeyboardInterrupt:
         console.print("Watching has stopped. The report remains as last written.")
         return EXIT_FAILED

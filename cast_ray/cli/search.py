@@ -21,8 +21,10 @@ from cast_ray.cli.options import (
     add_ray_options,
     add_recipe_options,
     add_run_options,
+    add_teacher_option,
     add_tracker_options,
     amount,
+    check_teacher,
     exit_code,
     is_ray_job,
     keep_wandb_here,
@@ -66,6 +68,8 @@ def _run(arguments: argparse.Namespace, results: ResultsFolder) -> int:
     except ValidationError as error:
         raise ValueError(explain(error, SearchSpec)) from None
     overrides = recipe_overrides(arguments)
+    searched = spec.domains().get("teacher.kind")
+    check_teacher(arguments.teacher, map(str, searched.ends()) if searched else ())
     preset, scale = arguments.preset or spec.preset, arguments.scale or spec.scale
     name = arguments.name or f"{spec.name}-search-{preset}-{scale}"
     results.fetch([name])
@@ -141,6 +145,7 @@ def _parser() -> Parser:
         "search", help=f"a search that comes with cast_ray ({', '.join(search_names())}) or a YAML file of your own"
     )
     add_recipe_options(parser, of="search")
+    add_teacher_option(parser)
     parser.add_argument(
         "--trials", type=positive, metavar="N", help="trials of each sampler, including those of earlier commands"
     )

@@ -191,10 +191,9 @@ def show_search(report: SearchReport, console: Console, at: Callable[[Path], str
 def search_article(plan: SearchRun, studies: Studies) -> Article:
     """Makes the whole report of a search."""
     spec = plan.spec
+    results = [_samplers(spec, studies), _failures(studies), _verdict(spec, studies), _unlike(studies)]
     made = [
-        section(
-            "Results", [_samplers(spec, studies), _failures(studies), _verdict(spec, studies), _best(spec, studies)]
-        ),
+        section("Results", [*results, _best(spec, studies)]),
         section("Pareto front", [_front_figure(spec, studies)]),
         section("Best so far", [_progress(spec, studies)]),
         section("Importances", [_importances(spec, studies)]),
@@ -310,6 +309,19 @@ def _verdict(spec: SearchSpec, studies: Studies) -> Words | None:
     values = ", ".join(f"{sampler} {format_value(metric, value)}" for sampler, value in at.items())
     line = f"At equal budget ({budget:.2g} device-hours each): {values}. One study each: a difference may be luck."
     return Words((line,), "list")
+
+
+def _unlike(studies: Studies) -> Words | None:
+    """Warns where trials ran on unlike devices, whose hours and latencies do not compare."""
+    trials = [trial for study in studies.values() for trial in study.trials]
+    computed = {device for trial in trials for device in trial.user_attrs.get("computed_on") or ()}
+    measured = {device for trial in trials for device in (trial.user_attrs.get("measured_on") or {}).values()}
+    lines = []
+    if len(computed) > 1:
+        lines.append(f"WARNING: device-hours add up those of unlike devices: {', '.join(sorted(computed))}.")
+    if len(measured) > 1:
+        lines.append(f"WARNING: latencies of unlike devices do not compare: {', '.join(sorted(measured))}.")
+    return Words(tuple(lines), "list") if lines else None
 
 
 def _best_so_far(spec: SearchSpec, study: optuna.Study) -> list[tuple[float, float]]:

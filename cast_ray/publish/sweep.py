@@ -15,6 +15,7 @@ from cast_ray.common.files import write_atomically
 from cast_ray.data.reading.data_report import REPORT_FILE
 from cast_ray.plan.ablation import Table
 from cast_ray.plan.graph import RowPlan
+from cast_ray.plan.prices import Prices
 from cast_ray.publish.drawings import draw_samples
 from cast_ray.publish.label_audit import worst_cases
 from cast_ray.publish.samples import row_samples
@@ -35,6 +36,8 @@ def announce(
     settings: Mapping[str, Any],
     results_uri: str,
     console: Console,
+    effect: float | None = None,
+    prices: Prices | None = None,
     at: Callable[[Path], str] = str,
 ) -> None:
     """Notes in the run folder what a sweep is about to run, so that its report can be watched from the start.
@@ -43,11 +46,23 @@ def announce(
         recipes: (row, seed) -> recipe.
         settings: what the rows have in common, by which a later command knows that this folder is its own.
         results_uri: folder of the store that each row's result appears in when it ends.
+        effect: smallest effect of interest that the report is to use; None: that of an earlier command, else its own.
+        prices: of a device-hour, for the report; None: none were named.
         at: what a user knows a file by, see `ResultsFolder.at`.
     """
     expected = [(table.name, row, seed) for row, seed in recipes]
     digests = [recipe_digest(json.loads(recipe.model_dump_json())) for recipe in recipes.values()]
-    write_plan(out, [table], expected, results_uri, digests, {table.name: settings})
+    effects = {} if effect is None else {table.name: effect}
+    write_plan(
+        out,
+        [table],
+        expected,
+        results_uri,
+        digests,
+        settings={table.name: settings},
+        effects=effects,
+        prices=prices,
+    )
     console.print(f"  report   {at(out / 'report.html')}", soft_wrap=True, highlight=False)
     console.print(f"    live: cast-ray report {at(out)} --watch", soft_wrap=True, highlight=False)
 

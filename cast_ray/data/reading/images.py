@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from cast_ray.common.paths import is_uri, read_bytes
+from cast_ray.data.reading.partial_decode import first_rows
 from cast_ray.data.reading.recent_files import RECENT_BYTES, RecentFiles, SharedFiles
 
 MAX_PIXELS = 178_956_970
@@ -29,6 +30,7 @@ UNREADABLE_SUFFIXES = (
 )
 """Pictures that cannot be read here and must be converted first."""
 _HEAD_BYTES = 1 << 18
+_WORTH_CUTTING_PX = 1 << 16  # below it opening a file twice costs more than the rows that are saved
 _MAP_MODES = ("L", "P", "I", "I;16", "I;16B", "RGB", "RGBA")
 _ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)
@@ -50,8 +52,17 @@ class ImageError(ValueError):
         return f"{self.uri}: {self.reason}"
 
 
-def read_image(uri: str, image_hw: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Reads one image file as RGB.
+Window = tuple[int, int, int, int]
+"""A rectangle of an image: top, left, height, width in pixels."""
+
+
+def read_image(
+    uri: str,
+    image_hw: tuple[int, int] | None = None,
+    max_pixels: int = MAX_PIXELS,
+    window: Window | None = None,
+) -> np.ndarray:
+    """Reads one image file, or a window of it, as RGB.
 
     Grey, palette and CMYK images are converted, an alpha channel is dropped, 16-bit grey is scaled from 0..65535 to
     0..255 (Pillow's own conversion clips it to white). EXIF orientation is not applied: annotations are in the
@@ -63,16 +74,33 @@ def read_image(uri: str, image_hw: tuple[int, int] | None = None, max_pixels: in
         uri: local path or any pyarrow.fs URI (s3://, gs://, file://).
         image_hw: (height, width) that the image must have, as its record says; then `max_pixels` is not asked.
         max_pixels: larger images are refused before they are decoded.
+        window: the part of the image that is wanted. Its pixels are those of the whole image; what lies below it is not
+            decoded where the format allows that, and damage there is then not noticed.
 
     Returns:
-        uint8 [H, W, 3], RGB.
+        uint8 [H, W, 3], RGB; H and W of the window, if there is one.
 
     Raises:
         ImageError (a ValueError): missing, empty, truncated, of another size, too large or not an image.
         OSError: the file store failed (worth another try, which a bad file is not).
     """
-    with _opened(uri, image_hw, max_pixels, recent=True) as (image, _):
+    with _opened(uri, image_hw, max_pixels, recent=True) as (image, content):
+        return _to_rgb(image) if window is None else _decode_window(image, content, window)
+
+
+def _decode_window(image: Image.Image, content: bytes, window: Window) -> np.ndarray:
+    top, left, height, width = window
+    if (height, width) == (image.height, image.width):
         return _to_rgb(image)
+    box = (left, top, left + width, top + height)
+    fewer = first_rows(content, top + height) if image.width * image.height >= _WORTH_CUTTING_PX else None
+    if fewer is not None:
+        try:
+            with Image.open(io.BytesIO(fewer), formats=_FORMATS) as upper:
+                return _to_rgb(upper.crop(box))
+        except Exception:  # whatever it is, the whole file decides whether it can be read
+            pass
+    return _to_rgb(image.crop(box))
 
 
 def check_image(

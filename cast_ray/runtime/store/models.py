@@ -27,6 +27,7 @@ from cast_ray.plan.graph import Stage, artifact_key, input_size_of
 from cast_ray.plan.reads import STUDENT_STAGES, TEACHER_STAGES
 from cast_ray.plan.stage_parts import StagePart
 from cast_ray.recipe import InputSize, ModelConfig, Recipe, TeacherConfig
+from cast_ray.recipe.licence_chain import chain_of_plain_recipe
 from cast_ray.runtime.store.artifacts import ArtifactStore, local_copy
 from cast_ray.teachers.checkpoints import content_hash, find_checkpoint, is_hub_name
 from cast_ray.teachers.expert import ExpertTeacher
@@ -76,9 +77,13 @@ def open_student(path: str) -> tuple[Student, RowResult | None]:
         ValueError: no student there; the message says what was looked for, or which rows there are.
     """
     folder, result = _follow(path, "student", STUDENT_STAGES)
-    if "://" not in folder:
-        return Student.from_pretrained(folder), result
-    return Student.from_files(*_read_files(folder), source=folder), result
+    if "://" in folder:
+        student = Student.from_files(*_read_files(folder), source=folder)
+    else:
+        student = Student.from_pretrained(folder)
+    if result is not None:
+        student.licences = chain_of_plain_recipe(result.recipe)
+    return student, result
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from cast_ray.contracts.compute_node import device_type
 from cast_ray.contracts.document import NewerDocumentError
 from cast_ray.contracts.label_audit import LabelAudit
 from cast_ray.contracts.manifest import LabelManifest, Manifest, TrainManifest
@@ -170,6 +171,7 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str], outcome:
         command=context.command,
         code_version=context.code_version,
         device_hours=sum(manifest.device_seconds for manifest in own) / 3600,  # of this run or one before it
+        device_hours_by_type=_hours_by_type(own),
         hardware=context.hardware,
         dataset=_dataset_facts(context, row, committed),
         stages=tuple(_stage_record(stage, artifact, stage.fingerprint not in ran) for stage, artifact in finished),
@@ -181,6 +183,16 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str], outcome:
         diagnostics={name: numbers["diagnostics"] for name, numbers in trained.items()},
         pseudo_labels={name: LabelAudit.of(numbers, AUDIT) for name, numbers in labelled.items() if numbers},
     )
+
+
+def _hours_by_type(manifests: Iterable[Manifest]) -> dict[str, float]:
+    """Model of the devices -> device-hours of these stages."""
+    hours: dict[str, float] = {}
+    for manifest in manifests:
+        if manifest.device_seconds:
+            device = device_type(manifest.computed_on)
+            hours[device] = hours.get(device, 0.0) + manifest.device_seconds / 3600
+    return hours
 
 
 def _metrics(evaluated: Mapping[str, tuple[Stage, Mapping[str, Any]]]) -> dict[str, Number | None]:

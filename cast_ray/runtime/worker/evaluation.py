@@ -24,12 +24,13 @@ from cast_ray.plan.graph import Stage, input_size_of
 from cast_ray.runtime.store.artifact_files import MATCHES, METRICS, RESULTS
 from cast_ray.runtime.store.models import load_labeller
 from cast_ray.runtime.worker.measuring import ValidationSet, measure
+from cast_ray.runtime.worker.meeting import Meeting
 from cast_ray.runtime.worker.segment import Segment
 
 POST_EVERY_S = 1.0
 
 
-def evaluate_stage(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
+def evaluate_stage(segment: Segment, stage: Stage, world: World, meeting: Meeting) -> dict[str, Any]:
     """An evaluate stage on this worker; the first one writes the artifact's metrics, matches and results."""
     store = segment.store
     images = ValidationSet.of(segment, input_size_of(stage))
@@ -55,7 +56,7 @@ def evaluate_stage(segment: Segment, stage: Stage, world: World) -> dict[str, An
         seconds = time.monotonic() - began
         if own is None:
             store.add(stage, _part("matches", world.rank), matches.to_bytes())
-        world.barrier()
+        meeting.wait()
         if own is None:
             return {}
         others = [load_matches(store.read_bytes(stage.key, _part("matches", r))) for r in range(1, world.size)]
