@@ -170,11 +170,13 @@ def run_until_decided(
     recipe_of: RecipeOf,
     run_round: RunRound,
     console: Console,
+    at: Callable[[Path], str] = str,
 ) -> int:
     """Runs seeds until all rows are decided, or the budget or the greatest number of seeds is reached.
 
     Args:
         request: of all tables; its recipes are replaced by those of each round.
+        at: what a user knows a file by, see `ResultsFolder.at`.
 
     Returns:
         The exit code: 0 when every row is decided, 1 when a row failed, 3 when a limit left one undecided.
@@ -209,7 +211,7 @@ def run_until_decided(
                 table.give_up_missing(pairs.get(table.table.name, []))
     left = {table.table.name: table.open_rows() for table in tables}
     if not num_rounds:
-        _show_stored(tables, console)
+        _show_stored(tables, console, at)
     _say_end(left, is_stopped, spent_h, console)
     return max(codes) or (EXIT_STOPPED if is_stopped or any(left.values()) else 0)
 
@@ -239,13 +241,13 @@ def _say_round(
         console.print(f"  used   {hours(spent_h)} of {hours(request.budget_hours)}", highlight=False)
 
 
-def _show_stored(tables: Sequence[UndecidedTable], console: Console) -> None:
+def _show_stored(tables: Sequence[UndecidedTable], console: Console, at: Callable[[Path], str]) -> None:
     """Shows the reports of tables of which nothing was left to run."""
     from cast_ray.report.write import show, write_report
 
     for table in tables:
         if (table.folder / PLAN).is_file():
-            show(write_report(table.folder, tell=console.print), console)
+            show(write_report(table.folder, tell=console.print), console, at)
 
 
 def _say_end(left: Mapping[str, Sequence[str]], is_stopped: bool, spent_h: float, console: Console) -> None:

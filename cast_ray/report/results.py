@@ -293,8 +293,8 @@ def _sum_by_key(values: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 def _device_hours(result: Result, stage: StageRecord) -> float:
     asked = result.setting("runtime.num_labellers" if stage.kind == "label" else "runtime.num_workers")
-    workers = stage.num_workers or (asked if isinstance(asked, int) else 1)
-    return (stage.stage_seconds or stage.seconds or 0.0) * workers / 3600
+    devices = stage.num_devices or stage.num_workers or (asked if isinstance(asked, int) else 1)
+    return (stage.stage_seconds or stage.seconds or 0.0) * devices / 3600
 
 
 def _compute(costs: Sequence[tuple[float, StageSummary]]) -> Compute:

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from pyarrow import fs
 
-from cast_ray.common.paths import absolute, join, read_bytes, resolve, write_bytes
+from cast_ray.common.paths import absolute, join, make_folder, read_bytes, resolve, write_bytes
 from cast_ray.contracts.records import Category
 from cast_ray.data.formats.coco import read_annotations
 from cast_ray.data.formats.scenes import DRAWING_VERSION, LAYOUTS, STYLES, Layout, draw_scene
@@ -68,13 +68,13 @@ def draw(
         return
     filesystem, base = resolve(root)
     _check_ours(filesystem, base, root)
-    filesystem.create_dir(base, recursive=True)
+    make_folder(filesystem, base)
     # The marker says whose folder this is; it turns into the manifest when everything else is there.
     write_bytes(join(root, PARTIAL_MANIFEST), json.dumps(manifest).encode())
     _delete(filesystem, posixpath.join(base, MANIFEST))
     counts = {"source": config.num_source, "train": config.num_train, "val": config.num_val}
     for folder in (*_SPLITS, "annotations"):
-        filesystem.create_dir(posixpath.join(base, folder), recursive=True)
+        make_folder(filesystem, posixpath.join(base, folder))
 
     layout = LAYOUTS[config.layout]
     tasks = [

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from cast_ray.common.digest import digest_of
-from cast_ray.common.paths import absolute, resolve
+from cast_ray.common.paths import absolute, join, read_bytes
 from cast_ray.common.registry import lookup
 from cast_ray.contracts.records import Category, class_names
 from cast_ray.contracts.row_result import RowResult
@@ -312,14 +312,10 @@ def _import_expert(store: ArtifactStore, folder: str, expected: ModelConfig, cat
 def _read_files(folder: str) -> tuple[bytes, bytes]:
     """config.json and model.safetensors of a folder or URI."""
     try:
-        fs, path = resolve(absolute(folder))
-        contents = []
-        for name in (CONFIG, WEIGHTS):
-            with fs.open_input_file(f"{path}/{name}") as file:
-                contents.append(file.read())
+        config, weights = (read_bytes(join(absolute(folder), name)) for name in (CONFIG, WEIGHTS))
     except (OSError, ValueError) as error:
         raise ValueError(f"no saved model in {folder!r}: {error}") from None
-    return contents[0], contents[1]
+    return config, weights
 
 
 def _short(names: list[Any]) -> str:

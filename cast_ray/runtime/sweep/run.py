@@ -373,6 +373,7 @@ def _run(
     console.print(cluster.description, highlight=False)
     import ray
 
+    from cast_ray.runtime.data.shared_images import forget_shared_images
     from cast_ray.runtime.shared_paths import check_shared_paths
     from cast_ray.runtime.sweep.broker import start_broker
     from cast_ray.runtime.sweep.progress import ProgressDisplay
@@ -404,6 +405,7 @@ def _run(
             outcomes = run_trials(name, store, jobs, broker, min(len(jobs), 2 * slots + 2), callbacks)
         board = ray.get(broker.board.remote())
     finally:
+        forget_shared_images()
         if request.session is None:
             ray.shutdown()
     if "failed" in outcomes.values() and (words := cluster.where_logs_are()):

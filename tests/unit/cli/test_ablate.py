@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -15,6 +14,8 @@ from dataset_folders import write_ade20k, write_cityscapes
 
 from cast_ray.cli import ablate, search
 from cast_ray.cli.main import main as cast_ray_main
+from cast_ray.cli.options import runs_place, storage_path
+from cast_ray.common.results_folder import open_results
 from cast_ray.plan.ablation import table_names
 from cast_ray.plan.graph import plan, plan_sweep
 from cast_ray.plan.prices import ANY, Prices
@@ -22,7 +23,7 @@ from cast_ray.recipe import build_recipe
 from cast_ray.recipe.licences import CHECKPOINTS
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.sweep import run as sweep
-from cast_ray.runtime.sweep.run import sweep_name
+from cast_ray.runtime.sweep.run import SweepRequest, sweep_name
 
 TINY = ["data.shapes.num_source=8", "data.shapes.num_train=12", "data.shapes.num_val=4"]
 SMALL = ["--scale", "smoke", *(part for setting in TINY for part in ("--set", setting))]
@@ -46,8 +47,10 @@ def dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     return call
 
 
-def request_of(*arguments: str) -> Any:
-    return ablate._request(ablate._parser().parse_args(list(arguments)))[0]
+def request_of(*arguments: str) -> SweepRequest:
+    read = ablate._parser().parse_args(list(arguments))
+    with open_results(runs_place(read.out, storage_path(read.storage))) as results:
+        return ablate._request(read, results)
 
 
 def line(output: str, name: str) -> str:
@@ -291,8 +294,8 @@ def test_bad_requests(arguments: list[str], message: str) -> None:
 
 
 @pytest.mark.parametrize("command", [ablate.main, search.main])
-@pytest.mark.parametrize("uri", ["s3://bucket/runs", "file:///tmp/runs"])
-def test_results_do_not_go_to_a_uri(
+@pytest.mark.parametrize("uri", ["gopher://bucket/runs", "s3://"])
+def test_results_do_not_go_to_a_uri_of_no_known_kind(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -302,7 +305,7 @@ def test_results_do_not_go_to_a_uri(
     monkeypatch.chdir(tmp_path)
     assert command(["losses", "--scale", "smoke", "--out", uri]) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"error: --out {uri}: expected a local ")
+    assert line.startswith(f"error: --out {uri}: ")
     assert list(tmp_path.iterdir()) == []
 
 
