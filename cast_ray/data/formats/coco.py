@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +27,7 @@ from cast_ray.data.formats.coco_document import (
 )
 from cast_ray.data.formats.segmentations import encode_segmentation
 from cast_ray.data.reading.image_files import FoundImage, find_images, image_dirs_of
-from cast_ray.data.reading.index import INDEX_SCHEMA, DatasetIndex, HeldOut, Skipped, describe, index_pool
+from cast_ray.data.reading.index import INDEX_SCHEMA, DatasetIndex, HeldOut, Skipped, describe, hold_out, index_pool
 from cast_ray.data.reading.listing import Listing, open_listing
 from cast_ray.recipe import DataConfig
 
@@ -94,7 +93,7 @@ def index(config: DataConfig, progress: Progress | None = None) -> DatasetIndex:
                 f"{train_file}: {first.table.num_rows} usable image{reasons}: expected at least 2, one of them for "
                 "validation (or data.val_annotations)"
             )
-        splits["train"], splits["val"] = _hold_out(first.table, config.val_fraction)
+        splits = hold_out(first.table, config, train_file)
         held_out = _annotations_of(splits["val"], first.skipped_by_image)
     else:
         parts["val"] = read.annotations(val_file, image_dirs_of(config.val_image_dir, val_file, "val"), "val")
@@ -318,17 +317,6 @@ def _instance_lists(
         chunks.append(pa.ListArray.from_arrays(offsets, instances))
         first += len(chosen)
     return pa.chunked_array(chunks)
-
-
-def _hold_out(table: pa.Table, val_fraction: float) -> tuple[pa.Table, pa.Table]:
-    digests = [hashlib.sha256(i.encode()).digest()[:8] for i in table.column("image_id").to_pylist()]
-    place = np.array([int.from_bytes(d, "big") / 2**64 for d in digests])
-    held = place < val_fraction
-    held[place.argmin()] = True
-    held[place.argmax()] = False
-    kept, val = table.filter(pa.array(~held)), table.filter(pa.array(held))
-    column = table.schema.get_field_index("split")
-    return kept, val.set_column(column, "split", pa.array(["val"] * val.num_rows))
 
 
 def _annotations_of(images: pa.Table, skipped_by_image: Mapping[str, Sequence[Skipped]]) -> HeldOut:
