@@ -41,6 +41,9 @@ class DataConfig(Part):
     names."""
     val_annotations: str = ""
     """COCO JSON of the validation images; empty: found, else a `val_fraction` of the images is held out."""
+    crowds: Annotated[Literal["ignore", "objects"], OFF_BY_DEFAULT] = "ignore"
+    """What annotations of a COCO file with `iscrowd` 1 are. ignore: regions of many objects, as COCO means it. objects:
+    single objects, in exports of CVAT, datumaro and supervision, which write every mask that is no polygon so."""
     val_fraction: float = Field(0.25, gt=0, lt=1)
     """Share of the training images that is held out for evaluation where there is no validation file."""
     image_dir: str = ""
@@ -153,6 +156,15 @@ class DataConfig(Part):
             )
         if not 0 < self.scale_jitter[0] <= self.scale_jitter[1]:
             raise ValueError(f"data.scale_jitter is {list(self.scale_jitter)}: expected a range above 0, low end first")
+        return self
+
+    @model_validator(mode="after")
+    def _crowds_are_those_of_coco(self) -> DataConfig:
+        if self.crowds != "ignore" and self.format != "coco" and ":" not in self.format:
+            raise ValueError(
+                f"data.crowds is {self.crowds} and data.format {self.format}: expected data.format=coco, whose files "
+                "have iscrowd"
+            )
         return self
 
     @model_validator(mode="after")
