@@ -4,9 +4,9 @@
 
 No accelerator is needed: the limits of the CPU, which works in pieces that fit its cache, are taken away, and torch's
 profiler adds up every allocation and release (`measure.peak_tensor_mib`). What is given does not count: predictions and
-masks. Our points are drawn within the call, the rival's are given. Measured are the matching alone, and the whole loss with all that it keeps
-for the backward pass. The rival is transformers' `Mask2FormerLoss`, on the smaller of the two only, since it needs
-several GB for the larger one. Memory does not vary between runs, so each is measured once.
+masks. Our points are drawn within the call, the rival's are given. Measured are the matching alone, and the whole loss
+with all that it keeps for the backward pass. The rival is transformers' `Mask2FormerLoss`, on the smaller of the two
+only, since it needs several GB for the larger one. Memory does not vary between runs, so each is measured once.
 """
 
 from __future__ import annotations

@@ -179,12 +179,12 @@ def _licences(store: ArtifactStore, arguments: argparse.Namespace, console: Cons
     listed = sorted(store.list_artifacts().values(), key=lambda a: -a.changed)
     students = student_licences(store, [a.key for a in listed if a.committed is not None])
     if arguments.json:
-        rows = [
+        facts = [
             {"key": s.key, "stage": s.stage, "rows": s.rows, "commercial": s.chain.strictest.commercial}
             | {"sources": s.chain.plain()}
             for s in students
         ]
-        print(json.dumps(rows))
+        print(json.dumps(facts))
         return 0
     for student in students:
         rows = first_of(student.rows, MAX_ROWS) or "no result names it"

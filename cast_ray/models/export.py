@@ -131,7 +131,7 @@ def export_onnx(
     assert program is not None
     facts = {"class_names": json.dumps(student.class_names), "image_px": json.dumps([height, width])}
     if student.licences:
-        facts["licences"] = json.dumps(student.licences.plain())
+        facts["licences"] = json.dumps(student.licences.published().plain())
     program.model.metadata_props.update(facts)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

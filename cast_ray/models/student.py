@@ -135,7 +135,8 @@ class Student(nn.Module):
             result: outcome of its row, for the model card and, where `licences` is None, for what it inherits.
             place: hub name that the folder is going to have, for the model card.
         """
-        licences = self.licences or (chain_of_plain_recipe(result.recipe) if result else None)
+        known = self.licences or (chain_of_plain_recipe(result.recipe) if result else None)
+        licences = known.published() if known else None
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.segmenter.state_dict().items()}
         config = self.config() | ({"licences": licences.plain()} if licences else {})
         if result is None and self.card is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,12 @@ class LicenceChain:
         """What the chain as a whole says about commercial use, in words."""
         return COMMERCIAL_WORDS[self.strictest.commercial]
 
+    def published(self) -> LicenceChain:
+        """The chain for everybody's eyes: of paths and URIs of this machine only the last part of the name."""
+        is_private = re.compile(r"[/~.]|\w+://")
+        names = [s.name.rstrip("/").rpartition("/")[2] if is_private.match(s.name) else s.name for s in self.sources]
+        return LicenceChain(tuple(replace(source, name=name) for source, name in zip(self.sources, names)))
+
     def plain(self) -> list[dict[str, Any]]:
         """The chain as plain data, for a file."""
         return [asdict(source) for source in self.sources]
@@ -176,8 +182,7 @@ def readme_licence(folder: str) -> Licence | None:
         fields = read_yaml(header.group(1)) if header else None
     except (OSError, ValueError):
         return None
-    named = fields.get("license") if isinstance(fields, dict) else None
-    if not named:
+    if not isinstance(fields, dict) or not (named := fields.get("license")):
         return None
     if named == "other":
         name, link = (str(fields.get(key) or "") for key in ("license_name", "license_link"))

@@ -20,7 +20,7 @@ _SCAN = 0xDA
 def first_rows(content: bytes, num_rows: int) -> bytes | None:
     """The file of an image's first rows, or None where the rows of a file cannot be told apart.
 
-    Those are other formats, interlaced and animated PNG, and JPEG files that are progressive or hold more than one scan.
+    Those are other formats, interlaced or animated PNG, and JPEG that is progressive or has more than one scan.
 
     Args:
         content: an image file.

@@ -144,7 +144,7 @@ def _pair_points(
     config: LossConfig,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Where each layer compares the masks of its pairs, float32 [L, K, P, 2]: uncertain points first, then uniform ones.
+    """Where each layer compares the masks of its pairs, float32 [L, K, P, 2]: uncertain points, then uniform ones.
 
     The candidates of a few pairs exist at a time: those of all layers would take more memory than all the rest. They
     are drawn in the same order as if they were drawn together.

@@ -196,6 +196,20 @@ def test_the_plan_says_what_the_students_inherit(dry_run: DryRun, tmp_path: Path
     assert "CC-BY-NC" not in output and "WARNING" not in output and "facebook/sam2.1-hiera-large: Apache-2.0" in output
 
 
+def test_a_search_says_what_its_students_inherit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from cast_ray.runtime.search import run as search_run
+
+    monkeypatch.setattr(search_run, "open_study", Mock(side_effect=ValueError("far enough")))
+    given = ["--storage", str(tmp_path / "storage"), "--out", str(tmp_path / "runs")]
+    assert search.main(["losses", *SMALL, *given, "--set", "data.licence=CC-BY-NC-4.0"]) == 2
+    found = capfd.readouterr()
+    assert "far enough" in found.err and not ray.is_initialized()
+    assert "  licences data shapes: CC-BY-NC-4.0\n" in found.out
+    assert "WARNING: the student inherits the terms of data shapes: CC-BY-NC-4.0, no commercial use (" in found.out
+
+
 def test_the_permissive_teacher() -> None:
     (table,) = request_of("losses", "--preset", "coco", "--teacher", "permissive").tables
     teachers = [recipe.teacher for recipe in table.recipes.values()]

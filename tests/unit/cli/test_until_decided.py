@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from cast_ray.cli import ablate
 from cast_ray.cli.main import main
 from cast_ray.cli.until_decided import UndecidedTable, run_until_decided
 from cast_ray.plan.ablation import load_table
+from cast_ray.recipe import build_recipe
 from cast_ray.report.run_folder import write_plan
 from cast_ray.report.write import write_report
 from cast_ray.runtime.sweep.run import SweepOutcome, SweepRequest, TableRequest
@@ -61,21 +61,20 @@ class PlayedSweeps:
 
 
 def play(
-    sweeps: PlayedSweeps, rows: tuple[str, ...] = tuple(GAINS), budget_hours: float = 100.0, **changes: Any
+    sweeps: PlayedSweeps,
+    rows: tuple[str, ...] = tuple(GAINS),
+    budget_hours: float = 100.0,
+    first_seeds: tuple[int, ...] = (0,),
+    effect: float = 1.0,
+    max_seeds: int = 9,
 ) -> int:
-    table = load_table("losses")
-    settings = {"first_seeds": [0], "effect": 1.0, "max_seeds": 9} | changes
-    open_table = UndecidedTable(table, rows, folder=sweeps.folder, **settings)
+    open_table = UndecidedTable(load_table("losses"), rows, first_seeds, sweeps.folder, effect, max_seeds)
+    name = sweeps.folder.name
     request = SweepRequest(
-        (TableRequest(table, {}, sweeps.folder.name),), "storage", None, None, budget_hours=budget_hours
+        (TableRequest(open_table.table, {}, name),), "storage", None, None, budget_hours=budget_hours
     )
-    return run_until_decided(
-        request,
-        [open_table],
-        lambda table, row, seed: None,
-        sweeps,
-        Console(width=200),  # type: ignore[arg-type, return-value]
-    )
+    recipe = build_recipe("shapes", "smoke")
+    return run_until_decided(request, [open_table], lambda table, row, seed: recipe, sweeps, Console(width=200))
 
 
 def test_only_open_rows_get_further_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,7 +128,7 @@ def test_a_failed_row_gets_no_further_seed(tmp_path: Path) -> None:
 def test_seeds_that_are_stored_count(tmp_path: Path) -> None:
     """Seeds of an earlier command, in any number, join those that are added."""
     sweeps = PlayedSweeps(tmp_path / "run")
-    play(sweeps, rows=("sup", "sup+semi+pxl"), first_seeds=[5, 3], max_seeds=4)
+    play(sweeps, rows=("sup", "sup+semi+pxl"), first_seeds=(5, 3), max_seeds=4)
     assert sweeps.rounds[0] == [(row, seed) for seed in (3, 5, 6) for row in ("sup", "sup+semi+pxl")]
     assert sweeps.rounds[1] == [("sup", 7), ("sup+semi+pxl", 7)]
     more = PlayedSweeps(tmp_path / "run")

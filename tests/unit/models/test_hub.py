@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import LocalTokenNotFoundError
 
 from cast_ray.cli import export
@@ -56,9 +56,10 @@ def test_the_header_of_the_card_is_the_hubs() -> None:
     assert fields["base_model"] == ["facebook/dinov2-small"] and fields["metrics"] == ["mask_ap", "ap50"]
     assert fields["license"] == "other" and fields["license_name"] == "cityscapes-licence-agreement"
     assert fields["license_link"] == "https://www.cityscapes-dataset.com/license/"
-    values = {(each.metric_type, each.metric_value) for each in card.data.eval_results or ()}
-    assert values == {("mask_ap", 42.5), ("ap50", 63.0)}
-    first = (card.data.eval_results or [])[0]
+    assert isinstance(card.data, ModelCardData)
+    measured = card.data.eval_results or []
+    assert {(each.metric_type, each.metric_value) for each in measured} == {("mask_ap", 42.5), ("ap50", 63.0)}
+    first = measured[0]
     assert (first.dataset_type, first.dataset_name, first.metric_name) == (
         "cityscapes",
         "Cityscapes",
@@ -87,7 +88,7 @@ def test_the_header_of_the_card_is_the_hubs() -> None:
         ),
     ],
 )
-def test_the_card_names_the_strictest_licence(preset: str, overrides: dict[str, str], fields: dict[str, str]) -> None:
+def test_the_card_names_the_strictest_licence(preset: str, overrides: dict[str, Any], fields: dict[str, str]) -> None:
     found = card_of(result_of(preset, **overrides)).data.to_dict()
     assert {key: value for key, value in found.items() if key.startswith("license")} == fields
 
@@ -98,7 +99,7 @@ def test_the_card_shows_the_whole_chain() -> None:
         "| teacher facebook/mask2former-swin-large-coco-instance | "
         "[CC-BY-NC-4.0](https://creativecommons.org/licenses/by-nc/4.0/) | no | https://github.com/",
         "| encoder facebook/dinov2-small | [Apache-2.0](https://www.apache.org/licenses/LICENSE-2.0) | yes | ",
-        "| data /nowhere | [CC0-1.0](",
+        "| data nowhere | [CC0-1.0](",
         "Taken together: no commercial use.",
         "no legal advice",
     ):
@@ -139,21 +140,21 @@ def test_a_config_with_broken_licences_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-class LocalHub:
+class LocalHub(HfApi):
     """Stands in for `HfApi`: repositories are folders."""
 
     def __init__(self, root: Path, error: Exception | None = None, token: str | None = None):
         self.root, self.error, self.token = root, error, token
         self.made: list[dict[str, Any]] = []
 
-    def create_repo(self, repo_id: str, **options: Any) -> None:
+    def create_repo(self, repo_id: str, **options: Any) -> Any:
         if self.error is not None:
             raise self.error
         self.made.append({"repo_id": repo_id, **options})
         (self.root / repo_id).mkdir(parents=True, exist_ok=options["exist_ok"])
 
-    def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> str:
-        assert commit_message
+    def upload_folder(self, *, repo_id: str, folder_path: Any, commit_message: Any = "", **options: Any) -> Any:
+        assert commit_message and not options
         shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
         return f"https://hub.example/{repo_id}/commit/1"
 

@@ -180,6 +180,16 @@ def test_a_chain_survives_a_file() -> None:
         LicenceChain.of_plain([{"role": "teacher"}])
 
 
+@pytest.mark.parametrize(
+    ("root", "name"),
+    [("/home/me/secret/cells", "cells"), ("s3://bucket/cells/", "cells"), ("../cells", "cells"), ("a/b", "a/b")],
+)
+def test_paths_of_this_machine_are_not_published(root: str, name: str) -> None:
+    found = chain(data__root=root, data__licence="MIT")
+    assert found.sources[-1].name == root and found.published().sources[-1].name == name
+    assert [source.name for source in found.published().sources[:-1]] == [s.name for s in found.sources[:-1]]
+
+
 def test_a_result_of_another_version_is_unknown_and_no_error() -> None:
     recipe = build_recipe("cityscapes", "full", {"data.root": "/nowhere"})
     assert chain_of_plain_recipe(recipe.model_dump(mode="json")) == licence_chain(recipe)

@@ -139,7 +139,8 @@ def test_seeds_without_spread_decide_nothing() -> None:
 def test_a_table_decides_row_by_row() -> None:
     draws = np.random.default_rng(6)
     noise = draws.normal(0, 0.5, (3, 8))
-    found = decide({"up": 6 + noise[0, :4], "same": noise[1], "open": 0.8 + 2 * noise[2, :5], "new": []}, effect=1.5)
+    rows = {"up": 6 + noise[0, :4], "same": noise[1], "open": 0.8 + 2 * noise[2, :5], "new": np.zeros(0)}
+    found = decide({row: values.tolist() for row, values in rows.items()}, effect=1.5)
     assert found["up"].side == "above" and found["up"].decided_at is not None and found["up"].decided_at <= 4
     assert 0 < found["up"].low < 6 < found["up"].high
     assert found["same"].side == "equal" and -1.5 < found["same"].low < found["same"].high < 1.5

@@ -398,7 +398,7 @@ def test_a_repeated_command_asks_for_its_own_rows_only(tmp_path: Path) -> None:
 
 def test_the_report_says_what_the_students_inherit(tmp_path: Path) -> None:
     given = {"data.root": "/nowhere", "teacher.kind": "mask2former"}
-    rows = {"sup": given | {"loss.lambda_semi": 0}, "sup+semi": given}
+    rows: dict[str, dict[str, Any]] = {"sup": given | {"loss.lambda_semi": 0}, "sup+semi": dict(given)}
     recipes = {row: build_recipe("cityscapes", "full", fields).model_dump(mode="json") for row, fields in rows.items()}
     report = report_of(tmp_path / "two", [result(row, recipe=recipe) for row, recipe in recipes.items()])
     own = "encoder facebook/dinov2-small: Apache-2.0; data cityscapes: Cityscapes licence agreement"

@@ -21,6 +21,7 @@ JPEG |= {
     "jpeg grey": {"format": "JPEG", "mode": "L"},
     "jpeg cmyk": {"format": "JPEG", "mode": "CMYK"},
 }
+MODES = ("RGB", "RGBA", "L", "P", "1", "I;16")
 PNG: dict[str, dict[str, Any]] = {
     f"png {m}": {"format": "PNG", "mode": m} for m in ("RGB", "RGBA", "L", "P", "1", "I;16")
 }
