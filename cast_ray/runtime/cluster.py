@@ -82,6 +82,34 @@ class Cluster:
         return f"What Ray's processes wrote is in {self.log_folder} (worker-*.err) of the node where the row ran"
 
 
+class RaySession:
+    """A connection to Ray that several sweeps use one after the other.
+
+    It is made when the first of them needs it, and closed at the end of the `with` block.
+    """
+
+    def __init__(self, address: str | None, num_cpus: int | None = None):
+        self.address, self.num_cpus = address, num_cpus
+        self._cluster: Cluster | None = None
+
+    def connect(self) -> Cluster:
+        """Starts or joins Ray unless this session has done so; see `connect`."""
+        import ray
+
+        if self._cluster is None or not ray.is_initialized():
+            self._cluster = connect(self.address, self.num_cpus)
+        return self._cluster
+
+    def __enter__(self) -> RaySession:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._cluster is not None:
+            import ray
+
+            ray.shutdown()
+
+
 def connect(address: str | None, num_cpus: int | None = None) -> Cluster:
     """Starts or joins Ray.
 

@@ -67,7 +67,7 @@ class Board:
     def wait_for_room(self, owner: str, what: str, why: str) -> None:
         pass
 
-    def occupy(self, owner: str) -> bool:
+    def occupy(self, owner: str, devices: int) -> bool:
         return True
 
     def seen(self) -> tuple[int, list[int]]:

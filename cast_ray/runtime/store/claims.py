@@ -126,7 +126,10 @@ class Watch:
         self.seen: dict[str, tuple[bytes, float]] = {}
 
     def is_alive(self, holder: str, role: str = "sweep") -> bool:
+        asked = self.clock()
         beat = self.store.find_bytes(f"claims/{ROLES[role]}/{holder}.json")
+        if self.clock() - asked > BEAT_S:  # the store was out of reach, for those who beat as well
+            self.seen.clear()
         if beat is None:
             return False
         before, since = self.seen.get(holder, (None, 0.0))
@@ -140,6 +143,12 @@ def read_holder(beat: bytes) -> Holder:
     """The holder that a file of `claims/holders` or `claims/pruning` describes."""
     known = {field.name for field in fields(Holder)}
     return Holder(**{k: v for k, v in json.loads(beat).items() if k in known})
+
+
+def find_holder(store: ArtifactStore, holder: str) -> Holder | None:
+    """Returns a running sweep by its id; None where its file is gone."""
+    beat = store.find_bytes(f"claims/{ROLES['sweep']}/{holder}.json")
+    return None if beat is None else read_holder(beat)
 
 
 class Presence:

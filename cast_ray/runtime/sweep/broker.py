@@ -186,7 +186,8 @@ class Broker:
         """Blocks until `owner` may run something, all its needs are done, or it must stop.
 
         Args:
-            devices: what the owner's worker group will occupy, for the budget.
+            devices: what the owner's workers occupy, also while their group is kept; what else runs for a segment is
+                told to `occupy`.
             instance: id of the driver process that asks. What earlier processes of this owner hold or wait for passes
                 to it; one of them that is alive all the same is told to stop.
             runtime: what the owner's worker groups need, by which one that is parked is kept for it.
@@ -348,13 +349,17 @@ class Broker:
         while self.rooms.is_moving(set(nodes), owner, time.monotonic()):
             await asyncio.sleep(TURN_LOOK_S)
 
-    async def occupy(self, owner: str) -> bool:
-        """`owner`'s segment has found room and counts for the budget; False: nothing may start any more."""
+    async def occupy(self, owner: str, devices: int | None = None) -> bool:
+        """`owner`'s segment has found room and counts for the budget; False: nothing may start any more.
+
+        Args:
+            devices: that all its processes hold, see `resources.num_devices`; None: those of its workers.
+        """
         self.rooms.found(owner)
         now = time.monotonic()
         if self.limits.reason(now) is not None:
             return False
-        self.limits.start(owner, self.devices.get(owner, 1), now)
+        self.limits.start(owner, self.devices.get(owner, 1) if devices is None else devices, now)
         return True
 
     async def computes_on(self, owner: str, process: str, node: ComputeNode) -> None:

@@ -30,7 +30,14 @@ from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.sweep.broker import HEARTBEAT_S
 from cast_ray.runtime.sweep.leases import Answer, Need
 from cast_ray.runtime.sweep.posts import MAX_ENTRIES
-from cast_ray.runtime.sweep.row_results import Outcome, SweepContext, assemble_result, row_name, write_result
+from cast_ray.runtime.sweep.row_results import (
+    Outcome,
+    SweepContext,
+    assemble_result,
+    find_committed,
+    row_name,
+    write_result,
+)
 from cast_ray.runtime.worker.audit import audit_labels
 from cast_ray.runtime.worker.group_host import run_segment
 from cast_ray.runtime.worker.label_job import LabelJob
@@ -148,7 +155,9 @@ def _run_row(config: dict[str, Any], broker: Any, record: bool, driver: type[Row
     """Driver of one trial: claims, runs and commits stages until the row has all of them, then writes its result."""
     job = Job.unpacked(ray.get(broker.job.remote(config["row"])))
     result = run_row(driver(job, broker, record))
-    tune.report({"status": result.status, "error": result.error, **result.metrics})
+    measured_on = {name: node.device for name, node in result.measured_on.items()}
+    devices = {"computed_on": sorted(result.hours_by_type), "measured_on": measured_on}
+    tune.report({"status": result.status, "error": result.error, **devices, **result.metrics})
 
 
 def run_row(driver: RowDriver) -> RowResult:
@@ -305,8 +314,8 @@ class RowDriver:
             if not is_stored and self._broker_id() == broker_id:
                 raise
         finally:  # of a segment that failed, its first stages may have been committed
-            manifests = {s.fingerprint: self.store.find_manifest(s.key) for s in stages}
-            self.ran |= {f for f, manifest in manifests.items() if manifest and manifest.attempt == store.attempt}
+            committed = find_committed(self.store.storage, stages)
+            self.ran |= {f for f, artifact in committed.items() if artifact.manifest.attempt == store.attempt}
 
     def _broker_id(self) -> str:
         return ray.get(self.broker.which.remote())

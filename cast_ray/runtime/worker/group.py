@@ -31,7 +31,7 @@ from cast_ray.runtime.ray_internals import is_lost_at_start, is_startup_timeout
 from cast_ray.runtime.worker.mailbox import Mailbox
 from cast_ray.runtime.worker.online import Teachers, start_teachers, teacher_bundles
 from cast_ray.runtime.worker.segment import Segment, SegmentFailed
-from cast_ray.runtime.worker.shape import shape_of
+from cast_ray.runtime.worker.shape import devices_of, shape_of
 from cast_ray.runtime.worker.validation import validation_bundles
 
 TAKEN_S = 10.0
@@ -106,7 +106,8 @@ class WorkerGroup:
 
     def _forget_checkpoints(self, segment: Segment, is_finished: bool) -> None:
         stages = segment.stages if is_finished else [s for s in segment.stages if segment.store.has(s.key)]
-        segment.store.forget_checkpoints([s.fingerprint for s in stages], but=self.run_name)
+        trained = [stage.fingerprint for stage in stages if stage.kind == "train"]  # the others write no checkpoint
+        segment.store.forget_checkpoints(trained, but=self.run_name)
 
     async def close(self) -> None:
         """Ends a group that is kept, and returns when its room is given back."""
@@ -134,7 +135,7 @@ class WorkerGroup:
                 with reserve([*streams, *beside, *teachers], nodes=places, holder=self.holder) as group:
                     if not group.wait(TAKEN_S):
                         continue
-                    if not ray.get(broker.occupy.remote(segment.owner)):
+                    if not ray.get(broker.occupy.remote(segment.owner, devices_of(segment))):
                         return
                     started = None
                     if online:

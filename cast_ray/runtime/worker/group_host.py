@@ -9,7 +9,7 @@ import ray
 from cast_ray.common.logs import configure_logging
 from cast_ray.runtime.worker.meeting import Meetings
 from cast_ray.runtime.worker.segment import Segment
-from cast_ray.runtime.worker.shape import shape_of
+from cast_ray.runtime.worker.shape import devices_of, shape_of
 
 if TYPE_CHECKING:
     from cast_ray.runtime.worker.group import WorkerGroup
@@ -42,7 +42,7 @@ class GroupHost:
             from cast_ray.runtime.worker.group import WorkerGroup
 
             self.group = WorkerGroup(segment, ray.get_runtime_context().current_actor, self.holder)
-        elif not await segment.broker.occupy.remote(segment.owner):
+        elif not await segment.broker.occupy.remote(segment.owner, devices_of(segment)):
             return True  # nothing may start any more: the group stays as it is until it is closed
         is_kept = False
         try:

@@ -50,7 +50,7 @@ def label_images(job: LabelJob, holder: str = "") -> dict[str, Any]:
         say = partial(job.broker.wait_for_room.remote, job.owner)
         selectors = labelling_selectors(runtime)
         with reserve(labelling_bundles(runtime), selectors=selectors, say=say, holder=holder) as group:
-            if not ray.get(job.broker.occupy.remote(job.owner)):
+            if not ray.get(job.broker.occupy.remote(job.owner, runtime.num_labellers)):
                 raise SweepStopped
             _run(job, group, blocks)
     facts, added = ray.get(_join.remote(job))

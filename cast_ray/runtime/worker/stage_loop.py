@@ -45,6 +45,7 @@ from cast_ray.runtime.worker.labeller import PseudoLabeller
 from cast_ray.runtime.worker.meeting import Meeting
 from cast_ray.runtime.worker.online import OnlineLabels, Publisher, Teachers, versions_folder
 from cast_ray.runtime.worker.segment import Segment
+from cast_ray.runtime.worker.shape import devices_of
 from cast_ray.runtime.worker.train import load_parent, stage_batches, stage_run, train_stage
 from cast_ray.runtime.worker.train_progress import TimedBatches, TrainProgress
 from cast_ray.runtime.worker.validation import SideValidation, is_validated, validation_bundles
@@ -139,7 +140,9 @@ def run_stages(
             raise
         if world.rank == 0:
             facts |= {"stage_seconds": time.monotonic() - began, "startup_seconds": startup_s}
-            facts |= {"num_workers": world.size, "device": str(world.device), "owner": segment.owner}
+            num_devices = devices_of(segment)
+            facts |= {"num_workers": world.size, "num_devices": num_devices, "device": str(world.device)}
+            facts["owner"] = segment.owner
             facts |= {"computed_on": ray.get(segment.broker.computed_on.remote(segment.owner))}
             startup_s = 0.0  # the group's start counts once, for its first stage
             segment.store.commit(stage, facts)
@@ -147,7 +150,7 @@ def run_stages(
                 segment.store.delete(f"labels/{stage.fingerprint}")
             if stage.config.get("refresh_steps"):  # its teacher's versions
                 segment.store.delete(versions_folder(stage.fingerprint))
-            ray.get(segment.broker.finish.remote(stage.fingerprint, facts["stage_seconds"] * world.size))
+            ray.get(segment.broker.finish.remote(stage.fingerprint, facts["stage_seconds"] * num_devices))
             if validation is not None:
                 validation.forget(stage)
         meeting.wait()

@@ -304,6 +304,10 @@ def test_the_budget_counts_what_has_room() -> None:
         await broker.vacate("a")
         broker.limits.spent_s = 3600
         assert not await broker.occupy("a")  # spent while it waited
+        broker.limits.spent_s = 0.0
+        assert await broker.occupy("a", 5)  # with two teachers, say
+        await asyncio.sleep(0.01)
+        assert (await broker.board())["device_s"] >= 0.05  # the metric `SPENT` shows the same
 
     asyncio.run(asyncio.wait_for(scene(), 60))
 

@@ -43,11 +43,13 @@ class Calls:
 
     def __init__(self, may_start: bool = True) -> None:
         self.names: list[str] = []
+        self.told: list[tuple[Any, ...]] = []
         self.answers: dict[str, Any] = {"occupy": may_start, "failure": None}
 
     def __getattr__(self, name: str) -> Any:
         def remote(*arguments: Any) -> Any:
             self.names.append(name)
+            self.told.append((name, *arguments))
             return Answered(self.answers.get(name))
 
         return SimpleNamespace(remote=remote)
@@ -125,7 +127,9 @@ def segment(
 ) -> Segment:
     recipe = build_recipe("shapes", overrides={"runtime.max_failures": "2", **(settings or {})})
     stages: Any = [
-        SimpleNamespace(**{"name": "distill", "fingerprint": f"of {owner}", "key": owner, "online": None} | stage)
+        SimpleNamespace(
+            **{"name": "distill", "kind": "train", "fingerprint": f"of {owner}", "key": owner, "online": None} | stage
+        )
     ]
     store: Any = SimpleNamespace(
         attempt="1",
@@ -210,7 +214,8 @@ def test_a_group_serves_the_next_row_of_the_same_shape(train: Train, monkeypatch
     assert train.starts == [] and [owner for _, owner in train.ran] == ["row 0", "row 1", "row 2"]
     (run,) = {run for run, _ in train.ran}  # one run of Train, named after the first
     assert train.forgotten[-1] == run
-    assert broker.names.count("occupy") == 3 and broker.names.count("vacate") == 0
+    assert [call for call in broker.told if call[0] == "occupy"] == [("occupy", f"row {i}", 1) for i in range(3)]
+    assert broker.names.count("vacate") == 0
 
 
 def test_another_shape_gets_a_group_of_its_own(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
