@@ -14,7 +14,12 @@ from cast_ray.runtime.store.claims import BROKERS, Presence, dead_claims
 from cast_ray.runtime.sweep.broker import Broker
 from cast_ray.runtime.sweep.leases import Need
 
-make_broker: Any = Broker.__ray_metadata__.modified_class  # type: ignore[attr-defined]
+
+def make_broker(*settings: Any, **more: Any) -> Any:
+    """A broker as on a cluster, where it starts no process before a row asks for it."""
+    return Broker.__ray_metadata__.modified_class(*settings, **more, by_turns=True)  # type: ignore[attr-defined]
+
+
 PRETRAIN, ADAPT = Need("pre", "train", (), 8), Need("ada", "train", ("pre",), 6)
 LABEL = Need("lab", "label", ("ada",), 0, alone=True)
 
