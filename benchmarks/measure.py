@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -41,6 +42,27 @@ def memory_growth_mb(run: Callable[[], object]) -> float:
     before = _status_kb("VmRSS")
     run()
     return (_status_kb("VmHWM") - before) / 1024
+
+
+def peak_tensor_mib(run: Callable[[], object]) -> float:
+    """The most memory that torch's allocator of the CPU held at once during a call, beyond what it held before, in MiB.
+
+    It is the sum of all allocations and releases that torch's profiler records, so temporaries inside an operation
+    count, and what other libraries allocate does not.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak / 2**20
 
 
 def _status_kb(name: str) -> int:

@@ -24,31 +24,50 @@ from transformers import Mask2FormerConfig
 from transformers.models.mask2former import modeling_mask2former as theirs
 
 from cast_ray.contracts.records import Predictions, Targets
-from cast_ray.losses.set.criterion import LossPoints, draw_points, set_loss
+from cast_ray.losses.set.criterion import LossPoints, set_loss
 from cast_ray.recipe import LossConfig
 
 IMAGES, QUERIES, CLASSES, LAYERS, SIZE, INSTANCES = 4, 100, 8, 10, (128, 256), (12, 8, 15, 5)
 
 
-def make_problem(exact: bool = True) -> tuple[Predictions, list[Targets], LossConfig, LossPoints]:
-    g = torch.Generator().manual_seed(0)
+def make_problem(
+    exact: bool = True,
+    instances: tuple[int, ...] = INSTANCES,
+    queries: int = QUERIES,
+    size: tuple[int, int] = SIZE,
+    scale: int = 1,
+) -> tuple[Predictions, list[Targets], LossConfig, LossPoints]:
+    """Random predictions, rectangles as targets, and points.
+
+    Args:
+        exact: `loss.exact`.
+        instances: how many each image has.
+        size: height and width of the predicted masks.
+        scale: how many times as high and wide the targets are.
+    """
+    g, images = torch.Generator().manual_seed(0), len(instances)
     predictions = Predictions(
-        [torch.randn(IMAGES, QUERIES, CLASSES + 1, generator=g).requires_grad_() for _ in range(LAYERS)],
-        [torch.randn(IMAGES, QUERIES, *SIZE, generator=g).requires_grad_() for _ in range(LAYERS)],
+        [torch.randn(images, queries, CLASSES + 1, generator=g).requires_grad_() for _ in range(LAYERS)],
+        [torch.randn(images, queries, *size, generator=g).requires_grad_() for _ in range(LAYERS)],
         {},
         {},
     )
-    targets = []
-    for count in INSTANCES:
-        masks = torch.zeros(count, *SIZE, dtype=torch.bool)
-        for i in range(count):
-            top, left = (int(torch.randint(0, n - 40, (), generator=g)) for n in SIZE)
-            masks[i, top : top + 40, left : left + 40] = True
-        targets.append(Targets(masks, torch.randint(0, CLASSES, (count,), generator=g), torch.ones(count)))
+    masks = torch.zeros(sum(instances), *(scale * n for n in size), dtype=torch.bool)
+    for mask in masks:
+        top, left = (int(torch.randint(0, scale * (n - 40), (), generator=g)) for n in size)
+        mask[top : top + 40 * scale, left : left + 40 * scale] = True
+    labels = torch.randint(0, CLASSES, (len(masks),), generator=g)
+    # Parts of one tensor, as in a batch.
+    targets = [Targets(m, lab, torch.ones(len(lab))) for m, lab in zip(masks.split(instances), labels.split(instances))]
     config = LossConfig(exact=exact, cost_class=2.0)
-    drawn = draw_points(predictions, targets, config, g)
+    uncertain = int(config.num_points * config.importance_ratio) if exact else 0
+    shapes = [
+        (LAYERS, images, config.num_points) if exact else (1, images, config.num_points // 4),
+        (LAYERS, len(masks), int(config.num_points * config.oversample_ratio) if exact else 0),
+        (LAYERS, len(masks), config.num_points - uncertain),
+    ]
     # Rounded to what both conventions hold exactly, [0, 1] there and [-1, 1] here.
-    points = LossPoints(*(((t + 1) / 2) * 2 - 1 for t in (drawn.match, drawn.candidates, drawn.uniform)))
+    points = LossPoints(*(torch.rand(*shape, 2, generator=g) * 2 - 1 for shape in shapes))
     return predictions, targets, config, points
 
 
@@ -76,7 +95,7 @@ def rival(predictions: Predictions, targets: list[Targets], config: LossConfig, 
     )
     drawn = []  # in the order in which it asks for random numbers: the final layer first
     for layer in [LAYERS - 1, *range(LAYERS - 1)]:
-        drawn += [points.match[layer, image][None] for image in range(IMAGES)]
+        drawn += [points.match[layer, image][None] for image in range(len(targets))]
         drawn += [points.candidates[layer], points.uniform[layer]]
     numbers = iter(drawn)
     masks = [t.masks.float() for t in targets]  # the type its image processor delivers

@@ -10,6 +10,8 @@ Draws scenes with instances into a temporary folder, then runs, in turn and seve
 - loader: torch's DataLoader with --num-workers processes over the same steps;
 - ours: `training_stream`, with as many decoding tasks;
 
+Both rivals read whole images with Pillow, `Image.open(path).convert("RGB")`, as a dataset class usually does;
+
 and for labelling, on a teacher of the preset `coco`:
 
 - inference: the teacher and the thresholds alone, on images that are already decoded and in memory;
@@ -125,7 +127,7 @@ class Steps(Dataset):
             row = self.table.slice(int(index), 1).to_pylist()[0]
             known = slot < self.share
             seed = view_seed(0, step, slot)
-            image = read_image(row["uri"])
+            image = np.array(Image.open(row["uri"]).convert("RGB"))
             samples.append(make_sample(image, row, classes, self.data, seed, use_instances=True, truth=known))
         return join(collate(samples, self.share))
 

@@ -164,6 +164,8 @@ def class_names(categories: Sequence[Category]) -> list[str]:
     names = [c.name for c in categories]
     for _ in categories:  # once is enough, unless another category is really called `fish (id 9)`
         count = Counter(names)
+        if len(count) == len(names):
+            break
         names = [f"{n} (id {c.id})" if count[n] > 1 else n for n, c in zip(names, categories)]
     return names
 

@@ -125,6 +125,8 @@ class StageRecord(DocumentPart):
     steps: int = 0
     """Optimiser steps; 0 unless it trains."""
     num_workers: int | None = None
+    num_devices: int | None = None
+    """Devices that it held, see `Manifest.num_devices`."""
     seconds: float | None = None
     """Time of the training, labelling or evaluation itself."""
     stage_seconds: float | None = None

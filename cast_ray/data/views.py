@@ -64,11 +64,20 @@ class _Geometry:
     mirrored: bool
     canvas: tuple[int, int]
 
+    def source(self) -> tuple[slice, slice]:
+        return slice(self.top, self.top + self.height), slice(self.left, self.left + self.width)
+
     def place(self) -> tuple[slice, slice]:
         return (
             slice(self.out_top, self.out_top + self.out_height),
             slice(self.out_left, self.out_left + self.out_width),
         )
+
+
+def window_of(row: dict[str, Any], data: DataConfig, seed: int) -> tuple[int, int, int, int]:
+    """The part of an image that `make_sample` looks at with the same arguments: top, left, height, width in pixels."""
+    g = _random_geometry(row["height"], row["width"], data, np.random.default_rng(seed))
+    return g.top, g.left, g.height, g.width
 
 
 def make_sample(
@@ -89,7 +98,7 @@ def make_sample(
     the weak view with ColorJitter .4/.4/.4/.1 in random order, grayscale with p .2 and Gaussian blur k 5 sigma .1-2.
 
     Args:
-        image_HWC: uint8 [h, w, 3] of the row's height and width.
+        image_HWC: uint8 [h, w, 3], the whole image or what `window_of` says.
         row: a record (RECORD_SCHEMA as Python values). An optional key `truth_instances` holds the ground truth where
             `instances` are pseudo-labels; without it the truth maps are drawn from `instances`.
         class_map: category ids to labels.
@@ -108,7 +117,9 @@ def make_sample(
         dropped slivers are -1.
 
     Raises:
-        ValueError: the image has another size than its record, or an instance a category outside the class map.
+        ValueError: the image has neither the size of its record nor that of the window, or an instance has a category
+            outside the class map.
+
     Source: CAST (arXiv 2505.21904), views of the contrastive term.
     Deviations: the paper does not say how strong the weak view's colours change; `data.color` offers the released
     code's, and a weaker jitter that leaves the hue alone. An image smaller than the crop lies at a random place on
@@ -116,13 +127,15 @@ def make_sample(
     as in torchvision's transforms of PIL images.
     """
     height, width = image_HWC.shape[:2]
-    if (height, width) != (row["height"], row["width"]):
+    rng = np.random.default_rng(seed)
+    geometry = _random_geometry(row["height"], row["width"], data, rng)
+    if (height, width) == (row["height"], row["width"]):
+        image_HWC = image_HWC[geometry.source()]
+    elif (height, width) != (geometry.height, geometry.width):
         raise ValueError(
             f"{row['uri']}: {width} x {height} pixels, but its record says {row['width']} x {row['height']}"
         )
-    rng = np.random.default_rng(seed)
-    geometry = _random_geometry(height, width, data, rng)
-    weak_HWC = _take_window(image_HWC, geometry)
+    weak_HWC = _show_window(image_HWC, geometry)
     if data.color == "ssd":
         weak_HWC = _ssd_colours(weak_HWC, rng)
     else:
@@ -225,10 +238,9 @@ def _scaled(height: int, width: int, scale: float, limit: tuple[int, int]) -> tu
     return min(limit[0], max(1, round(height * scale))), min(limit[1], max(1, round(width * scale)))
 
 
-def _take_window(image_HWC: np.ndarray, g: _Geometry) -> np.ndarray:
+def _show_window(window_HWC: np.ndarray, g: _Geometry) -> np.ndarray:
     # Whole rows of a copy: of a slice torchvision's kernel makes planes, which cost more to turn back.
-    window = np.ascontiguousarray(image_HWC[g.top : g.top + g.height, g.left : g.left + g.width])
-    window = _resize(window, (g.out_height, g.out_width))
+    window = _resize(np.ascontiguousarray(window_HWC), (g.out_height, g.out_width))
     return cv2.flip(window, 1) if g.mirrored else window
 
 

@@ -8,13 +8,23 @@ differs in the last bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from cast_ray.contracts.instance import Rle
 from cast_ray.contracts.records import Category, ClassMap, class_names, mask_areas
-from cast_ray.evaluation.detections import Detections, Truth, by_image, overlaps, tie_order
+from cast_ray.evaluation.detections import (
+    VOID_LABEL,
+    Detections,
+    Overlapping,
+    ResultsByImage,
+    Truth,
+    overlaps_of_pairs,
+    tie_order,
+)
 from cast_ray.evaluation.matches import NUM_THRESHOLDS, DetectionMatches, join
 from cast_ray.evaluation.precision import coco_precision
 
@@ -22,7 +32,7 @@ AREAS = ("all", "small", "medium", "large")
 AREA_RANGES = np.array([(0, 1e5**2), (0, 32**2), (32**2, 96**2), (96**2, 1e5**2)])
 """Pixels, both ends included."""
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, NUM_THRESHOLDS)
-IMAGES_AT_ONCE = 64
+IMAGES_AT_ONCE = 512
 
 ALL_BITS = (1 << NUM_THRESHOLDS) - 1
 BITS = (1 << np.arange(NUM_THRESHOLDS)).astype(np.uint16)
@@ -30,7 +40,7 @@ BITS = (1 << np.arange(NUM_THRESHOLDS)).astype(np.uint16)
 
 def mask_ap(
     ground_truth: pa.Table,
-    results: Sequence[dict[str, Any]],
+    results: Sequence[dict[str, Any]] | pa.Table,
     categories: Sequence[Category],
     max_detections: int = 100,
 ) -> dict[str, Any]:
@@ -41,7 +51,8 @@ def mask_ap(
 
     Args:
         ground_truth: RECORD_SCHEMA.
-        results: COCO results: image_id and category_id as in the dataset, segmentation {"size", "counts"}, score.
+        results: COCO results: image_id and category_id as in the dataset, segmentation {"size", "counts"}, score; as
+            dicts or, with less memory and time, as `coco_results.read_results` reads them from a file.
         categories: the dataset's classes.
         max_detections: counted per image and class, highest scores first.
 
@@ -59,10 +70,13 @@ def mask_ap(
 
 
 def match_results(
-    ground_truth: pa.Table, results: Sequence[dict[str, Any]], categories: Sequence[Category], max_detections: int = 100
+    ground_truth: pa.Table,
+    results: Sequence[dict[str, Any]] | pa.Table,
+    categories: Sequence[Category],
+    max_detections: int = 100,
 ) -> DetectionMatches:
     """The matches behind `mask_ap`, with its arguments and errors."""
-    found = by_image(ground_truth, results, categories)
+    found = ResultsByImage(ground_truth, results, categories)
     classes = ClassMap(categories)
     parts, rows = [], []
     for start in range(0, max(ground_truth.num_rows, 1), IMAGES_AT_ONCE):
@@ -115,56 +129,55 @@ def match_coco(
         num_classes: C.
         max_detections: kept per image and class, highest scores first.
     """
-    image, label, score, area, iou, position = [], [], [], [], [], []
+    image, label, score, rles = _best(found, max_detections)
+    group = image * num_classes + label
+    image_G = np.repeat(np.arange(len(truth)), [len(t.labels) for t in truth])
+    label_G, crowd_G, area_G, mask_area_G = (
+        np.concatenate([np.zeros(0, dtype), *(getattr(t, name) for t in truth)])
+        for name, dtype in (("labels", np.int64), ("crowd", bool), ("areas", float), ("mask_areas", float))
+    )
+    unwanted = _outside(area_G) | crowd_G[:, None]
+    here = label_G >= 0
     num_truth = np.zeros((len(truth), num_classes, len(AREAS)), dtype=np.uint16)
-    unwanted, crowd = [], []  # of all objects: [A] outside the size range or a crowd, and whether a crowd
-    num_found = num_objects = 0
-    for i, (objects, detections) in enumerate(zip(truth, found, strict=True)):
-        kept = _best(detections, max_detections)
-        labels = detections.labels[kept]
-        ranked = Detections(labels, detections.scores[kept], [detections.rles[k] for k in kept])
-        outside = _outside(objects.areas) | objects.crowd[:, None]
-        here = objects.labels >= 0
-        np.add.at(num_truth[i], objects.labels[here], ~outside[here])
-        iou_DG = overlaps(ranked, objects)
-        d, g = np.nonzero((iou_DG >= IOU_THRESHOLDS[0]) & (labels[:, None] == objects.labels))
-        image.append(np.full(len(kept), i, dtype=np.int32))
-        label.append(labels)
-        score.append(ranked.scores)
-        area.append(mask_areas(ranked.rles))
-        iou.append(iou_DG[d, g])
-        position.append(np.stack([d + num_found, g + num_objects], axis=1))
-        unwanted.append(outside)
-        crowd.append(objects.crowd)
-        num_found, num_objects = num_found + len(kept), num_objects + len(objects.labels)
-    group = np.concatenate([i * num_classes + c for i, c in enumerate(label)] or [np.zeros(0, dtype=np.int64)])
-    matched, ignored = _take(
-        group,
-        np.concatenate([np.zeros((0, 2), dtype=np.int64), *position]),
-        np.concatenate([np.zeros(0), *iou]),
-        np.concatenate([np.zeros((0, len(AREAS)), dtype=bool), *unwanted]),
-        np.concatenate([np.zeros(0, dtype=bool), *crowd]),
-    )
-    outside = _outside(np.concatenate([np.zeros(0), *area]))
-    ignored |= np.where(outside, ~matched & ALL_BITS, 0).astype(np.uint16)
-    part = DetectionMatches(
-        "coco",
-        np.concatenate([np.zeros(0, dtype=np.int32), *image]),
-        np.concatenate([np.zeros(0, dtype=np.int64), *label]).astype(np.int16),
-        np.concatenate([np.zeros(0), *score]),
-        matched,
-        ignored,
-        num_truth,
-    )
+    np.add.at(num_truth, (image_G[here], label_G[here]), ~unwanted[here])
+
+    areas = mask_areas(rles)
+    d, g = _pairs_of(group, np.where(here, image_G * num_classes + label_G, VOID_LABEL))
+    # An overlap is at most the smaller area, and what it is divided by at least the larger one, or a crowd's detection.
+    divisor = np.where(crowd_G[g], areas[d], np.maximum(areas[d], mask_area_G[g]))
+    possible = np.minimum(areas[d], mask_area_G[g]) >= IOU_THRESHOLDS[0] * divisor
+    d, g = d[possible], g[possible]
+    objects = Overlapping(image_G, label_G, list(chain.from_iterable(t.rles for t in truth)))
+    iou = overlaps_of_pairs(Overlapping(image, label, rles), objects, crowd_G, d, g)
+    reaches = iou >= IOU_THRESHOLDS[0]
+    matched, ignored = _take(group, np.stack([d, g], axis=1)[reaches], iou[reaches], unwanted, crowd_G)
+    ignored |= np.where(_outside(areas), ~matched & ALL_BITS, 0).astype(np.uint16)
+    part = DetectionMatches("coco", image.astype(np.int32), label.astype(np.int16), score, matched, ignored, num_truth)
     return join([part], [np.arange(len(truth))])
 
 
-def _best(detections: Detections, max_detections: int) -> np.ndarray:
-    """Indices of the detections that count, class by class in falling score order."""
-    order = np.lexsort((-detections.scores, detections.labels))
-    labels = detections.labels[order]
-    place = np.arange(len(order)) - np.searchsorted(labels, labels)
-    return order[place < max_detections]
+def _best(found: Sequence[Detections], max_detections: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Rle]]:
+    """Image, label, score and RLE of the detections that count, by image and class in falling score order."""
+    image = np.repeat(np.arange(len(found)), [len(f.labels) for f in found])
+    label = np.concatenate([np.zeros(0, dtype=np.int64), *(f.labels for f in found)])
+    score = np.concatenate([np.zeros(0), *(f.scores for f in found)])
+    order = np.lexsort((-score, label, image))
+    new = np.diff(image[order], prepend=-1) | np.diff(label[order], prepend=-1) != 0
+    position = np.arange(len(order))
+    place = position - np.maximum.accumulate(np.where(new, position, 0))
+    kept = order[place < max_detections]
+    rles = list(chain.from_iterable(f.rles for f in found))
+    return image[kept], label[kept], score[kept], [rles[k] for k in kept.tolist()]
+
+
+def _pairs_of(group_D: np.ndarray, group_G: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All pairs of a detection and an object of one group: int64 [P] each, by detection."""
+    order = np.argsort(group_G, kind="stable")
+    first, last = (np.searchsorted(group_G[order], group_D, side) for side in ("left", "right"))  # type: ignore[call-overload]
+    counts = last - first
+    d = np.repeat(np.arange(len(group_D)), counts)
+    offset = np.arange(len(d)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return d, order[np.repeat(first, counts) + offset]
 
 
 def _outside(pixels: np.ndarray) -> np.ndarray:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json
 
 from cast_ray.contracts.instance import Instance
 from cast_ray.contracts.records import Category, decode_image_id
@@ -69,3 +73,90 @@ def results_of(document: Iterable[bytes]) -> Iterator[dict[str, Any]]:
         text = line.strip().rstrip(b",")
         if text not in (b"", b"[", b"]"):
             yield json.loads(text)
+
+
+_BLOCK_BYTES = 1 << 23
+_EXPECTED = (
+    "expected COCO results of masks, a list of objects with image_id, category_id, segmentation (size and counts) and "
+    "score"
+)
+
+
+def result_schema(id_type: pa.DataType) -> pa.Schema:
+    """COCO results as columns; what else a result holds is left out.
+
+    Args:
+        id_type: of image ids, int64 or string.
+    """
+    segmentation = pa.struct([("size", pa.list_(pa.int64())), ("counts", pa.binary())])
+    columns = [("image_id", id_type), ("category_id", pa.int64()), ("segmentation", segmentation)]
+    return pa.schema([*columns, ("score", pa.float64())])
+
+
+def read_results(source: str | Path | BinaryIO) -> pa.Table:
+    """Reads a file of COCO results of masks as columns, at a third of the memory of `json.load`.
+
+    A file that `results_document` wrote, with one detection a line, is read in blocks; any other is loaded whole.
+
+    Returns:
+        `result_schema`, in the order of the file; image ids as they are, integers or strings.
+
+    Raises:
+        ValueError: the file is no list of results with `image_id`, `category_id`, `segmentation` and `score`.
+    """
+    if isinstance(source, str | Path):
+        with open(source, "rb") as file:
+            return read_results(file)
+    start = source.tell()
+    if source.readline().strip() == b"[":
+        try:
+            return _complete(_read_lines(source))
+        except (pa.ArrowInvalid, json.JSONDecodeError, KeyError, TypeError):  # not one detection a line
+            pass
+    source.seek(start)
+    return _complete(_as_columns(json.load(source)))
+
+
+def _complete(table: pa.Table) -> pa.Table:
+    segmentation = table.column("segmentation")
+    columns = {name: table.column(name) for name in ("image_id", "category_id", "segmentation", "score")}
+    columns |= {f"segmentation.{name}": pc.struct_field(segmentation, name) for name in ("size", "counts")}
+    for name, column in columns.items():
+        if column.null_count:
+            i = pc.index(pc.is_null(column), True).as_py()
+            raise ValueError(f"{_EXPECTED}: results[{i}] has no {name}")
+    return table
+
+
+def _read_lines(source: BinaryIO) -> pa.Table:
+    tables: list[pa.Table] = []
+    schema = None
+    while block := bytearray(source.read(_BLOCK_BYTES)):
+        block += source.readline()
+        text = np.frombuffer(block, dtype=np.uint8)
+        if schema is None:
+            first = bytes(block[: block.find(b"\n")]).strip().rstrip(b",")
+            is_text = first != b"]" and isinstance(json.loads(first)["image_id"], str)
+            schema = result_schema(pa.string() if is_text else pa.int64())
+        # The list's own commas and its end become spaces: what is left is one JSON object a line.
+        last = np.flatnonzero(text == ord("\n")) - 1
+        last = last[(last >= 0) & np.isin(text[last], list(b",]"))]
+        text[last] = ord(" ")
+        if not block.strip():
+            continue
+        tables.append(
+            pyarrow.json.read_json(
+                pa.BufferReader(block),
+                read_options=pyarrow.json.ReadOptions(use_threads=False, block_size=len(block) + 1),
+                parse_options=pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
+            )
+        )
+    return pa.concat_tables(tables) if tables else result_schema(pa.int64()).empty_table()
+
+
+def _as_columns(results: Any) -> pa.Table:
+    try:
+        is_text = bool(results) and isinstance(results[0]["image_id"], str)
+        return pa.Table.from_pylist(results, schema=result_schema(pa.string() if is_text else pa.int64()))
+    except (pa.ArrowInvalid, pa.ArrowTypeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{_EXPECTED}: {str(error).splitlines()[0]}") from None

@@ -102,7 +102,7 @@ class CostModel:
             if not _has_run_on(manifest, device) or model not in (None, device_type(manifest.computed_on)):
                 continue
             each_s = (manifest.stage_seconds or 0.0) + (manifest.startup_seconds or 0.0)
-            device_s = each_s * (manifest.num_workers or 1)
+            device_s = each_s * manifest.known_devices
             network = _model_of(manifest, past.get)
             count = manifest.steps or _images_seen(manifest)
             if not count:

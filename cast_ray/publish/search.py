@@ -10,7 +10,7 @@ import itertools
 import json
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from cast_ray.common.files import write_atomically
+from cast_ray.common.paths import is_uri
 from cast_ray.contracts.row_result import RowResult
 from cast_ray.plan.metrics import is_latency
 from cast_ray.plan.search import SearchSpec
@@ -145,26 +146,45 @@ def write_search_report(plan: SearchRun, studies: Studies, out: Path, refresh_s:
     return SearchReport(article, state[0].partition(";")[0], html, best, not pending)
 
 
-def watch_search(out: Path, console: Console, every_s: float, stopped: threading.Event | None = None) -> SearchReport:
-    """Writes the report of a search again whenever a trial is new, until all have ended; `stopped` ends it before."""
+def watch_search(
+    out: Path,
+    console: Console,
+    every_s: float,
+    at: Callable[[Path], str] = str,
+    on_written: Callable[[], None] = lambda: None,
+    stopped: threading.Event | None = None,
+) -> SearchReport:
+    """Writes the report of a search again whenever a trial is new, until all have ended; `stopped` ends it before.
+
+    Args:
+        at: what a user knows a file by, see `ResultsFolder.at`.
+        on_written: called after every report.
+    """
     stopped = stopped or threading.Event()
     told = ""
     while True:
         report = rebuild_search_report(out, refresh_s=max(1, round(every_s)))
         if report.state != told:
-            console.print(f"{report.state}: {report.html}", highlight=False, soft_wrap=True)
+            on_written()
+            console.print(f"{report.state}: {at(report.html)}", highlight=False, soft_wrap=True)
             told = report.state
         if report.is_complete or stopped.wait(every_s):
             return report
 
 
-def show_search(report: SearchReport, console: Console) -> int:
-    """Prints what a search has found and where it lies; returns the command's exit code."""
+def show_search(report: SearchReport, console: Console, at: Callable[[Path], str] = str) -> int:
+    """Prints what a search has found and where it lies; returns the command's exit code.
+
+    Args:
+        at: what a user knows a file by, see `ResultsFolder.at`.
+    """
     shown = dataclasses.replace(report.article, title="", context={}, sections=report.article.sections[:1])
     console.print(Markdown(markdown_page([shown]).removeprefix("# \n")))
-    console.print(f"\nReport: {report.html}", soft_wrap=True, highlight=False)
+    console.print(f"\nReport: {at(report.html)}", soft_wrap=True, highlight=False)
     if report.best is not None:
-        console.print(f"Continue with: cast-ray ablate {report.best} --seeds 0 1 2", soft_wrap=True, highlight=False)
+        place = at(report.best)
+        best = report.best.name if is_uri(place) else place  # a table is read from this machine
+        console.print(f"Continue with: cast-ray ablate {best} --seeds 0 1 2", soft_wrap=True, highlight=False)
     return 0 if report.best is not None else 1
 
 

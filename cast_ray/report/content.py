@@ -95,6 +95,49 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class Forecast:
+    """How many more seeds are likely to decide a row: the median, and the quantiles of 10 % and 90 %.
+
+    None: more than `confidence_sequence.MAX_FORECAST` seeds in all.
+    """
+
+    median: int | None
+    low: int | None
+    high: int | None
+
+
+Answer = Literal["better", "worse", "equal", "same model", "undecided"]
+"""equal: within the smallest effect of interest; same model: the row was measured on the baseline's own models."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the seeds of a row show against the baseline in the ranking metric, with one error rate for the whole table.
+
+    low, high: bounds of the mean difference that hold at all numbers of seeds together; None while there are too few
+    seeds for bounds. device_hours: of the stages that no other row uses, over all of its seeds.
+    """
+
+    row: str
+    answer: Answer
+    num_seeds: int
+    """Seeds that the row and the baseline both have, on the same images."""
+    decided_at: int | None
+    """Number of seeds at which it was decided."""
+    low: float | None
+    high: float | None
+    device_hours: float
+    forecast: Forecast | None = None
+    """How many more seeds are likely to decide it; None: decided, or nothing to forecast from."""
+    least_more: int = 0
+    """Seeds without which it cannot be decided, whatever they show."""
+
+    @property
+    def is_open(self) -> bool:
+        return self.answer == "undecided"
+
+
+@dataclass(frozen=True)
 class Failure:
     row: str
     seed: int
@@ -194,6 +237,10 @@ class Report:
     """To the baseline, in every metric that is compared."""
     pairs: tuple[Difference, ...]
     """Differences of every two rows in the ranking metric; none in a large table."""
+    decisions: tuple[Decision, ...]
+    """Of each row but the baseline, in the ranking metric."""
+    effect: float | None
+    """Smallest effect of interest in the ranking metric; None: rows are never called equal."""
     failures: tuple[Failure, ...]
     stages: tuple[StageSummary, ...]
     steps: Compute
@@ -218,6 +265,11 @@ class Report:
     @property
     def num_pending(self) -> int:
         return sum(row.num_pending for row in self.rows)
+
+    @property
+    def has_one_seed(self) -> bool:
+        """Whether no row has more than one finished seed, and one has that: such a report is no evidence for a row."""
+        return max((len(row.seeds_done) for row in self.rows), default=0) == 1
 
     def differences_in(self, metric: str) -> dict[str, Difference]:
         """Row -> its difference to the baseline in one metric."""

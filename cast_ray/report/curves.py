@@ -79,6 +79,8 @@ def comparison(report: Report) -> Figure | None:
         title = f"{label_of(metric)}: difference to {report.baseline}"
         panels.append(Panel(title, "", series, kind="intervals", names=tuple(compared), zero_line=True))
     caption = f"{label_of(metric)} of the rows, with 95 % intervals"
+    if report.has_one_seed:
+        caption += " of resampled images alone, which say nothing about other seeds"
     if len(cells) > len(rows):
         caption += f"; the first {len(rows)} of {len(cells)} rows"
     return _figure("comparison", caption, panels)

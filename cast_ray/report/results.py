@@ -18,6 +18,7 @@ from cast_ray.plan.ablation import Table, load_table
 from cast_ray.plan.metrics import is_latency
 from cast_ray.plan.prices import NO_PRICES, Prices
 from cast_ray.report.content import Compute, Difference, Failure, Report, Result, RowSummary, StageSummary
+from cast_ray.report.decisions import decide_rows, default_effect
 from cast_ray.report.metrics import metric_on, split_metric
 from cast_ray.report.notes import context_of, notes_of
 from cast_ray.report.run_folder import Run
@@ -54,6 +55,7 @@ def summarise_run(
                 name=name,
                 pending=pending,
                 resampling=resampling,
+                effect=run.plan.effects.get(name),
                 prices=prices,
             )
         )
@@ -68,6 +70,7 @@ def summarise(
     name: str | None = None,
     pending: Iterable[tuple[str, int]] = (),
     resampling: Resampling | None = None,
+    effect: float | None = None,
     prices: Prices = NO_PRICES,
 ) -> Report:
     """Everything the report of some results says.
@@ -79,6 +82,7 @@ def summarise(
         name: name of the table; None: the one that the results name.
         pending: (row, seed) that are still to come.
         resampling: per-image data of the results; None: intervals are over seeds alone.
+        effect: smallest effect of interest in the ranking metric; None: see `decisions.default_effect`.
         prices: of a device-hour.
 
     Raises:
@@ -133,6 +137,7 @@ def summarise(
         if (d := _difference(row, against, metric, done, resampling))
     ]
     stages = _unique_stages(results)
+    effect = default_effect(metric) if effect is None else effect
     report = Report(
         table=names[0],
         title=table.title if table else names[0],
@@ -142,6 +147,8 @@ def summarise(
         rows=rows,
         differences=tuple(replace(d, paper=_paper_difference(d, paper)) for d in differences),
         pairs=tuple(pairs),
+        decisions=decide_rows(done, order, baseline, metric, effect, stages),
+        effect=effect,
         failures=tuple(Failure(r.row, r.seed, _one_line(r.error), r.log) for r in results if r.has_failed),
         stages=stages,
         steps=_compute([(s.steps if s.kind == "train" else 0, s) for s in stages]),
@@ -286,8 +293,8 @@ def _sum_by_key(values: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 def _device_hours(result: Result, stage: StageRecord) -> float:
     asked = result.setting("runtime.num_labellers" if stage.kind == "label" else "runtime.num_workers")
-    workers = stage.num_workers or (asked if isinstance(asked, int) else 1)
-    return (stage.stage_seconds or stage.seconds or 0.0) * workers / 3600
+    devices = stage.num_devices or stage.num_workers or (asked if isinstance(asked, int) else 1)
+    return (stage.stage_seconds or stage.seconds or 0.0) * devices / 3600
 
 
 def _compute(costs: Sequence[tuple[float, StageSummary]]) -> Compute:

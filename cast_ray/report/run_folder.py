@@ -41,6 +41,8 @@ class RunRequest:
     results_uri: str = ""
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Table -> what its rows have in common (`Table.settings`); a plan of an older version has none."""
+    effects: Mapping[str, float] = field(default_factory=dict)
+    """Table -> smallest effect of interest, where a command named one."""
     prices: Prices = NO_PRICES
     """Of a device-hour, as the command that last ran named them."""
 
@@ -93,6 +95,7 @@ def write_plan(
     results_uri: str = "",
     recipes: Iterable[str] = (),
     settings: Mapping[str, Mapping[str, Any]] | None = None,
+    effects: Mapping[str, float] | None = None,
     prices: Prices | None = None,
 ) -> Path:
     """Notes in a run folder what a sweep is about to run, before its first result is there.
@@ -104,7 +107,7 @@ def write_plan(
         results_uri: see `RunRequest`.
         recipes: digest of each expected recipe: until they are there, results of other recipes are not shown; none:
             whatever lies in the folder counts.
-        settings: see `RunRequest`; of other tables those before stay.
+        settings, effects: see `RunRequest`; of other tables those before stay.
         prices: see `RunRequest`; None or none named: those before stay.
     """
     path = Path(run_dir) / PLAN
@@ -120,6 +123,7 @@ def write_plan(
         "recipes": [digests.get(key, "") for key in others] + (recipes or [""] * len(expected)),
         "results_uri": results_uri or before.results_uri,
         "settings": {**before.settings, **(settings or {})},
+        "effects": {**before.effects, **(effects or {})},
         "prices": (prices or before.prices).by_type,
     }
     write_atomically(path, json.dumps(content, indent=1))
@@ -142,8 +146,9 @@ def read_plan(run_dir: str | Path) -> RunRequest:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the plan of a sweep: {error}") from None
     recipes, results_uri = tuple(content.get("recipes", ())), content.get("results_uri", "")
+    settings, effects = content.get("settings", {}), content.get("effects", {})
     prices = Prices(content.get("prices", {}))
-    return RunRequest(tables, expected, recipes, results_uri, content.get("settings", {}), prices)
+    return RunRequest(tables, expected, recipes, results_uri, settings, effects, prices)
 
 
 def _table_of(spec: dict[str, Any]) -> Table | None:

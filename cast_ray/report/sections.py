@@ -18,6 +18,7 @@ from cast_ray.report.curves import (
     learning_curves,
     margin_curves,
 )
+from cast_ray.report.decision_table import decisions_grid
 from cast_ray.report.label_audit import WORST_SHEET, audit_table, coverage_table
 from cast_ray.report.notes import failure_text, hardware_text, status_text
 from cast_ray.report.overlays import CONTACT_SHEET
@@ -57,7 +58,9 @@ def comparison_section(report: Report, folder: Path) -> Section | None:
     """Every AP against the baseline, the ranking one first and drawn."""
     metrics = dict.fromkeys([report.metric, *(d.metric for d in report.differences)])
     grids = [comparison_grid(report, metric) for metric in metrics]
-    return section(f"Against {report.baseline}", [comparison(report), *grids, pairs_grid(report)])
+    return section(
+        f"Against {report.baseline}", [decisions_grid(report), comparison(report), *grids, pairs_grid(report)]
+    )
 
 
 def axis_section(report: Report, folder: Path) -> Section | None:

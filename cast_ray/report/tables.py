@@ -116,11 +116,12 @@ def difference_text(difference: Difference | None, row: RowSummary, report: Repo
 
 
 def interval_text(difference: Difference | None) -> str:
-    """`+5.4 to +9.1`; a single seed's is marked, because it covers the images alone."""
+    """`+5.4 to +9.1`; a single seed's is marked: it is about two trained models on other images, not about rows."""
     if difference is None or difference.interval is None:
         return "same model" if difference is not None and difference.same_artifact else ""
     low, high = (format_signed(difference.metric, v) for v in (difference.interval.low, difference.interval.high))
-    return f"{low} to {high}" + (" (images)" if difference.interval.resampled == "images" else "")
+    marked = " (these two models, other images)" if difference.interval.resampled == "images" else ""
+    return f"{low} to {high}{marked}"
 
 
 def measures_grid(report: Report, role: str) -> Grid | None:
@@ -286,7 +287,9 @@ def terminal_table(report: Report, width: int = TERMINAL_COLUMNS) -> RenderableT
     keys = _main_keys(report)
     if differences := report.differences_in(report.metric):
         at = keys.index(report.metric) + 1
-        keys[at:at] = ["difference", "interval"] if any(d.interval for d in differences.values()) else ["difference"]
+        # An interval of images alone is no uncertainty of a row.
+        has_intervals = any(d.interval for d in differences.values()) and not report.has_one_seed
+        keys[at:at] = ["difference", "interval"] if has_intervals else ["difference"]
     table = _rich_table(report, keys)
     probe = Console(width=10 * width)
     for key in DISPENSABLE:
@@ -360,7 +363,8 @@ def _cell(key: str, row: RowSummary, report: Report) -> str:
     if key == "difference":
         return difference_text(difference, row, report)
     if key == "interval":
-        return interval_text(difference).replace(" (images)", "*")
+        is_of_images = difference is not None and difference.interval and difference.interval.resampled == "images"
+        return "" if is_of_images else interval_text(difference)
     metric = key.removesuffix(" paper")
     if metric != key:
         return format_value(metric, row.paper[metric]) if metric in row.paper else ""

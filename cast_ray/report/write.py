@@ -78,11 +78,15 @@ def write_report(
     return Written(tuple(reports), {kind: run.folder / name for kind, (name, _) in pages.items()})
 
 
-def show(written: Written, console: Console) -> int:
-    """Prints the tables of a written report and where it lies; returns the command's exit code."""
+def show(written: Written, console: Console, at: Callable[[Path], str] = str) -> int:
+    """Prints the tables of a written report and where it lies; returns the command's exit code.
+
+    Args:
+        at: what a user knows a file by, see `ResultsFolder.at`.
+    """
     for report in written.reports:
         print_report(report, console)
-    console.print(f"\nReport: {written.files['html']}", soft_wrap=True, highlight=False)
+    console.print(f"\nReport: {at(written.files['html'])}", soft_wrap=True, highlight=False)
     others = ", ".join(path.name for kind, path in written.files.items() if kind != "html")
     console.print(f"  beside it: {others}, figures", soft_wrap=True, highlight=False)
     return 1 if written.has_failures or not written.is_complete else 0
@@ -119,6 +123,8 @@ def watch_report(
     console: Console,
     every_s: float,
     stopped: threading.Event | None = None,
+    on_written: Callable[[], None] = lambda: None,
+    at: Callable[[Path], str] = str,
     prices: Prices | None = None,
 ) -> Written | None:
     """Writes the report again whenever a result is new, until all that the sweep was asked for are there.
@@ -128,6 +134,8 @@ def watch_report(
     Args:
         every_s: how often to look, and how often the page reloads itself.
         stopped: ends the watch early; None: only the last result does.
+        on_written: called after every report.
+        at: what a user knows a file by, see `ResultsFolder.at`.
         prices: see `write_report`.
 
     Returns:
@@ -144,7 +152,8 @@ def watch_report(
             if files != seen:
                 written = write_report(run_dir, refresh_s=max(1, round(every_s)), prices=prices)
                 seen = files
-                told = _tell(console, told, _progress(written))
+                on_written()
+                told = _tell(console, told, f"{_progress(written)}: {at(written.files['html'])}")
         except (ValueError, OSError, pa.ArrowException) as error:  # nothing there yet, or a store that does not answer
             told = _tell(console, told, f"waiting: {error}")
         if (written is not None and written.is_complete) or stopped.wait(every_s):
@@ -161,7 +170,7 @@ def _progress(written: Written) -> str:
     expected = sum(report.num_expected for report in written.reports)
     there = expected - sum(report.num_pending for report in written.reports)
     failed = sum(len(report.failures) for report in written.reports)
-    return f"{there} of {expected} results{f', {failed} FAILED' if failed else ''}: {written.files['html']}"
+    return f"{there} of {expected} results{f', {failed} FAILED' if failed else ''}"
 
 
 def _stamps(folder: Path) -> dict[Path, int]:

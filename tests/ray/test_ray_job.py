@@ -55,6 +55,7 @@ class Head:
             "RAY_AUTH_MODE": "token",
             "CAST_RAY_STORAGE": str(folder / "storage"),
         }
+        self.runs = folder / "storage/runs"
         options = [f"--{name}={port}" for name, port in ports.items()]
         self.log = folder / "head.log"
         self.process = subprocess.Popen(
@@ -155,9 +156,10 @@ def test_a_job_runs_the_whole_table_and_its_log_is_readable(head: Head, wait_unt
     log = head.job("logs", "first").stdout
     for part in ("What each loss term is worth", "to run, ", "losses__sup__s0  distill", "of 26 steps", "Report: "):
         assert part in log, log
-    (report,) = (Path(head.environment["HOME"]) / "cast_ray/runs").glob("*/report.md")
-    assert all(json.loads(path.read_text())["status"] == "done" for path in report.parent.glob("*/result.json"))
-    assert len(list(report.parent.glob("*/result.json"))) == 4
+    (page,) = head.runs.glob("*/report.md")  # below the storage path, which outlives the job's folder
+    assert f"Write it again: cast-ray report {page.parent}" in log and not (head.runs.parents[1] / "cast_ray").exists()
+    assert all(json.loads(path.read_text())["status"] == "done" for path in page.parent.glob("*/result.json"))
+    assert len(list(page.parent.glob("*/result.json"))) == 4
     wait_until(lambda: not head.living_actors(), f"actors left behind: {head.living_actors()}", 60)
 
 
@@ -183,8 +185,7 @@ def test_two_jobs_at_once_share_the_cluster_and_the_store(head: Head, wait_until
         submit_when_possible(head, wait_until, *options, *SWEEP, *wide, "--name", name)
     wait_until(lambda: all(status(head, name) != "RUNNING" for name in names), "a job hangs", 900)
     assert [status(head, name) for name in names] == ["SUCCEEDED"] * 2, head.job("logs", names[0]).stdout
-    runs = Path(head.environment["HOME"]) / "cast_ray/runs"
-    found = [json.loads(path.read_text()) for name in names for path in (runs / name).glob("*/result.json")]
+    found = [json.loads(path.read_text()) for name in names for path in (head.runs / name).glob("*/result.json")]
     assert len(found) == 4
     ran = Counter(s["fingerprint"] for result in found for s in result["stages"] if not s["reused"])
     assert set(ran.values()) == {1}

@@ -15,7 +15,7 @@ from torch import Tensor
 from cast_ray.contracts.records import Predictions, Targets
 from cast_ray.contracts.soft_targets import mask_targets
 from cast_ray.losses.mask_terms import mask_terms
-from cast_ray.losses.set.matching import QueryMatches, kept_pixels, match_layers, sample_kept, sample_maps
+from cast_ray.losses.set.matching import QueryMatches, kept_pixels, match_layers, sample_kept, sample_maps, sample_masks
 from cast_ray.recipe import LossConfig
 
 _SAMPLES_AT_A_TIME = {"cpu": 2**18}  # pairs x candidate points: what stays in cache (else 2**22, to bound memory)
@@ -87,9 +87,8 @@ def set_loss(
     if len(targets) != num_images:
         raise ValueError(f"set_loss: expected one Targets per image ({num_images}), got {len(targets)}")
     keep = kept_pixels(targets, valid)
-    if points is None:
-        points = draw_points(predictions, targets, config, generator)
-    matches = match_layers(class_logits, mask_logits, targets, config, points.match, keep)
+    match = points.match if points else _draw_match_points(predictions, config, generator)
+    matches = match_layers(class_logits, mask_logits, targets, config, match, keep)
 
     weights = target_weights(targets, config)
     class_sum, class_count = _class_term(class_logits, targets, matches, torch.cat(weights), config)
@@ -98,9 +97,10 @@ def set_loss(
         # Zero, but attached: every mask head gets a gradient on every worker, which DDP needs.
         mask_sum = dice_sum = sum((logits.flatten()[:1].float().sum() * 0 for logits in mask_logits), mask_sum)
     else:
-        masks = torch.cat([t.masks if config.soft_targets in ("off", "class") else mask_targets(t) for t in targets])
+        masks = _in_one([t.masks if config.soft_targets in ("off", "class") else mask_targets(t) for t in targets])
+        where = _pair_points(mask_logits, matches, points, keep, config, generator)
         for layer, logits in enumerate(mask_logits):
-            mask, dice = _mask_sums(logits, masks, torch.cat(weights), matches, layer, points, keep, config)
+            mask, dice = _mask_sums(logits, masks, torch.cat(weights), matches, layer, where[layer], keep)
             mask_sum, dice_sum = mask_sum + mask, dice_sum + dice
     count = class_count.new_tensor([len(w) for w in weights])
     return {"class": (class_sum, class_count), "mask": (mask_sum, count), "dice": (dice_sum, count)}
@@ -111,27 +111,69 @@ def target_weights(targets: Sequence[Targets], config: LossConfig) -> list[Tenso
     return [t.weights.float() if config.pseudo_weighting == "score" else torch.ones_like(t.weights) for t in targets]
 
 
-def draw_points(
-    predictions: Predictions, targets: Sequence[Targets], config: LossConfig, generator: torch.Generator | None
-) -> LossPoints:
-    """Random points for `set_loss`, fresh for each layer and image (matcher) and each layer and pair (mask terms)."""
-    num_layers, (num_images, num_queries) = len(predictions.class_logits), predictions.class_logits[0].shape[:2]
-    num_pairs = sum(min(num_queries, t.labels.shape[0]) for t in targets)
+def _in_one(masks: Sequence[Tensor]) -> Tensor:
+    """Masks of all images as one tensor, without a copy where they are parts of one, as `to_batch` makes them."""
+    parts = [part for part in masks if len(part)]
+    first = parts[0]
+    offset = first.storage_offset()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or part.storage_offset() != offset or not part.is_contiguous() or part.dtype != first.dtype:
+            return torch.cat(parts)
+        offset += part.numel()
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+
+
+def _uniform(*shape: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Points in [-1, 1], float32 [*shape, 2]."""
+    return torch.empty(*shape, 2, device=like.device).uniform_(-1, 1, generator=generator)
+
+
+def _draw_match_points(predictions: Predictions, config: LossConfig, generator: torch.Generator | None) -> Tensor:
+    """The matcher's random points, fresh for each layer and image; see `LossPoints.match`."""
+    logits = predictions.class_logits
+    shape = (len(logits), config.num_points) if config.exact else (1, max(1, config.num_points // 4))
+    return _uniform(shape[0], len(logits[0]), shape[1], like=logits[0], generator=generator)
+
+
+def _pair_points(
+    mask_logits: Sequence[Tensor],
+    matches: QueryMatches,
+    points: LossPoints | None,
+    keep: Tensor | None,
+    config: LossConfig,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Where each layer compares the masks of its pairs, float32 [L, K, P, 2]: uncertain points, then uniform ones.
+
+    The candidates of a few pairs exist at a time: those of all layers would take more memory than all the rest. They
+    are drawn in the same order as if they were drawn together.
+    """
     num_candidates, num_uncertain = _point_counts(config)
-    device = predictions.class_logits[0].device
+    num_layers, num_pairs = matches.query.shape
+    where = torch.empty(num_layers, num_pairs, config.num_points, 2, device=mask_logits[0].device)
+    at_a_time = _pairs_at_a_time(where, num_candidates)
+    for layer, logits in enumerate(mask_logits if num_uncertain else ()):
+        for start in range(0, num_pairs, at_a_time):
+            pairs = slice(start, start + at_a_time)
+            query, image = matches.query[layer, pairs], matches.image[pairs]
+            if points is None:
+                candidates = _uniform(len(query), num_candidates, like=where, generator=generator)
+            else:
+                candidates = points.candidates[layer, pairs]
+            values = logits.detach().flatten(0, 1).index_select(0, query)
+            where[layer, pairs, :num_uncertain] = _uncertain_points(values, image, candidates, keep, num_uncertain)
+    for layer in range(num_layers):
+        uniform = where[layer, :, num_uncertain:]
+        if points is None:
+            uniform.copy_(_uniform(*uniform.shape[:-1], like=where, generator=generator))
+        else:
+            uniform.copy_(points.uniform[layer])
+    return where
 
-    def draw(*shape: int) -> Tensor:
-        return torch.empty(*shape, 2, device=device).uniform_(-1, 1, generator=generator)
 
-    if config.exact:
-        match = draw(num_layers, num_images, config.num_points)
-    else:
-        match = draw(1, num_images, max(1, config.num_points // 4))
-    return LossPoints(
-        match=match,
-        candidates=draw(num_layers, num_pairs, num_candidates),
-        uniform=draw(num_layers, num_pairs, config.num_points - num_uncertain),
-    )
+def _pairs_at_a_time(on: Tensor, num_points: int) -> int:
+    return max(1, _SAMPLES_AT_A_TIME.get(on.device.type, 2**22) // max(1, num_points))
 
 
 def _point_counts(config: LossConfig) -> tuple[int, int]:
@@ -177,43 +219,51 @@ def _mask_sums(
     weights: Tensor,
     matches: QueryMatches,
     layer: int,
-    points: LossPoints,
+    where: Tensor,
     keep: Tensor | None,
-    config: LossConfig,
 ) -> tuple[Tensor, Tensor]:
     """Weighted point-sampled BCE and dice of one layer's pairs, added up by image: [B] each."""
     num_images = logits.shape[0]
-    chosen = _TakeRows.apply(logits.flatten(0, 1), matches.query[layer])
-    limit = _SAMPLES_AT_A_TIME.get(logits.device.type, 2**22)
-    at_a_time = max(1, limit // max(points.candidates.shape[2], points.uniform.shape[2]))
+    at_a_time = _pairs_at_a_time(where, where.shape[1])
+    sampled = _SampleRows.apply(logits.flatten(0, 1), matches.query[layer], where, at_a_time)
     losses: list[Tensor] = []
-    for values, target, image, candidates, uniform in zip(
-        *(
-            t.split(at_a_time)
-            for t in (chosen, matches.target[layer], matches.image, points.candidates[layer], points.uniform[layer])
-        )
+    for values, target, image, points in zip(
+        *(t.split(at_a_time) for t in (sampled, matches.target[layer], matches.image, where))
     ):
-        where = torch.cat([_uncertain_points(values, image, candidates, keep, config), uniform], dim=1)
-        kept = None if keep is None else sample_kept(keep, image, where).float()
-        losses.append(torch.stack(mask_terms(sample_maps(values, where), sample_maps(masks[target], where), kept)))
+        kept = None if keep is None else sample_kept(keep, image, points).float()
+        losses.append(torch.stack(mask_terms(values, sample_masks(masks, target, points), kept)))
     by_pair = torch.cat(losses, dim=1) * weights[matches.target[layer]]
     mask_sum, dice_sum = by_pair.new_zeros(2, num_images).index_add(1, matches.image, by_pair)
     return mask_sum, dice_sum
 
 
-class _TakeRows(torch.autograd.Function):
-    """`rows[index]` for distinct indices; the gradient of the rows not taken is memory that is never touched."""
+class _SampleRows(torch.autograd.Function):
+    """`sample_maps(rows[index], points)` for distinct indices, a few rows at a time.
+
+    Autograd would keep the rows that were taken, of every layer, until the backward pass: here they are taken again.
+    The gradient of the rows that were not taken is memory that is never touched.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(index)
-        ctx.shape = rows.shape
-        return rows.index_select(0, index)
+    def forward(ctx: Any, rows: Tensor, index: Tensor, points: Tensor, at_a_time: int) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(rows, index, points)
+        ctx.at_a_time = at_a_time
+        pieces = zip(index.split(at_a_time), points.split(at_a_time))
+        return torch.cat([sample_maps(rows.index_select(0, i), p) for i, p in pieces])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _untouched_zeros(ctx.shape, grad).index_copy_(0, ctx.saved_tensors[0], grad), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        rows, index, points = ctx.saved_tensors
+        grad_rows = _untouched_zeros(rows.shape, rows)
+        for i, p, g in zip(*(t.split(ctx.at_a_time) for t in (index, points, grad))):
+            taken = rows.index_select(0, i).float()
+            # What autograd calls for the `grid_sample` of `sample_maps`: bilinear, zeros outside, corners not aligned.
+            grad_maps, _ = torch.ops.aten.grid_sampler_2d_backward(
+                g[:, None, :, None], taken[:, None], p[:, :, None], 0, 0, False, [True, False]
+            )
+            grad_rows.index_copy_(0, i, grad_maps[:, 0].to(rows.dtype))
+        return grad_rows, None, None, None
 
 
 def _untouched_zeros(shape: torch.Size, like: Tensor) -> Tensor:
@@ -230,13 +280,9 @@ def _untouched_zeros(shape: torch.Size, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _uncertain_points(
-    logits: Tensor, image: Tensor, candidates: Tensor, keep: Tensor | None, config: LossConfig
+    logits: Tensor, image: Tensor, candidates: Tensor, keep: Tensor | None, num_uncertain: int
 ) -> Tensor:
-    """Returns the candidates whose logits are nearest 0, [K, int(importance_ratio * P), 2]; excluded pixels come
-    last."""
-    num_uncertain = _point_counts(config)[1]
-    if num_uncertain == 0:
-        return candidates[:, :0]
+    """Returns the candidates whose logits are nearest 0, [K, num_uncertain, 2]; excluded pixels come last."""
     certainty = sample_maps(logits, candidates).abs_()
     if keep is not None:
         certainty.masked_fill_(~sample_kept(keep, image, candidates), torch.inf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ from cast_ray.recipe import LossConfig
 
 _LARGEST_LOG = 87.0
 _PIXELS_IN_CACHE = 4096
-_SAMPLES_AT_A_TIME = {"cpu": 2**18}  # queries x points of the layers that are compared together (else 2**25)
+_SAMPLES_AT_A_TIME = {"cpu": 2**18}  # queries x points of the layers that are compared together (else 2**24)
+_PIXELS_AT_A_TIME = 2**22  # of masks that exist as floats together: 8 masks of 512x1024
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,33 @@ def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
         together = max(n for n in range(1, 11) if len(maps) % n == 0)
     grid = points.unsqueeze(2).expand(len(maps) // together, -1, -1, -1)
     return F.grid_sample(maps.float().unflatten(0, (-1, together)), grid, align_corners=False)[..., 0].flatten(0, 1)
+
+
+def sample_masks(masks: Tensor, index: Tensor, points: Tensor) -> Tensor:
+    """Bilinear values of `masks[index]` at points, see `sample_maps`.
+
+    Only a few masks at a time are copied and turned into floats, which takes four bytes a pixel.
+
+    Args:
+        masks: bool or float [N, H, W].
+        index: int64 [K].
+        points: float32 [K, P, 2].
+
+    Returns:
+        float32 [K, P].
+    """
+    at_a_time = _masks_at_a_time(masks)
+    pieces = [sample_maps(masks[i], p) for i, p in zip(index.split(at_a_time), points.split(at_a_time))]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def mask_parts(masks: Tensor) -> tuple[Tensor, ...]:
+    """Masks [N, H, W] in parts of few enough pixels to exist as floats; views, one part at least."""
+    return masks.split(_masks_at_a_time(masks))
+
+
+def _masks_at_a_time(masks: Tensor) -> int:
+    return max(1, _PIXELS_AT_A_TIME // max(1, math.prod(masks.shape[-2:])))
 
 
 def sample_kept(keep: Tensor, image: Tensor, points: Tensor) -> Tensor:
@@ -123,9 +152,7 @@ def match_layers(
     if keep is not None:
         images = torch.arange(len(targets), device=points.device).repeat(len(points))
         kept = sample_kept(keep, images, points.flatten(0, 1)).float().view(points.shape[:-1])
-        kept = kept.expand(num_layers, -1, -1)
-    points = points.expand(num_layers, -1, -1, -1)
-    limit = _SAMPLES_AT_A_TIME.get(points.device.type, 2**25)
+    limit = _SAMPLES_AT_A_TIME.get(points.device.type, 2**24)
     together = max(1, limit // (num_queries * points.shape[2]))
     blocks: list[tuple[int, int, int]] = []  # (image, layer, N_b)
     pieces: list[Tensor] = []
@@ -133,16 +160,18 @@ def match_layers(
         count = target.labels.shape[0]
         if count == 0:
             continue
-        masks, labels = target.masks.float(), target.labels.clamp(0, num_outputs - 1)
+        labels = target.labels.clamp(0, num_outputs - 1)
+        where = points[:, image]
+        truth = _counted_masks(target.masks, where, None if kept is None else kept[:, image])
+        truth, where = (t.expand(num_layers, -1, -1) for t in (truth, where))
         for start in range(0, num_layers, together):
             layers = range(start, min(start + together, num_layers))
-            where = points[start : start + together, image]  # [l, P, 2]
-            logits = _sample_layers([mask_logits[layer][image] for layer in layers], where)
-            truth = _sample_layers([masks] * len(layers), where)
+            logits = where.new_empty(len(layers), num_queries, where.shape[1])
+            for sampled, layer in zip(logits, layers):
+                sampled.copy_(sample_maps(mask_logits[layer][image], where[layer][None]))
             probs = torch.stack([class_logits[layer][image] for layer in layers]).float().softmax(-1)
-            counted = None if kept is None else kept[start : start + together, image]
-            cost = _pairwise_mask_cost(logits, truth, counted, config) - config.cost_class * probs[..., labels]
-            pieces.append(cost.flatten())
+            cost = _pairwise_mask_cost(logits, truth[start : start + together], config)
+            pieces.append((cost - config.cost_class * probs[..., labels]).flatten())
             blocks += [(image, layer, count) for layer in layers]
     device = class_logits[0].device
     if not blocks:
@@ -172,31 +201,48 @@ def _in_reading_order(points: Tensor, size: Sequence[int]) -> Tensor:
     return points.gather(-2, order[..., None].expand(*order.shape, 2))
 
 
-def _sample_layers(maps: Sequence[Tensor], points: Tensor) -> Tensor:
-    """[l, K, P]: l tensors [K, h, w], each at its own points [l, P, 2]."""
-    if len(maps) == 1:
-        return sample_maps(maps[0], points)[None]
-    return F.grid_sample(torch.stack(list(maps)).float(), points.unsqueeze(2), align_corners=False)[..., 0]
+def _counted_masks(masks: Tensor, points: Tensor, kept: Tensor | None) -> Tensor:
+    """Masks of one image at the points of every layer, and as their last row whether a point counts.
+
+    Every mask is read once for all layers, because its copy in floats is what costs memory.
+
+    Args:
+        masks: bool [N, H, W].
+        points: [l, P, 2], l rows of points.
+        kept: float32 [l, P], 1 where a point counts; None: everywhere.
+
+    Returns:
+        float32 [l, N + 1, P]; the masks are 0 at points that do not count.
+    """
+    num_sets, num_points = points.shape[:2]
+    rows = points.new_empty(len(masks) + 1, num_sets, num_points)
+    torch.cat([sample_maps(part, points.flatten(0, 1)[None]) for part in mask_parts(masks)], out=rows[:-1].flatten(1))
+    if kept is None:
+        rows[-1] = 1
+    else:
+        rows[:-1].mul_(kept)
+        rows[-1] = kept
+    return rows.transpose(0, 1)
 
 
-def _pairwise_mask_cost(logits: Tensor, truth: Tensor, kept: Tensor | None, config: LossConfig) -> Tensor:
-    """cost_mask * BCE + cost_dice * dice of [l, Q, P] logits against [l, N, P] masks: [l, Q, N].
+def _pairwise_mask_cost(logits: Tensor, rows: Tensor, config: LossConfig) -> Tensor:
+    """cost_mask * BCE + cost_dice * dice of [l, Q, P] logits, which are overwritten, against N masks: [l, Q, N].
 
     One pass over the logits: with n = sigmoid(-x), softplus(x) = -log n (capped at 87, where float32 ends) and
     sigmoid(x) = 1 - n, which only enters sums.
 
     Args:
-        kept: float32 [l, P], 1 where a point counts; None: everywhere.
+        rows: float32 [l, N + 1, P], see `_counted_masks`.
     """
-    weight = torch.ones_like(truth[:, :1]) if kept is None else kept[:, None]
+    truth, weight = rows[:, :-1], rows[:, -1:]
     num_points = weight.sum(-1, keepdim=True)
-    rows = torch.cat([truth if kept is None else truth * weight, weight], dim=1)  # [l, N + 1, P]
-    complement = logits.neg().sigmoid_()
-    missed = (rows @ complement.mT).mT  # this way round the few rows cost half
-    area = rows[:, None, :-1].sum(-1)
+    overlap = (truth @ logits.mT).mT  # this way round the few rows cost half
+    complement = logits.neg_().sigmoid_()
+    missed = (rows @ complement.mT).mT
+    area = truth.sum(-1)[:, None]
     dice = 1 - (2 * (area - missed[..., :-1]) + 1) / (num_points - missed[..., -1:] + area + 1)
     negative = (weight @ complement.log_().clamp_(min=-_LARGEST_LOG).mT).mT
-    cross_entropy = -(negative + (rows[:, :-1] @ logits.mT).mT) / (num_points + (num_points == 0))
+    cross_entropy = -(negative + overlap) / (num_points + (num_points == 0))
     return config.cost_mask * cross_entropy + config.cost_dice * dice
 
 

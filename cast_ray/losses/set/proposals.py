@@ -12,7 +12,7 @@ from cast_ray.contracts.mask_windows import window_logits
 from cast_ray.contracts.records import Targets
 from cast_ray.losses.mask_terms import mask_terms
 from cast_ray.losses.set.criterion import target_weights
-from cast_ray.losses.set.matching import kept_pixels
+from cast_ray.losses.set.matching import kept_pixels, mask_parts
 from cast_ray.recipe import LossConfig
 
 MAX_TOKENS_PER_INSTANCE = 9
@@ -68,7 +68,10 @@ def proposal_loss(
     num_classes = class_logits.shape[1] - 1
     keep = kept_pixels(targets, valid)
     # Pooled once at crop size, the largest tensors here; the grid's cells are made of the mask features' pixels.
-    masks = [F.adaptive_avg_pool2d(t.masks.float(), (height, width)) for t in targets]
+    masks = [
+        torch.cat([F.adaptive_avg_pool2d(part.float(), (height, width)) for part in mask_parts(t.masks)])
+        for t in targets
+    ]
     counted = None if keep is None else F.adaptive_avg_pool2d(keep.float(), (height, width))
     assigned_BT = assign_tokens(masks, grid, counted)
 

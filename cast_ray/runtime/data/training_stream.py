@@ -289,26 +289,45 @@ def _make_steps(start: int, stop: int, *, plan: StepSchedule) -> pa.Table:
     classes = ClassMap(plan.images.categories)
     payloads = []
     for rows in plan.groups(start, stop):
-        unlabelled = {row: [_read(plan, position, False) for position in plan.unlabelled[row]] for row in rows}
+        # A teacher that labels as images are drawn sees the whole of them, everything else only its crop.
+        whole = plan.online is not None
+        unlabelled = {
+            row: [
+                _read(plan, position, False, None if whole else _seed_of(plan, row, i, False))
+                for i, position in enumerate(plan.unlabelled[row])
+            ]
+            for row in rows
+        }
         if plan.online is not None:
             _label_online(plan, plan.online, rows, [drawn for row in rows for drawn in unlabelled[row]])
         for row in rows:
-            labelled = [_read(plan, position, True) for position in plan.labelled[row]]
+            labelled = [
+                _read(plan, position, True, _seed_of(plan, row, i, True))
+                for i, position in enumerate(plan.labelled[row])
+            ]
             samples = [_sample(plan, classes, row, i, drawn, True) for i, drawn in enumerate(labelled)]
             samples += [_sample(plan, classes, row, i, drawn, False) for i, drawn in enumerate(unlabelled[row])]
             payloads.append(to_buffer(collate(samples, len(labelled))))
     return pa.table({"step": np.arange(start, stop) + plan.first_step, "batch": _binary(payloads)})
 
 
-def _read(plan: StepSchedule, position: int, is_labelled: bool) -> Drawn:
+def _seed_of(plan: StepSchedule, row: int, i: int, is_labelled: bool) -> int:
+    """Seed of the views of the i-th image of D_l or D_u in a row of the plan."""
+    return view_seed(plan.seed, plan.first_step + row, plan.first_slots[0 if is_labelled else 1] + i)
+
+
+def _read(plan: StepSchedule, position: int, is_labelled: bool, seed: int | None) -> Drawn:
+    """A record and its pixels: those that `make_sample` looks at with a seed, or all of them where there is none."""
     from cast_ray.data.reading.images import read_image
+    from cast_ray.data.views import window_of
 
     images = plan.images
     record = record_at(images.records, (images.labelled if is_labelled else images.unlabelled)[position])
     if not is_labelled:
         record["truth_instances"] = record["instances"]
         record["instances"] = [] if images.labels is None else record_at(images.labels, position)["instances"]
-    return read_image(record["uri"], (record["height"], record["width"])), record
+    window = None if seed is None else window_of(record, plan.data, seed)
+    return read_image(record["uri"], (record["height"], record["width"]), window=window), record
 
 
 def _label_online(plan: StepSchedule, online: OnlineLabeller, rows: range, drawn: list[Drawn]) -> None:
@@ -333,8 +352,7 @@ def _sample(
     from cast_ray.data.copy_paste import copy_paste
     from cast_ray.data.views import MIN_VISIBLE_PX, make_sample
 
-    slot = plan.first_slots[0 if is_labelled else 1] + i
-    seed = view_seed(plan.seed, plan.first_step + row, slot)
+    seed = _seed_of(plan, row, i, is_labelled)
     use_instances = is_labelled or plan.has_labels
     rules = plan.rules
     truth = rules.strong and (is_labelled or rules.oracle)
@@ -347,7 +365,7 @@ def _sample(
         return sample
     # From all of D_l, and not from the step's: what one worker holds of it depends on how many there are.
     position, its_seed = int(rng.integers(len(plan.images.labelled))), int(rng.integers(2**63))
-    other = _read(plan, position, True)
+    other = _read(plan, position, True, its_seed)
     source = make_sample(*other, classes, plan.data, its_seed, use_instances=True, truth=truth, strong=strong)
     return copy_paste(sample, source, rng, MIN_VISIBLE_PX)
 

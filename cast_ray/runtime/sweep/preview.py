@@ -18,6 +18,8 @@ from cast_ray.runtime.data.dataset import StoredDataset
 
 MAX_NAMES = 12
 MAX_USERS = 3
+MAX_CHAINS = 4
+"""Different chains of licences that are shown."""
 GIB = 2**30
 MAX_LINES = 60
 """Stages shown one by one; more are shown by name and place, with their number."""
@@ -28,8 +30,9 @@ class Preview:
     """What `print_plan` says; the numbers of a dry run.
 
     titles: one line a table; labels: of each row of the plan, with its table where there are several; memory: name of a
-    train stage -> bytes of one worker of each stage of that name (None: not estimated), where asked for; warnings: what
-    the user must not overlook, one sentence each; folders: where the results of each table go.
+    train stage -> bytes of one worker of each stage of that name (None: not estimated), where asked for; licences: what
+    the students inherit, a line for each different chain; warnings: what the user must not overlook, one sentence each;
+    folders: where the results of each table go.
     """
 
     plan: SweepPlan
@@ -43,6 +46,7 @@ class Preview:
     """Of a device-hour; None: none were named."""
     budget_hours: float | None = None
     memory: Mapping[str, Sequence[int | None]] = field(default_factory=dict)
+    licences: Sequence[str] = ()
     warnings: Sequence[str] = ()
     folders: Sequence[str] = ()
     tree: bool = True
@@ -72,6 +76,7 @@ def print_plan(preview: Preview, console: Console) -> None:
         _print_cost(preview, device, cost, console)
     if preview.memory:
         console.print(f"  memory   {_memory_line(preview.memory)}", soft_wrap=True, highlight=False)
+    print_licences(preview.licences, console)
     console.print(f"  storage  {preview.storage}", soft_wrap=True, markup=False)
     for folder in preview.folders:
         console.print(f"  results  {folder}", soft_wrap=True, markup=False, highlight=False)
@@ -221,3 +226,12 @@ def row_labels(rows: Sequence[tuple[str, str]]) -> list[str]:
 def titles_of(tables: Mapping[str, tuple[str, str, str]]) -> list[str]:
     """Table name -> (title, preset, scale), as one line each."""
     return [f"{title}  ({name}, {preset} at {scale})" for name, (title, preset, scale) in tables.items()]
+
+
+def print_licences(licences: Sequence[str], console: Console) -> None:
+    """Says under which licences the students may be used, a line for each of the first chains."""
+    more = len(licences) - MAX_CHAINS
+    for line in licences[:MAX_CHAINS]:
+        console.print(f"  licences {line}", soft_wrap=True, markup=False, highlight=False)
+    if more > 0:
+        console.print(f"  licences {more:,} more rows have others: `cast-ray store licences` lists all students")

@@ -109,7 +109,7 @@ def read_audit(store: ArtifactStore, key: str) -> LabelAudit | None:
 
 
 @dataclass(frozen=True)
-class _Committed:
+class Committed:
     """A committed artifact: its manifest, the folder of its files, and its numbers as they are stored."""
 
     manifest: Manifest
@@ -118,7 +118,7 @@ class _Committed:
 
 
 @lru_cache(maxsize=64)
-def _read_committed(storage: str, key: str) -> _Committed:
+def _read_committed(storage: str, key: str) -> Committed:
     """An artifact, which never changes once it is committed.
 
     Raises:
@@ -128,13 +128,13 @@ def _read_committed(storage: str, key: str) -> _Committed:
     manifest = store.manifest(key)
     numbers = {"train": CURVES, "evaluate": METRICS, "label": AUDIT}.get(manifest.kind)
     found = store.find_file(key, numbers) if numbers else None  # not every labelling stage has an audit
-    return _Committed(manifest, store.artifact(key), json.loads(found) if found else {})
+    return Committed(manifest, store.artifact(key), json.loads(found) if found else {})
 
 
-def _find_committed(storage: str, stages: Sequence[Stage]) -> dict[str, _Committed]:
-    """Fingerprint -> what is committed, of those stages that are."""
+def find_committed(storage: str, stages: Sequence[Stage]) -> dict[str, Committed]:
+    """Fingerprint -> what is committed, of those stages that are; each is read once by a process."""
 
-    def read(stage: Stage) -> _Committed | None:
+    def read(stage: Stage) -> Committed | None:
         try:
             return _read_committed(storage, stage.key)
         except FileNotFoundError:
@@ -151,7 +151,7 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str], outcome:
         ran: fingerprints of the stages that this row ran itself; the others it shared.
         outcome: how the row ended.
     """
-    committed = _find_committed(context.store.storage, row.stages)
+    committed = find_committed(context.store.storage, row.stages)
     finished = [(stage, committed[stage.fingerprint]) for stage in row.stages if stage.fingerprint in committed]
     own = [artifact.manifest for _, artifact in finished if artifact.manifest.owner == row_name(context.table, row)]
     evaluated = {
@@ -205,7 +205,7 @@ def _metrics(evaluated: Mapping[str, tuple[Stage, Mapping[str, Any]]]) -> dict[s
     }
 
 
-def _stage_record(stage: Stage, artifact: _Committed, reused: bool) -> StageRecord:
+def _stage_record(stage: Stage, artifact: Committed, reused: bool) -> StageRecord:
     manifest = artifact.manifest
     return StageRecord(
         name=stage.name,
@@ -215,6 +215,7 @@ def _stage_record(stage: Stage, artifact: _Committed, reused: bool) -> StageReco
         reused=reused,
         steps=stage.steps,
         num_workers=manifest.num_workers,
+        num_devices=manifest.num_devices,
         seconds=manifest.seconds,
         stage_seconds=manifest.stage_seconds,
         startup_seconds=manifest.startup_seconds,
@@ -239,7 +240,7 @@ def _facts_of_kind(manifest: Manifest) -> dict[str, Any]:
     return {}
 
 
-def _dataset_facts(context: SweepContext, row: RowPlan, committed: Mapping[str, _Committed]) -> DatasetFacts:
+def _dataset_facts(context: SweepContext, row: RowPlan, committed: Mapping[str, Committed]) -> DatasetFacts:
     """The dataset, with how many labelled and unlabelled images the row's student learns from and how they were
     chosen."""
     student = row.student_stages[-1]  # the stage that the student starts with is the one that may read D_u

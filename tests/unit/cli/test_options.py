@@ -156,7 +156,7 @@ OUT_FOLDER: list[tuple[Callable[[list[str]], int], list[str]]] = [
     [
         ("file", "--out file: expected a folder, file is a file"),
         ("file/new", "--out file/new: expected a folder, {}/file is a file"),
-        ("s3://bucket/out", "--out s3://bucket/out: expected a local "),
+        ("gopher://bucket/out", "--out gopher://bucket/out: "),
     ],
 )
 def test_an_output_folder_that_cannot_be(

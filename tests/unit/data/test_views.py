@@ -287,6 +287,32 @@ def test_unknown_truth_and_hidden_instances():
     np.testing.assert_array_equal(both["truth_class"], np.where(mask, 2, 3))
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        DataConfig(image_px=(24, 32), scale_jitter=(0.3, 2.5)),
+        DataConfig(image_px=(24, 32), scale_jitter=(0.5, 1.5), train_resize="native"),
+        DataConfig(image_px=(24, 32), scale_jitter=(0.5, 2.0), train_resize=(20, 60), color="ssd"),
+        DataConfig(image_px=(24, 32), whole_images=True),
+    ],
+    ids=["fit", "native", "sides", "whole"],
+)
+def test_a_sample_of_the_window_is_that_of_the_image(data):
+    image = _image(40, 56)
+    row = _row(image, [_instance(_box(40, 56, 3, 5, 30, 50)), _instance(_box(40, 56, 20, 0, 40, 20), category=9)])
+    smaller = 0
+    for seed in range(20):
+        top, left, height, width = views.window_of(row, data, seed)
+        part = image[top : top + height, left : left + width]
+        smaller += part.shape != image.shape
+        of_part, of_whole = (
+            make_sample(pixels, row, CLASSES, data, seed, use_instances=True, truth=True) for pixels in (part, image)
+        )
+        for name in of_whole:
+            np.testing.assert_array_equal(of_part[name], of_whole[name])
+    assert smaller == (0 if data.whole_images else pytest.approx(15, abs=5))
+
+
 def test_record_and_image_must_agree():
     image = _image(8, 9)
     row = _row(image, [])

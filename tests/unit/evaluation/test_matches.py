@@ -14,7 +14,7 @@ from evaluation_scenes import CATEGORIES, coco_document, random_scenes, referee,
 
 from cast_ray.contracts.records import ClassMap, encode_image_id
 from cast_ray.evaluation.coco_ap import coco_metrics, match_coco, match_results
-from cast_ray.evaluation.detections import Truth, by_image, tie_order
+from cast_ray.evaluation.detections import ResultsByImage, Truth, tie_order
 from cast_ray.evaluation.matches import DetectionMatches, join, load_matches
 
 IDS = (12, 3, 40, 7, 8, 25)
@@ -85,7 +85,7 @@ def test_workers_with_every_other_image_join_to_the_whole(tied_scores: bool) -> 
     table, results = random_scenes(2, IDS, tied_scores=tied_scores)
     whole = match_results(table, results, CATEGORIES)
     truth = [Truth.of(row, ClassMap(CATEGORIES)) for row in table.to_pylist()]
-    found = by_image(table, results, CATEGORIES)
+    found = ResultsByImage(table, results, CATEGORIES)
     mine = [np.arange(len(IDS))[rank::2] for rank in range(2)]
     parts = [match_coco([truth[i] for i in rows], [found[i] for i in rows], len(CATEGORIES)) for rows in mine]
     assert_same(join(parts, mine, tie_order(table.column("image_id").to_pylist())), whole)

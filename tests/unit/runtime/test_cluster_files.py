@@ -9,6 +9,7 @@ helm-chart/kuberay-operator/crds), that of pods by the package kubernetes-valida
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 import subprocess
@@ -19,6 +20,8 @@ import jsonschema
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+
+from cast_ray.runtime.placement import ON_DEMAND
 
 CLUSTER = Path(__file__).parents[3] / "cluster"
 
@@ -174,7 +177,10 @@ def test_versions_are_those_of_the_package() -> None:
 @pytest.mark.parametrize("spec", cluster_specs(), ids=["cluster", "job"])
 def test_the_pods_are_laid_out_as_the_nodes_of_gpu_yaml(spec: dict[str, Any]) -> None:
     head, (drivers, gpu) = spec["headGroupSpec"], spec["workerGroupSpecs"]
-    assert head["rayStartParams"] == {"num-cpus": "0"}
+    assert head["rayStartParams"] == {"num-cpus": "0"} | drivers["rayStartParams"]
+    # As KubeRay writes it into the command line of `ray start`: a JSON text in quotes of the shell's.
+    assert json.loads(json.loads(drivers["rayStartParams"]["resources"])) == {ON_DEMAND: 1000}
+    assert gpu["rayStartParams"] == {}
     assert drivers["minReplicas"] == 1 and gpu["minReplicas"] == 0 < gpu["maxReplicas"]
     assert drivers["template"]["spec"]["nodeSelector"] != gpu["template"]["spec"]["nodeSelector"]
     for group in (head, drivers, gpu):

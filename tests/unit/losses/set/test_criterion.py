@@ -1,5 +1,7 @@
 """The set loss against transformers' Mask2FormerLoss, and its edges."""
 
+import json
+from itertools import accumulate
 from unittest import mock
 
 import pytest
@@ -110,6 +112,7 @@ def test_value_and_gradient_equal_transformers(cost_class, counts, large, monkey
         monkeypatch.setattr(matching, "_PIXELS_IN_CACHE", 0)
         monkeypatch.setitem(matching._SAMPLES_AT_A_TIME, "cpu", 1)
         monkeypatch.setitem(set_criterion._SAMPLES_AT_A_TIME, "cpu", 300)
+        monkeypatch.setattr(matching, "_PIXELS_AT_A_TIME", 1)
     config = LossConfig(num_points=POINTS, cost_class=cost_class)
     targets = make_targets(counts)
     points = make_points(config, sum(min(n, QUERIES) for n in counts))
@@ -291,6 +294,49 @@ def test_drawn_points_follow_the_generator_and_fast_option_trains():
             for s in (5, 5, 6)
         ]
         assert runs[0] == runs[1] and runs[0] != runs[2]
+
+
+def test_points_drawn_pair_by_pair_are_those_drawn_together(monkeypatch):
+    monkeypatch.setitem(set_criterion._SAMPLES_AT_A_TIME, "cpu", 1)  # one pair after the other
+    config, targets = LossConfig(num_points=POINTS), make_targets()
+    predictions, g = make_predictions(), torch.Generator().manual_seed(7)
+    sizes = ((LAYERS, IMAGES, 48), (LAYERS, 5, 144), (LAYERS, 5, 12))
+    together = LossPoints(*(torch.empty(*size, 2).uniform_(-1, 1, generator=g) for size in sizes))
+    drawn = set_loss(predictions, targets, config, generator=torch.Generator().manual_seed(7))
+    given = set_loss(predictions, targets, config, points=together)
+    for name in given:
+        torch.testing.assert_close(drawn[name], given[name], rtol=0, atol=0)
+
+
+def test_masks_of_a_batch_are_not_copied():
+    whole = torch.rand(7, 4, 6) < 0.5
+    joined = set_criterion._in_one(whole.split((2, 0, 4, 1)))
+    assert torch.equal(joined, whole) and joined.data_ptr() == whole.data_ptr()
+    for parts in ((whole[:2], whole[3:]), (whole[2:4], whole[:2]), (whole[:2].clone(), whole[2:])):
+        assert torch.equal(set_criterion._in_one(parts), torch.cat(parts))
+
+
+def test_memory_of_an_accelerators_step_is_not_one_copy_of_the_masks_a_layer(monkeypatch, tmp_path):
+    """All that torch allocates for 60 masks of 512x1024 and 10 layers stays below 150 MiB, predictions not counted."""
+    monkeypatch.setattr(matching, "_SAMPLES_AT_A_TIME", {})  # the limits of a device that has no cache to fit
+    monkeypatch.setattr(set_criterion, "_SAMPLES_AT_A_TIME", {})
+    predictions = Predictions(
+        [torch.randn(1, 100, CLASSES + 1).requires_grad_() for _ in range(10)],
+        [torch.randn(1, 100, 128, 256).requires_grad_() for _ in range(10)],
+        {},
+        {},
+    )
+    masks = torch.zeros(60, 512, 1024, dtype=torch.bool)
+    masks[:, 100:200, 300:500] = True
+    target = Targets(masks, torch.randint(0, CLASSES, (60,)), torch.ones(60))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        losses = set_loss(predictions, [target], LossConfig(), generator=torch.Generator().manual_seed(0))
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    sizes = [e["args"]["Bytes"] for e in sorted(events, key=lambda e: e.get("ts", 0)) if e.get("name") == "[memory]"]
+    peak = max(accumulate(sizes)) / 2**20
+    assert 60 < peak < 150, peak  # the points of all pairs alone are 57 MiB
+    assert float(losses["mask"][0].detach()) > 0
 
 
 def test_one_device_to_host_copy_per_step():
