@@ -1,10 +1,11 @@
 """Requests that a smoke sweep of two rows sends to an object store, against an older checkout.
 
-    python benchmarks/s3_requests.py --theirs ../older-checkout
+    python benchmarks/s3_requests.py --rival ../older-checkout
 
 Each checkout runs the same command, `ablate.py losses --rows sup sup+semi --scale smoke` on drawn scenes, in processes
 of its own, with `s3://` as storage: an S3-compatible server on loopback (moto's) counts what arrives. Every request is
-paid for and takes tens of milliseconds on a real object store. With --paths, the paths that were asked for most.
+paid for and takes tens of milliseconds on a real object store. With --paths, what was asked for most: first by kind of
+file, then by path.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 from measure import report
@@ -43,19 +45,34 @@ def count(checkout: Path, arguments: list[str], show_paths: bool) -> int:
             raise RuntimeError(f"{checkout}: the sweep ended with {done.returncode}\n{done.stdout}{done.stderr}")
         total = server.requests.total()
         print(f"{checkout}: {total} requests: {dict(server.requests.most_common())}", flush=True)
-        for path, number in server.paths.most_common(NUM_SHOWN if show_paths else 0):
-            print(f"  {number:5}  {path}")
+        if show_paths:
+            for counted in (kinds_of(server.paths), server.paths):
+                for path, number in counted.most_common(NUM_SHOWN):
+                    print(f"  {number:5}  {path}")
+                print()
     return total
+
+
+def kinds_of(paths: Counter[str]) -> Counter[str]:
+    """Requests by kind and folder of the store, of artifacts by their files' names."""
+    kinds: Counter[str] = Counter()
+    for path, number in paths.items():
+        kind, _, name = path.partition(" ")
+        _, _, *parts = name.strip("/").split("/")
+        kinds[" ".join([kind, *parts[:1], *(parts[-1:] if parts[:1] == ["artifacts"] else [])])] += number
+    return kinds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--theirs", type=Path, required=True, metavar="DIR", help="another checkout of this project")
+    parser.add_argument("--rival", type=Path, metavar="DIR", help="another checkout of this project")
     parser.add_argument("--paths", action="store_true", help="also what was asked for most")
     parser.add_argument("arguments", nargs="*", help="further arguments of ablate.py, after --")
     arguments = parser.parse_args()
-    ours, theirs = (count(c, arguments.arguments, arguments.paths) for c in (ROOT, arguments.theirs.resolve()))
-    report("s3_requests", ours, theirs, "requests")
+    ours = count(ROOT, arguments.arguments, arguments.paths)
+    if arguments.rival is not None:
+        theirs = count(arguments.rival.resolve(), arguments.arguments, arguments.paths)
+        report("s3_requests", ours, theirs, "requests")
 
 
 if __name__ == "__main__":

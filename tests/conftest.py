@@ -152,7 +152,8 @@ def start_sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSweep
     """`start(folder, *arguments)`: the losses table at smoke scale on a Ray of its own, all files below `folder`.
 
     `tables` in place of losses; `out`: folder of results below `folder`, where two sweeps share a storage; `script`:
-    another command; `variables`: of the environment, Ray's included, which are otherwise kept from it.
+    another command; `address`: of a cluster in place of a Ray of its own; `variables`: of the environment, Ray's
+    included, which are otherwise kept from it.
     """
     started: list[SweepProcess] = []
 
@@ -162,12 +163,13 @@ def start_sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSweep
         tables: tuple[str, ...] = ("losses",),
         out: str = "runs",
         script: str = "sweeps/ablate.py",
+        address: str = "local",
         variables: Mapping[str, str] = MappingProxyType({}),
     ) -> SweepProcess:
         mark = uuid.uuid4().hex
         log = tmp_path_factory.mktemp("log") / "output.txt"
         command = [sys.executable, script, *tables, "--preset", "shapes", "--scale", "smoke"]
-        command += ["--address", "local", "--storage", str(folder / "storage"), "--out", str(folder / out)]
+        command += ["--address", address, "--storage", str(folder / "storage"), "--out", str(folder / out)]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         with log.open("w") as file:
             process = subprocess.Popen(

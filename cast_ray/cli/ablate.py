@@ -2,13 +2,14 @@
 
 cast-ray ablate losses --preset shapes
 cast-ray ablate losses stages negatives labels --dry-run
+cast-ray ablate losses --until decided --budget-hours 40
 cast-ray ablate losses --preset coco --set data.root=DIR --scale smoke
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -16,23 +17,38 @@ from rich.console import Console
 from cast_ray.cli.options import (
     EXIT_STOPPED,
     Parser,
+    add_price_option,
     add_ray_options,
     add_recipe_options,
     add_run_options,
+    add_teacher_option,
     add_tracker_options,
     amount,
+    check_teacher,
     exit_code,
+    keep_wandb_here,
     output_folder,
     plain_console,
+    prices_of,
     random_seed,
     recipe_overrides,
-    runs_folder,
+    runs_place,
     storage_path,
+    tell_report_command,
 )
+from cast_ray.cli.until_decided import (
+    DEFAULT_MAX_SEEDS,
+    UndecidedTable,
+    add_until_options,
+    check_until_options,
+    run_until_decided,
+)
+from cast_ray.common.results_folder import ResultsFolder, open_results
 from cast_ray.plan.ablation import Table, load_table, table_names
-from cast_ray.report.run_choice import choose_run
+from cast_ray.report.run_choice import choose_run, fetch_known
 from cast_ray.runtime.sweep.run import (
     Sweep,
+    SweepOutcome,
     SweepRequest,
     TableRequest,
     has_results,
@@ -51,55 +67,120 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _ablate(arguments: argparse.Namespace, console: Console) -> int:
-    request, out = _request(arguments)
+    check_until_options(arguments)
+    with open_results(runs_place(arguments.out, storage_path(arguments.storage))) as results:
+        return _run_all(arguments, _request(arguments, results), results, console)
 
+
+def _run_all(arguments: argparse.Namespace, request: SweepRequest, results: ResultsFolder, console: Console) -> int:
+    """Runs the sweep or, with --until decided, one after the other; returns the exit code."""
+
+    def run(of_round: SweepRequest, effects: Mapping[str, float | None]) -> tuple[int, SweepOutcome | None]:
+        return _run(of_round, results, console, effects)
+
+    if arguments.until is None:
+        code, _ = run(request, {})
+    else:
+        overrides = recipe_overrides(arguments)
+        tables = [_undecided(arguments, table, results.path) for table in request.tables]
+        code = run_until_decided(
+            request,
+            tables,
+            lambda table, row, seed: table.row_recipe(row, arguments.preset, arguments.scale, seed, overrides),
+            run,
+            console,
+            results.at,
+        )
+    if not request.dry_run:
+        for table in request.tables:
+            tell_report_command(results.at(results.path / table.name), results.is_remote, console)
+        request.trackers.finish(lambda text: console.print(text, soft_wrap=True, highlight=False))
+        results.send()
+    return code
+
+
+def _undecided(arguments: argparse.Namespace, table: TableRequest, out: Path) -> UndecidedTable:
+    from cast_ray.report.decisions import default_effect  # SciPy, which a help text does without
+
+    return UndecidedTable(
+        table.table,
+        list(dict.fromkeys(row for row, _ in table.recipes)),
+        list(dict.fromkeys(seed for _, seed in table.recipes)),
+        out / table.name,
+        default_effect(table.table.metric) if arguments.effect is None else arguments.effect,
+        DEFAULT_MAX_SEEDS if arguments.max_seeds is None else arguments.max_seeds,
+    )
+
+
+def _run(
+    request: SweepRequest, results: ResultsFolder, console: Console, effects: Mapping[str, float | None]
+) -> tuple[int, SweepOutcome | None]:
+    """Runs a sweep and publishes it.
+
+    Args:
+        effects: table -> smallest effect of interest that its report is to use.
+
+    Returns:
+        The exit code, and what became of the sweep; None after a dry run.
+    """
     from cast_ray.publish.sweep import announce, publish  # what draws, once the request is sound
+
+    out = results.path
 
     def on_start(sweeps: Sequence[Sweep]) -> None:
         for sweep, table in zip(sweeps, request.tables):
             recipes = {(row.row, row.seed): row.recipe for row in sweep.rows}
-            results = sweep.context.store.uri(sweep.context.runs_path)
-            announce(out / table.name, table.table, recipes, table.settings, results, console)
+            stored = sweep.context.store.uri(sweep.context.runs_path)
+            effect, folder = effects.get(table.table.name), out / table.name
+            announce(
+                folder, table.table, recipes, table.settings, stored, console, effect, request.prices, at=results.at
+            )
+        results.send()
 
     outcome = run_sweep(request, console, on_start)
     if outcome is None:
-        return 0
+        return 0, None
     codes = [0]
     for sweep, table in zip(outcome.sweeps, request.tables):
         if not outcome.stopped or has_results(sweep):
-            codes.append(publish(sweep, table.table, out / table.name, console))
+            codes.append(publish(sweep, table.table, out / table.name, console, results.at))
             if table.has_own_folder:
                 console.print(f"Results are in {table.folder}", soft_wrap=True, highlight=False)
     write_events(outcome.sweeps, request.trackers)
-    request.trackers.finish(lambda text: console.print(text, soft_wrap=True, highlight=False))
-    return EXIT_STOPPED if outcome.stopped else max(codes)
+    results.send()
+    return (EXIT_STOPPED if outcome.stopped else max(codes)), outcome
 
 
-def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
-    """The validated request and the folder of its runs."""
+def _request(arguments: argparse.Namespace, results: ResultsFolder) -> SweepRequest:
+    """The validated request; what earlier runs have left in the folder that it joins is fetched."""
     tables = [load_table(name) for name in arguments.tables]
     names = [table.name for table in tables]
     if len(set(names)) != len(names):
         raise ValueError(f"tables: expected different names, got {', '.join(names)}")
     _check_seeds(arguments)
     overrides = recipe_overrides(arguments)
-    out = runs_folder(arguments.out)
+    out = results.path
     requests = []
     for table in tables:
         rows = _rows(table.name, list(table.rows), arguments.rows, several=len(tables) > 1)
         if not rows:
             continue
+        if arguments.until is not None and table.baseline not in rows:
+            rows = [table.baseline, *rows]  # which the others are compared with
         seeds = arguments.seeds if arguments.seeds is not None else list(table.seeds)
         recipes = {
             (row, seed): table.row_recipe(row, arguments.preset, arguments.scale, seed, overrides)
             for seed in seeds
             for row in rows
         }
+        check_teacher(arguments.teacher, (recipe.teacher.kind for recipe in recipes.values()))
         table.check_measured(recipes.values())
         of = f"{table.name}-{arguments.preset or table.preset}-{arguments.scale or table.scale}"
         name = of if not arguments.name else arguments.name if len(tables) == 1 else f"{arguments.name}-{table.name}"
         settings = table.settings(arguments.preset, arguments.scale, overrides)
+        fetch_known(results, name)
         choice = choose_run(out, name, table, settings)
+        results.fetch([choice.name])
         requests.append(
             TableRequest(
                 table,
@@ -107,7 +188,7 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
                 choice.name,
                 frozenset(rows if arguments.rows else ()),
                 settings=settings,
-                folder=choice.words(out),
+                folder=choice.words(out, results.at),
                 has_own_folder=bool(choice.beside),
             )
         )
@@ -123,18 +204,19 @@ def _request(arguments: argparse.Namespace) -> tuple[SweepRequest, Path]:
         group=sweep_name([request.name for request in requests]),
     )
     trackers.check_installed()
-    request = SweepRequest(
+    if results.is_remote and arguments.wandb:
+        keep_wandb_here()
+    return SweepRequest(
         tables=tuple(requests),
         storage=storage_path(arguments.storage),
         address=arguments.address,
         num_cpus=arguments.num_cpus,
         dry_run=arguments.dry_run,
         budget_hours=arguments.budget_hours,
-        price_per_hour=arguments.price_per_gpu_hour,
+        prices=prices_of(arguments),
         keep_going=arguments.keep_going,
         trackers=trackers,
     )
-    return request, out
 
 
 def _check_seeds(arguments: argparse.Namespace) -> None:
@@ -175,20 +257,23 @@ def _parser() -> Parser:
         "tables run as one plan",
     )
     add_recipe_options(parser, of="table")
+    add_teacher_option(parser)
     parser.add_argument(
         "--rows", nargs="+", metavar="ROW", help="only these rows; TABLE:ROW if several tables have a row of that name"
     )
     parser.add_argument("--seeds", nargs="+", type=random_seed, metavar="N", help="seeds instead of the table's")
     add_run_options(parser, name="TABLE-PRESET-SCALE")
     add_ray_options(parser)
+    add_until_options(parser)
     plan = parser.add_argument_group("what it costs")
     plan.add_argument("--dry-run", action="store_true", help="print the plan, its device-hours and cost, and stop")
-    plan.add_argument("--price-per-gpu-hour", type=amount, metavar="P", help="price of a device-hour, for the plan")
+    add_price_option(plan)
     plan.add_argument(
         "--budget-hours",
         type=amount,
         metavar="H",
-        help="device-hours (hours x workers) after which no further stage is started; the command says what is left",
+        help="device-hours after which no further stage is started, counted in GPUs of workers, teachers, labellers "
+        "and validation or, without GPUs, in these processes; the command says what is left",
     )
     plan.add_argument(
         "--keep-going",

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cast_ray.cli.options import results_place
 from cast_ray.cli.unfinished import FinishedImages
-from cast_ray.data.reading.photos import describe_left_out, find_photos, output_names
-from cast_ray.inference.result_files import Rows, check_overlays, write_overlay
+from cast_ray.common.results_folder import ResultsFolder, open_resumed_results
+from cast_ray.data.reading.photos import (
+    IMAGES,
+    INSTANCES,
+    OVERLAYS,
+    RESULTS,
+    describe_left_out,
+    find_photos,
+    output_names,
+)
+from cast_ray.inference.result_files import Rows, check_overlays, check_results, write_overlay
 
 MAX_REPORTED = 10
 
@@ -22,6 +33,27 @@ def list_photos(sources: Sequence[str], errors: Console, exclude: Sequence[str] 
     if found.left_out:
         errors.print(f"left out: {describe_left_out(found.left_out)}", markup=False, highlight=False, soft_wrap=True)
     return found.paths
+
+
+@contextmanager
+def open_image_results(place: str, command: Literal["label", "predict"]) -> Iterator[ResultsFolder]:
+    """Gives the folder that `--out` names, once it is clear that a command replaces nothing but its own results.
+
+    Of a folder in an object store a copy is written, which is sent when the block ends without an error; one that was
+    stopped is resumed from the copy.
+
+    Raises:
+        ValueError: something else lies in the folder, or it cannot be read or written.
+    """
+    with open_resumed_results(results_place(place)) as results:
+        own = (RESULTS, IMAGES, INSTANCES)
+        results.fetch([""], own.__contains__)
+        check_results(results.path, command)
+        is_own = any((results.path / name).exists() for name in own)
+        if results.is_remote and not is_own and OVERLAYS in results.names():  # they are sent after the results
+            raise ValueError(f"{results.place} holds {OVERLAYS} of something else: expected another folder")
+        yield results
+        results.send()
 
 
 def run_images(

@@ -21,12 +21,14 @@ from cast_ray.cli.options import (
     add_image_options,
     add_set_option,
     exit_code,
-    output_folder,
     plain_console,
+    results_place,
 )
+from cast_ray.common.results_folder import ResultsFolder
 from cast_ray.common.version import VERSION
 from cast_ray.data.reading.class_lists import read_classes
 from cast_ray.recipe import Recipe, build_recipe, parse_overrides
+from cast_ray.recipe.licence_chain import teacher_sources
 from cast_ray.recipe.teachers import PUBLISHED
 
 
@@ -37,20 +39,32 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _label(arguments: argparse.Namespace, errors: Console) -> int:
-    from cast_ray.cli.images import list_photos, run_images  # what needs torch, once the arguments are sound
+    recipe = _recipe(arguments)
+    results_place(arguments.out)  # refused before what needs torch is loaded
+
+    from cast_ray.cli.images import open_image_results
+
+    with open_image_results(arguments.out, "label") as results:
+        return _run(arguments, recipe, results, errors)
+
+
+def _run(arguments: argparse.Namespace, recipe: Recipe, results: ResultsFolder, errors: Console) -> int:
+    from cast_ray.cli.images import list_photos, run_images
     from cast_ray.cli.unfinished import weights_digest
     from cast_ray.data.reading.photos import INSTANCES, OVERLAYS
     from cast_ray.inference.labeller import make_labeller
     from cast_ray.inference.predictor import in_batches
-    from cast_ray.inference.result_files import check_results, shared_folder, write_labels
+    from cast_ray.inference.result_files import shared_folder, write_labels
 
-    recipe = _recipe(arguments)
-    out = output_folder(arguments.out)
-    check_results(out, "label")
-    paths = list_photos(arguments.images, errors, exclude=[str(out / OVERLAYS)])
+    out = results.path
+    paths = list_photos(arguments.images, errors, exclude=[results.at(out / OVERLAYS)])
     categories = read_classes(arguments.classes) if arguments.classes else None
     if categories is None and arguments.teacher in PUBLISHED:
         raise ValueError(f"--teacher {arguments.teacher} needs --classes: name the classes to look for")
+    for source in teacher_sources(recipe) if arguments.teacher in PUBLISHED else ():
+        if source.is_restricted:
+            words = f"the labels come from {source.terms}"
+            errors.print(words, style="yellow", markup=False, highlight=False, soft_wrap=True)
     make = partial(
         make_labeller,
         recipe,
@@ -90,7 +104,7 @@ def _label(arguments: argparse.Namespace, errors: Console) -> int:
     done = run_images(paths, settings, rows_of, write, out, errors)
     named = zip(teacher.class_names, teacher.categories)
     found = ", ".join(f"{name} {counts[c.id]}" for name, c in named if counts[c.id])
-    print(f"{done} of {len(paths)} images, {counts.total()} labels ({found or 'none'}): {out / INSTANCES}")
+    print(f"{done} of {len(paths)} images, {counts.total()} labels ({found or 'none'}): {results.at(out / INSTANCES)}")
     if done and not counts:
         errors.print(
             f"nothing found in any image: asked for {', '.join(teacher.class_names[:12])} above --threshold "

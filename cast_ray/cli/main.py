@@ -20,10 +20,10 @@ COMMANDS = {
     "ablate": "Runs ablation tables: all rows and seeds, and each shared stage once.",
     "search": "Searches recipe keys with Optuna; its trials share stages with each other and with tables.",
     "report": "Writes the report of a run folder again, from the files in it.",
-    "store": "Lists, shows, compares and prunes the artifacts of earlier runs; runs one stage again.",
+    "store": "Lists, shows, compares and prunes the artifacts of earlier runs; their licences; runs one stage again.",
     "label": "Labels images with a teacher and writes one COCO file.",
     "predict": "Finds instances in images with a saved student.",
-    "export": "Takes a student out of a run, as a folder or as an ONNX file.",
+    "export": "Takes a student out of a run, as a folder, an ONNX file or a model on the hub.",
     "inspect": "Shows what a dataset holds before anything is trained on it.",
     "efficiency": "Measures what teachers and students cost on this device, without training.",
 }

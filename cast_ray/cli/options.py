@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
 
+from cast_ray.common.outages import is_outage
 from cast_ray.common.text import FOLDER_NAME_RULE, is_folder_name
+from cast_ray.plan.prices import Prices
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 3, 130
 EXIT_CODES = {
@@ -24,10 +27,12 @@ EXIT_CODES = {
 """What the exit codes mean, of all commands."""
 STORAGE_VARIABLE = "CAST_RAY_STORAGE"
 INTERRUPTED_IMAGES = "stopped; the same command resumes with the images that are not finished"
+TEACHER_CHOICES = {"permissive": {"teacher.kind": "grounded_sam"}}
+"""What --teacher names -> the recipe keys that it sets. permissive: MM-Grounding-DINO and SAM2.1, both Apache-2.0."""
 STUDENT_HELP = "folder of a saved student, a row runs/<name>/<row>, a URI or a hub name"
 ADDRESS_HELP = "Ray cluster; 'local' starts one for this command alone (default: $RAY_ADDRESS, else local)"
 
-N = TypeVar("N", int, float)
+N = TypeVar("N", int, float, tuple[str, float])
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,16 +87,23 @@ def plain_console(width: int = 120, *, stderr: bool = False) -> Console:
 def exit_code(command: Callable[[], int], interrupted: str = "stopped") -> int:
     """Runs a command and returns its exit code.
 
-    A ValueError reports bad input: it becomes one line on stderr and EXIT_BAD_INPUT. Ctrl-C: see `interruptible`.
+    A ValueError reports bad input: it becomes one line on stderr and EXIT_BAD_INPUT; so does an object store that does
+    not answer for minutes, with EXIT_FAILED. Ctrl-C: see `interruptible`.
     """
+
+    def fail(message: str, code: int) -> int:
+        plain_console(stderr=True).print(f"error: {message}", style="red", highlight=False, soft_wrap=True)
+        return code
 
     def checked() -> int:
         try:
             return command()
         except ValueError as error:
-            message = f"error: {error}"
-            plain_console(stderr=True).print(message, style="red", highlight=False, soft_wrap=True)
-            return EXIT_BAD_INPUT
+            return fail(str(error), EXIT_BAD_INPUT)
+        except OSError as error:
+            if not is_outage(error):
+                raise
+            return fail(f"an object store does not answer, run the same command again later: {error}", EXIT_FAILED)
 
     return interruptible(checked, interrupted)
 
@@ -122,6 +134,33 @@ def add_recipe_options(
     add_set_option(parser)
 
 
+def add_teacher_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --teacher, a short form of --set teacher.kind; `recipe_overrides` reads it, `check_teacher` its rows."""
+    parser.add_argument(
+        "--teacher",
+        choices=list(TEACHER_CHOICES),
+        help="permissive: MM-Grounding-DINO and SAM2.1, under Apache-2.0; short for --set teacher.kind=grounded_sam",
+    )
+
+
+def check_teacher(teacher: str | None, kinds: Iterable[str]) -> None:
+    """Checks that no row or trial has another teacher than the one that --teacher asks for.
+
+    Args:
+        teacher: value of --teacher; None: it was not given.
+        kinds: `teacher.kind` of all rows or trials.
+
+    Raises:
+        ValueError: one is another.
+    """
+    for key, value in TEACHER_CHOICES.get(teacher or "", {}).items():
+        if others := sorted(set(kinds) - {value}):
+            raise ValueError(
+                f"--teacher {teacher} and a row or trial with {key}={others[0]}: expected {key}={value} everywhere, or "
+                "no --teacher"
+            )
+
+
 def add_set_option(parser: argparse.ArgumentParser, help_text: str = "override a recipe key") -> None:
     """Adds --set, which may be given several times; `parse_overrides` reads it."""
     parser.add_argument("--set", action=_AppendOverride, default=[], metavar="KEY=VALUE", help=help_text)
@@ -130,7 +169,9 @@ def add_set_option(parser: argparse.ArgumentParser, help_text: str = "override a
 def add_run_options(parser: argparse.ArgumentParser, name: str) -> None:
     """Adds the options that say where a run is kept; `name`: the form of its default name."""
     parser.add_argument("--name", type=run_name, help=f"name of the run (default: {name})")
-    parser.add_argument("--out", help="local folder for results and reports (default: runs)")
+    parser.add_argument(
+        "--out", help="path or URI (s3://...) for results and reports (default: runs; in a Ray job STORAGE/runs)"
+    )
     add_storage_option(parser)
 
 
@@ -157,10 +198,10 @@ def add_ray_options(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns what --set and the options of `add_ray_options` change in a recipe.
+    """Returns what --set and the options of `add_ray_options` and `add_teacher_option` change in a recipe.
 
     Raises:
-        ValueError: a --set that is not key=value.
+        ValueError: a --set that is not key=value, or that contradicts --teacher.
     """
     from cast_ray.recipe import parse_overrides
 
@@ -168,7 +209,13 @@ def recipe_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
         "runtime.num_workers": arguments.workers_per_trial,
         "runtime.max_concurrent_stages": arguments.max_concurrent,
     }
-    return parse_overrides(arguments.set) | {key: str(value) for key, value in named.items() if value is not None}
+    overrides = parse_overrides(arguments.set)
+    for key, value in TEACHER_CHOICES.get(arguments.teacher, {}).items():
+        if overrides.get(key, value) != value:
+            given = f"--teacher {arguments.teacher} and --set {key}={overrides[key]}"
+            raise ValueError(f"{given}: expected {key}={value}, or only one of the two")
+        overrides[key] = value
+    return overrides | {key: str(value) for key, value in named.items() if value is not None}
 
 
 def add_tracker_options(parser: argparse.ArgumentParser, what: str) -> None:
@@ -182,7 +229,7 @@ def add_tracker_options(parser: argparse.ArgumentParser, what: str) -> None:
 def add_image_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of commands that read images and write what a model finds in them."""
     parser.add_argument("images", nargs="+", help="files, folders, quoted patterns, local or s3://...")
-    parser.add_argument("--out", required=True, help="folder for the results; it is created if it is missing")
+    parser.add_argument("--out", required=True, help="path or URI of the folder for the results")
     parser.add_argument("--threshold", type=share, default=0.3, help="least score (default: %(default)s)")
     parser.add_argument("--batch", type=positive, default=8, help="images at a time (default: %(default)s)")
     parser.add_argument("--no-overlays", action="store_true", help="do not draw the instances over the images")
@@ -242,9 +289,59 @@ def positive_amount(text: str) -> float:
     return _read(text, float, lambda number: 0 < number < math.inf, "a number above 0")
 
 
+def price(text: str) -> tuple[str, float]:
+    """Reads a price of a device-hour, of all devices (`1.2`) or of one model (`A10G=1.01`)."""
+
+    def read(given: str) -> tuple[str, float]:
+        model, equals, number = given.rpartition("=")
+        if equals and not model.strip():
+            raise ValueError("no model")
+        return model.strip(), float(number)
+
+    return _read(text, read, lambda named: 0 <= named[1] < math.inf, "a price such as 1.2 or A10G=1.01")
+
+
+def add_price_option(group: argparse._ActionsContainer) -> None:
+    """Adds the prices by which plans and reports tell what device-hours cost."""
+    group.add_argument(
+        "--price-per-gpu-hour",
+        nargs="+",
+        type=price,
+        metavar="[MODEL=]P",
+        help="price of a device-hour, or of one model's as A10G=1.01 (words of what reports call it)",
+    )
+
+
+def prices_of(arguments: argparse.Namespace) -> Prices | None:
+    """The prices that a command line names; None: it names none.
+
+    Raises:
+        ValueError: it names two for one model.
+    """
+    named = arguments.price_per_gpu_hour
+    if named is None:
+        return None
+    models = [model.lower() for model, _ in named]
+    if len(set(models)) < len(models):
+        words = " ".join(f"{model}={number:g}" if model else f"{number:g}" for model, number in named)
+        raise ValueError(f"--price-per-gpu-hour: expected one price for each model, got {words}")
+    return Prices(dict(named))
+
+
+def is_ray_job() -> bool:
+    """Whether this command was submitted to a cluster: its folder is deleted when it ends."""
+    return bool(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
+
+
 def default_folder() -> Path:
-    """Returns where results go by default: the current folder, or inside a Ray job, whose folder is deleted, $HOME."""
-    return Path.home() / "cast_ray" if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") else Path()
+    """Returns a folder of this machine that outlives the command: the current one or, inside a Ray job, of $HOME."""
+    return Path.home() / "cast_ray" if is_ray_job() else Path()
+
+
+def keep_wandb_here() -> None:
+    """Has W&B keep its offline runs on this machine, where results are in an object store: they are sent from here
+    after the command has ended."""
+    os.environ.setdefault("WANDB_DIR", str(default_folder().absolute()))
 
 
 def storage_path(text: str | None) -> str:
@@ -263,15 +360,48 @@ def run_name(text: str) -> str:
     return text
 
 
-def runs_folder(text: str | None) -> Path:
-    """Returns the folder of all runs that --out names, or the default one.
+def runs_place(text: str | None, storage: str) -> str:
+    """Returns the path or URI of the folder of all runs that --out names; by default `runs`, which lies in the current
+    folder or, inside a Ray job, below the storage path, where it outlives the job and its cluster.
+
+    Args:
+        storage: path or URI of the store.
 
     Raises:
-        ValueError: a URI, which reports cannot be written to, a file, or a place that cannot be written.
+        ValueError: a URI of no known kind, a file, or a place that cannot be written.
     """
-    if text and "://" in text:
-        raise ValueError(f"--out {text}: expected a local folder for results and reports (--storage takes a URI)")
-    return output_folder(text or str(default_folder() / "runs"))
+    from cast_ray.common.paths import below  # pyarrow, which --help does without
+
+    return results_place(text or (below(storage, "runs") if is_ray_job() else "runs"))
+
+
+def results_place(place: str) -> str:
+    """Returns the path or URI of the folder that `--out` names, which may be missing yet.
+
+    Raises:
+        ValueError: a URI of no known kind, a file, or a place that cannot be written.
+    """
+    from cast_ray.common.paths import local_path
+
+    try:
+        local = local_path(place)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--out {place}: {str(error).removeprefix(f'{place}: ')}") from None
+    return place if local is None else str(output_folder(local))
+
+
+def tell_report_command(run: str, is_remote: bool, console: Console) -> None:
+    """Says, at the end of a job or where the results are in an object store, how a user gets the report of a run.
+
+    Args:
+        run: path or URI of its folder.
+        is_remote: whether that is a URI.
+    """
+    if is_remote or is_ray_job():
+        console.print(f"Write it again: cast-ray report {shlex.quote(run)}", soft_wrap=True, highlight=False)
+    if is_remote:
+        fetch = f"cast-ray report {shlex.quote(run)} --out {shlex.quote(run.partition('?')[0].rpartition('/')[2])}"
+        console.print(f"Fetch it to your machine: {fetch}", soft_wrap=True, highlight=False)
 
 
 def output_folder(text: str) -> Path:

@@ -20,10 +20,11 @@ from cast_ray.cli.options import (
     add_device_options,
     add_image_options,
     exit_code,
-    output_folder,
     plain_console,
     positive,
+    results_place,
 )
+from cast_ray.common.results_folder import ResultsFolder
 from cast_ray.common.version import VERSION
 
 
@@ -34,18 +35,26 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _predict(arguments: argparse.Namespace, errors: Console) -> int:
-    from cast_ray.cli.images import list_photos, run_images  # what needs torch, once the arguments are sound
+    results_place(arguments.out)  # refused before what needs torch is loaded
+
+    from cast_ray.cli.images import open_image_results
+
+    with open_image_results(arguments.out, "predict") as results:
+        return _run(arguments, results, errors)
+
+
+def _run(arguments: argparse.Namespace, results: ResultsFolder, errors: Console) -> int:
+    from cast_ray.cli.images import list_photos, run_images
     from cast_ray.cli.unfinished import weights_digest
     from cast_ray.data.reading.photos import OVERLAYS
     from cast_ray.engine.world import pick_device
     from cast_ray.inference.predictor import Predictor, in_batches, make_predictor
-    from cast_ray.inference.result_files import check_results, write_predictions
+    from cast_ray.inference.result_files import write_predictions
     from cast_ray.models.student import CONFIG, WEIGHTS
     from cast_ray.runtime.store.models import open_student
 
-    out = output_folder(arguments.out)
-    check_results(out, "predict")
-    paths = list_photos(arguments.images, errors, exclude=[str(out / OVERLAYS)])
+    out = results.path
+    paths = list_photos(arguments.images, errors, exclude=[results.at(out / OVERLAYS)])
     student, _ = open_student(arguments.student)
     options = {
         "threshold": arguments.threshold,
@@ -76,7 +85,7 @@ def _predict(arguments: argparse.Namespace, errors: Console) -> int:
 
     write = partial(write_predictions, categories=student.categories, out=out)
     done = run_images(paths, settings, rows_of, write, out, errors)
-    print(f"{done} of {len(paths)} images; results in {out}")
+    print(f"{done} of {len(paths)} images; results in {results.place}")
     return 0 if done else EXIT_FAILED
 
 

@@ -4,6 +4,7 @@ cast-ray store ls
 cast-ray store show train-3f2a
 cast-ray store diff train-3f2a train-91c0     # why a row did not reuse a stage
 cast-ray store gc --unused --older-than 30d
+cast-ray store licences                       # under which licences the stored students may be used
 cast-ray store run train-3f2a                 # one stage again, in this process: for a debugger
 """
 
@@ -21,14 +22,17 @@ from rich.table import Table
 
 from cast_ray.cli.options import Parser, add_storage_option, exit_code, plain_console, positive, storage_path
 from cast_ray.cli.store_run import DESCRIPTION, RerunRequest, run_again
+from cast_ray.common.text import first_of
 from cast_ray.contracts.manifest import Manifest
 from cast_ray.plan.graph import Kind
 from cast_ray.plan.stage_difference import explain_difference
 from cast_ray.runtime.store.artifacts import ArtifactStore, Listed, read_each
+from cast_ray.runtime.store.licences import student_licences
 from cast_ray.runtime.store.pruning import Pruning, find_prunable, prune
 from cast_ray.runtime.sweep.planner import command_line
 
 NUM_LISTED = 50
+MAX_ROWS = 6
 ARTIFACT_HELP = "its key, its fingerprint or the beginning of one of them"
 
 
@@ -48,7 +52,7 @@ def _open(arguments: argparse.Namespace) -> ArtifactStore:
 
 
 def _on_store(arguments: argparse.Namespace, console: Console) -> int:
-    commands = {"ls": _list, "show": _show, "diff": _diff, "gc": _collect}
+    commands = {"ls": _list, "show": _show, "diff": _diff, "gc": _collect, "licences": _licences}
     return commands[arguments.command](_open(arguments), arguments, console)
 
 
@@ -170,6 +174,30 @@ def _print_pruning(pruning: Pruning, console: Console) -> None:
         console.print(f"kept         {count:,} artifacts that {who}", highlight=False, soft_wrap=True)
 
 
+def _licences(store: ArtifactStore, arguments: argparse.Namespace, console: Console) -> int:
+    """Says what each student inherits."""
+    listed = sorted(store.list_artifacts().values(), key=lambda a: -a.changed)
+    students = student_licences(store, [a.key for a in listed if a.committed is not None])
+    if arguments.json:
+        facts = [
+            {"key": s.key, "stage": s.stage, "rows": s.rows, "commercial": s.chain.strictest.commercial}
+            | {"sources": s.chain.plain()}
+            for s in students
+        ]
+        print(json.dumps(facts))
+        return 0
+    for student in students:
+        rows = first_of(student.rows, MAX_ROWS) or "no result names it"
+        console.print(
+            f"{student.key}  {student.stage}, {rows}: {student.chain.verdict}", highlight=False, soft_wrap=True
+        )
+        for source in student.chain.sources:
+            note = f"  {source.note}" if source.note else ""
+            console.print(f"  {source.text}{note}", highlight=False, soft_wrap=True)
+    console.print(f"{len(students):,} students in {store.storage}", soft_wrap=True, highlight=False)
+    return 0
+
+
 def _size(num_bytes: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000:
@@ -230,6 +258,13 @@ def _parser() -> Parser:
     collect.add_argument("--unused", action="store_true", help="also artifacts that no result.json in the store names")
     collect.add_argument("--older-than", metavar="AGE", help="also artifacts older than this: 30d, 12h")
     collect.add_argument("--yes", action="store_true", help="delete; without it, only say what would be deleted")
+    licences = commands.add_parser(
+        "licences",
+        help="say under which licences the students may be used",
+        description="Says what each student inherits from its teacher, from the weights it started from and from its "
+        "data, as far as results and manifests tell. This is no legal advice.",
+    )
+    licences.add_argument("--json", action="store_true", help="print JSON, for programs")
     rerun = commands.add_parser(
         "run",
         help="run one stage again in this process, for a debugger",
@@ -243,6 +278,6 @@ def _parser() -> Parser:
         metavar="DATASET_KEY",
         help="artifact of the dataset to use (default: the one that the stage's fingerprint was made from)",
     )
-    for command in (listing, show, diff, collect, rerun):
+    for command in (listing, show, diff, collect, licences, rerun):
         add_storage_option(command)
     return parser

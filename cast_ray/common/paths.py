@@ -11,9 +11,12 @@ from urllib.parse import SplitResult, quote, unquote, urlsplit
 from pyarrow import ArrowInvalid, fs
 
 from cast_ray.common.files import write_atomically
+from cast_ray.common.outages import patiently
 
 SINGLE_UPLOADS = "allow_delayed_open=true"
 """Option of pyarrow's S3 filesystem: a file is not opened in the store before its first 5 MB are full or it ends."""
+OBJECT_STORES = ("s3", "gcs", "abfs")
+"""Types of filesystems where making a folder costs a request and is of no use."""
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 
 
@@ -43,6 +46,16 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     return filesystem, posixpath.join(base, unquote(parts.path).lstrip("/"))
 
 
+def local_path(place: str) -> str | None:
+    """The path of a file or folder on this machine, which may be given as a `file://` URI; None of another URI.
+
+    Raises:
+        ValueError: a URI that pyarrow.fs does not know.
+    """
+    filesystem, path = resolve(place)
+    return path if isinstance(filesystem, fs.LocalFileSystem) else None
+
+
 def join(root: str, name: str) -> str:
     """The path or URI of a file below a folder; `name` is a plain file name, never percent-encoded."""
     if not is_uri(root):
@@ -57,11 +70,24 @@ def below(root: str, *parts: str) -> str:
     return "/".join([place.rstrip("/"), *parts]) + mark + options
 
 
+def parent_and_name(uri: str) -> tuple[str, str]:
+    """The URI of the folder that holds a folder, with the same options, and the folder's name."""
+    place, mark, options = uri.partition("?")
+    parent, _, name = place.rstrip("/").rpartition("/")
+    return parent + mark + options, unquote(name)
+
+
 def in_few_requests(uri: str) -> str:
     """A URI with the option that has S3 take a small file by one request, where a multipart upload are three."""
     if not uri.startswith("s3://") or SINGLE_UPLOADS.partition("=")[0] in urlsplit(uri).query:
         return uri
     return f"{uri}{'&' if '?' in uri else '?'}{SINGLE_UPLOADS}"
+
+
+def make_folder(filesystem: fs.FileSystem, path: str) -> None:
+    """Makes a folder that may be there already; of an object store nothing, where it is only a part of names."""
+    if filesystem.type_name not in OBJECT_STORES:
+        filesystem.create_dir(path, recursive=True)
 
 
 def read_bytes(uri: str, num_bytes: int | None = None) -> bytes:
@@ -70,18 +96,26 @@ def read_bytes(uri: str, num_bytes: int | None = None) -> bytes:
     if isinstance(filesystem, fs.LocalFileSystem):
         with open(path, "rb") as file:  # builtin open tells a folder from a missing file; arrow does not
             return file.read(num_bytes)
-    with filesystem.open_input_stream(path) as stream:
-        return stream.read(num_bytes)
+
+    def read() -> bytes:
+        with filesystem.open_input_stream(path) as stream:
+            return stream.read(num_bytes)
+
+    return patiently(read)
 
 
 def write_bytes(uri: str, content: bytes) -> None:
     """Writes one file so that a reader sees the old content or the new, never a part."""
     filesystem, path = resolve(uri)
-    if not isinstance(filesystem, fs.LocalFileSystem):
+    if isinstance(filesystem, fs.LocalFileSystem):
+        write_atomically(path, content)
+        return
+
+    def write() -> None:
         with filesystem.open_output_stream(path) as stream:  # an object appears when its upload completes
             stream.write(content)
-        return
-    write_atomically(path, content)
+
+    patiently(write)
 
 
 def real(uri: str) -> str:

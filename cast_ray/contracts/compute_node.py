@@ -20,11 +20,28 @@ class ComputeNode(DocumentPart):
     """Model of the CPU."""
 
     @property
+    def device(self) -> str:
+        """Model of what computed: of the GPU, or of the CPU where no GPU was used."""
+        return self.gpu or f"{self.cpu or 'unknown CPU'}, no GPU"
+
+    @property
     def text(self) -> str:
         """Returns for example `NVIDIA A10G (driver 550.54) on gpu_a10g`, or the CPU where no GPU was used."""
-        driver = f" (driver {self.gpu_driver})" if self.gpu_driver else ""
-        device = f"{self.gpu}{driver}" if self.gpu else f"{self.cpu or 'unknown CPU'}, no GPU"
+        device = f"{self.device} (driver {self.gpu_driver})" if self.gpu and self.gpu_driver else self.device
         return f"{device} on {self.node}" if self.node else device
+
+
+UNKNOWN_DEVICE = "unknown device"
+TOGETHER = " and "
+
+
+def device_type(nodes: Iterable[ComputeNode]) -> str:
+    """Returns the model of the devices, by which hours and latencies are told apart.
+
+    Hours of unlike devices do not add up, and their latencies do not compare. Several models that computed together are
+    a type of their own, such as `NVIDIA A10G and NVIDIA L4`.
+    """
+    return TOGETHER.join(sorted({node.device for node in nodes})) or UNKNOWN_DEVICE
 
 
 def nodes_text(nodes: Iterable[ComputeNode]) -> str:

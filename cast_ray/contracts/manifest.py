@@ -45,6 +45,9 @@ class Manifest(Document):
     """Time that its workers took to start; 0 where they had run another stage before."""
     images_per_s: float | None = None
     num_workers: int | None = None
+    num_devices: int | None = None
+    """Devices that it held: those of its workers, of teachers that labelled online and of validation beside training;
+    None, in early versions: those of its workers."""
     device: str | None = None
     """Kind of device that it ran on, such as cpu or cuda:0."""
     computed_on: Several[ComputeNode] = ()
@@ -54,8 +57,13 @@ class Manifest(Document):
 
     @property
     def device_seconds(self) -> float:
-        """Time for which it held devices, summed over its workers; 0 where the manifest does not say it."""
-        return (self.stage_seconds or 0.0) * (self.num_workers or 1)
+        """Time for which it held devices, summed over them; 0 where the manifest does not say it."""
+        return (self.stage_seconds or 0.0) * self.known_devices
+
+    @property
+    def known_devices(self) -> int:
+        """Devices that it held, at least one."""
+        return self.num_devices or self.num_workers or 1
 
 
 class ValidationFacts(DocumentPart):

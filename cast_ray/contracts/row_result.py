@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from cast_ray.contracts.compute_node import ComputeNode
+from cast_ray.contracts.compute_node import UNKNOWN_DEVICE, ComputeNode
 from cast_ray.contracts.document import Document, DocumentPart, Several
 from cast_ray.contracts.label_audit import LabelAudit
 
@@ -125,6 +125,8 @@ class StageRecord(DocumentPart):
     steps: int = 0
     """Optimiser steps; 0 unless it trains."""
     num_workers: int | None = None
+    num_devices: int | None = None
+    """Devices that it held, see `Manifest.num_devices`."""
     seconds: float | None = None
     """Time of the training, labelling or evaluation itself."""
     stage_seconds: float | None = None
@@ -173,6 +175,8 @@ class RowResult(Document):
     code_version: str | None = None
     device_hours: float | None = None
     """Device-hours of the stages that this row ran, in this run or in one before it."""
+    device_hours_by_type: dict[str, float] = Field(default_factory=dict)
+    """The same by the model of the devices (`contracts.compute_node.device_type`); empty: an early version wrote it."""
     hardware: Hardware | None = None
     dataset: DatasetFacts | None = None
     stages: Several[StageRecord] = ()
@@ -202,6 +206,11 @@ class RowResult(Document):
     def key(self) -> tuple[str, str, int]:
         """(table, row, seed)."""
         return self.table, self.row, self.seed
+
+    @property
+    def hours_by_type(self) -> dict[str, float]:
+        """Model of the devices -> device-hours of the stages that this row ran."""
+        return self.device_hours_by_type or ({UNKNOWN_DEVICE: self.device_hours} if self.device_hours else {})
 
     def setting(self, key: str) -> Any:
         """The recipe's value of a dotted key, such as `evaluation.metric`; None where it has none."""

@@ -23,6 +23,11 @@ from cast_ray.models.cast_network import Output, TrainedNetwork
 from cast_ray.recipe import Precision, TrainConfig
 
 LOG_EVERY_STEPS = 10
+LEAVE_LOOK_STEPS = 5
+
+
+class Interrupted(RuntimeError):
+    """The run was told to end, and has saved a checkpoint of its last step."""
 
 
 @dataclass
@@ -59,7 +64,9 @@ class TrainHooks:
     on_refresh: called on every worker each `refresh_every_steps` steps (0: never), not after the last, with the step
     and the averaged weights that are learnt (see `learnt_weights`), which are to be copied at once. on_snapshot: called
     on the first worker each `snapshot_every_steps` steps (0: never), not after the last, with the step and a copy on
-    the CPU of the segmenter's weights as they would be handed on then.
+    the CPU of the segmenter's weights as they would be handed on then. is_leaving: called on every worker each
+    LEAVE_LOOK_STEPS steps, not after the last; where it is true, which it must be on all workers at once, the run saves
+    a checkpoint and ends.
     """
 
     on_log: Callable[[dict[str, float]], None] = lambda entry: None
@@ -68,6 +75,7 @@ class TrainHooks:
     refresh_every_steps: int = 0
     on_snapshot: Callable[[int, dict[str, torch.Tensor]], None] = lambda step, weights: None
     snapshot_every_steps: int = 0
+    is_leaving: Callable[[], bool] = lambda: False
 
 
 NO_HOOKS = TrainHooks()
@@ -111,6 +119,7 @@ def train(
         settings: the stage's identity, the workers, and where the run begins and ends.
 
     Raises:
+        Interrupted: `hooks.is_leaving` said so; a checkpoint has been taken.
         FloatingPointError: the loss is not finite, naming the step and the terms; or see `LossScale.step`.
         ValueError: the stream ended before the last step, or a loss refused its input (names the step).
     """
@@ -131,8 +140,11 @@ def train(
             hooks.on_refresh(done, learnt_weights(network.trained, run.average))
         if hooks.snapshot_every_steps and done % hooks.snapshot_every_steps == 0 and is_first:
             hooks.on_snapshot(done, _copied_weights(network, run.average))
-        if done % config.checkpoint_every_steps == 0:
+        is_leaving = done % LEAVE_LOOK_STEPS == 0 and hooks.is_leaving()
+        if is_leaving or done % config.checkpoint_every_steps == 0:
             hooks.on_checkpoint(run.state(done))
+        if is_leaving:
+            raise Interrupted(f"saved after step {done} of {config.steps}")
     return run.finish()
 
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from cast_ray.common.outages import is_outage
 from cast_ray.contracts.instance import Instance, Instances
 from cast_ray.contracts.records import Category
 from cast_ray.data.reading.images import ImageError, read_image
@@ -150,6 +151,8 @@ def read_or_reason(path: str) -> np.ndarray | str:
     except ImageError as error:
         return error.reason
     except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and is_outage(error):  # not the image's fault, and the next one's fate too
+            raise
         return str(error)
 
 

@@ -44,10 +44,9 @@ _NEW_IN_A_BACKBONE = "hidden_states_norms."
 
 @dataclass(frozen=True)
 class Architecture:
-    """model_type: transformers' own name; checkpoint: hub name of the published weights; settings: of its config."""
+    """model_type: transformers' own name; settings: of its config."""
 
     model_type: str
-    checkpoint: str
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -60,10 +59,8 @@ def _dinov2(size: str, dim: int, layers: int) -> dict[str, Architecture]:
         "patch_size": 14,
     }
     return {
-        f"dinov2-{size[0]}": Architecture("dinov2", f"facebook/dinov2-{size}", settings),
-        f"dinov2-{size[0]}-reg": Architecture(
-            "dinov2_with_registers", f"facebook/dinov2-with-registers-{size}", settings
-        ),
+        f"dinov2-{size[0]}": Architecture("dinov2", settings),
+        f"dinov2-{size[0]}-reg": Architecture("dinov2_with_registers", settings),
     }
 
 
@@ -71,20 +68,18 @@ ARCHITECTURES: dict[str, Architecture] = {
     **_dinov2("small", 384, 12),
     **_dinov2("base", 768, 12),
     **_dinov2("large", 1024, 24),
-    "dinov3-s": Architecture("dinov3_vit", "facebook/dinov3-vits16-pretrain-lvd1689m", {"num_register_tokens": 4}),
-    "resnet50": Architecture("resnet", "microsoft/resnet-50"),
+    "dinov3-s": Architecture("dinov3_vit", {"num_register_tokens": 4}),
+    "resnet50": Architecture("resnet"),
     "sam2-s": Architecture(
         "sam2_hiera_det_model",
-        "facebook/sam2.1-hiera-small",
         {"blocks_per_stage": [1, 2, 11, 2], "global_attention_blocks": [7, 10, 13]},
     ),
-    "swin-t": Architecture("swin", "microsoft/swin-tiny-patch4-window7-224"),
+    "swin-t": Architecture("swin"),
     # Its config's default sizes are tuples, which the backbone class does not take.
-    "convnext-t": Architecture(
-        "convnext", "facebook/convnext-tiny-224", {"hidden_sizes": [96, 192, 384, 768], "depths": [3, 3, 9, 3]}
-    ),
+    "convnext-t": Architecture("convnext", {"hidden_sizes": [96, 192, 384, 768], "depths": [3, 3, 9, 3]}),
 }
-"""settings: what differs from the defaults of transformers' config class."""
+"""settings: what differs from the defaults of transformers' config class. Their published weights are in
+`recipe.models.PUBLISHED_ENCODERS`."""
 
 
 def build_backbone(config: EncoderConfig, known: Architecture, saved: dict[str, Any] | None = None) -> PreTrainedModel:
@@ -109,7 +104,7 @@ def build_backbone(config: EncoderConfig, known: Architecture, saved: dict[str, 
 
 
 def _load(config: EncoderConfig, known: Architecture) -> PreTrainedModel:
-    source = known.checkpoint if config.checkpoint == "hub" else config.checkpoint
+    source = config.source
     where = f"encoder.checkpoint {source!r}"
     if not source:
         raise ValueError(f"encoder.checkpoint is 'hub': the encoder {config.name!r} has no published weights")

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
+
 from cast_ray.contracts.row_result import DatasetFacts, RowResult
 from cast_ray.recipe import InputSize
+from cast_ray.recipe.licence_chain import ENCODER, LicenceChain
+from cast_ray.recipe.licences import CHECKPOINTS, DATASETS, OF_FORMAT, UNKNOWN, Licence
 from cast_ray.recipe.stages import KINDS_OF_AP
 
 MAX_CLASSES = 20
 ROLES = {"refined": "refined student (step 3)", "student": "distilled student (step 2b)", "teacher": "its teacher"}
+HERE = "THIS_FOLDER"
+"""Stands for the place of the model in the instructions of a card that is only saved."""
+TAGS = ["instance-segmentation", "semi-supervised-learning", "knowledge-distillation"]
+HUB_DATASETS = ("ade20k", "cityscapes", "coco")
+"""Datasets of `recipe.licences.DATASETS` that the hub knows by that name."""
+FIRST_FIELDS = ["library_name", "pipeline_tag", "license", "license_name", "license_link", "tags"]
 PRECISIONS = {"off": "float32", "bf16": "bfloat16 (autocast)", "fp16": "float16 (autocast)"}
 
 _USE = """
@@ -34,19 +45,28 @@ Each instance has a `label`, a `score` and a mask at the image's own size (`rle`
 """
 
 
-def model_card(config: Mapping[str, Any], num_parameters: int, result: RowResult | None) -> str:
+def model_card(
+    config: Mapping[str, Any],
+    num_parameters: int,
+    result: RowResult | None,
+    licences: LicenceChain | None = None,
+    place: str = HERE,
+) -> str:
     """The card in Markdown, with the hub's YAML header.
 
     Args:
         config: content of `config.json`.
         num_parameters: number of parameters of the segmenter.
         result: outcome of the row that made the model; None: the card says that there are no measurements.
+        licences: what the model inherits; None: not known.
+        place: folder or hub name that the instructions load the model from.
     """
     model = config["model"]
     names = list(config["id2label"].values())
     more = f" and {len(names) - MAX_CLASSES} more" if len(names) > MAX_CLASSES else ""
+    header = _metadata(result, licences, place).to_yaml(original_order=FIRST_FIELDS)
     parts = [
-        "---\nlibrary_name: cast_ray\npipeline_tag: image-segmentation\ntags: [instance-segmentation]\n---",
+        f"---\n{header}\n---",
         "# Instance segmentation student\n",
         f"- architecture: {model['encoder']['name']} encoder, "
         + (f"{model['decoder']} decoder, " if model["head"] != "eomt" else "")
@@ -57,7 +77,86 @@ def model_card(config: Mapping[str, Any], num_parameters: int, result: RowResult
         "- trained by CAST (arXiv 2505.21904) as implemented in cast_ray " + config["cast_ray_version"],
     ]
     parts += _measured(result) if result else ["\nNo measurements were saved with this model."]
-    return "\n".join(parts) + "\n" + _USE
+    parts += _licences(licences)
+    return "\n".join(parts) + "\n" + _USE.replace(HERE, place)
+
+
+def _metadata(result: RowResult | None, licences: LicenceChain | None, place: str) -> ModelCardData:
+    """The YAML header, in the hub's own form: licence, tags, datasets, metrics and the measured values."""
+    dataset = None if result is None else _dataset_of(result)
+    measured = [] if result is None else _eval_results(result, dataset)
+    encoders = [source.name for source in licences.sources if source.role == ENCODER] if licences else []
+    return ModelCardData(
+        library_name="cast_ray",
+        pipeline_tag="image-segmentation",
+        tags=TAGS,
+        datasets=[dataset] if dataset in HUB_DATASETS else None,
+        base_model=[name for name in encoders if name in CHECKPOINTS] or None,
+        metrics=list(dict.fromkeys(each.metric_type for each in measured)) or None,
+        eval_results=measured or None,
+        model_name=(place.rpartition("/")[2] if place != HERE else "cast_ray student") if measured else None,
+        **_licence_fields(licences.strictest if licences else UNKNOWN),
+    )
+
+
+def _licence_fields(licence: Licence) -> dict[str, Any]:
+    """`license` and, where the hub has no identifier for it, `license_name` and `license_link`."""
+    if licence == UNKNOWN:
+        return {"license": "unknown"}
+    if licence.id:
+        return {"license": licence.id.lower()}
+    name = re.sub(r"[^a-z0-9.]+", "-", licence.name.lower()).strip("-")
+    return {"license": "other", "license_name": name or "other", "license_link": licence.url or None}
+
+
+def _dataset_of(result: RowResult) -> str | None:
+    """The dataset of a result as `DATASETS` names it, where format or `data.licence` tells which it is."""
+    said, layout = (result.setting(f"data.{name}") for name in ("licence", "format"))
+    return said if said in DATASETS else layout if layout in OF_FORMAT else None
+
+
+def _eval_results(result: RowResult, dataset: str | None) -> list[EvalResult]:
+    """AP and AP50 of the row's last student."""
+    role = next((role for role in ROLES if result.metrics.get(f"{role}/mask_ap") is not None), None)
+    if role not in ("refined", "student"):
+        return []
+    kind = KINDS_OF_AP[result.setting("evaluation.metric") or "coco"]
+    names = {"mask_ap": f"{kind} of masks", "ap50": f"{kind} of masks at IoU 0.5"}
+    of_data = dataset or str(result.setting("data.format") or "custom")
+    return [
+        EvalResult(
+            task_type="image-segmentation",
+            task_name="Instance segmentation",
+            dataset_type=of_data,
+            dataset_name=DATASETS[dataset].title if dataset else of_data,
+            dataset_split="validation",
+            metric_type=measure,
+            metric_name=name,
+            metric_value=round(value, 2),
+        )
+        for measure, name in names.items()
+        if (value := result.metrics.get(f"{role}/{measure}")) is not None
+    ]
+
+
+def _licences(licences: LicenceChain | None) -> list[str]:
+    lines = ["\n## Licences\n"]
+    if licences is None:
+        return [*lines, "Nothing is known of the licences of the weights and the data that this model was made from."]
+    lines += ["| inherited from | licence | commercial use | stated by |", "|---|---|---|---|"]
+    for source in licences.sources:
+        licence = source.licence
+        label = f"[{licence.label}]({licence.url})" if "://" in licence.url else licence.label
+        words = "with conditions" if licence.commercial == "conditions" else licence.commercial
+        stated = source.stated_by + (f" ({source.checked})" if source.checked else "")
+        lines.append(f"| {source.role} {source.name} | {label} | {words} | {stated or 'nobody'} |")
+    notes = [f"- {source.name}: {source.note}" for source in licences.sources if source.note]
+    return [
+        *lines,
+        *(["", *notes] if notes else []),
+        f"\nTaken together: {licences.verdict}. The header names the licence that allows least. Whether the terms of a "
+        "teacher or of data bind a model that learnt from them is a question of law; this table is no legal advice.",
+    ]
 
 
 def _measured(result: RowResult) -> list[str]:
@@ -81,7 +180,8 @@ def _measured(result: RowResult) -> list[str]:
         f"- labelled images: {_known(dataset.num_labelled)}, unlabelled: {_known(dataset.num_unlabelled)}",
     ]
     lines += [f"- `{result.command}`"] if result.command else []
-    hours = f", {result.device_hours:.2f} device-hours" if result.device_hours is not None else ""
+    by_type = {} if result.device_hours is None else result.device_hours_by_type or {"": result.device_hours}
+    hours = "".join(f", {hours:.2f} device-hours{f' on {name}' if name else ''}" for name, hours in by_type.items())
     lines.append(f"- code {_known(result.code_version)}{hours}")
     return lines
 

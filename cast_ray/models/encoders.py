@@ -206,7 +206,7 @@ def convnext(config: EncoderConfig, saved: dict[str, Any] | None = None) -> Enco
         "depths": list(config.depths),
         "layer_scale_init_value": 1.0,
     }
-    encoder = HierarchicalEncoder(config, Architecture("convnext", "", settings), saved)
+    encoder = HierarchicalEncoder(config, Architecture("convnext", settings), saved)
     if not config.checkpoint:
         encoder.mean, encoder.std = Encoder.mean, Encoder.std
     return encoder

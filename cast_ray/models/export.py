@@ -86,7 +86,8 @@ def export_onnx(
 ) -> dict[str, str]:
     """Writes a student as an ONNX model: images uint8 [batch, 3, H, W] in, `Detector`'s outputs out.
 
-    The batch size is free, height and width are not. Class names and input size are in the model's metadata, as JSON.
+    The batch size is free, height and width are not. Class names, input size and, where they are known, the licences
+    that the student inherits are in the model's metadata, as JSON.
 
     Args:
         student: on the CPU.
@@ -129,6 +130,8 @@ def export_onnx(
         )
     assert program is not None
     facts = {"class_names": json.dumps(student.class_names), "image_px": json.dumps([height, width])}
+    if student.licences:
+        facts["licences"] = json.dumps(student.licences.published().plain())
     program.model.metadata_props.update(facts)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,11 +10,16 @@ needs torch, transformers and safetensors, and neither Ray nor a dataset.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from httpx import HTTPError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from pydantic import ValidationError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -27,11 +32,12 @@ from cast_ray.contracts.instance import Instances
 from cast_ray.contracts.records import Category, Predictions, class_names
 from cast_ray.contracts.row_result import RowResult
 from cast_ray.models.autocast import DTYPES, autocast
-from cast_ray.models.card import model_card
+from cast_ray.models.card import HERE, model_card
 from cast_ray.models.drawing import class_colours
 from cast_ray.models.postprocess import predict_instances
 from cast_ray.models.segmenter import Segmenter
 from cast_ray.recipe import InputSize, ModelConfig, Precision
+from cast_ray.recipe.licence_chain import LicenceChain, chain_of_plain_recipe
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 MODEL_TYPE = "cast_ray"
@@ -60,6 +66,10 @@ class Student(nn.Module):
     ):
         super().__init__()
         self.precision: Precision = precision
+        self.licences: LicenceChain | None = None
+        """What it inherits from its teacher, encoder and data; None: not known. It is saved with the student."""
+        self.card: str | None = None
+        """The model card of the folder that it was loaded from, which it is saved with again; None: there was none."""
         assert segmenter.num_classes == len(categories)
         self.segmenter = segmenter
         self.categories = tuple(categories)
@@ -94,7 +104,7 @@ class Student(nn.Module):
             return predict_instances(self.segmenter, images, image_hw, resized_hw, max_detections, min_score)
 
     def config(self) -> dict[str, Any]:
-        """What `config.json` holds."""
+        """What `config.json` holds, but for the licences."""
         encoder, names = self.segmenter.encoder, self.class_names
         return {
             "model_type": MODEL_TYPE,
@@ -118,14 +128,26 @@ class Student(nn.Module):
             },
         }
 
-    def files(self, result: RowResult | None = None) -> dict[str, bytes]:
-        """Name -> content of each file of the folder; `result`: outcome of its row, for the model card."""
+    def files(self, result: RowResult | None = None, place: str = HERE) -> dict[str, bytes]:
+        """Name -> content of each file of the folder.
+
+        Args:
+            result: outcome of its row, for the model card and, where `licences` is None, for what it inherits.
+            place: hub name that the folder is going to have, for the model card.
+        """
+        known = self.licences or (chain_of_plain_recipe(result.recipe) if result else None)
+        licences = known.published() if known else None
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.segmenter.state_dict().items()}
-        config = self.config()
+        config = self.config() | ({"licences": licences.plain()} if licences else {})
+        if result is None and self.card is not None:
+            card = self.card.replace(HERE, place)
+        else:
+            num_parameters = sum(p.numel() for p in self.segmenter.parameters())
+            card = model_card(config, num_parameters, result, licences, place)
         return {
             CONFIG: json.dumps(config, indent=1).encode(),
             WEIGHTS: save_tensors(tensors, metadata={"format": "pt"}),
-            CARD: model_card(config, sum(p.numel() for p in self.segmenter.parameters()), result).encode(),
+            CARD: card.encode(),
         }
 
     def save_pretrained(self, folder: str | Path, result: RowResult | None = None) -> None:
@@ -141,6 +163,45 @@ class Student(nn.Module):
         check_free(folder)
         for name, content in self.files(result).items():
             write_atomically(Path(folder) / name, content)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        result: RowResult | None = None,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        api: HfApi | None = None,
+    ) -> str:
+        """Uploads the folder of `save_pretrained` to a model repository on the Hugging Face hub.
+
+        Args:
+            repo_id: `OWNER/NAME`; it is made where it is missing.
+            result: as for `save_pretrained`.
+            token: with write access; None: $HF_TOKEN or the one of `hf auth login`.
+            private: whether a new repository is private; None: the owner's default.
+            api: stands in for the hub; None: the hub itself.
+
+        Returns:
+            URL of the commit.
+
+        Raises:
+            ValueError: a name that no repository can have, no token, or the hub refuses; one line.
+        """
+        check_repo(repo_id)
+        api = api or HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in self.files(result, repo_id).items():
+                (Path(folder) / name).write_bytes(content)
+            message = f"Upload a student of cast_ray {VERSION}"
+            try:
+                api.create_repo(repo_id, repo_type="model", private=private, exist_ok=True)
+                return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message))
+            except (OSError, HTTPError) as error:  # the hub's own errors are both, those of the network the latter
+                raise ValueError(
+                    f"hub repository {repo_id!r}: {_first_line(error)} (expected a token with write access in "
+                    "$HF_TOKEN, or from `hf auth login`)"
+                ) from None
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Student:
@@ -158,7 +219,10 @@ class Student(nn.Module):
             config, weights = (_locate(str(source), name).read_bytes() for name in (CONFIG, WEIGHTS))
         except (OSError, ValueError) as error:
             raise ValueError(f"no saved student in {str(source)!r}: {_first_line(error)}") from None
-        return cls.from_files(config, weights, source=str(source))
+        student = cls.from_files(config, weights, source=str(source))
+        card = Path(source).expanduser() / CARD
+        student.card = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
+        return student
 
     @classmethod
     def from_files(cls, config: bytes, weights: bytes, source: str) -> Student:
@@ -174,6 +238,8 @@ class Student(nn.Module):
                 raise ValueError(f"precision is {precision!r}: expected off, {' or '.join(DTYPES)}")
             size = InputSize.read(spec.get("input_size", spec))  # before, images were always fitted into image_px
             student = cls(segmenter, categories, spec["image_px"], spec["colours"], size, precision)
+            if "licences" in spec:
+                student.licences = LicenceChain.of_plain(spec["licences"])
         except (KeyError, TypeError, ValidationError, ValueError) as error:
             raise ValueError(f"{source}/{CONFIG}: cannot be read: {_first_line(error)}") from None
         try:
@@ -202,6 +268,17 @@ def check_free(folder: str | Path) -> None:
         "a saved student",
         "an empty folder, a folder that is not there yet or an earlier export",
     )
+
+
+def check_repo(repo_id: str) -> None:
+    """Checks the form of a repository's name. Raises ValueError: it is not `OWNER/NAME`."""
+    try:
+        validate_repo_id(repo_id)
+        is_valid = repo_id.count("/") == 1
+    except HFValidationError:
+        is_valid = False
+    if not is_valid:
+        raise ValueError(f"hub repository {repo_id!r}: expected OWNER/NAME of letters, digits and . - _")
 
 
 def read_config(config: bytes, source: str) -> dict[str, Any]:

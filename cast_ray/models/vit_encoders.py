@@ -157,6 +157,6 @@ def vit(config: EncoderConfig, saved: dict[str, Any] | None = None, **options: A
         "patch_size": 4 * config.stem_stride,
         "image_size": 16 * config.stem_stride,
     }
-    encoder = ViTEncoder(config, Architecture("dinov2", "", settings), saved, **options)
+    encoder = ViTEncoder(config, Architecture("dinov2", settings), saved, **options)
     encoder.mean, encoder.std = Encoder.mean, Encoder.std
     return encoder

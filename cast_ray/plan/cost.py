@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, Protocol
 
+from cast_ray.contracts.compute_node import UNKNOWN_DEVICE, device_type
 from cast_ray.contracts.manifest import LabelManifest, Manifest
 from cast_ray.plan.graph import Stage, SweepPlan, input_size_of
 from cast_ray.plan.stage_parts import EvaluatePart, LabelPart, TrainPart, is_published
@@ -41,6 +42,8 @@ ASSUMED_FLOPS = {"cpu": 25e9, "cuda": 30e12}
 """Useful operations a second: one thread of a server CPU (measured on `shapes`), a data centre GPU with AMP."""
 TRAINING_PASSES = 3.0
 """A forward and a backward pass, in forward passes."""
+WORK = ("train", "label", "evaluate")
+"""Kinds of artifacts that devices compute."""
 NUM_KINDS = 4
 """Classes that the counted model tells apart: their number hardly matters."""
 
@@ -65,33 +68,49 @@ class Size:
     image_hw: tuple[int, int] | None = None
 
 
+def device_types(manifests: Iterable[Manifest], device: str) -> list[str]:
+    """The models of the devices that earlier stages ran on, that of the last stage first; `UNKNOWN_DEVICE` if none has.
+
+    Args:
+        device: cpu or cuda; stages on the other kind are left out.
+    """
+    ran = sorted((m for m in manifests if _has_run_on(m, device)), key=lambda m: -(m.committed or 0.0))
+    return list(dict.fromkeys(device_type(m.computed_on) for m in ran)) or [UNKNOWN_DEVICE]
+
+
+def _has_run_on(manifest: Manifest, device: str) -> bool:
+    """Whether it is the manifest of a stage that has taken time on devices of a kind, or on unknown ones."""
+    is_work = manifest.kind in WORK and bool(manifest.stage_seconds)
+    return is_work and (manifest.device or device).startswith(device)
+
+
 class CostModel:
     """Estimates stages from the manifests of earlier ones.
 
     Args:
         manifests: manifests of committed artifacts of any kind.
         device: cpu or cuda; only earlier stages on the same kind count.
+        model: of the devices, one of `device_types`: only stages on those count; None: all.
     """
 
-    def __init__(self, manifests: Iterable[Manifest], device: str):
+    def __init__(self, manifests: Iterable[Manifest], device: str, model: str | None = None):
         self.device = device
         self.exact: dict[str, list[float]] = {}
         self.scaled: dict[str, list[float]] = {}
         past = {m.fingerprint: m for m in manifests}
         for manifest in past.values():
-            if manifest.kind not in ("train", "label", "evaluate") or not manifest.stage_seconds:
+            if not _has_run_on(manifest, device) or model not in (None, device_type(manifest.computed_on)):
                 continue
-            if not (manifest.device or device).startswith(device):
-                continue
-            device_s = (manifest.stage_seconds + (manifest.startup_seconds or 0.0)) * (manifest.num_workers or 1)
-            model = _model_of(manifest, past.get)
+            each_s = (manifest.stage_seconds or 0.0) + (manifest.startup_seconds or 0.0)
+            device_s = each_s * manifest.known_devices
+            network = _model_of(manifest, past.get)
             count = manifest.steps or _images_seen(manifest)
             if not count:
                 continue
             config, kind = manifest.config, manifest.kind
-            self.exact.setdefault(_exact_key(kind, config, model), []).append(device_s / count)
+            self.exact.setdefault(_exact_key(kind, config, network), []).append(device_s / count)
             images = count * _images_of(kind, config)
-            self.scaled.setdefault(_scaled_key(kind, config, model), []).append(device_s / images)
+            self.scaled.setdefault(_scaled_key(kind, config, network), []).append(device_s / images)
 
     def estimate(
         self,

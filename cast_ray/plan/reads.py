@@ -16,8 +16,9 @@ TEACHER_STAGES: tuple[TrainStage, ...] = ("selftrain", "adapt", "pretrain")
 
 def reads_labels(recipe: Recipe, stage: TrainStage) -> bool:
     """Returns whether a train stage has L_semi, which reads pseudo-labels of D_u: 1c and 2b, where they run."""
-    runs = {"selftrain": recipe.stages.use_adapt, "distill": recipe.stages.use_distill}
-    return recipe.loss.lambda_semi > 0 and runs.get(stage, False)
+    if stage == "distill":
+        return recipe.learns_from_teacher
+    return stage == "selftrain" and recipe.stages.use_adapt and recipe.loss.lambda_semi > 0
 
 
 def contrast_weight(recipe: Recipe, stage: TrainStage) -> float:

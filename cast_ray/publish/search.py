@@ -10,7 +10,7 @@ import itertools
 import json
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from cast_ray.common.files import write_atomically
+from cast_ray.common.paths import is_uri
 from cast_ray.contracts.row_result import RowResult
 from cast_ray.plan.metrics import is_latency
 from cast_ray.plan.search import SearchSpec
@@ -145,36 +146,54 @@ def write_search_report(plan: SearchRun, studies: Studies, out: Path, refresh_s:
     return SearchReport(article, state[0].partition(";")[0], html, best, not pending)
 
 
-def watch_search(out: Path, console: Console, every_s: float, stopped: threading.Event | None = None) -> SearchReport:
-    """Writes the report of a search again whenever a trial is new, until all have ended; `stopped` ends it before."""
+def watch_search(
+    out: Path,
+    console: Console,
+    every_s: float,
+    at: Callable[[Path], str] = str,
+    on_written: Callable[[], None] = lambda: None,
+    stopped: threading.Event | None = None,
+) -> SearchReport:
+    """Writes the report of a search again whenever a trial is new, until all have ended; `stopped` ends it before.
+
+    Args:
+        at: what a user knows a file by, see `ResultsFolder.at`.
+        on_written: called after every report.
+    """
     stopped = stopped or threading.Event()
     told = ""
     while True:
         report = rebuild_search_report(out, refresh_s=max(1, round(every_s)))
         if report.state != told:
-            console.print(f"{report.state}: {report.html}", highlight=False, soft_wrap=True)
+            on_written()
+            console.print(f"{report.state}: {at(report.html)}", highlight=False, soft_wrap=True)
             told = report.state
         if report.is_complete or stopped.wait(every_s):
             return report
 
 
-def show_search(report: SearchReport, console: Console) -> int:
-    """Prints what a search has found and where it lies; returns the command's exit code."""
+def show_search(report: SearchReport, console: Console, at: Callable[[Path], str] = str) -> int:
+    """Prints what a search has found and where it lies; returns the command's exit code.
+
+    Args:
+        at: what a user knows a file by, see `ResultsFolder.at`.
+    """
     shown = dataclasses.replace(report.article, title="", context={}, sections=report.article.sections[:1])
     console.print(Markdown(markdown_page([shown]).removeprefix("# \n")))
-    console.print(f"\nReport: {report.html}", soft_wrap=True, highlight=False)
+    console.print(f"\nReport: {at(report.html)}", soft_wrap=True, highlight=False)
     if report.best is not None:
-        console.print(f"Continue with: cast-ray ablate {report.best} --seeds 0 1 2", soft_wrap=True, highlight=False)
+        place = at(report.best)
+        best = report.best.name if is_uri(place) else place  # a table is read from this machine
+        console.print(f"Continue with: cast-ray ablate {best} --seeds 0 1 2", soft_wrap=True, highlight=False)
     return 0 if report.best is not None else 1
 
 
 def search_article(plan: SearchRun, studies: Studies) -> Article:
     """Makes the whole report of a search."""
     spec = plan.spec
+    results = [_samplers(spec, studies), _failures(studies), _verdict(spec, studies), _unlike(studies)]
     made = [
-        section(
-            "Results", [_samplers(spec, studies), _failures(studies), _verdict(spec, studies), _best(spec, studies)]
-        ),
+        section("Results", [*results, _best(spec, studies)]),
         section("Pareto front", [_front_figure(spec, studies)]),
         section("Best so far", [_progress(spec, studies)]),
         section("Importances", [_importances(spec, studies)]),
@@ -290,6 +309,19 @@ def _verdict(spec: SearchSpec, studies: Studies) -> Words | None:
     values = ", ".join(f"{sampler} {format_value(metric, value)}" for sampler, value in at.items())
     line = f"At equal budget ({budget:.2g} device-hours each): {values}. One study each: a difference may be luck."
     return Words((line,), "list")
+
+
+def _unlike(studies: Studies) -> Words | None:
+    """Warns where trials ran on unlike devices, whose hours and latencies do not compare."""
+    trials = [trial for study in studies.values() for trial in study.trials]
+    computed = {device for trial in trials for device in trial.user_attrs.get("computed_on") or ()}
+    measured = {device for trial in trials for device in (trial.user_attrs.get("measured_on") or {}).values()}
+    lines = []
+    if len(computed) > 1:
+        lines.append(f"WARNING: device-hours add up those of unlike devices: {', '.join(sorted(computed))}.")
+    if len(measured) > 1:
+        lines.append(f"WARNING: latencies of unlike devices do not compare: {', '.join(sorted(measured))}.")
+    return Words(tuple(lines), "list") if lines else None
 
 
 def _best_so_far(spec: SearchSpec, study: optuna.Study) -> list[tuple[float, float]]:

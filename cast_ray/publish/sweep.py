@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from cast_ray.common.files import write_atomically
 from cast_ray.data.reading.data_report import REPORT_FILE
 from cast_ray.plan.ablation import Table
 from cast_ray.plan.graph import RowPlan
+from cast_ray.plan.prices import Prices
 from cast_ray.publish.drawings import draw_samples
 from cast_ray.publish.label_audit import worst_cases
 from cast_ray.publish.samples import row_samples
@@ -35,6 +36,9 @@ def announce(
     settings: Mapping[str, Any],
     results_uri: str,
     console: Console,
+    effect: float | None = None,
+    prices: Prices | None = None,
+    at: Callable[[Path], str] = str,
 ) -> None:
     """Notes in the run folder what a sweep is about to run, so that its report can be watched from the start.
 
@@ -42,16 +46,32 @@ def announce(
         recipes: (row, seed) -> recipe.
         settings: what the rows have in common, by which a later command knows that this folder is its own.
         results_uri: folder of the store that each row's result appears in when it ends.
+        effect: smallest effect of interest that the report is to use; None: that of an earlier command, else its own.
+        prices: of a device-hour, for the report; None: none were named.
+        at: what a user knows a file by, see `ResultsFolder.at`.
     """
     expected = [(table.name, row, seed) for row, seed in recipes]
     digests = [recipe_digest(json.loads(recipe.model_dump_json())) for recipe in recipes.values()]
-    write_plan(out, [table], expected, results_uri, digests, {table.name: settings})
-    console.print(f"  report   {out / 'report.html'}", soft_wrap=True, highlight=False)
-    console.print(f"    live: cast-ray report {out} --watch", soft_wrap=True, highlight=False)
+    effects = {} if effect is None else {table.name: effect}
+    write_plan(
+        out,
+        [table],
+        expected,
+        results_uri,
+        digests,
+        settings={table.name: settings},
+        effects=effects,
+        prices=prices,
+    )
+    console.print(f"  report   {at(out / 'report.html')}", soft_wrap=True, highlight=False)
+    console.print(f"    live: cast-ray report {at(out)} --watch", soft_wrap=True, highlight=False)
 
 
-def publish(sweep: Sweep, table: Table, out: Path, console: Console) -> int:
+def publish(sweep: Sweep, table: Table, out: Path, console: Console, at: Callable[[Path], str] = str) -> int:
     """Writes each row's result and pictures and the report into `out` and prints the table.
+
+    Args:
+        at: what a user knows a file by, see `ResultsFolder.at`.
 
     Returns:
         Exit code: 0 when every row is done, 1 when one failed or did not end.
@@ -70,7 +90,7 @@ def publish(sweep: Sweep, table: Table, out: Path, console: Console) -> int:
         draw_samples(sweep, out / CONTACT_SHEET)
     with _or_without(WORST_SHEET, console):
         any(worst_cases(context, row, out / WORST_SHEET) for context, row in reversed(pairs))
-    show(write_report(out, tell=console.print), console)
+    show(write_report(out, tell=console.print), console, at)
     # Of this sweep's rows alone: the report also shows what earlier ones left in the folder.
     results = [read_result(context, row) for context, row in pairs]
     return 0 if all(result is not None and result.is_done for result in results) else 1

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, field_validator, model_validator
 
 from cast_ray.common.text import nearest
 from cast_ray.recipe.data import DataConfig
@@ -15,7 +15,7 @@ from cast_ray.recipe.input_size import InputSize
 from cast_ray.recipe.labels import FIXED_SIZE_BATCH, LabelsConfig
 from cast_ray.recipe.losses import ContrastiveConfig, LossConfig
 from cast_ray.recipe.models import BATCH_NORM_DECODERS, ModelConfig
-from cast_ray.recipe.part import Part, Seed
+from cast_ray.recipe.part import CHANGES_NO_RESULT, Part, Seed
 from cast_ray.recipe.runtime import RuntimeConfig
 from cast_ray.recipe.stages import EvaluationConfig, PseudoConfig, StagesConfig, TrainConfig
 from cast_ray.recipe.strict_yaml import NotYamlError, read_yaml
@@ -50,6 +50,24 @@ class Recipe(Part):
     labels: LabelsConfig = LabelsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+    checkpoint_licences: Annotated[tuple[str, ...], CHANGES_NO_RESULT] = ()
+    """Licences of checkpoints of your own, each as NAME=LICENCE: the folder or hub name as another field has it, and an
+    SPDX identifier or words. Of a checkpoint that is not here, `recipe/licences.py` or the README.md of its folder says
+    it, else it is unknown."""
+
+    @property
+    def learns_from_teacher(self) -> bool:
+        """Whether the student learns from a teacher's labels: L_semi of step 2b."""
+        return self.loss.lambda_semi > 0 and self.stages.use_distill
+
+    @field_validator("checkpoint_licences")
+    @classmethod
+    def _name_a_checkpoint_and_a_licence(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for each in value:
+            name, _, licence = each.rpartition("=")
+            if not name.strip() or not licence.strip():
+                raise ValueError(f"expected NAME=LICENCE, for example models/mine=Apache-2.0, found {each!r}")
+        return value
 
     @property
     def needs_foundation(self) -> bool:

@@ -12,8 +12,11 @@ from cast_ray.recipe.part import CHANGES_NO_RESULT, OFF_BY_DEFAULT, Part, Seed
 
 
 class ShapesConfig(Part):
-    """How many scenes the embedded `shapes` dataset holds."""
+    """Which scenes are drawn, and how many."""
 
+    layout: Annotated[Literal["scattered", "crowded"], OFF_BY_DEFAULT] = "scattered"
+    """scattered: 64 px, two to five shapes of four classes, some of which overlap. crowded: 128 px, four to six large
+    discs of one colour that touch, so that telling objects of one class apart is the whole difficulty."""
     num_source: int = Field(1500, ge=8)
     """Scenes in the source style, all labelled: what the "foundation" teacher is pre-trained on."""
     num_train: int = Field(500, ge=8)
@@ -47,6 +50,10 @@ class DataConfig(Part):
     extra_image_dir: str = ""
     """Folder of the extra unlabelled pool, as an absolute path, a URI or a path below `root`; empty: found (Cityscapes'
     train_extra, COCO's unlabeled2017)."""
+    licence: Annotated[str, CHANGES_NO_RESULT] = ""
+    """Licence of the images and labels: an SPDX identifier (CC-BY-4.0), the name of a dataset whose terms are known
+    (coco, nuclei) or words of your own. Empty: that of the dataset which `format` is the layout of, or what a README.md
+    in `root` says, else unknown. Plan, model card and report show it."""
     verify: Annotated[Literal["full", "header", "none"], CHANGES_NO_RESULT] = "full"
     """What is read of every image, once for a dataset: all of it, its head (the size), or nothing.
 

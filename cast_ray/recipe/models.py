@@ -9,6 +9,20 @@ from pydantic import Field, field_validator, model_validator
 from cast_ray.common.registry import check_name
 from cast_ray.recipe.part import OFF_BY_DEFAULT, Part
 
+PUBLISHED_ENCODERS: dict[str, str] = {
+    **{
+        f"dinov2-{size[0]}{ending}": f"facebook/dinov2-{middle}{size}"
+        for size in ("small", "base", "large")
+        for ending, middle in (("", ""), ("-reg", "with-registers-"))
+    },
+    "dinov3-s": "facebook/dinov3-vits16-pretrain-lvd1689m",
+    "resnet50": "microsoft/resnet-50",
+    "sam2-s": "facebook/sam2.1-hiera-small",
+    "swin-t": "microsoft/swin-tiny-patch4-window7-224",
+    "convnext-t": "facebook/convnext-tiny-224",
+}
+"""Name of an encoder -> hub name of its published weights, which `checkpoint: hub` means."""
+
 
 class EncoderConfig(Part):
     """One encoder by registry name, with what its builder takes.
@@ -27,6 +41,11 @@ class EncoderConfig(Part):
     """Stride of the first stage; each further one halves. 2 suits images of 64 px, 4 is the usual."""
     checkpoint: str = ""
     """Folder or hub name for `from_pretrained`; `hub`: the published weights of `name`; empty: random weights."""
+
+    @property
+    def source(self) -> str:
+        """Folder or hub name of the weights that it starts from; empty: random ones, or `hub` of a name without any."""
+        return PUBLISHED_ENCODERS.get(self.name, "") if self.checkpoint == "hub" else self.checkpoint
 
     @field_validator("name")
     @classmethod

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from cast_ray.contracts.row_result import Number, RowResult, Status, is_finite
+from cast_ray.plan.prices import NO_PRICES, Prices
 from cast_ray.report.metrics import PER_CLASS
 
 UNREADABLE: Status = "unreadable"
@@ -94,6 +95,49 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class Forecast:
+    """How many more seeds are likely to decide a row: the median, and the quantiles of 10 % and 90 %.
+
+    None: more than `confidence_sequence.MAX_FORECAST` seeds in all.
+    """
+
+    median: int | None
+    low: int | None
+    high: int | None
+
+
+Answer = Literal["better", "worse", "equal", "same model", "undecided"]
+"""equal: within the smallest effect of interest; same model: the row was measured on the baseline's own models."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the seeds of a row show against the baseline in the ranking metric, with one error rate for the whole table.
+
+    low, high: bounds of the mean difference that hold at all numbers of seeds together; None while there are too few
+    seeds for bounds. device_hours: of the stages that no other row uses, over all of its seeds.
+    """
+
+    row: str
+    answer: Answer
+    num_seeds: int
+    """Seeds that the row and the baseline both have, on the same images."""
+    decided_at: int | None
+    """Number of seeds at which it was decided."""
+    low: float | None
+    high: float | None
+    device_hours: float
+    forecast: Forecast | None = None
+    """How many more seeds are likely to decide it; None: decided, or nothing to forecast from."""
+    least_more: int = 0
+    """Seeds without which it cannot be decided, whatever they show."""
+
+    @property
+    def is_open(self) -> bool:
+        return self.answer == "undecided"
+
+
+@dataclass(frozen=True)
 class Failure:
     row: str
     seed: int
@@ -113,7 +157,8 @@ class RowSummary:
     cells: Mapping[str, Cell]
     paper: Mapping[str, float]
     seconds: float | None
-    device_hours: float
+    device_hours: Mapping[str, float]
+    """Model of the devices -> device-hours of the stages that this row's results ran."""
     num_unreadable: int = 0
     """How many of the pending results have a file that cannot be read."""
 
@@ -145,7 +190,10 @@ class RowSummary:
 
 @dataclass(frozen=True)
 class StageSummary:
-    """One unique stage (by fingerprint) and the rows and seeds that used it. `was_stored`: none of them ran it."""
+    """One unique stage (by fingerprint) and the rows and seeds that used it.
+
+    device: model of what computed it, see `contracts.compute_node.device_type`; was_stored: none of the rows ran it.
+    """
 
     name: str
     kind: str
@@ -158,6 +206,7 @@ class StageSummary:
     device_hours: float
     images_per_s: float | None
     was_stored: bool
+    device: str
 
 
 @dataclass(frozen=True)
@@ -188,10 +237,15 @@ class Report:
     """To the baseline, in every metric that is compared."""
     pairs: tuple[Difference, ...]
     """Differences of every two rows in the ranking metric; none in a large table."""
+    decisions: tuple[Decision, ...]
+    """Of each row but the baseline, in the ranking metric."""
+    effect: float | None
+    """Smallest effect of interest in the ranking metric; None: rows are never called equal."""
     failures: tuple[Failure, ...]
     stages: tuple[StageSummary, ...]
     steps: Compute
-    device_hours: Compute
+    device_hours: Mapping[str, Compute]
+    """Model of the devices -> device-hours of the stages that they computed."""
     zero_shot: Mapping[str, float]
     paper_curves: Mapping[str, Mapping[float, float]]
     """What the paper's table has over a number: metric of ours, or its own column's name -> number -> value."""
@@ -200,6 +254,8 @@ class Report:
     """Which AP the published values are, as in `evaluation.metric`."""
     context: Mapping[str, str]
     notes: tuple[str, ...]
+    prices: Prices = NO_PRICES
+    """Of a device-hour, where the reader has named them."""
     results: tuple[Result, ...] = field(repr=False, default=())
 
     @property
@@ -209,6 +265,11 @@ class Report:
     @property
     def num_pending(self) -> int:
         return sum(row.num_pending for row in self.rows)
+
+    @property
+    def has_one_seed(self) -> bool:
+        """Whether no row has more than one finished seed, and one has that: such a report is no evidence for a row."""
+        return max((len(row.seeds_done) for row in self.rows), default=0) == 1
 
     def differences_in(self, metric: str) -> dict[str, Difference]:
         """Row -> its difference to the baseline in one metric."""

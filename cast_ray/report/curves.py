@@ -79,6 +79,8 @@ def comparison(report: Report) -> Figure | None:
         title = f"{label_of(metric)}: difference to {report.baseline}"
         panels.append(Panel(title, "", series, kind="intervals", names=tuple(compared), zero_line=True))
     caption = f"{label_of(metric)} of the rows, with 95 % intervals"
+    if report.has_one_seed:
+        caption += " of resampled images alone, which say nothing about other seeds"
     if len(cells) > len(rows):
         caption += f"; the first {len(rows)} of {len(cells)} rows"
     return _figure("comparison", caption, panels)
@@ -87,7 +89,11 @@ def comparison(report: Report) -> Figure | None:
 def compute_bars(report: Report) -> Figure | None:
     """What sharing stages saves, in training steps and in device-hours."""
     panels = []
-    for title, compute in (("training steps", report.steps), ("device-hours", report.device_hours)):
+    of_devices = [
+        ("device-hours" if len(report.device_hours) == 1 else f"device-hours of {device}", compute)
+        for device, compute in report.device_hours.items()
+    ]
+    for title, compute in (("training steps", report.steps), *of_devices):
         if compute.scratch:
             names = ("each row from scratch", "each stage once")
             bars = (

@@ -67,10 +67,12 @@ def csv_page(reports: Sequence[Report]) -> str:
     """`report.csv`: a line for each table, row and metric, unrounded."""
     names = ["table", "row", "metric", "seeds_done", "seeds", "mean", "sd", "low", "high", "paper"]
     names += ["difference", "difference_low", "difference_high", "paired_seeds", "resampled"]
+    names += ["decision", "decided_at_seed", "bound_low", "bound_high", "own_device_hours", "seeds_needed"]
     text = io.StringIO()
     writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
     writer.writeheader()
     for report in reports:
+        decisions = {decision.row: decision for decision in report.decisions}
         for row in report.rows:
             lines: list[dict[str, Any]] = []
             for metric in dict.fromkeys([*report.metrics, *row.cells]):
@@ -84,6 +86,11 @@ def csv_page(reports: Sequence[Report]) -> str:
                     if interval := difference.interval:
                         line |= {"difference_low": interval.low, "difference_high": interval.high}
                         line |= {"resampled": interval.resampled}
+                if metric == report.metric and (decision := decisions.get(row.name)) is not None:
+                    line |= {"decision": decision.answer, "decided_at_seed": decision.decided_at}
+                    line |= {"bound_low": decision.low, "bound_high": decision.high}
+                    line |= {"own_device_hours": decision.device_hours}
+                    line |= {"seeds_needed": decision.forecast.median} if decision.forecast else {}
                 lines.append(line)
             shared = {"table": report.table, "row": row.name, "seeds": row.num_seeds}
             writer.writerows(shared | {"seeds_done": len(row.seeds_done)} | line for line in lines)
@@ -150,7 +157,7 @@ def _latex_difference(difference: Difference | None) -> list[str]:
         return ["--", "--"]
     signed = [f"${format_signed(difference.metric, difference.mean)}$"]
     interval = difference.interval
-    if interval is None:
+    if interval is None or interval.resampled == "images":  # which is no uncertainty of a row
         return [*signed, "--"]
     low, high = (format_signed(difference.metric, value) for value in (interval.low, interval.high))
     return [*signed, f"$[{low}, {high}]$"]

@@ -30,6 +30,14 @@ MEASURES = {
 LOWER_IS_BETTER = ("fnr", "latency_ms", "params_m", "gflops", "loss", "seconds", "device_hours", "memory_mb", "ece")
 
 
+ON = " on "
+
+
+def metric_on(metric: str, device: str) -> str:
+    """Name of a metric of one type of devices, where it was measured on several: `student/latency_ms on NVIDIA L4`."""
+    return f"{metric}{ON}{device}"
+
+
 def split_metric(metric: str) -> tuple[str, str]:
     """`student/mask_ap` -> (`student`, `mask_ap`); a metric without a role has an empty one."""
     role, slash, measure = metric.partition("/")
@@ -42,7 +50,8 @@ def label_of(metric: str) -> str:
     if measure.startswith(f"{PER_CLASS}/"):
         label = f"AP of {measure.removeprefix(f'{PER_CLASS}/')}"
     else:
-        label = MEASURES.get(measure, measure.replace("_", " "))
+        measure, on, device = measure.partition(ON)
+        label = MEASURES.get(measure, measure.replace("_", " ")) + on + device
     return f"{ROLES[role]} {label}" if role in ROLES else label if measure in MEASURES else metric
 
 
@@ -58,7 +67,7 @@ def is_ap(metric: str) -> bool:
 
 
 def is_lower_better(metric: str) -> bool:
-    return split_metric(metric)[1] in LOWER_IS_BETTER
+    return split_metric(metric)[1].partition(ON)[0] in LOWER_IS_BETTER
 
 
 def format_value(metric: str, value: float) -> str:

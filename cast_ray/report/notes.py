@@ -7,13 +7,20 @@ from collections.abc import Iterable, Sequence
 from cast_ray.common.text import first_of
 from cast_ray.contracts.compute_node import nodes_text
 from cast_ray.contracts.row_result import DatasetFacts, Hardware, RowResult, SplitFacts
+from cast_ray.recipe.licence_chain import LicenceChain, by_rows, chain_of_plain_recipe, warnings_of
 from cast_ray.recipe.stages import KINDS_OF_AP
 from cast_ray.report.content import Difference, Report, Result
+from cast_ray.report.decision_table import decision_notes
 from cast_ray.report.metrics import format_signed, label_of
 from cast_ray.report.statistics import NUM_REPLICATES
 
 NEAR_ZERO_AP = 1.0
 MAX_NAMED = 8
+ROUNDING_AP, ROUNDING_DIFFERENCE_AP = 2.4, 1.2
+"""How far rounding alone has moved an AP, and a difference of two rows: the same seed and command on two machines of
+one kind (docs/measuring.md)."""
+MAX_CHAINS = 4
+"""Different chains of licences that are named."""
 AP_NAMES = {"coco": "COCO mask AP", "cityscapes": "Cityscapes' instance AP (not comparable with COCO's)"}
 SEED_FIELDS = {"data.split_seed": "label split", "init_seed": "initial weights", "order_seed": "order of images"}
 """Recipe fields by which a part of the randomness stays the same for all seeds, and what they fix."""
@@ -46,7 +53,14 @@ def context_of(results: Sequence[RowResult]) -> dict[str, str]:
         context["label split"] = _splits_text([dataset.split for _, dataset in with_data if dataset.split is not None])
         hashes = dict.fromkeys(dataset.content_hash for _, dataset in with_data if dataset.content_hash)
         context["data hash"] = ", ".join(h[:16] for h in hashes)
+    chains = by_rows(_chains_of(results))
+    context["licences"] = ". ".join([*chains[:MAX_CHAINS], *(["and others"] if len(chains) > MAX_CHAINS else [])])
     return {key: text for key, text in context.items() if text}
+
+
+def _chains_of(results: Iterable[RowResult]) -> list[tuple[str, LicenceChain]]:
+    """(row, what its student inherits) of each finished result whose recipe this version can read."""
+    return [(r.row, chain) for r in results if r.is_done and (chain := chain_of_plain_recipe(r.recipe)) is not None]
 
 
 def _kinds_of_ap(results: Sequence[RowResult]) -> set[str]:
@@ -134,7 +148,13 @@ def _split_text(split: SplitFacts) -> str:
 
 def notes_of(report: Report) -> list[str]:
     """What a reader must know before believing the table, in plain words."""
-    notes = [*_data_notes(report), *_progress_notes(report), *_seed_notes(report), *verdicts(report)]
+    notes = [
+        *_data_notes(report),
+        *_progress_notes(report),
+        *_seed_notes(report),
+        *verdicts(report),
+        *decision_notes(report),
+    ]
     done = [row for row in report.rows if row.seeds_done]
     if any(row.paper for row in done):
         where = f" ({report.paper_dataset})" if report.paper_dataset else ""
@@ -163,7 +183,7 @@ def notes_of(report: Report) -> list[str]:
     ):
         if len(values) > 1:
             notes.append(f"WARNING: results of {len(values)} different {what} are mixed in this table.")
-    return notes
+    return notes + [f"WARNING: {text}" for text in warnings_of(_chains_of(report.results))]
 
 
 def _data_notes(report: Report) -> list[str]:
@@ -224,12 +244,20 @@ def _seed_notes(report: Report) -> list[str]:
     done = [row for row in report.rows if row.seeds_done]
     most = max((len(row.seeds_done) for row in done), default=0)
     ways = {d.interval.resampled for d in report.differences if d.interval is not None}
-    if most == 1 and len(done) > 1:
-        note = "* 1 seed per row: differences are single runs and may be seed noise."
+    if report.has_one_seed and len(done) > 1:
+        note = (
+            "* 1 seed per row: this table is no evidence that any row is better than another. Rounding alone (the same "
+            f"seed and command on another machine of the same kind) has moved an AP by up to {ROUNDING_AP} and a "
+            f"difference by {ROUNDING_DIFFERENCE_AP}, and other seeds move them further. Seeds are added until rows "
+            "are decided by `cast-ray ablate TABLE --until decided --budget-hours H`."
+        )
         if "images" in ways:
-            note += f" Their 95 % intervals come from resampled images alone ({NUM_REPLICATES:,} draws)."
+            note += (
+                f" The 95 % intervals of the report come from resampled images alone ({NUM_REPLICATES:,} draws): they "
+                "are about these trained models, not about the rows."
+            )
         return [note]
-    if most == 1:
+    if report.has_one_seed:
         return ["* 1 seed: a single run, whose seed noise is unknown."]
     if most < 1:
         return []
@@ -240,12 +268,14 @@ def _seed_notes(report: Report) -> list[str]:
     }
     methods = " or ".join(text for way, text in how.items() if way in ways)
     note = f"Up to {most} seeds per row: mean ± standard deviation over seeds; differences are paired by seed"
-    note += f", with 95 % intervals ({methods}), not corrected for the number of rows." if methods else "."
+    note += (
+        f", with 95 % intervals ({methods}), for a number of seeds fixed in advance and one row." if methods else "."
+    )
     return [note] + ([f"* a single run, whose seed noise is unknown: {_named(singles)}."] if singles else [])
 
 
 def verdicts(report: Report) -> list[str]:
-    """Which rows are above, below and not distinguishable from the baseline in the ranking metric."""
+    """Which rows are above, below and not distinguishable from the baseline, each by its own interval over seeds."""
     differences = [d for d in report.differences if d.metric == report.metric and not d.same_artifact]
     label, baseline = label_of(report.metric), report.baseline
 
@@ -253,8 +283,6 @@ def verdicts(report: Report) -> list[str]:
         return _named([f"{d.row} ({format_signed(d.metric, d.mean)})" for d in chosen])
 
     seeds = [d for d in differences if d.interval is not None and d.interval.resampled != "images"]
-    alone = [d for d in differences if d.interval is not None and d.interval.resampled == "images"]
-    beyond = [d for d in alone if d.interval is not None and (d.interval.low > 0 or d.interval.high < 0)]
     notes = []
     if above := [d for d in seeds if d.is_clear and d.mean > 0]:
         notes.append(f"Above {baseline} in {label}: {each(above)}.")
@@ -262,10 +290,6 @@ def verdicts(report: Report) -> list[str]:
         notes.append(f"Below {baseline} in {label}: {each(below)}.")
     if noise := [d for d in seeds if not d.is_clear]:
         notes.append(f"Not distinguishable from noise: {each(noise)} against {baseline} in {label}.")
-    if beyond:
-        notes.append(f"Beyond the noise of the images, in 1 seed: {each(beyond)} against {baseline} in {label}.")
-    if inside := [d for d in alone if d not in beyond]:
-        notes.append(f"Not distinguishable from the noise of the images: {each(inside)} against {baseline} in {label}.")
     return notes
 
 

@@ -12,10 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from cast_ray.contracts.compute_node import device_type
 from cast_ray.contracts.row_result import StageRecord
 from cast_ray.plan.ablation import Table, load_table
+from cast_ray.plan.metrics import is_latency
+from cast_ray.plan.prices import NO_PRICES, Prices
 from cast_ray.report.content import Compute, Difference, Failure, Report, Result, RowSummary, StageSummary
-from cast_ray.report.metrics import split_metric
+from cast_ray.report.decisions import decide_rows, default_effect
+from cast_ray.report.metrics import metric_on, split_metric
 from cast_ray.report.notes import context_of, notes_of
 from cast_ray.report.run_folder import Run
 from cast_ray.report.settings import averageable, mixed_settings
@@ -28,15 +32,33 @@ MAX_RESAMPLED = 500
 """Results whose images are resampled: half a second each on 200 images, a quarter of a minute on 5,000."""
 
 
-def summarise_run(run: Run, tell: Callable[[str], None] = lambda text: None) -> list[Report]:
-    """One report for each table of a run folder, in the order of the plan; `tell`: see `Resampling`."""
+def summarise_run(
+    run: Run, tell: Callable[[str], None] = lambda text: None, prices: Prices | None = None
+) -> list[Report]:
+    """One report for each table of a run folder, in the order of the plan.
+
+    Args:
+        tell: see `Resampling`.
+        prices: of a device-hour; None: those that the sweep was started with.
+    """
+    prices = run.plan.prices if prices is None else prices
     num_replicates = NUM_REPLICATES if len(run.results) <= MAX_RESAMPLED else 0
     resampling = Resampling(run.folder, num_replicates, tell)
     reports = []
     for name in run.table_names:
         results = [r for r in run.results if r.table == name]
         pending = [(row, seed) for _, row, seed in run.pending(name)]
-        reports.append(summarise(results, run.plan.table(name), name=name, pending=pending, resampling=resampling))
+        reports.append(
+            summarise(
+                results,
+                run.plan.table(name),
+                name=name,
+                pending=pending,
+                resampling=resampling,
+                effect=run.plan.effects.get(name),
+                prices=prices,
+            )
+        )
     resampling.save()
     return reports
 
@@ -48,6 +70,8 @@ def summarise(
     name: str | None = None,
     pending: Iterable[tuple[str, int]] = (),
     resampling: Resampling | None = None,
+    effect: float | None = None,
+    prices: Prices = NO_PRICES,
 ) -> Report:
     """Everything the report of some results says.
 
@@ -58,6 +82,8 @@ def summarise(
         name: name of the table; None: the one that the results name.
         pending: (row, seed) that are still to come.
         resampling: per-image data of the results; None: intervals are over seeds alone.
+        effect: smallest effect of interest in the ranking metric; None: see `decisions.default_effect`.
+        prices: of a device-hour.
 
     Raises:
         ValueError: results of more than one table.
@@ -76,6 +102,7 @@ def summarise(
     paper = table.paper_values(preset) if table else {}
     results, warnings = averageable(results)
     warnings += mixed_settings(results, table)
+    results = [_told_apart(result, _measured_on_several(results)) for result in results]
     by_row: dict[str, list[Result]] = {row: [] for row in order}
     for result in results:
         by_row[result.row].append(result)
@@ -110,6 +137,7 @@ def summarise(
         if (d := _difference(row, against, metric, done, resampling))
     ]
     stages = _unique_stages(results)
+    effect = default_effect(metric) if effect is None else effect
     report = Report(
         table=names[0],
         title=table.title if table else names[0],
@@ -119,16 +147,22 @@ def summarise(
         rows=rows,
         differences=tuple(replace(d, paper=_paper_difference(d, paper)) for d in differences),
         pairs=tuple(pairs),
+        decisions=decide_rows(done, order, baseline, metric, effect, stages),
+        effect=effect,
         failures=tuple(Failure(r.row, r.seed, _one_line(r.error), r.log) for r in results if r.has_failed),
         stages=stages,
         steps=_compute([(s.steps if s.kind == "train" else 0, s) for s in stages]),
-        device_hours=_compute([(s.device_hours, s) for s in stages]),
+        device_hours={
+            device: _compute([(s.device_hours, s) for s in stages if s.device == device])
+            for device in dict.fromkeys(s.device for s in stages if s.device_hours)
+        },
         zero_shot=_zero_shot(results),
         paper_curves=table.paper_curves() if table else {},
         paper_dataset=table.paper_dataset(preset) if table else "",
         paper_metric=table.paper_metric(preset) if table else "",
         context=context_of(results),
         notes=(),
+        prices=prices,
         results=tuple(results),
     )
     return replace(report, notes=(*warnings, *notes_of(report)))
@@ -167,7 +201,7 @@ def _summarise_row(
         cells=cells,
         paper=paper,
         seconds=statistics.fmean(seconds) if seconds else None,
-        device_hours=sum(r.device_hours or 0.0 for r in results),
+        device_hours=_sum_by_key(r.hours_by_type for r in results),
         num_unreadable=sum(r.is_unreadable for r in results),
     )
 
@@ -223,15 +257,44 @@ def _unique_stages(results: Sequence[Result]) -> tuple[StageSummary, ...]:
                 device_hours=_device_hours(result, ran),
                 images_per_s=ran.images_per_s,
                 was_stored=all(s.reused for _, s in entries),
+                device=device_type(ran.computed_on),
             )
         )
     return tuple(summaries)
 
 
+def _measured_on_several(results: Sequence[Result]) -> set[str]:
+    """Metrics that depend on the device and were measured on several types of devices, or on some that nobody knows."""
+    devices: dict[str, set[str]] = {}
+    for result in results:
+        for metric in filter(is_latency, result.metrics):
+            devices.setdefault(metric, set()).add(_device_of(result, metric))
+    return {metric for metric, found in devices.items() if len(found) > 1}
+
+
+def _device_of(result: Result, metric: str) -> str:
+    node = result.measured_on.get(metric)
+    return device_type([node] if node else [])
+
+
+def _told_apart(result: Result, mixed: set[str]) -> Result:
+    """A result whose metrics of unlike devices have names of their own, so that no mean or difference mixes them."""
+    metrics = {metric_on(m, _device_of(result, m)) if m in mixed else m: value for m, value in result.metrics.items()}
+    return result if metrics.keys() == result.metrics.keys() else result.model_copy(update={"metrics": metrics})
+
+
+def _sum_by_key(values: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for value in values:
+        for key, number in value.items():
+            total[key] = total.get(key, 0.0) + number
+    return total
+
+
 def _device_hours(result: Result, stage: StageRecord) -> float:
     asked = result.setting("runtime.num_labellers" if stage.kind == "label" else "runtime.num_workers")
-    workers = stage.num_workers or (asked if isinstance(asked, int) else 1)
-    return (stage.stage_seconds or stage.seconds or 0.0) * workers / 3600
+    devices = stage.num_devices or stage.num_workers or (asked if isinstance(asked, int) else 1)
+    return (stage.stage_seconds or stage.seconds or 0.0) * devices / 3600
 
 
 def _compute(costs: Sequence[tuple[float, StageSummary]]) -> Compute:

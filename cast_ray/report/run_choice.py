@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cast_ray.common.digest import FULL_DIGITS, digest_of
 from cast_ray.common.paths import absolute
+from cast_ray.common.results_folder import ResultsFolder
 from cast_ray.common.text import first_of
 from cast_ray.plan.ablation import Table
 from cast_ray.plan.settings import differing, overridden, settings_of
@@ -31,11 +31,15 @@ class RunChoice:
     beside: str = ""
     differences: tuple[str, ...] = ()
 
-    def words(self, out: Path) -> str:
-        """The folder that results go to, and why it is not the one that a user would expect."""
+    def words(self, out: Path, at: Callable[[Path], str] = str) -> str:
+        """The folder that results go to, and why it is not the one that a user would expect.
+
+        Args:
+            at: what a user knows a folder by, see `ResultsFolder.at`.
+        """
         if not self.beside:
-            return str(out / self.name)
-        return f"{out / self.name}, because {out / self.beside} holds other settings: {named(self.differences)}"
+            return at(out / self.name)
+        return f"{at(out / self.name)}, because {at(out / self.beside)} holds other settings: {named(self.differences)}"
 
 
 def choose_run(out: Path, name: str, table: Table, settings: Mapping[str, Any]) -> RunChoice:
@@ -62,11 +66,28 @@ def choose_run(out: Path, name: str, table: Table, settings: Mapping[str, Any]) 
     return RunChoice(next(free), name, tuple(differences[name]))
 
 
+def is_beside(folder: str, name: str) -> bool:
+    """Whether a folder may hold runs that were put beside those of a folder `name`, or is that folder."""
+    return folder == name or re.fullmatch(rf"{re.escape(name)}-[0-9a-f]{{{DIGITS},}}", folder) is not None
+
+
+def without_digest(name: str) -> str:
+    """Name of the folder beside which a folder lies."""
+    return re.sub(rf"-[0-9a-f]{{{DIGITS}}}$", "", name)
+
+
+def fetch_known(results: ResultsFolder, name: str) -> None:
+    """Brings to this machine what `choose_run` and `runs_beside` look at, of the folder `name` and those beside it."""
+    if results.is_remote:
+        folders = [folder for folder in results.names() if is_beside(folder, name)]
+        results.fetch(folders, lambda file: file in (PLAN, RESULT))
+
+
 def runs_beside(run_dir: Path) -> list[tuple[Path, list[str]]]:
     """Folders of the same tables with other settings, and in what they differ from this one."""
     run_dir = run_dir if run_dir.name else run_dir.resolve()
     plan = read_plan(run_dir)
-    name = re.sub(rf"-[0-9a-f]{{{DIGITS}}}$", "", run_dir.name)
+    name = without_digest(run_dir.name)
     found = []
     for folder in [run_dir.parent / name, *_beside(run_dir.parent, name)]:
         if folder.name == run_dir.name or not (folder / PLAN).is_file():
@@ -85,8 +106,7 @@ def named(differences: Sequence[str]) -> str:
 
 
 def _beside(out: Path, name: str) -> list[Path]:
-    pattern = f"{glob.escape(name)}-{'[0-9a-f]' * DIGITS}*"
-    return sorted(folder for folder in out.glob(pattern) if re.fullmatch(r"[0-9a-f]+", folder.name[len(name) + 1 :]))
+    return sorted(folder for folder in out.glob("*") if folder.name != name and is_beside(folder.name, name))
 
 
 def _is_used(folder: Path) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 from cast_ray.common.digest import digest_of
 from cast_ray.common.files import write_atomically
 from cast_ray.plan.ablation import Table, load_table
+from cast_ray.plan.prices import NO_PRICES, Prices
 from cast_ray.report.content import UNREADABLE, Result
 
 PLAN = "sweep.json"
@@ -40,6 +41,10 @@ class RunRequest:
     results_uri: str = ""
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Table -> what its rows have in common (`Table.settings`); a plan of an older version has none."""
+    effects: Mapping[str, float] = field(default_factory=dict)
+    """Table -> smallest effect of interest, where a command named one."""
+    prices: Prices = NO_PRICES
+    """Of a device-hour, as the command that last ran named them."""
 
     @property
     def digests(self) -> dict[tuple[str, str, int], str]:
@@ -90,6 +95,8 @@ def write_plan(
     results_uri: str = "",
     recipes: Iterable[str] = (),
     settings: Mapping[str, Mapping[str, Any]] | None = None,
+    effects: Mapping[str, float] | None = None,
+    prices: Prices | None = None,
 ) -> Path:
     """Notes in a run folder what a sweep is about to run, before its first result is there.
 
@@ -100,7 +107,8 @@ def write_plan(
         results_uri: see `RunRequest`.
         recipes: digest of each expected recipe: until they are there, results of other recipes are not shown; none:
             whatever lies in the folder counts.
-        settings: see `RunRequest`; of other tables those before stay.
+        settings, effects: see `RunRequest`; of other tables those before stay.
+        prices: see `RunRequest`; None or none named: those before stay.
     """
     path = Path(run_dir) / PLAN
     before = read_plan(run_dir)
@@ -115,6 +123,8 @@ def write_plan(
         "recipes": [digests.get(key, "") for key in others] + (recipes or [""] * len(expected)),
         "results_uri": results_uri or before.results_uri,
         "settings": {**before.settings, **(settings or {})},
+        "effects": {**before.effects, **(effects or {})},
+        "prices": (prices or before.prices).by_type,
     }
     write_atomically(path, json.dumps(content, indent=1))
     return path
@@ -136,7 +146,9 @@ def read_plan(run_dir: str | Path) -> RunRequest:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the plan of a sweep: {error}") from None
     recipes, results_uri = tuple(content.get("recipes", ())), content.get("results_uri", "")
-    return RunRequest(tables, expected, recipes, results_uri, content.get("settings", {}))
+    settings, effects = content.get("settings", {}), content.get("effects", {})
+    prices = Prices(content.get("prices", {}))
+    return RunRequest(tables, expected, recipes, results_uri, settings, effects, prices)
 
 
 def _table_of(spec: dict[str, Any]) -> Table | None:

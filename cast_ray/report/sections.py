@@ -18,8 +18,8 @@ from cast_ray.report.curves import (
     learning_curves,
     margin_curves,
 )
+from cast_ray.report.decision_table import decisions_grid
 from cast_ray.report.label_audit import WORST_SHEET, audit_table, coverage_table
-from cast_ray.report.metrics import format_value
 from cast_ray.report.notes import failure_text, hardware_text, status_text
 from cast_ray.report.overlays import CONTACT_SHEET
 from cast_ray.report.run_folder import RESULT
@@ -27,6 +27,7 @@ from cast_ray.report.samples import read_samples
 from cast_ray.report.tables import (
     classes_grid,
     comparison_grid,
+    device_grid,
     main_grid,
     measures_grid,
     other_grid,
@@ -57,7 +58,9 @@ def comparison_section(report: Report, folder: Path) -> Section | None:
     """Every AP against the baseline, the ranking one first and drawn."""
     metrics = dict.fromkeys([report.metric, *(d.metric for d in report.differences)])
     grids = [comparison_grid(report, metric) for metric in metrics]
-    return section(f"Against {report.baseline}", [comparison(report), *grids, pairs_grid(report)])
+    return section(
+        f"Against {report.baseline}", [decisions_grid(report), comparison(report), *grids, pairs_grid(report)]
+    )
 
 
 def axis_section(report: Report, folder: Path) -> Section | None:
@@ -126,19 +129,22 @@ def measures_section(report: Report, folder: Path) -> Section | None:
 
 def compute_section(report: Report, folder: Path) -> Section | None:
     """What the table cost and what sharing stages saved."""
-    steps, hours = report.steps, report.device_hours
+    steps = report.steps
     if not steps.scratch:
         return None
     words = [
-        f"Each row alone from scratch: {steps.scratch:,.0f} training steps, "
-        f"{format_value('device_hours', hours.scratch)} device-hours.",
-        f"Each stage once: {steps.unique:,.0f} steps ({steps.saved_percent:.0f} % saved), "
-        f"{format_value('device_hours', hours.unique)} device-hours ({hours.saved_percent:.0f} % saved).",
+        f"Each row alone from scratch: {steps.scratch:,.0f} training steps.",
+        f"Each stage once: {steps.unique:,.0f} steps ({steps.saved_percent:.0f} % saved).",
     ]
     if steps.ran < steps.unique:
         words.append(f"Run here: {steps.ran:,.0f} steps; the other stages were in the store already.")
     words.append("Device-hours: time of a stage's work times its workers, without their start-up.")
-    return section("Compute", [Words(tuple(words), "list"), compute_bars(report), stage_grid(report)])
+    if len(report.device_hours) > 1:
+        words.append("Hours of unlike devices are not added up.")
+    if report.prices and (unpriced := [d for d in report.device_hours if report.prices.of(d) is None]):
+        words.append(f"No price was named for {', '.join(unpriced)}: the cost leaves their hours out.")
+    grids = [device_grid(report), compute_bars(report), stage_grid(report)]
+    return section("Compute", [Words(tuple(words), "list"), *grids])
 
 
 def provenance_section(report: Report, folder: Path) -> Section | None:

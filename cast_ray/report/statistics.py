@@ -150,7 +150,7 @@ class Resampling:
         pairs, values = [], []
         for seed in sorted(row.keys() & baseline.keys()):
             ours, theirs = self._replicates(row[seed], metric), self._replicates(baseline[seed], metric)
-            are_paired = ours is not None and theirs is not None and _images_of(row[seed]) == _images_of(baseline[seed])
+            are_paired = ours is not None and theirs is not None and images_of(row[seed]) == images_of(baseline[seed])
             pairs.append(ours - theirs if are_paired and ours is not None and theirs is not None else None)
             a, b = value_of(row[seed], metric), value_of(baseline[seed], metric)
             if a is not None and b is not None:
@@ -213,6 +213,7 @@ def image_counts(num_images: int, num_replicates: int) -> np.ndarray:
     return draws.multinomial(num_images, np.full(num_images, 1 / num_images), num_replicates)
 
 
-def _images_of(result: Result) -> tuple[object, ...]:
+def images_of(result: Result) -> tuple[object, ...]:
+    """What tells the images that a result was measured on from others."""
     content_hash = result.dataset.content_hash if result.dataset else None
     return content_hash, result.setting("evaluation.num_images")

@@ -116,11 +116,12 @@ def difference_text(difference: Difference | None, row: RowSummary, report: Repo
 
 
 def interval_text(difference: Difference | None) -> str:
-    """`+5.4 to +9.1`; a single seed's is marked, because it covers the images alone."""
+    """`+5.4 to +9.1`; a single seed's is marked: it is about two trained models on other images, not about rows."""
     if difference is None or difference.interval is None:
         return "same model" if difference is not None and difference.same_artifact else ""
     low, high = (format_signed(difference.metric, v) for v in (difference.interval.low, difference.interval.high))
-    return f"{low} to {high}" + (" (images)" if difference.interval.resampled == "images" else "")
+    marked = " (these two models, other images)" if difference.interval.resampled == "images" else ""
+    return f"{low} to {high}{marked}"
 
 
 def measures_grid(report: Report, role: str) -> Grid | None:
@@ -178,23 +179,49 @@ def _metrics_grid(
     return Grid(caption, columns, body, tuple(row.name for row in rows))
 
 
+def device_grid(report: Report) -> Grid | None:
+    """Device-hours of each type of device, and what they cost where prices were named."""
+    if not report.device_hours:
+        return None
+    names = ["stages", "device-hours, each row from scratch", "each stage once", "saved (%)", "run here"]
+    priced = {device: price for device in report.device_hours if (price := report.prices.of(device)) is not None}
+    names += ["price of an hour", "cost, each row from scratch", "cost, each stage once"] if priced else []
+    body = []
+    for device, hours in report.device_hours.items():
+        line = [device, str(sum(stage.device == device for stage in report.stages))]
+        line += [format_value("device_hours", value) for value in (hours.scratch, hours.unique)]
+        line += [f"{hours.saved_percent:.0f}", format_value("device_hours", hours.ran)]
+        if priced:
+            price = priced.get(device)
+            costs = ("", "", "") if price is None else (price, price * hours.scratch, price * hours.unique)
+            line += [cost if cost == "" else f"{cost:,.2f}" for cost in costs]
+        body.append(tuple(line))
+    if len(priced) > 1:  # money adds up, hours of unlike devices do not
+        sums = [sum(p * getattr(report.device_hours[d], n) for d, p in priced.items()) for n in ("scratch", "unique")]
+        body.append(("all with a price", *[""] * 6, *(f"{total:,.2f}" for total in sums)))
+    columns = (Column("device", False), *(Column(name) for name in names))
+    return Grid("What computed the stages, and for how long", columns, tuple(body))
+
+
 def stage_grid(report: Report) -> Grid | None:
-    """Unique stages, those of one name that the same rows use (one per seed, or per model evaluated) on one line."""
-    groups: dict[tuple[str, tuple[str, ...]], list[StageSummary]] = {}
+    """Unique stages, those of one name, rows and device (one per seed, or per model evaluated) on one line."""
+    groups: dict[tuple[str, tuple[str, ...], str], list[StageSummary]] = {}
     for stage in report.stages:
-        groups.setdefault((stage.name, stage.rows), []).append(stage)
+        groups.setdefault((stage.name, stage.rows, stage.device), []).append(stage)
     if not groups:
         return None
     num_rows = sum(bool(row.seeds_done or row.num_failed) for row in report.rows)
     names = ("unique", "found in the store", "steps", "seconds", "device-hours", "images/s")
+    with_device = len({device for _, _, device in groups}) > 1
     body = []
-    for (name, rows), stages in groups.items():
+    for (name, rows, device), stages in groups.items():
         speeds = [s.images_per_s for s in stages if s.images_per_s]
         steps, hours = sum(s.steps for s in stages), sum(s.device_hours for s in stages)
         body.append(
             (
                 name,
                 "all" if len(rows) == num_rows > 1 else ", ".join(rows),
+                *([device] if with_device else []),
                 str(len(stages)),
                 str(sum(s.was_stored for s in stages)),
                 f"{steps:,}" if steps else "",
@@ -203,7 +230,8 @@ def stage_grid(report: Report) -> Grid | None:
                 f"{fmean(speeds):.0f}" if speeds else "",
             )
         )
-    columns = (Column("stage", False), Column("used by", False), *(Column(name) for name in names))
+    texts = ("stage", "used by", *(["computed on"] if with_device else []))
+    columns = (*(Column(name, False) for name in texts), *(Column(name) for name in names))
     return Grid("Every stage that rows needed, once", columns, tuple(body))
 
 
@@ -231,7 +259,7 @@ def results_grid(report: Report) -> Grid | None:
 
 def _result_line(result: Result, metric: str) -> tuple[str, ...]:
     dataset = result.dataset or DatasetFacts()
-    value, hours = result.measured.get(metric), result.device_hours
+    value = result.measured.get(metric)
     return (
         result.row,
         str(result.seed),
@@ -239,11 +267,19 @@ def _result_line(result: Result, metric: str) -> tuple[str, ...]:
         format_value(metric, value) if value is not None else "",
         *("" if count is None else str(count) for count in (dataset.num_labelled, dataset.num_unlabelled)),
         f"{result.seconds:,.0f}" if result.seconds is not None else "",
-        format_value("device_hours", hours) if hours is not None else "",
+        _hours_text(result),
         (result.started or "")[:19].replace("T", " "),
         result.code_version or "",
         (dataset.content_hash or "")[:12],
     )
+
+
+def _hours_text(result: Result) -> str:
+    """Device-hours, those of unlike devices apart: `0.31 NVIDIA A10G + 0.12 NVIDIA L4`."""
+    by_type = result.hours_by_type
+    if len(by_type) > 1:
+        return " + ".join(f"{format_value('device_hours', hours)} {device}" for device, hours in by_type.items())
+    return format_value("device_hours", result.device_hours) if result.device_hours is not None else ""
 
 
 def terminal_table(report: Report, width: int = TERMINAL_COLUMNS) -> RenderableType:
@@ -251,7 +287,9 @@ def terminal_table(report: Report, width: int = TERMINAL_COLUMNS) -> RenderableT
     keys = _main_keys(report)
     if differences := report.differences_in(report.metric):
         at = keys.index(report.metric) + 1
-        keys[at:at] = ["difference", "interval"] if any(d.interval for d in differences.values()) else ["difference"]
+        # An interval of images alone is no uncertainty of a row.
+        has_intervals = any(d.interval for d in differences.values()) and not report.has_one_seed
+        keys[at:at] = ["difference", "interval"] if has_intervals else ["difference"]
     table = _rich_table(report, keys)
     probe = Console(width=10 * width)
     for key in DISPENSABLE:
@@ -325,7 +363,8 @@ def _cell(key: str, row: RowSummary, report: Report) -> str:
     if key == "difference":
         return difference_text(difference, row, report)
     if key == "interval":
-        return interval_text(difference).replace(" (images)", "*")
+        is_of_images = difference is not None and difference.interval and difference.interval.resampled == "images"
+        return "" if is_of_images else interval_text(difference)
     metric = key.removesuffix(" paper")
     if metric != key:
         return format_value(metric, row.paper[metric]) if metric in row.paper else ""

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from cast_ray.common.files import write_atomically
 from cast_ray.common.paths import absolute, resolve
+from cast_ray.plan.prices import Prices
 from cast_ray.report.blocks import Article
 from cast_ray.report.content import Report
 from cast_ray.report.exports import csv_page, figure_file, json_page, latex_page, markdown_page
@@ -42,7 +43,10 @@ class Written:
 
 
 def write_report(
-    run_dir: str | Path, refresh_s: int | None = None, tell: Callable[[str], None] = lambda text: None
+    run_dir: str | Path,
+    refresh_s: int | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+    prices: Prices | None = None,
 ) -> Written:
     """Writes `report.html`, `.md`, `.csv`, `.tex`, `.json` and the figures of a run folder, from its files alone.
 
@@ -51,12 +55,13 @@ def write_report(
             and pictures (see `run_folder`); the report is written into it.
         refresh_s: the page reloads itself every so many seconds while results are missing.
         tell: called with a line now and then while it takes long.
+        prices: of a device-hour; None: those that the sweep was started with.
 
     Raises:
         ValueError: the run folder cannot be read, see `read_run`.
     """
     run = read_run(run_dir)
-    reports = summarise_run(run, tell)
+    reports = summarise_run(run, tell, prices)
     articles = [Article(r.table, r.title, r.context, sections_of(r, run.folder)) for r in reports]
     draw_figures(run.folder, articles)
     expected, pending = (sum(getattr(r, name) for r in reports) for name in ("num_expected", "num_pending"))
@@ -73,11 +78,15 @@ def write_report(
     return Written(tuple(reports), {kind: run.folder / name for kind, (name, _) in pages.items()})
 
 
-def show(written: Written, console: Console) -> int:
-    """Prints the tables of a written report and where it lies; returns the command's exit code."""
+def show(written: Written, console: Console, at: Callable[[Path], str] = str) -> int:
+    """Prints the tables of a written report and where it lies; returns the command's exit code.
+
+    Args:
+        at: what a user knows a file by, see `ResultsFolder.at`.
+    """
     for report in written.reports:
         print_report(report, console)
-    console.print(f"\nReport: {written.files['html']}", soft_wrap=True, highlight=False)
+    console.print(f"\nReport: {at(written.files['html'])}", soft_wrap=True, highlight=False)
     others = ", ".join(path.name for kind, path in written.files.items() if kind != "html")
     console.print(f"  beside it: {others}, figures", soft_wrap=True, highlight=False)
     return 1 if written.has_failures or not written.is_complete else 0
@@ -90,7 +99,7 @@ def draw_figures(folder: Path, articles: Sequence[Article]) -> None:
             draw_png(figure, folder / figure_file(article, figure, len(articles)))
 
 
-def rebuild_report(run_dir: str | Path, console: Console) -> Written:
+def rebuild_report(run_dir: str | Path, console: Console, prices: Prices | None = None) -> Written:
     """Writes the report of a run folder again; of a sweep that was stopped, with the results that its store has.
 
     Raises:
@@ -106,11 +115,17 @@ def rebuild_report(run_dir: str | Path, console: Console) -> Written:
                 f"The sweep's store cannot be read, so the report holds only the results in its folder: {error}",
                 soft_wrap=True,
             )
-    return write_report(run_dir, tell=console.print)
+    return write_report(run_dir, tell=console.print, prices=prices)
 
 
 def watch_report(
-    run_dir: str | Path, console: Console, every_s: float, stopped: threading.Event | None = None
+    run_dir: str | Path,
+    console: Console,
+    every_s: float,
+    stopped: threading.Event | None = None,
+    on_written: Callable[[], None] = lambda: None,
+    at: Callable[[Path], str] = str,
+    prices: Prices | None = None,
 ) -> Written | None:
     """Writes the report again whenever a result is new, until all that the sweep was asked for are there.
 
@@ -119,6 +134,9 @@ def watch_report(
     Args:
         every_s: how often to look, and how often the page reloads itself.
         stopped: ends the watch early; None: only the last result does.
+        on_written: called after every report.
+        at: what a user knows a file by, see `ResultsFolder.at`.
+        prices: see `write_report`.
 
     Returns:
         The last report; None when there was never one.
@@ -132,9 +150,10 @@ def watch_report(
             fetch_results(run_dir)
             files = _stamps(Path(run_dir))
             if files != seen:
-                written = write_report(run_dir, refresh_s=max(1, round(every_s)))
+                written = write_report(run_dir, refresh_s=max(1, round(every_s)), prices=prices)
                 seen = files
-                told = _tell(console, told, _progress(written))
+                on_written()
+                told = _tell(console, told, f"{_progress(written)}: {at(written.files['html'])}")
         except (ValueError, OSError, pa.ArrowException) as error:  # nothing there yet, or a store that does not answer
             told = _tell(console, told, f"waiting: {error}")
         if (written is not None and written.is_complete) or stopped.wait(every_s):
@@ -151,7 +170,7 @@ def _progress(written: Written) -> str:
     expected = sum(report.num_expected for report in written.reports)
     there = expected - sum(report.num_pending for report in written.reports)
     failed = sum(len(report.failures) for report in written.reports)
-    return f"{there} of {expected} results{f', {failed} FAILED' if failed else ''}: {written.files['html']}"
+    return f"{there} of {expected} results{f', {failed} FAILED' if failed else ''}"
 
 
 def _stamps(folder: Path) -> dict[Path, int]:

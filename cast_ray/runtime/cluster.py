@@ -52,6 +52,8 @@ SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     # Trials also report their stages' curves, which do not hold what a search is after.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    # A lost driver is said in a sentence by the progress display; an error of a row is in its result and error.log.
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 
@@ -78,6 +80,34 @@ class Cluster:
         if not self.log_folder:
             return ""
         return f"What Ray's processes wrote is in {self.log_folder} (worker-*.err) of the node where the row ran"
+
+
+class RaySession:
+    """A connection to Ray that several sweeps use one after the other.
+
+    It is made when the first of them needs it, and closed at the end of the `with` block.
+    """
+
+    def __init__(self, address: str | None, num_cpus: int | None = None):
+        self.address, self.num_cpus = address, num_cpus
+        self._cluster: Cluster | None = None
+
+    def connect(self) -> Cluster:
+        """Starts or joins Ray unless this session has done so; see `connect`."""
+        import ray
+
+        if self._cluster is None or not ray.is_initialized():
+            self._cluster = connect(self.address, self.num_cpus)
+        return self._cluster
+
+    def __enter__(self) -> RaySession:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._cluster is not None:
+            import ray
+
+            ray.shutdown()
 
 
 def connect(address: str | None, num_cpus: int | None = None) -> Cluster:
@@ -107,6 +137,10 @@ def connect(address: str | None, num_cpus: int | None = None) -> Cluster:
         _check_address(wanted, said_by)
     import ray
 
+    from cast_ray.runtime.ray_internals import hide_pushed_errors
+
+    if not is_verbose():
+        hide_pushed_errors()
     # What goes wrong in starting or joining is said in one line below.
     options: dict[str, Any] = {
         "log_to_driver": is_verbose(),

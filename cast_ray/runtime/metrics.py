@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, ParamSpec, TypeVar
 
+from cast_ray.common.outages import patiently
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -240,18 +242,14 @@ _of_process = Outlet()
 _store_errors: Counter[str] = Counter()
 
 
-def counts_store_errors(operation: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a request to the store: one that fails is counted, unless it is only that there is no such file."""
+def store_request(operation: Callable[P, R]) -> Callable[P, R]:
+    """Decorates a request to the store: it is repeated while the store cannot answer (`outages.patiently`), and every
+    failure is counted, unless it is only that there is no such file."""
 
     @functools.wraps(operation)
     def call(*args: P.args, **options: P.kwargs) -> R:
-        try:
-            return operation(*args, **options)
-        except (FileNotFoundError, NotADirectoryError):
-            raise
-        except OSError:
-            _count_store_error(operation.__name__)
-            raise
+        request = functools.partial(operation, *args, **options)
+        return patiently(request, lambda: _count_store_error(operation.__name__))
 
     return call
 

@@ -26,8 +26,20 @@ from ray.util.placement_group import PlacementGroup, placement_group_table
 from cast_ray.runtime.ray_internals import autoscaler_complaint
 
 FIRST_LOOK_S, LOOK_S = 2.0, 10.0
+ON_DEMAND, ON_DEMAND_SHARE = "on_demand", 0.001
+"""Resource of nodes that are not taken back, as in cluster/gpu.yaml, and what each process reserves of it that should
+live there: a sweep's broker, with which all its worker groups end, and the rows' drivers."""
 NODE_LABEL = "ray.io/node-id"
 """Every node of Ray has this label with its id."""
+
+
+def on_demand_share(resources: Mapping[str, float]) -> dict[str, float]:
+    """What a process reserves that should live on an on-demand node; {} on a cluster that names none.
+
+    Args:
+        resources: of the cluster.
+    """
+    return {ON_DEMAND: ON_DEMAND_SHARE} if resources.get(ON_DEMAND) else {}
 
 
 def joined(*bundles: Mapping[str, float]) -> dict[str, float]:
@@ -109,6 +121,11 @@ def give_back(holder: str) -> None:
         if facts["name"].startswith(f"{holder}/") and facts["state"] != "REMOVED":
             with suppress(ValueError):  # it has just been removed
                 ray.util.remove_placement_group(ray.util.get_placement_group(facts["name"]))
+
+
+def is_broken(group: PlacementGroup) -> bool:
+    """Whether a group that was placed has lost a node. Ray then reports it as pending again ("RESCHEDULING")."""
+    return placement_group_table(group)["state"] != "CREATED"
 
 
 def nodes_of(group: PlacementGroup) -> list[str]:

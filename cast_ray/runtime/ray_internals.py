@@ -9,6 +9,8 @@ where another module uses a private name.
   notes of itself. Without it a cluster counts as one that may grow.
 - ray.data._internal.execution.execution_callback.ExecutionCallback: base of `PacedLoop`. Without it no stream is paced.
 - StreamingExecutor._topology: read by `PacedLoop`. Without it no turn is paused.
+- ray._private.worker.print_to_stdstream: prints what raylets push to the command. Without it a lost process is told in
+  Ray's words, too.
 """
 
 from __future__ import annotations
@@ -33,6 +35,26 @@ STATUS_WAIT_S = 10.0
 INFEASIBLE = "No available node types can fulfill"
 """How both versions of the autoscaler begin to say that no node they may start would do."""
 EVENTS_TIMEOUT_S = 5
+
+
+def hide_pushed_errors() -> None:
+    """Keeps what raylets push to every command from its output: 1,000 characters for each process that is lost.
+
+    `log_to_driver` does not cover them. Who is hit says so itself, in a sentence, and Ray's own words are in its logs.
+    """
+    try:
+        from ray._private import worker
+
+        shown = worker.print_to_stdstream
+    except (ImportError, AttributeError):
+        return
+
+    def show(data: dict[str, Any], *arguments: Any, **options: Any) -> None:
+        if data.get("pid") != "raylet":
+            shown(data, *arguments, **options)
+
+    if shown.__module__ != __name__:
+        worker.print_to_stdstream = show
 
 
 def is_startup_timeout(error: BaseException) -> bool:

@@ -20,13 +20,16 @@ class S3Server:
     """Use as a context manager: a server with an empty bucket `BUCKET`, whose files live in this process's memory.
 
     `environment` is what a process needs to find it by `s3://bucket/...`; `requests` counts by kind: GET, HEAD, PUT,
-    POST (a multipart upload is two of them and a PUT), DELETE and LIST.
+    POST (a multipart upload is two of them and a PUT), DELETE and LIST. `refuse` makes it answer as an overloaded store
+    does.
     """
 
     def __init__(self) -> None:
         self.requests: Counter[str] = Counter()
         self.paths: Counter[str] = Counter()
         """By kind and path, for those who look for what to save."""
+        self.num_refused = 0
+        """Requests that are still to be refused."""
         self._lock = threading.Lock()
         self._app = DomainDispatcherApplication(create_backend_app)
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -73,6 +76,11 @@ class S3Server:
         place = f"127.0.0.1:{self._server.port}"
         return f"s3://key:secret@{BUCKET}/{path}?endpoint_override={place}&scheme=http&region=us-east-1"
 
+    def refuse(self, count: int) -> None:
+        """Answers the next `count` requests with 503, slow down."""
+        with self._lock:
+            self.num_refused = count
+
     def reset(self) -> None:
         with self._lock:
             self.requests.clear()
@@ -85,4 +93,10 @@ class S3Server:
         with self._lock:
             self.requests[kind] += 1
             self.paths[f"{kind} {environ['PATH_INFO']}"] += 1
+            is_refused = self.num_refused > 0
+            self.num_refused -= is_refused
+        if is_refused:
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            start_response("503 Slow Down", [("Content-Type", "application/xml")])
+            return [b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"]
         return self._app(environ, start_response)

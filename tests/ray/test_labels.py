@@ -26,9 +26,11 @@ from cast_ray.runtime.placement import reserve
 from cast_ray.runtime.store.artifact_files import LABELS
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.models import load_student, save_model
+from cast_ray.runtime.worker.group_host import GroupHost
 from cast_ray.runtime.worker.label_job import LabelJob
 from cast_ray.runtime.worker.labeller import PseudoLabeller
 from cast_ray.runtime.worker.labelling import label_images
+from cast_ray.runtime.worker.meeting import SharedBlocks
 from cast_ray.runtime.worker.online import Learner, OnlineLabels, start_teachers, teacher_bundles
 from cast_ray.teachers.pseudo_labels import paint
 
@@ -50,7 +52,7 @@ class Board:
     def __init__(self) -> None:
         self.step, self.counts = 0, []
 
-    def post(self, owner: str, facts: dict[str, Any]) -> None:
+    def begin(self, owner: str, facts: dict[str, Any]) -> None:
         self.step = facts["step"]
 
     def advance(self, owner: str, count: int, num_labels: int = 0) -> None:
@@ -65,7 +67,7 @@ class Board:
     def wait_for_room(self, owner: str, what: str, why: str) -> None:
         pass
 
-    def occupy(self, owner: str) -> bool:
+    def occupy(self, owner: str, devices: int) -> bool:
         return True
 
     def seen(self) -> tuple[int, list[int]]:
@@ -140,18 +142,23 @@ def instances(rows: list[dict[str, Any]]) -> list[list[tuple[int, bytes, float]]
 
 
 def test_the_workers_that_train_label_the_same(offline: LabelJob, store: ArtifactStore, table: pa.Table) -> None:
-    """As two Train workers do (`stage_loop._label`): every other block each, at any time."""
+    """As two Train workers do (`stage_loop._label`): the one that is free takes a block, here always the second."""
     job = job_of(store, table, "in group")
     labeller = PseudoLabeller(store, job.stage, torch.device("cpu"))
-    missing = job.missing(job.blocks)
-    for rank in (1, 0):
+    missing, host = job.missing(job.blocks), GroupHost.remote("test")  # type: ignore[attr-defined]
+    num_labelled = {1: 0, 0: 0}
+    for rank in num_labelled:
         with reserve([stream_bundle(RUNTIME)]) as group:
             configure_data(group, RUNTIME, 0)
+            shared = SharedBlocks(host, "labels", rank)
             for block in read_pictures(
-                job.images.records, job.images.unlabelled, job.input_size, RUNTIME, missing[rank::2], skip_bad=True
+                *(job.images.records, job.images.unlabelled, job.input_size, RUNTIME, missing),
+                skip_bad=True,
+                handout=shared,
             ):
                 job.write(block, labeller.label(block))
-    assert job.missing(job.blocks) == []
+                num_labelled[rank] += 1
+    assert job.missing(job.blocks) == [] and num_labelled == {1: len(missing), 0: 0}
     job.join()
     job.store.commit(job.stage, {})
     assert labels_of(job) == labels_of(offline)

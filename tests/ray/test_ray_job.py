@@ -1,13 +1,18 @@
-"""`ray start --head`, `ray job submit`, `ray job logs`, `ray job stop`: as the README says, on ports of its own."""
+"""`ray start --head`, `ray job submit`, `ray job logs`, `ray job stop`: as the README says, on ports of its own.
+
+Every request needs a token, as on the clusters of `cluster/`.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,7 +27,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).parent / "ray"
 SMALL = ["--set", "data.shapes.num_source=8", "--set", "data.shapes.num_train=16", "--set", "data.shapes.num_val=6"]
-SWEEP = ["python", "sweeps/ablate.py", "losses", "--preset", "shapes", "--scale", "smoke", "--rows", "sup", *SMALL]
+TABLE = ["python", "sweeps/ablate.py", "losses", "--preset", "shapes", "--scale", "smoke", *SMALL]
+SWEEP = [*TABLE, "--rows", "sup"]
 
 
 # One a cluster, detached by Ray Data itself for all jobs to come; it holds no resources.
@@ -37,14 +43,19 @@ class Head:
         ports = dict(zip(names, free_ports(len(names))))
         self.port = ports["port"]
         self.address = f"http://127.0.0.1:{ports['dashboard-port']}"
-        # A home of its own: an authentication token that the user may have does not belong to this cluster.
+        # A home of its own, with the token: one that the user may have does not belong to this cluster.
+        self.token = secrets.token_hex(32)
+        (folder / ".ray").mkdir()
+        (folder / ".ray/auth_token").write_text(self.token)
         clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         self.environment = clean | {
             "HOME": str(folder),
             "PATH": f"{RAY.parent}:{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
+            "RAY_AUTH_MODE": "token",
             "CAST_RAY_STORAGE": str(folder / "storage"),
         }
+        self.runs = folder / "storage/runs"
         options = [f"--{name}={port}" for name, port in ports.items()]
         self.log = folder / "head.log"
         self.process = subprocess.Popen(
@@ -63,12 +74,14 @@ class Head:
         except OSError:
             return False
 
-    def job(self, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def job(self, verb: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         command = [str(RAY), "job", verb, "--address", self.address, *arguments]
-        return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=900)
+        environment = self.environment | variables
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
 
     def ask(self, path: str) -> Any:
-        with urllib.request.urlopen(self.address + path, timeout=10) as answer:
+        request = urllib.request.Request(self.address + path, headers={"Authorization": f"Bearer {self.token}"})
+        with urllib.request.urlopen(request, timeout=10) as answer:
             return json.load(answer)
 
     def living_actors(self) -> list[str]:
@@ -123,13 +136,30 @@ def submit_when_possible(head: Head, wait_until: Callable[..., None], *arguments
     return outputs[-1]
 
 
-def test_a_job_runs_and_its_log_is_readable(head: Head, wait_until: Callable[..., None]) -> None:
-    output = submit_when_possible(head, wait_until, "--submission-id", "first", "--working-dir", ".", "--", *SWEEP)
+@pytest.mark.parametrize(("headers", "status"), [({}, 401), ({"Authorization": f"Bearer {'0' * 64}"}, 403)])
+@pytest.mark.parametrize("path", ["/api/jobs/", "/api/v0/actors", "/nodes?view=summary"])
+def test_a_request_without_the_token_is_refused(head: Head, path: str, headers: dict[str, str], status: int) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(urllib.request.Request(head.address + path, headers=headers), timeout=30)
+    assert refused.value.code == status
+
+
+def test_a_command_without_the_token_is_refused(head: Head, tmp_path: Path) -> None:
+    done = head.job("submit", "--no-wait", "--", "true", HOME=str(tmp_path), RAY_AUTH_MODE="disabled")
+    assert done.returncode != 0 and "Token authentication is enabled" in done.stdout + done.stderr
+    assert head.ask("/api/jobs/") == []
+
+
+def test_a_job_runs_the_whole_table_and_its_log_is_readable(head: Head, wait_until: Callable[..., None]) -> None:
+    output = submit_when_possible(head, wait_until, "--submission-id", "first", "--working-dir", ".", "--", *TABLE)
     assert "succeeded" in output, output
     log = head.job("logs", "first").stdout
     for part in ("What each loss term is worth", "to run, ", "losses__sup__s0  distill", "of 26 steps", "Report: "):
         assert part in log, log
-    assert list((Path(head.environment["HOME"]) / "cast_ray/runs").glob("*/report.md"))
+    (page,) = head.runs.glob("*/report.md")  # below the storage path, which outlives the job's folder
+    assert f"Write it again: cast-ray report {page.parent}" in log and not (head.runs.parents[1] / "cast_ray").exists()
+    assert all(json.loads(path.read_text())["status"] == "done" for path in page.parent.glob("*/result.json"))
+    assert len(list(page.parent.glob("*/result.json"))) == 4
     wait_until(lambda: not head.living_actors(), f"actors left behind: {head.living_actors()}", 60)
 
 
@@ -155,8 +185,7 @@ def test_two_jobs_at_once_share_the_cluster_and_the_store(head: Head, wait_until
         submit_when_possible(head, wait_until, *options, *SWEEP, *wide, "--name", name)
     wait_until(lambda: all(status(head, name) != "RUNNING" for name in names), "a job hangs", 900)
     assert [status(head, name) for name in names] == ["SUCCEEDED"] * 2, head.job("logs", names[0]).stdout
-    runs = Path(head.environment["HOME"]) / "cast_ray/runs"
-    found = [json.loads(path.read_text()) for name in names for path in (runs / name).glob("*/result.json")]
+    found = [json.loads(path.read_text()) for name in names for path in (head.runs / name).glob("*/result.json")]
     assert len(found) == 4
     ran = Counter(s["fingerprint"] for result in found for s in result["stages"] if not s["reused"])
     assert set(ran.values()) == {1}

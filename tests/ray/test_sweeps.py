@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from cast_ray.report.write import write_report
+
 pytestmark = pytest.mark.timeout(1800)
 
 SETTINGS = [
@@ -121,3 +123,28 @@ def test_two_sweeps_on_one_store_share_their_stages(tmp_path: Path, start_sweep:
     assert not list((tmp_path / "storage/claims").rglob("*.json")) and not list(
         (tmp_path / "storage/claims/stages").iterdir()
     )
+
+
+def test_seeds_are_added_until_rows_are_decided(tmp_path: Path, start_sweep: Any) -> None:
+    """First the seeds that a decision takes, then one more; stages stay shared, and the report needs no store."""
+    table = write_table(tmp_path, "open", {"base": SUPERVISED, "longer": SUPERVISED | {"stages.refine.steps": 4}})
+    arguments = (*ARGUMENTS, "--until", "decided", "--budget-hours", "1", "--max-seeds", "4", "--effect", "0.0001")
+    sweep = start_sweep(tmp_path, *arguments, tables=(table,))
+    code = sweep.finish()
+    found = results(tmp_path)
+    seeds = {result["seed"] for result in found.values()}
+    assert seeds >= {0, 1, 2} and all(result["status"] == "done" for result in found.values()), sweep.output
+    assert set(ran(found).values()) == {1}
+    assert sweep.output.count("started here") <= 1 + ("seed 3" in sweep.output)
+    run = tmp_path / "runs/open-shapes-smoke"
+    assert json.loads((run / "sweep.json").read_text())["effects"] == {"open": 0.0001}
+    (decision,) = json.loads((run / "report.json").read_text())["tables"][0]["decisions"]
+    assert (decision["row"], decision["num_seeds"]) == ("longer", len(seeds))
+    # The same command has nothing to run, and says the same; so does the report without the store.
+    (tmp_path / "storage").rename(tmp_path / "elsewhere")
+    before = (run / "report.json").read_bytes()
+    assert write_report(run).files["json"].read_bytes() == before
+    (tmp_path / "elsewhere").rename(tmp_path / "storage")
+    again = start_sweep(tmp_path, *arguments, tables=(table,))
+    assert again.finish() == code == (3 if decision["answer"] == "undecided" else 0), again.output
+    assert "started here" not in again.output and results(tmp_path) == found

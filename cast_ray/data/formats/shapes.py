@@ -1,4 +1,4 @@
-"""The embedded experiment `shapes`: drawn scenes in two styles, on disk as a COCO-format folder."""
+"""The embedded experiments `shapes` and `crowded`: scenes drawn in two styles, on disk as a COCO-format folder."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ import numpy as np
 from PIL import Image
 from pyarrow import fs
 
-from cast_ray.common.paths import absolute, join, read_bytes, resolve, write_bytes
+from cast_ray.common.paths import absolute, join, make_folder, read_bytes, resolve, write_bytes
 from cast_ray.contracts.records import Category
 from cast_ray.data.formats.coco import read_annotations
-from cast_ray.data.formats.scenes import CATEGORIES, DRAWING_VERSION, SCENE_PX, STYLES, draw_scene
+from cast_ray.data.formats.scenes import DRAWING_VERSION, LAYOUTS, STYLES, Layout, draw_scene
 from cast_ray.data.formats.segmentations import encode_mask
 from cast_ray.data.reading.index import DatasetIndex, describe
 from cast_ray.data.reading.listing import Listing
 from cast_ray.recipe import DataConfig, ShapesConfig
+from cast_ray.recipe.part import identity_of
 
 MANIFEST, PARTIAL_MANIFEST = "manifest.json", "manifest.json.partial"
 FORMAT = "cast_ray.shapes"
@@ -62,35 +63,36 @@ def draw(
         OSError: the folder cannot be written.
     """
     root = absolute(root)
-    manifest = {"format": FORMAT, "drawing_version": DRAWING_VERSION, "config": config.model_dump()}
+    manifest = {"format": FORMAT, "drawing_version": DRAWING_VERSION, "config": identity_of(config)}
     if _is_drawn(root, manifest):
         return
     filesystem, base = resolve(root)
     _check_ours(filesystem, base, root)
-    filesystem.create_dir(base, recursive=True)
+    make_folder(filesystem, base)
     # The marker says whose folder this is; it turns into the manifest when everything else is there.
     write_bytes(join(root, PARTIAL_MANIFEST), json.dumps(manifest).encode())
     _delete(filesystem, posixpath.join(base, MANIFEST))
     counts = {"source": config.num_source, "train": config.num_train, "val": config.num_val}
     for folder in (*_SPLITS, "annotations"):
-        filesystem.create_dir(posixpath.join(base, folder), recursive=True)
+        make_folder(filesystem, posixpath.join(base, folder))
 
+    layout = LAYOUTS[config.layout]
     tasks = [
-        (root, config.seed, split, start, min(start + _CHUNK, counts[split]))
+        (root, config.seed, layout, split, start, min(start + _CHUNK, counts[split]))
         for split in _SPLITS
         for start in range(0, counts[split], _CHUNK)
     ]
     total, done = sum(counts.values()), 0
     digest = hashlib.sha256()
     annotations: dict[str, list[dict[str, Any]]] = {split: [] for split in _SPLITS}
-    for (_, _, split, start, stop), (chunk_sha256, scenes) in zip(tasks, _run(tasks, num_processes, total)):
+    for (_, _, _, split, start, stop), (chunk_sha256, scenes) in zip(tasks, _run(tasks, num_processes, total)):
         digest.update(chunk_sha256)
         annotations[split].extend(scenes)
         done += stop - start
         if progress is not None:
             progress(done, total)
     for split in _SPLITS:
-        content = json.dumps(_coco_document(split, annotations[split])).encode()
+        content = json.dumps(_coco_document(split, annotations[split], layout)).encode()
         digest.update(content)
         write_bytes(join(root, f"annotations/instances_{split}.json"), content)
         _delete_leftovers(filesystem, posixpath.join(base, split), counts[split])
@@ -109,7 +111,7 @@ def index(config: DataConfig, progress: Callable[[int, int], None] | None = None
     manifest = _read_manifest(root)
     if manifest is None:
         raise ValueError(f"data.root: {config.root or root} holds no drawn scenes (no {MANIFEST})")
-    expected = config.shapes.model_dump()
+    expected = identity_of(config.shapes)
     if manifest.get("config") != expected or manifest.get("drawing_version") != DRAWING_VERSION:
         raise ValueError(
             f"{join(root, MANIFEST)}: drawn with {manifest.get('config')} version {manifest.get('drawing_version')}: "
@@ -124,7 +126,7 @@ def index(config: DataConfig, progress: Callable[[int, int], None] | None = None
         raise ValueError(f"{root}: {describe(skipped)}: expected the scenes as drawn, delete the folder to draw again")
     return DatasetIndex(
         splits={split: read[split].table for split in ("train", "val", "source")},
-        categories=tuple(Category(identifier, name) for identifier, name in CATEGORIES),
+        categories=tuple(Category(identifier, name) for identifier, name in LAYOUTS[config.shapes.layout].categories),
         listing=listing,
         num_annotations={split: read[split].num_annotations for split in _SPLITS},
         content_hash=manifest["sha256"],
@@ -141,16 +143,16 @@ def _run(tasks: list[tuple], num_processes: int, total: int) -> Iterator[tuple[b
         yield from pool.map(_draw_chunk, tasks)
 
 
-def _draw_chunk(task: tuple[str, int, str, int, int]) -> tuple[bytes, list[dict[str, Any]]]:
+def _draw_chunk(task: tuple[str, int, Layout, str, int, int]) -> tuple[bytes, list[dict[str, Any]]]:
     """Draws and writes scenes start..stop of a split: the sha256 of their files, and what the annotations say."""
-    root, seed, split, start, stop = task
+    root, seed, layout, split, start, stop = task
     style = STYLES["source" if split == "source" else "target"]
     split_index = _SPLITS.index(split)
     digest = hashlib.sha256()
     scenes = []
     for index in range(start, stop):
         entropy = [seed % 2**64, split_index, index]
-        pixels, instances = draw_scene(style, np.random.SeedSequence(entropy))
+        pixels, instances = draw_scene(style, np.random.SeedSequence(entropy), layout)
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
         digest.update(buffer.getbuffer())
@@ -177,13 +179,14 @@ def _coco_instance(category: int, mask: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _coco_document(split: str, scenes: list[dict[str, Any]]) -> dict[str, Any]:
+def _coco_document(split: str, scenes: list[dict[str, Any]], layout: Layout) -> dict[str, Any]:
     instances = [(scene["id"], instance) for scene in scenes for instance in scene["instances"]]
     return {
         "info": {"description": f"drawn scenes, {split}"},
-        "categories": [{"id": identifier, "name": name} for identifier, name in CATEGORIES],
+        "categories": [{"id": identifier, "name": name} for identifier, name in layout.categories],
         "images": [
-            {"id": s["id"], "file_name": _file_name(s["index"]), "width": SCENE_PX, "height": SCENE_PX} for s in scenes
+            {"id": s["id"], "file_name": _file_name(s["index"]), "width": layout.scene_px, "height": layout.scene_px}
+            for s in scenes
         ],
         "annotations": [{"id": n, "image_id": i, **instance} for n, (i, instance) in enumerate(instances, start=1)],
     }

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,12 +12,10 @@ from PIL import Image
 
 from cast_ray.common.paths import is_uri, read_bytes
 from cast_ray.data.reading.partial_decode import first_rows
+from cast_ray.data.reading.recent_files import RECENT_BYTES, RecentFiles, SharedFiles
 
 MAX_PIXELS = 178_956_970
 """Pillow's own limit; more is taken for a decompression bomb unless the recipe says otherwise."""
-
-RECENT_BYTES = 32 << 20
-"""Most bytes of image files that a process keeps: a small set is fetched once instead of at every step."""
 
 # EPS and friends run interpreters or open other files: only plain raster formats are tried.
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
@@ -40,31 +36,9 @@ _ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)
 
 
-class _Recent:
-    """The bytes of the files that were read last, up to a size; safe to use from threads."""
-
-    def __init__(self, max_bytes: int):
-        self.max_bytes, self.num_bytes = max_bytes, 0
-        self.files: OrderedDict[str, bytes] = OrderedDict()
-        self.lock = threading.Lock()
-
-    def get(self, uri: str) -> bytes | None:
-        with self.lock:
-            if uri in self.files:
-                self.files.move_to_end(uri)
-            return self.files.get(uri)
-
-    def put(self, uri: str, content: bytes) -> None:
-        if len(content) > self.max_bytes:
-            return
-        with self.lock:
-            self.num_bytes += len(content) - len(self.files.pop(uri, b""))
-            self.files[uri] = content
-            while self.num_bytes > self.max_bytes:
-                self.num_bytes -= len(self.files.popitem(last=False)[1])
-
-
-_recent = _Recent(RECENT_BYTES)
+_recent = RecentFiles(RECENT_BYTES)
+shared: SharedFiles | None = None
+"""Where the processes of this node share what they have fetched; None: they do not."""
 
 
 class ImageError(ValueError):
@@ -94,7 +68,7 @@ def read_image(
     0..255 (Pillow's own conversion clips it to white). EXIF orientation is not applied: annotations are in the
     coordinates of the stored pixels. Of an animation the first frame is read.
 
-    The bytes of files behind a URI are kept for the next read in this process, up to RECENT_BYTES of them.
+    The bytes of files behind a URI are kept for the next read, see `recent_files`.
 
     Args:
         uri: local path or any pyarrow.fs URI (s3://, gs://, file://).
@@ -170,11 +144,14 @@ def _opened(
         max_pixels = image_hw[0] * image_hw[1]
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own check cannot be told otherwise
-    content = _recent.get(uri) if recent else None
+    recent = recent and is_uri(uri)
+    content = _find_recent(uri) if recent else None
     if content is None:
         content = _read(uri, None if whole else _HEAD_BYTES)
-        if recent and is_uri(uri):
+        if recent:
             _recent.put(uri, content)
+            if shared is not None:
+                shared.put(uri, content)
     if not whole and len(content) == _HEAD_BYTES and not _has_header(content):
         # the size may stand further back: TIFF keeps it anywhere, JPEG behind large EXIF and colour profiles
         content = _read(uri, None)
@@ -190,6 +167,14 @@ def _opened(
         raise ImageError(uri, f"not an image of a known format{_advice(uri)}") from None
     except Exception as error:  # decoders fail on hostile bytes with anything (SyntaxError, struct.error, ...)
         raise ImageError(uri, f"cannot be decoded ({type(error).__name__}: {error}){_advice(uri)}") from None
+
+
+def _find_recent(uri: str) -> bytes | None:
+    """The bytes of a file that this process, or another one of this node, has read before."""
+    content = _recent.get(uri)
+    if content is None and shared is not None and (content := shared.get(uri)) is not None:
+        _recent.put(uri, content)
+    return content
 
 
 def _advice(uri: str) -> str:

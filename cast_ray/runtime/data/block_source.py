@@ -82,9 +82,11 @@ def _warm_up() -> None:
 
 
 def _run_block(make: ray.ObjectRef, start: int, stop: int) -> list[pa.Table]:
+    from cast_ray.runtime.data.shared_images import share_images
     from cast_ray.runtime.process_settings import prepare_process
 
     prepare_process()
+    share_images()
     return [fetched(make)(start, stop)]
 
 

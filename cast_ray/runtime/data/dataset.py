@@ -40,6 +40,7 @@ from cast_ray.data.splits.fractions import LabelSource, label_index, mark_copies
 from cast_ray.data.splits.label_lists import LabelList, forms_of_skipped, read_list
 from cast_ray.plan.graph import DataHashes, Stage, fingerprint_of
 from cast_ray.recipe import DataConfig, Recipe
+from cast_ray.recipe.part import identity_of
 from cast_ray.runtime.cluster import Cluster
 from cast_ray.runtime.store.artifacts import ArtifactStore, LostFilesError
 
@@ -187,7 +188,8 @@ def _draw(data: DataConfig, store: ArtifactStore, console: Console) -> DataConfi
     from cast_ray.data.formats.shapes import draw
 
     shapes = data.shapes
-    folder = f"shapes-{shapes.num_source}-{shapes.num_train}-{shapes.num_val}-s{shapes.seed}"
+    kind = "shapes" if shapes.layout == "scattered" else shapes.layout
+    folder = f"{kind}-{shapes.num_source}-{shapes.num_train}-{shapes.num_val}-s{shapes.seed}"
     data = data.model_copy(update={"root": data.root or store.uri("datasets", folder)})
     with track(console, "drawing scenes") as progress:
         try:
@@ -199,6 +201,8 @@ def _draw(data: DataConfig, store: ArtifactStore, console: Console) -> DataConfi
 
 def _read_part(data: DataConfig) -> dict[str, Any]:
     part = data.model_dump(include=set(READ_FIELDS) - {"max_bad_fraction"})
+    # Without fields at their default: a field that is new does not make stored datasets be read again.
+    part |= {"shapes": identity_of(data.shapes)}
     return part | {"root": absolute(data.root), "extra": data.unlabelled_pool != "rest"}
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,16 @@ PICTURE_SCHEMA = pa.schema(
         ("error", pa.string()),
     ]
 )
+
+
+class Handout(Protocol):
+    """Shares blocks out among the streams of several processes: a task takes the next one when it starts."""
+
+    def take(self, count: int) -> int | None:
+        """Returns the next number below `count`, which no other task is given; None: all are taken."""
+
+    def num_taken(self) -> int:
+        """How many the tasks of this stream have taken."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,7 @@ def read_pictures(
     runtime: RuntimeConfig,
     blocks: list[Rows] | None = None,
     skip_bad: bool = False,
+    handout: Handout | None = None,
 ) -> Iterator[Pictures]:
     """Yields images ready for inference, block by block: from a `picture_dataset`, or read in this process where it
     holds the records itself.
@@ -93,6 +104,7 @@ def read_pictures(
     Args:
         blocks: ranges of positions in `indices`, each a block; None: all of them.
         skip_bad: an image that cannot be read is among `Pictures.bad`; else it ends the stream.
+        handout: shares the blocks out among several such streams, each of which is given all of them.
 
     Raises:
         ValueError: an image cannot be read (without `skip_bad`; from a task of Ray Data it comes wrapped by Ray).
@@ -100,12 +112,37 @@ def read_pictures(
     if blocks is None:
         step = images_per_task(input_size)
         blocks = [(start, min(start + step, len(indices))) for start in range(0, len(indices), step)]
+    fit = partial(_fit_images, records=records, indices=indices, input_size=input_size, skip_bad=skip_bad)
     if is_held_here(records):
-        fit = partial(_fit_images, records=records, indices=indices, input_size=input_size, skip_bad=skip_bad)
-        tables: Iterator[pa.Table] = (fit(*rows) for rows in blocks)
+        assert handout is None
+        yield from (Pictures.of(fit(*rows)) for rows in blocks)
+    elif handout is None:
+        yield from map(Pictures.of, iter_blocks(block_dataset(blocks, ray.put(fit), runtime)))
     else:
-        tables = iter_blocks(picture_dataset(records, indices, input_size, runtime, blocks, skip_bad))
-    yield from map(Pictures.of, tables)
+        take = partial(_fit_next, fit=fit, blocks=blocks, handout=handout)
+        tables = iter_blocks(block_dataset(blocks, ray.put(take), runtime))
+        yield from map(Pictures.of, _those_taken(tables, handout))
+
+
+def _fit_next(
+    start: int, stop: int, *, fit: Callable[[int, int], pa.Table], blocks: list[Rows], handout: Handout
+) -> pa.Table:
+    """The next block that no stream has taken, whichever rows the task was planned for; no rows: all are taken."""
+    number = handout.take(len(blocks))
+    return PICTURE_SCHEMA.empty_table() if number is None else fit(*blocks[number])
+
+
+def _those_taken(tables: Iterator[pa.Table], handout: Handout) -> Iterator[pa.Table]:
+    """The blocks that this stream has taken; it ends with the last one, though tasks that find nothing may be left."""
+    num_given, num_taken = 0, None
+    for table in tables:
+        if table.num_rows:
+            num_given += 1
+            yield table
+        elif num_taken is None:  # all blocks are taken, so this number is final
+            num_taken = handout.num_taken()
+        if num_given == num_taken:
+            return
 
 
 def images_per_task(input_size: InputSize) -> int:

@@ -21,7 +21,7 @@ Facts of Ray Data 2.60 that shape this file:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import ray.data
 from ray.util.placement_group import PlacementGroup
@@ -52,6 +52,15 @@ def validator_bundle(runtime: RuntimeConfig) -> dict[str, float]:
     """What the actor reserves that measures snapshots beside training."""
     on_gpu = runtime.use_gpu and runtime.validate_on_gpu
     return {"CPU": runtime.cpus_per_worker} | ({"GPU": 1.0} if on_gpu else {})
+
+
+def num_devices(runtime: RuntimeConfig, processes: Sequence[Mapping[str, float]]) -> int:
+    """Devices that processes with models hold: their GPUs or, without GPUs, the processes themselves.
+
+    Args:
+        processes: what each worker, labeller, teacher and validator reserves.
+    """
+    return round(sum(each.get("GPU", 0.0) for each in processes)) if runtime.use_gpu else len(processes)
 
 
 def segment_bundles(

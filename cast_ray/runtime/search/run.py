@@ -27,9 +27,13 @@ from cast_ray.plan.graph import RowPlan, artifact_key, fingerprint_of, given, pl
 from cast_ray.plan.metrics import is_latency
 from cast_ray.plan.search import RUNG_METRIC, SearchSpec
 from cast_ray.recipe import Recipe
+from cast_ray.recipe.licence_chain import by_rows, licence_chain, warnings_of
 from cast_ray.runtime.cluster import connect
+from cast_ray.runtime.data.shared_images import forget_shared_images
+from cast_ray.runtime.search.journal import claim_study
 from cast_ray.runtime.search.study import (
     again,
+    closing_storage,
     distribution,
     make_sampler,
     num_ended,
@@ -42,8 +46,9 @@ from cast_ray.runtime.shared_paths import check_shared_paths
 from cast_ray.runtime.store.artifacts import ArtifactStore, read_each
 from cast_ray.runtime.store.claims import DEAD_AFTER_S, Presence, Watch
 from cast_ray.runtime.store.past_stages import note_past
-from cast_ray.runtime.sweep.broker import MAX_CALLS, Broker
+from cast_ray.runtime.sweep.broker import start_broker
 from cast_ray.runtime.sweep.planner import RowPlanner, command_line
+from cast_ray.runtime.sweep.preview import print_licences
 from cast_ray.runtime.sweep.progress import ProgressDisplay
 from cast_ray.runtime.sweep.row_driver import (
     DRIVER_CPUS,
@@ -114,38 +119,42 @@ def run_search(
     with Presence(store, command_line(), on_wait=lambda holder: say_pruning(holder, console)) as presence:
         base = request.recipe({})
         planner = RowPlanner({request.name: [base]}, store, console, lambda: connect(request.address, request.num_cpus))
+        claim_study(request.study, store, presence, console)
         storage = open_storage(request.study)
-        context, first = planner.plan(base, table=spec.name, run=request.name, row="base")
-        print_warnings(planner.warnings, console)
-        identity = {
-            "preset": request.preset,
-            "scale": request.scale,
-            "overrides": request.overrides,
-            "seed": request.seed,
-            "data": context.content_hash,
-        }
-        studies: dict[str, optuna.Study] = {
-            s: open_study(storage, f"{request.name}-{s}", spec, identity) for s in spec.samplers
-        }
-        read = keys_read(planner, [first])
-        presence.need(map(fingerprint_of, read))
-        check_still_stored(map(fingerprint_of, read), map(fingerprint_of, store.find_manifests(read)))
-        _reap(studies, store, presence.holder.id, console)
-        left: dict[str, int] = {sampler: spec.num_trials - num_ended(study) for sampler, study in studies.items()}
-        for sampler, study in studies.items():
-            console.print(
-                f"  {sampler:8} {num_ended(study)} of {spec.num_trials} trials in {request.study}",
-                highlight=False,
-                soft_wrap=True,
-            )
-        on_start(context)
-        stopped = None
-        if any(number > 0 for number in left.values()):
-            search = _Search(request, planner, presence, storage, console)
-            try:
-                stopped = search.run(studies, left)
-            finally:
-                note_past(store, (stage.key for row in search.rows for stage in row.stages))
+        with closing_storage(storage):
+            context, first = planner.plan(base, table=spec.name, run=request.name, row="base")
+            chains = [(spec.name, licence_chain(base))]
+            print_licences(by_rows(chains), console)
+            print_warnings([*planner.warnings, *warnings_of(chains)], console)
+            identity = {
+                "preset": request.preset,
+                "scale": request.scale,
+                "overrides": request.overrides,
+                "seed": request.seed,
+                "data": context.content_hash,
+            }
+            studies: dict[str, optuna.Study] = {
+                s: open_study(storage, f"{request.name}-{s}", spec, identity) for s in spec.samplers
+            }
+            read = keys_read(planner, [first])
+            presence.need(map(fingerprint_of, read))
+            check_still_stored(map(fingerprint_of, read), map(fingerprint_of, store.find_manifests(read)))
+            _reap(studies, store, presence.holder.id, console)
+            left: dict[str, int] = {sampler: spec.num_trials - num_ended(study) for sampler, study in studies.items()}
+            for sampler, study in studies.items():
+                console.print(
+                    f"  {sampler:8} {num_ended(study)} of {spec.num_trials} trials in {request.study}",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+            on_start(context)
+            stopped = None
+            if any(number > 0 for number in left.values()):
+                search = _Search(request, planner, presence, storage, console)
+                try:
+                    stopped = search.run(studies, left)
+                finally:
+                    note_past(store, (stage.key for row in search.rows for stage in row.stages))
     return SearchOutcome(studies, stopped)
 
 
@@ -202,7 +211,7 @@ class _Search:
             check_shared_paths(self.store.storage, [recipe.data.root])
             slots = slots_of([recipe], cluster, DRIVER_CPUS, max(left.values()))
             self.follows = not cluster.is_local and not recipe.runtime.max_concurrent_stages
-            self.broker = Broker.options(max_concurrency=MAX_CALLS).remote(  # type: ignore[attr-defined]
+            self.broker = start_broker(
                 slots,
                 set(),
                 self.store.storage,
@@ -224,6 +233,7 @@ class _Search:
                 self.console.print(words, soft_wrap=True, highlight=False)
             return board["stop"]
         finally:
+            forget_shared_images()
             ray.shutdown()
 
     def _run_sampler(self, sampler: str, study: optuna.Study, num_trials: int, slots: int) -> None:
@@ -402,6 +412,8 @@ class StudySearch(OptunaSearch):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         trial = self._ot_trials[trial_id]
         trial.set_user_attr("device_s", self.spent(self.of_trial.pop(trial_id)))
+        for fact in ("computed_on", "measured_on"):
+            trial.set_user_attr(fact, (result or {}).get(fact))
         status = (result or {}).get("status")
         if error or result is None or status == "failed":
             reason = (result or {}).get("error") or "its driver was lost"

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from cast_ray.plan.search import Domain, SearchSpec
 from cast_ray.plan.settings import changes_nothing
+from cast_ray.runtime.search.journal import StoredJournal, is_stored
 
 IDENTITY = "cast_ray"
 """Attribute of a study that says which search it belongs to."""
@@ -38,18 +40,30 @@ MAX_STARTUP = 8
 
 
 def open_storage(study: str) -> BaseStorage:
-    """A storage by database URL (`sqlite:///study.db`), or a journal file by path.
+    """A storage by database URL (`sqlite:///study.db`), or a journal file by path or by URI of an object store.
 
     Raises:
         ValueError: it cannot be opened.
     """
     try:
+        if is_stored(study):
+            return JournalStorage(StoredJournal(study))
         if "://" in study:
             return RDBStorage(study)
         Path(study).parent.mkdir(parents=True, exist_ok=True)
         return JournalStorage(JournalFileBackend(study))
     except Exception as error:  # whatever the database's driver raises
         raise ValueError(f"--study {study!r} cannot be opened: {error}") from None
+
+
+@contextmanager
+def closing_storage(storage: BaseStorage) -> Iterator[None]:
+    """After the block, all that was written to a storage is where it belongs; it can only be read further on."""
+    try:
+        yield
+    finally:
+        if isinstance(storage, JournalStorage) and isinstance(storage._backend, StoredJournal):
+            storage._backend.close()
 
 
 def distribution(domain: Domain) -> BaseDistribution:

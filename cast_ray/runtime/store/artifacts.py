@@ -30,11 +30,12 @@ import pyarrow.fs
 import pyarrow.parquet
 
 from cast_ray.common.files import MAX_NAMED, PARTIAL, write_atomically
-from cast_ray.common.paths import absolute, below, resolve
+from cast_ray.common.outages import patiently, without_patience
+from cast_ray.common.paths import absolute, below, make_folder, resolve
 from cast_ray.common.text import first_line, first_of
 from cast_ray.contracts.manifest import Manifest, manifest_class, read_manifest
 from cast_ray.plan.graph import Kind, Stage, fingerprint_of
-from cast_ray.runtime.metrics import counts_store_errors
+from cast_ray.runtime.metrics import store_request
 
 if TYPE_CHECKING:
     import pyarrow.dataset
@@ -42,10 +43,13 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 MARK = "writable.json"
 """The file that every run writes into its store first: a folder with it is a store."""
-OBJECT_STORES = ("s3", "gcs", "abfs")
-"""Where folders are only a way of speaking, and making one costs a request."""
 NUM_READERS = 16
 """Small files read at a time: an object store answers in tens of milliseconds, whatever the size."""
+
+READ_AHEAD_BYTES = 4 << 20
+"""What one request brings of a file that is read line by line."""
+SMALL_TABLE_BYTES = 32 << 20
+"""Parquet files up to this size are fetched whole: their reader sends several requests for each."""
 
 _KEY = re.compile(rf"({'|'.join(get_args(Kind))})-\w+")
 
@@ -61,19 +65,21 @@ def local_copy(uri: str) -> Iterator[Path]:
         yield Path(path)
         return
     with tempfile.TemporaryDirectory() as folder:
-        pa.fs.copy_files(path, folder, source_filesystem=fs, destination_filesystem=pa.fs.LocalFileSystem())
+        local = pa.fs.LocalFileSystem()
+        patiently(lambda: pa.fs.copy_files(path, folder, source_filesystem=fs, destination_filesystem=local))
         yield Path(folder)
-
-
-def _make_folder(fs: pa.fs.FileSystem, path: str) -> None:
-    if fs.type_name not in OBJECT_STORES:
-        fs.create_dir(path, recursive=True)
 
 
 def read_each(read: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """`read` of each item, many at a time, in order."""
     with ThreadPoolExecutor(NUM_READERS) as pool:
         return list(pool.map(read, items))
+
+
+def _fetch_table(fs: pa.fs.FileSystem, path: str, columns: list[str] | None = None) -> pa.Table:
+    """A small Parquet file of an object store, fetched whole."""
+    with fs.open_input_file(path) as file:
+        return pa.parquet.read_table(pa.BufferReader(file.read_buffer()), columns=columns)
 
 
 class LostFilesError(RuntimeError):
@@ -137,7 +143,9 @@ class ArtifactStore:
             ValueError: something else is there: a file, or a folder of other files.
         """
         try:
-            names = [n for n in self.list_names("") if not n.startswith(".") and n != "lost+found"]
+            with without_patience():
+                found = self.list_names("")
+            names = [n for n in found if not n.startswith(".") and n != "lost+found"]
             if not names or MARK in names:
                 return bool(names)
             # A store that was copied in part, or made by other means than a run.
@@ -153,15 +161,17 @@ class ArtifactStore:
     def check_writable(self) -> None:
         """Raises ValueError when the storage path cannot be written; leaves the mark by which a store is known."""
         try:
-            self.write_json(MARK, {"checked": time.time()})
+            with without_patience():
+                self.write_json(MARK, {"checked": time.time()})
         except (OSError, ValueError, pa.ArrowException) as error:
             raise ValueError(f"storage path {self.storage!r} cannot be written: {error}") from None
 
     def now(self) -> float:
         """The time by the clock that dates this store's files."""
         self.check_writable()
-        fs, root = self._fs
-        return fs.get_file_info(f"{root}/{MARK}").mtime.timestamp()
+        written = self.changed(MARK)
+        assert written is not None  # it has just been written
+        return written
 
     def uri(self, *parts: str) -> str:
         return below(self.storage, *parts)
@@ -190,7 +200,7 @@ class ArtifactStore:
     def has(self, key: str) -> bool:
         return self._is_file(f"artifacts/{key}/{MANIFEST}")
 
-    @counts_store_errors
+    @store_request
     def _is_file(self, path: str) -> bool:
         """Whether there is a file. Opening it is one request to an object store; asking what a path is takes two where
         there is no file, since it may be a folder."""
@@ -201,6 +211,7 @@ class ArtifactStore:
             return False
         return True
 
+    @store_request
     def list_artifacts(self) -> dict[str, Listed]:
         """Every artifact by key, committed or not (one listing)."""
         fs, root = self._fs
@@ -222,7 +233,7 @@ class ArtifactStore:
         """Whether an artifact has a file of that name."""
         return self._is_file(f"{self._folder(key)}/{name}")
 
-    @counts_store_errors
+    @store_request
     def read_bytes(self, key: str, name: str) -> bytes:
         fs, root = self._fs
         with fs.open_input_file(f"{root}/{self._folder(key)}/{name}") as file:
@@ -238,7 +249,7 @@ class ArtifactStore:
         except FileNotFoundError:
             return None
 
-    @counts_store_errors
+    @store_request
     def write_bytes(self, path: str, data: bytes) -> None:
         """Writes one file below the storage path, which appears whole or not at all (object stores do so anyway)."""
         fs, root = self._fs
@@ -246,7 +257,7 @@ class ArtifactStore:
         if isinstance(fs, pa.fs.LocalFileSystem):
             write_atomically(target, data)
             return
-        _make_folder(fs, target.rsplit("/", 1)[0])
+        make_folder(fs, target.rsplit("/", 1)[0])
         with fs.open_output_stream(target) as file:
             file.write(data)
 
@@ -272,7 +283,7 @@ class ArtifactStore:
         self.note_added(stage, {name})
         fs, root = self._fs
         path = f"{root}/{self._folder(stage.key)}/{name}"
-        _make_folder(fs, path.rsplit("/", 1)[0])
+        make_folder(fs, path.rsplit("/", 1)[0])
         with fs.open_output_stream(path) as file:
             yield file
 
@@ -280,16 +291,19 @@ class ArtifactStore:
     def read_stream(self, stage: Stage, name: str) -> Iterator[Any]:
         """A file of an artifact, also of one that is not yet committed, open for reading line by line."""
         fs, root = self._fs
-        with fs.open_input_stream(f"{root}/{self._folder(stage.key)}/{name}") as file, io.BufferedReader(file) as lines:
+        with (
+            fs.open_input_stream(f"{root}/{self._folder(stage.key)}/{name}") as file,
+            io.BufferedReader(file, READ_AHEAD_BYTES) as lines,
+        ):
             yield lines
 
-    @counts_store_errors
+    @store_request
     def add_folder(self, stage: Stage, folder: Path) -> None:
         """Copies the files of a local folder into an artifact that is not yet committed, without reading them whole."""
         self.note_added(stage, {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()})
         fs, root = self._fs
         target = f"{root}/{self._folder(stage.key)}"
-        _make_folder(fs, target)
+        make_folder(fs, target)
         pa.fs.copy_files(str(folder), target, source_filesystem=pa.fs.LocalFileSystem(), destination_filesystem=fs)
 
     @contextlib.contextmanager
@@ -316,11 +330,12 @@ class ArtifactStore:
             LostFilesError: a file that was added is not there any more.
         """
         added = self._added.pop(stage.key, set())
-        if self.has(stage.key):
+        found, own = self._list_files(f"artifacts/{stage.key}"), f"{self.attempt}/"
+        if MANIFEST in found:
             if self._folder(stage.key) != f"artifacts/{stage.key}/{self.attempt}":
                 self.delete(f"artifacts/{stage.key}/{self.attempt}")
             return False
-        files = self._list_files(f"artifacts/{stage.key}/{self.attempt}")
+        files = {name.removeprefix(own): size for name, size in found.items() if name.startswith(own)}
         if lost := sorted(added - files.keys()):
             raise LostFilesError(
                 f"{stage.name}: {len(lost)} of the {len(added)} files written to "
@@ -342,9 +357,10 @@ class ArtifactStore:
             **facts,
         )
         self.write_bytes(f"artifacts/{stage.key}/{MANIFEST}", manifest.to_json().encode())
+        self._committed[stage.key] = manifest  # the next stage reads these files
         return True
 
-    @counts_store_errors
+    @store_request
     def _list_files(self, path: str) -> dict[str, int]:
         """Name relative to a folder below the storage path -> bytes, of all files in it."""
         fs, root = self._fs
@@ -388,10 +404,20 @@ class ArtifactStore:
         except ValueError:
             return None
 
-    @counts_store_errors
+    @store_request
     def read_table(self, key: str, name: str, columns: list[str] | None = None) -> pa.Table:
         """A Parquet file, or a folder of them, inside an artifact."""
-        return pa.parquet.read_table(self._files(key, name), filesystem=self._fs[0], columns=columns)
+        files, fs = self._files(key, name), self._fs[0]
+        sizes = self._committed[key].files if key in self._committed and key not in self._added else {}
+        if isinstance(fs, pa.fs.LocalFileSystem) or not 0 < self._size_of(name, sizes) <= SMALL_TABLE_BYTES:
+            return pa.parquet.read_table(files, filesystem=fs, columns=columns)
+        paths = [files] if isinstance(files, str) else files
+        return pa.concat_tables(read_each(lambda path: _fetch_table(fs, path, columns), paths))
+
+    @staticmethod
+    def _size_of(name: str, sizes: Mapping[str, int]) -> int:
+        """Bytes of a file, or of all files of a folder, of an artifact; 0 where its manifest does not say it."""
+        return sum(size for file, size in sizes.items() if file == name or file.startswith(f"{name}/"))
 
     def open_dataset(self, key: str, name: str) -> pyarrow.dataset.Dataset:
         """A folder of Parquet files inside an artifact, to be read piece by piece."""
@@ -399,11 +425,13 @@ class ArtifactStore:
 
         return dataset.dataset(self._files(key, name), filesystem=self._fs[0], format="parquet")
 
-    @counts_store_errors
+    @store_request
     def read_tables(self, paths: list[str]) -> list[pa.Table]:
         """Parquet files below the storage path, several at a time."""
         fs, root = self._fs
-        return read_each(lambda path: pa.parquet.read_table(f"{root}/{path}", filesystem=fs), paths)
+        if isinstance(fs, pa.fs.LocalFileSystem):
+            return read_each(lambda path: pa.parquet.read_table(f"{root}/{path}", filesystem=fs), paths)
+        return read_each(lambda path: _fetch_table(fs, f"{root}/{path}"), paths)
 
     def note_checkpoint(self, fingerprint: str, uri: str, step: int) -> None:
         """Remembers where an unfinished train stage can continue, whichever row or run continues it.
@@ -447,7 +475,7 @@ class ArtifactStore:
         for run in set(runs) - kept:
             self.forget_run(run)
 
-    @counts_store_errors
+    @store_request
     def find_bytes(self, path: str) -> bytes | None:
         """One file below the storage path, or None when there is none."""
         fs, root = self._fs
@@ -457,28 +485,28 @@ class ArtifactStore:
         except FileNotFoundError:
             return None
 
-    @counts_store_errors
+    @store_request
     def list_names(self, path: str) -> list[str]:
         """Names of the files and folders directly below a path; none where there is no such folder."""
         fs, root = self._fs
         found = fs.get_file_info(pa.fs.FileSelector(f"{root}/{path}", allow_not_found=True))
         return [info.base_name for info in found if not info.base_name.endswith(PARTIAL)]
 
-    @counts_store_errors
+    @store_request
     def changed(self, path: str) -> float | None:
         """Returns when a file was last written, by the filesystem's clock; None if there is no such file."""
         fs, root = self._fs
         info = fs.get_file_info(f"{root}/{path}")
         return info.mtime.timestamp() if info.type == pa.fs.FileType.File and info.mtime else None
 
-    @counts_store_errors
+    @store_request
     def delete_file(self, path: str) -> None:
         """Removes one file below the storage path, if it is there; cheaper than `delete`, which asks what it is."""
         fs, root = self._fs
         with contextlib.suppress(FileNotFoundError):
             fs.delete_file(f"{root}/{path}")
 
-    @counts_store_errors
+    @store_request
     def delete(self, path: str) -> None:
         """Removes a file or folder below the storage path, if it exists."""
         fs, root = self._fs

@@ -6,6 +6,7 @@ stages.
                                                     a sweep has not written it, that is everything
     <storage>/claims/stages/<fingerprint>~<holder>  "I make this stage"
     <storage>/claims/pruning/<holder>.json          a `store gc` at work
+    <storage>/claims/brokers/...~<holder>           what its broker knows (`sweep/broker_memory.py`)
 
 An object store has no atomic rename and no lock. What it has is enough for mutual exclusion: a file that is written is
 in every later listing (S3 since 2020, GCS, a local disk; NFS within its directory cache). To claim a stage, a holder
@@ -45,6 +46,7 @@ BEAT_S = 10.0
 DEAD_AFTER_S = 60.0
 PRUNING_POLL_S = 1.0
 SEPARATOR = "~"
+BROKERS = "claims/brokers"
 ROLES = {"sweep": "holders", "gc": "pruning"}
 """What a holder is -> folder of its file."""
 
@@ -124,7 +126,10 @@ class Watch:
         self.seen: dict[str, tuple[bytes, float]] = {}
 
     def is_alive(self, holder: str, role: str = "sweep") -> bool:
+        asked = self.clock()
         beat = self.store.find_bytes(f"claims/{ROLES[role]}/{holder}.json")
+        if self.clock() - asked > BEAT_S:  # the store was out of reach, for those who beat as well
+            self.seen.clear()
         if beat is None:
             return False
         before, since = self.seen.get(holder, (None, 0.0))
@@ -138,6 +143,12 @@ def read_holder(beat: bytes) -> Holder:
     """The holder that a file of `claims/holders` or `claims/pruning` describes."""
     known = {field.name for field in fields(Holder)}
     return Holder(**{k: v for k, v in json.loads(beat).items() if k in known})
+
+
+def find_holder(store: ArtifactStore, holder: str) -> Holder | None:
+    """Returns a running sweep by its id; None where its file is gone."""
+    beat = store.find_bytes(f"claims/{ROLES['sweep']}/{holder}.json")
+    return None if beat is None else read_holder(beat)
 
 
 class Presence:
@@ -196,9 +207,10 @@ class Presence:
     def __exit__(self, *_: Any) -> None:
         self.stopped.set()
         self.thread.join(timeout=10)
-        for name in self.store.list_names("claims/stages"):
-            if name.endswith(SEPARATOR + self.holder.id):
-                self.store.delete_file(f"claims/stages/{name}")
+        for folder in ("claims/stages", BROKERS):
+            for name in self.store.list_names(folder):
+                if name.endswith(SEPARATOR + self.holder.id):
+                    self.store.delete_file(f"{folder}/{name}")
         self.store.delete_file(f"claims/plans/{self.holder.id}.json")
         self.store.delete_file(self.path)
 
@@ -301,7 +313,7 @@ def live_sweeps(store: ArtifactStore, silent_s: float) -> dict[Holder, set[str] 
 def dead_claims(store: ArtifactStore, silent_s: float) -> list[str]:
     """Returns the paths of files in `claims/` that belong to sweeps and prunings which are over (see `live_sweeps`)."""
     # Listed before the holders are: a sweep shows its own file first and takes it back last.
-    left = {folder: store.list_names(f"claims/{folder}") for folder in ("stages", "plans", *ROLES.values())}
+    left = {folder: store.list_names(f"claims/{folder}") for folder in ("stages", "plans", "brokers", *ROLES.values())}
     alive = {holder.id for role in ROLES for holder in _living(store, role, silent_s)}
     owners = {
         f"claims/{folder}/{name}": name.rpartition(SEPARATOR)[2].removesuffix(".json")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from cast_ray.common.digest import digest_of
-from cast_ray.common.paths import absolute, resolve
+from cast_ray.common.paths import absolute, join, read_bytes
 from cast_ray.common.registry import lookup
 from cast_ray.contracts.records import Category, class_names
 from cast_ray.contracts.row_result import RowResult
@@ -27,6 +27,7 @@ from cast_ray.plan.graph import Stage, artifact_key, input_size_of
 from cast_ray.plan.reads import STUDENT_STAGES, TEACHER_STAGES
 from cast_ray.plan.stage_parts import StagePart
 from cast_ray.recipe import InputSize, ModelConfig, Recipe, TeacherConfig
+from cast_ray.recipe.licence_chain import chain_of_plain_recipe
 from cast_ray.runtime.store.artifacts import ArtifactStore, local_copy
 from cast_ray.teachers.checkpoints import content_hash, find_checkpoint, is_hub_name
 from cast_ray.teachers.expert import ExpertTeacher
@@ -76,9 +77,13 @@ def open_student(path: str) -> tuple[Student, RowResult | None]:
         ValueError: no student there; the message says what was looked for, or which rows there are.
     """
     folder, result = _follow(path, "student", STUDENT_STAGES)
-    if "://" not in folder:
-        return Student.from_pretrained(folder), result
-    return Student.from_files(*_read_files(folder), source=folder), result
+    if "://" in folder:
+        student = Student.from_files(*_read_files(folder), source=folder)
+    else:
+        student = Student.from_pretrained(folder)
+    if result is not None:
+        student.licences = chain_of_plain_recipe(result.recipe)
+    return student, result
 
 
 @contextmanager
@@ -307,14 +312,10 @@ def _import_expert(store: ArtifactStore, folder: str, expected: ModelConfig, cat
 def _read_files(folder: str) -> tuple[bytes, bytes]:
     """config.json and model.safetensors of a folder or URI."""
     try:
-        fs, path = resolve(absolute(folder))
-        contents = []
-        for name in (CONFIG, WEIGHTS):
-            with fs.open_input_file(f"{path}/{name}") as file:
-                contents.append(file.read())
+        config, weights = (read_bytes(join(absolute(folder), name)) for name in (CONFIG, WEIGHTS))
     except (OSError, ValueError) as error:
         raise ValueError(f"no saved model in {folder!r}: {error}") from None
-    return contents[0], contents[1]
+    return config, weights
 
 
 def _short(names: list[Any]) -> str:

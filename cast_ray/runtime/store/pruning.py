@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import pyarrow as pa
-import pyarrow.fs
-
 from cast_ray.contracts.row_result import RowResult
 from cast_ray.plan.graph import fingerprint_of
 from cast_ray.runtime.store.artifacts import MANIFEST, ArtifactStore, Listed, committed_fingerprints, read_each
 from cast_ray.runtime.store.claims import Holder, Presence, dead_claims, live_sweeps
+from cast_ray.runtime.store.results import stored_results
 
 SILENT_S = 3600.0
 """A sweep whose sign of life is older than this is over; they come every few seconds, and clocks may differ. Nor is an
@@ -95,14 +93,8 @@ def prune(store: ArtifactStore, older_s: float | None, unused: bool, command: st
 
 def _used(store: ArtifactStore) -> set[str]:
     """Fingerprints that some result names, with their ancestors."""
-    fs, root = store._fs
-    selector = pa.fs.FileSelector(f"{root}/runs", recursive=True, allow_not_found=True)
-    paths = [i.path[len(root) + 1 :] for i in fs.get_file_info(selector) if i.base_name == "result.json"]
     used: set[str] = set()
-    for path, data in zip(paths, read_each(store.find_bytes, paths)):
-        if not data:
-            continue
-        place = store.uri(path)
+    for place, data in stored_results(store):
         try:
             result = RowResult.read(data, place)
         except ValueError as error:

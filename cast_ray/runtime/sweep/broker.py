@@ -14,24 +14,29 @@ import asyncio
 import contextlib
 import logging
 import time
+import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cast_ray.common.logs import configure_logging
 from cast_ray.contracts.compute_node import ComputeNode
 from cast_ray.recipe import RuntimeConfig
 from cast_ray.runtime.data.record_tables import load_records
 from cast_ray.runtime.metrics import Outlet, SweepMetrics, SweepState
+from cast_ray.runtime.placement import give_back, on_demand_share
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.claims import Claims
+from cast_ray.runtime.sweep.broker_memory import BrokerMemory, BrokerState
 from cast_ray.runtime.sweep.group_pool import GroupPool
-from cast_ray.runtime.sweep.leases import LEASE_TIMEOUT_S, REPLACED, Answer, Leases, Limits, Need
+from cast_ray.runtime.sweep.leases import REPLACED, Answer, Leases, Limits, Need
+from cast_ray.runtime.sweep.notices import Notices
 from cast_ray.runtime.sweep.posts import Posts
 from cast_ray.runtime.sweep.rooms import Rooms
+from cast_ray.runtime.sweep.waiters import Waiter, Waiters
 
 logger = logging.getLogger(__name__)
 
@@ -39,28 +44,13 @@ HEARTBEAT_S = 5.0
 FOREIGN_POLL_S = 5.0
 MAX_TABLES = 16
 TURN_LOOK_S = 0.5
+KEEP_EVERY_S = 60.0
+"""How often the device-seconds spent are written down; a broker that is lost forgets those since then."""
 MAX_CALLS = 10_000
 """Most calls that are open at a time: one for each row that waits, and a few more."""
 
 
-@dataclass
-class _Waiter:
-    owner: str
-    needs: list[Need]
-    order: int
-    instance: str = ""
-    """The driver process that waits."""
-    seen: float = 0.0
-    """When that process was last heard of."""
-    granted: asyncio.Event = field(default_factory=asyncio.Event)
-    answer: Answer | None = None
-
-    @property
-    def steps_left(self) -> int:
-        return sum(n.steps for n in self.needs)
-
-
-@ray.remote(num_cpus=0, max_restarts=0)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class Broker:
     """The actor around `Leases`, and the board where running stages post their progress.
 
@@ -85,20 +75,22 @@ class Broker:
     ):
         configure_logging()
         self.by_turns = by_turns
+        self.id = uuid.uuid4().hex
         self.leases = Leases(slots, done)
         self.limits = Limits(budget_hours, keep_going)
         self.claims = Claims(ArtifactStore(storage), holder) if holder else None
         self.keys: dict[str, str] = {}
         """Fingerprint -> artifact key of every stage that was asked for."""
         self.jobs: dict[str, bytes] = {}
-        self.waiting: list[_Waiter] = []
-        self.groups = GroupPool(self.leases, self.limits, is_open)
+        self.waiters = Waiters(self.leases, self.limits)
+        self.groups = GroupPool(self.leases, self.limits, is_open, holder)
         self.instances: dict[str, str] = {}
         """Owner -> the driver process that asked last."""
         self.replaced: set[str] = set()
         """Driver processes in whose place another one has come."""
         self.devices: dict[str, int] = {}
         self.rooms, self.posts = Rooms(), Posts()
+        self.notices = Notices(self.posts)
         self.ended: dict[str, str] = {}
         self.fatal: dict[str, str] = {}
         self.tables: dict[tuple[str, tuple[str, ...]], ray.ObjectRef] = {}
@@ -109,6 +101,51 @@ class Broker:
         self.outlet = Outlet() if ray.is_initialized() else None
         self.num_expected = 0
         """Stages that are to run, as far as is known from the start."""
+        self.num_lost = 0
+        """Brokers of this sweep that were lost."""
+        self.memory = BrokerMemory(self.claims.store, holder) if self.claims is not None else None
+        self.keeping, self.kept = asyncio.Lock(), time.monotonic()
+        if self.memory is not None and (known := self.memory.recall()) is not None:
+            self._remember(*known)
+            if ray.is_initialized():
+                give_back(holder)  # what the lost worker groups had reserved
+
+    def _remember(self, state: BrokerState, jobs: dict[str, bytes]) -> None:
+        """Takes over what the lost broker has written down."""
+        self.num_lost = state.num_lost + 1
+        self.jobs = jobs
+        self.groups.asked |= dict.fromkeys(jobs)
+        for fingerprint in state.finished:
+            self.leases.finish(fingerprint)
+        self.leases.failed |= state.failed
+        self.limits.spent_s, self.limits.spent_by = state.device_s, state.device_s_by
+        self.limits.outcomes, self.ended = state.outcomes, state.ended
+        self.num_expected = state.num_expected
+        self.metrics.device_s |= state.stored_device_s
+        logger.warning("a broker of this sweep was lost; %d rows are taken over", len(jobs))
+        self.notices.add(
+            "",
+            "the sweep's broker was lost, and all worker groups with it. Another broker has taken over: finished "
+            "stages are in the store, the others resume from their last checkpoints",
+        )
+
+    async def _keep(self) -> None:
+        """Writes down what the next broker has to know, should this one be lost."""
+        if self.memory is None:
+            return
+        async with self.keeping:  # an older state must not be written last
+            state = BrokerState(
+                num_lost=self.num_lost,
+                finished=self.leases.finished,
+                device_s=self.limits.spent(time.monotonic()),
+                device_s_by=self.limits.spent_by,
+                outcomes=self.limits.outcomes,
+                ended=self.ended,
+                failed=self.leases.failed,
+                num_expected=self.num_expected,
+                stored_device_s=self.metrics.device_s,
+            )
+            await asyncio.to_thread(self.memory.keep, state)
 
     async def load(self, jobs: dict[str, bytes], stored: Sequence[str] = ()) -> None:
         """Keeps what each row's driver is to do, so that a driver fetches its own row and not all of them.
@@ -122,6 +159,13 @@ class Broker:
             self.groups.warm_up(len(self.jobs))
         for fingerprint in stored:
             self.leases.finish(fingerprint)
+        if self.memory is not None:
+            await asyncio.to_thread(self.memory.keep_rows, jobs)
+            await self._keep()
+
+    async def which(self) -> str:
+        """Id of this broker; another one that has taken its place has another id."""
+        return self.id
 
     async def expect(self, num_stages: int, device_s: Mapping[str, float]) -> None:
         """Tells the metrics how many stages are to run, and the device-seconds that those in the store have taken."""
@@ -142,7 +186,8 @@ class Broker:
         """Blocks until `owner` may run something, all its needs are done, or it must stop.
 
         Args:
-            devices: what the owner's worker group will occupy, for the budget.
+            devices: what the owner's workers occupy, also while their group is kept; what else runs for a segment is
+                told to `occupy`.
             instance: id of the driver process that asks. What earlier processes of this owner hold or wait for passes
                 to it; one of them that is alive all the same is told to stop.
             runtime: what the owner's worker groups need, by which one that is parked is kept for it.
@@ -154,7 +199,7 @@ class Broker:
         self.keys |= {n.fingerprint: n.key for n in needs}
         self.devices[owner] = devices
         self.groups.asked[owner] = (needs, runtime)
-        waiter = _Waiter(owner, needs, self.orders, instance, time.monotonic())
+        waiter = Waiter(owner, needs, self.orders, instance, time.monotonic())
         while True:
             answer = await self._turn(waiter)
             self.metrics.took_over(owner, answer["done"])
@@ -177,20 +222,17 @@ class Broker:
         self.instances[owner] = instance
         if before is not None and before != instance:
             self.replaced.add(before)
-        for waiter in [w for w in self.waiting if w.owner == owner]:
-            self.waiting.remove(waiter)
-            waiter.answer = REPLACED
-            waiter.granted.set()
+            self.notices.add(owner, "its driver process was lost; another one takes over")
+        self.waiters.replace(owner)
         self.posts.last.pop(owner, None)
         if owner in self.leases.heartbeat:  # the process was lost in a segment
             await self._end_grant(owner)
             if before:  # a labelling job's room, which the process reserved itself
                 await self.groups.hosts.give_back(before)
 
-    async def _turn(self, waiter: _Waiter) -> Answer:
+    async def _turn(self, waiter: Waiter) -> Answer:
         """Waits for this broker's own grant."""
-        waiter.answer, waiter.granted = None, asyncio.Event()
-        self.waiting.append(waiter)
+        self.waiters.add(waiter)
         try:
             while True:
                 self._serve()
@@ -204,23 +246,10 @@ class Broker:
                     await self._end_grant(owner)
                 await self._look_at_foreign()
         finally:
-            if waiter in self.waiting:
-                self.waiting.remove(waiter)
+            self.waiters.remove(waiter)
 
     def _serve(self) -> None:
-        now = time.monotonic()
-        stop = self.limits.reason(now)
-        heard_of = [w for w in self.waiting if now - w.seen <= LEASE_TIMEOUT_S]  # others are likely dead
-        for waiter in sorted(heard_of, key=lambda w: (-w.steps_left, w.order)):
-            answer = self.leases.grant(waiter.owner, waiter.needs, now) if stop is None else self._stopped(waiter, stop)
-            if answer is not None:
-                waiter.answer = answer
-                self.waiting.remove(waiter)
-                waiter.granted.set()
-
-    def _stopped(self, waiter: _Waiter, reason: str) -> Answer:
-        done = [n.fingerprint for n in waiter.needs if n.fingerprint in self.leases.done]
-        return {"run": [], "done": done} | ({"stop": reason} if len(done) < len(waiter.needs) else {})
+        self.waiters.serve(time.monotonic())
 
     async def _claim_in_store(self, needs: list[Need]) -> tuple[list[str], list[str]]:
         """Which of the granted stages are this sweep's to run, and which somebody else has finished meanwhile."""
@@ -270,10 +299,24 @@ class Broker:
             return
         now = time.monotonic()
         self.leases.beat(owner, now)
-        for waiter in self.waiting:
-            if waiter.owner == owner and waiter.instance == instance:
-                waiter.seen = now
+        self.waiters.heard_of(owner, instance, now)
+        if now - self.kept > KEEP_EVERY_S:
+            self.kept = now
+            await self._keep()
         self._show(now)  # last: an error of it must not make a living driver look dead
+
+    async def adopt(self, owner: str, instance: str, needs: list[Need], devices: int) -> None:
+        """Leases `owner` the stages that it already runs outside of worker groups: a lost broker has granted them."""
+        taken = self.leases.leased.keys() | self.leases.done
+        if owner in self.instances or any(need.fingerprint in taken for need in needs):
+            return
+        now = time.monotonic()
+        self.instances[owner] = instance
+        self.devices[owner] = devices
+        self.keys |= {need.fingerprint: need.key for need in needs}
+        self.leases.leased |= dict.fromkeys((need.fingerprint for need in needs), owner)
+        self.leases.heartbeat[owner] = now
+        self.limits.start(owner, devices, now)
 
     async def wait_for_room(self, owner: str, what: str, why: str = "") -> None:
         """`owner`'s segment waits for resources of the cluster.
@@ -299,19 +342,24 @@ class Broker:
         """`owner`'s workers have started: what it reserved is its own."""
         if self.rooms.started(owner):
             self.metrics.restarted()
+            self.notices.add(owner, "one of its workers was lost; all of them have started again")
 
     async def node_turn(self, owner: str, nodes: Sequence[str]) -> None:
         """Returns when no other segment is exchanging its reservation on these nodes."""
         while self.rooms.is_moving(set(nodes), owner, time.monotonic()):
             await asyncio.sleep(TURN_LOOK_S)
 
-    async def occupy(self, owner: str) -> bool:
-        """`owner`'s segment has found room and counts for the budget; False: nothing may start any more."""
+    async def occupy(self, owner: str, devices: int | None = None) -> bool:
+        """`owner`'s segment has found room and counts for the budget; False: nothing may start any more.
+
+        Args:
+            devices: that all its processes hold, see `resources.num_devices`; None: those of its workers.
+        """
         self.rooms.found(owner)
         now = time.monotonic()
         if self.limits.reason(now) is not None:
             return False
-        self.limits.start(owner, self.devices.get(owner, 1), now)
+        self.limits.start(owner, self.devices.get(owner, 1) if devices is None else devices, now)
         return True
 
     async def computes_on(self, owner: str, process: str, node: ComputeNode) -> None:
@@ -335,6 +383,8 @@ class Broker:
         """
         if instance in self.replaced:
             return None
+        if owner in self.groups.working:
+            self.notices.add(owner, "the process that runs its worker group was lost; the group starts again")
         await self.groups.end(owner)
         if instance in self.replaced or owner not in self.leases.heartbeat:
             return None
@@ -360,14 +410,18 @@ class Broker:
         if (owner := self.leases.leased.get(fingerprint)) is not None:
             self.metrics.finished(owner, fingerprint, device_s)
         self.leases.finish(fingerprint)
+        self.posts.reached.pop(fingerprint, None)
         self._serve()
-        if self.claims is not None:
+        if self.claims is not None and fingerprint in self.keys:  # a broker that has taken over may not have been asked
             await asyncio.to_thread(self.claims.give_back, [self.keys[fingerprint]])
+        await self._keep()
 
     async def settle(self, owner: str, instance: str = "") -> None:
         """`owner`'s segment is over and its worker group is gone: its slot is free."""
         if instance in self.replaced:
             return
+        if instance:
+            self.instances.setdefault(owner, instance)
         self.posts.last.pop(owner, None)
         await self._end_grant(owner)
         self._serve()
@@ -376,15 +430,16 @@ class Broker:
         """`owner` has ended, done, failed, stopped or pruned, and asks for nothing more."""
         if instance in self.replaced:
             return
+        if status in ("done", "failed") and owner not in self.ended:
+            self.limits.outcomes.append(status == "done")
         self.ended[owner] = status
         if status == "pruned":  # its process runs until Tune ends it, and finds its worker group gone
             self.replaced.add(instance)
-        if status in ("done", "failed"):
-            self.limits.outcomes.append(status == "done")
         self.jobs.pop(owner, None)
         self.posts.collect(owner)
         await self.settle(owner)
         self.groups.forget(owner)
+        await self._keep()
 
     async def spent(self, owner: str) -> float:
         """Device-seconds that `owner` has used up."""
@@ -395,10 +450,21 @@ class Broker:
         logger.info("a stage of %s failed for good: %s", owner, reason.splitlines()[-1])
         self.fatal.setdefault(owner, reason)
         self.leases.failed.setdefault(fingerprint, reason)
+        await self._keep()
 
     async def failure(self, owner: str) -> str | None:
         """The error that ended `owner`'s segment, if one did."""
         return self.fatal.get(owner)
+
+    async def begin(self, owner: str, facts: dict[str, Any]) -> None:
+        """A stage of `owner` begins, or resumes; see `post` for the facts."""
+        names = ("stage", "fingerprint", "step", "steps", "unit")
+        self.notices.begin(owner, *(facts[name] for name in names))
+        await self.post(owner, facts)
+
+    async def note(self, owner: str, text: str) -> None:
+        """Tells the user what `owner` has lost, in a sentence."""
+        self.notices.add(owner, text)
 
     async def post(self, owner: str, facts: dict[str, Any], entries: Sequence[dict[str, Any]] = ()) -> None:
         """Progress of what `owner` runs.
@@ -442,22 +508,25 @@ class Broker:
                 del self.tables[old]  # it lives on as long as anybody else holds it
         return [self.tables[key, names]]
 
-    async def board(self, num_known: int = 0) -> dict[str, Any]:
+    async def board(self, num_known: int = 0, num_read: int = 0) -> dict[str, Any]:
         """What a progress display shows: running, waiting and ended rows, stages done, device-seconds spent.
 
         rooms: owner -> what its segment waits for, why, and for how many seconds by now; running: owners of the
-        segments that have room.
+        segments that have room; notices: number, row and text of what was lost; broker: see `which`.
 
         Args:
             num_known: fingerprints of finished stages that the caller has had: only those after them are sent.
+            num_read: number of the last notice that the caller has had.
         """
         now = time.monotonic()
         return {
             "posts": self.posts.shown(now),
-            "waiting": [w.owner for w in self.waiting],
+            "waiting": [w.owner for w in self.waiters.all],
             "rooms": self.rooms.shown(now),
             "running": list(self.limits.running),
             "ended": self.ended,
+            "broker": self.id,
+            "notices": self.notices.since(num_read),
             "done": self.leases.finished[num_known:],
             "device_s": self.limits.spent(now),
             "stop": self.limits.reason(now),
@@ -471,7 +540,7 @@ class Broker:
     def _state(self, now: float) -> SweepState:
         rows = Counter(self.ended.values())
         rows |= {"running": len(self.limits.running), "waiting for room": len(self.rooms.waiting)}
-        rows["waiting for a stage"] = len(self.waiting)
+        rows["waiting for a stage"] = len(self.waiters.all)
         return SweepState(
             stages=self.leases.counts(set(self.keys), self.limits.running, self.num_expected),
             rows=rows,
@@ -482,3 +551,19 @@ class Broker:
             device_s=self.limits.spent(now),
             budget_s=self.limits.budget_s,
         )
+
+
+def start_broker(*settings: Any, **more: Any) -> Any:
+    """Starts a sweep's broker on an on-demand node, where the cluster names some, else on the node of this process:
+    where that is lost, the sweep ends anyway.
+
+    Args:
+        settings, more: as of `Broker`.
+    """
+    options: dict[str, Any] = {"max_concurrency": MAX_CALLS}
+    if share := on_demand_share(ray.cluster_resources()):
+        options["resources"] = share
+    else:
+        here = ray.get_runtime_context().get_node_id()
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(here, soft=True)
+    return Broker.options(**options).remote(*settings, **more)  # type: ignore[attr-defined]

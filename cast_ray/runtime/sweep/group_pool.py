@@ -89,11 +89,13 @@ class GroupPool:
         leases: the sweep's: they tell which rows may still come for a group, and how many slots are taken.
         limits: where the time of parked groups is counted.
         is_open: rows may still be added when no known one is left.
+        sweep: part of the name in which hosts reserve room, the same for all of them.
     """
 
     leases: Leases
     limits: Limits
     is_open: bool = False
+    sweep: str = ""
     asked: dict[str, tuple[list[Need], RuntimeConfig | None] | None] = field(default_factory=dict)
     """Owner -> what it asked for last and what its groups need, of the rows that have not ended; None: it has not asked
     yet."""
@@ -116,7 +118,7 @@ class GroupPool:
             self.idle.append(self._start(None))
 
     def _start(self, node: str | None) -> LentGroup:
-        holder = uuid.uuid4().hex
+        holder = f"{self.sweep}/{uuid.uuid4().hex}" if self.sweep else uuid.uuid4().hex
         return LentGroup(self.hosts.start(holder, node), holder)
 
     def lend(self, owner: str, shape: RuntimeConfig | None, devices: int, run: str, node: str) -> Any:

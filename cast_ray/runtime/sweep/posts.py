@@ -17,10 +17,13 @@ class Posts:
         self.last: dict[str, dict[str, Any]] = {}
         """Owner -> the facts of its stage; its pace is counted from `first_step` and `since` (monotonic clock) on."""
         self.entries: dict[str, deque[dict[str, Any]]] = {}
+        self.reached: dict[str, int] = {}
+        """Fingerprint -> step up to which an unfinished stage has come, also in a process that is lost by now."""
 
     def add(self, owner: str, facts: dict[str, Any], entries: Sequence[dict[str, Any]], now: float) -> bool:
         """Takes a post, see `Broker.post`; returns whether the stage has got anywhere since the last one."""
         before = self.last.get(owner)
+        self.reached[facts["fingerprint"]] = facts["step"]
         is_same = before is not None and before["fingerprint"] == facts["fingerprint"]
         if before is not None and is_same:
             self.last[owner] = before | facts
@@ -37,6 +40,7 @@ class Posts:
         if post is None:
             return None
         post["step"] += count
+        self.reached[post["fingerprint"]] = post["step"]
         if "images_per_s" in post:
             post["images_per_s"] = (post["step"] - post["first_step"]) / max(now - post["since"], 1e-9)
         else:  # the pace counts from the first images on: what came before was the labellers' start

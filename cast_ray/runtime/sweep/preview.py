@@ -9,13 +9,17 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
+from cast_ray.contracts.compute_node import UNKNOWN_DEVICE
 from cast_ray.data.reading.data_report import print_warnings
 from cast_ray.plan.cost import PlanCost
 from cast_ray.plan.graph import Stage, SweepPlan
+from cast_ray.plan.prices import Prices
 from cast_ray.runtime.data.dataset import StoredDataset
 
 MAX_NAMES = 12
 MAX_USERS = 3
+MAX_CHAINS = 4
+"""Different chains of licences that are shown."""
 GIB = 2**30
 MAX_LINES = 60
 """Stages shown one by one; more are shown by name and place, with their number."""
@@ -26,8 +30,9 @@ class Preview:
     """What `print_plan` says; the numbers of a dry run.
 
     titles: one line a table; labels: of each row of the plan, with its table where there are several; memory: name of a
-    train stage -> bytes of one worker of each stage of that name (None: not estimated), where asked for; warnings: what
-    the user must not overlook, one sentence each; folders: where the results of each table go.
+    train stage -> bytes of one worker of each stage of that name (None: not estimated), where asked for; licences: what
+    the students inherit, a line for each different chain; warnings: what the user must not overlook, one sentence each;
+    folders: where the results of each table go.
     """
 
     plan: SweepPlan
@@ -35,10 +40,13 @@ class Preview:
     labels: Sequence[str]
     datasets: Sequence[StoredDataset]
     storage: str
-    cost: PlanCost | None = None
-    price_per_hour: float | None = None
+    costs: Mapping[str, PlanCost] = field(default_factory=dict)
+    """Model of the devices -> what the plan costs on them; first that of the devices that were last used."""
+    prices: Prices | None = None
+    """Of a device-hour; None: none were named."""
     budget_hours: float | None = None
     memory: Mapping[str, Sequence[int | None]] = field(default_factory=dict)
+    licences: Sequence[str] = ()
     warnings: Sequence[str] = ()
     folders: Sequence[str] = ()
     tree: bool = True
@@ -64,10 +72,11 @@ def print_plan(preview: Preview, console: Console) -> None:
         f"  steps    {plan.steps_to_run:,} to run, {saved:,} saved of {scratch:,} from scratch "
         f"({100 * saved / max(scratch, 1):.0f} %)"
     )
-    if preview.cost is not None:
-        _print_cost(preview, preview.cost, console)
+    for device, cost in preview.costs.items():
+        _print_cost(preview, device, cost, console)
     if preview.memory:
         console.print(f"  memory   {_memory_line(preview.memory)}", soft_wrap=True, highlight=False)
+    print_licences(preview.licences, console)
     console.print(f"  storage  {preview.storage}", soft_wrap=True, markup=False)
     for folder in preview.folders:
         console.print(f"  results  {folder}", soft_wrap=True, markup=False, highlight=False)
@@ -76,20 +85,23 @@ def print_plan(preview: Preview, console: Console) -> None:
     print_warnings(preview.warnings, console)
 
 
-def _print_cost(preview: Preview, cost: PlanCost, console: Console) -> None:
+def _print_cost(preview: Preview, device: str, cost: PlanCost, console: Console) -> None:
+    """Says what the plan would cost on one type of devices, of which hours on others tell nothing."""
     known = {source: count for source, count in cost.sources.items() if source != "unknown"}
     unknown = cost.sources.get("unknown", 0)
     if not known and unknown:
         return
     origin = ", ".join(f"{count:,} {source}" for source, count in known.items()) or "nothing to run"
     rest = f"; {unknown:,} stages left out: nothing like them has run here" if unknown else ""
+    where = f", on {device}" if len(preview.costs) > 1 else ""
     console.print(
-        f"  devices  {hours(cost.to_run_h)} to run, {hours(cost.from_scratch_h)} from scratch (stages: {origin}{rest})"
+        f"  devices  {hours(cost.to_run_h)} to run, {hours(cost.from_scratch_h)} from scratch{where} "
+        f"(stages: {origin}{rest})"
     )
-    if preview.price_per_hour is not None:
-        spend, alone = (h * preview.price_per_hour for h in (cost.to_run_h, cost.from_scratch_h))
-        price = f"at {preview.price_per_hour:g} a device-hour"
-        console.print(f"  cost     {spend:,.2f} to run, {alone:,.2f} from scratch, {price}")
+    for of, price in _prices_of(device, preview.prices):
+        spend, alone = (h * price for h in (cost.to_run_h, cost.from_scratch_h))
+        of = f" of {of}" if of else ""
+        console.print(f"  cost     {spend:,.2f} to run, {alone:,.2f} from scratch, at {price:g} a device-hour{of}")
     if preview.budget_hours is not None:
         enough = (
             "enough"
@@ -97,6 +109,15 @@ def _print_cost(preview: Preview, cost: PlanCost, console: Console) -> None:
             else "not enough: the command says at the end what is left"
         )
         console.print(f"  budget   {preview.budget_hours:g} device-hours: {enough}")
+
+
+def _prices_of(device: str, prices: Prices | None) -> list[tuple[str, float]]:
+    """(model or nothing, price) of each cost to tell: all that are named, where it is not known what will compute."""
+    if prices is None:
+        return []
+    if device == UNKNOWN_DEVICE:
+        return list(prices.by_type.items())
+    return [("", price)] if (price := prices.of(device)) is not None else []
 
 
 def _memory_line(memory: Mapping[str, Sequence[int | None]]) -> str:
@@ -178,8 +199,8 @@ def _line(node: _Node, preview: Preview, depth: int) -> Text:
     mark = "stored" if not left else f"{steps:,} steps" if steps else "to run"
     if 0 < len(left) < len(stages):
         mark += f", {len(stages) - len(left):,} stored"
-    if left and preview.cost is not None:
-        seconds = sum(preview.cost.by_stage[stage.fingerprint].device_s for stage in left)
+    if left and (cost := next(iter(preview.costs.values()), None)) is not None:
+        seconds = sum(cost.by_stage[stage.fingerprint].device_s for stage in left)
         mark += f", {_duration(seconds)}" if seconds else ""
     users = {i for stage in stages for i in plan.users[stage.fingerprint]}
     names = list(dict.fromkeys(preview.labels[i] for i in sorted(users)))
@@ -205,3 +226,12 @@ def row_labels(rows: Sequence[tuple[str, str]]) -> list[str]:
 def titles_of(tables: Mapping[str, tuple[str, str, str]]) -> list[str]:
     """Table name -> (title, preset, scale), as one line each."""
     return [f"{title}  ({name}, {preset} at {scale})" for name, (title, preset, scale) in tables.items()]
+
+
+def print_licences(licences: Sequence[str], console: Console) -> None:
+    """Says under which licences the students may be used, a line for each of the first chains."""
+    more = len(licences) - MAX_CHAINS
+    for line in licences[:MAX_CHAINS]:
+        console.print(f"  licences {line}", soft_wrap=True, markup=False, highlight=False)
+    if more > 0:
+        console.print(f"  licences {more:,} more rows have others: `cast-ray store licences` lists all students")

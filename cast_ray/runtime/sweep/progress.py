@@ -60,6 +60,8 @@ class ProgressDisplay:
         self.seen: dict[str, str] = {}
         self.finished: list[str] = []
         """Fingerprints of the stages that were finished since the sweep began; the board tells of new ones only."""
+        self.broker_id, self.num_read = "", 0
+        """Whose board was seen last, and the number of the last notice on it."""
         self.lined = 0.0
 
     def __enter__(self) -> ProgressDisplay:
@@ -83,10 +85,16 @@ class ProgressDisplay:
 
     def _board(self) -> dict[str, Any] | None:
         try:
-            board = ray.get(self.broker.board.remote(len(self.finished)), timeout=5)
+            board = ray.get(self.broker.board.remote(len(self.finished), self.num_read), timeout=5)
+            if board["broker"] != self.broker_id:  # the first one, or one that has replaced another and counts anew
+                board = ray.get(self.broker.board.remote(), timeout=5)
+                self.broker_id, self.finished = board["broker"], []
         except Exception:  # Ray is starting or going down: there is nothing to show, and nothing to break
             return None
         self.finished += board["done"]
+        for number, row, text in board["notices"]:
+            self.num_read = number
+            self._say(f"{row or 'sweep'}  {text}")
         return board | {"done": self.plan.stored.union(self.finished)}
 
     def _left(self, board: dict[str, Any]) -> str:
@@ -127,14 +135,15 @@ class ProgressDisplay:
             if stage and (stage != self.seen.get(name) or (due and (post or room))):
                 self.seen[name] = stage
                 cells = (*_cells(post), left and f"{left} left") if post else (_state(name, board) if room else stage,)
-                self.console.print(
-                    f"{_clock(time.monotonic() - self.began)}  {name}  " + "  ".join(c for c in cells if c),
-                    markup=False,
-                )
+                self._say(f"{name}  " + "  ".join(c for c in cells if c))
         overall = self._left(board)
         if due:
             self.lined = time.monotonic()
-            self.console.print(f"{_clock(self.lined - self.began)}  {overall}")
+            self._say(overall)
+
+    def _say(self, text: str) -> None:
+        """Prints a line with the time since the sweep began."""
+        self.console.print(f"{_clock(time.monotonic() - self.began)}  {text}", markup=False, soft_wrap=True)
 
 
 def _state(name: str, board: dict[str, Any]) -> str:

@@ -24,12 +24,20 @@ from cast_ray.contracts.row_result import RowResult, Status
 from cast_ray.plan.graph import RowPlan, Stage, artifact_key
 from cast_ray.plan.search import RUNG_METRIC
 from cast_ray.runtime.data.images import Images, images_of
+from cast_ray.runtime.placement import on_demand_share
 from cast_ray.runtime.store.artifact_files import CURVES
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.sweep.broker import HEARTBEAT_S
 from cast_ray.runtime.sweep.leases import Answer, Need
 from cast_ray.runtime.sweep.posts import MAX_ENTRIES
-from cast_ray.runtime.sweep.row_results import Outcome, SweepContext, assemble_result, row_name, write_result
+from cast_ray.runtime.sweep.row_results import (
+    Outcome,
+    SweepContext,
+    assemble_result,
+    find_committed,
+    row_name,
+    write_result,
+)
 from cast_ray.runtime.worker.audit import audit_labels
 from cast_ray.runtime.worker.group_host import run_segment
 from cast_ray.runtime.worker.label_job import LabelJob
@@ -133,9 +141,10 @@ def tune_folder() -> Iterator[str]:
 
 
 def make_trainable(broker: Any, record: bool, driver: type[RowDriver] | None = None) -> Any:
-    """What Tune runs for each row: its driver, which holds next to nothing."""
+    """What Tune runs for each row: its driver, which holds next to nothing; on an on-demand node, where there are."""
     parameters = {"broker": broker, "record": record, "driver": driver or RowDriver}
-    return tune.with_resources(tune.with_parameters(_run_row, **parameters), {"CPU": DRIVER_CPUS})
+    resources = {"CPU": DRIVER_CPUS, **on_demand_share(ray.cluster_resources())}
+    return tune.with_resources(tune.with_parameters(_run_row, **parameters), resources)
 
 
 def trial_dirname(trial: Any) -> str:
@@ -146,7 +155,9 @@ def _run_row(config: dict[str, Any], broker: Any, record: bool, driver: type[Row
     """Driver of one trial: claims, runs and commits stages until the row has all of them, then writes its result."""
     job = Job.unpacked(ray.get(broker.job.remote(config["row"])))
     result = run_row(driver(job, broker, record))
-    tune.report({"status": result.status, "error": result.error, **result.metrics})
+    measured_on = {name: node.device for name, node in result.measured_on.items()}
+    devices = {"computed_on": sorted(result.hours_by_type), "measured_on": measured_on}
+    tune.report({"status": result.status, "error": result.error, **devices, **result.metrics})
 
 
 def run_row(driver: RowDriver) -> RowResult:
@@ -193,6 +204,8 @@ class RowDriver:
         self.ran: set[str] = set()
         self.left = {s.fingerprint: s for s in self.row.stages}
         self.granted: set[str] = set()
+        self.labels: Stage | None = None
+        """The labelling job that this process runs now, without the broker's worker groups."""
         self.stopped = threading.Event()
         self.record = record
         self.reporting = threading.Lock()
@@ -205,6 +218,9 @@ class RowDriver:
     def _beat(self) -> None:
         while not self.stopped.wait(HEARTBEAT_S):
             self.broker.heartbeat.remote(self.name, self.instance)
+            if (stage := self.labels) is not None:  # a broker that has replaced a lost one does not know of it
+                devices = self.row.recipe.runtime.num_labellers
+                self.broker.adopt.remote(self.name, self.instance, [self._need(stage)], devices)
 
     def _record(self) -> None:
         """Reports what is new in the curves of the running stages. Its thread ends before the row's last report."""
@@ -287,15 +303,22 @@ class RowDriver:
     def run_segment(self, stages: list[Stage]) -> None:
         """Runs stages that were granted together, into a separate folder of the store."""
         store = self.store.new_attempt()
+        broker_id = self._broker_id()
         try:
             self.execute(stages, store)
         except Exception:
             # Another sweep took them over, while this one was thought to be dead, and has finished them.
-            if not all(self.store.has(s.key) for s in stages):
+            is_stored = all(self.store.has(s.key) for s in stages)
+            # A lost broker takes worker groups and record tables with it: no fault of the stages, which are asked for
+            # again.
+            if not is_stored and self._broker_id() == broker_id:
                 raise
         finally:  # of a segment that failed, its first stages may have been committed
-            manifests = {s.fingerprint: self.store.find_manifest(s.key) for s in stages}
-            self.ran |= {f for f, manifest in manifests.items() if manifest and manifest.attempt == store.attempt}
+            committed = find_committed(self.store.storage, stages)
+            self.ran |= {f for f, artifact in committed.items() if artifact.manifest.attempt == store.attempt}
+
+    def _broker_id(self) -> str:
+        return ray.get(self.broker.which.remote())
 
     def execute(self, stages: list[Stage], store: ArtifactStore) -> None:
         """Makes and commits the artifacts of stages that were granted together."""
@@ -326,10 +349,13 @@ class RowDriver:
         began = time.monotonic()
         recipe, images = self.row.recipe, self._images(stage)
         job = LabelJob(store, stage, images, self.broker, self.name, recipe)
+        self.labels = stage
         try:
             facts = label_images(job, self.instance)
         except SweepStopped:
             return
+        finally:
+            self.labels = None
         audit_labels(store, stage, images, recipe.runtime)
         where = {"num_workers": recipe.runtime.num_labellers, "device": "cuda" if recipe.runtime.use_gpu else "cpu"}
         facts |= {"stage_seconds": time.monotonic() - began, **where, "owner": self.name}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from cast_ray.contracts.compute_node import device_type
 from cast_ray.contracts.document import NewerDocumentError
 from cast_ray.contracts.label_audit import LabelAudit
 from cast_ray.contracts.manifest import LabelManifest, Manifest, TrainManifest
@@ -108,7 +109,7 @@ def read_audit(store: ArtifactStore, key: str) -> LabelAudit | None:
 
 
 @dataclass(frozen=True)
-class _Committed:
+class Committed:
     """A committed artifact: its manifest, the folder of its files, and its numbers as they are stored."""
 
     manifest: Manifest
@@ -117,7 +118,7 @@ class _Committed:
 
 
 @lru_cache(maxsize=64)
-def _read_committed(storage: str, key: str) -> _Committed:
+def _read_committed(storage: str, key: str) -> Committed:
     """An artifact, which never changes once it is committed.
 
     Raises:
@@ -127,13 +128,13 @@ def _read_committed(storage: str, key: str) -> _Committed:
     manifest = store.manifest(key)
     numbers = {"train": CURVES, "evaluate": METRICS, "label": AUDIT}.get(manifest.kind)
     found = store.find_file(key, numbers) if numbers else None  # not every labelling stage has an audit
-    return _Committed(manifest, store.artifact(key), json.loads(found) if found else {})
+    return Committed(manifest, store.artifact(key), json.loads(found) if found else {})
 
 
-def _find_committed(storage: str, stages: Sequence[Stage]) -> dict[str, _Committed]:
-    """Fingerprint -> what is committed, of those stages that are."""
+def find_committed(storage: str, stages: Sequence[Stage]) -> dict[str, Committed]:
+    """Fingerprint -> what is committed, of those stages that are; each is read once by a process."""
 
-    def read(stage: Stage) -> _Committed | None:
+    def read(stage: Stage) -> Committed | None:
         try:
             return _read_committed(storage, stage.key)
         except FileNotFoundError:
@@ -150,7 +151,7 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str], outcome:
         ran: fingerprints of the stages that this row ran itself; the others it shared.
         outcome: how the row ended.
     """
-    committed = _find_committed(context.store.storage, row.stages)
+    committed = find_committed(context.store.storage, row.stages)
     finished = [(stage, committed[stage.fingerprint]) for stage in row.stages if stage.fingerprint in committed]
     own = [artifact.manifest for _, artifact in finished if artifact.manifest.owner == row_name(context.table, row)]
     evaluated = {
@@ -170,6 +171,7 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str], outcome:
         command=context.command,
         code_version=context.code_version,
         device_hours=sum(manifest.device_seconds for manifest in own) / 3600,  # of this run or one before it
+        device_hours_by_type=_hours_by_type(own),
         hardware=context.hardware,
         dataset=_dataset_facts(context, row, committed),
         stages=tuple(_stage_record(stage, artifact, stage.fingerprint not in ran) for stage, artifact in finished),
@@ -183,6 +185,16 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str], outcome:
     )
 
 
+def _hours_by_type(manifests: Iterable[Manifest]) -> dict[str, float]:
+    """Model of the devices -> device-hours of these stages."""
+    hours: dict[str, float] = {}
+    for manifest in manifests:
+        if manifest.device_seconds:
+            device = device_type(manifest.computed_on)
+            hours[device] = hours.get(device, 0.0) + manifest.device_seconds / 3600
+    return hours
+
+
 def _metrics(evaluated: Mapping[str, tuple[Stage, Mapping[str, Any]]]) -> dict[str, Number | None]:
     """`<role>/<measure>` -> value of all evaluations of a row."""
     return {
@@ -193,7 +205,7 @@ def _metrics(evaluated: Mapping[str, tuple[Stage, Mapping[str, Any]]]) -> dict[s
     }
 
 
-def _stage_record(stage: Stage, artifact: _Committed, reused: bool) -> StageRecord:
+def _stage_record(stage: Stage, artifact: Committed, reused: bool) -> StageRecord:
     manifest = artifact.manifest
     return StageRecord(
         name=stage.name,
@@ -203,6 +215,7 @@ def _stage_record(stage: Stage, artifact: _Committed, reused: bool) -> StageReco
         reused=reused,
         steps=stage.steps,
         num_workers=manifest.num_workers,
+        num_devices=manifest.num_devices,
         seconds=manifest.seconds,
         stage_seconds=manifest.stage_seconds,
         startup_seconds=manifest.startup_seconds,
@@ -227,7 +240,7 @@ def _facts_of_kind(manifest: Manifest) -> dict[str, Any]:
     return {}
 
 
-def _dataset_facts(context: SweepContext, row: RowPlan, committed: Mapping[str, _Committed]) -> DatasetFacts:
+def _dataset_facts(context: SweepContext, row: RowPlan, committed: Mapping[str, Committed]) -> DatasetFacts:
     """The dataset, with how many labelled and unlabelled images the row's student learns from and how they were
     chosen."""
     student = row.student_stages[-1]  # the stage that the student starts with is the one that may read D_u

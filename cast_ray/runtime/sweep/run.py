@@ -14,7 +14,7 @@ from rich.text import Text
 
 from cast_ray.contracts.manifest import Manifest
 from cast_ray.plan.ablation import Table
-from cast_ray.plan.cost import CostModel, PlanCost, Size, cost_of
+from cast_ray.plan.cost import CostModel, PlanCost, Size, cost_of, device_types
 from cast_ray.plan.graph import (
     NoTeacherError,
     RowPlan,
@@ -26,9 +26,11 @@ from cast_ray.plan.graph import (
     input_size_of,
     plan_sweep,
 )
+from cast_ray.plan.prices import Prices
 from cast_ray.plan.stage_parts import Model, TrainPart
 from cast_ray.recipe import Recipe
-from cast_ray.runtime.cluster import connect
+from cast_ray.recipe.licence_chain import by_rows, licence_chain, warnings_of
+from cast_ray.runtime.cluster import Cluster, RaySession, connect
 from cast_ray.runtime.store.artifacts import ArtifactStore, read_each
 from cast_ray.runtime.store.claims import Holder, Presence
 from cast_ray.runtime.store.past_stages import note_past, past_manifests
@@ -76,10 +78,19 @@ class SweepRequest:
     dry_run: bool = False
     budget_hours: float | None = None
     """Device-hours after which no stage is started."""
-    price_per_hour: float | None = None
+    prices: Prices | None = None
+    """Of a device-hour; None: none were named."""
     keep_going: bool = False
     """Start further rows though the first ones all failed."""
     trackers: Trackers = field(default_factory=Trackers)
+    session: RaySession | None = None
+    """Ray of several sweeps, which outlives this one; None: a Ray of its own."""
+    with_tree: bool = True
+    """Show every stage in the plan."""
+
+    def connect(self) -> Cluster:
+        """Starts or joins the Ray that the sweep runs on."""
+        return connect(self.address, self.num_cpus) if self.session is None else self.session.connect()
 
 
 @dataclass(frozen=True)
@@ -94,10 +105,12 @@ class Sweep:
 
 @dataclass(frozen=True)
 class SweepOutcome:
-    """What became of a sweep. `stopped`: why some rows were not finished, if they were not."""
+    """What became of a sweep. `stopped`: why some rows were not finished, if they were not; `device_s`: device-seconds
+    that it has used."""
 
     sweeps: tuple[Sweep, ...]
     stopped: str | None = None
+    device_s: float = 0.0
 
 
 def run_sweep(
@@ -116,9 +129,7 @@ def run_sweep(
     store.check_writable()
     runs = {table.name: list(table.recipes.values()) for table in request.tables}
     with Presence(store, command_line(), on_wait=lambda holder: say_pruning(holder, console)) as presence:
-        planner = RowPlanner(
-            runs, store, console, lambda: connect(request.address, request.num_cpus), dry_run=request.dry_run
-        )
+        planner = RowPlanner(runs, store, console, request.connect, dry_run=request.dry_run)
         sweeps = [_plan_table(table, planner, console) for table in request.tables]
         rows = [row for sweep in sweeps for row in sweep.rows]
         stages = {stage.key: stage for row in rows for stage in row.stages}
@@ -134,13 +145,13 @@ def run_sweep(
             return None
         on_start(sweeps)
         jobs = _rows_without_result(sweeps, whole)
-        stopped = None
+        stopped, device_s = None, 0.0
         if jobs:
             try:
-                stopped = _run(request, whole, jobs, presence.holder, store, manifests, console)
+                stopped, device_s = _run(request, whole, jobs, presence.holder, store, manifests, console)
             finally:
                 note_past(store, [stage.key for stage in whole.to_run])
-    return SweepOutcome(tuple(sweeps), stopped)
+    return SweepOutcome(tuple(sweeps), stopped, device_s)
 
 
 def sweep_name(runs: Sequence[str]) -> str:
@@ -223,40 +234,49 @@ def _preview(
     for table in request.tables:
         recipe = next(iter(table.recipes.values()))
         titles[table.table.name] = (table.table.title, recipe.preset, recipe.scale)
-    named = [(sweep.context.table, row.row) for sweep in sweeps for row in sweep.rows]
+    labels = row_labels([(sweep.context.table, row.row) for sweep in sweeps for row in sweep.rows])
+    chains = [(label, licence_chain(row.recipe)) for label, row in zip(labels, whole.rows)]
     print_plan(
         Preview(
             plan=whole,
             titles=titles_of(titles),
-            labels=row_labels(named),
+            labels=labels,
             datasets=list(planner.datasets.values()),
             storage=store.storage,
-            cost=_cost(request, whole, planner, manifests, store),
-            price_per_hour=request.price_per_hour,
+            costs=_costs(request, whole, planner, manifests, store),
+            prices=request.prices,
             budget_hours=request.budget_hours,
             memory=_memory(request, whole, planner),
-            warnings=planner.warnings,
+            licences=by_rows(chains),
+            warnings=[*planner.warnings, *warnings_of(chains)],
             folders=[table.folder for table in request.tables if table.folder],
+            tree=request.with_tree,
         ),
         console,
     )
 
 
-def _cost(
+def _costs(
     request: SweepRequest,
     whole: SweepPlan,
     planner: RowPlanner,
     manifests: Mapping[str, Manifest],
     store: ArtifactStore,
-) -> PlanCost:
-    """Device-hours from the store's newest manifests; where there are none, from FLOPs, if the user asked."""
+) -> dict[str, PlanCost]:
+    """Device-hours by the type of device on which the store's newest stages ran, the last used one first.
+
+    Where there are none, of `UNKNOWN_DEVICE`, from FLOPs if the user asked.
+    """
     past = [*past_manifests(store), *manifests.values()]
     sizes: dict[str, Size] = {}
     for row in whole.rows:
         sizes |= dict.fromkeys((s.fingerprint for s in row.stages), planner.size(row.recipe))
     device = "cuda" if whole.rows[0].recipe.runtime.use_gpu else "cpu"
-    asked = request.dry_run or request.price_per_hour is not None or request.budget_hours is not None
-    return cost_of(whole, CostModel(past, device), lambda stage: sizes[stage.fingerprint], count_flops=asked)
+    asked = request.dry_run or request.prices is not None or request.budget_hours is not None
+    return {
+        model: cost_of(whole, CostModel(past, device, model), lambda stage: sizes[stage.fingerprint], count_flops=asked)
+        for model in device_types(past, device)
+    }
 
 
 def _memory(request: SweepRequest, whole: SweepPlan, planner: RowPlanner) -> dict[str, list[int | None]]:
@@ -343,18 +363,19 @@ def _run(
     store: ArtifactStore,
     manifests: Mapping[str, Manifest],
     console: Console,
-) -> str | None:
-    """Runs rows on Ray; returns why some were not finished, if they were not.
+) -> tuple[str | None, float]:
+    """Runs rows on Ray; returns why some were not finished, if they were not, and the device-seconds used.
 
     Args:
         manifests: of what the rows find in the store.
     """
-    cluster = connect(request.address, request.num_cpus)
+    cluster = request.connect()
     console.print(cluster.description, highlight=False)
     import ray
 
+    from cast_ray.runtime.data.shared_images import forget_shared_images
     from cast_ray.runtime.shared_paths import check_shared_paths
-    from cast_ray.runtime.sweep.broker import MAX_CALLS, Broker
+    from cast_ray.runtime.sweep.broker import start_broker
     from cast_ray.runtime.sweep.progress import ProgressDisplay
     from cast_ray.runtime.sweep.row_driver import DRIVER_CPUS, Job, run_trials
 
@@ -362,7 +383,7 @@ def _run(
         check_shared_paths(store.storage, [row.recipe.data.root for _, row in pairs])
         # Rows beyond the slots only wait: a few more than can run, so that a free slot finds work at once.
         slots = slots_of([row.recipe for _, row in pairs], cluster, DRIVER_CPUS, len(pairs))
-        broker = Broker.options(max_concurrency=MAX_CALLS).remote(  # type: ignore[attr-defined]
+        broker = start_broker(
             slots,
             set(whole.stored | whole.given),
             store.storage,
@@ -384,16 +405,18 @@ def _run(
             outcomes = run_trials(name, store, jobs, broker, min(len(jobs), 2 * slots + 2), callbacks)
         board = ray.get(broker.board.remote())
     finally:
-        ray.shutdown()
+        forget_shared_images()
+        if request.session is None:
+            ray.shutdown()
     if "failed" in outcomes.values() and (words := cluster.where_logs_are()):
         console.print(words, soft_wrap=True, highlight=False)
     left = [job.row for job in jobs if outcomes[job.name] == "stopped"]
     if not left:
-        return None
+        return None, board["device_s"]
     rest = plan_sweep(left, whole.stored | set(board["done"]))
     words = (
         f": {board['stop']}. Left: {len(left)} rows, {len(rest.to_run)} stages, {rest.steps_to_run:,} steps; "
         f"used {hours(board['device_s'] / 3600)}. Run the same command again to continue."
     )
     console.print(Text.assemble(("stopped", "yellow"), words))
-    return board["stop"]
+    return board["stop"], board["device_s"]

@@ -10,30 +10,34 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-from ray.train.v2.api.exceptions import ControllerError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from ray.util.placement_group import PlacementGroup
 
 from cast_ray.common.paths import in_few_requests
 from cast_ray.recipe import RuntimeConfig
 from cast_ray.runtime.data.block_source import warm_up_readers
 from cast_ray.runtime.data.resources import segment_bundles, segment_selectors, stream_bundle, worker_bundle
-from cast_ray.runtime.placement import NODE_LABEL, nodes_of, reserve
+from cast_ray.runtime.placement import NODE_LABEL, is_broken, nodes_of, reserve
 from cast_ray.runtime.ray_internals import is_lost_at_start, is_startup_timeout
 from cast_ray.runtime.worker.mailbox import Mailbox
 from cast_ray.runtime.worker.online import Teachers, start_teachers, teacher_bundles
 from cast_ray.runtime.worker.segment import Segment, SegmentFailed
-from cast_ray.runtime.worker.shape import shape_of
+from cast_ray.runtime.worker.shape import devices_of, shape_of
 from cast_ray.runtime.worker.validation import validation_bundles
 
 TAKEN_S = 10.0
 """Seconds after which a reservation that was seen to have room, and is not placed, counts as taken by somebody else."""
+ROOM_LOOK_S = 5.0
+"""How often the host of a group looks whether all nodes of its reservation are there."""
 START_TIMEOUT, START_TIMEOUT_S = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20"
 """The same for Train's own reservation, also when it starts its workers again after one was lost with its node."""
 
@@ -55,6 +59,10 @@ class WorkerGroup:
         """What it runs now; None while it is kept for the next one."""
         self.num_starts = 0
         """Times its workers have started; from the second on some were lost before."""
+        self.workers: dict[int, Any] = {}
+        """Rank -> handle of the worker that was started last."""
+        self.is_leaving = False
+        """Whether its workers are to end and it moves to other nodes, because one of its nodes is lost or will be."""
         self.store = first.store
         self.run_name = first.run_name
         self.serving = asyncio.ensure_future(asyncio.to_thread(self._serve))
@@ -62,7 +70,8 @@ class WorkerGroup:
     def suits(self, segment: Segment) -> bool:
         """Whether it can run another segment. Lost workers count against it: `runtime.max_failures` bounds the losses
         of a group, and no row is to pay for those of the row before."""
-        return not self.serving.done() and self.num_starts <= 1 and self.shape == shape_of(segment) is not None
+        is_whole = not self.serving.done() and self.num_starts <= 1 and not self.is_leaving
+        return is_whole and self.shape == shape_of(segment) is not None
 
     async def run(self, segment: Segment) -> bool:
         """Runs a segment; returns when its stages are committed, or no further one may start.
@@ -97,7 +106,8 @@ class WorkerGroup:
 
     def _forget_checkpoints(self, segment: Segment, is_finished: bool) -> None:
         stages = segment.stages if is_finished else [s for s in segment.stages if segment.store.has(s.key)]
-        segment.store.forget_checkpoints([s.fingerprint for s in stages], but=self.run_name)
+        trained = [stage.fingerprint for stage in stages if stage.kind == "train"]  # the others write no checkpoint
+        segment.store.forget_checkpoints(trained, but=self.run_name)
 
     async def close(self) -> None:
         """Ends a group that is kept, and returns when its room is given back."""
@@ -125,7 +135,7 @@ class WorkerGroup:
                 with reserve([*streams, *beside, *teachers], nodes=places, holder=self.holder) as group:
                     if not group.wait(TAKEN_S):
                         continue
-                    if not ray.get(broker.occupy.remote(segment.owner)):
+                    if not ray.get(broker.occupy.remote(segment.owner, devices_of(segment))):
                         return
                     started = None
                     if online:
@@ -137,9 +147,14 @@ class WorkerGroup:
                         )
                     is_over = self._fit(runtime, group, worker_nodes, started)
             except ControllerError as error:
+                if self.is_leaving:
+                    continue
                 if not is_lost_at_start(error.controller_failure) or num_lost >= runtime.max_failures:
                     raise
                 num_lost += 1
+            except TrainingFailedError:
+                if not self.is_leaving:
+                    raise
             finally:
                 if (served := self.segment) is not None:
                     ray.get(served.broker.vacate.remote(served.owner))
@@ -147,7 +162,8 @@ class WorkerGroup:
     def _fit(
         self, runtime: RuntimeConfig, group: PlacementGroup, worker_nodes: list[str], teachers: Teachers | None
     ) -> bool:
-        """Runs the worker group; False when it could not start because its resources were taken meanwhile.
+        """Runs the worker group; False when it could not start because its resources were taken meanwhile, or when it
+        has to move.
 
         Raises:
             ControllerError: it failed for another reason.
@@ -170,13 +186,51 @@ class WorkerGroup:
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
             ),
         )
+        self.is_leaving = False
         try:
-            trainer.fit()
+            with self._watch_room(group):
+                trainer.fit()
         except ControllerError as error:
             if not is_startup_timeout(error.controller_failure):
                 raise
             return False
-        return True
+        return not self.is_leaving
+
+    @contextmanager
+    def _watch_room(self, group: PlacementGroup) -> Iterator[None]:
+        """Ends the workers when a node of the reservation is lost, be it one of theirs or not.
+
+        Each bundle is pinned to its node, so Ray can place a lost one nowhere else: actors in it (teachers, validation)
+        would stay pending for ever, and workers that wait for them would wait as long.
+        """
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(ROOM_LOOK_S):
+                if is_broken(group):
+                    self.leave("a node that it runs on was lost")
+                    for worker in list(self.workers.values()):
+                        ray.kill(worker)
+                    return
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def joined(self, rank: int, worker: Any) -> None:
+        """A worker has started, or has been started again."""
+        self.workers[rank] = worker
+        self.num_starts += rank == 0
+
+    def leave(self, why: str) -> None:
+        """Has the group move: its workers are given nothing any more, and their segment resumes in other room."""
+        self.is_leaving = True
+        if (segment := self.segment) is not None:
+            segment.broker.note.remote(segment.owner, f"{why}; its worker group moves to other nodes")
 
 
 def _find_room(

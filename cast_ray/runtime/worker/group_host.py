@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from cast_ray.common.logs import configure_logging
+from cast_ray.runtime.worker.meeting import Meetings
 from cast_ray.runtime.worker.segment import Segment
-from cast_ray.runtime.worker.shape import shape_of
+from cast_ray.runtime.worker.shape import devices_of, shape_of
 
 if TYPE_CHECKING:
     from cast_ray.runtime.worker.group import WorkerGroup
@@ -30,6 +31,7 @@ class GroupHost:
 
         configure_logging()
         self.holder = holder
+        self.meetings = Meetings()
         self.group: WorkerGroup | None = None
 
     async def run(self, segment: Segment) -> bool:
@@ -40,7 +42,7 @@ class GroupHost:
             from cast_ray.runtime.worker.group import WorkerGroup
 
             self.group = WorkerGroup(segment, ray.get_runtime_context().current_actor, self.holder)
-        elif not await segment.broker.occupy.remote(segment.owner):
+        elif not await segment.broker.occupy.remote(segment.owner, devices_of(segment)):
             return True  # nothing may start any more: the group stays as it is until it is closed
         is_kept = False
         try:
@@ -50,13 +52,34 @@ class GroupHost:
             if not is_kept:
                 self.group = None
 
-    async def take(self, after: int, rank: int) -> tuple[int, Segment] | None:
-        """Gives a worker the next segment, see `Mailbox.take`."""
-        if self.group is None:
+    async def take(self, after: int, rank: int, worker: Any = None) -> tuple[int, Segment] | None:
+        """Gives a worker the next segment, see `Mailbox.take`.
+
+        Args:
+            worker: handle of the worker's actor.
+        """
+        if self.group is None or self.group.is_leaving:
             return None
-        if after == 0 and rank == 0:
-            self.group.num_starts += 1
+        if after == 0:
+            self.group.joined(rank, worker)
         return await self.group.mailbox.take(after)
+
+    async def leave(self) -> None:
+        """The nodes of the workers will be taken away: they have saved what they had, and the group moves."""
+        if self.group is not None:
+            self.group.leave("a node that it runs on is being drained")
+
+    async def arrive(self, place: str, rank: int) -> int:
+        """See `Meetings.arrive`."""
+        return self.meetings.arrive(place, rank)
+
+    async def take_number(self, place: str, rank: int, count: int) -> int | None:
+        """See `Meetings.take`."""
+        return self.meetings.take(place, rank, count)
+
+    async def num_taken(self, place: str, rank: int) -> int:
+        """See `Meetings.num_taken`."""
+        return self.meetings.num_taken(place, rank)
 
     async def finish(self, number: int) -> None:
         """Notes that the workers have run a segment to its end."""

@@ -89,7 +89,7 @@ class LabelJob:
         missing = sum(stop - start for start, stop in self.missing(self.blocks))
         total = len(self.images.unlabelled)
         facts = {"stage": self.stage.name, "fingerprint": self.stage.fingerprint, "unit": "image"}
-        self.broker.post.remote(self.owner, facts | {"step": total - missing, "steps": total})
+        self.broker.begin.remote(self.owner, facts | {"step": total - missing, "steps": total})
 
     def write(self, pictures: Pictures, labels: list[list[RecordLabel]]) -> None:
         """Writes one block's labels, in the order of its images, and tells the broker how many images it has."""

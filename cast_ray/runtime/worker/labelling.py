@@ -7,9 +7,10 @@ stage's artifact, which is committed, and removed.
 An image that cannot be read is left out of the labels, and so of the training that uses them; its file and the reason
 are in the manifest (`skipped`). Above `data.max_bad_fraction` the stage fails.
 
-Who labels: by default the workers that train (`stage_loop._label`), one block after the other on each: the teacher's
-training has just ended there, so nothing has to start. With `runtime.num_labellers` a separate job runs a Ray Data
-pipeline with the teacher in a pool of actors, for more devices than train. The blocks, and so the labels, are the same.
+Who labels: by default the workers that train (`stage_loop._label`), each of which takes the next block when it is free:
+the teacher's training has just ended there, so nothing has to start. With `runtime.num_labellers` a separate job runs a
+Ray Data pipeline with the teacher in a pool of actors, for more devices than train. The blocks, and so the labels, are
+the same.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def label_images(job: LabelJob, holder: str = "") -> dict[str, Any]:
         say = partial(job.broker.wait_for_room.remote, job.owner)
         selectors = labelling_selectors(runtime)
         with reserve(labelling_bundles(runtime), selectors=selectors, say=say, holder=holder) as group:
-            if not ray.get(job.broker.occupy.remote(job.owner)):
+            if not ray.get(job.broker.occupy.remote(job.owner, runtime.num_labellers)):
                 raise SweepStopped
             _run(job, group, blocks)
     facts, added = ray.get(_join.remote(job))

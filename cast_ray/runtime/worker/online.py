@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import ray
 from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from cast_ray.contracts.instance import RecordLabel
 from cast_ray.contracts.records import Category
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     import torch
 
 VERSIONS_HELD = 4
+STORE_LOOK_S = 2.0
 EMPTY_AFTER = 500
 """Images without a label after which a teacher is said to find nothing; its student has hardly begun by then."""
 
@@ -70,7 +71,8 @@ class OnlineLabels:
     """What the tasks of a training stream need to have their images labelled: a label stage and the teachers that run
     it.
 
-    learner: the model in training, where it is not the teacher's own (2b): from version 1 on it labels.
+    learner: the model in training, where it is not the teacher's own (2b): from version 1 on it labels. trained:
+    fingerprint of the stage that trains, and publishes the versions.
     """
 
     stage: Stage
@@ -78,6 +80,7 @@ class OnlineLabels:
     versions: Any
     refresh_steps: int
     learner: Learner | None = None
+    trained: str = ""
 
     @property
     def batch(self) -> int:
@@ -93,7 +96,7 @@ class OnlineLabels:
 
     def label(self, pictures: Pictures, version: int, turn: int) -> list[list[RecordLabel]]:
         """Returns the instances of each image, as in LABEL_SCHEMA; waits for the teacher's weights, then for it."""
-        weights = ray.get(self.versions.get.remote(version)) if version else None
+        weights = ray.get(self.versions.get.remote(version, self.trained)) if version else None
         teacher = self.teachers[turn % len(self.teachers)]
         return ray.get(teacher.label.remote(self.stage, self.learner, version, weights, pictures))
 
@@ -191,17 +194,25 @@ class OnlineTeacher(VersionedTeacher):
         return labels
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class TeacherVersions:
-    """The published weights of the stage that refreshes its teacher; a process that asks too early waits."""
+    """The published weights of the stage that refreshes its teacher; a process that asks too early waits.
 
-    def __init__(self) -> None:
+    The store holds them too (`Publisher`). That is where an actor finds them that Ray has started in place of a lost
+    one: nobody tells it what was published before.
+    """
+
+    def __init__(self, store: ArtifactStore) -> None:
+        self.store = store
         self.weights: dict[int, ray.ObjectRef] = {}
+        self.is_told = False
+        """Whether a stage has begun since this process was started, so that it knows all that is published."""
         self.changed = asyncio.Condition()
 
     async def start(self, weights: dict[int, list[ray.ObjectRef]]) -> None:
         """Tells the teachers that a stage begins or resumes, with these versions published."""
         async with self.changed:
+            self.is_told = True
             self.weights = {version: refs[0] for version, refs in weights.items()}
             self.changed.notify_all()
 
@@ -212,7 +223,18 @@ class TeacherVersions:
                 del self.weights[old]
             self.changed.notify_all()
 
-    async def get(self, version: int) -> list[ray.ObjectRef]:
+    async def get(self, version: int, trained: str = "") -> list[ray.ObjectRef]:
+        """Returns the weights in a list, or Ray would send them.
+
+        Args:
+            trained: fingerprint of the stage that publishes them.
+        """
+        while not self.is_told and version not in self.weights:
+            path = f"{versions_folder(trained)}/{_file_name(version)}"
+            if (written := await asyncio.to_thread(self.store.find_bytes, path)) is not None:
+                self.weights.setdefault(version, ray.put(written))
+            else:
+                await asyncio.sleep(STORE_LOOK_S)
         async with self.changed:
             await self.changed.wait_for(lambda: version in self.weights)
             return [self.weights[version]]
@@ -229,7 +251,12 @@ class Teachers:
         """For the stream of a stage that labels online."""
         assert stage.online is not None
         return OnlineLabels(
-            stage.online, self.actors, self.versions, TrainPart.of(stage).refresh_steps, learner_of(stage)
+            stage.online,
+            self.actors,
+            self.versions,
+            TrainPart.of(stage).refresh_steps,
+            learner_of(stage),
+            stage.fingerprint,
         )
 
 
@@ -270,14 +297,15 @@ def start_teachers(
         ).remote(store, recipe, categories, broker, owner)
         for i in range(num_teachers(runtime))
     )
-    return Teachers(actors, TeacherVersions.remote())  # type: ignore[attr-defined]
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return Teachers(actors, TeacherVersions.options(scheduling_strategy=here).remote(store))  # type: ignore[attr-defined]
 
 
 class Publisher:
     """Rank 0's side of a refreshed teacher: publishes weights, keeps them for a resume, forgets what none can need."""
 
     def __init__(self, store: ArtifactStore, fingerprint: str, labels: OnlineLabels):
-        self.store, self.folder = store, f"refresh/{fingerprint}"
+        self.store, self.folder = store, versions_folder(fingerprint)
         self.versions, self.refresh_steps = labels.versions, labels.refresh_steps
         self.checkpoint = 0
 
@@ -292,7 +320,12 @@ class Publisher:
     def start(self, step: int) -> None:
         """Publishes the versions that a stage needs when it resumes at `step`."""
         self.checkpoint = step
-        kept = {v: self.store.find_bytes(self._path(v)) for v in versions_from(step, self.refresh_steps)}
+        needed = versions_from(step, self.refresh_steps)
+        newest = _file_name(max(needed, default=0))
+        for name in self.store.list_names(self.folder):
+            if name > newest:  # of an attempt that came further: this one makes them again
+                self.store.delete_file(f"{self.folder}/{name}")
+        kept = {v: self.store.find_bytes(self._path(v)) for v in needed}
         ray.get(self.versions.start.remote({version: [ray.put(weights)] for version, weights in kept.items()}))
 
     def publish(self, step: int, weights: bytes) -> None:
@@ -309,6 +342,11 @@ class Publisher:
             if name < _file_name(oldest):
                 self.store.delete(f"{self.folder}/{name}")
         self.checkpoint = step
+
+
+def versions_folder(fingerprint: str) -> str:
+    """Folder of the weights that a stage publishes, below the storage path."""
+    return f"refresh/{fingerprint}"
 
 
 def _file_name(version: int) -> str:

@@ -23,7 +23,7 @@ from ray.util.placement_group import PlacementGroup
 
 from cast_ray.common.logs import configure_logging
 from cast_ray.engine.checkpoint import TrainState
-from cast_ray.engine.loop import TrainHooks, TrainResult
+from cast_ray.engine.loop import Interrupted, TrainHooks, TrainResult
 from cast_ray.engine.world import World
 from cast_ray.models.autocast import require_precision
 from cast_ray.models.segmenter import Segmenter
@@ -42,16 +42,16 @@ from cast_ray.runtime.worker.audit import audit_labels
 from cast_ray.runtime.worker.evaluation import evaluate_stage
 from cast_ray.runtime.worker.label_job import LabelJob
 from cast_ray.runtime.worker.labeller import PseudoLabeller
-from cast_ray.runtime.worker.online import OnlineLabels, Publisher, Teachers
+from cast_ray.runtime.worker.meeting import Meeting
+from cast_ray.runtime.worker.online import OnlineLabels, Publisher, Teachers, versions_folder
 from cast_ray.runtime.worker.segment import Segment
+from cast_ray.runtime.worker.shape import devices_of
 from cast_ray.runtime.worker.train import load_parent, stage_batches, stage_run, train_stage
 from cast_ray.runtime.worker.train_progress import TimedBatches, TrainProgress
 from cast_ray.runtime.worker.validation import SideValidation, is_validated, validation_bundles
 from cast_ray.teachers.protocol import Teacher
 
 logger = logging.getLogger(__name__)
-
-VALIDATION_LOOK_S = 20.0
 
 # Restarting the workers would raise these again, unlike a lost process, a broken connection or a full disk.
 FATAL = (ValueError, TypeError, KeyError, AttributeError, AssertionError, FloatingPointError, torch.OutOfMemoryError)
@@ -71,7 +71,8 @@ def serve_segments(
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), None
     number = 0
-    while (taken := ray.get(host.take.remote(number, rank))) is not None:
+    me = ray.get_runtime_context().current_actor
+    while (taken := ray.get(host.take.remote(number, rank, me))) is not None:
         number, segment = taken
         if ray.get(segment.broker.failure.remote(segment.owner)):
             return  # a restart after a fatal error: nothing to try again
@@ -85,7 +86,13 @@ def serve_segments(
         names = ", ".join(stage.name for stage in segment.stages)
         # A second line of the same segment is a restart: when one is lost, Ray Train starts all workers again.
         logger.info("worker %d of %s started for %s", world.rank, segment.owner, names)
-        if not run_stages(segment, world, group, teachers, startup_s):
+        try:
+            if not run_stages(segment, world, host, group, teachers, startup_s):
+                return
+        except Interrupted as interruption:
+            logger.info("worker %d of %s leaves its node: %s", world.rank, segment.owner, interruption)
+            if world.rank == 0:
+                ray.get(host.leave.remote())
             return
         if world.rank == 0:
             ray.get(host.finish.remote(number))
@@ -103,7 +110,7 @@ def _start_worker(runtime: RuntimeConfig, group: PlacementGroup, worker_nodes: l
 
 
 def run_stages(
-    segment: Segment, world: World, group: PlacementGroup, teachers: Teachers | None, startup_s: float
+    segment: Segment, world: World, host: Any, group: PlacementGroup, teachers: Teachers | None, startup_s: float
 ) -> bool:
     """Runs every stage of a segment, skipping what an earlier attempt committed; False: no further one may start.
 
@@ -112,6 +119,7 @@ def run_stages(
     """
     has_validation = world.rank == 0 and bool(validation_bundles(segment.recipe, segment.stages))
     validation = SideValidation(segment, group) if has_validation else None
+    meeting = Meeting(host, world)
     for stage in segment.stages:
         if segment.store.has(stage.key):
             continue
@@ -123,27 +131,29 @@ def run_stages(
             if stage.kind == "train":
                 facts = _train(segment, stage, world, teachers, validation)
             elif stage.kind == "label":
-                facts = _label(segment, stage, world)
+                facts = _label(segment, stage, world, meeting)
             else:
-                facts = evaluate_stage(segment, stage, world)
+                facts = evaluate_stage(segment, stage, world, meeting)
         except FATAL:
             reason = f"{stage.name}: {traceback.format_exc()}"
             ray.get(segment.broker.fail.remote(segment.owner, stage.fingerprint, reason))
             raise
         if world.rank == 0:
             facts |= {"stage_seconds": time.monotonic() - began, "startup_seconds": startup_s}
-            facts |= {"num_workers": world.size, "device": str(world.device), "owner": segment.owner}
+            num_devices = devices_of(segment)
+            facts |= {"num_workers": world.size, "num_devices": num_devices, "device": str(world.device)}
+            facts["owner"] = segment.owner
             facts |= {"computed_on": ray.get(segment.broker.computed_on.remote(segment.owner))}
             startup_s = 0.0  # the group's start counts once, for its first stage
             segment.store.commit(stage, facts)
             if stage.kind == "label":  # blocks that a resumed labelling would have found
                 segment.store.delete(f"labels/{stage.fingerprint}")
             if stage.config.get("refresh_steps"):  # its teacher's versions
-                segment.store.delete(f"refresh/{stage.fingerprint}")
-            ray.get(segment.broker.finish.remote(stage.fingerprint, facts["stage_seconds"] * world.size))
+                segment.store.delete(versions_folder(stage.fingerprint))
+            ray.get(segment.broker.finish.remote(stage.fingerprint, facts["stage_seconds"] * num_devices))
             if validation is not None:
                 validation.forget(stage)
-        world.barrier()
+        meeting.wait()
     if validation is not None:
         validation.close()
     return True
@@ -165,6 +175,7 @@ def _train(
         on_log=progress.on_log,
         on_checkpoint=progress.on_checkpoint,
         on_refresh=progress.on_refresh,
+        is_leaving=progress.is_leaving,
         refresh_every_steps=part.refresh_steps,
     )
     if validation is not None and is_validated(recipe, stage):
@@ -180,8 +191,8 @@ def _train(
         parent=load_parent(segment.store, stage),
         gradient_checkpointing=recipe.runtime.gradient_checkpointing,
     )
-    if is_validated(recipe, stage):
-        _wait_for_validation(validation, world)
+    if validation is not None and is_validated(recipe, stage):
+        validation.wait()
     facts = _write_trained(segment, stage, model, result, validation) if world.rank == 0 else {}
     return facts | {
         "seconds": result.seconds,
@@ -236,15 +247,6 @@ def _write_trained(
     return facts
 
 
-def _wait_for_validation(validation: SideValidation | None, world: World) -> None:
-    """Waits until the last snapshots are measured; all workers look in turn, for one barrier that long would time
-    out."""
-    is_waiting = True
-    while is_waiting:
-        mine = validation is not None and validation.is_waiting(VALIDATION_LOOK_S)
-        is_waiting = bool(world.all_reduce_sum(torch.tensor(float(mine), device=world.device)) > 0)
-
-
 def _with_labels(segment: Segment, stage: Stage) -> Images:
     """The stage's images, with the pseudo-labels that it reads."""
     images = segment.images[stage.name]
@@ -255,22 +257,28 @@ def _with_labels(segment: Segment, stage: Stage) -> Images:
     return images.with_labels(labels)
 
 
-def _label(segment: Segment, stage: Stage, world: World) -> dict[str, Any]:
+def _label(segment: Segment, stage: Stage, world: World, meeting: Meeting) -> dict[str, Any]:
+    """A label stage on this worker; the first one joins what all have labelled."""
     recipe, images = segment.recipe, segment.images[stage.name]
     job = LabelJob(segment.store, stage, images, segment.broker, segment.owner, recipe)
     began = time.monotonic()
     missing = job.missing(job.blocks)
-    world.barrier()  # every worker looks before any writes, so that all see the same blocks missing
+    meeting.wait()  # every worker looks before any writes, so that all see the same blocks missing
     if world.rank == 0:
         job.start()
-    mine = missing[world.rank :: world.size]
-    if mine:
+    if missing:
         labeller = PseudoLabeller(segment.store, stage, world.device)
         for batch in read_pictures(
-            images.records, images.unlabelled, job.input_size, recipe.runtime, mine, skip_bad=True
+            images.records,
+            images.unlabelled,
+            job.input_size,
+            recipe.runtime,
+            missing,
+            skip_bad=True,
+            handout=meeting.shared_blocks(),
         ):
             job.write(batch, labeller.label(batch))
-    world.barrier()
+    meeting.wait()
     if world.rank > 0:
         return {}
     facts = job.facts(missing, began) | job.join()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,9 @@ from cast_ray.runtime.worker.online import Publisher
 from cast_ray.runtime.worker.segment import Segment
 
 logger = logging.getLogger(__name__)
+
+PREEMPTION_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+"""Variable of Ray Train that is 0 on a local Ray, whose one node nobody drains; asking costs a call to an actor."""
 
 
 class TimedBatches:
@@ -62,6 +66,7 @@ class TrainProgress:
         self.segment, self.stage, self.is_first, self.publisher = segment, stage, rank == 0, publisher
         self.post = {"stage": stage.name, "fingerprint": stage.fingerprint, "steps": stage.steps, "unit": "step"}
         self.batches = batches
+        self.has_notices = os.environ.get(PREEMPTION_WATCHER) != "0"
         self.posted = 0.0
         self.paced = (time.monotonic(), float(start_step), 0.0)
         """When the pace was last taken, at which step, and how long had been waited for batches by then."""
@@ -70,7 +75,7 @@ class TrainProgress:
     def start(self) -> None:
         """Shows the stage as running from its first step on."""
         if self.is_first:
-            self.segment.broker.post.remote(self.segment.owner, self.post | {"step": int(self.paced[1])})
+            self.segment.broker.begin.remote(self.segment.owner, self.post | {"step": int(self.paced[1])})
 
     def _pace(self, now: float, step: float) -> dict[str, float]:
         """Steps per second, and the share of the time that was spent waiting for batches, since the last call."""
@@ -110,6 +115,11 @@ class TrainProgress:
             self.segment.broker.post.remote(self.segment.owner, self.post | saved)
             if self.publisher is not None:
                 self.publisher.noted_checkpoint(state.step)
+
+    def is_leaving(self) -> bool:
+        """Whether a node of the workers is being drained, the same on all of them: a spot node's notice, or
+        `ray drain-node`."""
+        return self.has_notices and ray.train.get_preemption_info() is not None
 
     def on_refresh(self, step: int, weights: dict[str, torch.Tensor]) -> None:
         """Publishes the weights that label from the next window but one on."""

@@ -90,10 +90,11 @@ class SideValidation:
             scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle + 1),
         ).remote(self.segment.store, self.group, bundle, runtime, self.segment.broker, self.segment.owner)
 
-    def is_waiting(self, timeout_s: float) -> bool:
-        """Whether snapshots are still to be measured after so many seconds."""
+    def wait(self) -> None:
+        """Returns when the snapshots that were handed over are measured, however long that takes."""
         refs = list(self.pending.values())
-        return bool(refs) and bool(ray.wait(refs, num_returns=len(refs), timeout=timeout_s)[1])
+        if refs:
+            ray.wait(refs, num_returns=len(refs), timeout=None)
 
     def finish(self, stage: Stage, curve: list[dict[str, float]]) -> tuple[list[dict[str, float]], dict[str, Any]]:
         """Collects the stage's points; its last snapshots must have been waited for.
@@ -130,7 +131,9 @@ class SideValidation:
             ray.kill(self.actor)
 
 
-@ray.remote(max_restarts=0)
+# It holds no state, so that Ray may start another one in its place, with the snapshots that it had not measured. Its
+# room is pinned to one node: where that is lost, the whole worker group moves (`WorkerGroup._watch_room`).
+@ray.remote(max_restarts=-1, max_task_retries=-1)
 class Validator:
     """The measuring end: one snapshot after the other."""
 
@@ -148,6 +151,8 @@ class Validator:
         prepare_process(max(1, int(runtime.cpus_per_worker)))
         configure_data(group, runtime, bundle)
         self.store, self.broker, self.owner = store, broker, owner
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            broker.note.remote(owner, "the process of its validation was lost; another one measures what is left")
         self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
 
     def validate(

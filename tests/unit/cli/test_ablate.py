@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -15,12 +14,16 @@ from dataset_folders import write_ade20k, write_cityscapes
 
 from cast_ray.cli import ablate, search
 from cast_ray.cli.main import main as cast_ray_main
+from cast_ray.cli.options import runs_place, storage_path
+from cast_ray.common.results_folder import open_results
 from cast_ray.plan.ablation import table_names
 from cast_ray.plan.graph import plan, plan_sweep
+from cast_ray.plan.prices import ANY, Prices
 from cast_ray.recipe import build_recipe
+from cast_ray.recipe.licences import CHECKPOINTS
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.sweep import run as sweep
-from cast_ray.runtime.sweep.run import sweep_name
+from cast_ray.runtime.sweep.run import SweepRequest, sweep_name
 
 TINY = ["data.shapes.num_source=8", "data.shapes.num_train=12", "data.shapes.num_val=4"]
 SMALL = ["--scale", "smoke", *(part for setting in TINY for part in ("--set", setting))]
@@ -44,8 +47,10 @@ def dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     return call
 
 
-def request_of(*arguments: str) -> Any:
-    return ablate._request(ablate._parser().parse_args(list(arguments)))[0]
+def request_of(*arguments: str) -> SweepRequest:
+    read = ablate._parser().parse_args(list(arguments))
+    with open_results(runs_place(read.out, storage_path(read.storage))) as results:
+        return ablate._request(read, results)
 
 
 def line(output: str, name: str) -> str:
@@ -174,6 +179,68 @@ def test_ten_thousand_rows_are_summarised(dry_run: DryRun, tmp_path: Path) -> No
     assert "distill ×10,000" in output and len(output.splitlines()) < 30
 
 
+def test_the_plan_says_what_the_students_inherit(dry_run: DryRun, tmp_path: Path) -> None:
+    output = dry_run("losses", *SMALL)
+    assert line(output, "licences") == "  licences data shapes: Apache-2.0" and "WARNING" not in output
+    root = write_cityscapes(tmp_path / "data", 16, 4)
+    of_data = "data cityscapes: Cityscapes licence agreement"
+    data = ("main", "--preset", "cityscapes", "--set", f"data.root={root}", "--set", "teacher.kind=mask2former")
+    output = dry_run(*data)
+    alone, taught = [text for text in output.splitlines() if text.startswith("  licences ")]
+    assert alone == f"  licences supervised: encoder facebook/dinov2-small: Apache-2.0; {of_data}"
+    assert "self-training" in taught and "CAST: teacher facebook/mask2former-swin-large-coco-instance: CC-BY-" in taught
+    warnings = [text for text in output.splitlines() if text.startswith("WARNING: ")]
+    assert any("CC-BY-NC-4.0, no commercial use" in text and "supervised" not in text for text in warnings)
+    assert any(text.startswith(f"WARNING: the student inherits the terms of {of_data}, no comm") for text in warnings)
+    output = dry_run(*data[:-2], "--set", "data.licence=MIT", "--teacher", "permissive")
+    assert "CC-BY-NC" not in output and "WARNING" not in output and "facebook/sam2.1-hiera-large: Apache-2.0" in output
+
+
+def test_a_search_says_what_its_students_inherit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from cast_ray.runtime.search import run as search_run
+
+    monkeypatch.setattr(search_run, "open_study", Mock(side_effect=ValueError("far enough")))
+    given = ["--storage", str(tmp_path / "storage"), "--out", str(tmp_path / "runs")]
+    assert search.main(["losses", *SMALL, *given, "--set", "data.licence=CC-BY-NC-4.0"]) == 2
+    found = capfd.readouterr()
+    assert "far enough" in found.err and not ray.is_initialized()
+    assert "  licences data shapes: CC-BY-NC-4.0\n" in found.out
+    assert "WARNING: the student inherits the terms of data shapes: CC-BY-NC-4.0, no commercial use (" in found.out
+
+
+def test_the_permissive_teacher() -> None:
+    (table,) = request_of("losses", "--preset", "coco", "--teacher", "permissive").tables
+    teachers = [recipe.teacher for recipe in table.recipes.values()]
+    assert {teacher.kind for teacher in teachers} == {"grounded_sam"}
+    assert table.settings["teacher.kind"] == "grounded_sam"
+    names = list(teachers[0].checkpoint_fields().values())
+    assert [CHECKPOINTS[name].licence.id for name in names] == ["Apache-2.0", "Apache-2.0"]
+
+
+@pytest.mark.parametrize("command", [ablate.main, search.main])
+def test_another_teacher_than_the_permissive_one_is_refused(
+    command: Callable[[list[str]], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--teacher", "permissive", "--out", str(tmp_path / "runs")]
+    assert command(["losses", *asked, "--set", "teacher.kind=sam3"]) == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message == (
+        "error: --teacher permissive and --set teacher.kind=sam3: expected teacher.kind=grounded_sam, or only one of "
+        "the two"
+    )
+    table = {"metric": "student/mask_ap", "baseline": "a", "rows": {"a": {"teacher.kind": "mask2former"}}}
+    space = {
+        "objectives": {"student/mask_ap": "max"},
+        "space": {"teacher.kind": {"choices": ["grounded_sam", "mask2former"]}},
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"title": "t"} | (table if command is ablate.main else space)))
+    assert command([str(tmp_path / "mine.yaml"), *asked]) == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.startswith("error: --teacher permissive and a row or trial with teacher.kind=mask2former: expected ")
+
+
 def test_rows_of_several_tables() -> None:
     request = request_of("losses", "stages", "--rows", "losses:sup", "full", "no-adapt")
     assert [[row for row, _ in table.recipes] for table in request.tables] == [["sup"], ["full", "no-adapt"]]
@@ -193,7 +260,7 @@ def test_flags_reach_the_request() -> None:
     runtime = table.recipes["sup+semi+pxl", 4].runtime
     assert (runtime.max_concurrent_stages, runtime.num_workers) == (3, 2)
     assert table.recipes["sup+semi+pxl", 4].loss.lambda_pxl == 0.3
-    assert (request.budget_hours, request.price_per_hour, request.keep_going) == (1.5, 2.0, True)
+    assert (request.budget_hours, request.prices, request.keep_going) == (1.5, Prices({ANY: 2.0}), True)
     assert request.trackers.tensorboard == {"losses": "there/losses-shapes-demo/tensorboard"}
     assert request_of("losses", "--no-tensorboard").trackers.tensorboard == {}
 
@@ -227,8 +294,8 @@ def test_bad_requests(arguments: list[str], message: str) -> None:
 
 
 @pytest.mark.parametrize("command", [ablate.main, search.main])
-@pytest.mark.parametrize("uri", ["s3://bucket/runs", "file:///tmp/runs"])
-def test_results_do_not_go_to_a_uri(
+@pytest.mark.parametrize("uri", ["gopher://bucket/runs", "s3://"])
+def test_results_do_not_go_to_a_uri_of_no_known_kind(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -238,7 +305,7 @@ def test_results_do_not_go_to_a_uri(
     monkeypatch.chdir(tmp_path)
     assert command(["losses", "--scale", "smoke", "--out", uri]) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"error: --out {uri}: expected a local ")
+    assert line.startswith(f"error: --out {uri}: ")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -124,10 +124,15 @@ def test_nothing_found_is_said_loudly(
     assert json.loads((tmp_path / "out/instances.json").read_text())["annotations"] == []
 
 
-def test_a_mask_transformer_labels(checkpoints: Path, photos: Path, tmp_path: Path) -> None:
+def test_a_mask_transformer_labels(
+    checkpoints: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (checkpoints / "m2f" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
     checkpoint = f"teacher.mask_transformer.checkpoint={checkpoints / 'm2f'}"
     options = ("--set", checkpoint, "--set", "teacher.image_px=[64,64]", "--threshold", 0, "--out", tmp_path / "out")
     assert run(photos, "--teacher", "mask2former", "--classes", "dog,person", *options) == 0
+    said = f"the labels come from teacher {checkpoints / 'm2f'}: CC-BY-NC-4.0, no commercial use (https://"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

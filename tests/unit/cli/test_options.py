@@ -13,6 +13,7 @@ from cast_ray.cli.options import EXIT_BAD_INPUT, plain_console
 
 STUDENT = ["photos", "--student", "gone", "--out", "out"]
 TEACHER = ["photos", "--teacher", "gone", "--out", "out"]
+PRICE = "a price such as 1.2 or A10G=1.01"
 WHOLE, SEED, POSITIVE, SHARE, AMOUNT = (
     "a whole number from 0 on",
     "a whole number from 0 on and below 2^63",
@@ -36,9 +37,10 @@ NUMBERS: list[tuple[Callable[[list[str]], int], list[str], str, str, list[str]]]
     (ablate.main, ["losses"], "--max-concurrent", WHOLE, ["-1"]),
     (ablate.main, ["losses"], "--workers-per-trial", POSITIVE, ["0"]),
     (ablate.main, ["losses"], "--budget-hours", AMOUNT, ["-1", "nan", "inf"]),
-    (ablate.main, ["losses"], "--price-per-gpu-hour", AMOUNT, ["-1", "nan"]),
+    (ablate.main, ["losses"], "--price-per-gpu-hour", PRICE, ["-1", "nan", "A10G=", "A10G=-1", "=2"]),
     (efficiency.main, [], "--batch", POSITIVE, ["0"]),
     (efficiency.main, [], "--repeats", POSITIVE, ["0"]),
+    (report.main, ["runs/x"], "--price-per-gpu-hour", PRICE, ["A10G=cheap"]),
     (report.main, ["runs/x"], "--every", "a number above 0", ["0", "-1", "nan"]),
     (search.main, ["losses"], "--trials", POSITIVE, ["0"]),
     (search.main, ["losses"], "--seed", SEED, ["-1", str(2**63)]),
@@ -154,7 +156,7 @@ OUT_FOLDER: list[tuple[Callable[[list[str]], int], list[str]]] = [
     [
         ("file", "--out file: expected a folder, file is a file"),
         ("file/new", "--out file/new: expected a folder, {}/file is a file"),
-        ("s3://bucket/out", "--out s3://bucket/out: expected a local "),
+        ("gopher://bucket/out", "--out gopher://bucket/out: "),
     ],
 )
 def test_an_output_folder_that_cannot_be(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import tempfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -15,15 +17,19 @@ from evaluation_scenes import coco_document, referee, referee_numbers
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+from s3_server import S3Server
 
+from cast_ray.cli import images as images_module
 from cast_ray.cli import predict
-from cast_ray.cli.options import EXIT_BAD_INPUT, EXIT_FAILED
+from cast_ray.cli.options import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED
+from cast_ray.common.paths import below, read_bytes, write_bytes
 from cast_ray.contracts.records import RECORD_SCHEMA, Category, encode_image_id
 from cast_ray.data.views import fit_image
 from cast_ray.evaluation.coco_ap import mask_ap
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.models.student import Student
 from cast_ray.recipe import EncoderConfig, ModelConfig
+from cast_ray.runtime.store.artifacts import ArtifactStore
 
 CATEGORIES = [Category(5, "disc"), Category(9, "bar")]
 
@@ -218,3 +224,32 @@ def test_what_is_left_out_of_a_folder_is_said(
     assert "left out: .heic: 1 (cannot be read: convert to JPEG or PNG), hidden files: 1\n" in written.err
     images = json.loads((out / "images.json").read_text())["images"]
     assert not any("again" in image["file_name"] for image in images)
+
+
+def test_results_go_to_an_object_store(
+    student: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with S3Server() as server:
+        place = server.uri("found")
+        options = ("--student", student, "--out", place, "--threshold", 0)
+        monkeypatch.setattr(images_module, "write_overlay", Mock(side_effect=[None, KeyboardInterrupt]))
+        assert run(photos, *options) == EXIT_INTERRUPTED
+        (copy,) = tmp_path.glob("cast_ray-results-*")
+        assert (copy / "unfinished.jsonl").is_file() and ArtifactStore(place).list_names("") == []
+        monkeypatch.undo()
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        for is_resumed in (True, False):  # the second time its own results are replaced
+            capsys.readouterr()
+            assert run(photos, *options) == 0
+            written = capsys.readouterr()
+            assert f"4 of 6 images; results in {place}" in written.out
+            assert ("resumed: 1 of 6 images" in written.err) is is_resumed
+            assert not list(tmp_path.glob("cast_ray-results-*"))
+        assert sorted(ArtifactStore(place).list_names("")) == ["images.json", "overlays", "results.json"]
+        images = json.loads(read_bytes(below(place, "images.json")))["images"]
+        assert [Path(image["file_name"]).name for image in images] == ["a.png", "b.jpg", "c.png", "d.bmp"]
+        foreign = server.uri("foreign")
+        write_bytes(below(foreign, "overlays", "a.png"), b"mine")
+        assert run(photos, "--student", student, "--out", foreign) == EXIT_BAD_INPUT
+        assert f"error: {foreign} holds overlays of something else" in capsys.readouterr().err

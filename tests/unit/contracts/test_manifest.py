@@ -68,6 +68,12 @@ def test_a_committed_manifest_says_its_version_and_keeps_other_facts(tmp_path: P
     assert manifest.validation == ValidationFacts.of(validation, "")
 
 
+def test_devices_beside_the_workers_count() -> None:
+    plain = {"stage": "distill", "kind": "train", "stage_seconds": 10.0, "num_workers": 2}
+    assert read_manifest(json.dumps(plain), "manifest.json").device_seconds == 20.0
+    assert read_manifest(json.dumps(plain | {"num_devices": 5}), "manifest.json").device_seconds == 50.0
+
+
 def test_a_manifest_of_the_first_stores_has_no_attempt() -> None:
     manifest = read_manifest('{"stage": "distill", "kind": "train"}', "manifest.json")
     assert (manifest.attempt, manifest.parents, manifest.steps, manifest.device_seconds) == ("", {}, 0, 0.0)

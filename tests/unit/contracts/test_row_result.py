@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from report_scenes import result, save
 
+from cast_ray.contracts.compute_node import UNKNOWN_DEVICE
 from cast_ray.contracts.document import UNVERSIONED, NewerDocumentError, field_path
 from cast_ray.contracts.row_result import RowResult, StageRecord
 from cast_ray.report.content import Report, Result
@@ -52,7 +53,7 @@ def test_a_result_of_an_earlier_build_makes_the_same_cells() -> None:
     assert {metric: cells[metric] for metric in plain["metrics"]} == plain["metrics"]
     assert cells["teacher/per_class/square"] == plain["per_class"]["teacher"]["square"]
     assert (row.name, row.seeds_text, row.seconds) == ("sup+semi", "1 seed*", plain["seconds"])
-    assert row.device_hours == plain["device_hours"]
+    assert row.device_hours == {UNKNOWN_DEVICE: plain["device_hours"]}
     assert {stage.fingerprint: stage.seconds for stage in report.stages} == {
         stage["fingerprint"]: stage["seconds"] for stage in plain["stages"]
     }

@@ -20,6 +20,7 @@ from training_scenes import CONTRAST, LOSS, batches, make_batch, make_network, r
 
 from cast_ray.contracts.records import Batch, Predictions
 from cast_ray.engine.checkpoint import TrainState
+from cast_ray.engine.loop import Interrupted
 from cast_ray.engine.objective import Objective, weighted_sum
 from cast_ray.engine.world import World
 from cast_ray.models.segmenter import Segmenter
@@ -142,6 +143,31 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
         # 3 and 15 steps done: T of steps 2 and 14 of 20.
         assert temperatures[3] == pytest.approx(0.3 - 0.23 * 2 / 20)
         assert temperatures[15] == pytest.approx(0.3 - 0.23 * 14 / 20)
+
+
+@pytest.mark.parametrize(("told", "ends"), [(3, 5), (5, 5), (6, 10)])
+def test_a_run_that_is_to_leave_its_node_saves_what_it_has(told: int, ends: int, tmp_path: Path) -> None:
+    """The workers look each 5 steps; SHORT itself saves after 6 and 12 steps of 16."""
+    whole = run(SHORT, batches(0, 16))
+    states: list[TrainState] = []
+    drawn: list[Batch] = []
+
+    def counted() -> Iterator[Batch]:
+        for batch in batches(0, 16):
+            drawn.append(batch)
+            yield batch
+
+    def save(state: TrainState) -> None:
+        state.save(tmp_path)
+        states.append(state)
+
+    with pytest.raises(Interrupted, match=f"saved after step {ends} of 16"):
+        run(SHORT, counted(), on_checkpoint=save, is_leaving=lambda: len(drawn) >= told)
+    assert [state.step for state in states] == ([5] if ends == 5 else [6, 10])
+    state = TrainState.load(tmp_path, "f")
+    assert state is not None and state.step == ends
+    resumed = run(SHORT, batches(ends, 16), resume=state)
+    assert_same(resumed.network.state_dict(), whole.network.state_dict())
 
 
 def test_a_stage_resumes_on_a_device_that_is_not_the_cpu(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ def write(folder: Path, spec: object) -> Path:
 
 PAPERS = {"main", "losses", "stages", "negatives", "student", "labels", "margins"}
 ASKED_FOR = {"contrast", "unlabeled", "iterations", "refinement", "thresholds", "points", "photos", "semi"}
+ASKED_FOR |= {"diagnosis", "rivals"}
 """Tables that are not in the paper."""
 
 
@@ -84,6 +85,25 @@ def test_rows_of_student_are_encoders_and_decoders() -> None:
     assert found["resnet50"] == ("resnet50", "dpt") and found["eomt"] == ("dinov2-s", "eomt")
     assert len(set(found.values())) == len(table.rows)
     assert table.paper_values()["student/mask_ap"] == {"dinov2-s": 30.7, "resnet50": 25.5, "sam2-s": 22.1, "fpn": 28.9}
+
+
+def test_rows_of_rivals_differ_in_the_method_alone() -> None:
+    """One student, one teacher, one choice of D_l, equal steps; only rows without D_u take more labels a step."""
+    table = load_table("rivals")
+    recipes = {row: table.row_recipe(row, "shapes") for row in table.rows}
+    base = recipes["CAST"]
+    for recipe in recipes.values():
+        assert (recipe.student, recipe.teacher, recipe.stages) == (base.student, base.teacher, base.stages)
+        assert recipe.data.model_copy(update={"copy_paste": 0.0}) == base.data
+    assert table.paper_values("cityscapes")["final/mask_ap"] == {
+        "supervised": 21.1,
+        "Guided Distillation": 30.8,
+        "CAST": 33.9,
+    }
+    assert [row for row, r in recipes.items() if r.labels.refresh_stages == ("distill",)] == [
+        "mean teacher",
+        "Guided Distillation",
+    ]
 
 
 def test_paper_values_stand_beside_our_metrics() -> None:

@@ -7,9 +7,10 @@ from unittest.mock import Mock
 
 import pytest
 
+from cast_ray.contracts.compute_node import UNKNOWN_DEVICE, ComputeNode
 from cast_ray.contracts.manifest import Manifest, manifest_class
 from cast_ray.plan import cost as cost_module
-from cast_ray.plan.cost import ASSUMED_FLOPS, CostModel, Size, cost_of
+from cast_ray.plan.cost import ASSUMED_FLOPS, CostModel, Size, cost_of, device_types
 from cast_ray.plan.graph import RowPlan, Stage, SweepPlan, plan, plan_sweep
 from cast_ray.recipe import build_recipe
 
@@ -50,6 +51,19 @@ def test_the_same_work_on_other_seeds_is_measured() -> None:
     assert {e.source for e in found.values()} == {"measured"}
     assert found["distill"].device_s == pytest.approx(8) and found["label-teacher"].device_s == pytest.approx(3.6)
     assert found["evaluate"].device_s == pytest.approx(1.6)
+
+
+def test_stages_on_unlike_devices_are_never_taken_together() -> None:
+    """An estimate for one type of GPU comes from stages that ran on it; an old manifest names none."""
+    l4, a100 = ((ComputeNode(gpu=f"NVIDIA {model}"),) for model in ("L4", "A100"))
+    slow = history(row(), device="cuda:0", computed_on=l4, committed=1.0)
+    fast = history(row({"seed": "9"}), device="cuda:0", computed_on=a100, committed=2.0)
+    fast = [m.model_copy(update={"stage_seconds": (m.stage_seconds or 0.0) / 5}) for m in fast]
+    assert device_types([*slow, *fast], "cuda") == ["NVIDIA A100", "NVIDIA L4"]  # that of the last stage first
+    for model, seconds in (("NVIDIA A100", 8 / 5), ("NVIDIA L4", 8)):
+        distill = estimates(sweep({"seed": "7"}), CostModel([*slow, *fast], "cuda", model))["distill"]
+        assert distill.source == "measured" and distill.device_s == pytest.approx(seconds)
+    assert device_types(history(row()), "cpu") == [UNKNOWN_DEVICE] == device_types(history(row()), "cuda")
 
 
 def test_other_lengths_are_measured_by_the_step_and_other_batches_scaled_by_the_image() -> None:

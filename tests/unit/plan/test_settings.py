@@ -13,6 +13,7 @@ from rich.console import Console
 
 from cast_ray.cli import ablate
 from cast_ray.cli.report import main as report
+from cast_ray.common.results_folder import ResultsFolder
 from cast_ray.plan.ablation import Table, load_table
 from cast_ray.plan.graph import DataHashes, plan
 from cast_ray.plan.settings import changes_nothing, settings_of
@@ -269,7 +270,8 @@ def test_the_command_asks_for_a_folder_of_its_own(
 
     def request(*arguments: str) -> Any:
         common = ["losses", "--scale", "smoke", "--set", "data.shapes.num_train=12"]
-        return ablate._request(ablate._parser().parse_args([*common, *arguments]))[0].tables[0]
+        read = ablate._parser().parse_args([*common, *arguments])
+        return ablate._request(read, ResultsFolder("runs", Path("runs"))).tables[0]
 
     assert request("--seeds", "5").name == "losses-shapes-smoke" and not request("--seeds", "5").has_own_folder
     other = request("--set", f"{LR}=0.01")

@@ -26,7 +26,7 @@ from cast_ray.recipe.runtime import parse_selector
 def test_every_preset_builds_at_every_scale(preset: str, scale: str) -> None:
     recipe = build_recipe(preset, scale)
     assert (recipe.preset, recipe.scale) == (preset, scale)
-    assert recipe.data.format == {"nuclei": "coco"}.get(preset, preset)
+    assert recipe.data.format == {"nuclei": "coco", "crowded": "shapes"}.get(preset, preset)
 
 
 @pytest.mark.parametrize("preset", ["cityscapes", "ade20k"])

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from cast_ray.runtime.placement import ON_DEMAND, on_demand_share
 from cast_ray.runtime.ray_internals import NODE_GROUP_LABEL
 
 CLUSTER = Path(__file__).parents[3] / "cluster"
@@ -56,13 +57,17 @@ def test_no_node_installs_another_ray_at_start(written: dict[str, Any]) -> None:
 
 def test_head_is_on_demand_and_runs_no_work(written: dict[str, Any]) -> None:
     head = prepared(written)["available_node_types"][written["head_node_type"]]
-    assert head["resources"] == {"CPU": 0}
+    assert head["resources"] == {"CPU": 0, ON_DEMAND: 1000}  # from the first second on, and no row's driver fits there
     assert "InstanceMarketOptions" not in head["node_config"]
 
 
 def test_drivers_run_on_an_on_demand_cpu_node(written: dict[str, Any]) -> None:
-    drivers = prepared(written)["available_node_types"]["drivers"]
+    types = prepared(written)["available_node_types"]
+    drivers = types["drivers"]
     assert drivers["resources"]["CPU"] > 0 and "GPU" not in drivers["resources"]
+    assert on_demand_share(drivers["resources"]) and not any(
+        on_demand_share(t["resources"]) for t in types.values() if "GPU" in t["resources"]
+    )
     assert drivers["min_workers"] == 1
     assert "InstanceMarketOptions" not in drivers["node_config"]
 

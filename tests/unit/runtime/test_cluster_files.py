@@ -1,12 +1,16 @@
 """The cluster files beside gpu.yaml: fields that KubeRay, Ray and SkyPilot know, and a token for every request in all.
 
-KubeRay's schema is not part of any package here. The fields of its own types are listed below, as in its release 1.5.1
-(ray-operator/apis/ray/v1); those of Kubernetes' pods that the files use, too.
+KubeRay's schema is in no package of the Python or npm registries. The fields of its own types are listed below, as in
+its release 1.5.1 (ray-operator/apis/ray/v1); those of Kubernetes' pods that the files use, too. Where they are at hand,
+the published schemas are used as well: KubeRay's own by CAST_RAY_KUBERAY_CRDS (its folder
+helm-chart/kuberay-operator/crds), that of pods by the package kubernetes-validate, SkyPilot's by skypilot.
 """
 
 from __future__ import annotations
 
 import copy
+import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -16,6 +20,8 @@ import jsonschema
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+
+from cast_ray.runtime.placement import ON_DEMAND
 
 CLUSTER = Path(__file__).parents[3] / "cluster"
 
@@ -61,7 +67,7 @@ GROUP = one_of(
 )
 CLUSTER_SPEC = one_of(
     rayVersion_=TEXT,
-    authOptions_=one_of(mode_={"const": "token"}, secretName=TEXT),
+    authOptions_=one_of(mode_={"const": "token"}),
     enableInTreeAutoscaling_={"const": True},
     autoscalerOptions=one_of(
         version={"enum": ["v1", "v2"]},
@@ -116,6 +122,40 @@ def test_every_field_is_one_that_the_reader_of_the_file_knows(name: str) -> None
     jsonschema.Draft202012Validator(SCHEMAS[name]).validate(read(name))
 
 
+@pytest.mark.parametrize("name", ["kuberay/raycluster.yaml", "kuberay/rayjob.yaml"])
+def test_kuberays_published_schema_knows_every_field(name: str) -> None:
+    folder = os.environ.get("CAST_RAY_KUBERAY_CRDS")
+    if folder is None:
+        pytest.skip("name the folder of KubeRay's custom resource definitions by CAST_RAY_KUBERAY_CRDS")
+    document = read(name)
+    definition = yaml.safe_load((Path(folder) / f"ray.io_{document['kind'].lower()}s.yaml").read_text())
+    (version,) = [v for v in definition["spec"]["versions"] if v["name"] == "v1"]
+    jsonschema.Draft202012Validator(closed(version["schema"]["openAPIV3Schema"])).validate(document)
+
+
+def closed(schema: Any) -> Any:
+    """A schema that refuses unknown fields: `kubectl apply` warns of them, and the operator then never sees them."""
+    if isinstance(schema, list):
+        return [closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: closed(part) for key, part in schema.items()}
+    if isinstance(schema.get("properties"), dict) and "type" in schema:
+        made.setdefault("additionalProperties", False)
+    return made
+
+
+@pytest.mark.parametrize("spec", cluster_specs(), ids=["cluster", "job"])
+def test_kubernetes_published_schema_knows_every_field_of_the_pods(spec: dict[str, Any]) -> None:
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, **group["template"]}
+        kubernetes_validate.validate(pod, "1.33", strict=True)
+        pod["spec"] = pod["spec"] | {"nodeSelectors": {}}
+        with pytest.raises(kubernetes_validate.ValidationError, match="nodeSelectors"):
+            kubernetes_validate.validate(pod, "1.33", strict=True)
+
+
 def test_a_misspelt_field_is_found() -> None:
     broken = read("kuberay/raycluster.yaml")
     broken["spec"]["workerGroupSpecs"][1]["maxReplica"] = 3
@@ -137,7 +177,10 @@ def test_versions_are_those_of_the_package() -> None:
 @pytest.mark.parametrize("spec", cluster_specs(), ids=["cluster", "job"])
 def test_the_pods_are_laid_out_as_the_nodes_of_gpu_yaml(spec: dict[str, Any]) -> None:
     head, (drivers, gpu) = spec["headGroupSpec"], spec["workerGroupSpecs"]
-    assert head["rayStartParams"] == {"num-cpus": "0"}
+    assert head["rayStartParams"] == {"num-cpus": "0"} | drivers["rayStartParams"]
+    # As KubeRay writes it into the command line of `ray start`: a JSON text in quotes of the shell's.
+    assert json.loads(json.loads(drivers["rayStartParams"]["resources"])) == {ON_DEMAND: 1000}
+    assert gpu["rayStartParams"] == {}
     assert drivers["minReplicas"] == 1 and gpu["minReplicas"] == 0 < gpu["maxReplicas"]
     assert drivers["template"]["spec"]["nodeSelector"] != gpu["template"]["spec"]["nodeSelector"]
     for group in (head, drivers, gpu):
@@ -167,14 +210,26 @@ def test_ray_accepts_the_file_for_machines_of_ones_own() -> None:
 
 def test_every_process_of_every_cluster_asks_for_the_token() -> None:
     config = onprem()
-    for command in (*config["head_start_ray_commands"], *config["worker_start_ray_commands"]):
-        assert "ray start" not in command or re.search(r"export RAY_AUTH_MODE=token\b.*; ray start", command)
+    # Every shell of Ray reads ~/.bashrc, which reads this file.
+    setup = config["setup_commands"]
+    assert any(re.match(r"echo 'export RAY_AUTH_MODE=token .*>> ~/.cast_ray.sh$", command) for command in setup)
+    assert "cast_ray.sh" in setup[-1] and setup[-1].endswith(">> ~/.bashrc")
     assert config["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
     assert all(spec["authOptions"] == {"mode": "token"} for spec in cluster_specs())
     sky = read("skypilot.yaml")
     assert sky["envs"]["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN" in sky["secrets"]
     slurm = (CLUSTER / "slurm.sbatch").read_text()
     assert slurm.index("export RAY_AUTH_MODE=token") < slurm.index("ray symmetric-run --address")
+
+
+def test_skypilot_accepts_its_file() -> None:
+    schemas = pytest.importorskip("sky.utils.schemas")
+    check = pytest.importorskip("sky.utils.common_utils").validate_schema
+    file = read("skypilot.yaml")
+    check(file, schemas.get_task_schema(), "task: ")
+    check(file["resources"], schemas.get_resources_schema(), "resources: ")
+    with pytest.raises(ValueError, match="num_nodes"):
+        check(file | {"num_node": 2}, schemas.get_task_schema(), "task: ")
 
 
 @pytest.mark.parametrize("script", ["setup", "run"])

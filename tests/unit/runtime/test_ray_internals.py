@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import ray
 from ray._private import ray_constants
+from ray._private import worker as ray_worker
 from ray.autoscaler._private.util import format_readonly_node_type
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.exceptions import ActorDiedError
@@ -27,6 +30,7 @@ from cast_ray.runtime.ray_internals import (
     PacedLoop,
     counts_of,
     execution_callbacks,
+    hide_pushed_errors,
     is_lost_at_start,
     is_startup_timeout,
 )
@@ -48,6 +52,17 @@ def test_the_installed_ray_has_them() -> None:
     for module in ("ray.autoscaler._private.autoscaler", "ray.autoscaler.v2.event_logger"):
         assert INFEASIBLE in Path(importlib.import_module(module).__file__ or "").read_text()
     assert format_readonly_node_type("abc") == "node_abc"
+
+
+def test_what_a_raylet_pushes_is_hidden_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(ray_worker, "print_to_stdstream", lambda data, ignore_prefix: said.append(data["lines"]))
+    for _ in range(2):  # of a command that joins twice
+        hide_pushed_errors()
+    for pid in ("raylet", "autoscaler", 7):
+        ray_worker.print_to_stdstream({"lines": f"of {pid}", "pid": pid, "is_err": False}, ignore_prefix=False)
+    assert said == ["of autoscaler", "of 7"]
+    assert "print_to_stdstream(" in inspect.getsource(ray_worker.listen_error_messages)
 
 
 def test_no_other_module_names_them() -> None:

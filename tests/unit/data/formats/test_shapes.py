@@ -11,7 +11,7 @@ from pycocotools import mask as mask_utils
 from cast_ray.common.paths import write_bytes
 from cast_ray.contracts.records import RECORD_SCHEMA
 from cast_ray.data.formats import shapes
-from cast_ray.data.formats.scenes import CATEGORIES, MIN_VISIBLE_PX, STYLES, draw_scene
+from cast_ray.data.formats.scenes import CATEGORIES, LAYOUTS, STYLES, draw_scene
 from cast_ray.data.reading.images import read_image
 from cast_ray.data.reading.reader import load
 from cast_ray.recipe import DataConfig, ShapesConfig
@@ -50,7 +50,7 @@ def test_masks_are_visible_parts(drawn):
     for row in splits.train.to_pylist():
         masks = [mask_utils.decode({"size": [64, 64], "counts": i["rle"]}) for i in row["instances"]]
         counts.append(len(masks))
-        assert all(m.sum() >= MIN_VISIBLE_PX for m in masks)
+        assert all(m.sum() >= LAYOUTS["scattered"].min_visible_px for m in masks)
         assert sum(masks).max(initial=0) <= 1  # what a later shape covers belongs to nobody else
     assert min(counts) >= 1 and max(counts) <= 5
 
@@ -224,3 +224,29 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_drawing_needs_no_torch():
     code = "import sys, cast_ray.data.formats.shapes; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_crowded_scenes_are_of_one_class_that_touches(tmp_path):
+    config = SMALL.model_copy(update={"layout": "crowded"})
+    shapes.draw(str(tmp_path / "d"), config, num_processes=1)
+    splits = load(DataConfig(root=str(tmp_path / "d"), shapes=config))[0]
+    assert [c.name for c in splits.categories] == ["disc"]
+    touching = total = 0
+    for row in splits.train.to_pylist():
+        assert (row["height"], row["width"]) == (128, 128) and len(row["instances"]) >= 3
+        masks = [mask_utils.decode({"size": [128, 128], "counts": i["rle"]}).astype(bool) for i in row["instances"]]
+        for mask in masks:
+            around = np.zeros_like(mask)
+            around[1:], around[:, 1:] = mask[:-1], mask[:, :-1]
+            around[:-1] |= mask[1:]
+            around[:, :-1] |= mask[:, 1:]
+            touching += any((around & other).any() for other in masks if other is not mask)
+        total += len(masks)
+    assert touching > 0.9 * total
+    with pytest.raises(ValueError, match="drawn with"):
+        load(DataConfig(root=str(tmp_path / "d"), shapes=SMALL))
+
+
+def test_a_layout_at_its_default_changes_no_stored_dataset(drawn):
+    """Manifests of scattered scenes are as they were before there was a choice."""
+    assert "layout" not in json.loads((drawn / "manifest.json").read_text())["config"]

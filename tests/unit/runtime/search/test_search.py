@@ -319,9 +319,15 @@ def test_the_front_of_two_objectives(storage: Any, tmp_path: Path) -> None:
     spec = spec_of(**TWO)
     search = searcher(storage(), spec)
     for i, (ap, latency) in enumerate([(10, 1), (20, 2), (15, 3), (30, 4), (5, 5)]):
-        ended(search, str(i), status="done", **{"student/mask_ap": float(ap), "student/latency_ms": float(latency)})
+        metrics = {"student/mask_ap": float(ap), "student/latency_ms": float(latency)}
+        model = "NVIDIA L4" if i else "NVIDIA A10G"
+        devices = {"computed_on": ["NVIDIA L4"], "measured_on": {"student/latency_ms": model}}
+        ended(search, str(i), status="done", **devices, **metrics)
     report = write_search_report(SearchRun("mine", spec, ""), {"tpe": search.study}, tmp_path)
-    assert "Points that no other beats" in report.html.read_text()
+    page = report.html.read_text()
+    assert "Points that no other beats" in page
+    assert "WARNING: latencies of unlike devices do not compare: NVIDIA A10G, NVIDIA L4." in page
+    assert "device-hours add up" not in page
     assert (tmp_path / "pareto.png").is_file() and report.best is not None
     assert list(load_table(report.best).rows) == ["base", "front 1", "front 2", "front 3"]
     rows = best_table(spec, search.study.best_trials, {})["rows"]

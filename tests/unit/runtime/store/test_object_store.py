@@ -14,6 +14,7 @@ from s3_server import BUCKET, S3Server
 from cast_ray.common.paths import below, in_few_requests, write_bytes
 from cast_ray.data.reading import images
 from cast_ray.data.reading.images import read_image
+from cast_ray.data.reading.recent_files import RecentFiles, SharedFiles
 from cast_ray.plan.graph import Stage
 from cast_ray.runtime.data import splits
 from cast_ray.runtime.store.artifacts import ArtifactStore
@@ -117,7 +118,9 @@ def test_the_cost_of_earlier_stages_is_one_file(store: ArtifactStore, server: S3
     assert len(past_manifests(store)) == 2
 
 
-def test_an_image_is_fetched_once(store: ArtifactStore, server: S3Server, tmp_path: Path) -> None:
+def test_an_image_is_fetched_once(
+    store: ArtifactStore, server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Image.fromarray(np.full((4, 5, 3), 7, np.uint8)).save(tmp_path / "a.png")
     uri = store.uri("images", "a.png")
     write_bytes(uri, (tmp_path / "a.png").read_bytes())
@@ -125,14 +128,11 @@ def test_an_image_is_fetched_once(store: ArtifactStore, server: S3Server, tmp_pa
     for _ in range(3):
         assert read_image(uri, (4, 5)).tolist() == np.full((4, 5, 3), 7).tolist()
     assert server.requests == {"HEAD": 1, "GET": 1}
-
-
-def test_what_a_process_keeps_of_files_is_bounded() -> None:
-    recent = images._Recent(10)
-    for name, content in (("a", b"1234"), ("b", b"1234"), ("c", b"12"), ("a", b"1234"), ("d", b"1"), ("e", b"1" * 11)):
-        recent.put(name, content)
-    assert recent.get("b") is None and recent.get("e") is None
-    assert [recent.get(name) for name in "acd"] == [b"1234", b"12", b"1"] and recent.num_bytes == 7
+    monkeypatch.setattr(images, "shared", SharedFiles(tmp_path / "shared"))
+    for _ in range(2):  # processes of one node
+        monkeypatch.setattr(images, "_recent", RecentFiles(100))
+        assert read_image(uri, (4, 5)).max() == 7
+    assert server.requests == {"HEAD": 2, "GET": 2}
 
 
 def test_a_split_is_read_once(store: ArtifactStore, server: S3Server) -> None:

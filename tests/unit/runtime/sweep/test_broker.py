@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.claims import Presence
 from cast_ray.runtime.sweep import broker as broker_module
 from cast_ray.runtime.sweep import rooms as rooms_module
-from cast_ray.runtime.sweep.broker import Broker
+from cast_ray.runtime.sweep.broker import Broker, start_broker
 from cast_ray.runtime.sweep.leases import LEASE_TIMEOUT_S, Leases, Limits, Need
 
 PRETRAIN = Need("pre", "train", (), 8)
@@ -303,6 +304,10 @@ def test_the_budget_counts_what_has_room() -> None:
         await broker.vacate("a")
         broker.limits.spent_s = 3600
         assert not await broker.occupy("a")  # spent while it waited
+        broker.limits.spent_s = 0.0
+        assert await broker.occupy("a", 5)  # with two teachers, say
+        await asyncio.sleep(0.01)
+        assert (await broker.board())["device_s"] >= 0.05  # the metric `SPENT` shows the same
 
     asyncio.run(asyncio.wait_for(scene(), 60))
 
@@ -448,3 +453,24 @@ def test_a_segments_machines_are_noted_until_it_gives_its_room_back() -> None:
         assert await broker.computed_on("a") == [] and await broker.computed_on("b") == [l4.plain()]
 
     asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+@pytest.mark.parametrize("has_on_demand", [True, False])
+def test_a_broker_lives_where_nodes_are_not_taken_back(has_on_demand: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where none is named, on the node of the command, which ends the sweep anyway where it is lost."""
+    asked: dict[str, Any] = {}
+
+    def options(**given: Any) -> Any:
+        asked.update(given)
+        return SimpleNamespace(remote=lambda *settings, **more: (settings, more))
+
+    monkeypatch.setattr(broker_module.Broker, "options", options)
+    resources = {"CPU": 8.0} | ({"on_demand": 1000.0} if has_on_demand else {})
+    monkeypatch.setattr(broker_module.ray, "cluster_resources", lambda: resources)
+    here = SimpleNamespace(get_node_id=lambda: "c0" * 28)
+    monkeypatch.setattr(broker_module.ray, "get_runtime_context", lambda: here)
+    assert start_broker(2, set(), sweep="x") == ((2, set()), {"sweep": "x"})
+    if has_on_demand:
+        assert asked["resources"] == {"on_demand": 0.001} and "scheduling_strategy" not in asked
+    else:
+        assert (asked["scheduling_strategy"].node_id, asked["scheduling_strategy"].soft) == ("c0" * 28, True)

@@ -22,8 +22,12 @@ SECOND = Stage("distill", "train", {"seed": 0}, {"init": "a" * 20}, "b" * 20, st
 class Driver(RowDriver):
     """Trains nothing: commits its first stage, and fails in the second where it is told to."""
 
-    def __init__(self, storage: Path, fails: bool):
+    def __init__(self, storage: Path, fails: bool, brokers: tuple[str, ...] = ("broker", "broker")):
         self.store, self.ran, self.fails = ArtifactStore(str(storage)), set(), fails
+        self.brokers = list(brokers)
+
+    def _broker_id(self) -> str:
+        return self.brokers.pop(0)
 
     def execute(self, stages: list[Stage], store: ArtifactStore) -> None:
         for number, stage in enumerate(stages):
@@ -36,6 +40,12 @@ def test_a_segment_that_fails_has_run_its_first_stages(tmp_path: Path) -> None:
     driver = Driver(tmp_path, fails=True)
     with pytest.raises(RuntimeError, match="not finite"):
         driver.run_segment([FIRST, SECOND])
+    assert driver.ran == {FIRST.fingerprint}
+
+
+def test_what_fails_because_the_broker_was_lost_is_asked_for_again(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, fails=True, brokers=("lost", "its successor"))
+    driver.run_segment([FIRST, SECOND])
     assert driver.ran == {FIRST.fingerprint}
 
 

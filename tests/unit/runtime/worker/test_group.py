@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
-from ray.train.v2.api.exceptions import ControllerError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
 from cast_ray.recipe import build_recipe
 from cast_ray.runtime.worker import group as group_module
@@ -42,11 +43,13 @@ class Calls:
 
     def __init__(self, may_start: bool = True) -> None:
         self.names: list[str] = []
+        self.told: list[tuple[Any, ...]] = []
         self.answers: dict[str, Any] = {"occupy": may_start, "failure": None}
 
     def __getattr__(self, name: str) -> Any:
         def remote(*arguments: Any) -> Any:
             self.names.append(name)
+            self.told.append((name, *arguments))
             return Answered(self.answers.get(name))
 
         return SimpleNamespace(remote=remote)
@@ -66,6 +69,8 @@ class Train:
         """Owners whose stages the broker does not admit."""
         self.restarted: set[str] = set()
         """Owners whose workers are lost once, and started again, in their segment."""
+        self.leaving: list[bool] = []
+        """Of each start of workers, in turn, whether they leave before they have run anything; empty: none does."""
         self.stored: set[str] = set()
         self.forgotten: list[Any] = []
 
@@ -78,6 +83,9 @@ class Train:
         number = 0
         while (taken := call(host.take(number, 0))) is not None:
             number, segment = taken
+            if self.leaving and self.leaving.pop(0):
+                call(host.leave())
+                return
             if segment.owner in self.restarted:
                 self.restarted.remove(segment.owner)
                 number = 0
@@ -107,6 +115,7 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Train:
 
     monkeypatch.setattr(group_module, "_trainer_class", lambda num_workers: Trainer)
     monkeypatch.setattr(group_module, "reserve", reserve)
+    monkeypatch.setattr(group_module, "is_broken", lambda group: False)
     monkeypatch.setattr(group_module, "_find_room", lambda segment, homes, selectors, holder: ["node"] * len(homes))
     monkeypatch.setattr(group_module.ray, "get", lambda answer: answer.value)
     monkeypatch.delenv(group_module.START_TIMEOUT, raising=False)
@@ -118,7 +127,9 @@ def segment(
 ) -> Segment:
     recipe = build_recipe("shapes", overrides={"runtime.max_failures": "2", **(settings or {})})
     stages: Any = [
-        SimpleNamespace(**{"name": "distill", "fingerprint": f"of {owner}", "key": owner, "online": None} | stage)
+        SimpleNamespace(
+            **{"name": "distill", "kind": "train", "fingerprint": f"of {owner}", "key": owner, "online": None} | stage
+        )
     ]
     store: Any = SimpleNamespace(
         attempt="1",
@@ -203,7 +214,8 @@ def test_a_group_serves_the_next_row_of_the_same_shape(train: Train, monkeypatch
     assert train.starts == [] and [owner for _, owner in train.ran] == ["row 0", "row 1", "row 2"]
     (run,) = {run for run, _ in train.ran}  # one run of Train, named after the first
     assert train.forgotten[-1] == run
-    assert broker.names.count("occupy") == 3 and broker.names.count("vacate") == 0
+    assert [call for call in broker.told if call[0] == "occupy"] == [("occupy", f"row {i}", 1) for i in range(3)]
+    assert broker.names.count("vacate") == 0
 
 
 def test_another_shape_gets_a_group_of_its_own(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,6 +245,51 @@ def test_a_group_that_has_lost_workers_is_not_kept(train: Train, monkeypatch: py
 
     play(monkeypatch, scene)
     assert [owner for _, owner in train.ran] == ["a", "b"] and train.starts == []
+
+
+def test_a_group_whose_node_is_drained_moves_and_ends_its_segment(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker = Calls()
+    train.starts += [None, None]
+    train.leaving += [True]
+
+    async def scene(host: Any) -> None:
+        assert not await host.run(segment(broker, train))  # its workers were started twice: it is not kept
+
+    play(monkeypatch, scene)
+    assert [owner for _, owner in train.ran] == ["row"] and train.starts == []
+    assert broker.names.count("note") == 1 and broker.names.count("vacate") == 2
+
+
+@pytest.mark.parametrize("ends", ["with its workers", "with an error"])
+def test_a_group_moves_when_another_node_of_its_room_is_lost(
+    ends: str, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of its teachers or its validation, which no worker notices: such a row once waited for ever."""
+    broker, killed = Calls(), []
+    states = iter([False, True])
+    monkeypatch.setattr(group_module, "ROOM_LOOK_S", 0.01)
+    monkeypatch.setattr(group_module, "is_broken", lambda group: next(states, False))
+    dead = threading.Event()
+    monkeypatch.setattr(group_module.ray, "kill", lambda worker: (killed.append(worker), dead.set()))
+    original = train.fit
+
+    def fit(host: Any, run: str, loop: asyncio.AbstractEventLoop) -> None:
+        if killed:
+            return original(host, run, loop)
+        asyncio.run_coroutine_threadsafe(host.take(0, 0, "worker 0"), loop).result(60)
+        assert dead.wait(60)
+        assert asyncio.run_coroutine_threadsafe(host.take(0, 0, "worker 0 again"), loop).result(60) is None
+        if ends == "with an error":
+            raise TrainingFailedError
+        return None
+
+    monkeypatch.setattr(train, "fit", fit)
+    train.starts += [None]
+    run_alone(monkeypatch, segment(broker, train))
+    assert killed == ["worker 0"] and [owner for _, owner in train.ran] == ["row"]
+    assert broker.names.count("note") == 1
 
 
 def test_a_fatal_error_ends_the_group(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def progress(batches: Any, rank: int = 0, start_step: int = 0) -> tuple[TrainProgress, list[dict[str, Any]], Any]:
     posts: list[dict[str, Any]] = []
-    broker = SimpleNamespace(post=SimpleNamespace(remote=lambda owner, facts, entries=(): posts.append(facts)))
+    post = SimpleNamespace(remote=lambda owner, facts, entries=(): posts.append(facts))
+    broker = SimpleNamespace(post=post, begin=post)
     segment: Any = SimpleNamespace(broker=broker, owner="row")
     stage: Any = SimpleNamespace(name="distill", fingerprint="f", steps=100)
     timed = TimedBatches(iter(batches))
