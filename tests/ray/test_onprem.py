@@ -40,7 +40,7 @@ export RAY_agent_register_timeout_ms=120000 RAY_DASHBOARD_STARTUP_TIMEOUT_S=180
 """Where the stand-ins are, also for a login shell of the head, and what a node needs that shares two cores with three
 others: a raylet gives up when its agents need more than 15 s."""
 
-COUNT = "pgrep -c '^(raylet|gcs_server)$' || true"
+COUNT = "ps -eo comm= | grep -cxE 'raylet|gcs_server' || true"
 
 Steps = dict[str, tuple[int, str]]
 
