@@ -118,7 +118,7 @@ def operate(folder: Path) -> None:
             run(f"left on {name}", "ssh", name, COUNT)
         return all(said[f"left on {name}"][1].strip() == "0" for name in WORKERS)
 
-    wait_for(are_gone, 180)
+    wait_for(are_gone, 400)
 
 
 def ask(path: str, token: str = "") -> tuple[int, str]:
