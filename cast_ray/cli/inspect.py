@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cast_ray.cli.options import EXIT_FAILED, Parser, add_set_option, exit_code, output_folder, plain_console, positive
+from cast_ray.common import registry
 from cast_ray.common.files import check_replaceable, write_atomically
 from cast_ray.common.paths import absolute
 from cast_ray.contracts.records import ClassMap, DatasetSplits, class_names, mask_areas
@@ -30,6 +31,7 @@ from cast_ray.recipe import DataConfig, build_recipe, parse_overrides, preset_na
 
 MAX_SHOWN = 12
 SAMPLES = "samples.png"
+_FORMATS = ", ".join(name for name in registry.ROWS["datasets"] if name != "shapes")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -50,9 +52,7 @@ def inspect(arguments: argparse.Namespace, console: Console) -> int:
     root = absolute(arguments.root)
     kind = arguments.format or guess_format(root)
     if kind == "shapes":
-        raise ValueError(
-            "--format shapes: drawn scenes lie in no folder; expected coco, cityscapes, ade20k or a reader"
-        )
+        raise ValueError(f"--format shapes: drawn scenes lie in no folder; expected {_FORMATS} or a reader")
     out = output_folder(arguments.out or str(Path("inspect") / (Path(root.rstrip("/")).name or kind)))
     what, expected = "a report of `cast-ray inspect`", "another --out, or one without these files"
     check_replaceable(out, [REPORT_FILE, SAMPLES], lambda: is_report(out / REPORT_FILE), what, expected)
@@ -163,7 +163,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("root", metavar="DIR", help="folder or URI of the dataset, as its owners distribute it")
     parser.add_argument(
-        "--format", help="coco, cityscapes or ade20k, or MODULE:FUNCTION (default: recognised by its folders)"
+        "--format", help=f"{_FORMATS}, or MODULE:FUNCTION (default: recognised by its files and folders)"
     )
     add_set_option(parser, "a data key of the recipe")
     parser.add_argument("--images", type=positive, default=6, help="images on the contact sheet (default: %(default)s)")
