@@ -1,8 +1,8 @@
-"""`cast-ray export` takes a student out of a run: as a folder with a model card, on the hub, or as a file for a runtime.
+"""`cast-ray export` takes a student out of a run: as a folder, on the hub, or as a file for another runtime.
 
 cast-ray export --student runs/losses-shapes-demo/sup+semi+pxl --out student
 cast-ray export --student student --out student/student.onnx --check DATA
-cast-ray export --student student --out student/int8.onnx --precision int8 --calibrate PHOTOS --check DATA --max-drop 0.5
+cast-ray export --student student --out int8.onnx --precision int8 --calibrate PHOTOS --check DATA --max-drop 0.5
 cast-ray export --student runs/losses-shapes-demo/sup+semi+pxl --push-to-hub OWNER/NAME
 """
 
