@@ -2,6 +2,7 @@
 
     python benchmarks/control_plane.py
     python benchmarks/control_plane.py --rows 100 --repeats 1
+    python benchmarks/control_plane.py --only start    # first look at a store of 100,000 artifacts, without Ray
 
 Every row has five stages that do nothing but commit an artifact: four shared with a quarter of the rows (4 distinct
 upstream chains) and one of its own. The rival is Tune with as many trials that report once and end, as many at a time,
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import tempfile
 import threading
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from measure import report
 from ray import tune
 
 from cast_ray.contracts.row_result import DatasetFacts, Hardware
@@ -148,11 +151,47 @@ def time_listings(folder: Path) -> list[tuple[int, float]]:
     return found
 
 
+def time_starts(folder: Path) -> dict[int, float]:
+    """Seconds in which a sweep of 60 stages looks at a store when it starts, by the number of artifacts there.
+
+    Half of the stages are there. It is the median of five; the artifacts are copies of the files of one.
+    """
+    store = ArtifactStore(str(folder / "start"))
+    planned = [Stage("noop", "train", {}, {}, f"{i:020d}") for i in range(60)]
+    store.commit(planned[0], {})
+    artifacts = folder / "start" / "artifacts"
+    original, made, found = artifacts / planned[0].key, 1, {}
+    for number in (1000, 100_000):
+        for i in range(made, number):
+            # Every second stage of the plan, and then fingerprints that no plan has.
+            digits = 2 * i if i < len(planned) // 2 else 1_000_000 + i
+            key = planned[0].key.replace(planned[0].fingerprint, f"{digits:020d}")
+            shutil.copytree(original, artifacts / key)
+        made = number
+        times = []
+        for _ in range(5):
+            fresh = ArtifactStore(store.storage)
+            began = time.perf_counter()
+            fresh.exists()
+            fresh.check_writable()
+            assert len(fresh.find_manifests(stage.key for stage in planned)) == len(planned) // 2
+            times.append(time.perf_counter() - began)
+        found[number] = statistics.median(times)
+        print(f"start at a store of {number} artifacts: {1000 * found[number]:.0f} ms")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", choices=("start",))
     arguments = parser.parse_args()
+    if arguments.only == "start":
+        with tempfile.TemporaryDirectory() as name:
+            small, large = time_starts(Path(name)).values()
+        report("start of a sweep, 100,000 artifacts against 1,000", large, small, "s")
+        return
     connect("local")
     ours, theirs = [], []
     with tempfile.TemporaryDirectory() as name:

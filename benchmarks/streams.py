@@ -2,6 +2,7 @@
 
     python benchmarks/streams.py                                   # crops of 512x1024 from JPEG of twice the size
     python benchmarks/streams.py --format png                      # the same from PNG, as Cityscapes' are
+    python benchmarks/streams.py --native --cpu                    # CPU time alone: a machine that others use too
     python benchmarks/streams.py --image-px 256 256 --steps 200    # crops of 256x256
 
 Draws scenes with instances into a temporary folder, then runs, in turn and several times, on the same plan:
@@ -158,6 +159,15 @@ def run_stream(steps: Steps, records: ray.ObjectRef, runtime: RuntimeConfig) -> 
         )
 
 
+def run_here(steps: Steps) -> Iterator[Any]:
+    """The stream without Ray: the process that holds the records makes its batches itself."""
+    half = steps.table.num_rows // 2
+    labels = steps.table.slice(half, half).combine_chunks()
+    images = Images(steps.table, np.arange(half), np.arange(half, 2 * half), CATEGORIES, labels)
+    share = StepShare(steps.share, steps.share, len(steps), seed=0)
+    yield from training_stream(images, steps.data, RuntimeConfig(), share, SampleRules(strong=True))
+
+
 def measure(batches: Iterator[Any], skip: int) -> tuple[float, float, float]:
     """Images/s after the first `skip` batches, seconds to the first, and this process's CPU milliseconds an image."""
     began = time.monotonic()
@@ -206,6 +216,21 @@ def bench_training(arguments: argparse.Namespace, table: pa.Table, data: DataCon
     )
     for rival in ("loop", "loader"):
         report(f"training stream against {rival}", medians["ours"][0], medians[rival][0])
+
+
+def bench_here(arguments: argparse.Namespace, table: pa.Table, data: DataConfig) -> None:
+    """CPU time of reading, views and collation alone, for a machine that others use too."""
+    steps = Steps(table, data, arguments.batch, arguments.steps)
+    print("training in one process: images/s, seconds to the first batch, CPU ms an image")
+    medians = median_of(
+        arguments.repeats,
+        {
+            "loop": lambda: measure(run_loop(steps), arguments.skip),
+            "ours": lambda: measure(run_here(steps), arguments.skip),
+        },
+    )
+    ours, theirs = (1000 / medians[name][2] for name in ("ours", "loop"))
+    report(f"training stream in one process, {arguments.format}, CPU", ours, theirs)
 
 
 def bench_labelling(arguments: argparse.Namespace, table: pa.Table, folder: Path) -> None:
@@ -292,15 +317,21 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--num-labelled", type=int, default=192, help="images of the labelling job")
     parser.add_argument("--only", choices=("training", "labelling"))
+    parser.add_argument("--native", action="store_true", help="scales of the jitter are relative to the file's pixels")
+    parser.add_argument("--cpu", action="store_true", help="CPU seconds of one process for each, without Ray")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     prepare_process()
     height, width = arguments.file_px or [2 * n for n in arguments.image_px]
-    data = DataConfig(image_px=tuple(arguments.image_px), scale_jitter=(0.5, 2.0))
+    size: Any = "native" if arguments.native else "fit"
+    data = DataConfig(image_px=tuple(arguments.image_px), scale_jitter=(0.5, 2.0), train_resize=size)
     with tempfile.TemporaryDirectory() as folder:
         table = draw_images(
             Path(folder), arguments.num_images, height, width, arguments.num_instances, arguments.format
         )
+        if arguments.cpu:
+            bench_here(arguments, table, data)
+            return
         print(connect("local").description)
         if arguments.only != "labelling":
             bench_training(arguments, table, data)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from cast_ray.cli.dataset_folder import FORMATS, recipe_of_folder
 from cast_ray.cli.options import (
     EXIT_FAILED,
     STUDENT_HELP,
@@ -152,7 +153,6 @@ def _check(
 
 def _recipe(arguments: argparse.Namespace, result: RowResult | None) -> Recipe:
     """Returns the recipe whose data and rules the file is measured by."""
-    from cast_ray.cli.dataset_folder import recipe_of_folder
     from cast_ray.recipe import Recipe
 
     if arguments.check != OF_ROW:
@@ -283,7 +283,7 @@ def _parser() -> Parser:
     check.add_argument(
         "--check-images", type=positive, metavar="N", help="the first N validation images (default: all)"
     )
-    check.add_argument("--format", help="of DATA: coco, cityscapes or ade20k, or MODULE:FUNCTION (default: recognised)")
+    check.add_argument("--format", help=f"of DATA: {FORMATS}, or MODULE:FUNCTION (default: recognised)")
     add_set_option(check, "a data key of the recipe of DATA")
     check.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     return parser

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cast_ray.cli.dataset_folder import recipe_of_folder
+from cast_ray.cli.dataset_folder import FORMATS, recipe_of_folder
 from cast_ray.cli.options import EXIT_FAILED, Parser, add_set_option, exit_code, output_folder, plain_console, positive
 from cast_ray.common.files import check_replaceable, write_atomically
 from cast_ray.contracts.records import ClassMap, DatasetSplits, class_names, mask_areas
@@ -154,7 +154,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("root", metavar="DIR", help="folder or URI of the dataset, as its owners distribute it")
     parser.add_argument(
-        "--format", help="coco, cityscapes or ade20k, or MODULE:FUNCTION (default: recognised by its folders)"
+        "--format", help=f"{FORMATS}, or MODULE:FUNCTION (default: recognised by its files and folders)"
     )
     add_set_option(parser, "a data key of the recipe")
     parser.add_argument("--images", type=positive, default=6, help="images on the contact sheet (default: %(default)s)")

@@ -8,14 +8,16 @@ import os
 import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from rich.console import Console
 
 from cast_ray.common.outages import is_outage
 from cast_ray.common.text import FOLDER_NAME_RULE, is_folder_name
 from cast_ray.contracts.instance import SCORE_THRESHOLD
-from cast_ray.plan.prices import Prices
+
+if TYPE_CHECKING:  # it loads pydantic, which the first page does without
+    from cast_ray.plan.prices import Prices
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 3, 130
 EXIT_CODES = {
@@ -319,6 +321,8 @@ def prices_of(arguments: argparse.Namespace) -> Prices | None:
     Raises:
         ValueError: it names two for one model.
     """
+    from cast_ray.plan.prices import Prices
+
     named = arguments.price_per_gpu_hour
     if named is None:
         return None

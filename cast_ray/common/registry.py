@@ -16,6 +16,10 @@ ROWS: dict[str, dict[str, str]] = {
         "coco": "cast_ray.data.formats.coco:index",
         "cityscapes": "cast_ray.data.formats.cityscapes:index",
         "ade20k": "cast_ray.data.formats.ade20k:index",
+        "yolo": "cast_ray.data.formats.yolo:index",
+        "labelme": "cast_ray.data.formats.labelme:index",
+        "label_maps": "cast_ray.data.formats.label_maps:index",
+        "mask_files": "cast_ray.data.formats.mask_files:index",
     },
     "encoders": {
         "convnext": "cast_ray.models.encoders:convnext",

@@ -243,12 +243,12 @@ class _Counts:
 
 
 class _Listed:
-    """The same of results that are dicts."""
+    """The same of results that are dicts; their counts may be text, which pycocotools takes as well."""
 
-    def __init__(self, counts: list[bytes | str]):
+    def __init__(self, counts: list[bytes]):
         self._counts = counts
 
-    def take(self, rows: np.ndarray) -> list[bytes | str]:
+    def take(self, rows: np.ndarray) -> list[bytes]:
         return [self._counts[i] for i in rows.tolist()]
 
 

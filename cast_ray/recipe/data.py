@@ -31,18 +31,24 @@ class DataConfig(Part):
     """Which images, which of them keep their labels, and the size they are cropped to."""
 
     format: str = "shapes"
-    """How the dataset lies on disk: shapes, coco, cityscapes or ade20k, or `MODULE:FUNCTION`, a reader of your own,
-    which Python must be able to import here and in Ray's workers. See `examples/own_dataset.py`."""
+    """How the dataset lies on disk: shapes, coco, cityscapes, ade20k, yolo, labelme, label_maps (one PNG or TIFF of
+    object numbers for each image) or mask_files (one mask file for each object), or `MODULE:FUNCTION`, a reader of your
+    own, which Python must be able to import here and in Ray's workers. See `examples/own_dataset.py`."""
     root: str = ""
     """Folder of the dataset. Empty for `shapes`: drawn into the storage path."""
     annotations: str = ""
-    """COCO JSON of the training images, relative to root; empty: found by its usual names."""
+    """COCO JSON of the training images, or the YAML file of a YOLO dataset, relative to root; empty: found by its usual
+    names."""
     val_annotations: str = ""
     """COCO JSON of the validation images; empty: found, else a `val_fraction` of the images is held out."""
+    crowds: Annotated[Literal["ignore", "objects"], OFF_BY_DEFAULT] = "ignore"
+    """What annotations of a COCO file with `iscrowd` 1 are. ignore: regions of many objects, as COCO means it. objects:
+    single objects, in exports of CVAT, datumaro and supervision, which write every mask that is no polygon so."""
     val_fraction: float = Field(0.25, gt=0, lt=1)
     """Share of the training images that is held out for evaluation where there is no validation file."""
     image_dir: str = ""
-    """Folder of the training images; empty: found by the usual names of COCO, CVAT, FiftyOne and Roboflow."""
+    """Folder of the training images; empty: found by the usual names of the format's tools. For labelme, label_maps and
+    mask_files the folder of the split, with what belongs to its images."""
     val_image_dir: str = ""
     """Folder of the validation images; empty: found, as `image_dir`."""
     extra_annotations: str = ""
@@ -150,6 +156,15 @@ class DataConfig(Part):
             )
         if not 0 < self.scale_jitter[0] <= self.scale_jitter[1]:
             raise ValueError(f"data.scale_jitter is {list(self.scale_jitter)}: expected a range above 0, low end first")
+        return self
+
+    @model_validator(mode="after")
+    def _crowds_are_those_of_coco(self) -> DataConfig:
+        if self.crowds != "ignore" and self.format != "coco" and ":" not in self.format:
+            raise ValueError(
+                f"data.crowds is {self.crowds} and data.format {self.format}: expected data.format=coco, whose files "
+                "have iscrowd"
+            )
         return self
 
     @model_validator(mode="after")

@@ -38,6 +38,8 @@ SETTINGS = [
     *(f"stages.{stage}.batch_unlabelled=2" for stage in ("selftrain", "distill")),
     "evaluation.every_steps=100",
     "runtime.num_labellers=1",
+    "runtime.cpus_per_worker=1",  # with its stream more than an on-demand node has here, and half of what others have
+    "runtime.cpus_per_labeller=1",
     "runtime.stream_memory_mb=64",
     "data.shapes.num_source=8",
     f"data.shapes.num_train={NUM_IMAGES}",
@@ -63,11 +65,11 @@ class Nodes:
 
     def add(self) -> None:
         """Adds a node that holds one bundle of a train stage, or a labelling job."""
-        self.cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+        self.cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
 
     def add_on_demand(self) -> None:
-        """Adds a node for rows' drivers and the broker; it reserves a CPU for nobody who trains."""
-        self.cluster.add_node(num_cpus=0.1, object_store_memory=STORE_BYTES, resources={ON_DEMAND: 1})
+        """Adds a node for rows' drivers and the broker, too small for anything else."""
+        self.cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES, resources={ON_DEMAND: 1})
 
     def drain(self, node: Any) -> None:
         """Gives the notice that a spot node gives before it is taken back."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -88,3 +90,91 @@ def write_ade20k_full(root: Path, num_train: int = 6, num_val: int = 2) -> Path:
             write_png(folder / stem / f"instance_000_{stem}.png", np.zeros((HEIGHT, WIDTH), np.uint8))
             random_image(rng).save(folder / f"{stem}.jpg")
     return root
+
+
+ObjectMaps = dict[str, np.ndarray]
+"""Name of an image -> its label map, uint16 [H, W]: 0, or the number of the object."""
+
+
+def object_maps(count: int = 6, prefix: str = "cell") -> ObjectMaps:
+    """Three objects in each image, numbered with gaps; the first is an L, so that a box is not enough."""
+    rng = np.random.default_rng(7)
+    maps = {}
+    for number in range(count):
+        values = np.zeros((HEIGHT, WIDTH), dtype=np.uint16)
+        for value, left in ((1, 1), (7, 12), (300, 22)):
+            top, bottom = int(rng.integers(1, 6)), int(rng.integers(12, 22))
+            values[top:bottom, left : left + 8] = value
+        values[:8, 5:9] = np.where(values[:8, 5:9] == 1, 0, values[:8, 5:9])
+        maps[f"{prefix}{number}"] = values
+    return maps
+
+
+def image_of(name: str) -> np.ndarray:
+    """Pixels of an image that differ from name to name, uint8 [H, W, 3]."""
+    return np.asarray(random_image(np.random.default_rng(list(name.encode()))))
+
+
+def write_stardist(root: Path, maps: ObjectMaps, suffix: str = ".tif") -> Path:
+    """images/ and masks/ with files of equal names; the label maps have 16 bits."""
+    for name, values in maps.items():
+        write_png(root / f"images/{name}{suffix}", image_of(name))
+        write_png(root / f"masks/{name}{suffix}", values)
+    return root
+
+
+def write_cellpose(root: Path, maps: ObjectMaps, image: str = "_img", mask: str = "_masks") -> Path:
+    """x_img.png beside x_masks.png, and the other files that Cellpose leaves there."""
+    for name, values in maps.items():
+        write_png(root / f"{name}{image}.png", image_of(name))
+        write_png(root / f"{name}{mask}.png", values)
+        (root / f"{name}{image}_seg.npy").write_bytes(b"npy")
+    return root
+
+
+def write_mask_files(root: Path, maps: ObjectMaps) -> Path:
+    """A folder for each image, as in stage1_train.zip of the 2018 Data Science Bowl."""
+    for name, values in maps.items():
+        write_png(root / name / f"images/{name}.png", image_of(name))
+        for value in np.unique(values[values > 0]):
+            write_png(root / name / f"masks/{name}-{value}.png", np.where(values == value, 255, 0).astype(np.uint8))
+    return root
+
+
+def polygon_of(left: int, top: int, right: int, bottom: int) -> list[list[float]]:
+    """Corners of a box of pixels as [x, y]: the last column and row are right - 1 and bottom - 1."""
+    return [[left, top], [right, top], [right, bottom], [left, bottom]]
+
+
+def labelme_shape(label: str, points: list[list[float]], shape_type: str = "polygon", **fields: Any) -> dict[str, Any]:
+    """A shape with the keys of labelme 6."""
+    usual = {"group_id": None, "description": "", "flags": {}, "mask": None}
+    return {"label": label, "points": points, "shape_type": shape_type} | usual | fields
+
+
+def write_labelme(root: Path, shapes: dict[str, list[dict[str, Any]]], **fields: Any) -> Path:
+    """An image and a JSON file with the keys of labelme 6 for each name; `fields` of all JSON files."""
+    for name, listed in shapes.items():
+        write_png(root / f"{name}.png", image_of(name))
+        document = {"version": "6.3.1", "flags": {}, "shapes": listed, "imagePath": f"{name}.png", "imageData": None}
+        size = {"imageHeight": HEIGHT, "imageWidth": WIDTH}
+        (root / f"{name}.json").write_text(json.dumps(document | size | fields, ensure_ascii=False, indent=2))
+    return root
+
+
+def write_yolo(root: Path, lines: dict[str, str | None], split: str = "train", images: str = "images/{split}") -> Path:
+    """Images and, where the lines of one are not None, its text file."""
+    for name, text in lines.items():
+        folder = images.format(split=split)
+        write_png(root / folder / f"{name}.png", image_of(name))
+        labels = root / f"/{folder}".replace("/images", "/labels").removeprefix("/")
+        labels.mkdir(parents=True, exist_ok=True)
+        if text is not None:
+            (labels / f"{name}.txt").write_text(text)
+    return root
+
+
+def yolo_line(label: int, points: list[list[float]]) -> str:
+    """A line of YOLO's segmentation format."""
+    shares = (f"{x / WIDTH:.6f} {y / HEIGHT:.6f}" for x, y in points)
+    return f"{label} {' '.join(shares)}"

@@ -54,7 +54,7 @@ class Prometheus:
     began: float
     ended: float = 0.0
     train_runs: set[str] = field(default_factory=set)
-    """Names of the runs that the dashboard's Train page has shown meanwhile."""
+    """Names of the runs of Ray Train that the dashboard's API has listed meanwhile."""
 
     def ask(self, what: str, **parameters: Any) -> Any:
         url = f"http://127.0.0.1:{self.port}/api/v1/{what}?{urllib.parse.urlencode(parameters)}"
@@ -119,7 +119,7 @@ def watched(folder: Path, start_sweep: Any, wait_until: Any) -> Iterator[Prometh
 
 
 def train_runs(output: str) -> set[str]:
-    """Names of what the Train page of the dashboard shows whose address a command has printed."""
+    """Names of the runs of Ray Train that the dashboard lists whose address a command has printed."""
     found = re.search(r"dashboard (http://\S+)", output)
     token = Path.home() / ".ray" / "auth_token"
     if found is None:
@@ -147,7 +147,7 @@ def test_every_query_of_the_board_returns_data(watched: Prometheus) -> None:
     assert not empty
 
 
-def test_the_train_page_names_sweep_row_and_stages(watched: Prometheus) -> None:
+def test_runs_of_ray_train_are_named_after_sweep_row_and_stages(watched: Prometheus) -> None:
     names = [name.split("__") for name in watched.train_runs]
     assert {(parts[0], parts[1], parts[3]) for parts in names} == {("losses-shapes-smoke", "losses", "s0")}
     assert {parts[2] for parts in names} <= set(ROWS) and "pretrain-to-" in " ".join(parts[4] for parts in names)

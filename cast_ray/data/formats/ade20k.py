@@ -14,7 +14,7 @@ Classes are numbered 1..100 in both, as in the challenge.
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ import pyarrow as pa
 from cast_ray.contracts.records import Category
 from cast_ray.data.formats.coco import Progress
 from cast_ray.data.formats.instance_maps import encode_regions, instance
-from cast_ray.data.reading.index import DatasetIndex, Skipped, index_pool, pair_maps
+from cast_ray.data.reading.index import DatasetIndex, Skipped, index_extra, pair_maps
 from cast_ray.data.reading.listing import Listing, open_listing
 from cast_ray.recipe import DataConfig
 
@@ -84,18 +84,16 @@ def index(config: DataConfig, progress: Progress | None = None) -> DatasetIndex:
         )
     splits: dict[str, pa.Table] = {}
     skipped: list[Skipped] = []
-    left_out: Mapping[str, int] = {}
     for split, folder in _SPLITS.items():
         images, masks = pair(folder)
         if not images.keys() & masks.keys():
             raise ValueError(f"{listing.root}: no image with its label map in {folder}: expected ADE20K as downloaded")
         splits[split], bad = pair_maps(listing, split, images, masks)
         skipped += bad
-    if config.unlabelled_pool != "rest":
-        if not config.extra_image_dir:
-            raise ValueError("data.unlabelled_pool: ADE20K has no extra images: name a folder by data.extra_image_dir")
-        splits["extra"], left_out = index_pool(listing, config.extra_image_dir)
-    return DatasetIndex(splits, CATEGORIES, listing, skipped, sources=_SPLITS, decode_map=decode, left_out=left_out)
+    extra, left_out = index_extra(listing, config, "ADE20K")
+    return DatasetIndex(
+        splits | extra, CATEGORIES, listing, skipped, sources=_SPLITS, decode_map=decode, left_out=left_out
+    )
 
 
 def decode_challenge(map_HWC: np.ndarray) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ from cast_ray.data.formats.coco_document import (
     annotated_area,
     find_annotation_file,
     is_crowd,
+    placeholder_of,
     printable,
     read_categories,
     read_document,
@@ -28,7 +28,7 @@ from cast_ray.data.formats.coco_document import (
 )
 from cast_ray.data.formats.segmentations import encode_segmentation
 from cast_ray.data.reading.image_files import FoundImage, find_images, image_dirs_of
-from cast_ray.data.reading.index import INDEX_SCHEMA, DatasetIndex, HeldOut, Skipped, describe, index_pool
+from cast_ray.data.reading.index import INDEX_SCHEMA, DatasetIndex, HeldOut, Skipped, describe, hold_out, index_pool
 from cast_ray.data.reading.listing import Listing, open_listing
 from cast_ray.recipe import DataConfig
 
@@ -36,15 +36,22 @@ Progress = Callable[[int, int], None]
 EXTRA_FOLDERS = "unlabel*"
 ALL_IGNORED_HINT = (
     "A region of many objects has iscrowd 1, a single object has iscrowd 0, but some tools export every mask with "
-    "iscrowd 1: set iscrowd to 0 where the annotations are single objects."
+    "iscrowd 1 (CVAT, datumaro, supervision): set data.crowds=objects if the annotations are single objects."
 )
+_SUSPECT_SHARE = 0.02
+"""Share of annotations above which ignore regions that look like single objects are worth a warning.
+
+COCO has one region of many objects for a class in an image, and no attributes.
+"""
 
 
 @dataclass(frozen=True)
 class AnnotatedImages:
     """One annotation file as read: `table` follows INDEX_SCHEMA; the others as in DatasetIndex.
 
-    skipped_by_image: image id -> those of `skipped` that are its annotations.
+    skipped_by_image: image id -> those of `skipped` that are its annotations. num_suspect: ignore regions that look
+    like single objects: the image has another one of the class, or they have the `attributes` of annotation tools.
+    placeholder: id of a category that is only the name of a project, see `coco_document.placeholder_of`.
     """
 
     file: str
@@ -55,6 +62,8 @@ class AnnotatedImages:
     annotated: tuple[str, ...] | None
     left_out: Mapping[str, int] = field(default_factory=dict)
     skipped_by_image: Mapping[str, list[Skipped]] = field(default_factory=dict)
+    num_suspect: int = 0
+    placeholder: int | None = None
 
 
 def index(config: DataConfig, progress: Progress | None = None) -> DatasetIndex:
@@ -94,7 +103,7 @@ def index(config: DataConfig, progress: Progress | None = None) -> DatasetIndex:
                 f"{train_file}: {first.table.num_rows} usable image{reasons}: expected at least 2, one of them for "
                 "validation (or data.val_annotations)"
             )
-        splits["train"], splits["val"] = _hold_out(first.table, config.val_fraction)
+        splits = hold_out(first.table, config, train_file)
         held_out = _annotations_of(splits["val"], first.skipped_by_image)
     else:
         parts["val"] = read.annotations(val_file, image_dirs_of(config.val_image_dir, val_file, "val"), "val")
@@ -103,9 +112,11 @@ def index(config: DataConfig, progress: Progress | None = None) -> DatasetIndex:
     if config.unlabelled_pool != "rest":
         parts["extra"] = read.extra()
         splits["extra"] = parts["extra"].table
+    annotated = [part for split, part in parts.items() if split != "extra"]
+    placeholders = {part.placeholder for part in annotated}  # an image of either file may be of the class after all
     return DatasetIndex(
         splits=splits,
-        categories=first.categories,
+        categories=tuple(c for c in first.categories if placeholders != {c.id}),
         listing=listing,
         skipped=[s for part in parts.values() for s in part.skipped],
         num_annotations={split: part.num_annotations for split, part in parts.items()},
@@ -114,6 +125,7 @@ def index(config: DataConfig, progress: Progress | None = None) -> DatasetIndex:
         all_ignored_hint=ALL_IGNORED_HINT,
         left_out=parts["extra"].left_out if "extra" in parts else {},
         held_out=held_out,
+        warnings=[warning for part in annotated if (warning := _suspect_crowds(part))],
     )
 
 
@@ -149,15 +161,19 @@ class _Reader:
         categories = read_categories(document["categories"], file)
         annotations = document["annotations"]
         images, found, skipped = self._images(document["images"], image_dirs, split, file)
-        instances, bad_annotations, by_image = self._instances(images, found, annotations, categories, split, file)
+        instances, bad_annotations, by_image, num_suspect = self._instances(
+            images, found, annotations, categories, split, file
+        )
         return AnnotatedImages(
             file,
             _image_table(self.listing, found, instances, split),
             categories,
             len(annotations),
             skipped + bad_annotations,
-            _annotated_ids(images, annotations),
+            _annotated_ids(images, annotations, self.config.crowds),
             skipped_by_image=by_image,
+            num_suspect=num_suspect,
+            placeholder=placeholder_of(document),
         )
 
     def _images(
@@ -200,13 +216,15 @@ class _Reader:
         categories: tuple[Category, ...],
         split: str,
         file: str,
-    ) -> tuple[pa.Array, list[Skipped], dict[str, list[Skipped]]]:
-        """Instances of each image; the annotations that are skipped; the same by the id of their image, if known."""
+    ) -> tuple[pa.Array, list[Skipped], dict[str, list[Skipped]], int]:
+        """Instances of each image; the annotations that are skipped; the same by the id of their image, if known; and
+        the number of ignore regions that look like single objects."""
         row_of = {image.id: row for row, image in enumerate(found)}
         category_ids = {category.id for category in categories}
         rows, labels, rles, crowds, areas, skipped = [], [], [], [], [], []
         by_image: dict[str, list[Skipped]] = {}
         seen: dict[Any, list[dict[str, Any]]] = {}
+        regions: dict[tuple[int, int], list[bool]] = {}  # image and class -> whether each has attributes
         for number, annotation in enumerate(annotations):
             if self.progress and number % 1000 == 0:
                 self.progress(number, len(annotations))
@@ -216,7 +234,7 @@ class _Reader:
                 row = row_of.get(image_id)
                 if row is None:
                     continue  # its image is listed as skipped
-                crowd = is_crowd(annotation)
+                crowd = is_crowd(annotation) and self.config.crowds == "ignore"
                 image = found[row]
                 rles.append(encode_segmentation(annotation.get("segmentation"), image.height, image.width))
             except ValueError as reason:
@@ -231,7 +249,10 @@ class _Reader:
             labels.append(category_id)
             crowds.append(crowd)
             areas.append(annotated_area(annotation))
-        return _instance_lists(len(found), rows, labels, rles, crowds, areas), skipped, by_image
+            if crowd:
+                regions.setdefault((row, category_id), []).append(isinstance(annotation.get("attributes"), dict))
+        num_suspect = sum(len(alike) if len(alike) > 1 else sum(alike) for alike in regions.values())
+        return _instance_lists(len(found), rows, labels, rles, crowds, areas), skipped, by_image, num_suspect
 
 
 def _check_new(
@@ -248,9 +269,23 @@ def _check_new(
     before.append(annotation)
 
 
-def _is_object(annotation: dict[str, Any]) -> bool:
+def _suspect_crowds(part: AnnotatedImages) -> str:
+    """Says that some of a file's objects may be lost as ignore regions; empty where nothing looks like it, or where all
+    are ignore regions, which the data report says."""
+    crowds = pc.struct_field(pc.list_flatten(part.table.column("instances")), "is_crowd")
+    total, num_crowds = len(crowds), pc.sum(crowds).as_py() or 0
+    if num_crowds == total or part.num_suspect <= _SUSPECT_SHARE * total:
+        return ""
+    return (
+        f"{num_crowds:,} of {total:,} annotations in {part.file} have iscrowd 1 and are ignore regions, and they look "
+        "like single objects: the file may be an export of CVAT, datumaro or supervision, which write masks with "
+        "iscrowd 1. Set data.crowds=objects if they are single objects."
+    )
+
+
+def _is_object(annotation: dict[str, Any], crowds: str) -> bool:
     try:
-        return not is_crowd(annotation)
+        return crowds == "objects" or not is_crowd(annotation)
     except ValueError:
         return False
 
@@ -273,13 +308,13 @@ def _image_table(listing: Listing, found: list[FoundImage], instances: pa.Array,
 
 
 def _annotated_ids(
-    images: dict[int | str, dict[str, Any]], annotations: list[dict[str, Any]]
+    images: dict[int | str, dict[str, Any]], annotations: list[dict[str, Any]], crowds: str
 ) -> tuple[str, ...] | None:
     """Ids of the images with at least one object that is no crowd, in rising order; None where ids have no order.
 
     This is the list that detectron2 trains on, in which published label lists count positions.
     """
-    with_objects = {resolve(a.get("image_id"), images) for a in annotations if _is_object(a)}
+    with_objects = {resolve(a.get("image_id"), images) for a in annotations if _is_object(a, crowds)}
     chosen = [identifier for identifier in images if identifier in with_objects]
     if len({type(i) for i in chosen}) > 1:
         return None
@@ -318,17 +353,6 @@ def _instance_lists(
         chunks.append(pa.ListArray.from_arrays(offsets, instances))
         first += len(chosen)
     return pa.chunked_array(chunks)
-
-
-def _hold_out(table: pa.Table, val_fraction: float) -> tuple[pa.Table, pa.Table]:
-    digests = [hashlib.sha256(i.encode()).digest()[:8] for i in table.column("image_id").to_pylist()]
-    place = np.array([int.from_bytes(d, "big") / 2**64 for d in digests])
-    held = place < val_fraction
-    held[place.argmin()] = True
-    held[place.argmax()] = False
-    kept, val = table.filter(pa.array(~held)), table.filter(pa.array(held))
-    column = table.schema.get_field_index("split")
-    return kept, val.set_column(column, "split", pa.array(["val"] * val.num_rows))
 
 
 def _annotations_of(images: pa.Table, skipped_by_image: Mapping[str, Sequence[Skipped]]) -> HeldOut:

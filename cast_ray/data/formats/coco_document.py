@@ -25,6 +25,7 @@ TRAIN_NAMES = (
     "annotations/*.json",
     "labels.json",
     "train/labels.json",
+    "result.json",  # Label Studio
 )
 VAL_NAMES = (
     "annotations/instances_val*.json",
@@ -38,6 +39,7 @@ VAL_NAMES = (
 EXTRA_NAMES = ("annotations/image_info_unlabeled*.json", "image_info_unlabeled*.json")
 _MOST_DIGITS = 30
 _LVIS_FIELDS = ("neg_category_ids", "not_exhaustive_category_ids")
+_LVIS_FREQUENCIES = ("r", "c", "f")
 _CROWD_WORDS = {"": False, "0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 """Values of `iscrowd` in lower case: some tools write them as text or as floats."""
 _OTHER_TASKS = (
@@ -103,6 +105,12 @@ def read_document(uri: str, file: str, expected: Sequence[str] = PARTS) -> dict[
                 f"{file}: LVIS is not supported: its images ({name!r}) have not all of their objects annotated, "
                 "and what is not annotated would be learnt as background"
             )
+    for category in document.get("categories", []):
+        if category.get("frequency") in _LVIS_FREQUENCIES and "synset" in category:
+            raise ValueError(
+                f"{file}: LVIS is not supported: its images have not all objects of its categories ('frequency') "
+                "annotated, and what is not annotated would be learnt as background"
+            )
     if not document["images"]:
         raise ValueError(f"{file}: 'images' is empty: expected at least one image")
     return {name: document.get(name, []) for name in PARTS}
@@ -123,6 +131,25 @@ def read_categories(entries: list[dict[str, Any]], file: str) -> tuple[Category,
             raise ValueError(f"{file}: categories[{index}].id is {identifier} for the second time")
         categories[identifier] = Category(identifier, name)
     return tuple(categories.values())
+
+
+def placeholder_of(document: dict[str, Any]) -> int | None:
+    """Returns the id of Roboflow's category 0, which is the name of the project and no class; None: there is none.
+
+    Roboflow numbers the classes from 1 and writes a category 0 that is the `supercategory` of all of them, has none of
+    its own, and is that of no annotation.
+
+    Args:
+        document: see `read_document`.
+    """
+    first = [c for c in document["categories"] if whole_number(c.get("id")) == 0]
+    others = [c for c in document["categories"] if whole_number(c.get("id")) != 0]
+    if len(first) != 1 or not others or first[0].get("supercategory") != "none":
+        return None
+    if any(c.get("supercategory") != first[0].get("name") for c in others):
+        return None
+    is_used = any(resolve(a.get("category_id"), {0}) is not None for a in document["annotations"])
+    return None if is_used else 0
 
 
 def usable_images(images: list[dict[str, Any]], split: str, file: str) -> tuple[list[dict[str, Any]], list[Skipped]]:

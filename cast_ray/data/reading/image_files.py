@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import posixpath
+import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from typing import Any, NamedTuple, TypeGuard
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 from cast_ray.common.paths import is_uri
 from cast_ray.data.formats.coco_document import printable, shown, whole_number
@@ -19,6 +20,7 @@ from cast_ray.data.reading.listing import Listing, child, is_text
 _DIR_KEYS = {"val": "data.val_image_dir", "extra": "data.extra_image_dir"}
 _UNKNOWN_SIZES = (0, -1)  # tools that do not know an image's size write these, null, or nothing
 _NUM_READERS = 16
+_UPLOAD = re.compile(r"^[0-9a-f]{8}-")
 
 
 class FoundImage(NamedTuple):
@@ -129,7 +131,10 @@ class _Place:
 
     def alike(self, name: str) -> str:
         """Returns the path of the only file whose name equals this one or its last parts; empty if there is no such
-        file."""
+        file. Of an address, what stands around the path is passed over, see `_forms`."""
+        return next((path for form in _forms(name) if (path := self._by_last_parts(form))), "")
+
+    def _by_last_parts(self, name: str) -> str:
         parts = name.replace("\\", "/").split("/")
         if ".." in parts:
             parts = parts[len(parts) - parts[::-1].index("..") :]
@@ -193,6 +198,22 @@ def _path_of(folder: str, name: str) -> str:
     if path == ".." or path.startswith("../"):
         return ""
     return child(folder, path) if outside else path
+
+
+def _forms(name: str) -> Iterator[str]:
+    """A name, and the paths that it means if it is an address or the name of an upload, as Label Studio writes them.
+
+    `/data/local-files/?d=photos/x.jpg` means photos/x.jpg, `https://host/x.jpg?signature=...` means x.jpg, and an
+    upload `1a2b3c4d-x.jpg` was x.jpg before Label Studio gave it a name.
+    """
+    yield name
+    path, mark, query = name.partition("?")
+    if mark:
+        yield from parse_qs(query).get("d", [])
+        yield path
+    folder, name = posixpath.split(path.replace("\\", "/"))
+    if original := _UPLOAD.sub("", name):
+        yield posixpath.join(folder, original)
 
 
 def _key(name: str) -> str:

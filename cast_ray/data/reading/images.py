@@ -132,6 +132,19 @@ def read_map(uri: str, image_hw: tuple[int, int], max_pixels: int = MAX_PIXELS) 
         return np.asarray(image)
 
 
+def read_mask(uri: str, image_hw: tuple[int, int], max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The mask of one object: bool [H, W], true where a colour is not black. An alpha channel is passed over.
+
+    Raises:
+        ImageError, OSError: as `read_map`.
+    """
+    with _opened(uri, image_hw, max_pixels) as (image, _):
+        if image.mode not in (*_MAP_MODES, "1", "LA"):
+            raise _Refused(f"a mask of mode {image.mode}: expected 1-, 8- or 16-bit grey or RGB")
+        pixels = np.asarray(image)
+        return pixels != 0 if pixels.ndim == 2 else (pixels[..., : 1 if image.mode == "LA" else 3] != 0).any(-1)
+
+
 @contextmanager
 def _opened(
     uri: str, image_hw: tuple[int, int] | None, max_pixels: int, *, whole: bool = True, recent: bool = False
@@ -182,11 +195,21 @@ def _advice(uri: str) -> str:
     return ": convert it to JPEG or PNG" if uri.lower().endswith(UNREADABLE_SUFFIXES) else ""
 
 
-def _read(uri: str, num_bytes: int | None) -> bytes:
+def read_content(uri: str, num_bytes: int | None = None) -> bytes:
+    """Reads the bytes of a file of one image, or the first of them.
+
+    Raises:
+        ImageError: the file is missing, or is not one.
+        OSError: the file store failed.
+    """
     try:
-        content = read_bytes(uri, num_bytes)
+        return read_bytes(uri, num_bytes)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise ImageError(uri, f"cannot be read ({type(error).__name__})") from None
+
+
+def _read(uri: str, num_bytes: int | None) -> bytes:
+    content = read_content(uri, num_bytes)
     if not content:
         raise ImageError(uri, "the file is empty")
     return content

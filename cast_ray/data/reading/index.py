@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import posixpath
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ import pyarrow as pa
 from cast_ray.contracts.records import RECORD_SCHEMA, Category, encode_image_id
 from cast_ray.data.reading.listing import Listing
 from cast_ray.data.reading.photos import describe_left_out, images_below
+from cast_ray.recipe import DataConfig
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -19,7 +22,7 @@ INDEX_SCHEMA = pa.schema(
         ("split", pa.string()),
         ("file", pa.string()),  # the image below the dataset's folder, for messages
         ("num_bytes", pa.int64()),
-        ("mask_uri", pa.string()),  # label map that holds the instances; null: `instances` is final
+        ("mask_uri", pa.string()),  # label map, text file or folder of the instances; null: `instances` is final
     ]
 )
 
@@ -39,8 +42,14 @@ class HeldOut(NamedTuple):
     skipped: Sequence[Skipped]
 
 
-DecodeMap = Callable[[np.ndarray], tuple[list[dict[str, Any]], list[tuple[str, str]]]]
-"""A label map [H, W(, 3)] -> its instances (INSTANCE_TYPE as dicts), and (id, reason) of those that cannot be used."""
+ReadOutcome = tuple[list[dict[str, Any]], list[tuple[str, str]]]
+"""The instances of an image (INSTANCE_TYPE as dicts), and (id, reason) of those that cannot be used."""
+
+DecodeMap = Callable[[np.ndarray], ReadOutcome]
+"""A label map [H, W(, 3)] -> its instances; it raises ValueError with the reason why a map cannot be used."""
+
+ReadInstances = Callable[[str, tuple[int, int]], ReadOutcome]
+"""`mask_uri` of an image and its (height, width) -> its instances; it raises ValueError as DecodeMap does."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,8 @@ class DatasetIndex:
     format where every annotation of a split is an ignore region, see `data_report`. left_out: what was not taken from
     the folder of the extra pool, see `photos.FoundImages`. refuse_ignored: of a format in which a split whose objects
     are all ignore regions is a mistake: the ids of their classes -> why it is refused. held_out: of a dataset without
-    validation files of its own.
+    validation files of its own. decode_map or read_instances: how the instances behind a `mask_uri` are read, of a
+    format with one label map, or with another file or a folder for each image. warnings: sentences for the data report.
     """
 
     splits: dict[str, pa.Table]
@@ -71,6 +81,8 @@ class DatasetIndex:
     left_out: Mapping[str, int] = field(default_factory=dict)
     refuse_ignored: Callable[[Sequence[int]], str] | None = None
     held_out: HeldOut | None = None
+    read_instances: ReadInstances | None = None
+    warnings: Sequence[str] = ()
 
     def num_images(self, split: str) -> int:
         """Images of a split, unusable ones included."""
@@ -142,6 +154,73 @@ def index_pool(
         )
     named = [(stem(path) if stem else path.removeprefix(f"{folder}/"), path, None) for path in found.paths]
     return index_table(listing, "extra", named), found.left_out
+
+
+def index_extra(listing: Listing, config: DataConfig, what: str) -> tuple[dict[str, pa.Table], Mapping[str, int]]:
+    """Lists the extra pool, if the recipe uses one, of a format that has no usual folder for it.
+
+    Args:
+        what: name of the format, for the message.
+
+    Returns:
+        The split `extra` or nothing, and `FoundImages.left_out`.
+
+    Raises:
+        ValueError: the recipe names no folder.
+    """
+    if config.unlabelled_pool == "rest":
+        return {}, {}
+    if not config.extra_image_dir:
+        raise ValueError(f"data.unlabelled_pool: {what} has no extra images: name a folder by data.extra_image_dir")
+    table, left_out = index_pool(listing, config.extra_image_dir)
+    return {"extra": table}, left_out
+
+
+def by_stem(paths: Iterable[str], strip: Callable[[str], str] = lambda stem: stem) -> dict[str, str]:
+    """Returns file name without suffix -> path, of the files that other files are to be paired with.
+
+    Args:
+        paths: of files.
+        strip: takes away what the tool appends to the stem.
+
+    Raises:
+        ValueError: two files differ in their suffix alone, so that nobody can tell which of them is meant.
+    """
+    found: dict[str, str] = {}
+    for path in paths:
+        stem = strip(posixpath.splitext(posixpath.basename(path))[0])
+        if stem in found:
+            raise ValueError(f"{found[stem]} and {path} have one name: expected one file of the name {stem}")
+        found[stem] = path
+    return found
+
+
+def hold_out(table: pa.Table, config: DataConfig, source: str) -> dict[str, pa.Table]:
+    """Splits the images of a dataset without validation images: train and val.
+
+    The images whose sha256(image id) lies in the lowest `val_fraction` are held out, at least one and never all, so
+    that the choice survives added images.
+
+    Args:
+        table: INDEX_SCHEMA.
+        source: file or folder of the images, for the message.
+
+    Raises:
+        ValueError: there are fewer than two images.
+    """
+    if table.num_rows < 2:
+        raise ValueError(
+            f"{source}: {table.num_rows} usable image: expected at least 2, one of them for validation (or images for "
+            "validation in a folder of their own)"
+        )
+    digests = [hashlib.sha256(i.encode()).digest()[:8] for i in table.column("image_id").to_pylist()]
+    place = np.array([int.from_bytes(d, "big") / 2**64 for d in digests])
+    held = place < config.val_fraction
+    held[place.argmin()] = True
+    held[place.argmax()] = False
+    kept, val = table.filter(pa.array(~held)), table.filter(pa.array(held))
+    column = table.schema.get_field_index("split")
+    return {"train": kept, "val": val.set_column(column, "split", pa.array(["val"] * val.num_rows))}
 
 
 def describe(skipped: Sequence[Skipped], most: int = 3) -> str:

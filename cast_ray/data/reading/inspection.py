@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cast_ray.contracts.records import Category, DatasetSplits, instance_rows, mask_areas, object_areas, take_rows
+from cast_ray.data.formats import label_maps, labelme, mask_files, yolo
+from cast_ray.data.formats.coco_document import TRAIN_NAMES, find_annotation_file
 from cast_ray.data.reading.listing import Listing
 from cast_ray.data.splits.fractions import label_index
 
@@ -20,13 +22,27 @@ SMALL_PX, MEDIUM_PX = 32**2, 96**2
 
 
 def guess_format(root: str) -> str:
-    """cityscapes, ade20k or coco, by the folders below a root."""
+    """Returns the name of the format that the files and folders below a root look like; coco where they look like none.
+
+    An annotation file in COCO format comes first: folders of masks may lie beside it.
+    """
     listing = Listing(root)
     folders = set(listing.folders(""))
     if folders & {"leftImg8bit", "gtFine"}:
         return "cityscapes"
     if folders & {"annotations_instance", "ADEChallengeData2016", "ADE20K_2021_17_01"} or listing.folders("images/ADE"):
         return "ade20k"
+    try:
+        if find_annotation_file(listing, "", "data.annotations", TRAIN_NAMES) is not None:
+            return "coco"
+    except ValueError:  # several files fit
+        return "coco"
+    if any(name.lower() in yolo.YAML_NAMES for name in listing.files("")):
+        return "yolo"
+    looks_like = {"label_maps": label_maps.is_layout, "mask_files": mask_files.is_layout, "labelme": labelme.is_layout}
+    for name, is_layout in looks_like.items():
+        if any(is_layout(listing, folder) for folder in (*label_maps.TRAIN_FOLDERS, "stage1_train")):
+            return name
     return "coco"
 
 

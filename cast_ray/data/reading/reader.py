@@ -21,7 +21,7 @@ from cast_ray.contracts.records import RECORD_SCHEMA, Category, DatasetSplits, d
 from cast_ray.data.reading.copies import Copies, blind_spot, identity_of
 from cast_ray.data.reading.data_report import Contents, check_report, data_report
 from cast_ray.data.reading.images import ImageError, check_image, read_map
-from cast_ray.data.reading.index import DatasetIndex, DecodeMap, Skipped
+from cast_ray.data.reading.index import DatasetIndex, DecodeMap, ReadInstances, ReadOutcome, Skipped
 from cast_ray.data.reading.photos import describe_left_out
 from cast_ray.recipe import DataConfig
 
@@ -45,22 +45,26 @@ Run = Callable[[MakeRows, list[pa.Table]], Iterator[pa.Table]]
 """Applies a function to blocks and yields what it returns, in order, cut and joined as it likes."""
 
 
-def read_rows(rows: pa.Table, *, decode_map: DecodeMap | None, verify: str, max_pixels: int) -> pa.Table:
+def read_rows(rows: pa.Table, *, read_instances: ReadInstances | None, verify: str, max_pixels: int) -> pa.Table:
     """Reads a few images of an index: INDEX_SCHEMA -> READ_SCHEMA, a row for each, the unusable ones marked.
 
     Args:
         rows: images of one split.
-        decode_map: reads label maps, where the format has them.
+        read_instances: reads what lies at a `mask_uri`, where the format has them.
         verify: see DataConfig; an image whose size is not known is opened whatever it says.
         max_pixels: larger images are unusable.
 
     Raises:
         OSError: the file store failed, which says nothing about the images.
     """
-    return pa.Table.from_pylist([_read_row(r, decode_map, verify, max_pixels) for r in rows.to_pylist()], READ_SCHEMA)
+    return pa.Table.from_pylist(
+        [_read_row(r, read_instances, verify, max_pixels) for r in rows.to_pylist()], READ_SCHEMA
+    )
 
 
-def _read_row(row: dict[str, Any], decode_map: DecodeMap | None, verify: str, max_pixels: int) -> dict[str, Any]:
+def _read_row(
+    row: dict[str, Any], read_instances: ReadInstances | None, verify: str, max_pixels: int
+) -> dict[str, Any]:
     image_hw = (row["height"], row["width"]) if row["height"] is not None else None
     skipped: list[dict[str, str]] = []
     num_annotations = 0
@@ -72,8 +76,13 @@ def _read_row(row: dict[str, Any], decode_map: DecodeMap | None, verify: str, ma
         if verify != "none" or image_hw is None:
             image_hw, content = check_image(row["uri"], image_hw, max_pixels, decode=verify == "full")
         if row["mask_uri"] is not None:
-            assert decode_map is not None and image_hw is not None
-            row["instances"], unknown = _read_instances(row["mask_uri"], image_hw, decode_map)
+            assert read_instances is not None and image_hw is not None
+            try:
+                row["instances"], unknown = read_instances(row["mask_uri"], image_hw)
+            except ImageError:
+                raise
+            except ValueError as error:
+                raise ImageError(row["mask_uri"], str(error)) from None
             num_annotations = len(row["instances"]) + len(unknown)
             skipped += [{"kind": "annotation", "id": i, "file": row["file"], "reason": reason} for i, reason in unknown]
         row["height"], row["width"] = image_hw
@@ -89,9 +98,7 @@ def _read_row(row: dict[str, Any], decode_map: DecodeMap | None, verify: str, ma
     return result | facts | {"digest": _digest(row, content), "identity": identity_of(content, row["uri"])}
 
 
-def _read_instances(
-    uri: str, image_hw: tuple[int, int], decode_map: DecodeMap
-) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+def _read_map(uri: str, image_hw: tuple[int, int], decode_map: DecodeMap) -> ReadOutcome:
     try:
         return decode_map(read_map(uri, image_hw))
     except ImageError as error:
@@ -167,7 +174,9 @@ class Reading:
             return
         make = partial(
             read_rows,
-            decode_map=index.decode_map,
+            read_instances=partial(_read_map, decode_map=index.decode_map)
+            if index.decode_map
+            else index.read_instances,
             verify=self.config.verify,
             max_pixels=self.config.max_image_pixels,
         )
@@ -207,7 +216,7 @@ class Reading:
             num_ignored = pc.sum(pc.struct_field(pc.list_flatten(instances), "is_crowd")).as_py() or 0
             num_objects = (pc.sum(pc.list_value_length(instances)).as_py() or 0) - num_ignored
             # A label map without an instance says that nothing is there; an annotation file may just not say what is.
-            is_listed = self.index.decode_map is None
+            is_listed = self.index.decode_map is None and self.index.read_instances is None
             num_unmasked = pc.sum(pc.equal(pc.list_value_length(instances), 0)).as_py() or 0 if is_listed else 0
             before = self.contents.get(split, Contents(0, 0))
             counts = (num_objects, num_ignored, num_unmasked)
@@ -257,7 +266,7 @@ class Reading:
         notes = [*self.copies.notes(), "" if self.index.content_hash else blind_spot(self.config.verify)]
         if self.index.left_out:
             notes.append(f"Left out of the extra pool's folder: {describe_left_out(self.index.left_out)}.")
-        report["warnings"] += self.copies.warnings()
+        report["warnings"] += [*self.index.warnings, *self.copies.warnings()]
         return report | {
             "notes": [note for note in notes if note],
             "refusals": self._refusals(),

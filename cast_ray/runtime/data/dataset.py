@@ -40,7 +40,7 @@ from cast_ray.data.splits.fractions import LabelSource, label_index, mark_copies
 from cast_ray.data.splits.label_lists import LabelList, forms_of_skipped, read_list
 from cast_ray.plan.graph import DataHashes, Stage, fingerprint_of
 from cast_ray.recipe import DataConfig, Recipe
-from cast_ray.recipe.part import identity_of
+from cast_ray.recipe.part import OFF_BY_DEFAULT, identity_of, marked
 from cast_ray.runtime.cluster import Cluster
 from cast_ray.runtime.store.artifacts import ArtifactStore, LostFilesError
 
@@ -54,7 +54,7 @@ LABEL_INDEX = "label_index"
 """Table of what a choice of labelled images reads: small enough for the driver, which the records are not."""
 
 READ_FIELDS = frozenset(
-    {"format", "root", "annotations", "val_annotations", "val_fraction", "image_dir", "val_image_dir"}
+    {"format", "root", "annotations", "val_annotations", "val_fraction", "image_dir", "val_image_dir", "crowds"}
     | {"extra_annotations", "extra_image_dir", "verify", "max_image_pixels", "max_bad_fraction", "shapes"}
 )
 """Fields of DataConfig that decide which records are read; the rest chooses among them or crops them."""
@@ -200,8 +200,9 @@ def _draw(data: DataConfig, store: ArtifactStore, console: Console) -> DataConfi
 
 
 def _read_part(data: DataConfig) -> dict[str, Any]:
-    part = data.model_dump(include=set(READ_FIELDS) - {"max_bad_fraction"})
     # Without fields at their default: a field that is new does not make stored datasets be read again.
+    off = set(marked(DataConfig, OFF_BY_DEFAULT)) - identity_of(data).keys()
+    part = data.model_dump(include=set(READ_FIELDS) - {"max_bad_fraction"} - off)
     part |= {"shapes": identity_of(data.shapes)}
     return part | {"root": absolute(data.root), "extra": data.unlabelled_pool != "rest"}
 

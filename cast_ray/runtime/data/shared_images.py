@@ -25,7 +25,8 @@ def share_images() -> None:
 
 def forget_shared_images() -> None:
     """Removes what was shared on this node; other nodes do so when the next job comes."""
-    shutil.rmtree(_folder(), ignore_errors=True)
+    if ray.is_initialized():  # asking for the job would start a Ray
+        shutil.rmtree(_folder(), ignore_errors=True)
 
 
 def _folder() -> Path:

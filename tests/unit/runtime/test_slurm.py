@@ -28,6 +28,7 @@ STAND_INS = {
     "ray": """
         echo "ray $*" >> "$LOG"
         echo "token $RAY_AUTH_MODE $RAY_AUTH_TOKEN" >> "$LOG"
+        echo "folder $RAY_TMPDIR" >> "$LOG"
         if [[ -n ${RAY_CANNOT_START:-} ]]; then exit 0; fi  # as Ray does
         while [[ $1 != -- ]]; do shift; done
         shift
@@ -98,7 +99,8 @@ def test_the_sweep_runs_on_the_first_node_of_a_cluster_of_all(job: Job) -> None:
     assert code == 0, output
     assert "scontrol show hostnames node[7-8]" in job.log and "--nodelist=node7 hostname" in job.log
     (run,) = [line for line in job.log.splitlines() if line.startswith("ray ")]
-    assert run.startswith("ray symmetric-run --address 10.0.0.7:24711 --min-nodes 2 --temp-dir /tmp/ray-4711 -- ")
+    assert run.startswith("ray symmetric-run --address 10.0.0.7:24711 --min-nodes 2 -- ")
+    assert "folder /tmp/ray-4711\n" in job.log
     assert "ran sweeps/ablate.py losses --set data.root=/shared/my data at 10.0.0.7:24711" in job.log
     assert "srun --nodes=2 --ntasks=2 --kill-on-bad-exit=1 ray symmetric-run" in job.log
     assert list(job.folder.glob(".cast_ray*")) == []  # nothing is left in the user's folder

@@ -49,7 +49,7 @@ def test_a_split_of_crowds_only_is_said_with_the_likely_cause(tmp_path: Path) ->
     root = write_splits(tmp_path, valid_document(6, iscrowd=1), valid_document(2))
     (warning,) = warnings_of(root)
     assert warning.startswith("No object in the 6 training images (annotations/instances_train.json): all 6 usable")
-    assert "set iscrowd to 0" in warning and warning.endswith("Nothing can be learnt from them.")
+    assert "data.crowds=objects" in warning and warning.endswith("Nothing can be learnt from them.")
     report = load(DataConfig(format="coco", root=str(root)))[1]
     counts = {split: (facts["objects"], facts["ignore_regions"]) for split, facts in report["splits"].items()}
     assert counts == {"train": (0, 6), "val": (2, 0)}

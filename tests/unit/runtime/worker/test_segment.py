@@ -1,4 +1,4 @@
-"""The name of a segment's run in Ray Train, which the dashboard's Train page lists."""
+"""The name of a segment's run in Ray Train, which the dashboard's API lists."""
 
 from __future__ import annotations
 
