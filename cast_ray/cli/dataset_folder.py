@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cast_ray.common import registry
 from cast_ray.common.paths import absolute
-from cast_ray.data.reading.inspection import guess_format
-from cast_ray.recipe import Recipe, build_recipe, parse_overrides, preset_names
+
+if TYPE_CHECKING:
+    from cast_ray.recipe import Recipe
+
+FORMATS = ", ".join(name for name in registry.ROWS["datasets"] if name != "shapes")
+"""Names of the formats of datasets that lie in a folder."""
 
 FORMATS = ", ".join(name for name in registry.ROWS["datasets"] if name != "shapes")
 """Names of the formats of folders."""
@@ -25,6 +29,9 @@ def recipe_of_folder(folder: str, kind: str | None, settings: list[str]) -> Reci
     Raises:
         ValueError: a key that is none of the data part, a bad value, or a format whose images lie in no folder.
     """
+    from cast_ray.data.reading.inspection import guess_format  # what --help does without
+    from cast_ray.recipe import build_recipe, parse_overrides, preset_names
+
     root = absolute(folder)
     kind = kind or guess_format(root)
     if kind == "shapes":

@@ -1,8 +1,8 @@
-"""`cast-ray export` takes a student out of a run: as a folder with a model card, on the hub, or as a file for a runtime.
+"""`cast-ray export` takes a student out of a run: as a folder, on the hub, or as a file for another runtime.
 
 cast-ray export --student runs/losses-shapes-demo/sup+semi+pxl --out student
 cast-ray export --student student --out student/student.onnx --check DATA
-cast-ray export --student student --out student/int8.onnx --precision int8 --calibrate PHOTOS --check DATA --max-drop 0.5
+cast-ray export --student student --out int8.onnx --precision int8 --calibrate PHOTOS --check DATA --max-drop 0.5
 cast-ray export --student runs/losses-shapes-demo/sup+semi+pxl --push-to-hub OWNER/NAME
 """
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from cast_ray.cli.dataset_folder import FORMATS, recipe_of_folder
 from cast_ray.cli.options import (
     EXIT_FAILED,
     STUDENT_HELP,
@@ -152,7 +153,6 @@ def _check(
 
 def _recipe(arguments: argparse.Namespace, result: RowResult | None) -> Recipe:
     """Returns the recipe whose data and rules the file is measured by."""
-    from cast_ray.cli.dataset_folder import recipe_of_folder
     from cast_ray.recipe import Recipe
 
     if arguments.check != OF_ROW:
@@ -283,7 +283,7 @@ def _parser() -> Parser:
     check.add_argument(
         "--check-images", type=positive, metavar="N", help="the first N validation images (default: all)"
     )
-    check.add_argument("--format", help="of DATA: coco, cityscapes or ade20k, or MODULE:FUNCTION (default: recognised)")
+    check.add_argument("--format", help=f"of DATA: {FORMATS}, or MODULE:FUNCTION (default: recognised)")
     add_set_option(check, "a data key of the recipe of DATA")
     check.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     return parser

@@ -81,7 +81,7 @@ def _head(command: str, categories: Sequence[Category]) -> str:
 
 
 def write_predictions(rows: Rows, folder: str, categories: Sequence[Category], out: Path) -> None:
-    """Writes `results.json` (COCO results) and `images.json` (a COCO file with the same, see `_write_coco`), each whole.
+    """Writes `results.json` (COCO results) and `images.json` (a COCO file with the same instances), each whole.
 
     Args:
         rows: of all images; they are gone through several times.

@@ -159,8 +159,8 @@ def export_size(student: Student, image_px: tuple[int, int] | None) -> tuple[int
     """
     if image_px is None and not student.input_size.is_fixed:
         raise ValueError(
-            f"this student sees images {student.input_size}, an exported model has one size: name it by --image-px H W, "
-            "for example 1024 2048 for Cityscapes"
+            f"this student sees images {student.input_size}, an exported model has one size: name it by --image-px "
+            "H W, for example 1024 2048 for Cityscapes"
         )
     return image_px or student.image_px
 

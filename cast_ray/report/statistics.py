@@ -213,7 +213,7 @@ def image_counts(num_images: int, num_replicates: int) -> np.ndarray:
 
 
 def resampled_ap(matches: MatchedImages, num_replicates: int = NUM_REPLICATES) -> np.ndarray:
-    """AP on resampled images: float32 [num_replicates]; of equal images always the same draws, so that pairs stay pairs."""
+    """AP on resampled images: float32 [num_replicates]; equal images have equal draws, so pairs stay pairs."""
     counts = image_counts(matches.num_images, num_replicates)
     return np.array([matches.mask_ap(count) for count in counts], np.float32)
 

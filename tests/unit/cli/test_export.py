@@ -48,7 +48,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of several sizes, whose truth is what `predict` finds in them: the file that it writes is the dataset's."""
+    """Images of several sizes, whose truth is the file that `predict` writes for them."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "photos").mkdir()
     rng = np.random.default_rng(0)
