@@ -2,7 +2,7 @@
 
     python benchmarks/control_plane.py
     python benchmarks/control_plane.py --rows 100 --repeats 1
-    python benchmarks/control_plane.py --only start    # a sweep's first look at a store of 100,000 artifacts, without Ray
+    python benchmarks/control_plane.py --only start    # first look at a store of 100,000 artifacts, without Ray
 
 Every row has five stages that do nothing but commit an artifact: four shared with a quarter of the rows (4 distinct
 upstream chains) and one of its own. The rival is Tune with as many trials that report once and end, as many at a time,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -25,6 +25,7 @@ from cast_ray.data.reading.photos import (
 from cast_ray.inference.result_files import Rows, check_overlays, check_results, write_overlay
 
 MAX_REPORTED = 10
+Written = TypeVar("Written")
 
 
 def list_photos(sources: Sequence[str], errors: Console, exclude: Sequence[str] = ()) -> list[str]:
@@ -60,10 +61,10 @@ def run_images(
     paths: Sequence[str],
     settings: Mapping[str, Any],
     rows_of: Callable[[list[str]], Iterator[dict[str, Any]]],
-    write: Callable[[Rows], None],
+    write: Callable[[Rows], Written],
     out: Path,
     errors: Console,
-) -> int:
+) -> tuple[int, Written]:
     """Finds the instances of every image under a progress bar, then writes the results; resumes a stopped run.
 
     Results that the folder held before stay until the new ones are whole. Overlays are written as they come.
@@ -73,12 +74,12 @@ def run_images(
         settings: what decides which instances are found, and `overlays`, whether they are drawn; a stopped run is
             resumed under equal settings only.
         rows_of: gives the rows of images, in the order of the paths that it is given; see `Predictor.__call__`.
-        write: writes the results of all images.
+        write: writes the results of all images; may return something about them.
         out: the output folder.
         errors: where skipped images are reported.
 
     Returns:
-        Number of images that were read.
+        Number of images that were read, and what `write` returned.
 
     Raises:
         ValueError: an unfinished run of other settings or overlays of something else lie in the folder, or another
@@ -103,10 +104,10 @@ def run_images(
                     write_overlay(row, names, out)
                     finished.add(row)
                 progress.advance(task)
-        write(finished.rows)
+        written = write(finished.rows)
         finished.remove()
     for path, reason in skipped[:MAX_REPORTED]:
         errors.print(f"skipped {path}: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if len(skipped) > MAX_REPORTED:
         errors.print(f"... and {len(skipped) - MAX_REPORTED} more")
-    return len(paths) - len(skipped)
+    return len(paths) - len(skipped), written

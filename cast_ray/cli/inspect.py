@@ -17,21 +17,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cast_ray.cli.dataset_folder import FORMATS, recipe_of_folder
 from cast_ray.cli.options import EXIT_FAILED, Parser, add_set_option, exit_code, output_folder, plain_console, positive
-from cast_ray.common import registry
 from cast_ray.common.files import check_replaceable, write_atomically
-from cast_ray.common.paths import absolute
 from cast_ray.contracts.records import ClassMap, DatasetSplits, class_names, mask_areas
 from cast_ray.data.reading.data_report import REPORT_FILE, check_report, is_report, print_warnings
 from cast_ray.data.reading.images import read_image
-from cast_ray.data.reading.inspection import SplitFacts, choose_samples, facts_of, guess_format
+from cast_ray.data.reading.inspection import SplitFacts, choose_samples, facts_of
 from cast_ray.data.reading.progress import track
 from cast_ray.data.reading.reader import load
-from cast_ray.recipe import DataConfig, build_recipe, parse_overrides, preset_names
+from cast_ray.recipe import DataConfig
 
 MAX_SHOWN = 12
 SAMPLES = "samples.png"
-_FORMATS = ", ".join(name for name in registry.ROWS["datasets"] if name != "shapes")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -49,18 +47,11 @@ def inspect(arguments: argparse.Namespace, console: Console) -> int:
     Raises:
         ValueError: the folder is no dataset.
     """
-    root = absolute(arguments.root)
-    kind = arguments.format or guess_format(root)
-    if kind == "shapes":
-        raise ValueError(f"--format shapes: drawn scenes lie in no folder; expected {_FORMATS} or a reader")
+    recipe_data = recipe_of_folder(arguments.root, arguments.format, arguments.set).data
+    root, kind = recipe_data.root, recipe_data.format
     out = output_folder(arguments.out or str(Path("inspect") / (Path(root.rstrip("/")).name or kind)))
     what, expected = "a report of `cast-ray inspect`", "another --out, or one without these files"
     check_replaceable(out, [REPORT_FILE, SAMPLES], lambda: is_report(out / REPORT_FILE), what, expected)
-    quoted = json.dumps(root, ensure_ascii=False)  # text in YAML too, where a path may hold a colon
-    overrides: dict[str, Any] = {"data.root": quoted, "data.format": kind, **parse_overrides(arguments.set)}
-    if unknown := [key for key in overrides if not key.startswith("data.")]:
-        raise ValueError(f"--set {unknown[0]}: expected a key of the recipe's data part, for example data.annotations")
-    recipe_data = build_recipe(kind if kind in preset_names() else "coco", "full", overrides).data
     config = recipe_data.model_copy(update={"max_bad_fraction": 1.0})
     with track(console, "reading images") as progress:
         dataset, report = load(config, progress)
@@ -163,7 +154,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("root", metavar="DIR", help="folder or URI of the dataset, as its owners distribute it")
     parser.add_argument(
-        "--format", help=f"{_FORMATS}, or MODULE:FUNCTION (default: recognised by its files and folders)"
+        "--format", help=f"{FORMATS}, or MODULE:FUNCTION (default: recognised by its files and folders)"
     )
     add_set_option(parser, "a data key of the recipe")
     parser.add_argument("--images", type=positive, default=6, help="images on the contact sheet (default: %(default)s)")

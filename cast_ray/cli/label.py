@@ -6,7 +6,6 @@ cast-ray label PHOTOS --teacher grounded_sam --classes "person, traffic light" -
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -99,9 +98,8 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, results: ResultsFolder, 
             )
         return in_batches(labeller, missing, arguments.batch)
 
-    counts = Counter[int]()
-    write = partial(write_labels, folder=shared_folder(paths), categories=teacher.categories, out=out, counts=counts)
-    done = run_images(paths, settings, rows_of, write, out, errors)
+    write = partial(write_labels, folder=shared_folder(paths), categories=teacher.categories, out=out)
+    done, counts = run_images(paths, settings, rows_of, write, out, errors)
     named = zip(teacher.class_names, teacher.categories)
     found = ", ".join(f"{name} {counts[c.id]}" for name, c in named if counts[c.id])
     print(f"{done} of {len(paths)} images, {counts.total()} labels ({found or 'none'}): {results.at(out / INSTANCES)}")

@@ -8,13 +8,16 @@ import os
 import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from rich.console import Console
 
 from cast_ray.common.outages import is_outage
 from cast_ray.common.text import FOLDER_NAME_RULE, is_folder_name
-from cast_ray.plan.prices import Prices
+from cast_ray.contracts.instance import SCORE_THRESHOLD
+
+if TYPE_CHECKING:  # it loads pydantic, which the first page does without
+    from cast_ray.plan.prices import Prices
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 3, 130
 EXIT_CODES = {
@@ -161,7 +164,7 @@ def check_teacher(teacher: str | None, kinds: Iterable[str]) -> None:
             )
 
 
-def add_set_option(parser: argparse.ArgumentParser, help_text: str = "override a recipe key") -> None:
+def add_set_option(parser: argparse._ActionsContainer, help_text: str = "override a recipe key") -> None:
     """Adds --set, which may be given several times; `parse_overrides` reads it."""
     parser.add_argument("--set", action=_AppendOverride, default=[], metavar="KEY=VALUE", help=help_text)
 
@@ -230,7 +233,7 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of commands that read images and write what a model finds in them."""
     parser.add_argument("images", nargs="+", help="files, folders, quoted patterns, local or s3://...")
     parser.add_argument("--out", required=True, help="path or URI of the folder for the results")
-    parser.add_argument("--threshold", type=share, default=0.3, help="least score (default: %(default)s)")
+    parser.add_argument("--threshold", type=share, default=SCORE_THRESHOLD, help="least score (default: %(default)s)")
     parser.add_argument("--batch", type=positive, default=8, help="images at a time (default: %(default)s)")
     parser.add_argument("--no-overlays", action="store_true", help="do not draw the instances over the images")
     parser.add_argument(
@@ -318,6 +321,8 @@ def prices_of(arguments: argparse.Namespace) -> Prices | None:
     Raises:
         ValueError: it names two for one model.
     """
+    from cast_ray.plan.prices import Prices
+
     named = arguments.price_per_gpu_hour
     if named is None:
         return None

@@ -46,10 +46,10 @@ def _predict(arguments: argparse.Namespace, errors: Console) -> int:
 def _run(arguments: argparse.Namespace, results: ResultsFolder, errors: Console) -> int:
     from cast_ray.cli.images import list_photos, run_images
     from cast_ray.cli.unfinished import weights_digest
-    from cast_ray.data.reading.photos import OVERLAYS
+    from cast_ray.data.reading.photos import IMAGES, OVERLAYS
     from cast_ray.engine.world import pick_device
     from cast_ray.inference.predictor import Predictor, in_batches, make_predictor
-    from cast_ray.inference.result_files import write_predictions
+    from cast_ray.inference.result_files import shared_folder, write_predictions
     from cast_ray.models.student import CONFIG, WEIGHTS
     from cast_ray.runtime.store.models import open_student
 
@@ -83,9 +83,12 @@ def _run(arguments: argparse.Namespace, results: ResultsFolder, errors: Console)
             )
         return in_batches(predictor, missing, arguments.batch)
 
-    write = partial(write_predictions, categories=student.categories, out=out)
-    done = run_images(paths, settings, rows_of, write, out, errors)
+    folder = shared_folder(paths)
+    write = partial(write_predictions, folder=folder, categories=student.categories, out=out)
+    done, _ = run_images(paths, settings, rows_of, write, out, errors)
     print(f"{done} of {len(paths)} images; results in {results.place}")
+    if folder:
+        print(f"file names in {IMAGES} are relative to {folder}")
     return 0 if done else EXIT_FAILED
 
 
@@ -93,7 +96,8 @@ def _parser() -> Parser:
     parser = Parser(
         prog="cast-ray predict",
         description="Finds instances in images with a saved student. Writes overlays/*.png, results.json (COCO "
-        "results) and images.json (the COCO file that they belong to).",
+        "results) and images.json (a COCO file with the same instances as annotations with scores, which other tools "
+        "open as it is; its file names are relative to the folder that holds all images).",
     )
     parser.add_argument("--student", required=True, help=STUDENT_HELP)
     add_image_options(parser)

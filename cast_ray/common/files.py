@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,21 @@ def replaced(path: str | Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def replaced_together(path: str | Path) -> Iterator[Path]:
+    """Gives the path of a file to write in a new folder, and moves all files of the folder beside `path` at the end.
+
+    For a file with companions, such as the weights of a model that is larger than one file may be: the file itself
+    comes last. Where the block fails, whatever was there before stays. The folder of `path` is made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".", suffix=PARTIAL) as folder:
+        yield Path(folder) / path.name
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
+            os.replace(file, path.with_name(file.name))
 
 
 def check_replaceable(

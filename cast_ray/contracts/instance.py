@@ -12,6 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NotRequired, TypedDict
 
+SCORE_THRESHOLD = 0.3
+"""Least score of an instance that `predict` and `label` keep, if they are not told another one."""
+
 
 class Rle(TypedDict):
     """A mask as pycocotools takes it: `size` is [height, width] in pixels, `counts` the compressed run lengths."""

@@ -37,6 +37,14 @@ class Detections:
         )
 
 
+def single_precision(instances: Sequence[Instance]) -> list[Instance]:
+    """Rounds the scores of instances to single precision.
+
+    A score is single precision wherever it goes, so that the results file and what is stored of the matches rank alike.
+    """
+    return [{**i, "score": float(np.float32(i["score"]))} for i in instances]
+
+
 @dataclass(frozen=True, eq=False)
 class Truth:
     """The ground truth of one image: labels int64 [G], crowd bool [G], G RLEs.

@@ -80,47 +80,71 @@ def _head(command: str, categories: Sequence[Category]) -> str:
     return f'{_mark(command)}, "version": {json.dumps(VERSION)}}}, "categories": {classes}, '
 
 
-def write_predictions(rows: Rows, categories: Sequence[Category], out: Path) -> None:
-    """Writes `results.json` (COCO results) and `images.json` (the COCO file that they belong to), each whole."""
-    head = f'{_head("predict", categories)}"annotations": [], "images": ['
+def write_predictions(rows: Rows, folder: str, categories: Sequence[Category], out: Path) -> None:
+    """Writes `results.json` (COCO results) and `images.json` (a COCO file with the same instances), each whole.
+
+    Args:
+        rows: of all images; they are gone through several times.
+        folder, categories: see `_write_coco`.
+        out: the output folder.
+    """
     with (
         replaced(out / RESULTS) as results_path,
         replaced(out / IMAGES) as images_path,
         results_path.open("w") as results_file,
         images_path.open("w") as images_file,
-        JsonList(results_file) as results,
-        JsonList(images_file, head, "]}") as images,
     ):
-        for number, row in rows():
-            images.add({"id": number, "file_name": row["path"], "height": row["height"], "width": row["width"]})
-            for result in json.loads(row["results"]):
-                results.add({"image_id": number, **result})
+        with JsonList(results_file) as results:
+            for number, row in rows():
+                for result in json.loads(row["results"]):
+                    results.add({"image_id": number, **result})
+        _write_coco(images_file, "predict", rows, folder, categories)
 
 
-def write_labels(rows: Rows, folder: str, categories: Sequence[Category], out: Path, counts: Counter[int]) -> None:
+def write_labels(rows: Rows, folder: str, categories: Sequence[Category], out: Path) -> Counter[int]:
     """Writes `instances.json`, a COCO file with scores, which appears when it is whole.
 
     Args:
         rows: of all images; they are gone through twice.
-        folder: that images are named relative to, which is then `data.root`; empty: by their whole paths.
-        categories: of the labels.
+        folder, categories: see `_write_coco`.
         out: the output folder.
-        counts: filled with the number of labels of each category id.
+
+    Returns:
+        Category id -> number of labels.
     """
     with replaced(out / INSTANCES) as partial_file, partial_file.open("w") as file:
-        file.write(_head("label", categories))
-        with JsonList(file, '"annotations": [', "],") as annotations:
-            for number, row in rows():
-                for result in json.loads(row["results"]):
-                    rle = result["segmentation"]
-                    # Unlike results (see `coco_result`), annotations have boxes: their size goes by their own `area`.
-                    facts = {"bbox": coco_mask.toBbox(rle).tolist(), "area": int(mask_areas([rle])[0]), "iscrowd": 0}
-                    annotations.add({"id": annotations.num + 1, "image_id": number, **result, **facts})
-                    counts[result["category_id"]] += 1
-        with JsonList(file, '"images": [', "]}") as images:
-            for number, row in rows():
-                name = row["path"][len(folder) :].lstrip("/") if folder else row["path"]
-                images.add({"id": number, "file_name": name, "height": row["height"], "width": row["width"]})
+        return _write_coco(file, "label", rows, folder, categories)
+
+
+def _write_coco(file: IO[str], command: str, rows: Rows, folder: str, categories: Sequence[Category]) -> Counter[int]:
+    """Writes a COCO file with annotations, boxes and scores.
+
+    Args:
+        file: to write to.
+        command: which has found the instances.
+        rows: of all images; they are gone through twice.
+        folder: that images are named relative to: `data.root` of a dataset, the folder of images for other tools;
+            empty: by their whole paths.
+        categories: of the annotations.
+
+    Returns:
+        Category id -> number of annotations.
+    """
+    counts = Counter[int]()
+    file.write(_head(command, categories))
+    with JsonList(file, '"annotations": [', "],") as annotations:
+        for number, row in rows():
+            for result in json.loads(row["results"]):
+                rle = result["segmentation"]
+                # Unlike results (see `coco_result`), annotations have boxes: their size goes by their own `area`.
+                facts = {"bbox": coco_mask.toBbox(rle).tolist(), "area": int(mask_areas([rle])[0]), "iscrowd": 0}
+                annotations.add({"id": annotations.num + 1, "image_id": number, **result, **facts})
+                counts[result["category_id"]] += 1
+    with JsonList(file, '"images": [', "]}") as images:
+        for number, row in rows():
+            name = row["path"][len(folder) :].lstrip("/") if folder else row["path"]
+            images.add({"id": number, "file_name": name, "height": row["height"], "width": row["width"]})
+    return counts
 
 
 def shared_folder(paths: Sequence[str]) -> str:

@@ -24,6 +24,7 @@ HUB_DATASETS = ("ade20k", "cityscapes", "coco")
 FIRST_FIELDS = ["library_name", "pipeline_tag", "license", "license_name", "license_link", "tags"]
 PRECISIONS = {"off": "float32", "bf16": "bfloat16 (autocast)", "fp16": "float16 (autocast)"}
 
+_EXPORTS = "## Exported files\n"
 _USE = """
 ## Use
 
@@ -79,6 +80,48 @@ def model_card(
     parts += _measured(result) if result else ["\nNo measurements were saved with this model."]
     parts += _licences(licences)
     return "\n".join(parts) + "\n" + _USE.replace(HERE, place)
+
+
+def with_exports(card: str, exports: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns a card with a table of exported files, in place of an earlier one.
+
+    Args:
+        card: as `model_card` makes it.
+        exports: file name -> its facts, as in `export.json`.
+    """
+    lines = [
+        _EXPORTS,
+        "| file | target | precision | MB | AP | difference to PyTorch, 95 % interval | ms | images/s | device |",
+        "|---|---|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for name, facts in sorted(exports.items()):
+        row = [f"`{name}`", facts["target"], facts["precision"], f"{facts['bytes'] / 1e6:.1f}"]
+        check = facts["check"]
+        if check is None:
+            row += ["not measured", "", "", "", ""]
+        else:
+            bounds = check["interval"]
+            interval = f" ({bounds[0]:+.2f} to {bounds[1]:+.2f})" if bounds else ""
+            row += [f"{check['mask_ap']:.2f}", f"{check['difference']:+.2f}{interval}"]
+            row += [
+                f"{check['latency_ms']:.1f}",
+                f"{check['images_per_s']:.1f}",
+                f"{check['device']}, {check['runtime']}",
+            ]
+        lines.append(f"| {' | '.join(row)} |")
+    measured = [facts["check"]["images"] for facts in exports.values() if facts["check"]]
+    if measured:
+        lines.append(
+            f"\nThe files themselves were run on {max(measured)} validation images; PyTorch computed in float32. "
+            "Milliseconds are the median of one image, from pixels to masks."
+        )
+    before, found, after = card.partition(_EXPORTS)
+    if found:
+        after = after[after.index("\n## ") + 1 :] if "\n## " in after else ""
+    else:
+        before, use, after = card.partition("## Use\n")
+        after = use + after
+    return before.rstrip("\n") + "\n\n" + "\n".join(lines) + "\n\n" + after
 
 
 def _metadata(result: RowResult | None, licences: LicenceChain | None, place: str) -> ModelCardData:

@@ -160,7 +160,7 @@ def _instances_of_image(
     used_K = query.unique()
     encoded, quality = encode_masks(
         mask_logits_QHW[used_K],
-        lambda logits_KHW: _to_image_size(logits_KHW, image_hw, resized_hw, image_px),
+        lambda logits_KHW: to_image_size(logits_KHW[None], image_hw, resized_hw, image_px)[0],
         max(image_px[0] * image_px[1], image_hw[0] * image_hw[1]),
     )
     beliefs: list[tuple[list[float], bytes]] = []
@@ -211,18 +211,41 @@ def encode_masks(
     for part_KHW in mask_logits_KHW.split(max(1, CHUNK_PIXELS // num_pixels)) if len(mask_logits_KHW) else ():
         logits_KHW = to_image(part_KHW.float())
         inside_KHW = logits_KHW > 0
-        area_K = inside_KHW.sum((1, 2))
-        quality += ((logits_KHW.sigmoid() * inside_KHW).sum((1, 2)) / area_K.clamp(min=1)).tolist()
+        quality += mask_quality(logits_KHW, inside_KHW).tolist()
         encoded += coco_mask.encode(np.asfortranarray(inside_KHW.permute(1, 2, 0).to(torch.uint8).cpu().numpy()))
     return encoded, quality
 
 
-def _to_image_size(
-    logits_KHW: torch.Tensor, image_hw: tuple[int, int], resized_hw: tuple[int, int], image_px: tuple[int, int]
+def mask_quality(logits: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """Mean mask probability inside each mask, 0 of an empty one.
+
+    It depends on the size at which the mask is taken, so that two scores are only equal at the same size.
+
+    Args:
+        logits: float32 [..., H, W], at the size of the image.
+        inside: bool [..., H, W], the masks.
+
+    Returns:
+        float32 [...].
+    """
+    return (logits.sigmoid() * inside).sum((-2, -1)) / inside.sum((-2, -1)).clamp(min=1)
+
+
+def to_image_size(
+    logits_BKHW: torch.Tensor, image_hw: tuple[int, int], resized_hw: tuple[int, int], image_px: tuple[int, int]
 ) -> torch.Tensor:
-    """Logits at the image's size: to the crop's size, padding cut off, then to the image."""
-    logits = F.interpolate(logits_KHW[None], size=tuple(image_px), mode="bilinear", align_corners=False)
+    """Brings mask logits to the image's size: to the crop's size, padding cut off, then to the image.
+
+    Args:
+        logits_BKHW: float32.
+        image_hw, resized_hw, image_px: size of the image itself, inside the padding, and of the crop, pixels.
+
+    Returns:
+        float32 [B, K, *image_hw].
+    """
+    logits = F.interpolate(logits_BKHW, size=image_px, mode="bilinear", align_corners=False)
     logits = logits[..., : resized_hw[0], : resized_hw[1]]
-    if tuple(resized_hw) != tuple(image_hw):
-        logits = F.interpolate(logits, size=tuple(image_hw), mode="bilinear", align_corners=False)
-    return logits[0]
+    # A graph that is exported gets its sizes when it runs; between equal sizes the resize changes nothing.
+    if torch.compiler.is_exporting() or tuple(resized_hw) != tuple(image_hw):
+        logits = F.interpolate(logits, size=image_hw, mode="bilinear", align_corners=False)
+    return logits

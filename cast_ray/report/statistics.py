@@ -197,8 +197,7 @@ class Resampling:
                 return None
             if matches is None:
                 return None
-            counts = image_counts(matches.num_images, self.num_replicates)
-            self.replicates[key] = np.array([matches.mask_ap(count) for count in counts], np.float32)
+            self.replicates[key] = resampled_ap(matches, self.num_replicates)
             self.num_new += 1
             if time.monotonic() - self.told > TELL_EVERY_S:
                 self.told = time.monotonic()
@@ -211,6 +210,12 @@ def image_counts(num_images: int, num_replicates: int) -> np.ndarray:
     """How often each image is drawn in each replicate: int64 [num_replicates, num_images]; the same at every call."""
     draws = np.random.default_rng(0)
     return draws.multinomial(num_images, np.full(num_images, 1 / num_images), num_replicates)
+
+
+def resampled_ap(matches: MatchedImages, num_replicates: int = NUM_REPLICATES) -> np.ndarray:
+    """AP on resampled images: float32 [num_replicates]; equal images have equal draws, so pairs stay pairs."""
+    counts = image_counts(matches.num_images, num_replicates)
+    return np.array([matches.mask_ap(count) for count in counts], np.float32)
 
 
 def images_of(result: Result) -> tuple[object, ...]:

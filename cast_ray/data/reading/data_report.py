@@ -65,7 +65,7 @@ def data_report(
         }
         for split in num_images
     }
-    sums = {name: sum(split[name] for split in counts.values()) for name in counts["train"]}
+    sums = {name: sum(split[name] for split in counts.values()) for name in next(iter(counts.values()))}
     splits: dict[str, dict[str, Any]] = {split: {"source": sources.get(split, "")} | counts[split] for split in counts}
     warnings = []
     for split, held in (contents or {}).items():

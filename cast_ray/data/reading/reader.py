@@ -8,6 +8,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ import pyarrow.compute as pc
 
 from cast_ray.common import registry
 from cast_ray.common.text import first_line
-from cast_ray.contracts.records import RECORD_SCHEMA, DatasetSplits, decode_image_id
+from cast_ray.contracts.records import RECORD_SCHEMA, Category, DatasetSplits, decode_image_id
 from cast_ray.data.reading.copies import Copies, blind_spot, identity_of
 from cast_ray.data.reading.data_report import Contents, check_report, data_report
 from cast_ray.data.reading.images import ImageError, check_image, read_map
@@ -332,3 +333,27 @@ def load(
         annotated=index.annotated,
     )
     return dataset, report
+
+
+def load_images(config: DataConfig, split: str, num_images: int | None = None) -> tuple[pa.Table, tuple[Category, ...]]:
+    """Reads the first images of one split alone, without a look at the files of the others.
+
+    Args:
+        config: of the dataset.
+        split: train, val, or another one that the dataset has.
+        num_images: so many; None: all.
+
+    Returns:
+        RECORD_SCHEMA rows without the unusable images, and the dataset's classes.
+
+    Raises:
+        ValueError: see `load`; here only the chosen images count.
+    """
+    index = read_index(config)
+    chosen = index.splits[split].slice(0, num_images)
+    names = set(chosen.column("file").to_pylist()) if num_images is not None else None
+    skipped = [s for s in index.skipped if s["split"] == split and (names is None or s["file"] in names)]
+    reading = Reading(replace(index, splits={split: chosen}, skipped=skipped, held_out=None), config)
+    tables = [RECORD_SCHEMA.empty_table(), *(table for _, table in reading.tables())]
+    check_report(reading.report(), config.max_bad_fraction)
+    return pa.concat_tables(tables), index.categories

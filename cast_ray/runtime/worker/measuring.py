@@ -12,7 +12,7 @@ import torch
 from cast_ray.contracts.instance import Instances
 from cast_ray.contracts.records import Category, ClassMap
 from cast_ray.evaluation.coco_results import coco_results
-from cast_ray.evaluation.detections import Detections, Truth, tie_order
+from cast_ray.evaluation.detections import Detections, Truth, single_precision, tie_order
 from cast_ray.evaluation.matches import DetectionMatches, join
 from cast_ray.evaluation.measures import match_images
 from cast_ray.models.postprocess import predict_in_groups
@@ -107,8 +107,6 @@ def predict(
 ) -> list[Instances]:
     """Instances of each image at its own size, as from `Teacher.predict`, with scores in single precision.
 
-    A score is single precision wherever it goes, so that the results file and what is stored of the matches rank alike.
-
     Args:
         teacher: a teacher, or a student as one.
         images: B of uint8 [3, H, W], at the teacher's `input_size`.
@@ -116,4 +114,4 @@ def predict(
         batch: most images of one forward pass; only images of one size pass together.
     """
     found = predict_in_groups(teacher.predict, images, image_hw, resized_hw, max_detections, batch)
-    return [[{**i, "score": float(np.float32(i["score"]))} for i in instances] for instances in found]
+    return [single_precision(instances) for instances in found]

@@ -84,9 +84,17 @@ def test_a_folder_of_photos(student: Path, photos: Path, tmp_path: Path, capsys:
     assert [c["name"] for c in truth.loadCats([5, 9])] == ["disc", "bar"]
     by_name = {Path(i["file_name"]).name: i for i in truth.dataset["images"]}
     assert by_name.keys() == {"a.png", "b.jpg", "c.png", "d.bmp"}
+    assert f"file names in images.json are relative to {photos}\n" in written.out
+    # Other tools open the one file: it holds the results as annotations, with what they ask of an annotation.
+    listed = json.loads((out / "results.json").read_text())
+    assert [{name: a[name] for name in listed[0]} for a in truth.dataset["annotations"]] == listed
+    assert [a["id"] for a in truth.dataset["annotations"]] == list(range(1, len(listed) + 1))
+    for a in truth.dataset["annotations"]:
+        assert a["area"] == coco_mask.area(a["segmentation"]) and a["iscrowd"] == 0
+        assert a["bbox"] == coco_mask.toBbox(a["segmentation"]).tolist()
     model = Student.from_pretrained(student)
     for name, entry in by_name.items():
-        image = np.array(Image.open(entry["file_name"]).convert("RGB"))
+        image = np.array(Image.open(photos / entry["file_name"]).convert("RGB"))
         assert (entry["height"], entry["width"]) == image.shape[:2]
         pixels, inside = fit_image(image, (32, 48))
         (wanted,) = model.predict(torch.from_numpy(pixels)[None], [image.shape[:2]], [inside])
@@ -95,7 +103,7 @@ def test_a_folder_of_photos(student: Path, photos: Path, tmp_path: Path, capsys:
         assert [r["score"] for r in found] == pytest.approx([i["score"] for i in wanted], rel=1e-4)
         assert {r["category_id"] for r in found} <= {5, 9}
         assert all(coco_mask.area(r["segmentation"]) > 0 for r in found)
-        overlay = out / "overlays" / Path(entry["file_name"]).relative_to(photos).with_suffix(".png")
+        overlay = out / "overlays" / Path(entry["file_name"]).with_suffix(".png")
         drawn = np.asarray(Image.open(overlay))
         assert drawn.shape == image.shape and (drawn != image).any(), name
 
@@ -248,7 +256,7 @@ def test_results_go_to_an_object_store(
             assert not list(tmp_path.glob("cast_ray-results-*"))
         assert sorted(ArtifactStore(place).list_names("")) == ["images.json", "overlays", "results.json"]
         images = json.loads(read_bytes(below(place, "images.json")))["images"]
-        assert [Path(image["file_name"]).name for image in images] == ["a.png", "b.jpg", "c.png", "d.bmp"]
+        assert [image["file_name"] for image in images] == ["a.png", "b.jpg", "more/c.png", "more/d.bmp"]
         foreign = server.uri("foreign")
         write_bytes(below(foreign, "overlays", "a.png"), b"mine")
         assert run(photos, "--student", student, "--out", foreign) == EXIT_BAD_INPUT

@@ -44,14 +44,22 @@ def images(batch: int) -> torch.Tensor:
     return torch.randint(0, 256, (batch, 3, *SIZE), generator=torch.Generator().manual_seed(batch)).byte()
 
 
+def inputs(batch: int, inside: tuple[int, int] = SIZE, own: tuple[int, int] = SIZE) -> dict[str, torch.Tensor]:
+    return {"images": images(batch), "inside_hw": torch.tensor(inside), "image_hw": torch.tensor(own)}
+
+
+def run(session: Any, given: dict[str, torch.Tensor], names: list[str] | None = None) -> Any:
+    return session.run(names, {name: tensor.numpy() for name, tensor in given.items()})
+
+
 def check(student: Student, path: Path) -> None:
     export_onnx(student, path, NUM)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     assert [o.name for o in session.get_outputs()] == list(OUTPUTS)
-    for batch in (1, 3):
+    for given in (inputs(1), inputs(3, inside=(48, 96), own=(57, 114))):
         with torch.no_grad():
-            wanted = dict(zip(OUTPUTS, Detector(student, NUM)(images(batch))))
-        found = dict(zip(OUTPUTS, session.run(None, {"images": images(batch).numpy()})))
+            wanted = dict(zip(OUTPUTS, Detector(student, NUM)(**given)))
+        found = dict(zip(OUTPUTS, run(session, given)))
         for name, tensor in wanted.items():
             assert found[name].shape == tuple(tensor.shape), name
         np.testing.assert_allclose(found["scores"], wanted["scores"].numpy(), atol=1e-3)
@@ -85,15 +93,23 @@ def test_every_kind_of_encoder_exports(encoder: str, tmp_path: Path) -> None:
     check(make(encoder, checkpoint=str(tmp_path / "hub"), decoder="fpn"), tmp_path / "student.onnx")
 
 
+@pytest.mark.parametrize(
+    ("inside", "own"),
+    [(SIZE, SIZE), ((48, 96), (96, 192)), ((64, 80), (37, 46))],
+    ids=["as given", "padded and larger", "padded and smaller"],
+)
 @torch.no_grad()
-def test_the_detector_finds_what_the_student_finds() -> None:
+def test_the_detector_finds_what_the_student_finds(inside: tuple[int, int], own: tuple[int, int]) -> None:
     student = make()
-    boxes, labels, scores, masks = Detector(student, NUM)(images(2))
-    for b, instances in enumerate(student.predict(images(2), max_detections=NUM)):
+    boxes, labels, scores, masks = Detector(student, NUM)(**inputs(2, inside, own))
+    found = student.predict(images(2), [own, own], [inside, inside], max_detections=NUM)
+    for b, instances in enumerate(found):
         seen = [k for k in range(NUM) if masks[b, k].any()]
         assert len(instances) == len(seen) > 0
         for k, instance in zip(seen, instances):
-            assert instance["label"] == labels[b, k] and instance["score"] == pytest.approx(float(scores[b, k]), 1e-4)
+            assert instance["label"] == labels[b, k] and instance["score"] == pytest.approx(
+                float(scores[b, k]), abs=1e-6
+            )
             rle = {"size": instance["size"], "counts": instance["rle"]}
             assert np.array_equal(coco_mask.decode(rle).astype(bool), masks[b, k].numpy())
             x, y, width, height = coco_mask.toBbox(rle)
@@ -123,7 +139,7 @@ def test_a_student_of_native_images_needs_the_size_of_its_model(tmp_path: Path, 
     session = onnxruntime.InferenceSession(str(tmp_path / "s.onnx"))
     assert json.loads(session.get_modelmeta().custom_metadata_map["image_px"]) == [96, 80]
     pixels = torch.randint(0, 256, (1, 3, 96, 80), generator=torch.Generator().manual_seed(1)).byte()
-    (scores,) = session.run(["scores"], {"images": pixels.numpy()})
+    (scores,) = run(session, inputs(1, (96, 80), (96, 80)) | {"images": pixels}, ["scores"])
     wanted = [i["score"] for i in native.predict(pixels, max_detections=NUM)[0]]
     np.testing.assert_allclose(scores[0][: len(wanted)], wanted, rtol=1e-3, atol=1e-4)
 
@@ -136,6 +152,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert export.main([*arguments, "--max-detections", "5"]) == 0
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["S4.ONNX"]
     session = onnxruntime.InferenceSession(str(tmp_path / "new" / "S4.ONNX"))
-    assert session.run(["scores"], {"images": images(1).numpy()})[0].shape == (1, 5)
+    assert run(session, inputs(1), ["scores"])[0].shape == (1, 5)
     assert export.main(["--student", str(tmp_path / "gone"), "--out", "x"]) == 2
     assert "no saved student" in capsys.readouterr().err

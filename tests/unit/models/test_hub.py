@@ -218,7 +218,7 @@ def test_export_uploads_a_saved_student(hub: Path, tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected --out FOLDER, --out FILE.onnx or --push-to-hub OWNER/NAME"),
+        ([], "expected --out FOLDER, --out FILE.onnx, --out FILE.xml or --push-to-hub OWNER/NAME"),
         (["--push-to-hub", "scenes"], "hub repository 'scenes': expected OWNER/NAME"),
         (["--push-to-hub", "me/scenes", "--out", "a.onnx"], "--push-to-hub me/scenes: expected --out FOLDER with it"),
         (["--private", "--out", "folder"], "--private: expected --push-to-hub OWNER/NAME with it"),
