@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dataset_folders import write_cityscapes
+from dataset_folders import object_maps, polygon_of, write_cityscapes, write_mask_files, write_yolo, yolo_line
 from PIL import Image, ImageOps
 from rich.console import Console
 
@@ -118,6 +118,25 @@ def test_pixels_that_change_behind_the_same_size_and_time_are_seen(reader: Reade
     assert reader.num_read == 24 and second.content_hash != first.content_hash
 
 
+def test_label_files_and_mask_files_that_change_are_seen(tmp_path: Path) -> None:
+    console, store = Console(file=io.StringIO()), ArtifactStore(str(tmp_path / "storage"))
+    masks = write_mask_files(tmp_path / "masks", object_maps(4))
+    line = yolo_line(0, polygon_of(2, 3, 10, 12))
+    yolo = write_yolo(tmp_path / "yolo", {f"a{i}": line for i in range(4)})
+    (yolo / "data.yaml").write_text("train: images/train\nnames: [cat]\n")
+    changed = {"mask_files": next((masks / "cell0/masks").iterdir()), "yolo": yolo / "labels/train/a0.txt"}
+    for kind, root in (("mask_files", masks), ("yolo", yolo)):
+        recipe = build_recipe("coco", "full", {"data.root": str(root), "data.format": kind})
+
+        def read(recipe: Recipe = recipe) -> str:
+            return read_dataset([recipe], store, console, ["runs/a"], pytest.fail).key
+
+        key = read()
+        assert read() == key
+        changed[kind].unlink()
+        assert read() != key
+
+
 def test_a_copy_elsewhere_is_the_same_dataset_in_another_place(reader: Reader) -> None:
     first = reader()
     (reader.folder / "data").rename(reader.folder / "moved")
@@ -164,6 +183,14 @@ def test_drawn_scenes_are_drawn_and_not_verified(tmp_path: Path, monkeypatch: py
 
 def part(recipe: Recipe, dataset: StoredDataset, unlabelled: bool) -> dict[str, Any]:
     return split_part(recipe, dataset.hashes(recipe.data), unlabelled=unlabelled)
+
+
+def test_a_field_at_its_default_does_not_make_a_stored_dataset_be_read_again(tmp_path: Path) -> None:
+    recipe = build_recipe("coco", "full", {"data.root": str(tmp_path)})
+    part = dataset_module._read_part(recipe.data)
+    assert "crowds" not in part and {"format", "root", "verify", "max_image_pixels", "val_fraction"} <= part.keys()
+    other = dataset_module._read_part(recipe.data.model_copy(update={"crowds": "objects"}))
+    assert other == part | {"crowds": "objects"}
 
 
 def test_splits_are_stored_for_every_recipe(reader: Reader) -> None:
