@@ -181,7 +181,8 @@ DATASETS: dict[str, LicensedWork] = {
 }
 """Dataset -> its licence: of those that a format or a preset is for. `data.licence` may name one of them."""
 OF_FORMAT = ("shapes", "cityscapes", "ade20k")
-"""Formats that are the layout of one dataset. A folder in COCO's format may hold anything."""
+"""Formats that are the layout of one dataset. A folder in the format of COCO or of an annotation tool may hold
+anything."""
 
 
 def find_licence(text: str) -> Licence:

@@ -166,7 +166,7 @@ def _read_shape(shape: Any, ids: Mapping[str, int], height: int, width: int) -> 
     if not isinstance(shape, dict):
         raise ValueError(f"of type {type(shape).__name__}: expected an object")
     label, kind, points = shape.get("label"), shape.get("shape_type") or "polygon", shape.get("points")
-    if label != _IGNORE and label not in ids:
+    if not isinstance(label, str) or (label != _IGNORE and label not in ids):
         raise ValueError(f"label {shown(label)}: no such class in {LABELS_FILE}")
     try:
         corners = np.array(points, dtype=np.float64)

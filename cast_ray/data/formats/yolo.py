@@ -174,7 +174,7 @@ def _images(listing: Listing, file: str, document: dict[str, Any], key: str, spl
     if len({name for name, _, _ in rows}) < len(rows):  # folders with equal names below them
         rows = [(path, path, labels) for _, path, labels in rows]
     table = index_table(listing, split, list(dict.fromkeys(rows)))
-    instances = [None if uri else [] for uri in table.column("mask_uri").to_pylist()]
+    instances: list[list[dict[str, Any]] | None] = [None if uri else [] for uri in table.column("mask_uri").to_pylist()]
     column = table.schema.get_field_index("instances")
     return table.set_column(column, INDEX_SCHEMA.field(column), pa.array(instances, INDEX_SCHEMA.field(column).type))
 
