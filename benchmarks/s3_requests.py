@@ -58,7 +58,7 @@ def kinds_of(paths: Counter[str]) -> Counter[str]:
     kinds: Counter[str] = Counter()
     for path, number in paths.items():
         kind, _, name = path.partition(" ")
-        _, _, *parts = name.strip("/").split("/")
+        parts = name.strip("/").split("/")[2:]
         kinds[" ".join([kind, *parts[:1], *(parts[-1:] if parts[:1] == ["artifacts"] else [])])] += number
     return kinds
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 MAX_DETECTIONS, MAX_DROP, MAX_CALIBRATION = 100, 1.0, 64
 ENDINGS = {"onnx": ".onnx", "openvino": ".xml"}
-OF_ROW = ""
+OF_ROW = True
 """Value of `--check` without a folder: the data of the row that the student is taken from."""
 
 
@@ -155,7 +155,7 @@ def _recipe(arguments: argparse.Namespace, result: RowResult | None) -> Recipe:
     """Returns the recipe whose data and rules the file is measured by."""
     from cast_ray.recipe import Recipe
 
-    if arguments.check != OF_ROW:
+    if arguments.check is not OF_ROW:
         return recipe_of_folder(arguments.check, arguments.format, arguments.set)
     if result is None:
         raise ValueError(
@@ -209,7 +209,7 @@ def _check_options(arguments: argparse.Namespace, target: str | None) -> None:
         if value is None or value == []:
             continue
         flag = f"--{name.replace('_', '-')}"
-        given = " ".join([flag, *map(str, value if isinstance(value, list) else [value])]).rstrip()
+        given = " ".join([flag, *map(str, value if isinstance(value, list) else [] if value is OF_ROW else [value])])
         if not target:
             raise ValueError(f"{given}: expected --out FILE.onnx or FILE.xml with it, got {arguments.out!r}")
         if name in of_checks and arguments.check is None:
