@@ -6,10 +6,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from cast_ray.common.files import replaced_together
-from cast_ray.models.export import ExportPrecision, export_onnx
+from cast_ray.models.export import ExportPrecision, FittedImage, export_onnx
 from cast_ray.models.student import Student
 
 RT_INFO = "cast_ray"
@@ -22,7 +20,7 @@ def export_openvino(
     max_detections: int = 100,
     image_px: tuple[int, int] | None = None,
     precision: ExportPrecision = "fp32",
-    calibration: Sequence[np.ndarray] = (),
+    calibration: Sequence[FittedImage] = (),
 ) -> dict[str, str]:
     """Writes a student as an OpenVINO model: FILE.xml and, beside it, its weights in FILE.bin.
 
