@@ -103,7 +103,7 @@ def _export_file(
     check_facts(out)
     size = export_size(student, tuple(arguments.image_px) if arguments.image_px else None)
     recipe = None if arguments.check is None else _recipe(arguments, result)
-    calibration = _calibration(arguments.calibrate or [], errors)
+    calibration = _calibration(arguments.calibrate or [], size, errors)
     write = export_openvino if target == "openvino" else export_onnx
     max_detections = arguments.max_detections or MAX_DETECTIONS
     with replaced_together(out) as file:
@@ -167,15 +167,16 @@ def _recipe(arguments: argparse.Namespace, result: RowResult | None) -> Recipe:
         raise ValueError("--check: the recipe of this row is of another version: expected --check DIR") from None
 
 
-def _calibration(sources: Sequence[str], errors: Console) -> list[Any]:
+def _calibration(sources: Sequence[str], size: tuple[int, int], errors: Console) -> list[dict[str, Any]]:
     """Reads the images of `--calibrate`: the first ones, spread over all that there are."""
     if not sources:
         return []
     from cast_ray.cli.images import list_photos
     from cast_ray.data.reading.images import read_image
+    from cast_ray.inference.exported import calibration_inputs
 
     paths = list_photos(sources, errors)
-    return [read_image(path) for path in paths[:: -(-len(paths) // MAX_CALIBRATION)]]
+    return [calibration_inputs(read_image(path), size) for path in paths[:: -(-len(paths) // MAX_CALIBRATION)]]
 
 
 def _target(arguments: argparse.Namespace) -> str | None:

@@ -12,6 +12,7 @@ import torch
 from pycocotools import mask as coco_mask
 
 from cast_ray.contracts.instance import Instance, Instances
+from cast_ray.data.views import fit_image
 from cast_ray.models.export import INPUTS, OUTPUTS
 from cast_ray.models.export_openvino import RT_INFO
 
@@ -67,6 +68,12 @@ class ExportedStudent:
                 instances.append(Instance(label=facts[0], score=facts[1], rle=facts[2], size=facts[3]))
             found.append(instances)
         return found
+
+
+def calibration_inputs(image: np.ndarray, image_px: tuple[int, int]) -> dict[str, np.ndarray]:
+    """The inputs of one image, uint8 [h, w, 3], by name; masks stay at the model's size."""
+    pixels, inside = fit_image(image, image_px)
+    return dict(zip(INPUTS, (pixels[None], np.array(inside), np.array(inside))))
 
 
 def _read_onnx(path: Path, device: torch.device) -> tuple[Run, dict[str, str], str, torch.device]:

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from cast_ray.common.files import replaced_together
 from cast_ray.common.version import VERSION
 from cast_ray.contracts.instance import SCORE_THRESHOLD
-from cast_ray.data.views import fit_image
 from cast_ray.models.postprocess import mask_quality, to_image_size
 from cast_ray.models.student import Student
 from cast_ray.recipe import InputSize
@@ -109,7 +108,7 @@ def export_onnx(
     max_detections: int = 100,
     image_px: tuple[int, int] | None = None,
     precision: ExportPrecision = "fp32",
-    calibration: Sequence[np.ndarray] = (),
+    calibration: Sequence[dict[str, np.ndarray]] = (),
 ) -> dict[str, str]:
     """Writes a student as an ONNX model: `Detector`'s inputs and outputs, and its facts in the model's metadata.
 
@@ -122,7 +121,7 @@ def export_onnx(
         image_px: H, W, pixels; None: the size that the student fits images into.
         precision: of weights and activations, see `reduce_precision`; what makes scores, boxes and masks of the
             network's outputs stays float32.
-        calibration: images uint8 [h, w, 3], from which int8 takes the ranges of the activations.
+        calibration: the model's inputs by name, for each image from which int8 takes the ranges of the activations.
 
     Returns:
         The model's metadata, see `metadata`.
@@ -147,7 +146,7 @@ def export_onnx(
         if precision != "fp32":
             from cast_ray.models.export_precision import reduce_precision
 
-            reduce_precision(file, precision, [_inputs(image, size) for image in calibration], facts)
+            reduce_precision(file, precision, calibration, facts)
     return facts
 
 
@@ -194,12 +193,6 @@ def metadata(
     if student.licences:
         facts["licences"] = student.licences.published().plain()
     return {name: json.dumps(value) for name, value in facts.items()}
-
-
-def _inputs(image: np.ndarray, image_px: tuple[int, int]) -> dict[str, np.ndarray]:
-    """The inputs of one image, by name; masks at the size inside the padding, which calibration does not look at."""
-    pixels, inside = fit_image(image, image_px)
-    return dict(zip(INPUTS, (pixels[None], np.array(inside), np.array(inside))))
 
 
 def _graph(student: Student, image_px: tuple[int, int], max_detections: int) -> torch.onnx.ONNXProgram:

@@ -22,7 +22,7 @@ def export_openvino(
     max_detections: int = 100,
     image_px: tuple[int, int] | None = None,
     precision: ExportPrecision = "fp32",
-    calibration: Sequence[np.ndarray] = (),
+    calibration: Sequence[dict[str, np.ndarray]] = (),
 ) -> dict[str, str]:
     """Writes a student as an OpenVINO model: FILE.xml and, beside it, its weights in FILE.bin.
 
