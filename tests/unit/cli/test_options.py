@@ -207,7 +207,7 @@ def test_what_only_an_onnx_model_has_is_refused_with_a_folder(
     for option in (["--image-px", "64", "96"], ["--max-detections", "5"]):
         assert export.main(["--student", "gone", "--out", "folder", *option]) == EXIT_BAD_INPUT
         (line,) = capsys.readouterr().err.strip().splitlines()
-        assert line == f"error: {' '.join(option)}: expected --out FILE.onnx with it, got 'folder'"
+        assert line == f"error: {' '.join(option)}: expected --out FILE.onnx or FILE.xml with it, got 'folder'"
 
 
 def test_an_output_file_that_cannot_be(

@@ -33,11 +33,16 @@ TRUTH = [record(instance(1, 1.0, slice(0, 9))), record(instance(1, 1.0, slice(9,
 GUESSES = [record(instance(2, 0.5, slice(20, 32)))]
 
 
+def black(uri: str, image_hw: tuple[int, int], window: tuple[int, int, int, int]) -> np.ndarray:
+    """Stands in for `read_image`."""
+    return np.zeros((*window[2:], 3), dtype=np.uint8)
+
+
 def steps(monkeypatch: pytest.MonkeyPatch, *, labels: bool, oracle: bool) -> Batch:
     """One step of one labelled and one unlabelled image, as a Data task makes it."""
     tables = {"records": TRUTH, "labels": GUESSES}
     monkeypatch.setattr(training_stream, "record_at", lambda ref, index: dict(tables[ref][int(index)]))
-    monkeypatch.setattr(image_files, "read_image", lambda uri, image_hw: np.zeros((SIZE, SIZE, 3), dtype=np.uint8))
+    monkeypatch.setattr(image_files, "read_image", black)
     images = Images(
         "records",  # type: ignore[arg-type]
         np.array([0]),

@@ -33,7 +33,7 @@ def test_the_next_broker_continues_the_sweep(store: ArtifactStore) -> None:
     async def scene() -> None:
         with Presence(store, "test") as presence:
             settings = (2, {"dataset"}, store.storage, presence.holder.id)
-            lost = make_broker(*settings, budget_hours=2.0, by_turns=True)
+            lost = make_broker(*settings, budget_hours=2.0)
             await lost.load({"a": b"row a", "b": b"row b"}, ["stored"])
             await lost.load({"c": b"row c"})
             await lost.expect(4, {"stored": 7.0})
@@ -45,7 +45,7 @@ def test_the_next_broker_continues_the_sweep(store: ArtifactStore) -> None:
             await lost.release("b", "failed", "b1")
             store.commit(Stage("adapt", "train", {}, {}, "ada"), {})  # the broker was lost before it was told so
 
-            broker = make_broker(*settings, budget_hours=2.0, by_turns=True)
+            broker = make_broker(*settings, budget_hours=2.0)
             assert await broker.which() != await lost.which()
             assert await broker.job("a") == b"row a" and await broker.job("c") == b"row c"
             board = await broker.board()
@@ -69,7 +69,7 @@ def test_the_next_broker_continues_the_sweep(store: ArtifactStore) -> None:
 
 def test_a_first_broker_has_lost_nothing_and_a_dead_sweeps_files_are_pruned(store: ArtifactStore) -> None:
     async def scene() -> None:
-        broker = make_broker(1, set(), store.storage, "dead", by_turns=True)
+        broker = make_broker(1, set(), store.storage, "dead")
         await broker.load({"a": b"row"})
         assert (await broker.board())["notices"] == []
         assert set(dead_claims(store, 60)) == {f"{BROKERS}/rows-000001~dead", f"{BROKERS}/state~dead"}
@@ -80,13 +80,13 @@ def test_a_first_broker_has_lost_nothing_and_a_dead_sweeps_files_are_pruned(stor
 def test_a_labelling_job_outlives_the_broker_that_granted_it(store: ArtifactStore) -> None:
     async def scene() -> None:
         with Presence(store, "test") as presence:
-            lost = make_broker(2, {"ada"}, store.storage, presence.holder.id, by_turns=True)
+            lost = make_broker(2, {"ada"}, store.storage, presence.holder.id)
             await lost.load({"a": b"", "b": b""})
             assert (await lost.claim("a", [LABEL], 2, "a1"))["run"] == ["lab"]
             await lost.adopt("a", "a1", [LABEL], 2)  # said with every heartbeat, for the case that it is new
             assert lost.leases.leased == {"lab": "a"}
 
-            broker = make_broker(2, {"ada"}, store.storage, presence.holder.id, by_turns=True)
+            broker = make_broker(2, {"ada"}, store.storage, presence.holder.id)
             await broker.adopt("a", "a1", [LABEL], 2)
             assert broker.leases.leased == {"lab": "a"} and broker.limits.running["a"][1] == 2
             waiting = asyncio.ensure_future(broker.claim("b", [LABEL], 2, "b1"))
@@ -107,7 +107,7 @@ def test_a_store_that_is_out_of_reach_ends_no_sweep(store: ArtifactStore, monkey
         raise OSError("503")
 
     async def scene() -> None:
-        broker = make_broker(1, set(), store.storage, "me", by_turns=True)
+        broker = make_broker(1, set(), store.storage, "me")
         monkeypatch.setattr(broker.memory.store, "write_bytes", refuse)
         await broker.load({"a": b"row"})
         assert await broker.job("a") == b"row"
