@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from cast_ray.cli.options import EXIT_STOPPED, positive, positive_amount
 from cast_ray.common.text import first_of
 from cast_ray.plan.ablation import Table
 from cast_ray.recipe import Recipe
+from cast_ray.report.content import Result
 from cast_ray.report.run_folder import PLAN, read_run
 from cast_ray.runtime.cluster import RaySession
 from cast_ray.runtime.sweep.preview import hours
@@ -111,10 +112,11 @@ class UndecidedTable:
         """
         if self.table.baseline in self.given_up:
             return []
-        done = self._done()
+        results = self._results()
+        done = _seeds_of(results)
         of_baseline = done.get(self.table.baseline, set())
         pairs: dict[tuple[str, int], None] = {}
-        for row in self.open_rows():
+        for row in self._open_among(results):
             paired = done.get(row, set()) & of_baseline
             wanted = min(max(self.least, len(self.first_seeds), len(paired) + 1), self.max_seeds)
             for seed in itertools.islice(self._seeds(of_baseline), wanted):
@@ -124,12 +126,11 @@ class UndecidedTable:
 
     def open_rows(self) -> list[str]:
         """The rows that are undecided and neither failed nor left out."""
-        decided = {row for row, is_open in self._answers().items() if not is_open}
-        return [row for row in self.rows if row not in {self.table.baseline, *decided, *self.given_up}]
+        return self._open_among(self._results())
 
     def give_up_missing(self, pairs: Sequence[tuple[str, int]]) -> None:
         """Gives up rows of which a seed that was to run has no result."""
-        done = self._done()
+        done = _seeds_of(self._results())
         self.given_up |= {row for row, seed in pairs if seed not in done.get(row, set())}
 
     def _seeds(self, stored: set[int]) -> Iterator[int]:
@@ -142,26 +143,31 @@ class UndecidedTable:
         yield from known
         yield from itertools.count(known[-1] + 1)
 
-    def _done(self) -> dict[str, set[int]]:
-        done: dict[str, set[int]] = {}
-        if (self.folder / PLAN).is_file():
-            for result in read_run(self.folder).results:
-                if result.table == self.table.name and result.is_done:
-                    done.setdefault(result.row, set()).add(result.seed)
-        return done
+    def _results(self) -> list[Result]:
+        """What the run folder holds of this table; its files are read anew."""
+        if not (self.folder / PLAN).is_file():
+            return []
+        return [result for result in read_run(self.folder).results if result.table == self.table.name]
 
-    def _answers(self) -> dict[str, bool]:
-        """Row -> whether it is undecided, of the rows that have seeds."""
+    def _open_among(self, results: Sequence[Result]) -> list[str]:
+        """The rows that some results leave open, see `open_rows`."""
         from cast_ray.report.results import summarise
         from cast_ray.report.statistics import Resampling
 
-        if not (self.folder / PLAN).is_file():
-            return {}
-        results = [result for result in read_run(self.folder).results if result.table == self.table.name]
-        if not results:
-            return {}
-        report = summarise(results, self.table, resampling=Resampling(None, 0), effect=self.effect)
-        return {decision.row: decision.is_open for decision in report.decisions}
+        closed = {self.table.baseline, *self.given_up}
+        if results:
+            report = summarise(results, self.table, resampling=Resampling(None, 0), effect=self.effect)
+            closed |= {decision.row for decision in report.decisions if not decision.is_open}
+        return [row for row in self.rows if row not in closed]
+
+
+def _seeds_of(results: Iterable[Result]) -> dict[str, set[int]]:
+    """Row -> its seeds that are done."""
+    done: dict[str, set[int]] = {}
+    for result in results:
+        if result.is_done:
+            done.setdefault(result.row, set()).add(result.seed)
+    return done
 
 
 def run_until_decided(

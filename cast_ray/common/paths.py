@@ -96,6 +96,20 @@ def read_bytes(uri: str, num_bytes: int | None = None) -> bytes:
     if isinstance(filesystem, fs.LocalFileSystem):
         with open(path, "rb") as file:  # builtin open tells a folder from a missing file; arrow does not
             return file.read(num_bytes)
+    return read_object(filesystem, path, num_bytes)
+
+
+def write_bytes(uri: str, content: bytes) -> None:
+    """Writes one file so that a reader sees the old content or the new, never a part."""
+    filesystem, path = resolve(uri)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        write_atomically(path, content)
+    else:
+        write_object(filesystem, path, content)
+
+
+def read_object(filesystem: fs.FileSystem, path: str, num_bytes: int | None = None) -> bytes:
+    """The whole of one object of a store, or its first `num_bytes`; tried again while the store does not answer."""
 
     def read() -> bytes:
         with filesystem.open_input_stream(path) as stream:
@@ -104,12 +118,8 @@ def read_bytes(uri: str, num_bytes: int | None = None) -> bytes:
     return patiently(read)
 
 
-def write_bytes(uri: str, content: bytes) -> None:
-    """Writes one file so that a reader sees the old content or the new, never a part."""
-    filesystem, path = resolve(uri)
-    if isinstance(filesystem, fs.LocalFileSystem):
-        write_atomically(path, content)
-        return
+def write_object(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
+    """Writes one object of a store; tried again while the store does not answer."""
 
     def write() -> None:
         with filesystem.open_output_stream(path) as stream:  # an object appears when its upload completes

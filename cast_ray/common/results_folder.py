@@ -21,7 +21,7 @@ from pyarrow import fs as pafs
 from cast_ray.common.digest import digest_of
 from cast_ray.common.files import PARTIAL, write_atomically
 from cast_ray.common.outages import patiently
-from cast_ray.common.paths import absolute, below, is_uri, resolve
+from cast_ray.common.paths import absolute, below, is_uri, read_object, resolve, write_object
 from cast_ray.common.text import first_line
 
 NUM_AT_A_TIME = 16
@@ -75,11 +75,7 @@ class ResultsFolder:
         wanted = {info.path[len(root.rstrip("/")) + 1 :]: info.path for info in infos if is_wanted(info.base_name)}
 
         def fetch(name: str) -> None:
-            def read() -> bytes:
-                with filesystem.open_input_stream(wanted[name]) as stream:
-                    return stream.read()
-
-            write_atomically(self.path / name, patiently(read))
+            write_atomically(self.path / name, read_object(filesystem, wanted[name]))
             self._known[name] = self._state(name)
 
         self._each(fetch, [name for name in wanted if not (self.path / name).exists()], "read")
@@ -97,11 +93,7 @@ class ResultsFolder:
         states = {name: self._state(name) for name in (path.relative_to(self.path).as_posix() for path in files)}
 
         def send(name: str) -> None:
-            def write() -> None:
-                with filesystem.open_output_stream(f"{root.rstrip('/')}/{name}") as stream:
-                    stream.write((self.path / name).read_bytes())
-
-            patiently(write)
+            write_object(filesystem, f"{root.rstrip('/')}/{name}", (self.path / name).read_bytes())
             self._known[name] = states[name]
 
         self._each(send, [name for name, state in states.items() if self._known.get(name) != state], "written")

@@ -16,8 +16,6 @@ from cast_ray.models.export import INPUTS, OUTPUTS
 from cast_ray.models.export_openvino import RT_INFO
 
 Run = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
-TARGETS = {".onnx": "onnx", ".xml": "openvino"}
-"""Ending of an exported file -> what runs it."""
 
 
 class ExportedStudent:
@@ -35,7 +33,7 @@ class ExportedStudent:
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"{path}: expected an exported student, found no file")
-        read = {"onnx": _read_onnx, "openvino": _read_openvino}.get(TARGETS.get(path.suffix.lower(), ""))
+        read = {".onnx": _read_onnx, ".xml": _read_openvino}.get(path.suffix.lower())
         if read is None:
             raise ValueError(f"{path}: expected FILE.onnx or FILE.xml")
         self.run: Run

@@ -37,6 +37,8 @@ TEACHER, ENCODER, TEACHERS_ENCODER, DATA, EXTRA = "teacher", "encoder", "teacher
 """What a source is to the student."""
 _STRICTEST_FIRST = ("no", "unknown", "conditions", "yes")
 _MAX_ROWS = 6
+MAX_CHAINS = 4
+"""How many different chains plans and reports show."""
 _PARTS = ("data", "teacher", "student", "stages", "loss")
 """Parts of a recipe that a chain is read from."""
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.*?)\n---[ \t]*(?:\n|\Z)", re.DOTALL)

@@ -59,7 +59,7 @@ class RowDecision:
     tail: float
     """Error rate of each of the two bounds."""
     forecast: Forecast | None = None
-    """Of an undecided row with a spread over seeds."""
+    """How many more seeds it needs; None of a decided row, and of one without a spread over seeds."""
 
 
 def log_evidence(t: np.ndarray, num_seeds: np.ndarray, variance: float = MIXTURE_VARIANCE) -> np.ndarray:

@@ -238,7 +238,7 @@ class Report:
     pairs: tuple[Difference, ...]
     """Differences of every two rows in the ranking metric; none in a large table."""
     decisions: tuple[Decision, ...]
-    """Of each row but the baseline, in the ranking metric."""
+    """What the seeds decide about each row but the baseline, in the ranking metric."""
     effect: float | None
     """Smallest effect of interest in the ranking metric; None: rows are never called equal."""
     failures: tuple[Failure, ...]
@@ -255,7 +255,7 @@ class Report:
     context: Mapping[str, str]
     notes: tuple[str, ...]
     prices: Prices = NO_PRICES
-    """Of a device-hour, where the reader has named them."""
+    """What a device-hour costs, where the reader has said so."""
     results: tuple[Result, ...] = field(repr=False, default=())
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from cast_ray.common.text import first_of
 from cast_ray.contracts.compute_node import nodes_text
 from cast_ray.contracts.row_result import DatasetFacts, Hardware, RowResult, SplitFacts
-from cast_ray.recipe.licence_chain import LicenceChain, by_rows, chain_of_plain_recipe, warnings_of
+from cast_ray.recipe.licence_chain import MAX_CHAINS, LicenceChain, by_rows, chain_of_plain_recipe, warnings_of
 from cast_ray.recipe.stages import KINDS_OF_AP
 from cast_ray.report.content import Difference, Report, Result
 from cast_ray.report.decision_table import decision_notes
@@ -19,8 +19,6 @@ MAX_NAMED = 8
 ROUNDING_AP, ROUNDING_DIFFERENCE_AP = 2.4, 1.2
 """How far rounding alone has moved an AP, and a difference of two rows: the same seed and command on two machines of
 one kind (docs/measuring.md)."""
-MAX_CHAINS = 4
-"""Different chains of licences that are named."""
 AP_NAMES = {"coco": "COCO mask AP", "cityscapes": "Cityscapes' instance AP (not comparable with COCO's)"}
 SEED_FIELDS = {"data.split_seed": "label split", "init_seed": "initial weights", "order_seed": "order of images"}
 """Recipe fields by which a part of the randomness stays the same for all seeds, and what they fix."""

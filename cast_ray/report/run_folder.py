@@ -44,7 +44,7 @@ class RunRequest:
     effects: Mapping[str, float] = field(default_factory=dict)
     """Table -> smallest effect of interest, where a command named one."""
     prices: Prices = NO_PRICES
-    """Of a device-hour, as the command that last ran named them."""
+    """What a device-hour costs, as the command that last ran has said."""
 
     @property
     def digests(self) -> dict[tuple[str, str, int], str]:

@@ -31,17 +31,19 @@ from cast_ray.data.reading.index import (
     hold_out,
     index_extra,
     pair_maps,
+    split_folders,
 )
 from cast_ray.data.reading.listing import Listing, open_listing
 from cast_ray.recipe import DataConfig
 
 THING = Category(1, "object")
 """The only class of a format that does not say what its objects are."""
-TRAIN_FOLDERS = ("train", "training", "")
-VAL_FOLDERS = ("val", "valid", "validation")
 EXACT_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
 """What files are called whose pixels come back as they were written; JPEG invents values at the edges of objects."""
-_EXPECTED = "expected images/ and masks/ with files of equal names (StarDist) or x.png beside x_masks.png (Cellpose)"
+_EXPECTED = (
+    "no label map found: expected images/ and masks/ with files of equal names (StarDist) or x.png beside x_masks.png "
+    "(Cellpose)"
+)
 _MASK = re.compile(r"_(cp_)?masks$")
 
 
@@ -53,19 +55,12 @@ def index(config: DataConfig, progress: Progress | None = None) -> DatasetIndex:
     """
     listing = open_listing(config.root, "images and label maps")
     splits, skipped, sources = {}, list[Skipped](), {}
-    for split, given, usual in (
-        ("train", config.image_dir, TRAIN_FOLDERS),
-        ("val", config.val_image_dir, VAL_FOLDERS),
-    ):
-        folder = next((f for f in ([given] if given else usual) if is_layout(listing, f)), None)
-        if folder is None and (given or split == "train"):
-            raise ValueError(f"{posixpath.join(listing.root, given)}: no label map found: {_EXPECTED}")
-        if folder is not None:
-            sources[split] = folder or listing.root
-            images, maps = _pairs(listing, folder)
-            by_image = by_stem(images, lambda stem: stem.removesuffix("_img"))
-            splits[split], bad = pair_maps(listing, split, by_image, by_stem(maps, lambda stem: _MASK.sub("", stem)))
-            skipped += bad
+    for split, folder in split_folders(listing, config, is_layout, _EXPECTED).items():
+        sources[split] = folder or listing.root
+        images, maps = _pairs(listing, folder)
+        by_image = by_stem(images, lambda stem: stem.removesuffix("_img"))
+        splits[split], bad = pair_maps(listing, split, by_image, by_stem(maps, lambda stem: _MASK.sub("", stem)))
+        skipped += bad
     if "val" not in splits:
         splits = hold_out(splits["train"], config, sources["train"])
     extra, left_out = index_extra(listing, config, "a folder of label maps")

@@ -32,10 +32,18 @@ from cast_ray.contracts.records import Category
 from cast_ray.data.formats.coco import Progress
 from cast_ray.data.formats.coco_document import shown
 from cast_ray.data.formats.instance_maps import instance
-from cast_ray.data.formats.label_maps import TRAIN_FOLDERS, VAL_FOLDERS
 from cast_ray.data.formats.segmentations import encode_mask, encode_segmentation
 from cast_ray.data.reading.images import IMAGE_SUFFIXES, ImageError, read_content
-from cast_ray.data.reading.index import DatasetIndex, ReadOutcome, Skipped, hold_out, index_extra, index_table
+from cast_ray.data.reading.index import (
+    TRAIN_FOLDERS,
+    VAL_FOLDERS,
+    DatasetIndex,
+    ReadOutcome,
+    Skipped,
+    hold_out,
+    index_extra,
+    index_table,
+)
 from cast_ray.data.reading.listing import Listing, open_listing
 from cast_ray.data.reading.photos import images_below
 from cast_ray.recipe import DataConfig

@@ -15,22 +15,25 @@ from itertools import islice
 from cast_ray.contracts.records import Category
 from cast_ray.data.formats.coco import Progress
 from cast_ray.data.formats.instance_maps import instance
-from cast_ray.data.formats.label_maps import EXACT_SUFFIXES, THING, TRAIN_FOLDERS, VAL_FOLDERS
+from cast_ray.data.formats.label_maps import EXACT_SUFFIXES, THING
 from cast_ray.data.formats.segmentations import encode_mask
 from cast_ray.data.reading.images import IMAGE_SUFFIXES, ImageError, read_mask
 from cast_ray.data.reading.index import (
+    TRAIN_FOLDERS,
     DatasetIndex,
     ReadOutcome,
     Skipped,
     hold_out,
     index_extra,
     index_table,
+    split_folders,
 )
 from cast_ray.data.reading.listing import Listing, child, open_listing
 from cast_ray.recipe import DataConfig
 
 CATEGORIES: tuple[Category, ...] = (THING,)
 _TRAIN_FOLDERS = ("stage1_train", *TRAIN_FOLDERS)
+_EXPECTED = "no masks found: expected <id>/images/<id>.png and <id>/masks/*.png (2018 Data Science Bowl)"
 _LOOKED_AT = 20
 """Folders that are opened to recognise the layout: a few images may lack their masks."""
 
@@ -43,18 +46,7 @@ def index(config: DataConfig, progress: Progress | None = None) -> DatasetIndex:
     """
     listing = open_listing(config.root, "images with one mask file for each object")
     splits, skipped, sources = {}, list[Skipped](), {}
-    for split, given, usual in (
-        ("train", config.image_dir, _TRAIN_FOLDERS),
-        ("val", config.val_image_dir, VAL_FOLDERS),
-    ):
-        folder = next((f for f in ([given] if given else usual) if is_layout(listing, f)), None)
-        if folder is None and (given or split == "train"):
-            raise ValueError(
-                f"{posixpath.join(listing.root, given)}: no masks found: expected <id>/images/<id>.png and "
-                "<id>/masks/*.png (2018 Data Science Bowl)"
-            )
-        if folder is None:
-            continue
+    for split, folder in split_folders(listing, config, is_layout, _EXPECTED, _TRAIN_FOLDERS).items():
         rows = []
         for identifier in listing.folders(folder):
             place = posixpath.join(folder, identifier)

@@ -26,6 +26,10 @@ INDEX_SCHEMA = pa.schema(
     ]
 )
 
+TRAIN_FOLDERS = ("train", "training", "")
+VAL_FOLDERS = ("val", "valid", "validation")
+"""Usual folders of the images of formats whose tools prescribe none."""
+
 Skipped = dict[str, str]
 """An image or annotation that cannot be used: split, kind (image, annotation), id, file, reason."""
 
@@ -193,6 +197,38 @@ def by_stem(paths: Iterable[str], strip: Callable[[str], str] = lambda stem: ste
             raise ValueError(f"{found[stem]} and {path} have one name: expected one file of the name {stem}")
         found[stem] = path
     return found
+
+
+def split_folders(
+    listing: Listing,
+    config: DataConfig,
+    is_layout: Callable[[Listing, str], bool],
+    expected: str,
+    train_folders: Sequence[str] = TRAIN_FOLDERS,
+) -> dict[str, str]:
+    """Returns the folder of split train and, where there is one, of val: those that the recipe names, else usual ones.
+
+    Args:
+        listing: of the dataset's folder.
+        config: `image_dir` and `val_image_dir` name the folders.
+        is_layout: whether a folder holds images of the format.
+        expected: what was looked for, for the message.
+        train_folders: usual folders of the training images.
+
+    Raises:
+        ValueError: there are no training images, or a folder that the recipe names holds none.
+    """
+    folders = {}
+    for split, given, usual in (
+        ("train", config.image_dir, train_folders),
+        ("val", config.val_image_dir, VAL_FOLDERS),
+    ):
+        folder = next((f for f in ([given] if given else usual) if is_layout(listing, f)), None)
+        if folder is None and (given or split == "train"):
+            raise ValueError(f"{posixpath.join(listing.root, given)}: {expected}")
+        if folder is not None:
+            folders[split] = folder
+    return folders
 
 
 def hold_out(table: pa.Table, config: DataConfig, source: str) -> dict[str, pa.Table]:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from cast_ray.contracts.records import Category, DatasetSplits, instance_rows, mask_areas, object_areas, take_rows
 from cast_ray.data.formats import label_maps, labelme, mask_files, yolo
 from cast_ray.data.formats.coco_document import TRAIN_NAMES, find_annotation_file
+from cast_ray.data.reading.index import TRAIN_FOLDERS
 from cast_ray.data.reading.listing import Listing
 from cast_ray.data.splits.fractions import label_index
 
@@ -41,7 +42,7 @@ def guess_format(root: str) -> str:
         return "yolo"
     looks_like = {"label_maps": label_maps.is_layout, "mask_files": mask_files.is_layout, "labelme": labelme.is_layout}
     for name, is_layout in looks_like.items():
-        if any(is_layout(listing, folder) for folder in (*label_maps.TRAIN_FOLDERS, "stage1_train")):
+        if any(is_layout(listing, folder) for folder in (*TRAIN_FOLDERS, "stage1_train")):
             return name
     return "coco"
 

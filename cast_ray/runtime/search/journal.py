@@ -27,7 +27,7 @@ from cast_ray.runtime.store.claims import DEAD_AFTER_S, Claims, Presence, find_h
 logger = logging.getLogger(__name__)
 
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss")
-"""Of URIs that are object stores; a study at any other URI is in a database."""
+"""Schemes of URIs in object stores; a study at any other URI is in a database."""
 WRITE_EVERY_S = 2.0
 """Least pause between two writes: what a killed command has not written back is lost, and its points are proposed
 anew."""

@@ -14,12 +14,11 @@ from cast_ray.data.reading.data_report import print_warnings
 from cast_ray.plan.cost import PlanCost
 from cast_ray.plan.graph import Stage, SweepPlan
 from cast_ray.plan.prices import Prices
+from cast_ray.recipe.licence_chain import MAX_CHAINS
 from cast_ray.runtime.data.dataset import StoredDataset
 
 MAX_NAMES = 12
 MAX_USERS = 3
-MAX_CHAINS = 4
-"""Different chains of licences that are shown."""
 GIB = 2**30
 MAX_LINES = 60
 """Stages shown one by one; more are shown by name and place, with their number."""
@@ -43,7 +42,7 @@ class Preview:
     costs: Mapping[str, PlanCost] = field(default_factory=dict)
     """Model of the devices -> what the plan costs on them; first that of the devices that were last used."""
     prices: Prices | None = None
-    """Of a device-hour; None: none were named."""
+    """What a device-hour costs; None: nobody has said so."""
     budget_hours: float | None = None
     memory: Mapping[str, Sequence[int | None]] = field(default_factory=dict)
     licences: Sequence[str] = ()

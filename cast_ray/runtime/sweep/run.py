@@ -79,7 +79,7 @@ class SweepRequest:
     budget_hours: float | None = None
     """Device-hours after which no stage is started."""
     prices: Prices | None = None
-    """Of a device-hour; None: none were named."""
+    """What a device-hour costs; None: nobody has said so."""
     keep_going: bool = False
     """Start further rows though the first ones all failed."""
     trackers: Trackers = field(default_factory=Trackers)
