@@ -12,28 +12,21 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import LocalTokenNotFoundError
+from tiny_students import make_student
 
 from cast_ray.cli import export
 from cast_ray.contracts.records import Category
 from cast_ray.contracts.row_result import RowResult
 from cast_ray.models import student as student_module
-from cast_ray.models.segmenter import build_segmenter
 from cast_ray.models.student import CARD, CONFIG, WEIGHTS, Student
-from cast_ray.recipe import EncoderConfig, ModelConfig, build_recipe
+from cast_ray.recipe import build_recipe
 from cast_ray.recipe.licence_chain import licence_chain, readme_licence
 
-TINY = ModelConfig(
-    encoder=EncoderConfig(name="conv", widths=(8, 8, 16, 16), stem_stride=2),
-    hidden_dim=16,
-    num_queries=5,
-    num_layers=1,
-    feedforward_dim=16,
-)
 METRICS = {"teacher/mask_ap": 51.24, "student/mask_ap": 40.0, "refined/mask_ap": 42.504, "refined/ap50": 63.0}
 
 
 def make() -> Student:
-    return Student(build_segmenter(TINY, 2, 0), (Category(3, "disc"), Category(7, "box")), (32, 48)).eval()
+    return make_student((Category(3, "disc"), Category(7, "box")))
 
 
 def result_of(preset: str, metrics: dict[str, float] = METRICS, **overrides: Any) -> RowResult:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_students import TINY, make_student
 
 from cast_ray.cli import export
 from cast_ray.contracts.records import Category
@@ -19,22 +20,15 @@ from cast_ray.contracts.row_result import RowResult
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.models.student import CARD, CONFIG, WEIGHTS, Student
 from cast_ray.plan.graph import plan
-from cast_ray.recipe import EncoderConfig, ModelConfig, Recipe, StagesConfig, TeacherConfig, build_recipe
+from cast_ray.recipe import ModelConfig, Recipe, StagesConfig, TeacherConfig, build_recipe
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.models import import_foundation, load_student, open_student, save_model
 
-TINY = ModelConfig(
-    encoder=EncoderConfig(name="conv", widths=(8, 8, 16, 16), stem_stride=2),
-    hidden_dim=16,
-    num_queries=5,
-    num_layers=1,
-    feedforward_dim=16,
-)
 CATEGORIES = (Category(3, "disc"), Category(7, "büchse"))
 
 
 def make(seed: int = 0) -> Student:
-    return Student(build_segmenter(TINY, 2, seed), CATEGORIES, (32, 48)).eval()
+    return make_student(CATEGORIES, seed)
 
 
 @pytest.fixture
