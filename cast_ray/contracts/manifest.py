@@ -12,6 +12,7 @@ from pydantic import Field
 
 from cast_ray.contracts.compute_node import ComputeNode
 from cast_ray.contracts.document import Document, DocumentPart, Several, parse
+from cast_ray.contracts.held_precision import HeldPrecision
 
 
 class Manifest(Document):
@@ -125,7 +126,9 @@ class LabelManifest(Manifest):
     skipped: Several[SkippedImage] = ()
     """Images that it could not read."""
     class_thresholds: dict[str, float] | None = None
-    """Name of each class -> its least score, where each class has its own."""
+    """Name of each class -> its least score, where each class has its own; classes that get no label have none."""
+    held_precision: HeldPrecision | None = None
+    """How these were chosen, where `pseudo.precision` asks for them; None in manifests of earlier versions."""
 
 
 class CategoryFacts(DocumentPart):

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from cast_ray.contracts.compute_node import UNKNOWN_DEVICE, ComputeNode
+from cast_ray.contracts.held_precision import HeldPrecision
 from cast_ray.contracts.document import Document, DocumentPart, Several
 from cast_ray.contracts.label_audit import LabelAudit
 
@@ -148,6 +149,8 @@ class StageRecord(DocumentPart):
     """Images that it could not read."""
     skipped: Several[str] = ()
     """The reasons of the first of them, each with the file's name."""
+    held_precision: HeldPrecision | None = None
+    """Thresholds by class that hold a precision, of a labelling stage that has them."""
 
 
 class RowResult(Document):

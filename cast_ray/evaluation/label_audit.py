@@ -61,7 +61,7 @@ def audit_images(
     pairs = [(t, p) for t, p in zip(truth_rows, label_rows, strict=True) if t["instances"] is not None]
     truth = [Truth.of(t, classes) for t, _ in pairs]
     found = [_detections(p, classes) for _, p in pairs]
-    matches = match_coco(truth, found, len(classes), max_detections=max([1, *(len(f.labels) for f in found)]))
+    matches = _match(truth, found, classes)
     counts = np.zeros((len(pairs), len(_COUNTS)), dtype=np.int64)
     pixels = np.zeros((len(pairs), len(_PIXELS)))
     errors = np.zeros((len(classes), len(ERRORS)), dtype=np.int64)
@@ -85,6 +85,19 @@ def audit_images(
     positions = np.array([p["position"] for _, p in pairs], dtype=np.int64)
     image_ids = [t["image_id"] for t, _ in pairs]
     return AuditPart(matches, positions, image_ids, counts, pixels, errors, visibility, num_suppressed)
+
+
+def match_labels(
+    truth_rows: Sequence[dict[str, Any]], label_rows: Sequence[dict[str, Any]], classes: ClassMap
+) -> DetectionMatches:
+    """Matches labels with the ground truth of their images, as an audit does; all arguments as in `audit_images`."""
+    truth = [Truth.of(row, classes) for row in truth_rows]
+    return _match(truth, [_detections(row, classes) for row in label_rows], classes)
+
+
+def _match(truth: Sequence[Truth], found: Sequence[Detections], classes: ClassMap) -> DetectionMatches:
+    """All labels count, however many an image has."""
+    return match_coco(truth, found, len(classes), max_detections=max([1, *(len(f.labels) for f in found)]))
 
 
 def join_audits(parts: Sequence[AuditPart]) -> AuditPart:

@@ -9,6 +9,7 @@ of a teacher from checkpoints those of the published size that their names tell,
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -66,6 +67,7 @@ class Size:
     num_unlabelled: int
     num_val: int
     image_hw: tuple[int, int] | None = None
+    num_labelled: int = 0
 
 
 def device_types(manifests: Iterable[Manifest], device: str) -> list[str]:
@@ -133,7 +135,7 @@ class CostModel:
         if stage.kind == "train":
             count = stage.steps  # 0 where a stage is left out by its length
         else:
-            count = size.num_unlabelled if stage.kind == "label" else _to_evaluate(stage, size)
+            count = _to_label(stage, size) if stage.kind == "label" else _to_evaluate(stage, size)
         images = count * _images_of(stage.kind, stage.config)
         if seen := self.exact.get(_exact_key(stage.kind, stage.config, model)):
             return Estimate(statistics.median(seen) * count, "measured")
@@ -252,6 +254,11 @@ def _images_seen(manifest: Manifest) -> float:
     if isinstance(manifest, LabelManifest) and manifest.num_images:
         return manifest.num_images
     return (manifest.images_per_s or 0.0) * (manifest.seconds or 0.0)
+
+
+def _to_label(stage: Stage, size: Size) -> int:
+    num_folds = LabelPart.of(stage).num_folds_held_out
+    return math.ceil(size.num_labelled / num_folds) if num_folds else size.num_unlabelled
 
 
 def _to_evaluate(stage: Stage, size: Size) -> int:

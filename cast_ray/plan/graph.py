@@ -3,6 +3,10 @@
     pretrain --+--> adapt (1a) --> label (1b) --+--> teacher --> label (2a) --+--> distill (2b) --> refine (3)
                +------------------ selftrain (1c)
 
+With `pseudo.precision`, a label stage also waits for labels of D_l by teachers that have not been trained on them: 1a,
+or 1c, once more for each fold of D_l that it leaves out (`adapt-fold1`), and a label stage of the fold
+(`label-adapted-fold1`).
+
 A stage's fingerprint is sha256 over its kind and version, its own part of the recipe, its parents' fingerprints and the
 dataset's content hash. Equal fingerprints are one artifact, whatever rows, seeds or sweeps ask for it.
 """
@@ -10,7 +14,7 @@ dataset's content hash. Equal fingerprints are one artifact, whatever rows, seed
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +22,15 @@ from typing import Any, Literal
 
 from cast_ray.common.digest import digest_of
 from cast_ray.common.registry import check_call, import_named
-from cast_ray.plan.reads import STUDENT_STAGES, TrainStage, contrast_weight, reads_labels, reads_unlabelled
+from cast_ray.contracts.held_precision import FOLD, is_of_fold
+from cast_ray.plan.reads import (
+    STUDENT_STAGES,
+    TrainStage,
+    contrast_weight,
+    num_folds_of,
+    reads_labels,
+    reads_unlabelled,
+)
 from cast_ray.recipe import InputSize, Precision, Recipe, TrainConfig
 from cast_ray.recipe.part import identity_of
 
@@ -49,6 +61,10 @@ VIEW_FIELDS = (
 """Fields of DataConfig that decide what a train stage's model sees."""
 
 
+HELD_OUT = "held-out "
+"""Begin of the roles of a label stage's parents that are labels of folds of D_l, a number after it."""
+
+
 class NoTeacherError(ValueError):
     """A row's images would be labelled by a teacher that nothing has trained."""
 
@@ -77,6 +93,21 @@ class Stage:
         return artifact_key(self.kind, self.fingerprint)
 
     @property
+    def step(self) -> str:
+        """The name without the number of a fold: which part of `recipe.stages` says how a train stage optimises."""
+        return self.name.partition(FOLD)[0]
+
+    @property
+    def is_of_fold(self) -> bool:
+        """Whether it is there only to choose the thresholds of another stage, on a fold of D_l."""
+        return is_of_fold(self.name)
+
+    @property
+    def held_out(self) -> list[str]:
+        """Fingerprints of the label stages of all folds of D_l, in order, that a label stage reads."""
+        return [parent for role, parent in self.parents.items() if role.startswith(HELD_OUT)]
+
+    @property
     def precision(self) -> Precision:
         """What the stage computes in."""
         return self.config.get("precision", "off")
@@ -85,6 +116,11 @@ class Stage:
 def artifact_key(kind: str, fingerprint: str) -> str:
     """Directory name of an artifact: no name of a stage in it, because equal stages may be called differently."""
     return f"{kind}-{fingerprint}"
+
+
+def parent_key(role: str, fingerprint: str) -> str:
+    """Directory name of the artifact that a stage reads in a role."""
+    return artifact_key("label" if role == "labels" or role.startswith(HELD_OUT) else "train", fingerprint)
 
 
 def fingerprint_of(key: str) -> str:
@@ -200,7 +236,7 @@ class _Planner:
         if stages.use_adapt:
             teacher = self.train("adapt", init=foundation)
             if reads_labels(recipe, "selftrain"):
-                adapted = self.label("label-adapted", teacher)
+                adapted = self.label("label-adapted", teacher, self.held_out("adapt", teacher, foundation))
                 teacher = self.train("selftrain", init=foundation, labels=adapted)
         if teacher is not None:
             self.evaluate("teacher", teacher, by_teacher=True)
@@ -211,7 +247,10 @@ class _Planner:
                 "stages.use_adapt is false and there is no pre-trained teacher (stages.pretrain.steps is 0 or the "
                 "dataset has no source images): nothing can label the unlabelled images (stages.foundation=DIR)"
             )
-        labels = self.label("label-teacher", teacher, True) if use_labels and teacher is not None else None
+        labels: Stage | None = None
+        if use_labels and teacher is not None:
+            held_out = self.held_out("selftrain", teacher, foundation, self.roles.get("label-adapted"))
+            labels = self.label("label-teacher", teacher, held_out, for_student=True)
         student = self.train("distill", labels=labels)
         self.roles["final"] = self.evaluate("student", student)
         if stages.use_refine and stages.refine.steps > 0:
@@ -219,7 +258,36 @@ class _Planner:
             self.roles["final"] = self.evaluate("refined", refined)
         return RowPlan(self.row, recipe.seed, recipe, tuple(self.stages), self.roles)
 
-    def train(self, name: TrainStage, *, init: Stage | None = None, labels: Stage | None = None) -> Stage:
+    def held_out(
+        self, name: TrainStage, teacher: Stage, foundation: Stage | None, labels: Stage | None = None
+    ) -> list[Stage]:
+        """Labels of each fold of D_l by a teacher that is trained like `teacher` without the fold; [] without folds.
+
+        Args:
+            name: the stage that trains the teacher on D_l.
+            foundation: what that stage starts from.
+            labels: pseudo-labels of D_u that it reads. They are the row's own, so that images of the fold have reached
+                the teacher of a fold of 1c through these alone.
+        """
+        num_folds = num_folds_of(self.recipe)
+        role = {"adapt": "label-adapted", "selftrain": "label-teacher"}[name]
+        found = []
+        for index in range(num_folds):
+            fold = {"index": index, "of": num_folds}
+            of_fold = teacher
+            if teacher is not foundation:
+                of_fold = self.train(name, init=foundation, labels=labels, fold=fold)
+            found.append(self.label(f"{role}{FOLD}{index + 1}", of_fold, fold=fold))
+        return found
+
+    def train(
+        self,
+        name: TrainStage,
+        *,
+        init: Stage | None = None,
+        labels: Stage | None = None,
+        fold: Mapping[str, int] | None = None,
+    ) -> Stage:
         recipe, train = self.recipe, getattr(self.recipe.stages, name)
         by_teacher, is_source = name not in STUDENT_STAGES, name == "pretrain"
         pxl, unlabelled = contrast_weight(recipe, name), reads_unlabelled(recipe, name)
@@ -229,7 +297,7 @@ class _Planner:
             "model": recipe.teacher.training_part() if by_teacher else identity_of(recipe.student),
             "train": self._optimisation_part(name, train, unlabelled),
             "data": self._view_part(name, by_teacher),
-            "split": None if is_source else split_part(recipe, self.hashes, unlabelled=unlabelled),
+            "split": None if is_source else self._split_part(unlabelled, fold, "others"),
             "source": is_source,
             "unlabelled": unlabelled,
             "loss": self._loss_part(by_teacher, has_labels=labels is not None, has_extra=has_extra, pxl=pxl),
@@ -245,7 +313,8 @@ class _Planner:
         refresh = recipe.labels.refresh_steps
         if labels is not None and name in recipe.labels.refresh_stages and refresh:
             config["refresh_steps"] = refresh
-        stage = self._stage(name, "train", config, {"init": init, "labels": labels}, train.steps)
+        number = "" if fold is None else f"{FOLD}{fold['index'] + 1}"
+        stage = self._stage(f"{name}{number}", "train", config, {"init": init, "labels": labels}, train.steps)
         if labels is not None and recipe.labels.mode == "online":
             parents = {"teacher": labels.parents["teacher"]} | ({"init": init.fingerprint} if init else {})
             stage = replace(stage, parents=parents, online=labels)
@@ -271,19 +340,38 @@ class _Planner:
             part.pop("pseudo_weighting")
         return part
 
-    def label(self, name: str, teacher: Stage, for_student: bool = False) -> Stage:
+    def _split_part(self, unlabelled: bool, fold: Mapping[str, int] | None, images: str) -> dict[str, Any]:
+        """The images of a stage; of one that is there for a fold of D_l, `images` says which, see `folds.fold_of`."""
+        part = split_part(self.recipe, self.hashes, unlabelled=unlabelled)
+        return part if fold is None else part | {"fold": {**fold, "images": images}}
+
+    def label(
+        self,
+        name: str,
+        teacher: Stage,
+        held_out: Sequence[Stage] = (),
+        *,
+        for_student: bool = False,
+        fold: Mapping[str, int] | None = None,
+    ) -> Stage:
+        """A label stage, of D_u or of a fold of D_l; `held_out`: labels of D_l that its thresholds are chosen on."""
         pseudo = self.recipe.pseudo
+        idle = () if pseudo.has_vote else ("vote_iou",)
+        if fold is not None:  # labels of any score, for whatever precision is asked for
+            idle = (*idle, "precision", "precision_error", "precision_folds")
         config = {
-            "pseudo": identity_of(pseudo, exclude=() if pseudo.has_vote else ("vote_iou",)),
+            "pseudo": identity_of(pseudo, exclude=idle),
             "data": self.recipe.input_size(by_teacher=True).part(),
-            "split": split_part(self.recipe, self.hashes, unlabelled=True),
+            "split": self._split_part(fold is None, fold, "held out"),
             "batch": self.recipe.label_batch,
         }
         if part := self.recipe.teacher.inference_part():
             config["teacher"] = part
         if for_student and self.recipe.loss.soft_targets != "off":
             config["soft"] = True
-        stage = self._stage(name, "label", config, {"teacher": teacher})
+        parents: dict[str, Stage | None] = {"teacher": teacher}
+        parents |= {f"{HELD_OUT}{number}": labels for number, labels in enumerate(held_out, 1)}
+        stage = self._stage(name, "label", config, parents)
         return stage if self.recipe.labels.mode == "online" else self._add(stage)
 
     def evaluate(self, role: str, model: Stage, by_teacher: bool = False) -> Stage:

@@ -13,12 +13,25 @@ STUDENT_STAGES: tuple[TrainStage, ...] = ("refine", "distill")
 TEACHER_STAGES: tuple[TrainStage, ...] = ("selftrain", "adapt", "pretrain")
 """The same for a row's teacher."""
 
+READ_LABELS: tuple[TrainStage, ...] = ("selftrain", "distill")
+"""Stages that learn from pseudo-labels where a recipe has them."""
+
 
 def reads_labels(recipe: Recipe, stage: TrainStage) -> bool:
     """Returns whether a train stage has L_semi, which reads pseudo-labels of D_u: 1c and 2b, where they run."""
     if stage == "distill":
         return recipe.learns_from_teacher
     return stage == "selftrain" and recipe.stages.use_adapt and recipe.loss.lambda_semi > 0
+
+
+def num_folds_of(recipe: Recipe) -> int:
+    """Returns into how many folds D_l is cut to choose thresholds that hold `pseudo.precision`; 0: there are none.
+
+    It is 1 where the teacher is not trained on D_l, and so may score all of it.
+    """
+    if recipe.pseudo.precision is None or not any(reads_labels(recipe, stage) for stage in READ_LABELS):
+        return 0
+    return recipe.pseudo.precision_folds if recipe.stages.use_adapt else 1
 
 
 def contrast_weight(recipe: Recipe, stage: TrainStage) -> float:

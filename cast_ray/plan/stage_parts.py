@@ -172,6 +172,12 @@ class LabelPart(StagePart):
         return self.config["batch"]
 
     @property
+    def num_folds_held_out(self) -> int:
+        """Into how many parts D_l is cut of which it labels one; 0: it labels D_u."""
+        fold = self.config.get("split", {}).get("fold")
+        return fold["of"] if fold else 0
+
+    @property
     def is_soft(self) -> bool:
         """Whether labels also tell what the teacher believed."""
         return self.config.get("soft", False)
@@ -205,6 +211,6 @@ def train_config(stage: Stage, recipe: Recipe) -> TrainConfig:
 
     A stage without D_u takes no unlabelled images.
     """
-    how: TrainConfig = getattr(recipe.stages, stage.name)
+    how: TrainConfig = getattr(recipe.stages, stage.step)
     part = {"batch_unlabelled": 0} | stage.config["train"]
     return TrainConfig(**part, **how.model_dump(include=set(marked(TrainConfig, CHANGES_NO_RESULT))))

@@ -164,6 +164,15 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
+    def _held_precisions_are_of_stored_labels(self) -> Recipe:
+        if self.pseudo.precision is not None and self.labels.mode == "online":
+            raise ValueError(
+                f"pseudo.precision is {self.pseudo.precision} and labels.mode online: thresholds that hold a precision "
+                "are chosen for a label stage; expected labels.mode=offline, or no pseudo.precision"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _refreshed_labels_are_online(self) -> Recipe:
         if self.labels.refresh_steps and self.labels.mode != "online":
             raise ValueError(

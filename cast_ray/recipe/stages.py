@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from cast_ray.recipe.part import CHANGES_NO_RESULT, OFF_BY_DEFAULT, Part
 
@@ -86,6 +86,18 @@ class PseudoConfig(Part):
     """fixed: `score_threshold` for every class. balanced: each class has its threshold, not below that one,
     at which the predictions on D_u hold as many of it an image as D_l does (found before painting, once for all of
     D_u; not with labels.mode=online)."""
+    precision: Annotated[float | None, OFF_BY_DEFAULT] = Field(None, gt=0, lt=1)
+    """Share of the labels of each class that is to be right at mask IoU 0.5, for example 0.9. Each class then has the
+    lowest score, not below `score_threshold`, above which this share is shown to be held on D_l, by teachers that have
+    not been trained on the images they score (`precision_folds`); a class for which it cannot be shown is left
+    unlabelled. Not with labels.mode=online. None: off."""
+    precision_error: Annotated[float, OFF_BY_DEFAULT] = Field(0.1, gt=0, lt=1)
+    """Probability, over the choice of D_l, that a class or a group of small classes falls short of `precision` all the
+    same. Lower values need more labelled images."""
+    precision_folds: Annotated[int, OFF_BY_DEFAULT] = Field(5, ge=2)
+    """Parts of D_l. Each is scored by a teacher that is trained on the others, as steps 1a and 1c train the row's own,
+    so that `precision` costs about so many times these steps; rows and precisions share them. A teacher that is not
+    trained on D_l (stages.use_adapt=false) scores D_l itself."""
     mask_quality_threshold: float = Field(0.0, ge=0, le=1)
     """A prediction is trusted when its mask quality, as the teacher estimates it, is at least this; 0: not asked."""
     order: Literal["score", "detector"] = "score"
@@ -117,6 +129,15 @@ class PseudoConfig(Part):
         if min(scales) <= 0 or len(set(scales)) != len(scales):
             raise ValueError("expected different scales above 0, for example [1.0, 1.5]")
         return scales
+
+    @model_validator(mode="after")
+    def _one_rule_for_thresholds(self) -> PseudoConfig:
+        if self.precision is not None and self.class_thresholds != "fixed":
+            raise ValueError(
+                f"pseudo.precision is {self.precision} and pseudo.class_thresholds {self.class_thresholds}: each class "
+                "has one threshold; expected pseudo.class_thresholds=fixed, or no pseudo.precision"
+            )
+        return self
 
     @property
     def has_vote(self) -> bool:

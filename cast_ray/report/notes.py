@@ -217,12 +217,13 @@ def _progress_notes(report: Report) -> list[str]:
             f"AP near 0: {steps:,} training steps are too few to learn; this run only proves that the path works."
         )
     stages = [stage for r in report.results for stage in r.stages]
-    empty = {stage.name for stage in stages if stage.num_pseudo_labels == 0}
+    empty = {stage.name for stage in stages if stage.num_pseudo_labels == 0 and not is_of_fold(stage.name)}
     if empty:
         notes.append(
-            f"WARNING: no pseudo-label at all from {', '.join(sorted(empty))}: nothing reached pseudo.score_threshold; "
-            "rows that learn from pseudo-labels learnt nothing from them."
+            f"WARNING: no pseudo-label at all from {', '.join(sorted(empty))}: nothing reached pseudo.score_threshold "
+            "or the thresholds of pseudo.precision; rows that learn from pseudo-labels learnt nothing from them."
         )
+    notes += _held_precision_notes(report)
     overflowed = {stage.fingerprint: stage for stage in stages if stage.skipped_steps}
     notes += [
         f"{stage.name} ({fingerprint[:8]}): float16 overflowed in {stage.skipped_steps:,} of {stage.steps:,} steps, "
@@ -236,6 +237,24 @@ def _progress_notes(report: Report) -> list[str]:
         for name, stage in bad.items()
     ]
     return notes
+
+
+def _held_precision_notes(report: Report) -> list[str]:
+    """Which classes got no pseudo-label because a precision could not be shown for them, and what was promised."""
+    found: dict[str, None] = {}
+    for result in report.results:
+        for stage in result.stages:
+            held = stage.held_precision
+            if held is None:
+                continue
+            words = (
+                f"{result.row}, seed {result.seed}: {stage.name} has thresholds that hold a precision of "
+                f"{held.precision:g} on the {held.num_images} images of D_l (estimated there; each class or group of "
+                f"small classes is less precise with a probability of at most {held.error:g})"
+            )
+            left_out = ", ".join(held.left_out)
+            found[f"{words}; left unlabelled, because it cannot be shown: {left_out}." if left_out else f"{words}."] = None
+    return list(found)
 
 
 def _seed_notes(report: Report) -> list[str]:

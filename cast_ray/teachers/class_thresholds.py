@@ -1,10 +1,24 @@
-"""A score threshold for each class, so that pseudo-labels have the classes of the labelled images."""
+"""A score threshold for each class: so that pseudo-labels have the classes of the labelled images, and what reaches it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
+
+
+Label = TypeVar("Label", bound=Mapping[str, Any])
+
+
+def reaching(labels: Sequence[Label], thresholds: Mapping[int, float], class_key: str) -> list[Label]:
+    """Returns the labels whose score is at least the threshold of their class; of a class without one, none.
+
+    Args:
+        thresholds: class -> least score.
+        class_key: key of a label under which its class stands: `label` or `category_id`.
+    """
+    return [label for label in labels if label["score"] >= thresholds.get(label[class_key], np.inf)]
 
 
 def balanced_thresholds(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
@@ -14,9 +15,10 @@ import numpy as np
 import pyarrow.compute as pc
 
 from cast_ray.common.digest import digest_of
+from cast_ray.data.splits.folds import fold_of
 from cast_ray.data.splits.fractions import LabelSplit, split
 from cast_ray.plan.graph import split_part
-from cast_ray.plan.reads import needs_unlabelled
+from cast_ray.plan.reads import needs_unlabelled, num_folds_of
 from cast_ray.recipe import Recipe
 from cast_ray.runtime.data.dataset import LABEL_INDEX, StoredDataset
 from cast_ray.runtime.store.artifacts import ArtifactStore
@@ -52,6 +54,7 @@ def store_splits(dataset: StoredDataset, recipes: Iterable[Recipe], store: Artif
         chosen = split(records, data, recipe.seed, dataset.source_of(data, store), workers)
         if has_objects and not chosen.facts["num_with_objects"]:
             warnings[_no_object(chosen.facts)] = None
+        _check_folds(recipe, chosen)
         if is_read and len(chosen.unlabelled) < workers:
             raise ValueError(
                 f"data.label_fraction {data.label_fraction} of {dataset.num_images['train']} images leaves "
@@ -66,6 +69,20 @@ def store_splits(dataset: StoredDataset, recipes: Iterable[Recipe], store: Artif
                 facts.pop("num_copies", None)
             store.write_json(f"splits/{key}.json", {"facts": facts} | rows)
     return list(warnings)
+
+
+def _check_folds(recipe: Recipe, chosen: LabelSplit) -> None:
+    """Raises ValueError where D_l cannot be cut into the folds that a recipe asks for."""
+    num_folds, num_labelled = num_folds_of(recipe), len(chosen.labelled)
+    if num_folds <= 1:
+        return
+    workers = recipe.runtime.num_workers
+    if num_labelled < num_folds or num_labelled - math.ceil(num_labelled / num_folds) < workers:
+        raise ValueError(
+            f"pseudo.precision_folds is {num_folds}, and D_l has {num_labelled} images: expected an image for each "
+            f"fold, and outside of it at least 1 for each worker ({workers}). Take a larger data.label_fraction or "
+            "fewer folds"
+        )
 
 
 def _without_copies(facts: dict[str, Any]) -> str:
@@ -85,10 +102,14 @@ def _no_object(facts: dict[str, Any]) -> str:
 def stored_split(store: ArtifactStore, content_hash: str, part: dict[str, Any]) -> LabelSplit:
     """Returns the images of a stage, as `store_splits` chose them; rows past the training images are the extra pool's.
 
+    Folds of D_l follow from the choice of the row (`folds.fold_of`) and are not stored.
+
     Raises:
         ValueError: the choice is not in the store; names its file.
     """
-    return _read_split(store.storage, split_key(content_hash, part))
+    of_row = {name: value for name, value in part.items() if name != "fold"}
+    chosen = _read_split(store.storage, split_key(content_hash, of_row))
+    return fold_of(chosen, part["fold"]) if "fold" in part else chosen
 
 
 @lru_cache(maxsize=8)

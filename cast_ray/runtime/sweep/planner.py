@@ -117,7 +117,7 @@ class RowPlanner:
         chosen = stored_split(self.store, dataset.content_hash, part)
         sizes = (recipe.input_size(by_teacher=by_teacher) for by_teacher in (True, False))
         image_hw = None if all(size.is_fixed for size in sizes) else self._typical_hw(dataset)
-        return Size(len(chosen.unlabelled), dataset.num_images["val"], image_hw)
+        return Size(len(chosen.unlabelled), dataset.num_images["val"], image_hw, len(chosen.labelled))
 
     def _typical_hw(self, dataset: StoredDataset) -> tuple[int, int]:
         """Median height and width of the validation images, pixels."""

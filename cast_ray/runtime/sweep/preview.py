@@ -167,7 +167,8 @@ def stage_tree(preview: Preview) -> Tree:
     places: dict[str, _Node] = {}
     groups: dict[tuple[int, str], _Node] = {}
     for stage in work:  # parents come first
-        last = stage.parents.get("labels") or stage.parents.get("teacher") or stage.parents.get("init") or ""
+        waited = (*stage.held_out[-1:], *(stage.parents.get(role) for role in ("labels", "teacher", "init")))
+        last = next(filter(None, waited), "")
         parent = places.get(last, root)
         node = None if one_by_one else groups.get((id(parent), stage.name))
         if node is None:

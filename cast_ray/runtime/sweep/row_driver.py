@@ -356,7 +356,8 @@ class RowDriver:
             return
         finally:
             self.labels = None
-        audit_labels(store, stage, images, recipe.runtime)
+        if not stage.is_of_fold:
+            audit_labels(store, stage, images, recipe.runtime)
         where = {"num_workers": recipe.runtime.num_labellers, "device": "cuda" if recipe.runtime.use_gpu else "cpu"}
         facts |= {"stage_seconds": time.monotonic() - began, **where, "owner": self.name}
         facts |= {"computed_on": ray.get(self.broker.computed_on.remote(self.name))}

@@ -159,8 +159,9 @@ def assemble_result(context: SweepContext, row: RowPlan, ran: set[str], outcome:
         for role, stage in row.roles.items()
         if stage.kind == "evaluate" and stage.fingerprint in committed
     }
-    trained = {stage.name: artifact.numbers for stage, artifact in finished if stage.kind == "train"}
-    labelled = {stage.name: artifact.numbers for stage, artifact in finished if stage.kind == "label"}
+    of_row = [(stage, artifact) for stage, artifact in finished if not stage.is_of_fold]
+    trained = {stage.name: artifact.numbers for stage, artifact in of_row if stage.kind == "train"}
+    labelled = {stage.name: artifact.numbers for stage, artifact in of_row if stage.kind == "label"}
     return RowResult(
         schema_version=RowResult.VERSION,
         table=context.table,
@@ -236,6 +237,7 @@ def _facts_of_kind(manifest: Manifest) -> dict[str, Any]:
             "num_pseudo_labels": manifest.num_pseudo_labels,
             "num_skipped": len(reasons),
             "skipped": tuple(reasons[:MAX_SKIPPED_NAMED]),
+            "held_precision": manifest.held_precision,
         }
     return {}
 

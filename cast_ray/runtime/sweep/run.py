@@ -319,12 +319,12 @@ def _memory_key(stage: Stage, recipe: Recipe, model: Model | None) -> str:
         model: that the stage runs; None: an imported teacher's.
     """
     config, where = stage.config, [recipe.data.root, recipe.runtime.model_dump()]
-    part = [stage.name, repr(model), config["data"].get("image_px"), config["data"].get("resize"), *where]
+    part = [stage.step, repr(model), config["data"].get("image_px"), config["data"].get("resize"), *where]
     if stage.kind != "train":
         return json.dumps([*part, recipe.evaluation.batch, recipe.label_batch], default=list)
     train = TrainPart.of(stage)
     part += [config["contrastive"], train.batch_labelled, train.batch_unlabelled, train.has_average]
-    part += [getattr(recipe.stages, stage.name).accumulate]
+    part += [getattr(recipe.stages, stage.step).accumulate]
     return json.dumps(part, default=list)
 
 

@@ -19,16 +19,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cast_ray.contracts.held_precision import HeldPrecision
 from cast_ray.contracts.instance import RecordLabel
 from cast_ray.contracts.records import INSTANCE_TYPE, RECORD_SCHEMA, Category, class_names, pieces_of, take_rows
 from cast_ray.plan.graph import Stage, input_size_of
 from cast_ray.plan.stage_parts import LabelPart
-from cast_ray.recipe import InputSize, Recipe
+from cast_ray.recipe import InputSize, PseudoConfig, Recipe
 from cast_ray.runtime.data.block_source import Rows
 from cast_ray.runtime.data.images import Images
 from cast_ray.runtime.data.pictures import Pictures, images_per_task
 from cast_ray.runtime.data.record_tables import record_at, table_of
-from cast_ray.runtime.store.artifact_files import LABELS
+from cast_ray.runtime.store.artifact_files import CALIBRATION, LABELS
 from cast_ray.runtime.store.artifacts import ArtifactStore
 
 LABEL_TYPE = pa.struct(
@@ -119,12 +120,16 @@ class LabelJob:
         found = len(self.images.unlabelled) - labelled
         return {"seconds": seconds, "images_per_s": labelled / max(seconds, 1e-9), "num_found": found}
 
-    def join(self) -> dict[str, Any]:
+    def join(self, inputs: ArtifactStore | None = None) -> dict[str, Any]:
         """Makes the artifact's one file of all blocks (not committed), a few in memory at a time.
+
+        Args:
+            inputs: store of the label stages that this one reads; None: that of the job.
 
         Returns:
             num_images: labelled ones; num_pseudo_labels: instances on them; skipped: position, file and reason of the
-            other images; class_thresholds: class -> least score, where each class has its own.
+            other images; class_thresholds: class -> least score, where each class has its own; held_precision: how
+            they were chosen, where `pseudo.precision` asks for it.
 
         Raises:
             RuntimeError: an image has no row (nothing may be dropped silently).
@@ -133,8 +138,13 @@ class LabelJob:
         """
         skipped: list[dict[str, Any]] = []
         num_images = num_labels = 0
-        is_balanced = LabelPart.of(self.stage).pseudo.class_thresholds == "balanced"
-        thresholds = self._balanced_thresholds() if is_balanced else None
+        pseudo = LabelPart.of(self.stage).pseudo
+        thresholds: dict[int, float] | None = None
+        held: HeldPrecision | None = None
+        if pseudo.class_thresholds == "balanced":
+            thresholds = self._balanced_thresholds()
+        elif pseudo.precision is not None:
+            thresholds, held = self._held_thresholds(pseudo, inputs or self.store)
         with (
             self.store.open_to_add(self.stage, LABELS) as file,
             pa.parquet.ParquetWriter(file, LABEL_SCHEMA) as writer,
@@ -144,7 +154,7 @@ class LabelJob:
                 skipped += bad.select(["position", "uri", "error"]).to_pylist()
                 labelled = table.filter(pa.compute.is_null(table["error"])).drop_columns("error")
                 if thresholds is not None:
-                    labelled = self._painted(labelled, thresholds)
+                    labelled = self._chosen(labelled, thresholds, is_painted=held is not None)
                 for piece in pieces_of(labelled, ROW_GROUP_BYTES):  # what is read at once
                     writer.write_table(piece)
                 num_images += labelled.num_rows
@@ -160,13 +170,35 @@ class LabelJob:
                 f"{self.stage.name}: {len(skipped)} of {wanted} images could not be read, above "
                 f"data.max_bad_fraction={limit}: {'; '.join(row['error'] for row in skipped[:3])}"
             )
-        if num_labels == 0 and self.recipe.pseudo.on_empty == "stop":
+        is_of_row = not LabelPart.of(self.stage).num_folds_held_out
+        if num_labels == 0 and is_of_row and self.recipe.pseudo.on_empty == "stop":
+            if held is not None and len(held.left_out) == len(self.images.categories):
+                raise ValueError(nothing_held(self.stage, held))
             raise ValueError(nothing_found(self.stage, self.recipe, self.images.categories, f"any of {num_images}"))
         facts: dict[str, Any] = {"num_images": num_images, "num_pseudo_labels": num_labels, "skipped": skipped}
         if thresholds is not None:
             names = dict(zip((c.id for c in self.images.categories), class_names(self.images.categories)))
             facts["class_thresholds"] = {names[category]: least for category, least in sorted(thresholds.items())}
+        if held is not None:
+            facts["held_precision"] = held.plain()
         return facts
+
+    def _held_thresholds(self, pseudo: PseudoConfig, inputs: ArtifactStore) -> tuple[dict[int, float], HeldPrecision]:
+        """Category -> least score of a label, of the categories that hold `pseudo.precision`, and how it was found.
+
+        The labels of D_l that it was found on become a file of the artifact.
+        """
+        from cast_ray.evaluation.precision_thresholds import precision_thresholds, thresholds_of_classes
+        from cast_ray.runtime.worker.calibration import calibration_matches, held_precision
+
+        assert pseudo.precision is not None
+        matches = calibration_matches(inputs, self.stage, self.images)
+        self.store.add(self.stage, CALIBRATION, matches.to_bytes())
+        groups = precision_thresholds(matches, pseudo.precision, pseudo.precision_error)
+        categories, num_folds = self.images.categories, len(self.stage.held_out)
+        held = held_precision(groups, class_names(categories), pseudo, len(self.images.labelled), num_folds)
+        found = thresholds_of_classes(groups)
+        return {categories[label].id: least for label, least in found.items() if least is not None}, held
 
     def _balanced_thresholds(self) -> dict[int, float]:
         """Category -> least score of a label, from the predictions in all blocks and the truth of D_l."""
@@ -189,15 +221,20 @@ class LabelJob:
             len(self.images.unlabelled),
         )
 
-    def _painted(self, table: pa.Table, thresholds: dict[int, float]) -> pa.Table:
-        """Makes labels of predictions: those that reach the threshold of their class, painted image by image."""
+    def _chosen(self, table: pa.Table, thresholds: dict[int, float], is_painted: bool) -> pa.Table:
+        """Makes labels of predictions: those that reach the threshold of their class, painted image by image.
+
+        Where a precision is held they were painted before (`is_painted`): the labels above a threshold are then those
+        whose precision was measured, whatever the thresholds of other classes are.
+        """
+        from cast_ray.teachers.class_thresholds import reaching
         from cast_ray.teachers.pseudo_labels import paint
 
         config, rows = LabelPart.of(self.stage).pseudo, table.to_pylist()
         for row in rows:
             size = [row["height"], row["width"]]
-            sure = [i | {"size": size} for i in row["instances"] if i["score"] >= thresholds[i["category_id"]]]
-            row["instances"] = paint(sure, config)
+            sure = reaching(row["instances"], thresholds, "category_id")
+            row["instances"] = sure if is_painted else paint([i | {"size": size} for i in sure], config)
         return pa.Table.from_pylist(rows, schema=LABEL_SCHEMA)
 
     def _written(self) -> Iterator[pa.Table]:
@@ -209,6 +246,17 @@ class LabelJob:
     def forget_blocks(self) -> None:
         """Removes the blocks of a committed stage: its artifact has replaced them."""
         self.store.delete(self.folder)
+
+
+def nothing_held(stage: Stage, held: HeldPrecision) -> str:
+    """What to say when no class holds a precision."""
+    best = max(held.groups, key=lambda group: group.bound)
+    return (
+        f"{stage.name}: no class is shown to hold pseudo.precision {held.precision:g} on the {held.num_images} images "
+        f"of D_l; {', '.join(best.classes[:4])} comes nearest ({best.num_right} of {best.num_labels} labels are right, "
+        f"lower bound {best.bound:.2f}). Ask for less, label more images, train the teacher longer, or set "
+        "pseudo.on_empty=warn to continue without labels"
+    )
 
 
 def nothing_found(stage: Stage, recipe: Recipe, categories: Sequence[Category], which: str) -> str:

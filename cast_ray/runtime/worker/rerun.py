@@ -102,7 +102,7 @@ def label_again(stored: StoredStage, device: torch.device) -> tuple[pa.Table, di
             images.records, images.unlabelled, job.input_size, RECIPE.runtime, job.blocks, skip_bad=True
         ):
             job.write_block(pictures, labeller.label(pictures))
-        facts = job.join()
+        facts = job.join(stored.store)
         return job.store.read_table(stage.key, LABELS), facts
 
 

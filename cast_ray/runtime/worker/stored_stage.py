@@ -16,7 +16,7 @@ import pyarrow as pa
 from cast_ray.contracts.manifest import DatasetManifest, Manifest, TrainManifest
 from cast_ray.contracts.records import Category
 from cast_ray.data.reading.images import read_image
-from cast_ray.plan.graph import Kind, Stage, artifact_key, fingerprint_of, stage_fingerprint
+from cast_ray.plan.graph import Kind, Stage, artifact_key, fingerprint_of, parent_key, stage_fingerprint
 from cast_ray.plan.stage_parts import StagePart, TrainPart
 from cast_ray.recipe import DataConfig, PseudoConfig, Recipe
 from cast_ray.runtime.data.images import Images, images_of
@@ -69,9 +69,9 @@ def open_stage(store: ArtifactStore, key: str, dataset_key: str | None = None) -
         raise ValueError(f"{key} is unfinished: expected a stage that has been committed")
     stage = _stage(key, manifest)
     for role, parent in stage.parents.items():
-        parent_key = artifact_key("label" if role == "labels" else "train", parent)
-        if not store.has(parent_key):
-            raise ValueError(f"{key} reads {parent_key} ({role}), which is not in the store: `store gc` has removed it")
+        read = parent_key(role, parent)
+        if not store.has(read):
+            raise ValueError(f"{key} reads {read} ({role}), which is not in the store: `store gc` has removed it")
     dataset_key, dataset, note = _dataset(store, key, stage, dataset_key)
     categories = tuple(Category(c.id, c.name) for c in dataset.categories)
 

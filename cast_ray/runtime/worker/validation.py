@@ -48,7 +48,8 @@ def validation_bundles(recipe: Recipe, stages: Sequence[Stage] | None = None) ->
 def is_validated(recipe: Recipe, stage: Stage) -> bool:
     """Whether snapshots of a stage are measured: of segmenters only, not of teachers made of published checkpoints."""
     every = recipe.evaluation.every_steps
-    return stage.kind == "train" and 0 < every < stage.steps and TrainPart.of(stage).segmenter is not None
+    is_trained = stage.kind == "train" and not stage.is_of_fold
+    return is_trained and 0 < every < stage.steps and TrainPart.of(stage).segmenter is not None
 
 
 class SideValidation:

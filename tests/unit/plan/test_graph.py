@@ -689,3 +689,59 @@ def test_a_loss_term_of_ones_own_belongs_to_the_student(tmp_path: Path, monkeypa
             make({"loss.extra_term": wrong})
     with pytest.raises(ValueError, match=r"loss.extra_term: expected MODULE:FUNCTION"):
         make({"loss.extra_term": "own_a"})
+
+
+def folds_of(row: RowPlan, name: str) -> list[Stage]:
+    return [stage for stage in row.stages if stage.name.startswith(f"{name}-fold")]
+
+
+def test_a_held_precision_adds_teachers_that_have_not_seen_what_they_score(losses: dict[str, RowPlan]) -> None:
+    plain, row = make(), make({"pseudo.precision": 0.9, "pseudo.precision_folds": 3})
+    assert [stage.name for stage in row.stages if not stage.is_of_fold] == [stage.name for stage in plain.stages]
+    assert {role for role in ROLES if prints(plain)[role] == prints(row)[role]} == {"zero_shot"}
+    assert prints(row)["adapt"] == prints(plain)["adapt"]
+    for labels, teacher, of in (("label-adapted", "adapt", 3), ("label-teacher", "selftrain", 3)):
+        scored, trained, stage = folds_of(row, labels), folds_of(row, teacher), row.roles[labels]
+        assert stage.held_out == [s.fingerprint for s in scored] and len(scored) == len(trained) == of
+        assert [s.parents for s in scored] == [{"teacher": t.fingerprint} for t in trained]
+        for index, (label, train) in enumerate(zip(scored, trained)):
+            assert train.config["split"]["fold"] == {"index": index, "of": of, "images": "others"}
+            assert label.config["split"]["fold"] == {"index": index, "of": of, "images": "held out"}
+            own = row.roles[teacher]
+            assert train.config | {"split": own.config["split"]} == own.config
+            assert train.parents == own.parents and train.step == teacher and train.steps == own.steps
+            assert train_config(train, row.recipe) == train_config(own, row.recipe)
+            assert "precision" not in label.config["pseudo"]
+    assert row.roles["label-teacher"].config["pseudo"]["precision"] == 0.9
+
+
+def test_rows_of_other_precisions_share_the_folds_and_rows_without_labels_have_none() -> None:
+    rows = [make({"pseudo.precision": p, "pseudo.precision_error": e}) for p, e in ((0.8, 0.1), (0.9, 0.05))]
+    one, other = ([s.fingerprint for s in row.stages if s.name.startswith("adapt-fold")] for row in rows)
+    assert one == other and len(one) == 5
+    labels = [{s.name: s.fingerprint for s in row.stages if s.kind == "label"} for row in rows]
+    same = {name for name in labels[0] if labels[0][name] == labels[1][name]}
+    assert same == {f"label-adapted-fold{k}" for k in range(1, 6)}  # 1c has learnt from other labels
+    supervised = make({"pseudo.precision": 0.9, "loss.lambda_semi": 0})
+    assert not any(stage.is_of_fold for stage in supervised.stages)
+
+
+def test_a_teacher_that_is_not_trained_on_the_labelled_images_scores_all_of_them() -> None:
+    row = make({"pseudo.precision": 0.9, "stages.use_adapt": False})
+    (labels,) = (stage for stage in row.stages if stage.is_of_fold)
+    assert labels.name == "label-teacher-fold1" and labels.parents == {"teacher": row.roles["pretrain"].fingerprint}
+    assert labels.config["split"]["fold"] == {"index": 0, "of": 1, "images": "held out"}
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"labels.mode": "online"}, r"pseudo\.precision is 0\.9 and labels\.mode online"),
+        ({"pseudo.class_thresholds": "balanced"}, r"pseudo\.precision is 0\.9 and pseudo\.class_thresholds balanced"),
+        ({"pseudo.precision": 1.0}, r"pseudo\.precision: .*less than 1"),
+        ({"pseudo.precision_folds": 1}, r"pseudo\.precision_folds: .*greater than or equal to 2"),
+    ],
+)
+def test_what_does_not_go_with_a_held_precision(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make({"pseudo.precision": 0.9} | overrides)
