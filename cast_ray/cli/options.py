@@ -277,6 +277,11 @@ def positive(text: str) -> int:
     return _read(text, int, lambda number: number >= 1, "a whole number, 1 or more")
 
 
+def inner_share(text: str) -> float:
+    """Reads an argument between 0 and 1, without these two."""
+    return _read(text, float, lambda number: 0 < number < 1, "a number between 0 and 1")
+
+
 def share(text: str) -> float:
     """Reads an argument from 0 to 1, such as a score."""
     return _read(text, float, lambda number: 0 <= number <= 1, "a number from 0 to 1")

@@ -17,7 +17,7 @@ from torch import nn
 from cast_ray.common.files import PARTIAL
 
 JOURNAL = "unfinished.jsonl"
-KEPT = ("path", "height", "width", "results")
+KEPT = ("path", "height", "width", "results", "mean_score")
 """What is kept of an image's row, see `inference.predictor.Predictor`."""
 MAX_SHOWN = 30
 """Characters of a setting that an error message shows."""

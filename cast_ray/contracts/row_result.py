@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from cast_ray.contracts.compute_node import UNKNOWN_DEVICE, ComputeNode
-from cast_ray.contracts.held_precision import HeldPrecision
 from cast_ray.contracts.document import Document, DocumentPart, Several
+from cast_ray.contracts.held_precision import HeldPrecision
 from cast_ray.contracts.label_audit import LabelAudit
 
 Status = Literal["done", "failed", "stopped", "unreadable"]

@@ -1,23 +1,25 @@
 """Score thresholds that hold a precision: chosen on labelled images, with a confidence bound for the images to come.
 
-What is promised: of all labels of a class (or of a group of small classes) whose score reaches its threshold, on images
-drawn like the labelled ones, at least the share `precision` is right at mask IoU 0.5. The promise of each class or group
-holds with probability `1 - error` over the draw of the labelled images; it is not one promise for all classes together.
+What is promised: of all labels of a class (or of a group of small classes) whose score reaches its threshold, on
+images drawn like the labelled ones, at least the share `precision` is right at mask IoU 0.5. The promise of each class
+or group holds with probability `1 - error` over the draw of the labelled images. It is not one promise for all classes
+together.
 
-How it is kept: labels are ranked by score. Each of a few thresholds is tested by the lower Clopper-Pearson bound of the
-share of right labels above it. The thresholds are tested from high to low, so that a lower one is only accepted below an
-unbroken row of accepted ones; the rows begin at a few places that only depend on how many labels there are, and share
-the error rate. The lowest accepted threshold is chosen.
+How it is kept: labels are ranked by score. Each of a few thresholds is tested by the lower Clopper-Pearson bound of
+the share of right labels above it. The thresholds are tested from high to low, so that a lower one is only accepted
+below an unbroken row of accepted ones; the rows begin at a few places that only depend on how many labels there are,
+and share the error rate. The lowest accepted threshold is chosen.
 
 Labels of one image are not independent: one blurred image has many wrong ones. Images are the units that were drawn.
 The bound therefore counts `n / (1 + (m - 1) r)` labels instead of n, where m is the size of the image in which an
 average label lies and r the intraclass correlation of being right within images. r is estimated on all labels and is
 the one assumption here: that it is not larger at high scores than over all scores. Nothing is assumed of scores.
 
-Source: Angelopoulos, Bates, Candes, Jordan and Lei, "Learn then Test: calibrating predictive algorithms to achieve risk
-control" (2021, arXiv:2110.01052), fixed sequence testing with several starts; Clopper and Pearson, Biometrika 26 (1934);
-Kish, "Survey sampling" (1965), design effect; Korn and Graubard, Survey Methodology 24 (1998), Clopper-Pearson bounds
-with the effective sample size. Deviations: Korn and Graubard also correct for the number of clusters by quantiles of t.
+Source: Angelopoulos, Bates, Candes, Jordan and Lei, "Learn then Test: calibrating predictive algorithms to achieve
+risk control" (2021, arXiv:2110.01052), fixed sequence testing with several starts; Clopper and Pearson, Biometrika 26
+(1934); Kish, "Survey sampling" (1965), design effect; Korn and Graubard, Survey Methodology 24 (1998), Clopper-Pearson
+bounds with the effective sample size. Deviations: Korn and Graubard also correct for the number of clusters by
+quantiles of t.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,17 @@ import torch
 
 from cast_ray.common.paths import is_uri
 from cast_ray.common.registry import lookup
-from cast_ray.contracts.instance import Instance, Instances
+from cast_ray.contracts.instance import Instances
 from cast_ray.contracts.records import Category
 from cast_ray.data.reading.class_lists import check_classes, read_classes
 from cast_ray.engine.world import pick_device
-from cast_ray.inference.predictor import Predictor
+from cast_ray.inference.predictor import Chosen, Predictor, mean_score
 from cast_ray.models.autocast import fastest_precision
 from cast_ray.recipe import InputSize, PseudoConfig, Recipe, build_recipe
 from cast_ray.recipe.teachers import PUBLISHED
 from cast_ray.runtime.store.models import open_teacher
 from cast_ray.teachers.checkpoints import find_checkpoint
+from cast_ray.teachers.class_thresholds import reaching
 from cast_ray.teachers.protocol import Teacher
 from cast_ray.teachers.pseudo_labels import pseudo_labels
 from cast_ray.teachers.voting import predict_by_vote
@@ -31,13 +32,23 @@ class Labeller(Predictor):
     Args:
         teacher: on its device.
         pseudo: which of its instances are trusted, and how they are painted.
+        least_scores: class label -> least score of its labels, once they are painted; classes that it leaves out get no
+            label; None: those of `pseudo`.
         amp, overlays: see `Predictor`.
     """
 
-    def __init__(self, teacher: Teacher, pseudo: PseudoConfig, *, amp: str, overlays: bool):
+    def __init__(
+        self,
+        teacher: Teacher,
+        pseudo: PseudoConfig,
+        least_scores: Mapping[int, float] | None = None,
+        *,
+        amp: str,
+        overlays: bool,
+    ):
         limit = teacher.config.inference.max_detections
         super().__init__(teacher, threshold=pseudo.score_threshold, max_detections=limit, amp=amp, overlays=overlays)
-        self.teacher, self.pseudo = teacher, pseudo
+        self.teacher, self.pseudo, self.least_scores = teacher, pseudo, least_scores
 
     def ask(
         self,
@@ -49,19 +60,29 @@ class Labeller(Predictor):
     ) -> list[Instances]:
         return predict_by_vote(self.teacher, images, image_hw, resized_hw, self.pseudo)
 
-    def choose(self, instances: Instances) -> Sequence[Instance]:
-        return pseudo_labels(instances, self.pseudo)
+    def choose(self, instances: Instances) -> Chosen:
+        labels = pseudo_labels(instances, self.pseudo)
+        score = mean_score(labels)
+        if self.least_scores is not None:
+            labels = reaching(labels, self.least_scores, "label")
+        return Chosen(labels, score)
 
 
 def make_labeller(
-    recipe: Recipe, source: str, categories: Sequence[Category] | None, device: str, amp: str, overlays: bool
+    recipe: Recipe,
+    source: str,
+    categories: Sequence[Category] | None,
+    device: str,
+    amp: str,
+    overlays: bool,
+    least_scores: Mapping[int, float] | None = None,
 ) -> Labeller:
     """Makes a labeller in whichever process calls it, Ray's workers included; see `load_teacher`."""
     torch.set_num_threads(1)
     teacher = load_teacher(source, categories, recipe).to(pick_device(device))
     if amp == "auto" and source in PUBLISHED:
         amp = fastest_precision(teacher.device)
-    return Labeller(teacher, recipe.pseudo, amp=amp, overlays=overlays)
+    return Labeller(teacher, recipe.pseudo, least_scores, amp=amp, overlays=overlays)
 
 
 def load_teacher(

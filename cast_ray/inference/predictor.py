@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -57,6 +57,16 @@ class InstanceModel(Protocol):
     ) -> list[Instances]: ...
 
 
+class Chosen(NamedTuple):
+    """The instances of an image that are kept, and the mean score of those among which they were chosen (0: none)."""
+
+    instances: Sequence[Instance]
+    mean_score: float
+
+
+NOTHING = Chosen([], 0.0)
+
+
 class Predictor:
     """A model with its settings: image files in, rows out.
 
@@ -83,15 +93,17 @@ class Predictor:
 
         Returns:
             path; height, width (pixels, 0 of a bad image); error ("" or why the image was skipped); results (JSON of
-            COCO results without an image_id); overlay (PNG bytes, b"" without).
+            COCO results without an image_id); overlay (PNG bytes, b"" without); mean_score (see `Chosen`).
         """
         read = list(self.threads.map(read_or_reason, paths))
         good = [image for image in read if isinstance(image, np.ndarray)]
         found = iter(self._predict(good) if good else [])
-        work = [(path, image, next(found) if isinstance(image, np.ndarray) else []) for path, image in zip(paths, read)]
+        work = [
+            (path, image, next(found) if isinstance(image, np.ndarray) else NOTHING) for path, image in zip(paths, read)
+        ]
         return list(self.threads.map(self._row, work))
 
-    def _predict(self, images: list[np.ndarray]) -> list[Sequence[Instance]]:
+    def _predict(self, images: list[np.ndarray]) -> list[Chosen]:
         fitted = [fit_image(image, self.model.input_size) for image in images]
         sizes = [(image.shape[0], image.shape[1]) for image in images]
         inside = [size for _, size in fitted]
@@ -116,14 +128,16 @@ class Predictor:
         """Returns the model's instances, as `Teacher.predict` does."""
         return self.model.predict(images, image_hw, resized_hw, max_detections, min_score)
 
-    def choose(self, instances: Instances) -> Sequence[Instance]:
+    def choose(self, instances: Instances) -> Chosen:
         """Returns the instances of an image that are kept."""
-        return [i for i in instances if i["score"] >= self.threshold]
+        kept = [i for i in instances if i["score"] >= self.threshold]
+        return Chosen(kept, mean_score(kept))
 
-    def _row(self, work: tuple[str, np.ndarray | str, Sequence[Instance]]) -> dict[str, Any]:
-        path, image, instances = work
+    def _row(self, work: tuple[str, np.ndarray | str, Chosen]) -> dict[str, Any]:
+        path, image, (instances, score) = work
+        row = {"path": path, "height": 0, "width": 0, "error": "", "results": "[]", "overlay": b"", "mean_score": score}
         if isinstance(image, str):
-            return {"path": path, "height": 0, "width": 0, "error": image, "results": "[]", "overlay": b""}
+            return row | {"error": image}
         overlay = b""
         if self.overlays:
             buffer = io.BytesIO()
@@ -135,7 +149,12 @@ class Predictor:
             overlay = buffer.getvalue()
         results = json.dumps([coco_result(i, self.model.categories) for i in instances])
         height, width = image.shape[:2]
-        return {"path": path, "height": height, "width": width, "error": "", "results": results, "overlay": overlay}
+        return row | {"height": height, "width": width, "results": results, "overlay": overlay}
+
+
+def mean_score(instances: Sequence[Instance]) -> float:
+    """Returns the mean score of an image's instances, 0 without any."""
+    return float(np.mean([i["score"] for i in instances])) if instances else 0.0
 
 
 def in_batches(predictor: Predictor, paths: Sequence[str], batch: int) -> Iterator[dict[str, Any]]:

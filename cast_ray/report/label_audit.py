@@ -50,6 +50,33 @@ def coverage_table(result: RowResult) -> Grid:
     return head, body
 
 
+def precision_table(result: RowResult) -> Grid:
+    """Heading and lines of the thresholds that hold a precision, one line for each class or group of small classes.
+
+    Percent but for counts and thresholds. Promised, right on D_l and its lower bound are known without the truth of
+    D_u: the first is what was asked for, the others are estimated on D_l. Measured is the precision of the labels of
+    D_u against their hidden truth, empty where nobody knows it.
+    """
+    head = ["labels of", "classes", "threshold", "promised", "labels of D_l", "right on D_l", "lower bound"]
+    head += ["labels of D_u", "measured"]
+    body = []
+    for stage in result.stages:
+        held = stage.held_precision
+        if held is None:
+            continue
+        for group in held.groups:
+            audit = result.pseudo_labels.get(stage.name)
+            mine = [audit.per_class[name] for name in group.classes if name in audit.per_class] if audit else []
+            count = sum(rates.num_labels for rates in mine)
+            right = sum(rates.num_labels * (rates.precision or 0.0) for rates in mine)
+            threshold = "left unlabelled" if group.threshold is None else f"{group.threshold:.2f}"
+            share = None if group.share_right is None else 100 * group.share_right
+            line = [stage.name, ", ".join(group.classes), threshold, _number(100 * held.precision)]
+            line += [str(group.num_labels), _number(share), _number(100 * group.bound)]
+            body.append([*line, str(count) if audit else "", _number(right / count if count else None)])
+    return head, body
+
+
 def _cells(rates: LabelRates) -> list[str]:
     values = (rates.precision, rates.recall, rates.ap, rates.ap50)
     return [str(rates.num_labels), str(rates.num_objects), *map(_number, values)]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from cast_ray.common.text import first_of
 from cast_ray.contracts.compute_node import nodes_text
+from cast_ray.contracts.held_precision import is_of_fold
 from cast_ray.contracts.row_result import DatasetFacts, Hardware, RowResult, SplitFacts
 from cast_ray.recipe.licence_chain import MAX_CHAINS, LicenceChain, by_rows, chain_of_plain_recipe, warnings_of
 from cast_ray.recipe.stages import KINDS_OF_AP
@@ -253,7 +254,9 @@ def _held_precision_notes(report: Report) -> list[str]:
                 f"small classes is less precise with a probability of at most {held.error:g})"
             )
             left_out = ", ".join(held.left_out)
-            found[f"{words}; left unlabelled, because it cannot be shown: {left_out}." if left_out else f"{words}."] = None
+            found[f"{words}; left unlabelled, because it cannot be shown: {left_out}." if left_out else f"{words}."] = (
+                None
+            )
     return list(found)
 
 

@@ -19,7 +19,7 @@ from cast_ray.report.curves import (
     margin_curves,
 )
 from cast_ray.report.decision_table import decisions_grid
-from cast_ray.report.label_audit import WORST_SHEET, audit_table, coverage_table
+from cast_ray.report.label_audit import WORST_SHEET, audit_table, coverage_table, precision_table
 from cast_ray.report.notes import failure_text, hardware_text, status_text
 from cast_ray.report.overlays import CONTACT_SHEET
 from cast_ray.report.run_folder import RESULT
@@ -84,17 +84,25 @@ def audit_section(report: Report, folder: Path) -> Section | None:
     sheet = folder / WORST_SHEET
     caption = "Unlabelled images with most wrong or missing pseudo-labels, and their hidden ground truth"
     picture = Picture(caption, sheet) if sheet.is_file() else None
-    grids = [_audit_grid(report, audit_table, True), _audit_grid(report, coverage_table)]
+    grids = [
+        _audit_grid(
+            report, audit_table, "Pseudo-labels, percent; errors: duplicate / other class / poor mask / background"
+        ),
+        _audit_grid(
+            report, precision_table, "Thresholds that hold a precision, percent; estimated on D_l, measured on D_u"
+        ),
+        _audit_grid(report, coverage_table, "What pseudo-labels cover, percent"),
+    ]
     return section("Pseudo-labels", [audit_curves(report), *grids, picture])
 
 
 def _audit_grid(
-    report: Report, table_of: Callable[[Result], tuple[list[str], list[list[str]]]], only_all: bool = False
+    report: Report, table_of: Callable[[Result], tuple[list[str], list[list[str]]]], caption: str
 ) -> Grid | None:
-    """One of the audit's tables for the first seed of each row; `only_all`: without its lines by size and class."""
+    """One of the audit's tables for the first seed of each row that has it, without lines by size and class."""
     firsts: dict[str, Result] = {}
     for result in report.results:
-        if result.pseudo_labels:
+        if table_of(result)[1]:
             firsts.setdefault(result.row, result)
     if not firsts:
         return None
@@ -102,11 +110,9 @@ def _audit_grid(
     lines: dict[tuple[str, ...], None] = {}
     for row, result in firsts.items():
         head, body = table_of(result)
-        lines |= {(row, str(result.seed), *line): None for line in body if not only_all or line[1] == "all"}
-    columns = (Column("row", False), Column("seed"), *(Column(n, n not in ("labels of", "group")) for n in head))
-    caption = "What pseudo-labels cover, percent"
-    if only_all:
-        caption = "Pseudo-labels, percent; errors: duplicate / other class / poor mask / background"
+        lines |= {(row, str(result.seed), *line): None for line in body if "group" not in head or line[1] == "all"}
+    texts = ("labels of", "group", "classes")
+    columns = (Column("row", False), Column("seed"), *(Column(name, name not in texts) for name in head))
     return Grid(caption, columns, tuple(lines), tuple(line[0] for line in lines))
 
 

@@ -1,4 +1,4 @@
-"""A score threshold for each class: so that pseudo-labels have the classes of the labelled images, and what reaches it."""
+"""A score threshold for each class, so that pseudo-labels have the classes of the labelled images; what reaches one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
-
 
 Label = TypeVar("Label", bound=Mapping[str, Any])
 

@@ -76,7 +76,7 @@ def open_student(path: str) -> tuple[Student, RowResult | None]:
     Raises:
         ValueError: no student there; the message says what was looked for, or which rows there are.
     """
-    folder, result = _follow(path, "student", STUDENT_STAGES)
+    folder, result = follow_row(path, "student", STUDENT_STAGES)
     if "://" in folder:
         student = Student.from_files(*_read_files(folder), source=folder)
     else:
@@ -102,7 +102,7 @@ def open_teacher(
     Raises:
         ValueError: no teacher there, or one that does not know these classes.
     """
-    folder, _ = _follow(path, "teacher", TEACHER_STAGES)
+    folder, _ = follow_row(path, "teacher", TEACHER_STAGES)
     with local_copy(folder) as local:
         if (local / CONFIG).is_file() and not (local / TEACHER_CARD).is_file():
             student = Student.from_pretrained(local)
@@ -113,9 +113,16 @@ def open_teacher(
         yield read_teacher(local, part, input_size, categories)
 
 
-def _follow(path: str, what: str, wanted: Sequence[str]) -> tuple[str, RowResult | None]:
+def follow_row(path: str, what: str, wanted: Sequence[str]) -> tuple[str, RowResult | None]:
     """Follows a row of a run to the artifact of the first stage in `wanted` that it has; returns any other path as it
-    is."""
+    is, without a result.
+
+    Args:
+        what: is looked for, for messages: student, teacher.
+
+    Raises:
+        ValueError: the row, or the run, does not have it.
+    """
     local = Path(path).expanduser()
     if "://" in path or (local / CONFIG).is_file() or (local / TEACHER_CARD).is_file():
         return path if "://" in path else str(local), None

@@ -1,4 +1,4 @@
-"""Which thresholds of a label stage hold `pseudo.precision`: from labels of D_l by teachers not trained on their images."""
+"""Labels of D_l by teachers that were not trained on their images, on which a label stage chooses its thresholds."""
 
 from __future__ import annotations
 

@@ -114,7 +114,9 @@ def test_a_class_that_cannot_hold_it_is_left_out_and_small_ones_share_a_threshol
     assert groups[2].num_labels == len(classes[2][0]) and groups[2].bound < PRECISION
     for group in groups[:2]:
         above = sum((classes[label][1] >= group.threshold).sum() for label in group.labels if label < 4)
-        right = sum(classes[label][2][classes[label][1] >= group.threshold].sum() for label in group.labels if label < 4)
+        right = sum(
+            classes[label][2][classes[label][1] >= group.threshold].sum() for label in group.labels if label < 4
+        )
         assert (group.num_labels, group.num_right) == (above, right)
 
 
