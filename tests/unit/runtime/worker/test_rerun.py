@@ -15,13 +15,14 @@ from rich.console import Console
 
 from cast_ray.cli.main import main
 from cast_ray.cli.options import EXIT_BAD_INPUT, EXIT_FAILED
-from cast_ray.contracts.manifest import read_manifest
+from cast_ray.contracts.manifest import LabelManifest, read_manifest
 from cast_ray.engine.objective import Objective
 from cast_ray.engine.world import CPU
 from cast_ray.plan.graph import RowPlan, Stage, stage_fingerprint
 from cast_ray.recipe import build_recipe
 from cast_ray.runtime.data.images import images_of
 from cast_ray.runtime.data.record_tables import read_records
+from cast_ray.runtime.data.splits import stored_split
 from cast_ray.runtime.store.artifact_files import CURVES, LABELS, METRICS
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.models import save_model
@@ -291,3 +292,30 @@ def test_fingerprints_of_an_early_store_follow_from_its_dataset() -> None:
     assert len(stages) == 11
     for m in stages:
         assert stage_fingerprint(m.kind, m.config, m.parents, dataset.plain()["content_hash"]) == m.fingerprint
+
+
+def test_a_row_that_holds_a_precision_trains_and_labels_its_folds(tmp_path: Path) -> None:
+    """All stages, in this process: what each fold's teacher sees, and what the label stages make of their labels."""
+    settings = {"pseudo__precision": "0.05", "pseudo__precision_error": "0.4", "pseudo__precision_folds": "2"}
+    context, stages = made(tmp_path / "storage", **settings)
+
+    def images(name: str) -> tuple[set[int], list[int]]:
+        chosen = stored_split(context.store, context.content_hash, stages[name].config["split"])
+        return set(chosen.labelled.tolist()), chosen.unlabelled.tolist()
+
+    labelled, unlabelled = images("label-adapted")
+    assert len(labelled) == 4
+    for labels, teacher in (("label-adapted", "adapt"), ("label-teacher", "selftrain")):
+        for k in (1, 2):
+            held_out = set(images(f"{labels}-fold{k}")[1])
+            assert len(held_out) == 2 and images(f"{teacher}-fold{k}")[0] == labelled - held_out
+        manifest = context.store.manifest(stages[labels].key)
+        assert isinstance(manifest, LabelManifest) and manifest.held_precision is not None
+        assert manifest.held_precision.num_images == 4 and manifest.held_precision.num_folds == 2
+        kept = context.store.read_table(stages[labels].key, LABELS).to_pylist()
+        assert len(kept) == len(unlabelled) == manifest.num_images
+        least = manifest.class_thresholds
+        assert least is not None
+        names = {c.id: c.name for c in context.categories}
+        assert all(i["score"] >= least[names[i["category_id"]]] for row in kept for i in row["instances"])
+    assert images("selftrain-fold1")[1] == unlabelled
