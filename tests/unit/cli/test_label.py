@@ -16,14 +16,19 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from teacher_scenes import CATEGORIES
 from tiny_checkpoints import write_detector, write_mask_transformer, write_sam2
+from tiny_students import make_student
 
 from cast_ray.cli import label
-from cast_ray.cli.options import EXIT_FAILED
+from cast_ray.cli.options import EXIT_BAD_INPUT, EXIT_FAILED
+from cast_ray.contracts.held_precision import HeldPrecision
 from cast_ray.contracts.records import Category
+from cast_ray.contracts.row_result import RowResult, StageRecord
 from cast_ray.data.reading.reader import load
+from cast_ray.evaluation.matches import DetectionMatches
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.models.student import Student
 from cast_ray.recipe import DataConfig, EncoderConfig, ModelConfig, TeacherConfig
+from cast_ray.runtime.store.artifact_files import CALIBRATION
 from cast_ray.teachers.grounded_sam import DETECTOR, SEGMENTER, GroundedSamTeacher
 from cast_ray.teachers.protocol import save_teacher
 
@@ -194,3 +199,115 @@ def test_a_teacher_can_be_asked_mirrored_too(
     straight, mirrored = asked
     height = round(40 * 64 / 60)  # 40 x 60 fitted to 64 x 64
     assert np.array_equal(straight[0, :, :height], mirrored[0, :, :height, ::-1])
+
+
+NUM_CALIBRATED = 200
+
+
+def calibrated_row(folder: Path, scores: tuple[float, float]) -> Path:
+    """A row of a run whose student-like teacher was calibrated: `dog` is always right, `cat` half of the time.
+
+    Args:
+        scores: range of the scores of its labels of labelled images, one of each class on each.
+    """
+    categories = (Category(4, "dog"), Category(9, "cat"))
+    teacher, labels = folder / "store" / "teacher", folder / "store" / "labels"
+    make_student(categories).save_pretrained(teacher)
+    labels.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    image = np.tile(np.arange(NUM_CALIBRATED), 2).astype(np.int32)
+    score = np.sort(rng.uniform(*scores, (2, NUM_CALIBRATED)))[:, ::-1].ravel()
+    label = np.repeat([0, 1], NUM_CALIBRATED).astype(np.int16)
+    matched = ((label == 0) | (np.arange(len(label)) % 2 == 0)).astype(np.uint16)[:, None]
+    truth = np.ones((NUM_CALIBRATED, 2, 1), dtype=np.uint16)
+    DetectionMatches("coco", image, label, score, matched, np.zeros_like(matched), truth).save(labels / CALIBRATION)
+    held = HeldPrecision(precision=0.8, error=0.1, num_images=NUM_CALIBRATED, num_folds=5, groups=())
+    result = RowResult(
+        table="t",
+        row="mine",
+        seed=0,
+        status="done",
+        recipe={
+            "preset": "shapes",
+            "pseudo": {"score_threshold": 0.0, "min_area_px": 1, "non_overlapping": False, "precision": 0.8},
+            "teacher": {"inference": {}},
+        },
+        stages=(
+            StageRecord(name="selftrain", kind="train", fingerprint="s", artifact=str(teacher)),
+            StageRecord(name="label-teacher", kind="label", fingerprint="l", artifact=str(labels), held_precision=held),
+        ),
+    )
+    row = folder / "runs" / "mine" / "t__mine__s0"
+    row.mkdir(parents=True)
+    (row / "result.json").write_text(result.to_json())
+    return row.parent / "mine"
+
+
+def annotations(out: Path) -> list[tuple[int, int, float]]:
+    content = json.loads((out / "instances.json").read_text())
+    return sorted((a["image_id"], a["category_id"], a["score"]) for a in content["annotations"])
+
+
+def test_a_precision_takes_the_thresholds_of_the_calibration(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = calibrated_row(tmp_path, (0.0, 1.0))
+    rules = ("--set", "pseudo.min_area_px=1", "--set", "pseudo.non_overlapping=false", "--no-overlays")
+    assert run(photos, "--teacher", row, "--threshold", 0, *rules, "--out", tmp_path / "all") == 0
+    everything = annotations(tmp_path / "all")
+    assert {category for _, category, _ in everything} == {4, 9}
+    capsys.readouterr()
+    code = run(photos, "--teacher", row, "--precision", 0.9, "--no-overlays", "--out", tmp_path / "sure")
+    told = capsys.readouterr().err
+    assert "calibrated on 200 labelled images of shapes, scored by 5 teachers, each trained on the others" in told
+    assert "Precision 0.9 at mask IoU 0.5 holds with probability 0.9" in told
+    assert "dog: score 0.0" in told and "(200 of 200 labels right, lower bound 0.98)" in told
+    assert "cat: left unlabelled (100 of 200 labels right" in told
+    (least,) = (float(line.split("score ")[1].split(" ")[0]) for line in told.splitlines() if "dog: score" in line)
+    sure = annotations(tmp_path / "sure")
+    assert sure == [found for found in everything if found[1] == 4 and found[2] >= least] and code == 0
+
+
+def test_photos_whose_scores_differ_are_warned_about(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = tmp_path / "more"
+    more.mkdir()
+    for number in range(12):
+        shade = np.random.default_rng(number).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+        Image.fromarray(shade).save(more / f"{number}.png")
+    row = calibrated_row(tmp_path, (0.999, 1.0))  # random weights are never so sure
+    run(more, "--teacher", row, "--precision", 0.5, "--no-overlays", "--out", tmp_path / "out")
+    told = capsys.readouterr().err
+    assert "warning: the scores are lower on the whole than those of the images that the thresholds were chosen" in told
+    assert "12 against 200 images: distance 1.00" in told and "label some of them" in told
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--precision", "0.999"], "no class is shown to hold it on 200 labelled images of shapes"),
+        (["--precision", "0.9", "--threshold", "0.5"], "--precision and --threshold: "),
+        (["--precision", "0.9", "--classes", "dog"], "--precision and --classes: "),
+        (["--precision", "0.9", "--set", "pseudo.min_area_px=3"], "--precision and --set pseudo.min_area_px: "),
+        (["--set", "pseudo.precision=0.9"], "a saved teacher's thresholds are chosen by --precision"),
+    ],
+)
+def test_what_does_not_go_with_a_precision_is_one_line(
+    options: list[str], message: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = calibrated_row(tmp_path, (0.0, 1.0))
+    assert run(photos, "--teacher", row, *options, "--out", tmp_path / "out") == EXIT_BAD_INPUT
+    told = capsys.readouterr().err
+    assert message in told and len(told.strip().splitlines()) == 1
+    assert not (tmp_path / "out" / "instances.json").exists()
+
+
+@pytest.mark.parametrize("teacher", ["grounded_sam", "TEACHER", "RUNS"])
+def test_a_precision_needs_a_row_that_was_calibrated(
+    teacher: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = calibrated_row(tmp_path, (0.0, 1.0))
+    named = {"TEACHER": str(tmp_path / "store" / "teacher"), "RUNS": str(row.parent)}.get(teacher, teacher)
+    assert run(photos, "--teacher", named, "--precision", 0.9, "--out", tmp_path / "out") == EXIT_BAD_INPUT
+    assert "expected a row runs/<name>/<row> whose recipe has pseudo.precision" in capsys.readouterr().err

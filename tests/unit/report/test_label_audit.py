@@ -21,7 +21,7 @@ from cast_ray.plan.graph import RowPlan, Stage, plan
 from cast_ray.publish.label_audit import NUM_WORST, worst_cases
 from cast_ray.recipe import build_recipe
 from cast_ray.report.content import Result
-from cast_ray.report.label_audit import audit_table, coverage_table
+from cast_ray.report.label_audit import audit_table, coverage_table, precision_table
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.sweep.row_results import SweepContext
 
@@ -149,3 +149,32 @@ def test_a_row_without_labels_or_audit_has_no_page(swept: tuple[SweepContext, Ro
     context.store.discard(row.roles["label-teacher"], "audit.json")
     assert not worst_cases(context, row, tmp_path / "worst.png")
     assert not (tmp_path / "worst.png").exists()
+
+
+def test_held_precisions_stand_beside_what_was_measured() -> None:
+    audit = audit_of(1)
+    names = list(audit["per_class"])
+    groups = [
+        {"classes": names[:1], "threshold": 0.61, "num_labels": 40, "num_right": 38, "bound": 0.85, "num_images": 20},
+        {"classes": names[1:], "num_labels": 30, "num_right": 12, "bound": 0.25, "num_images": 18},
+    ]
+    held = {"precision": 0.8, "error": 0.1, "num_images": 25, "num_folds": 5, "groups": groups}
+    plain = result("a", label_teacher=audit).plain()
+    plain["stages"][0]["held_precision"] = held
+    head, body = precision_table(Result.of(plain, "result.json"))
+    assert head[2:7] == ["threshold", "promised", "labels of D_l", "right on D_l", "lower bound"]
+    mine = audit["per_class"][names[0]]
+    assert body[0] == [
+        *("label-teacher", names[0], "0.61", "80.0", "40", "95.0", "85.0"),
+        str(mine["num_labels"]),
+        f"{mine['precision']:.1f}",
+    ]
+    others = [audit["per_class"][name] for name in names[1:]]
+    count = sum(rates["num_labels"] for rates in others)
+    right = sum(rates["num_labels"] * (rates["precision"] or 0) for rates in others)
+    assert body[1][1:] == [", ".join(names[1:]), "left unlabelled", "80.0", "30", "40.0", "25.0", str(count)] + [
+        f"{right / count:.1f}"
+    ]
+    unknown = Result.of({**plain, "pseudo_labels": {}}, "result.json")  # nobody knows the truth of D_u
+    assert [line[7:] for line in precision_table(unknown)[1]] == [["", ""], ["", ""]]
+    assert precision_table(result("b", label_teacher=audit))[1] == []
