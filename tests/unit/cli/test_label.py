@@ -25,6 +25,7 @@ from cast_ray.contracts.records import Category
 from cast_ray.contracts.row_result import RowResult, StageRecord
 from cast_ray.data.reading.reader import load
 from cast_ray.evaluation.matches import DetectionMatches
+from cast_ray.inference.calibration import find_calibration
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.models.student import Student
 from cast_ray.recipe import DataConfig, EncoderConfig, ModelConfig, TeacherConfig
@@ -204,11 +205,12 @@ def test_a_teacher_can_be_asked_mirrored_too(
 NUM_CALIBRATED = 200
 
 
-def calibrated_row(folder: Path, scores: tuple[float, float]) -> Path:
-    """A row of a run whose student-like teacher was calibrated: `dog` is always right, `cat` half of the time.
+def calibrated_row(folder: Path, scores: tuple[float, float], right_from: float = 0.0) -> Path:
+    """A row of a run whose teacher, of random weights, was calibrated: `dog` is right half of the time.
 
     Args:
         scores: range of the scores of its labels of labelled images, one of each class on each.
+        right_from: least score at which `cat` is right.
     """
     categories = (Category(4, "dog"), Category(9, "cat"))
     teacher, labels = folder / "store" / "teacher", folder / "store" / "labels"
@@ -218,7 +220,8 @@ def calibrated_row(folder: Path, scores: tuple[float, float]) -> Path:
     image = np.tile(np.arange(NUM_CALIBRATED), 2).astype(np.int32)
     score = np.sort(rng.uniform(*scores, (2, NUM_CALIBRATED)))[:, ::-1].ravel()
     label = np.repeat([0, 1], NUM_CALIBRATED).astype(np.int16)
-    matched = ((label == 0) | (np.arange(len(label)) % 2 == 0)).astype(np.uint16)[:, None]
+    is_right = np.where(label == 0, np.arange(len(label)) % 2 == 0, score >= right_from)
+    matched = is_right.astype(np.uint16)[:, None]
     truth = np.ones((NUM_CALIBRATED, 2, 1), dtype=np.uint16)
     DetectionMatches("coco", image, label, score, matched, np.zeros_like(matched), truth).save(labels / CALIBRATION)
     held = HeldPrecision(precision=0.8, error=0.1, num_images=NUM_CALIBRATED, num_folds=5, groups=())
@@ -251,21 +254,23 @@ def annotations(out: Path) -> list[tuple[int, int, float]]:
 def test_a_precision_takes_the_thresholds_of_the_calibration(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    row = calibrated_row(tmp_path, (0.0, 1.0))
+    row = calibrated_row(tmp_path / "first", (0.0, 1.0))
     rules = ("--set", "pseudo.min_area_px=1", "--set", "pseudo.non_overlapping=false", "--no-overlays")
     assert run(photos, "--teacher", row, "--threshold", 0, *rules, "--out", tmp_path / "all") == 0
     everything = annotations(tmp_path / "all")
-    assert {category for _, category, _ in everything} == {4, 9}
+    assert {category for _, category, _ in everything} == {9}  # these weights never say dog
+    middle = float(np.median([score for *_, score in everything]))
+    row = calibrated_row(tmp_path / "second", (0.0, 1.0), right_from=middle)
     capsys.readouterr()
     code = run(photos, "--teacher", row, "--precision", 0.9, "--no-overlays", "--out", tmp_path / "sure")
     told = capsys.readouterr().err
     assert "calibrated on 200 labelled images of shapes, scored by 5 teachers, each trained on the others" in told
     assert "Precision 0.9 at mask IoU 0.5 holds with probability 0.9" in told
-    assert "dog: score 0.0" in told and "(200 of 200 labels right, lower bound 0.98)" in told
-    assert "cat: left unlabelled (100 of 200 labels right" in told
-    (least,) = (float(line.split("score ")[1].split(" ")[0]) for line in told.splitlines() if "dog: score" in line)
+    dog, cat = find_calibration(str(row)).groups(0.9, 0.1)
+    assert dog.threshold is None and "dog: left unlabelled (100 of 200 labels right" in told
+    assert cat.threshold is not None and f"cat: score {cat.threshold:.2f} or more ({cat.num_right} of " in told
     sure = annotations(tmp_path / "sure")
-    assert sure == [found for found in everything if found[1] == 4 and found[2] >= least] and code == 0
+    assert sure == [found for found in everything if found[2] >= cat.threshold] and sure and code == 0
 
 
 def test_photos_whose_scores_differ_are_warned_about(

@@ -27,7 +27,7 @@ def write(folder: Path, spec: object) -> Path:
 
 
 PAPERS = {"main", "losses", "stages", "negatives", "student", "labels", "margins"}
-ASKED_FOR = {"contrast", "unlabeled", "iterations", "refinement", "thresholds", "points", "photos", "semi"}
+ASKED_FOR = {"contrast", "unlabeled", "iterations", "refinement", "thresholds", "points", "photos", "semi", "precision"}
 ASKED_FOR |= {"diagnosis", "rivals"}
 """Tables that are not in the paper."""
 
