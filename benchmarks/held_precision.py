@@ -80,8 +80,8 @@ def read_promises(results: Iterable[RowResult]) -> dict[tuple[str, str], Promise
 def lines_of(promises: dict[tuple[str, str], Promise]) -> list[str]:
     """The table, a line for each row and label stage."""
     lines = [
-        "| row | labels of | promised | splits | groups with a threshold | kept | at least | measured (least) | all labels "
-        "| labels an image | student AP |",
+        "| row | labels of | promised | splits | groups with a threshold | kept | at least | measured (least) | "
+        "all labels | labels an image | student AP |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (row, stage), p in promises.items():

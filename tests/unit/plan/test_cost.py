@@ -192,3 +192,13 @@ def test_time_at_another_size_does_not_count() -> None:
     native = estimates(sweep({"data.inference_resize": "native"}), model, count_flops=False)
     assert native["label-teacher"].source == native["evaluate"].source == "unknown"
     assert native["distill"].source == "measured"  # the crop is the same
+
+
+def test_labels_of_a_fold_cost_its_images_alone() -> None:
+    size = Size(num_unlabelled=36, num_val=16, image_hw=(64, 64), num_labelled=12)
+    folds = plan_sweep([row({"pseudo.precision": 0.9})], ())
+    cost = cost_of(folds, CostModel(history(row()), "cpu"), lambda stage: size)
+    found = {stage.name: cost.by_stage[stage.fingerprint] for stage in folds.unique.values()}
+    assert found["label-adapted"].device_s == pytest.approx(3.6)
+    assert found["label-adapted-fold1"].device_s == pytest.approx(0.3)  # 12 images in 5 parts: at most 3
+    assert found["adapt-fold5"] == found["adapt"] and found["adapt"].source == "measured"

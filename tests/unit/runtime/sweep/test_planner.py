@@ -33,3 +33,11 @@ def test_code_of_ones_own_is_looked_at_with_the_plan(tmp_path: Path, key: str, v
     planner = RowPlanner({"mine": [recipe]}, store, Console(quiet=True), connect)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=f"^losses, row 'a': {message}"):
         planner.plan(recipe, table="losses", run="mine", row="a")
+
+
+@pytest.mark.parametrize("settings", [{"data.label_fraction": 0.1}, {"pseudo.precision_folds": 9}])
+def test_too_few_labelled_images_for_the_folds_are_refused(tmp_path: Path, settings: dict[str, float]) -> None:
+    recipe = build_recipe("shapes", "smoke", overrides={**SMALL, "pseudo.precision": 0.9, **settings})
+    message = r"pseudo\.precision_folds is [59], and D_l has [48] images: expected an image for each fold"
+    with pytest.raises(ValueError, match=message):
+        RowPlanner({"mine": [recipe]}, ArtifactStore(str(tmp_path)), Console(quiet=True), lambda: pytest.fail("Ray"))
