@@ -35,6 +35,7 @@ from cast_ray.recipe.licence_chain import teacher_sources
 from cast_ray.recipe.teachers import PUBLISHED
 
 if TYPE_CHECKING:
+    from cast_ray.evaluation.precision_thresholds import GroupThreshold
     from cast_ray.inference.calibration import Calibration
     from cast_ray.inference.result_files import Rows
 
@@ -95,7 +96,8 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, results: ResultsFolder, 
         if source.is_restricted:
             words = f"the labels come from {source.terms}"
             errors.print(words, style="yellow", markup=False, highlight=False, soft_wrap=True)
-    calibration, groups = None, None
+    calibration: Calibration | None = None
+    groups: list[GroupThreshold] | None = None
     if arguments.precision is not None:
         calibration = find_calibration(arguments.teacher)
         groups = calibration.groups(arguments.precision, arguments.precision_error)

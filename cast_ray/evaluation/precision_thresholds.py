@@ -25,7 +25,7 @@ quantiles of t.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import betaincinv
@@ -159,7 +159,7 @@ def _lowest_threshold(
             chosen = max(chosen, place)
             place += 1
     if chosen < 0:
-        return GroupThreshold(**{**vars(everything), "bound": float(bound[-1])})
+        return replace(everything, bound=float(bound[-1]))
     threshold = float(scored.score[ranks[chosen] - 1])
     return GroupThreshold(
         group, threshold, int(ranks[chosen]), int(num_right[chosen]), float(bound[chosen]), num_images
