@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import socket
@@ -89,6 +90,7 @@ def train(name: str, world: World) -> dict[str, Any]:
     objective = Objective(SEMI, contrastive, WorkerGather(world.rank, world.size))
     stream = (share(b, world.rank, world.size) for b in batches(0, STEPS, COUNTS, NUM_LABELLED))
     trained = run(CONFIG, stream, contrastive=contrastive, world=world, objective=objective)
+    state = copy.deepcopy(vars(trained.states[0]))  # a run that resumes from it changes it
     resumed = run(
         CONFIG,
         (share(b, world.rank, world.size) for b in list(batches(0, STEPS, COUNTS, NUM_LABELLED))[2:]),
@@ -106,7 +108,7 @@ def train(name: str, world: World) -> dict[str, Any]:
     )
     return {
         "weights": trained.network.state_dict(),
-        "state": vars(trained.states[0]),
+        "state": state,
         "parted": parted.network.state_dict(),
         "resumed": resumed.network.state_dict(),
         "curve": trained.curve,

@@ -57,6 +57,10 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+def _unpickled(storage: str, attempt: str, carried: Mapping[str, Manifest]) -> ArtifactStore:
+    return ArtifactStore(storage, attempt).carry(carried)
+
+
 @contextlib.contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
     """A folder's files on this machine: the folder itself where it is local, else a temporary copy."""
@@ -120,15 +124,24 @@ class ArtifactStore:
         self.attempt = attempt or uuid.uuid4().hex[:8]
         self._added: dict[str, set[str]] = {}
         """Key of each artifact that is being made -> names of the files that this object has written."""
+        self._carried: dict[str, Manifest] = {}
         self._committed: dict[str, Manifest] = {}
-        """Key -> manifest of each artifact that was read."""
+        """Key -> manifest of each artifact that was read or committed. It never changes, and a sweep's presence keeps it
+        in the store."""
 
-    def __reduce__(self) -> tuple[type[ArtifactStore], tuple[str, str]]:
-        return ArtifactStore, (self.storage, self.attempt)
+    def __reduce__(self) -> tuple[Callable[..., ArtifactStore], tuple[str, str, dict[str, Manifest]]]:
+        return _unpickled, (self.storage, self.attempt, self._carried)
 
     def new_attempt(self) -> ArtifactStore:
         """Returns the same store with a separate folder to write to."""
-        return ArtifactStore(self.storage)
+        return ArtifactStore(self.storage).carry(self._carried)
+
+    def carry(self, manifests: Mapping[str, Manifest]) -> ArtifactStore:
+        """Adds manifests, by key, of artifacts that copies of this store will read; other processes need not ask for
+        them. Returns this store."""
+        self._carried |= manifests
+        self._committed |= manifests
+        return self
 
     @property
     def _fs(self) -> tuple[pa.fs.FileSystem, str]:
@@ -198,7 +211,8 @@ class ArtifactStore:
         return [f"{folder}/{part}" for part in parts] or f"{folder}/{name}"
 
     def has(self, key: str) -> bool:
-        return self._is_file(f"artifacts/{key}/{MANIFEST}")
+        """Whether an artifact is committed; without a request where this object has read or written its manifest."""
+        return key in self._committed or self._is_file(f"artifacts/{key}/{MANIFEST}")
 
     @store_request
     def _is_file(self, path: str) -> bool:
@@ -357,7 +371,7 @@ class ArtifactStore:
             **facts,
         )
         self.write_bytes(f"artifacts/{stage.key}/{MANIFEST}", manifest.to_json().encode())
-        self._committed[stage.key] = manifest  # the next stage reads these files
+        self.carry({stage.key: manifest})  # the next stage reads these files
         return True
 
     @store_request
@@ -383,12 +397,14 @@ class ArtifactStore:
 
     def find_manifest(self, key: str) -> Manifest | None:
         """Returns the manifest of an artifact, or None if the artifact is not committed."""
+        if key in self._committed:
+            return self._committed[key]
         path = f"artifacts/{key}/{MANIFEST}"
         found = self.find_bytes(path)
         if not found:
             return None
         manifest = read_manifest(found, self.uri(path))
-        self._committed.setdefault(key, manifest)  # the artifact's files are read next, more often than not
+        self._committed[key] = manifest  # the artifact's files are read next, more often than not
         return manifest
 
     def find_manifests(self, keys: Iterable[str]) -> dict[str, Manifest]:
@@ -519,5 +535,7 @@ class ArtifactStore:
 
     def delete_artifact(self, key: str) -> None:
         """Removes an artifact, its manifest first: from then on it does not exist."""
+        self._committed.pop(key, None)
+        self._carried.pop(key, None)
         self.delete(f"artifacts/{key}/{MANIFEST}")
         self.delete(f"artifacts/{key}")
