@@ -126,8 +126,8 @@ class ArtifactStore:
         """Key of each artifact that is being made -> names of the files that this object has written."""
         self._carried: dict[str, Manifest] = {}
         self._committed: dict[str, Manifest] = {}
-        """Key -> manifest of each artifact that was read or committed. It never changes, and a sweep's presence keeps it
-        in the store."""
+        """Key -> manifest of each artifact that was read or committed. It never changes, and the presence of a sweep
+        keeps it in the store."""
 
     def __reduce__(self) -> tuple[Callable[..., ArtifactStore], tuple[str, str, dict[str, Manifest]]]:
         return _unpickled, (self.storage, self.attempt, self._carried)
@@ -347,7 +347,7 @@ class ArtifactStore:
         found, own = self._list_files(f"artifacts/{stage.key}"), f"{self.attempt}/"
         if MANIFEST in found:
             if self._folder(stage.key) != f"artifacts/{stage.key}/{self.attempt}":
-                self.delete(f"artifacts/{stage.key}/{self.attempt}")
+                self.delete_folder(f"artifacts/{stage.key}/{self.attempt}")
             return False
         files = {name.removeprefix(own): size for name, size in found.items() if name.startswith(own)}
         if lost := sorted(added - files.keys()):
@@ -482,7 +482,7 @@ class ArtifactStore:
 
     def forget_run(self, run: str) -> None:
         """Deletes the checkpoints of a run of Ray Train that has ended."""
-        self.delete(f"train/{run}")
+        self.delete_folder(f"train/{run}")
 
     def forget_interrupted(self, runs: Iterable[str]) -> None:
         """Deletes those of these runs, all ended in the middle, from which no unfinished stage could continue."""
@@ -523,19 +523,25 @@ class ArtifactStore:
             fs.delete_file(f"{root}/{path}")
 
     @store_request
+    def delete_folder(self, path: str) -> None:
+        """Removes a folder below the storage path, if it is there; cheaper than `delete`, too."""
+        fs, root = self._fs
+        with contextlib.suppress(FileNotFoundError):
+            fs.delete_dir(f"{root}/{path}")
+
+    @store_request
     def delete(self, path: str) -> None:
         """Removes a file or folder below the storage path, if it exists."""
         fs, root = self._fs
         kind = fs.get_file_info(f"{root}/{path}").type
-        with contextlib.suppress(FileNotFoundError):
-            if kind == pa.fs.FileType.File:
-                fs.delete_file(f"{root}/{path}")
-            elif kind == pa.fs.FileType.Directory:
-                fs.delete_dir(f"{root}/{path}")
+        if kind == pa.fs.FileType.File:
+            self.delete_file(path)
+        elif kind == pa.fs.FileType.Directory:
+            self.delete_folder(path)
 
     def delete_artifact(self, key: str) -> None:
         """Removes an artifact, its manifest first: from then on it does not exist."""
         self._committed.pop(key, None)
         self._carried.pop(key, None)
-        self.delete(f"artifacts/{key}/{MANIFEST}")
-        self.delete(f"artifacts/{key}")
+        self.delete_file(f"artifacts/{key}/{MANIFEST}")
+        self.delete_folder(f"artifacts/{key}")

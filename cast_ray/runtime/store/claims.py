@@ -12,10 +12,10 @@ An object store has no atomic rename and no lock. What it has is enough for mutu
 in every later listing (S3 since 2020, GCS, a local disk; NFS within its directory cache). To claim a stage, a holder
 writes its key into its own file and then reads the other holders' files: if none names the stage, the stage is its
 own. Of two holders at least the one that reads later sees both claims, and a holder that sees another's claim takes its
-own back and tries again later. So two holders never both believe that they are alone. One file for all stages of a
-holder, and not one for each, because an object store charges every request, and its clients send three for a deletion.
-A claim on a stage that is finished needs no request: it stays in the file until the file is written again, and who meets
-it finds the stage in the store.
+own back and tries again later. So two holders never both believe that they are alone. All claims of a holder are one
+file, because an object store charges every request and pyarrow sends three of them to delete a file. Giving up the
+claim on a finished stage costs no request: it stays in the file until the file is written again, and another holder
+that meets it finds the stage in the store.
 
 Time enters only where a holder dies with its claims. It counts as dead when its file is gone or has not changed for
 DEAD_AFTER_S while we watched (by our own clock: clocks need not agree), or at once when it was a process of this

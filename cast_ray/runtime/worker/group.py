@@ -38,6 +38,8 @@ TAKEN_S = 10.0
 """Seconds after which a reservation that was seen to have room, and is not placed, counts as taken by somebody else."""
 ROOM_LOOK_S = 5.0
 """How often the host of a group looks whether all nodes of its reservation are there."""
+MORE_LOOK_S, MORE_ROOM_S = 60.0, 10.0
+"""How often an elastic run looks for room for more workers, and for how long each time."""
 START_TIMEOUT, START_TIMEOUT_S = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20"
 """The same for Train's own reservation, also when it starts its workers again after one was lost with its node."""
 
@@ -63,6 +65,10 @@ class WorkerGroup:
         """Rank -> handle of the worker that was started last."""
         self.is_leaving = False
         """Whether its workers are to end and it moves to other nodes, because one of its nodes is lost or will be."""
+        self.num_workers = first.recipe.runtime.num_workers
+        """How many workers it has now, or had last."""
+        self.has_more_room = False
+        """Whether its workers are to save what they have, so that it starts again with more of them."""
         self.store = first.store
         self.run_name = first.run_name
         self.serving = asyncio.ensure_future(asyncio.to_thread(self._serve))
@@ -122,20 +128,19 @@ class WorkerGroup:
         num_lost = 0
         is_over = False
         while not is_over and (segment := self.segment) is not None:
-            runtime, broker = segment.recipe.runtime, segment.broker
-            streams = [stream_bundle(runtime)] * runtime.num_workers
+            broker = segment.broker
             beside = validation_bundles(segment.recipe, segment.stages)
             online = any(stage.online for stage in segment.stages)
-            teachers = teacher_bundles(runtime) if online else []
-            homes = segment_bundles(runtime, beside, teachers)
-            nodes = _find_room(segment, homes, segment_selectors(runtime, beside, teachers), self.holder)
+            teachers = teacher_bundles(segment.recipe.runtime) if online else []
+            runtime, nodes = self._settle(segment, beside, teachers)
+            streams = [stream_bundle(runtime)] * runtime.num_workers
             worker_nodes, others = nodes[: runtime.num_workers], nodes[runtime.num_workers :]
             places = [*worker_nodes, *others[: bool(beside)] * len(beside), *others[bool(beside) :]]
             try:
                 with reserve([*streams, *beside, *teachers], nodes=places, holder=self.holder) as group:
                     if not group.wait(TAKEN_S):
                         continue
-                    if not ray.get(broker.occupy.remote(segment.owner, devices_of(segment))):
+                    if not ray.get(broker.occupy.remote(segment.owner, devices_of(segment, self.num_workers))):
                         return
                     started = None
                     if online:
@@ -158,6 +163,32 @@ class WorkerGroup:
             finally:
                 if (served := self.segment) is not None:
                     ray.get(served.broker.vacate.remote(served.owner))
+
+    def _settle(
+        self, segment: Segment, beside: list[dict[str, float]], teachers: list[dict[str, float]]
+    ) -> tuple[RuntimeConfig, list[str]]:
+        """Finds room for the group; of an elastic run for as many workers as can be placed now.
+
+        The groups of more workers that stay pending for a moment also tell an autoscaler that they are wanted.
+
+        Returns:
+            the settings with the number of workers that it has, and the node of each bundle.
+        """
+        *larger, last = segment.recipe.worker_counts
+        for count in (*larger, last):
+            runtime = segment.recipe.runtime.model_copy(update={"num_workers": count})
+            homes = segment_bundles(runtime, beside, teachers)
+            selectors = segment_selectors(runtime, beside, teachers)
+            patience_s = None if count == last else MORE_ROOM_S
+            nodes = _find_room(segment, homes, selectors, self.holder, patience_s)
+            if nodes is not None:
+                break
+        assert nodes is not None  # nothing bounds the wait for the last
+        self.num_workers, self.has_more_room = runtime.num_workers, False
+        if segment.recipe.runtime.is_elastic:
+            most = segment.recipe.runtime.num_workers
+            segment.broker.note.remote(segment.owner, f"its worker group has {self.num_workers} of {most} workers")
+        return runtime, nodes
 
     def _fit(
         self, runtime: RuntimeConfig, group: PlacementGroup, worker_nodes: list[str], teachers: Teachers | None
@@ -188,7 +219,7 @@ class WorkerGroup:
         )
         self.is_leaving = False
         try:
-            with self._watch_room(group):
+            with self._watch_room(group), self._watch_for_more():
                 trainer.fit()
         except ControllerError as error:
             if not is_startup_timeout(error.controller_failure):
@@ -221,6 +252,35 @@ class WorkerGroup:
             over.set()
             thread.join()
 
+    @contextmanager
+    def _watch_for_more(self) -> Iterator[None]:
+        """Looks from time to time whether an elastic run could have more workers."""
+        segment, over = self.segment, threading.Event()
+        more = [] if segment is None else [n for n in segment.recipe.worker_counts if n > self.num_workers]
+
+        def watch() -> None:
+            assert segment is not None
+            runtime = segment.recipe.runtime
+            while not over.wait(MORE_LOOK_S):
+                for count in more:
+                    added = runtime.model_copy(update={"num_workers": count - self.num_workers})
+                    bundles, selectors = segment_bundles(added, [], []), segment_selectors(added, [], [])
+                    with reserve(bundles, selectors=selectors, holder=self.holder) as room:
+                        self.has_more_room = self.has_more_room or bool(room.wait(MORE_ROOM_S))
+                    if self.has_more_room:
+                        return
+
+        if not more:
+            yield
+            return
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
     def joined(self, rank: int, worker: Any) -> None:
         """A worker has started, or has been started again."""
         self.workers[rank] = worker
@@ -238,16 +298,22 @@ def _find_room(
     homes: Sequence[Mapping[str, float]],
     selectors: Sequence[Mapping[str, str]] | None = None,
     holder: str = "",
-) -> list[str]:
+    patience_s: float | None = None,
+) -> list[str] | None:
     """Waits until all that a segment reserves has room at once; returns the node of each bundle.
+
+    Args:
+        patience_s: seconds after which it gives up and returns None; None: never.
 
     The streams' group and Train's are reserved one after the other. Two segments could each hold a part and wait for
     the rest for ever; so nobody asks for a part before the whole fits, segments of one sweep take turns on a node while
     they ask (`Broker.hand_over`), and one that another sweep overtakes all the same gives its part back.
     """
-    say = partial(segment.broker.wait_for_room.remote, segment.owner)
+    say = partial(segment.broker.wait_for_room.remote, segment.owner) if patience_s is None else None
     while True:
         with reserve(homes, selectors=selectors, say=say, holder=holder) as whole:
+            if patience_s is not None and not whole.wait(patience_s):
+                return None
             nodes = nodes_of(whole)
             if ray.get(segment.broker.hand_over.remote(segment.owner, nodes)):
                 return nodes
