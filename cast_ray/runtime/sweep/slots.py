@@ -47,8 +47,8 @@ def check_elastic(runtime: RuntimeConfig, num_rows: int) -> None:
     if runtime.is_elastic and num_rows > 1:
         counts = f"{runtime.min_workers}:{runtime.num_workers}"
         raise ValueError(
-            f"--workers-per-trial {counts} (runtime.min_workers={runtime.min_workers}): {num_rows} rows are to run, and "
-            "the first would take the room of the others; expected one row and one seed (--rows, --seeds), or a number"
+            f"--workers-per-trial {counts} (runtime.min_workers={runtime.min_workers}): {num_rows} rows are to run, "
+            "and the first would take all room: expected one row and one seed (--rows, --seeds), or a number"
         )
 
 

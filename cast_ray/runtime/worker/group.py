@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +21,7 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from ray.util.placement_group import PlacementGroup
 
 from cast_ray.common.paths import in_few_requests
+from cast_ray.common.repeated import repeated
 from cast_ray.recipe import RuntimeConfig
 from cast_ray.runtime.data.block_source import warm_up_readers
 from cast_ray.runtime.data.resources import segment_bundles, segment_selectors, stream_bundle, worker_bundle
@@ -219,7 +218,10 @@ class WorkerGroup:
         )
         self.is_leaving = False
         try:
-            with self._watch_room(group), self._watch_for_more():
+            with (
+                repeated(partial(self._is_broken, group), ROOM_LOOK_S),
+                repeated(self._look_for_more_room, MORE_LOOK_S),
+            ):
                 trainer.fit()
         except ControllerError as error:
             if not is_startup_timeout(error.controller_failure):
@@ -227,59 +229,32 @@ class WorkerGroup:
             return False
         return not self.is_leaving
 
-    @contextmanager
-    def _watch_room(self, group: PlacementGroup) -> Iterator[None]:
-        """Ends the workers when a node of the reservation is lost, be it one of theirs or not.
+    def _is_broken(self, group: PlacementGroup) -> bool:
+        """Whether a node of the reservation is lost, be it one of the workers' or not; ends the workers if so.
 
         Each bundle is pinned to its node, so Ray can place a lost one nowhere else: actors in it (teachers, validation)
         would stay pending for ever, and workers that wait for them would wait as long.
         """
-        over = threading.Event()
+        if not is_broken(group):
+            return False
+        self.leave("a node that it runs on was lost")
+        for worker in list(self.workers.values()):
+            ray.kill(worker)
+        return True
 
-        def watch() -> None:
-            while not over.wait(ROOM_LOOK_S):
-                if is_broken(group):
-                    self.leave("a node that it runs on was lost")
-                    for worker in list(self.workers.values()):
-                        ray.kill(worker)
-                    return
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-
-    @contextmanager
-    def _watch_for_more(self) -> Iterator[None]:
-        """Looks from time to time whether an elastic run could have more workers."""
-        segment, over = self.segment, threading.Event()
+    def _look_for_more_room(self) -> bool:
+        """Looks whether an elastic run could have more workers; True: it is to start again, or has all it may have."""
+        segment = self.segment
         more = [] if segment is None else [n for n in segment.recipe.worker_counts if n > self.num_workers]
-
-        def watch() -> None:
+        for count in more:
             assert segment is not None
-            runtime = segment.recipe.runtime
-            while not over.wait(MORE_LOOK_S):
-                for count in more:
-                    added = runtime.model_copy(update={"num_workers": count - self.num_workers})
-                    bundles, selectors = segment_bundles(added, [], []), segment_selectors(added, [], [])
-                    with reserve(bundles, selectors=selectors, holder=self.holder) as room:
-                        self.has_more_room = self.has_more_room or bool(room.wait(MORE_ROOM_S))
-                    if self.has_more_room:
-                        return
-
-        if not more:
-            yield
-            return
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
+            added = segment.recipe.runtime.model_copy(update={"num_workers": count - self.num_workers})
+            bundles, selectors = segment_bundles(added, [], []), segment_selectors(added, [], [])
+            with reserve(bundles, selectors=selectors, holder=self.holder) as room:
+                if room.wait(MORE_ROOM_S):
+                    self.has_more_room = True
+                    return True
+        return segment is not None and not more
 
     def joined(self, rank: int, worker: Any) -> None:
         """A worker has started, or has been started again."""

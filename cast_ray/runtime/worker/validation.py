@@ -132,7 +132,7 @@ class SideValidation:
 
 
 # It holds no state, so that Ray may start another one in its place, with the snapshots that it had not measured. Its
-# room is pinned to one node: where that is lost, the whole worker group moves (`WorkerGroup._watch_room`).
+# room is pinned to one node: where that is lost, the whole worker group moves (`WorkerGroup._is_broken`).
 @ray.remote(max_restarts=-1, max_task_retries=-1)
 class Validator:
     """The measuring end: one snapshot after the other."""
