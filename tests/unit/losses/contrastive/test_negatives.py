@@ -22,7 +22,13 @@ SIZE = (2, 3)
 def describe(config, inputs):
     truth = inputs["truth_instance"], inputs["truth_class"]
     return describe_pixels(
-        inputs["mask_logits"], inputs["class_logits"], inputs["valid"], truth, SIZE, JointStep(2, 2), config
+        inputs["mask_logits"],
+        inputs["class_logits"],
+        inputs["valid"],
+        truth,
+        SIZE,
+        JointStep(0, len(inputs["valid"])),
+        config,
     )
 
 
