@@ -82,8 +82,12 @@ def read_each(read: Callable[[T], R], items: Iterable[T]) -> list[R]:
 
 def _fetch_table(fs: pa.fs.FileSystem, path: str, columns: list[str] | None = None) -> pa.Table:
     """A small Parquet file of an object store, fetched whole."""
+    return pa.parquet.read_table(pa.BufferReader(_fetch(fs, path)), columns=columns)
+
+
+def _fetch(fs: pa.fs.FileSystem, path: str) -> pa.Buffer:
     with fs.open_input_file(path) as file:
-        return pa.parquet.read_table(pa.BufferReader(file.read_buffer()), columns=columns)
+        return file.read_buffer()
 
 
 class LostFilesError(RuntimeError):
@@ -435,11 +439,24 @@ class ArtifactStore:
         """Bytes of a file, or of all files of a folder, of an artifact; 0 where its manifest does not say it."""
         return sum(size for file, size in sizes.items() if file == name or file.startswith(f"{name}/"))
 
+    @store_request
     def open_dataset(self, key: str, name: str) -> pyarrow.dataset.Dataset:
-        """A folder of Parquet files inside an artifact, to be read piece by piece."""
+        """A Parquet file, or a folder of them, inside an artifact, to be read piece by piece.
+
+        Small ones of an object store are fetched whole: a reader sends several requests for each piece.
+        """
         from pyarrow import dataset  # loads pandas, which most users of a store do without
 
-        return dataset.dataset(self._files(key, name), filesystem=self._fs[0], format="parquet")
+        files, fs = self._files(key, name), self._fs[0]
+        if not isinstance(fs, pa.fs.LocalFileSystem):
+            paths = [files] if isinstance(files, str) else files
+            infos = fs.get_file_info(paths)
+            are_files = all(info.type == pa.fs.FileType.File for info in infos)
+            if are_files and sum(info.size for info in infos) <= SMALL_TABLE_BYTES:
+                parquet = dataset.ParquetFileFormat()
+                pieces = read_each(lambda path: parquet.make_fragment(_fetch(fs, path)), paths)
+                return dataset.FileSystemDataset(pieces, pieces[0].physical_schema, parquet)
+        return dataset.dataset(files, filesystem=fs, format="parquet")
 
     @store_request
     def read_tables(self, paths: list[str]) -> list[pa.Table]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from pyarrow import fs
@@ -67,6 +71,20 @@ def test_looking_for_what_is_not_there_is_one_request(store: ArtifactStore, serv
     server.reset()
     for each in (store, pickle.loads(pickle.dumps(store))):  # they know what it has committed
         assert each.has(STAGE.key) and each.find_manifest(STAGE.key) is not None
+    assert server.requests == {}
+
+
+def test_a_small_table_is_opened_by_fetching_it(store: ArtifactStore, server: S3Server) -> None:
+    content = io.BytesIO()
+    pq.write_table(pa.table({"position": list(range(9))}), content, row_group_size=4)
+    store.add(STAGE, "labels/labels.parquet", content.getvalue())
+    server.reset()
+    opened = store.open_dataset(STAGE.key, "labels/labels.parquet")
+    assert server.requests.total() <= 3  # how large it is, and pyarrow's two to read it
+    server.reset()
+    pieces = [piece for file in opened.get_fragments() for piece in file.split_by_row_group()]
+    assert [sum(batch.num_rows for batch in piece.to_batches()) for piece in pieces] == [4, 4, 1]
+    assert opened.to_table(filter=pc.field("position") == 7).num_rows == 1
     assert server.requests == {}
 
 
