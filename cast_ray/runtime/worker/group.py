@@ -20,7 +20,6 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from ray.util.placement_group import PlacementGroup
 
-from cast_ray.common.paths import in_few_requests
 from cast_ray.common.repeated import repeated
 from cast_ray.recipe import RuntimeConfig
 from cast_ray.runtime.data.block_source import warm_up_readers
@@ -31,6 +30,7 @@ from cast_ray.runtime.worker.mailbox import Mailbox
 from cast_ray.runtime.worker.online import Teachers, start_teachers, teacher_bundles
 from cast_ray.runtime.worker.segment import Segment, SegmentFailed
 from cast_ray.runtime.worker.shape import devices_of, shape_of
+from cast_ray.runtime.worker.train_storage import train_storage
 from cast_ray.runtime.worker.validation import validation_bundles
 
 TAKEN_S = 10.0
@@ -211,7 +211,7 @@ class WorkerGroup:
             ),
             run_config=RunConfig(
                 name=self.run_name,
-                storage_path=in_few_requests(self.store.uri("train")),
+                **train_storage(self.store.uri("train")),
                 failure_config=FailureConfig(max_failures=runtime.max_failures, controller_failure_limit=0),  # type: ignore[call-arg]
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
             ),
