@@ -35,7 +35,7 @@ TEACHER_CHOICES = {"permissive": {"teacher.kind": "grounded_sam"}}
 STUDENT_HELP = "folder of a saved student, a row runs/<name>/<row>, a URI or a hub name"
 ADDRESS_HELP = "Ray cluster; 'local' starts one for this command alone (default: $RAY_ADDRESS, else local)"
 
-N = TypeVar("N", int, float, tuple[str, float])
+N = TypeVar("N", int, float, tuple[str, float], tuple[int | None, int])
 
 
 class Parser(argparse.ArgumentParser):

@@ -101,8 +101,8 @@ class _PieceSum(torch.autograd.Function):
         draws = AnchorDraws(problem.joint, num_anchors, rows_at_a_time, generator)
         for images, rows in _pieces(problem.joint.runs, num_anchors, together, rows_at_a_time):
             columns = images if only_own else slice(None)
-            places = problem.places[images]
-            own = None if only_own else slice(per_image * places[0], per_image * (places[-1] + 1))
+            standing = problem.places[images]
+            own = None if only_own else slice(per_image * standing[0], per_image * (standing[-1] + 1))
             parts = (anchors[images, rows], positives[images, rows], candidates[columns])
             leaves = [t.detach().requires_grad_(want) for t, want in zip(parts, wanted)]
             with torch.set_grad_enabled(any(wanted)):

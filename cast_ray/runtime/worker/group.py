@@ -277,12 +277,12 @@ def _find_room(
 ) -> list[str] | None:
     """Waits until all that a segment reserves has room at once; returns the node of each bundle.
 
-    Args:
-        patience_s: seconds after which it gives up and returns None; None: never.
-
     The streams' group and Train's are reserved one after the other. Two segments could each hold a part and wait for
     the rest for ever; so nobody asks for a part before the whole fits, segments of one sweep take turns on a node while
     they ask (`Broker.hand_over`), and one that another sweep overtakes all the same gives its part back.
+
+    Args:
+        patience_s: seconds after which it gives up and returns None; None: never.
     """
     say = partial(segment.broker.wait_for_room.remote, segment.owner) if patience_s is None else None
     while True:
