@@ -37,8 +37,7 @@ def test_workers_and_their_reads_are_counted() -> None:
 
 
 def test_an_elastic_run_needs_room_for_its_least_workers_and_a_sweep_of_its_own() -> None:
-    elastic = {"runtime__num_workers": "2", "runtime__min_workers": "1"}
-    assert slots(3, **elastic) == 1  # of 6 for both
+    assert slots(3, runtime__num_workers="2", runtime__min_workers="1") == 1  # of 6 for both
     cluster = Cluster("here", {"CPU": 6.0, "object_store_memory": float(STORE)})
     recipe = build_recipe("shapes", overrides=BASE | {"runtime.min_workers": "1"})
     assert slots_of([recipe], cluster, 0.0, 1) == 2
