@@ -245,7 +245,7 @@ class LabelJob:
 
     def forget_blocks(self) -> None:
         """Removes the blocks of a committed stage: its artifact has replaced them."""
-        self.store.delete(self.folder)
+        self.store.delete_folder(self.folder)
 
 
 def nothing_held(stage: Stage, held: HeldPrecision) -> str:
