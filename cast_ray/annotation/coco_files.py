@@ -40,7 +40,8 @@ def write_coco(folder: Path, exported: Exported, copies_images: bool) -> None:
 def write_cvat(folder: Path, exported: Exported, copies_images: bool) -> None:
     """Writes `cvat.zip`, which CVAT imports as "COCO 1.0", and `cvat_labels.json` for its raw editor of labels.
 
-    Masks are uncompressed RLE, as CVAT's own exports have them.
+    Masks are uncompressed RLE with `iscrowd` 1, as CVAT's own exports have them: its COCO library turns masks with
+    `iscrowd` 0 into polygons when it writes them.
 
     Source: docs.cvat.ai, "COCO" in the list of formats, and "Raw" in that of the label constructor.
     """
@@ -48,6 +49,7 @@ def write_cvat(folder: Path, exported: Exported, copies_images: bool) -> None:
     for entry in document["annotations"]:
         entry.pop("score", None)
         if isinstance(entry["segmentation"], dict):
+            entry["iscrowd"] = 1
             entry["segmentation"]["counts"] = rle_runs(entry["segmentation"]["counts"].encode()).tolist()
     with zipfile.ZipFile(folder / CVAT_ZIP, "w") as file:
         file.writestr(_CVAT_INSTANCES, json.dumps(document), zipfile.ZIP_DEFLATED)

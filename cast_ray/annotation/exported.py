@@ -110,12 +110,13 @@ def tool_names(file_names: Sequence[str]) -> list[str]:
     Tools tell images apart by their names without suffix. A name that is fit for that stays as it is.
     """
     stems = Counter(posixpath.splitext(name)[0] for name in file_names)
-    if max(stems.values(), default=0) < 2 and all(_is_relative(name) for name in file_names):
+    if max(stems.values(), default=0) < 2 and all(is_relative(name) for name in file_names):
         return list(file_names)
     return [stem + posixpath.splitext(name)[1] for stem, name in zip(output_names(file_names), file_names)]
 
 
-def _is_relative(name: str) -> bool:
+def is_relative(name: str) -> bool:
+    """Returns whether a file name stays below the folder that it is relative to, on every system."""
     return not is_uri(name) and not posixpath.isabs(name) and ".." not in name.split("/") and "\\" not in name
 
 

@@ -200,7 +200,7 @@ def export(
     if tool == "yolo" and shapes == "masks":
         raise ValueError("--shapes masks: YOLO's text files hold polygons only: expected --shapes polygons")
     _check_photos(labels.images)
-    images = labels.images
+    images = _in_one_folder(labels.images) if tool == "yolo" else labels.images
     lost = None
     if shapes == "polygons":
         images, lost = _with_polygons(images, is_one=tool in ("yolo", "label-studio"))
@@ -213,6 +213,13 @@ def export(
             writers[tool](partial_folder, exported, copies_images)
         write_exported(partial_folder, exported)
     return exported, lost
+
+
+def _in_one_folder(images: Sequence[ExportedImage]) -> tuple[ExportedImage, ...]:
+    """Gives images names without folders, which some readers of YOLO do not enter; not where two would be equal."""
+    flat = [image.name.replace("/", "_") for image in images]
+    stems = {posixpath.splitext(name)[0] for name in flat}
+    return tuple(replace(i, name=n) for i, n in zip(images, flat)) if len(stems) == len(images) else tuple(images)
 
 
 def _check_photos(images: Sequence[ExportedImage]) -> None:

@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 
 from cast_ray.annotation.changes import KINDS, Kept, compare
 from cast_ray.annotation.coco_files import read_coco
-from cast_ray.annotation.exported import EXPORTED, Exported, ExportedImage
+from cast_ray.annotation.exported import EXPORTED, Exported, ExportedImage, is_relative
 from cast_ray.annotation.exporting import new_folder, photo_uri
 from cast_ray.annotation.label_studio import read_tasks
 from cast_ray.annotation.returned import Returned
@@ -208,8 +208,7 @@ def _write_dataset(
     images, annotations = [], list[dict[str, Any]]()
     number = max((each.id for image in exported.images for each in image.objects), default=0)
     for image in (image for image in exported.images if image.name in kept):
-        # a name that leads out of the folder is written as the tool knew it
-        file_name = image.file_name if image.file_name == image.name else image.name
+        file_name = image.file_name if is_relative(image.file_name) else image.name
         images.append({"id": image.id, "file_name": file_name, "height": image.height, "width": image.width})
         _copy_photo(image, photos, folder / "images" / file_name)
         for each in kept[image.name]:
