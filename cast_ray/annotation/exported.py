@@ -159,7 +159,9 @@ def read_exported(folder: str) -> Exported:
     document = parse_json(read_text(file, f"--against {file}"), f"--against {file}")
     info = document.get("info", {}) if isinstance(document, dict) else {}
     if info.get("description") != _DESCRIPTION:
-        raise ValueError(f"--against {file}: not written by `cast-ray annotate export`: expected the folder of its --out")
+        raise ValueError(
+            f"--against {file}: not written by `cast-ray annotate export`: expected the folder of its --out"
+        )
     images = {
         entry["id"]: ExportedImage(**{key: entry[key] for key in ("id", "file_name", "name", "uri", "height", "width")})
         for entry in document["images"]

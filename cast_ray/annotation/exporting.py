@@ -164,7 +164,9 @@ def choose(labels: Labels, file: str) -> Labels:
     by_name = {image.file_name: image for image in labels.images}
     by_uri = {image.uri: image for image in labels.images}
     by_last = Counter(posixpath.basename(image.file_name) for image in labels.images)
-    unique = {posixpath.basename(i.file_name): i for i in labels.images if by_last[posixpath.basename(i.file_name)] == 1}
+    unique = {
+        posixpath.basename(i.file_name): i for i in labels.images if by_last[posixpath.basename(i.file_name)] == 1
+    }
     chosen: dict[str, ExportedImage] = {}
     for number, line in enumerate(read_text(file, f"--images {file}").splitlines(), 1):
         name = line.strip()
@@ -172,7 +174,9 @@ def choose(labels: Labels, file: str) -> Labels:
             continue
         image = by_name.get(name) or by_uri.get(absolute(name)) or unique.get(posixpath.basename(name))
         if image is None:
-            raise ValueError(f"--images {file}, line {number}: {name!r} is not in the label file{nearest(name, list(by_name))}")
+            raise ValueError(
+                f"--images {file}, line {number}: {name!r} is not in the label file{nearest(name, list(by_name))}"
+            )
         chosen[image.file_name] = image
     if not chosen:
         raise ValueError(f"--images {file}: names no image")

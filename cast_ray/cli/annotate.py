@@ -144,7 +144,5 @@ def _parser() -> Parser:
         help="leave out images with something that cannot be used, and list them (default: stop and write nothing)",
     )
     for command in (export, bring):
-        command.add_argument(
-            "--photos", metavar="FOLDER", help="folder of the photos, if it is not the recorded one"
-        )
+        command.add_argument("--photos", metavar="FOLDER", help="folder of the photos, if it is not the recorded one")
     return parser

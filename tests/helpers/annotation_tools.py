@@ -85,7 +85,10 @@ def yolo(exported: Path, out: Path) -> None:
     """Supervision reads the YOLO folder and writes another one."""
     import supervision as sv
 
-    places = {"images_directory_path": exported / "images/train", "annotations_directory_path": exported / "labels/train"}
+    places = {
+        "images_directory_path": exported / "images/train",
+        "annotations_directory_path": exported / "labels/train",
+    }
     dataset = sv.DetectionDataset.from_yolo(
         **{key: str(path) for key, path in places.items()},
         data_yaml_path=str(exported / "data.yaml"),

@@ -84,7 +84,9 @@ def test_what_nobody_changed_comes_back_as_it_was(
     assert after["categories"] == before["categories"]
     assert after["images"] == before["images"]
     facts = ("id", "image_id", "category_id", "segmentation")
-    assert [[a[f] for f in facts] for a in after["annotations"]] == [[a[f] for f in facts] for a in before["annotations"]]
+    assert [[a[f] for f in facts] for a in after["annotations"]] == [
+        [a[f] for f in facts] for a in before["annotations"]
+    ]
     for name in annotation_scenes.SIZES:
         assert (back / "images" / name).read_bytes() == (labels.parent / "photos" / name).read_bytes()
 
@@ -181,7 +183,10 @@ def set_(part: str, index: int, **values: Any) -> Callable[[Path], Path]:
 
 
 BAD = {
-    "a renamed image": (set_("images", 1, file_name="bb.png"), "image 'bb.png' was not exported: did you mean 'b.png'?"),
+    "a renamed image": (
+        set_("images", 1, file_name="bb.png"),
+        "image 'bb.png' was not exported: did you mean 'b.png'?",
+    ),
     "an image of another size": (set_("images", 1, width=50), "image 'b.png' is 50 x 33 pixels: expected 47 x 33"),
     "an image twice": (set_("images", 1, file_name="sub/a.png"), "image 'sub/a.png' is there for the second time"),
     "a polygon outside": (
@@ -264,7 +269,10 @@ WHOLE = {
     "no folder": (lambda out: out / "nothing", "no such file or folder"),
     "a folder of something else": (lambda out: out.parent / "photos", "no export of an annotation tool"),
     "half a zip file": (lambda out: cut(out / "cvat.zip", 0.5), "the file is not whole"),
-    "half a JSON file": (lambda out: cut(set_("images", 0)(out) / "annotations/instances_default.json", 0.5), "not JSON"),
+    "half a JSON file": (
+        lambda out: cut(set_("images", 0)(out) / "annotations/instances_default.json", 0.5),
+        "not JSON",
+    ),
 }
 
 
@@ -275,9 +283,7 @@ def cut(path: Path, share: float) -> Path:
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_an_export_that_cannot_be_read_is_one_line(
-    labels: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_export_that_cannot_be_read_is_one_line(labels: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     place, words = WHOLE[name]
     out = export(labels, "cvat")
     code, back = bring(place(out), out)
