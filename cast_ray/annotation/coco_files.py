@@ -64,7 +64,7 @@ def coco_document(exported: Exported) -> dict[str, Any]:
 
     Ids of images may be texts in the label file, which most tools cannot read.
     """
-    images, annotations = [], []
+    images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
     for number, image in enumerate(exported.images, 1):
         size = {"height": image.height, "width": image.width}
         images.append({"id": number, "file_name": image.name, **size})

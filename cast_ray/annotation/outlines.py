@@ -62,7 +62,7 @@ def _borders(mask: np.ndarray) -> list[list[np.ndarray]]:
     labels, num_parts = ndimage.label(inside)
     parts: list[list[np.ndarray]] = [[] for _ in range(num_parts)]
     for border, (y, x) in _walks(inside):
-        parts[labels[y, x] - 1].append(border + (columns[0] - 1, rows[0] - 1))
+        parts[labels[y, x] - 1].append(border + np.array([columns[0] - 1, rows[0] - 1]))
     for part in parts:
         part.sort(key=_area, reverse=True)
     return parts

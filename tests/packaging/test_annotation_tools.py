@@ -27,7 +27,7 @@ def python_with(library: str, folder: Path) -> Path:
     (site,) = folder.glob("lib/python3*/site-packages")
     (site / "tests.pth").write_text(sysconfig.get_path("purelib"))
     python = folder / "bin/python"
-    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", library]
+    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", library]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     if done.returncode:
         pytest.skip(f"{library} cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
@@ -42,7 +42,7 @@ def test_the_library_of_each_tool_reads_and_writes_what_is_exported(tmp_path: Pa
     labels, exported, out = annotation_scenes.write_labels(tmp_path), tmp_path / "to", tmp_path / "out"
     out.mkdir()
     assert main(["annotate", "export", str(labels), "--to", tool, "--out", str(exported)]) == 0
-    command = [python, HELPER, tool, exported, out]
+    command = list(map(str, (python, HELPER, tool, exported, out)))
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     came = out / ("export.json" if tool == "label-studio" else "export")
