@@ -23,6 +23,7 @@ COMMANDS = {
     "store": "Lists, shows, compares and prunes the artifacts of earlier runs; their licences; runs one stage again.",
     "label": "Labels images with a teacher and writes one COCO file.",
     "predict": "Finds instances in images with a saved student.",
+    "annotate": "Takes labels to an annotation tool with masks drawn, and brings the corrections back.",
     "export": "Takes a student out of a run, as a folder, an ONNX file or a model on the hub.",
     "inspect": "Shows what a dataset holds before anything is trained on it.",
     "efficiency": "Measures what teachers and students cost on this device, without training.",

@@ -12,6 +12,7 @@ from typing import IO, Any, Literal
 from pycocotools import mask as coco_mask
 
 from cast_ray.common.files import check_replaceable, replaced
+from cast_ray.common.paths import absolute
 from cast_ray.common.version import VERSION
 from cast_ray.contracts.records import Category, mask_areas
 from cast_ray.data.reading.photos import IMAGES, INSTANCES, OVERLAYS, RESULTS
@@ -74,10 +75,12 @@ def _mark(command: str) -> str:
     return f'{_MARK}{command}"'
 
 
-def _head(command: str, categories: Sequence[Category]) -> str:
-    """The beginning of a COCO file: who has written it, and its classes."""
+def _head(command: str, folder: str, categories: Sequence[Category]) -> str:
+    """The beginning of a COCO file: who has written it, the folder of the images, and the classes."""
+    place = absolute(folder) if folder else ""
     classes = json.dumps([{"id": c.id, "name": c.name} for c in categories])
-    return f'{_mark(command)}, "version": {json.dumps(VERSION)}}}, "categories": {classes}, '
+    facts = f'"version": {json.dumps(VERSION)}, "folder": {json.dumps(place)}'
+    return f'{_mark(command)}, {facts}}}, "categories": {classes}, '
 
 
 def write_predictions(rows: Rows, folder: str, categories: Sequence[Category], out: Path) -> None:
@@ -131,7 +134,7 @@ def _write_coco(file: IO[str], command: str, rows: Rows, folder: str, categories
         Category id -> number of annotations.
     """
     counts = Counter[int]()
-    file.write(_head(command, categories))
+    file.write(_head(command, folder, categories))
     with JsonList(file, '"annotations": [', "],") as annotations:
         for number, row in rows():
             for result in json.loads(row["results"]):

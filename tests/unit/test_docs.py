@@ -116,7 +116,7 @@ def commands_in(text: str) -> Iterator[tuple[str, list[str]]]:
             if called := re.search(r"(?:cast-ray|python sweeps/ablate\.py) (\w.*)", part):
                 words = called[1].split()
                 words = ["ablate", *words] if "sweeps/ablate.py" in part else words
-                name = words[:2] if words[0] == "store" else words[:1]
+                name = words[:2] if words[0] in ("annotate", "store") else words[:1]
                 yield " ".join(name), [word.partition("=")[0] for word in words if word.startswith("--")]
 
 

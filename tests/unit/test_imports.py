@@ -35,6 +35,7 @@ LAYERS = [
     ("report",),
     ("publish",),
     ("inference",),
+    ("annotation",),
     ("cli",),
     ("__main__", "predict", "label", "export", "datasets"),  # `python -m cast_ray.predict` and the like start cli
     ("sweeps",),

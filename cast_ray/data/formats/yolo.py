@@ -87,6 +87,11 @@ def find_yaml(listing: Listing, given: str = "") -> str:
     return found
 
 
+def read_names(listing: Listing, file: str) -> list[str]:
+    """Returns the names of the classes 0, 1, ... of a YAML file. Raises ValueError with one line that names it."""
+    return [category.name for category in _categories(_read_document(listing, file).get("names"), file)]
+
+
 def read_labels(uri: str, image_hw: tuple[int, int], num_classes: int) -> ReadOutcome:
     """Reads the text file of one image.
 

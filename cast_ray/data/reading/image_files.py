@@ -131,8 +131,8 @@ class _Place:
 
     def alike(self, name: str) -> str:
         """Returns the path of the only file whose name equals this one or its last parts; empty if there is no such
-        file. Of an address, what stands around the path is passed over, see `_forms`."""
-        return next((path for form in _forms(name) if (path := self._by_last_parts(form))), "")
+        file. Of an address, what stands around the path is passed over, see `name_forms`."""
+        return next((path for form in name_forms(name) if (path := self._by_last_parts(form))), "")
 
     def _by_last_parts(self, name: str) -> str:
         parts = name.replace("\\", "/").split("/")
@@ -146,7 +146,7 @@ class _Place:
         path = self.folder
         for number, part in enumerate(parts, start=1):
             entries = self.listing.entries(path)
-            same = [part] if part in entries else self._names_alike(path).get(_key(part), [])
+            same = [part] if part in entries else self._names_alike(path).get(name_key(part), [])
             if len(same) != 1:
                 return ""
             path = child(path, same[0])
@@ -158,7 +158,7 @@ class _Place:
         if folder not in self._alike:
             found = self._alike[folder] = {}
             for name in self.listing.entries(folder):
-                found.setdefault(_key(name), []).append(name)
+                found.setdefault(name_key(name), []).append(name)
         return self._alike[folder]
 
     def _why_missing(self, name: Any) -> str:
@@ -200,7 +200,7 @@ def _path_of(folder: str, name: str) -> str:
     return child(folder, path) if outside else path
 
 
-def _forms(name: str) -> Iterator[str]:
+def name_forms(name: str) -> Iterator[str]:
     """A name, and the paths that it means if it is an address or the name of an upload, as Label Studio writes them.
 
     `/data/local-files/?d=photos/x.jpg` means photos/x.jpg, `https://host/x.jpg?signature=...` means x.jpg, and an
@@ -216,7 +216,7 @@ def _forms(name: str) -> Iterator[str]:
         yield posixpath.join(folder, original)
 
 
-def _key(name: str) -> str:
+def name_key(name: str) -> str:
     """Equal for names that differ in case, percent-encoding or the form of accents alone."""
     return unicodedata.normalize("NFC", unquote(name)).casefold()
 

@@ -230,6 +230,7 @@ def test_files_of_something_else_are_not_replaced(
 def test_results_say_who_has_written_them(command: Command, tmp_path: Path) -> None:
     assert command.run(tmp_path) == 0
     info = json.loads((tmp_path / FILES[command.name][-1]).read_bytes())["info"]
+    assert Path(info.pop("folder")).is_dir()  # of the images, which file names are relative to
     assert info == {"description": f"cast_ray {command.name}", "version": cast_ray.__version__}
     other = {"predict": "label", "label": "predict"}[command.name]
     check_results(tmp_path, command.name)  # type: ignore[arg-type]
