@@ -20,9 +20,9 @@ from transformers import (
 from cast_ray.contracts.instance import Instances
 from cast_ray.contracts.records import Category, Predictions
 from cast_ray.models.cast_network import CastNetwork, TrainedNetwork
+from cast_ray.models.checkpoints import load_model, load_processor, processed_hw
 from cast_ray.models.postprocess import predict_instances
 from cast_ray.recipe import ContrastiveConfig, InputSize, PromptConfig, TeacherConfig
-from cast_ray.teachers.checkpoints import load_model, load_processor, processed_hw
 from cast_ray.teachers.prompts import texts_of
 from cast_ray.teachers.protocol import Teacher, checkpoint_layers
 
