@@ -215,3 +215,23 @@ def write_mask_transformer(
     model.save_pretrained(folder)
     Mask2FormerImageProcessor().save_pretrained(folder)
     return folder
+
+
+_EOMT = {"head": "eomt", "num_queries": 10, "num_layers": 2, "proposals": False}
+PUBLISHED_SETTINGS: dict[str, dict[str, Any]] = {
+    "mask2former": {
+        "encoder": {"name": "swin-t"},
+        "decoder": "msdeform",
+        "decoder_layers": 1,
+        "decoder_feedforward_dim": 32,
+        "hidden_dim": 32,
+        "num_queries": 10,
+        "num_layers": 2,
+        "num_heads": 2,
+        "feedforward_dim": 32,
+        "proposals": False,
+    },
+    "eomt": {"encoder": {"name": "dinov2-s-reg16"}, **_EOMT},
+    "eomt_dinov3": {"encoder": {"name": "dinov3-s"}, **_EOMT},
+}
+"""Kind of `write_mask_transformer` -> the fields of `ModelConfig` that a student with its weights has."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from pycocotools import mask as coco_mask
-from tiny_checkpoints import write_mask_transformer
+from tiny_checkpoints import PUBLISHED_SETTINGS, write_mask_transformer
 from training_scenes import LOSS, SIZE, make_batch
 from transformers import AutoModelForUniversalSegmentation, EomtImageProcessor, Mask2FormerImageProcessor
 
@@ -29,21 +29,6 @@ from cast_ray.recipe.models import PUBLISHED_SEGMENTERS, STUDENT_PRESETS
 
 CATEGORIES = [Category(10 * i, name) for i, name in enumerate("abc")]
 LABELS = ("person", "sky", "dog", "traffic light", "bus")
-SETTINGS: dict[str, dict[str, Any]] = {
-    "mask2former": {
-        "encoder": {"name": "swin-t"},
-        "decoder": "msdeform",
-        "decoder_layers": 1,
-        "decoder_feedforward_dim": 32,
-        "hidden_dim": 32,
-        "num_queries": 10,
-        "num_layers": 2,
-        "num_heads": 2,
-        "feedforward_dim": 32,
-    },
-    "eomt": {"encoder": {"name": "dinov2-s-reg16"}, "head": "eomt", "num_queries": 10, "num_layers": 2},
-    "eomt_dinov3": {"encoder": {"name": "dinov3-s"}, "head": "eomt", "num_queries": 10, "num_layers": 2},
-}
 CONTRAST = ContrastiveConfig(num_negatives=4, num_anchors=8, pool_size=16, projection_dims=(8,), feature_stride=16)
 
 
@@ -54,7 +39,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def settings(kind: str, folder: Path, **changes: Any) -> ModelConfig:
-    return ModelConfig(**SETTINGS[kind] | {"proposals": False, "checkpoint": str(folder)} | changes)
+    return ModelConfig(**PUBLISHED_SETTINGS[kind] | {"checkpoint": str(folder)} | changes)
 
 
 def images(height: int = 64, width: int = 64) -> torch.Tensor:
