@@ -108,6 +108,9 @@ _MM_SOURCE = "https://github.com/open-mmlab/mmdetection/blob/main/LICENSE"
 _REPOSITORY_NOTE = (
     "The licence is that of the repository which released the weights; their page on the hub was not seen."
 )
+_EOMT_DINOV3_NOTE = (
+    "DINOv3's weights are a part of these, under its own agreement; the rest is under the MIT licence of EoMT."
+)
 _DINOV3_NOTE = "What is made of the model may be passed on under the same agreement only."
 
 CHECKPOINTS: dict[str, LicensedWork] = {
@@ -140,6 +143,8 @@ CHECKPOINTS: dict[str, LicensedWork] = {
         _hub("tue-mps/coco_panoptic_eomt_small_640_2x", _MIT, source=_EOMT_SOURCE, note=_REPOSITORY_NOTE),
         _hub("tue-mps/coco_panoptic_eomt_base_640_2x", _MIT, source=_EOMT_SOURCE, note=_REPOSITORY_NOTE),
         _hub("tue-mps/coco_instance_eomt_large_640", _MIT, source=_EOMT_SOURCE, note=_REPOSITORY_NOTE),
+        _hub("tue-mps/eomt-dinov3-coco-panoptic-small-640", _DINOV3, source=_DINOV3.url, note=_EOMT_DINOV3_NOTE),
+        _hub("tue-mps/eomt-dinov3-coco-instance-large-640", _DINOV3, source=_DINOV3.url, note=_EOMT_DINOV3_NOTE),
         _hub(
             "facebook/sam3",
             _SAM,

@@ -31,6 +31,8 @@ PUBLISHED_SEGMENTERS: dict[tuple[str, str], str] = {
     ("dinov2-s-reg16", "eomt"): "tue-mps/coco_panoptic_eomt_small_640_2x",
     ("dinov2-b-reg16", "eomt"): "tue-mps/coco_panoptic_eomt_base_640_2x",
     ("dinov2-l-reg16", "eomt"): "tue-mps/coco_instance_eomt_large_640",
+    ("dinov3-s", "eomt"): "tue-mps/eomt-dinov3-coco-panoptic-small-640",
+    ("dinov3-l", "eomt"): "tue-mps/eomt-dinov3-coco-instance-large-640",
 }
 """Encoder and head of a segmenter -> hub name of its published weights, which `ModelConfig.checkpoint: hub` means."""
 
@@ -155,7 +157,7 @@ def _published_mask2former(encoder: str) -> dict[str, Any]:
     }
 
 
-def _published_eomt(encoder: str, num_layers: int, checkpoint: str = "hub") -> dict[str, Any]:
+def _published_eomt(encoder: str, num_layers: int) -> dict[str, Any]:
     return {
         "encoder": {"name": encoder, "checkpoint": ""},
         "head": "eomt",
@@ -163,7 +165,7 @@ def _published_eomt(encoder: str, num_layers: int, checkpoint: str = "hub") -> d
         "num_layers": num_layers,
         "proposals": False,
         "local_masks": False,
-        "checkpoint": checkpoint,
+        "checkpoint": "hub",
     }
 
 
@@ -176,10 +178,9 @@ STUDENT_PRESETS: dict[str, dict[str, Any]] = {
     "eomt-s": _published_eomt("dinov2-s-reg16", 3),
     "eomt-b": _published_eomt("dinov2-b-reg16", 3),
     "eomt-l": _published_eomt("dinov2-l-reg16", 4),
-    # Published as differences to DINOv3's weights: a checkpoint in transformers' format is one of the user's own.
-    "eomt-dinov3-s": _published_eomt("dinov3-s", 3, checkpoint=""),
-    "eomt-dinov3-l": _published_eomt("dinov3-l", 4, checkpoint=""),
+    "eomt-dinov3-s": _published_eomt("dinov3-s", 3),
+    "eomt-dinov3-l": _published_eomt("dinov3-l", 4),
 }
 """Named students. `paper` and `released` are the student as the paper and as the authors' code have it; the weights of
 the encoder are not a part of either. The others are published models for segmentation at their published sizes, and
-start from the published weights where there are any in transformers' format."""
+start from their published weights."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from pycocotools import mask as coco_mask
+from safetensors.torch import load_file, save_file
 from tiny_checkpoints import PUBLISHED_SETTINGS, write_mask_transformer
 from training_scenes import LOSS, SIZE, make_batch
 from transformers import AutoModelForUniversalSegmentation, EomtImageProcessor, Mask2FormerImageProcessor
@@ -176,8 +177,8 @@ def test_settings_that_differ_are_named_before_any_weight_is_read(folders: dict[
 def test_what_is_no_whole_model_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^checkpoint: no folder '/nowhere/at all'"):
         check_start(settings("eomt", Path("/nowhere/at all")))
-    with pytest.raises(ValueError, match=r"'hub': no published weights are known for encoder 'dinov3-s' with head"):
-        check_start(settings("eomt_dinov3", Path("hub")))
+    with pytest.raises(ValueError, match=r"'hub': no published weights are known for encoder 'dinov2-s' with head"):
+        check_start(settings("eomt", Path("hub"), encoder={"name": "dinov2-s"}))
     other = write_mask_transformer(tmp_path / "maskformer", "maskformer", LABELS)
     with pytest.raises(ValueError, match="holds a model of type 'maskformer': expected a whole segmentation model"):
         check_start(settings("eomt", other))
@@ -194,6 +195,18 @@ def test_what_is_no_whole_model_is_refused(folders: dict[str, Path], tmp_path: P
         ValueError, match=r"teacher.checkpoint is 'x/y' and teacher.kind sam3: .*teacher.sam3.checkpoint"
     ):
         TeacherConfig(kind="sam3", checkpoint="x/y")
+
+
+def test_the_weights_of_transformers_own_loss_may_be_missing(folders: dict[str, Path], tmp_path: Path) -> None:
+    hub = Path(shutil.copytree(folders["eomt_dinov3"], tmp_path / "hub"))
+    weights = load_file(hub / "model.safetensors")
+    assert weights.pop("criterion.empty_weight") is not None
+    save_file(weights, hub / "model.safetensors", metadata={"format": "pt"})
+    assert load_start(settings("eomt_dinov3", hub)).tensors
+    del weights["query.weight"]
+    save_file(weights, hub / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights of its model: query.weight"):
+        load_start(settings("eomt_dinov3", hub))
 
 
 # Parameters of the published models, in 10^6, where they could be looked up; with the class head of their own classes.
@@ -213,9 +226,8 @@ def test_published_students_name_their_weights() -> None:
     for name in (n for n in STUDENT_PRESETS if n not in ("paper", "released")):
         recipe = build_recipe("cityscapes", "full", {"student": name})
         student = recipe.student
-        own = name.startswith("eomt-dinov3")  # published in another format
-        assert bool(student.source) is not own and student.encoder.source == ""
-        assert student.source == PUBLISHED_SEGMENTERS.get((student.encoder.name, student.head), "")
+        assert student.source == PUBLISHED_SEGMENTERS[student.encoder.name, student.head]
+        assert student.checkpoint == "hub" and student.encoder.source == ""
         assert isinstance(outline(student, 8), Segmenter) and student.without_weights().source == ""
     back = build_recipe("cityscapes", "full", ["student=eomt-l", "student=paper"])
     assert back.student.checkpoint == ""
