@@ -26,7 +26,7 @@ SMALL = {"data.shapes.num_source": 8, "data.shapes.num_train": 40, "data.shapes.
         ("loss.extra_term", "os:getcwd", r"loss\.extra_term: 'os:getcwd': expected a function"),
     ],
 )
-def test_ones_own_code_and_models_are_looked_at_with_the_plan(tmp_path: Path, key: str, value: str, message: str) -> None:
+def test_ones_own_code_and_models_are_looked_at_first(tmp_path: Path, key: str, value: str, message: str) -> None:
     recipe = build_recipe("shapes", "smoke", overrides={**SMALL, key: value})
 
     def connect() -> None:
