@@ -25,7 +25,6 @@ from cast_ray.models.export import INPUTS, OUTPUTS, Detector
 from cast_ray.models.published import KINDS, check_start, load_start
 from cast_ray.models.segmenter import Segmenter, build_segmenter, outline
 from cast_ray.models.student import Student
-from cast_ray.plan.ablation import load_table
 from cast_ray.recipe import ContrastiveConfig, ModelConfig, TeacherConfig, TrainConfig, build_recipe
 from cast_ray.recipe.models import PUBLISHED_SEGMENTERS, STUDENT_PRESETS
 
@@ -230,5 +229,6 @@ def test_published_students_name_their_weights() -> None:
         assert student.source == PUBLISHED_SEGMENTERS[student.encoder.name, student.head]
         assert student.checkpoint == "hub" and student.encoder.source == ""
         assert isinstance(outline(student, 8), Segmenter) and student.without_weights().source == ""
-    offline = load_table("student").row_recipe("eomt-l", "shapes", "smoke", overrides={"student.checkpoint": ""})
-    assert offline.student.source == "" and offline.student.num_queries == 200
+    for own in ("", "models/mine"):
+        student = build_recipe("shapes", "smoke", [f"student.checkpoint={own}", "student=eomt-l"]).student
+        assert student.source == own and student.num_queries == 200
