@@ -7,17 +7,20 @@ import os
 import socket
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from training_scenes import CONTRAST, LOSS, batches, make_batch, make_network, run, shared_points, slice_batch
+from training_scenes import CONTRAST, LOSS, batches, make_batch, make_network, run, slice_batch
 
 from cast_ray.contracts.records import Batch
+from cast_ray.engine import objective as objective_module
 from cast_ray.engine.collectives import WorkerGather
 from cast_ray.engine.objective import Objective, weighted_sum
 from cast_ray.engine.world import World
+from cast_ray.losses.set.criterion import LossPoints, set_loss
 from cast_ray.recipe import TrainConfig
 
 # One image of each kind on each worker; 1 instance of D_l on the first, 7 on the second.
@@ -31,6 +34,19 @@ EXACT = CONTRAST.model_copy(
     update={"estimator": "expectation", "num_anchors": None, "pool_size": None, "feature_stride": 4}
 )
 CASES = {"set loss": None, "with the contrastive term": EXACT}
+
+
+def set_loss_at_shared_points(predictions: Any, targets: Any, config: Any, **options: Any) -> Any:
+    """The set loss at points that are the same for every image and instance, whichever worker holds them."""
+    g = torch.Generator().manual_seed(7)
+    layers, images = len(predictions.class_logits), len(targets)
+    pairs = sum(min(predictions.class_logits[0].shape[1], len(t.labels)) for t in targets)
+    shapes = ((images, config.num_points), (pairs, 3 * config.num_points), (pairs, config.num_points // 4))
+    points = [(2 * torch.rand(1, 1, n, 2, generator=g) - 1).expand(layers, rows, n, 2) for rows, n in shapes]
+    return set_loss(predictions, targets, config, valid=options["valid"], points=LossPoints(*points))
+
+
+shared_points = mock.patch.object(objective_module, "set_loss", set_loss_at_shared_points)
 
 
 def share(batch: Batch, rank: int, size: int) -> Batch:

@@ -6,17 +6,14 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 
 from cast_ray.contracts.records import Batch, Targets
-from cast_ray.engine import objective as objective_module
 from cast_ray.engine.checkpoint import TrainState
 from cast_ray.engine.loop import RunSettings, TrainHooks, TrainResult, train
 from cast_ray.engine.objective import Objective
 from cast_ray.engine.world import World
-from cast_ray.losses.set.criterion import LossPoints, set_loss
 from cast_ray.models.cast_network import CastNetwork
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.recipe import ContrastiveConfig, EncoderConfig, LossConfig, ModelConfig, Precision, TrainConfig
@@ -158,16 +155,3 @@ def run(
         ),
     )
     return Run(network, result, states)
-
-
-def set_loss_at_shared_points(predictions: Any, targets: Any, config: Any, **options: Any) -> Any:
-    """The set loss at points that are the same for every image and instance, whichever worker holds them."""
-    g = torch.Generator().manual_seed(7)
-    layers, images = len(predictions.class_logits), len(targets)
-    pairs = sum(min(predictions.class_logits[0].shape[1], len(t.labels)) for t in targets)
-    shapes = ((images, config.num_points), (pairs, 3 * config.num_points), (pairs, config.num_points // 4))
-    points = [(2 * torch.rand(1, 1, n, 2, generator=g) - 1).expand(layers, rows, n, 2) for rows, n in shapes]
-    return set_loss(predictions, targets, config, valid=options["valid"], points=LossPoints(*points))
-
-
-shared_points = mock.patch.object(objective_module, "set_loss", set_loss_at_shared_points)
