@@ -162,7 +162,7 @@ class Step:
         batch, objective = self.batch, self.objective
         strong_from = batch.num_labelled if objective.is_semi_strong else None
         output = self.network(batch.weak, batch.strong if objective.reads_strong else None, (), strong_from)
-        terms, _ = self.objective(output, self.batch, 0, step_generator(0, 0, 0, CPU))
+        terms, _ = self.objective(output, self.batch, 0, step_generator(0, 0, CPU))
         self.weighted(terms).backward()
 
     def update(self) -> None:
@@ -206,7 +206,7 @@ class Step:
             self.within("proposals", objective_module, "proposal_loss"),
             self.within("contrastive: loss", objective_module, "contrastive_loss"),
         ):
-            terms, _ = self.objective(output, batch, 0, step_generator(0, 0, 0, CPU))
+            terms, _ = self.objective(output, batch, 0, step_generator(0, 0, CPU))
         self.current["set loss"] -= self.current["set loss: matching"]
         terms_of = {"set loss": ("class", "mask", "dice"), "proposals": ("proposal",), "contrastive: loss": ("pxl",)}
         for part, marks in terms_of.items():

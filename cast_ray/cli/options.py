@@ -35,7 +35,7 @@ TEACHER_CHOICES = {"permissive": {"teacher.kind": "grounded_sam"}}
 STUDENT_HELP = "folder of a saved student, a row runs/<name>/<row>, a URI or a hub name"
 ADDRESS_HELP = "Ray cluster; 'local' starts one for this command alone (default: $RAY_ADDRESS, else local)"
 
-N = TypeVar("N", int, float, tuple[str, float])
+N = TypeVar("N", int, float, tuple[str, float], tuple[int | None, int])
 
 
 class Parser(argparse.ArgumentParser):
@@ -197,7 +197,12 @@ def add_ray_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="stages at a time (default: what a local Ray holds; on a cluster what the rows need, at most 32)",
     )
-    parser.add_argument("--workers-per-trial", type=positive, metavar="N", help="Train workers of a stage (default: 1)")
+    parser.add_argument(
+        "--workers-per-trial",
+        type=worker_counts,
+        metavar="N",
+        help="Train workers of a stage; A:B for one row and one seed: as many from A to B as find room (default: 1)",
+    )
 
 
 def recipe_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -209,7 +214,8 @@ def recipe_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     from cast_ray.recipe import parse_overrides
 
     named = {
-        "runtime.num_workers": arguments.workers_per_trial,
+        "runtime.min_workers": arguments.workers_per_trial and arguments.workers_per_trial[0],
+        "runtime.num_workers": arguments.workers_per_trial and arguments.workers_per_trial[1],
         "runtime.max_concurrent_stages": arguments.max_concurrent,
     }
     overrides = parse_overrides(arguments.set)
@@ -275,6 +281,17 @@ def random_seed(text: str) -> int:
 def positive(text: str) -> int:
     """Reads an argument that is 1, 2, ..."""
     return _read(text, int, lambda number: number >= 1, "a whole number, 1 or more")
+
+
+def worker_counts(text: str) -> tuple[int | None, int]:
+    """Reads a number of workers (`4`) or the least and the most of an elastic run (`1:8`) as (least, most)."""
+
+    def read(given: str) -> tuple[int | None, int]:
+        least, colon, most = given.rpartition(":")
+        return int(least) if colon else None, int(most)
+
+    expected = "a whole number, 1 or more, or the least and the most workers such as 1:8"
+    return _read(text, read, lambda counts: 1 <= (counts[0] or counts[1]) <= counts[1] and counts[0] != 0, expected)
 
 
 def share(text: str) -> float:

@@ -15,8 +15,9 @@ FILE = "train_state.pt"
 class TrainState:
     """A stage after `step` optimiser steps.
 
-    Random numbers are drawn from generators seeded by (stage seed, step, rank) and the data plan is a function of the
-    step, so the step is also the position of the schedule, the temperature, the data and the random state.
+    Random numbers are drawn from generators seeded by the stage's seed and the step, and the data plan is a function of
+    the step, so the step is also the position of the schedule, the temperature, the data and the random state. Nothing
+    here depends on the number of workers: another number of them may continue.
     """
 
     fingerprint: str

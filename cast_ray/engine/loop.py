@@ -43,15 +43,15 @@ class TrainResult:
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of everything random in one step of one worker: the same after a resume as without one."""
+    """Seed of what a network draws in one step of one worker: the same after a resume as without one."""
     entropy = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
     return int(entropy) & 0x7FFF_FFFF_FFFF_FFFF
 
 
-def step_generator(seed: int, step: int, rank: int, device: torch.device) -> torch.Generator:
-    """The losses' random source in one step of one worker."""
+def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
+    """The losses' random source in one step: the same on all workers, see `losses.joint_step`."""
     generator = torch.Generator(device=device)
-    generator.manual_seed(step_seed(seed, step, rank))
+    generator.manual_seed(step_seed(seed, step, 0))
     return generator
 
 
@@ -198,7 +198,7 @@ class _Run:
         progress = step / self.config.steps
         self.network.anneal(progress)
         self.weights = self.objective.weights_at(progress)
-        generator = step_generator(self.seed, step, self.world.rank, self.world.device)
+        generator = step_generator(self.seed, step, self.world.device)
         forward = self._forward(step, batch)
         strong = batch.strong if self.objective.reads_strong else None
         strong_from = batch.num_labelled if self.objective.is_semi_strong else None

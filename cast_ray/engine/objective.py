@@ -10,8 +10,9 @@ import torch
 from cast_ray.common.registry import import_named
 from cast_ray.contracts.records import Batch, Targets
 from cast_ray.losses.contrastive.loss import contrastive_loss, temperature_at
-from cast_ray.losses.contrastive.pixel_problem import Gather, PixelViews
+from cast_ray.losses.contrastive.pixel_problem import PixelViews
 from cast_ray.losses.contrastive.pixels import diagnose
+from cast_ray.losses.joint_step import Gather, JointStep
 from cast_ray.losses.set.criterion import set_loss, target_weights
 from cast_ray.losses.set.proposals import proposal_loss, proposal_weights
 from cast_ray.models.cast_network import Output
@@ -39,7 +40,7 @@ class Objective:
     Args:
         loss: weights of the terms.
         contrastive: None: no L_pxl.
-        gather: joins the candidates of L_pxl over workers.
+        gather: joins tensors of all workers: the candidates of L_pxl, and what decides on the random draws.
         criterion: of a network that is not a segmenter.
         proposals: whether the segmenter has dense proposals.
     """
@@ -88,7 +89,8 @@ class Objective:
         self, output: Output, batch: Batch, step: int, generator: torch.Generator, diagnose: bool = False
     ) -> tuple[Terms, torch.Tensor | None]:
         """Terms of one worker's share of a step and, with `diagnose`, the contrastive term's statistics."""
-        terms = self._own_terms(output, batch, generator)
+        joint = JointStep(batch.num_labelled, len(batch.weak), self.gather)
+        terms = self._own_terms(output, batch, joint, generator)
         if self.extra is not None:
             terms["extra"] = self._extra_term(output, batch)
         if self.contrastive is None:
@@ -109,6 +111,7 @@ class Objective:
             temperature=temperature_at(step, self.contrastive),
             generator=generator,
             gather=self.gather if self.contrastive.gather else None,
+            joint=joint,
             with_diagnostics=diagnose,
         )
         return {**terms, "pxl": (pxl.sum, pxl.count)}, pxl.statistics
@@ -135,7 +138,7 @@ class Objective:
         assert self.contrastive is not None
         return diagnose(statistics, temperature_at(step, self.contrastive))
 
-    def _own_terms(self, output: Output, batch: Batch, generator: torch.Generator) -> Terms:
+    def _own_terms(self, output: Output, batch: Batch, joint: JointStep, generator: torch.Generator) -> Terms:
         """L_sup and L_semi from one matching: the terms of each image, added up over D_l and over D_u."""
         parts = {"sup": slice(0, batch.num_labelled)}
         if self.loss.lambda_semi > 0:
@@ -148,7 +151,8 @@ class Objective:
             of_image = self.criterion(output, weighted)
         else:
             predictions = (output.supervised or output.predictions).part(0, used)
-            of_image = set_loss(predictions, targets, self.loss, valid=valid, generator=generator)
+            part = joint if used == len(batch.weak) else joint.labelled
+            of_image = set_loss(predictions, targets, self.loss, valid=valid, generator=generator, joint=part)
             if self.proposals:
                 of_image |= proposal_loss(predictions.auxiliary, targets, self.loss, valid)
         return {

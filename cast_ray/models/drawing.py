@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
-from scipy import ndimage
 
 FILL_OPACITY = 0.28
 DARK = 20
@@ -66,6 +65,8 @@ def draw_instances(
 
 def _draw_mask(pixels: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int]) -> None:
     """Fill and contour, in place; only the instance's own window is touched, or large pictures would take seconds."""
+    from scipy import ndimage  # slow to load, and most commands find their pictures drawn
+
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     window = (slice(max(rows[0] - 1, 0), rows[-1] + 2), slice(max(columns[0] - 1, 0), columns[-1] + 2))
     inside, part = mask[window], pixels[window]

@@ -47,7 +47,7 @@ def stage_memory(stage: Stage, recipe: Recipe, num_classes: int) -> MemoryEstima
         num_classes=num_classes,
         image_px=crop_px,
         contrastive=part.contrastive,
-        num_workers=runtime.num_workers,
+        num_workers=runtime.least_workers,
         half=stage.precision != "off",
         gradient_checkpointing=runtime.gradient_checkpointing,
         semi_strong=part.is_semi_strong,

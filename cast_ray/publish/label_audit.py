@@ -5,9 +5,9 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow.dataset
+import pyarrow.compute
 
 from cast_ray.common.files import write_atomically
 from cast_ray.contracts.records import ClassMap, encode_image_id, instances_of
@@ -16,6 +16,9 @@ from cast_ray.plan.graph import RowPlan, Stage
 from cast_ray.report.label_audit import WORST_SHEET
 from cast_ray.report.overlays import contact_sheet
 from cast_ray.runtime.sweep.row_results import SweepContext, read_audit
+
+if TYPE_CHECKING:
+    import pyarrow.dataset  # loads pandas
 
 NUM_WORST = 6
 
@@ -64,7 +67,7 @@ def _draw_worst(context: SweepContext, stage: Stage) -> bytes | None:
 
 def _rows(dataset: pyarrow.dataset.Dataset, column: str, values: Sequence[Any]) -> dict[Any, dict[str, Any]]:
     """The few rows with these values, without reading the rest into memory."""
-    found = dataset.to_table(filter=pyarrow.dataset.field(column).isin(list(values))).to_pylist()
+    found = dataset.to_table(filter=pyarrow.compute.field(column).isin(list(values))).to_pylist()
     return {row[column]: row for row in found}
 
 

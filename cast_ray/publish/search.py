@@ -30,9 +30,8 @@ from cast_ray.plan.search import SearchSpec
 from cast_ray.report.blocks import Article, Column, Figure, Grid, Panel, Section, Series, Words, section
 from cast_ray.report.exports import markdown_page
 from cast_ray.report.metrics import format_value, label_of
-from cast_ray.report.notes import context_of
-from cast_ray.report.page import html_page, state_of
-from cast_ray.report.write import draw_figures
+from cast_ray.report.notes import context_of, progress_of
+from cast_ray.report.write import write_page
 from cast_ray.runtime.search.study import ENDED, best_trials, open_storage
 from cast_ray.runtime.sweep.row_results import SweepContext
 
@@ -131,11 +130,9 @@ def write_search_report(plan: SearchRun, studies: Studies, out: Path, refresh_s:
     expected = max(spec.num_trials * len(spec.samplers), ended)
     failed = sum(trial.user_attrs.get("status") == "failed" for trial in trials)
     out.mkdir(parents=True, exist_ok=True)
-    draw_figures(out, [article])
-    html = out / "report.html"
     pending = expected - ended
-    state = state_of(expected, pending, failed, refresh_s, "trials")
-    write_atomically(html, html_page([article], state, refresh_s if pending else None))
+    state = progress_of(expected, pending, failed, refresh_s, "trials")
+    html = write_page(out, [article], state, refresh_s if pending else None)
     write_atomically(out / "report.md", markdown_page([article]))
     write_atomically(out / "report.json", json.dumps(_plain(spec, studies), indent=1) + "\n")
     best = None

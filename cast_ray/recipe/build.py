@@ -14,7 +14,7 @@ from cast_ray.recipe.data import DataConfig
 from cast_ray.recipe.input_size import InputSize
 from cast_ray.recipe.labels import FIXED_SIZE_BATCH, LabelsConfig
 from cast_ray.recipe.losses import ContrastiveConfig, LossConfig
-from cast_ray.recipe.models import BATCH_NORM_DECODERS, ModelConfig
+from cast_ray.recipe.models import BATCH_NORM_DECODERS, DRAWS_BY_WORKER, ModelConfig
 from cast_ray.recipe.part import CHANGES_NO_RESULT, Part, Seed
 from cast_ray.recipe.runtime import RuntimeConfig
 from cast_ray.recipe.stages import EvaluationConfig, PseudoConfig, StagesConfig, TrainConfig
@@ -99,6 +99,39 @@ class Recipe(Part):
                     raise ValueError(
                         f"stages.{name}.{field} is {size}: expected a multiple of runtime.num_workers ({workers})"
                     )
+        return self
+
+    @property
+    def worker_counts(self) -> list[int]:
+        """How many workers a train stage may have, largest first: those of an elastic run must divide all batches."""
+        sizes = [size for stage in self._train_stages for size in (stage.batch_labelled, stage.batch_unlabelled)]
+        counts = range(self.runtime.num_workers, self.runtime.least_workers - 1, -1)
+        return [count for count in counts if not any(size % count for size in sizes)]
+
+    @property
+    def _train_stages(self) -> list[TrainConfig]:
+        return [getattr(self.stages, name) for name in ("pretrain", "adapt", "selftrain", "distill", "refine")]
+
+    @model_validator(mode="after")
+    def _elastic_runs_draw_by_image(self) -> Recipe:
+        if not self.runtime.is_elastic:
+            return self
+        is_expert = self.teacher.kind == "expert"
+        is_tuned = self.stages.adapt.steps > 0 or self.stages.selftrain.steps > 0
+        contrast = self.contrastive
+        drawn = {f"teacher.kind={self.teacher.kind} draws prompts or dropped paths": not is_expert and is_tuned}
+        models: dict[str, ModelConfig] = {"student": self.student} | ({"teacher": self.teacher} if is_expert else {})
+        for part, model in models.items():
+            drawn[f"{part}.encoder.name={model.encoder.name} drops paths"] = model.encoder.name in DRAWS_BY_WORKER
+            drawn[f"{part}.head=eomt draws which queries see all patches"] = model.head == "eomt"
+        drawn["contrastive.gather=false takes negatives of the own worker"] = (
+            self.loss.lambda_pxl > 0 and not contrast.gather and contrast.scope != "same-image"
+        )
+        if reasons := [reason for reason, holds in drawn.items() if holds]:
+            raise ValueError(
+                f"runtime.min_workers={self.runtime.min_workers}: {reasons[0]} for each worker apart, so results would "
+                "depend on the number of workers; expected runtime.min_workers=0"
+            )
         return self
 
     @model_validator(mode="after")

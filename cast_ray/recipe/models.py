@@ -69,6 +69,8 @@ class EncoderConfig(Part):
 
 BATCH_NORM_DECODERS = ("dpt-released",)
 """Decoders that take all images of a step at once: their statistics depend on them."""
+DRAWS_BY_WORKER = ("swin-t",)
+"""Encoders that drop random paths in training, drawn by each worker for its own images."""
 
 
 class ModelConfig(Part):

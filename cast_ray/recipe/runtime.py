@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from cast_ray.recipe.part import Part
 
@@ -40,6 +40,10 @@ class RuntimeConfig(Part):
 
     num_workers: int = Field(1, ge=1)
     """Ray Train workers of a train stage; they share its global batch."""
+    min_workers: int = Field(0, ge=0)
+    """Least workers of an elastic run, whose worker groups take what room they find, up to `num_workers`: a group that
+    loses a node continues with fewer workers, and one that finds more room saves a checkpoint and continues with more.
+    Results differ by rounding. For sweeps of one row and one seed. 0: always `num_workers`."""
     use_gpu: bool = False
     """Whether each worker, and each labelling actor, reserves a GPU."""
     cpus_per_worker: float = Field(0.5, gt=0)
@@ -79,6 +83,24 @@ class RuntimeConfig(Part):
     def _is_selector(cls, text: str) -> str:
         parse_selector(text)
         return text
+
+    @model_validator(mode="after")
+    def _least_workers_are_fewer(self) -> RuntimeConfig:
+        if self.min_workers > self.num_workers:
+            raise ValueError(
+                f"runtime.min_workers is {self.min_workers}: expected at most runtime.num_workers ({self.num_workers})"
+            )
+        return self
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers follows the room on the cluster."""
+        return 0 < self.min_workers < self.num_workers
+
+    @property
+    def least_workers(self) -> int:
+        """The fewest workers that a train stage may have."""
+        return self.min_workers or self.num_workers
 
     @property
     def precision(self) -> Precision:

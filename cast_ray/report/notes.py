@@ -24,6 +24,19 @@ SEED_FIELDS = {"data.split_seed": "label split", "init_seed": "initial weights",
 """Recipe fields by which a part of the randomness stays the same for all seeds, and what they fix."""
 
 
+def progress_of(
+    expected: int, pending: int, failed: int, refresh_s: int | None, what: str = "results"
+) -> tuple[str, str]:
+    """How far a run is, in words, and the class they are shown in."""
+    words = f"{expected - pending} of {expected} {what}"
+    if failed:
+        words += f", {failed} FAILED"
+    if pending:
+        reloads = f"; this page reloads every {refresh_s} s" if refresh_s else ""
+        return f"Not complete: {words}{reloads}", "failed" if failed else "busy"
+    return words, "failed" if failed else ""
+
+
 def context_of(results: Sequence[RowResult]) -> dict[str, str]:
     """What was run, where and when, in words."""
     context: dict[str, str] = {}

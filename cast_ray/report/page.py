@@ -18,13 +18,16 @@ DASH_ARRAYS = {"-": "", "--": ' stroke-dasharray="6 4"', ":": ' stroke-dasharray
 MINUS = re.compile(r"(?<![\w.-])-(?=\d)")
 
 
-def html_page(articles: Sequence[Article], state: tuple[str, str], refresh_s: int | None = None) -> str:
+def html_page(
+    articles: Sequence[Article], state: tuple[str, str], refresh_s: int | None = None, contents: str = ""
+) -> str:
     """The page of a run folder.
 
     Args:
         articles: one a table.
         state: how far the run is, in words, and the class they are shown in: `busy`, `failed` or none.
         refresh_s: the page reloads itself every so many seconds; None: never.
+        contents: digest of what the page shows, see `write.write_page`.
     """
     return (
         _environment()
@@ -33,6 +36,7 @@ def html_page(articles: Sequence[Article], state: tuple[str, str], refresh_s: in
             title=" · ".join(article.title for article in articles),
             articles=articles,
             refresh_s=refresh_s,
+            contents=contents,
             state=state[0],
             state_class=state[1],
             has_samples=any(isinstance(block, Samples) for article in articles for block in article.blocks),
@@ -58,17 +62,6 @@ def _environment() -> Environment:
         "data_uri": _data_uri,
     }
     return environment
-
-
-def state_of(expected: int, pending: int, failed: int, refresh_s: int | None, what: str = "results") -> tuple[str, str]:
-    """How far a run is, in words, and the class they are shown in."""
-    words = f"{expected - pending} of {expected} {what}"
-    if failed:
-        words += f", {failed} FAILED"
-    if pending:
-        reloads = f"; this page reloads every {refresh_s} s" if refresh_s else ""
-        return f"Not complete: {words}{reloads}", "failed" if failed else "busy"
-    return words, "failed" if failed else ""
 
 
 def _legend_mark(series: Series) -> Markup:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections.abc import Callable, Sequence
@@ -15,15 +16,17 @@ from rich.console import Console
 from cast_ray.common.files import write_atomically
 from cast_ray.common.paths import absolute, resolve
 from cast_ray.plan.prices import Prices
-from cast_ray.report.blocks import Article
+from cast_ray.report.blocks import Article, Picture
 from cast_ray.report.content import Report
 from cast_ray.report.exports import csv_page, figure_file, json_page, latex_page, markdown_page
-from cast_ray.report.page import html_page, state_of
-from cast_ray.report.plots import draw_png
+from cast_ray.report.notes import progress_of
 from cast_ray.report.results import summarise_run
 from cast_ray.report.run_folder import PLAN, RESULT, read_plan, read_run
 from cast_ray.report.sections import sections_of
 from cast_ray.report.tables import print_report
+
+PAGE_CODE = {".py", ".j2", ".css", ".js"}
+HEAD_BYTES = 512
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,9 @@ def write_report(
     run = read_run(run_dir)
     reports = summarise_run(run, tell, prices)
     articles = [Article(r.table, r.title, r.context, sections_of(r, run.folder)) for r in reports]
-    draw_figures(run.folder, articles)
     expected, pending = (sum(getattr(r, name) for r in reports) for name in ("num_expected", "num_pending"))
-    state = state_of(expected, pending, sum(len(r.failures) for r in reports), refresh_s)
+    state = progress_of(expected, pending, sum(len(r.failures) for r in reports), refresh_s)
     pages = {
-        "html": ("report.html", html_page(articles, state, refresh_s if pending else None)),
         "markdown": ("report.md", markdown_page(articles)),
         "csv": ("report.csv", csv_page(reports)),
         "latex": ("report.tex", latex_page(reports)),
@@ -75,7 +76,8 @@ def write_report(
     }
     for name, text in pages.values():
         write_atomically(run.folder / name, text)
-    return Written(tuple(reports), {kind: run.folder / name for kind, (name, _) in pages.items()})
+    html = write_page(run.folder, articles, state, refresh_s if pending else None)
+    return Written(tuple(reports), {"html": html} | {kind: run.folder / name for kind, (name, _) in pages.items()})
 
 
 def show(written: Written, console: Console, at: Callable[[Path], str] = str) -> int:
@@ -92,11 +94,46 @@ def show(written: Written, console: Console, at: Callable[[Path], str] = str) ->
     return 1 if written.has_failures or not written.is_complete else 0
 
 
-def draw_figures(folder: Path, articles: Sequence[Article]) -> None:
-    """Draws the figures that stand beside `report.md`."""
-    for article in articles:
-        for figure in article.figures:
-            draw_png(figure, folder / figure_file(article, figure, len(articles)))
+def write_page(folder: Path, articles: Sequence[Article], state: tuple[str, str], refresh_s: int | None = None) -> Path:
+    """Writes `report.html`, and draws the figures that stand beside `report.md`; see `page.html_page`.
+
+    A page that shows the same already, with its figures beside it, is left as it is: drawing takes longer than all
+    else that a command does whose results are in the store.
+
+    Returns:
+        Where the page is.
+    """
+    page = folder / "report.html"
+    figures = {folder / figure_file(a, figure, len(articles)): figure for a in articles for figure in a.figures}
+    contents = _contents(articles, state, refresh_s)
+    if _shows(page, contents) and all(path.is_file() for path in figures):
+        return page
+    from cast_ray.report.page import html_page  # loads Matplotlib
+    from cast_ray.report.plots import draw_png
+
+    for path, figure in figures.items():
+        draw_png(figure, path)
+    write_atomically(page, html_page(articles, state, refresh_s, contents))  # last: it vouches for the figures
+    return page
+
+
+def _contents(articles: Sequence[Article], state: tuple[str, str], refresh_s: int | None) -> str:
+    """Digest of all that a page is made of: what it shows, files that it holds, and the code that draws it."""
+    digest = hashlib.sha256(repr((articles, state, refresh_s)).encode())
+    pictures = [block.path for article in articles for block in article.blocks if isinstance(block, Picture)]
+    code = sorted(path for path in Path(__file__).parent.rglob("*") if path.suffix in PAGE_CODE)
+    for path in [*pictures, *code]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _shows(page: Path, contents: str) -> bool:
+    """Whether a page was written of these contents, which it names in its head."""
+    try:
+        with page.open("rb") as file:
+            return contents.encode() in file.read(HEAD_BYTES)
+    except FileNotFoundError:
+        return False
 
 
 def rebuild_report(run_dir: str | Path, console: Console, prices: Prices | None = None) -> Written:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import socket
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,6 +19,7 @@ from training_scenes import CONTRAST, LOSS, batches, make_batch, make_network, r
 
 from cast_ray.contracts.records import Batch
 from cast_ray.engine import objective as objective_module
+from cast_ray.engine.checkpoint import TrainState
 from cast_ray.engine.collectives import WorkerGather
 from cast_ray.engine.objective import Objective, weighted_sum
 from cast_ray.engine.world import World
@@ -33,7 +36,15 @@ SEMI = LOSS.model_copy(update={"lambda_semi": 0.5})
 EXACT = CONTRAST.model_copy(
     update={"estimator": "expectation", "num_anchors": None, "pool_size": None, "feature_stride": 4}
 )
-CASES = {"set loss": None, "with the contrastive term": EXACT}
+SAMPLED = CONTRAST.model_copy(update={"feature_stride": 4, "diagnostics_every_steps": 0})
+DRAWN = {
+    "drawn points": None,
+    "drawn negatives": SAMPLED,
+    "drawn negatives, released form": SAMPLED.model_copy(update={"replacement": False}),
+    "drawn negatives of the own image": SAMPLED.model_copy(update={"scope": "same-image"}),
+}
+"""Cases whose random numbers are drawn as in a sweep."""
+CASES = {"set loss": None, "with the contrastive term": EXACT, **DRAWN}
 
 
 def set_loss_at_shared_points(predictions: Any, targets: Any, config: Any, **options: Any) -> Any:
@@ -46,7 +57,11 @@ def set_loss_at_shared_points(predictions: Any, targets: Any, config: Any, **opt
     return set_loss(predictions, targets, config, valid=options["valid"], points=LossPoints(*points))
 
 
-shared_points = mock.patch.object(objective_module, "set_loss", set_loss_at_shared_points)
+def points_of(name: str) -> AbstractContextManager[Any]:
+    """Where the set loss of a case compares masks: at drawn points, or at those that all images share."""
+    if name in DRAWN:
+        return nullcontext()
+    return mock.patch.object(objective_module, "set_loss", set_loss_at_shared_points)
 
 
 def share(batch: Batch, rank: int, size: int) -> Batch:
@@ -75,6 +90,7 @@ def train(name: str, world: World) -> dict[str, Any]:
     objective = Objective(SEMI, contrastive, WorkerGather(world.rank, world.size))
     stream = (share(b, world.rank, world.size) for b in batches(0, STEPS, COUNTS, NUM_LABELLED))
     trained = run(CONFIG, stream, contrastive=contrastive, world=world, objective=objective)
+    state = copy.deepcopy(vars(trained.states[0]))  # a run that resumes from it changes it
     resumed = run(
         CONFIG,
         (share(b, world.rank, world.size) for b in list(batches(0, STEPS, COUNTS, NUM_LABELLED))[2:]),
@@ -92,6 +108,7 @@ def train(name: str, world: World) -> dict[str, Any]:
     )
     return {
         "weights": trained.network.state_dict(),
+        "state": state,
         "parted": parted.network.state_dict(),
         "resumed": resumed.network.state_dict(),
         "curve": trained.curve,
@@ -105,8 +122,10 @@ def worker(rank: int, port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
     world = World(rank, 2)
-    with shared_points:
-        found = {name: (gradients_of(name, world), train(name, world)) for name in CASES}
+    found = {}
+    for name in CASES:
+        with points_of(name):
+            found[name] = (gradients_of(name, world), train(name, world))
     torch.save(found, Path(folder) / f"{rank}.pt")
     world.barrier()
     dist.destroy_process_group()
@@ -123,9 +142,29 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
+def continued_alone(workers: Any) -> dict[str, Any]:
+    """Weights of one worker that continues from the checkpoint of two."""
+    found = {}
+    for name, contrastive in CASES.items():
+        with points_of(name):
+            continued = run(
+                CONFIG,
+                (b for b in list(batches(0, STEPS, COUNTS, NUM_LABELLED))[2:]),
+                contrastive=contrastive,
+                objective=Objective(SEMI, contrastive),
+                resume=TrainState(**workers[0][name][1]["state"]),
+            )
+        found[name] = continued.network.state_dict()
+    return found
+
+
+@pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
-    with shared_points:
-        return {name: (gradients_of(name, World()), train(name, World())) for name in CASES}
+    found = {}
+    for name in CASES:
+        with points_of(name):
+            found[name] = (gradients_of(name, World()), train(name, World()))
+    return found
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -149,6 +188,16 @@ def test_two_workers_end_where_one_does(workers: Any, alone: Any, name: str) -> 
         for n, weight in wanted["weights"].items():
             # AdamW divides by the gradient's size, so that rounding of a tiny gradient shows in the weight.
             torch.testing.assert_close(workers[rank][name][1]["weights"][n], weight, rtol=0, atol=0.05 * moved, msg=n)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_worker_that_continues_from_the_checkpoint_of_two_ends_there(
+    continued_alone: Any, alone: Any, name: str
+) -> None:
+    wanted, first = alone[name][1]["weights"], make_network(CASES[name]).state_dict()
+    moved = max(float((wanted[n] - first[n]).abs().max()) for n in first)
+    for n, weight in wanted.items():
+        torch.testing.assert_close(continued_alone[name][n], weight, rtol=0, atol=0.05 * moved, msg=n)
 
 
 @pytest.mark.parametrize("name", CASES)

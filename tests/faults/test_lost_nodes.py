@@ -208,3 +208,23 @@ def test_every_kind_of_node_may_be_lost(
     for line in sweep.seen:
         print(f"{line} | same table: {is_same}")
     assert is_same
+
+
+def test_the_node_of_a_labeller_may_be_lost(
+    nodes: Nodes, start: Callable[..., Sweep], start_sweep: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Blocks that were written stay, the others are labelled on another node, and the labels are the same."""
+    sweep, labeller = start(LABELLED, EVERY), "MapWorker("
+    sweep.wait(lambda: nodes.find(labeller), "nothing labels")
+    node, began = nodes.find(labeller), time.monotonic()
+    nodes.cluster.remove_node(node, allow_graceful=False)
+    nodes.add()
+    words = "a node that labels was lost"
+    sweep.wait(lambda: sweep.said(words), f"not said: {words}")
+    sweep.finish()
+    whole = tmp_path_factory.mktemp("whole")
+    undisturbed = start_sweep(whole, *arguments(LABELLED, EVERY))
+    assert undisturbed.finish() == 0, undisturbed.output
+    is_same = table(sweep.folder, LABELLED) == table(whole, LABELLED)
+    print(f"node of a labeller lost | the sweep ended {time.monotonic() - began:.0f} s later | same table: {is_same}")
+    assert is_same

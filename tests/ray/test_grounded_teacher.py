@@ -13,7 +13,7 @@ from cast_ray.plan.graph import artifact_key
 from cast_ray.runtime.store.artifacts import ArtifactStore
 from cast_ray.runtime.store.models import open_teacher
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 STAGES = ("adapt", "selftrain", "distill", "refine")
 SETTINGS = {

@@ -66,7 +66,7 @@ def test_each_stream_lies_beside_its_worker(nodes: RayCluster) -> None:
     homes = segment_bundles(runtime, [], [])
     for _ in range(5):
         found = group_module._find_room(segment, homes)
-        assert len(set(found)) == 2
+        assert found is not None and len(set(found)) == 2
         with (
             reserve([stream_bundle(runtime)] * 2, nodes=found) as streams,
             reserve([worker_bundle(runtime)] * 2, nodes=found) as workers,  # as Ray Train does it

@@ -55,6 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("sweeps")
 
 
+@pytest.mark.slow
 def test_limits_failures_and_extension(folder: Path, start_sweep: Any, read_events: Any) -> None:
     rows: dict[str, dict[str, Any]] = {
         "good": SUPERVISED,
@@ -125,6 +126,7 @@ def test_two_sweeps_on_one_store_share_their_stages(tmp_path: Path, start_sweep:
     )
 
 
+@pytest.mark.slow
 def test_seeds_are_added_until_rows_are_decided(tmp_path: Path, start_sweep: Any) -> None:
     """First the seeds that a decision takes, then one more; stages stay shared, and the report needs no store."""
     table = write_table(tmp_path, "open", {"base": SUPERVISED, "longer": SUPERVISED | {"stages.refine.steps": 4}})

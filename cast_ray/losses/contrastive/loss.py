@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import torch
 
-from cast_ray.losses.contrastive.pixel_problem import Gather, PixelViews
+from cast_ray.losses.contrastive.pixel_problem import PixelViews
 from cast_ray.losses.contrastive.pixels import ContrastiveOutput, contrast, diagnose
 from cast_ray.losses.contrastive.rivals import RIVALS
+from cast_ray.losses.joint_step import Gather, JointStep
 from cast_ray.recipe import ContrastiveConfig
 
-__all__ = ["ContrastiveOutput", "Gather", "PixelViews", "contrastive_loss", "diagnose", "temperature_at"]
+__all__ = ["ContrastiveOutput", "PixelViews", "contrastive_loss", "diagnose", "temperature_at"]
 
 
 def contrastive_loss(
@@ -21,6 +22,7 @@ def contrastive_loss(
     temperature: float,
     generator: torch.Generator | None = None,
     gather: Gather | None = None,
+    joint: JointStep | None = None,
     with_diagnostics: bool = True,
 ) -> ContrastiveOutput:
     """Pulls the two views of a pixel together and pushes it from R pixels that probably show another instance.
@@ -50,6 +52,7 @@ def contrastive_loss(
         temperature: T, see `temperature_at`.
         generator: source of anchors, pool and draws, on the device of z.
         gather: joins the candidate pools of all workers, pool_size in all. Needs equal batch sizes.
+        joint: the step of the views' images, for which random numbers are drawn; None: all images are of one kind.
         with_diagnostics: whether to fill `statistics` (see `diagnose`).
 
     Returns:
@@ -74,6 +77,7 @@ def contrastive_loss(
         temperature=temperature,
         generator=generator,
         gather=gather,
+        joint=joint,
         with_diagnostics=with_diagnostics,
     )
 

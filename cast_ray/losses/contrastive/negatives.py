@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cast_ray.losses.joint_step import JointStep
 from cast_ray.recipe import ContrastiveConfig
 
 # Inner products of unit vectors carry float32 rounding of about 1e-7: below this a dissimilarity is none.
@@ -59,7 +61,7 @@ def describe_pixels(
     valid: Tensor,
     truth: tuple[Tensor, Tensor] | None,
     size: tuple[int, int],
-    first_image: int,
+    joint: JointStep,
     config: ContrastiveConfig,
 ) -> PixelSet:
     """Everything the samplers know about the h w feature pixels of each image.
@@ -71,7 +73,8 @@ def describe_pixels(
     Args:
         mask_logits: [B, Q, H/4, W/4], the final layer's; class_logits: [B, Q, C+1]. Both are detached.
         valid: bool [B, H, W]; truth: instance and class, int16 [B, H, W] each; None: unknown everywhere.
-        size: (h, w). first_image: number of this worker's first image among all workers'.
+        size: (h, w).
+        joint: the step, which numbers this worker's images among those of all.
 
     Returns:
         A set with leading dimensions [B, h w].
@@ -79,7 +82,7 @@ def describe_pixels(
     num_images, (height, width) = mask_logits.shape[0], size
     device = mask_logits.device
     number = torch.arange(height * width, device=device)
-    pixel = (first_image + torch.arange(num_images, device=device))[:, None] * (height * width) + number
+    pixel = torch.tensor(joint.rows, device=device)[:, None] * (height * width) + number
     nothing = torch.zeros((num_images, height * width, 0), device=device)
     mask_part = class_part = nothing
     if config.sampler in ("mask", "class", "fusion"):
@@ -111,18 +114,21 @@ def at_centres(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return maps[:, rows][:, :, columns].flatten(1)
 
 
-def draw_pixels(valid: Tensor, count: int | None, generator: torch.Generator | None) -> Tensor:
+def draw_pixels(
+    valid: Tensor, count: int | None, generator: torch.Generator | None, joint: JointStep | None = None
+) -> Tensor:
     """`count` distinct locations of each image, uniform over its valid pixels; invalid ones only when those run out.
 
     Args:
-        valid: bool [B, n]; count: at least 1; None: all.
+        valid: bool [B, n]; count: at least 1; None: all; joint: the step of the images, None: they are all of it.
 
     Returns:
         int64 [B, min(count, n)]; all locations in order when count >= n.
     """
     if count is None or count >= valid.shape[1]:
         return torch.arange(valid.shape[1], device=valid.device).expand(valid.shape[0], -1)
-    keys = torch.rand(valid.shape, device=valid.device, generator=generator) + (~valid)
+    joint = joint or JointStep(0, len(valid))
+    keys = joint.rand(valid.shape[1], device=valid.device, generator=generator) + (~valid)
     return keys.topk(count, dim=1, largest=False, sorted=False).indices
 
 
@@ -187,7 +193,7 @@ def candidate_weights(anchors: PixelSet, pool: PixelSet, own: slice | None, conf
 
 
 @torch.no_grad()
-def negative_counts(weights: Tensor, config: ContrastiveConfig, generator: torch.Generator | None) -> Tensor:
+def negative_counts(weights: Tensor, config: ContrastiveConfig, rand: Callable[[int], Tensor]) -> Tensor:
     """How often each candidate is a negative of each anchor, R times in all, in proportion to its weight.
 
     `expectation`: R w_q, w = weights / their sum: the mean of the draws. `sampled` with replacement: systematic draws,
@@ -197,6 +203,7 @@ def negative_counts(weights: Tensor, config: ContrastiveConfig, generator: torch
 
     Args:
         weights: float32 [..., M], >= 0; a row of zeros has no negative.
+        rand: draws uniform random numbers, so many for each row: float32 [..., count].
 
     Returns:
         float32 [..., M], c_q >= 0; rows sum to R (without replacement to at most R), or to 0.
@@ -206,12 +213,12 @@ def negative_counts(weights: Tensor, config: ContrastiveConfig, generator: torch
         return weights / (weights.sum(-1, keepdim=True) / r).clamp(min=TINY)
     if not config.replacement:
         # The largest log(u) / w of uniform u, which has the law of the largest log w + Gumbel noise.
-        keys = torch.rand(weights.shape, device=weights.device, generator=generator).log_().div_(weights)
+        keys = rand(weights.shape[-1]).log_().div_(weights)
         taken = keys.topk(min(r, weights.shape[-1]), dim=-1, sorted=False).indices
         return torch.zeros_like(weights).scatter_(-1, taken, 1.0) * (weights > 0)
     reached = weights.cumsum(-1)
     total = reached[..., -1:].clone()
-    start = torch.rand(total.shape, device=weights.device, generator=generator)
+    start = rand(1)
     # Divided first: the last point is then R exactly, and candidates without weight behind it are not reached.
     reached.div_(total.clamp(min=TINY)).mul_(r).add_(start).floor_()
     counts = reached.clone()

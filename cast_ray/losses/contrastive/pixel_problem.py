@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cast_ray.losses.contrastive.negatives import PixelSet, describe_pixels, draw_pixels, stand_for_all
+from cast_ray.losses.joint_step import JointStep
 from cast_ray.recipe import ContrastiveConfig
-
-
-class Gather(Protocol):
-    """Concatenates equal-sized tensors of all workers along dim 0 in rank order; gradients flow back to each."""
-
-    rank: int
-    size: int
-
-    def __call__(self, tensor: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +54,8 @@ class PixelViews:
 class PixelProblem:
     """Anchors and positives [B, N, D], candidates [M, D] and what is known about each pixel.
 
-    first: column of this worker's first candidate. per_image: candidates that each image gave, image by image.
+    joint: the step of the anchors' images; places: of each of these images among those that gave candidates; per_image:
+    candidates that each image gave, image by image.
     """
 
     anchors: Tensor
@@ -70,7 +63,8 @@ class PixelProblem:
     candidates: Tensor
     anchor_pixels: PixelSet
     pool: PixelSet
-    first: int
+    joint: JointStep
+    places: list[int]
     per_image: int
 
 
@@ -78,41 +72,40 @@ def pose_problem(
     views: PixelViews,
     config: ContrastiveConfig,
     generator: torch.Generator | None,
-    gather: Gather | None,
+    joint: JointStep,
+    is_gathered: bool,
     negatives_from: Literal["weak", "strong"],
     with_truth: bool,
 ) -> PixelProblem:
     """Draws anchors and the candidate pool (stratified over images, uniform within each) and gathers the pool.
 
-    Each image gives min(num_anchors, h w) anchors and min(pool_size // (B * workers), h w) candidates, with
-    `scope=same-image` min(pool_size, h w). A candidate carries the number of pixels it stands for, so the pool is a
-    self-normalised importance approximation of all pixels of the batch, and exact when it holds them all.
+    Each image gives min(num_anchors, h w) anchors and min(pool_size // B, h w) candidates, where B images share the
+    pool: those of all workers if `is_gathered`, else of this one; with `scope=same-image` min(pool_size, h w). A
+    candidate carries the number of pixels it stands for, so the pool is a self-normalised importance approximation of
+    all pixels of the batch, and exact when it holds them all.
     """
-    num_images = len(views.z_weak)
-    rank, num_workers = (0, 1) if gather is None else (gather.rank, gather.size)
     truth = (views.truth_instance, views.truth_class) if with_truth else None
-    pixels = describe_pixels(
-        views.mask_logits, views.class_logits, views.valid, truth, views.grid_hw, rank * num_images, config
-    )
+    pixels = describe_pixels(views.mask_logits, views.class_logits, views.valid, truth, views.grid_hw, joint, config)
     inside = pixels.share > 0
-    anchor_at = draw_pixels(inside, config.num_anchors, generator)
+    anchor_at = draw_pixels(inside, config.num_anchors, generator, joint)
     per_image = config.pool_size
     if per_image is not None and config.scope != "same-image":
-        per_image = max(1, per_image // (num_images * num_workers))
-    pool_at = draw_pixels(inside, per_image, generator)
+        per_image = max(1, per_image // (joint.num_joint if is_gathered else joint.num_images))
+    pool_at = draw_pixels(inside, per_image, generator, joint)
     pool = stand_for_all(pixels.at(pool_at), pixels).flat()
     anchors, positives, candidates = _take_all(views.z_weak, views.z_strong, anchor_at, pool_at, negatives_from)
-    first = 0
-    if gather is not None and config.scope != "same-image":
-        first = rank * len(candidates)
-        candidates, pool = gather(candidates), _gather_pixels(pool, gather)
+    places = list(range(joint.num_images))
+    if is_gathered and config.scope != "same-image":
+        places = joint.rows
+        candidates, pool = joint.join(candidates), _gather_pixels(pool, joint)
     return PixelProblem(
         anchors=anchors,
         positives=positives,
         candidates=candidates,
         anchor_pixels=pixels.at(anchor_at),
         pool=pool,
-        first=first,
+        joint=joint,
+        places=places,
         per_image=pool_at.shape[1],
     )
 
@@ -140,11 +133,10 @@ def _take(rows: Tensor, location: Tensor) -> Tensor:
     return rows.reshape(-1, dim).index_select(0, (first + location).flatten()).view(num_images, -1, dim)
 
 
-def _gather_pixels(pool: PixelSet, gather: Gather) -> PixelSet:
+def _gather_pixels(pool: PixelSet, joint: JointStep) -> PixelSet:
     """The pool of all workers. P_m stays here, zeros elsewhere: other images' slots are not compared."""
-    numbers = gather(torch.stack([pool.pixel, pool.instance, pool.category], dim=1))
-    values = gather(torch.cat([pool.share[:, None], pool.class_part], dim=1))
+    numbers = joint.join(torch.stack([pool.pixel, pool.instance, pool.category], dim=1))
+    values = joint.join(torch.cat([pool.share[:, None], pool.class_part], dim=1))
     mask_part = pool.mask_part.new_zeros((len(numbers), pool.mask_part.shape[1]))
-    first = gather.rank * len(pool.pixel)
-    mask_part[first : first + len(pool.pixel)] = pool.mask_part
+    mask_part.unflatten(0, (joint.num_joint, -1))[joint.rows] = pool.mask_part.unflatten(0, (joint.num_images, -1))
     return PixelSet(numbers[:, 0], values[:, 0], mask_part, values[:, 1:], numbers[:, 1], numbers[:, 2])

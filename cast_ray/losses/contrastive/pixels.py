@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from cast_ray.losses.contrastive.negatives import PixelSet, candidate_weights, negative_counts, own_columns
-from cast_ray.losses.contrastive.pixel_problem import Gather, PixelProblem, PixelViews, pose_problem
+from cast_ray.losses.contrastive.pixel_problem import PixelProblem, PixelViews, pose_problem
+from cast_ray.losses.joint_step import AnchorDraws, Gather, JointStep
 from cast_ray.recipe import ContrastiveConfig
 
 _PAIRS_AT_A_TIME = {"cpu": 2**19, "cuda": 2**24}  # anchors x candidates: a cache-sized piece, a launch-bound one
@@ -31,32 +33,45 @@ class ContrastiveOutput:
     statistics: Tensor | None = None
 
 
-PieceLoss = Callable[[Tensor, Tensor, Tensor, PixelSet, PixelSet, slice | None], tuple[Tensor, Tensor, Tensor | None]]
-"""(anchors [g, n, D], positives [g, n, D], candidates [M, D] or [g, m, D], pixels of both, own columns) -> sum, count
-and statistics of g n anchors."""
+PieceLoss = Callable[
+    [Tensor, Tensor, Tensor, PixelSet, PixelSet, slice | None, Callable[[int], Tensor]],
+    tuple[Tensor, Tensor, Tensor | None],
+]
+"""(anchors [g, n, D], positives [g, n, D], candidates [M, D] or [g, m, D], pixels of both, own columns, source of
+random numbers [g, n, count]) -> sum, count and statistics of g n anchors."""
 
 
-def sum_over_anchors(problem: PixelProblem, piece_loss: PieceLoss, only_own: bool) -> tuple[Tensor, Tensor, Tensor]:
+def sum_over_anchors(
+    problem: PixelProblem, piece_loss: PieceLoss, only_own: bool, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Adds `piece_loss` over all anchors, keeping gradients instead of the anchors x candidates graph.
 
     Each piece is differentiated as soon as it is computed, so memory is one piece plus the gradients of the inputs.
 
     Args:
         only_own: whether anchors only meet candidates of their own image.
+        generator: source of the negatives.
 
     Returns:
         sum (differentiable once in the three vector inputs), count, statistics [NUM_STATISTICS] (zeros without any).
     """
-    return _PieceSum.apply(problem.anchors, problem.positives, problem.candidates, problem, piece_loss, only_own)
+    return _PieceSum.apply(
+        problem.anchors, problem.positives, problem.candidates, problem, piece_loss, only_own, generator
+    )
 
 
-def _pieces(num_images: int, num_anchors: int, num_candidates: int, limit: int) -> Iterator[tuple[slice, slice]]:
-    """(images, rows) of each piece: whole images while they fit `limit` pairs, else rows of one image."""
+def _piece_size(num_anchors: int, num_candidates: int, limit: int) -> tuple[int, int]:
+    """Images and rows of a piece: whole images while they fit `limit` pairs, else rows of one image."""
     together = max(1, limit // max(1, num_anchors * num_candidates))
-    rows = num_anchors if together > 1 else max(1, limit // num_candidates)
-    for image in range(0, num_images, together):
-        for row in range(0, num_anchors, rows):
-            yield slice(image, min(image + together, num_images)), slice(row, row + rows)
+    return together, num_anchors if together > 1 else max(1, limit // num_candidates)
+
+
+def _pieces(runs: Sequence[slice], num_anchors: int, together: int, rows: int) -> Iterator[tuple[slice, slice]]:
+    """(images, rows) of each piece; the images of a piece follow each other in the joint step."""
+    for run in runs:
+        for image in range(run.start, run.stop, together):
+            for row in range(0, num_anchors, rows):
+                yield slice(image, min(image + together, run.stop)), slice(row, row + rows)
 
 
 class _PieceSum(torch.autograd.Function):
@@ -69,6 +84,7 @@ class _PieceSum(torch.autograd.Function):
         problem: PixelProblem,
         piece_loss: PieceLoss,
         only_own: bool,
+        generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         num_images, num_anchors = anchors.shape[:2]
         per_image, pool = problem.per_image, problem.pool
@@ -81,15 +97,19 @@ class _PieceSum(torch.autograd.Function):
         total, count = anchors.new_zeros(()), anchors.new_zeros(())
         statistics = anchors.new_zeros(NUM_STATISTICS)
         limit = _PAIRS_AT_A_TIME.get(anchors.device.type, 2**22)
-        for images, rows in _pieces(num_images, num_anchors, candidates.shape[-2], limit):
+        together, rows_at_a_time = _piece_size(num_anchors, candidates.shape[-2], limit)
+        draws = AnchorDraws(problem.joint, num_anchors, rows_at_a_time, generator)
+        for images, rows in _pieces(problem.joint.runs, num_anchors, together, rows_at_a_time):
             columns = images if only_own else slice(None)
-            own = None if only_own else slice(*(problem.first + per_image * i for i in (images.start, images.stop)))
+            standing = problem.places[images]
+            own = None if only_own else slice(per_image * standing[0], per_image * (standing[-1] + 1))
             parts = (anchors[images, rows], positives[images, rows], candidates[columns])
             leaves = [t.detach().requires_grad_(want) for t, want in zip(parts, wanted)]
             with torch.set_grad_enabled(any(wanted)):
                 ours, theirs, others = leaves
                 pixels = problem.anchor_pixels[images, rows]
-                loss, active, seen = piece_loss(ours, theirs, others, pixels, pool[columns], own)
+                rand = partial(draws.rand, images, rows, device=anchors.device)
+                loss, active, seen = piece_loss(ours, theirs, others, pixels, pool[columns], own, rand)
             total += loss.detach()
             count += active
             if seen is not None:
@@ -113,20 +133,24 @@ class _PieceSum(torch.autograd.Function):
         # Scaled in place and let go: as large as the views, they would otherwise be held twice.
         scaled = [g.mul_(grad_total) if want else None for g, want in zip(ctx.grads, ctx.needs_input_grad)]
         ctx.grads = None
-        return *scaled, None, None, None
+        return *scaled, None, None, None, None
 
 
-def instance_contrast(
-    config: ContrastiveConfig, temperature: float, generator: torch.Generator | None, with_diagnostics: bool
-) -> PieceLoss:
+def instance_contrast(config: ContrastiveConfig, temperature: float, with_diagnostics: bool) -> PieceLoss:
     """The piece loss of L_pxl: -log( exp(s+) / (exp(s+) + sum_r exp(s-_r)) ) of each anchor that has a negative."""
     # Of unit vectors -1/T <= s <= 1/T: unless that spans float32's exponents, the largest s need not be looked for.
     peak = 1 / temperature if 2 / temperature < _LARGEST_EXPONENT else None
 
     def piece_loss(
-        anchors: Tensor, positives: Tensor, candidates: Tensor, pixels: PixelSet, pool: PixelSet, own: slice | None
+        anchors: Tensor,
+        positives: Tensor,
+        candidates: Tensor,
+        pixels: PixelSet,
+        pool: PixelSet,
+        own: slice | None,
+        rand: Callable[[int], Tensor],
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        counts = negative_counts(candidate_weights(pixels, pool, own, config), config, generator)
+        counts = negative_counts(candidate_weights(pixels, pool, own, config), config, rand)
         active = (counts.amax(-1) > 0) & (pixels.share > 0)
         scaled = anchors / temperature
         positive, negatives = (scaled * positives).sum(-1), scaled @ candidates.mT
@@ -235,6 +259,7 @@ def contrast(
     temperature: float,
     generator: torch.Generator | None = None,
     gather: Gather | None = None,
+    joint: JointStep | None = None,
     with_diagnostics: bool = True,
     negatives_from: Literal["weak", "strong"] = "weak",
     make_piece: Callable[..., PieceLoss] = instance_contrast,
@@ -243,16 +268,20 @@ def contrast(
 
     Args: as `contrastive_loss`; negatives_from: the view of the candidates; make_piece: builds the loss of a piece.
     """
+    joint = joint or JointStep(0, len(views.z_weak), gather)
     with torch.autocast(views.z_weak.device.type, enabled=False):
         problem = pose_problem(
             views,
             config,
             generator,
-            gather,
+            joint,
+            gather is not None,
             negatives_from,
             with_truth=with_diagnostics or config.sampler == "oracle" or make_piece is not instance_contrast,
         )
-        piece = make_piece(config, temperature, generator, with_diagnostics)
-        total, count, seen = sum_over_anchors(problem, piece, only_own=config.scope == "same-image")
+        piece = make_piece(config, temperature, with_diagnostics)
+        total, count, seen = sum_over_anchors(
+            problem, piece, only_own=config.scope == "same-image", generator=generator
+        )
     statistics = torch.cat([torch.stack([total.detach(), count]), seen]) if with_diagnostics else None
     return ContrastiveOutput(total, count, statistics)

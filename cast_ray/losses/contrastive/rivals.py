@@ -5,6 +5,7 @@ Each takes the arguments of `contrastive_loss` and returns the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -82,17 +83,21 @@ def supervised_loss(views: PixelViews, config: ContrastiveConfig, **options: Any
 RIVALS = {"supervised": supervised_loss, "pc2seg": pc2seg_loss, "infonce": infonce_loss}
 
 
-def _supervised_piece(
-    config: ContrastiveConfig, temperature: float, generator: torch.Generator | None, with_diagnostics: bool
-) -> PieceLoss:
+def _supervised_piece(config: ContrastiveConfig, temperature: float, with_diagnostics: bool) -> PieceLoss:
     def piece_loss(
-        anchors: Tensor, positives: Tensor, candidates: Tensor, pixels: PixelSet, pool: PixelSet, own: slice | None
+        anchors: Tensor,
+        positives: Tensor,
+        candidates: Tensor,
+        pixels: PixelSet,
+        pool: PixelSet,
+        own: slice | None,
+        rand: Callable[[int], Tensor],
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         allowed = candidate_weights(pixels, pool, own, config)
         alike = pixels.category[..., None] == pool.category.unsqueeze(-2)
         attract = allowed * alike
         attract /= attract.sum(-1, keepdim=True).clamp(min=TINY)
-        counts = negative_counts(allowed * ~alike, config, generator)
+        counts = negative_counts(allowed * ~alike, config, rand)
         active = (counts.amax(-1) > 0) & (attract.amax(-1) > 0) & (pixels.share > 0)
         scaled = anchors / temperature
         similarities = scaled @ candidates.mT

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cast_ray.contracts.records import Predictions, Targets
 from cast_ray.contracts.soft_targets import mask_targets
+from cast_ray.losses.joint_step import JointStep
 from cast_ray.losses.mask_terms import mask_terms
 from cast_ray.losses.set.matching import QueryMatches, kept_pixels, match_layers, sample_kept, sample_maps, sample_masks
 from cast_ray.recipe import LossConfig
@@ -44,6 +45,7 @@ def set_loss(
     generator: torch.Generator | None = None,
     valid: Tensor | None = None,
     points: LossPoints | None = None,
+    joint: JointStep | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """L_sup or L_semi: class, mask and dice terms of the matched queries, summed over all decoder layers.
 
@@ -66,6 +68,7 @@ def set_loss(
         generator: source of the random points, on the predictions' device.
         valid: bool [B, H, W], False on padding; None: no padding. Padding and `Targets.ignore` enter no mask term.
         points: fixed points instead of drawn ones (tests, benchmarks).
+        joint: the step of the targets' images, for which points are drawn; None: there is one worker.
 
     Returns:
         {"class", "mask", "dice"} -> (sum, count), float32 [B], before the term's own weight; sum has gradients, count
@@ -87,18 +90,22 @@ def set_loss(
     if len(targets) != num_images:
         raise ValueError(f"set_loss: expected one Targets per image ({num_images}), got {len(targets)}")
     keep = kept_pixels(targets, valid)
-    match = points.match if points else _draw_match_points(predictions, config, generator)
+    joint = joint or JointStep(num_images, num_images)
+    match = points.match if points else _draw_match_points(predictions, config, joint, generator)
     matches = match_layers(class_logits, mask_logits, targets, config, match, keep)
 
     weights = target_weights(targets, config)
     class_sum, class_count = _class_term(class_logits, targets, matches, torch.cat(weights), config)
     mask_sum = dice_sum = class_sum.new_zeros(num_images)
+    num_queries = class_logits[0].shape[1]
+    own = _own_pairs([min(num_queries, len(w)) for w in weights], joint, points is not None, class_sum.device)
+    # Also for a worker without pairs: later draws of the step follow these.
+    where = _pair_points(mask_logits, matches, points, keep, config, own, generator)
     if matches.query.shape[1] == 0:
         # Zero, but attached: every mask head gets a gradient on every worker, which DDP needs.
         mask_sum = dice_sum = sum((logits.flatten()[:1].float().sum() * 0 for logits in mask_logits), mask_sum)
     else:
         masks = _in_one([t.masks if config.soft_targets in ("off", "class") else mask_targets(t) for t in targets])
-        where = _pair_points(mask_logits, matches, points, keep, config, generator)
         for layer, logits in enumerate(mask_logits):
             mask, dice = _mask_sums(logits, masks, torch.cat(weights), matches, layer, where[layer], keep)
             mask_sum, dice_sum = mask_sum + mask, dice_sum + dice
@@ -129,11 +136,40 @@ def _uniform(*shape: int, like: Tensor, generator: torch.Generator | None) -> Te
     return torch.empty(*shape, 2, device=like.device).uniform_(-1, 1, generator=generator)
 
 
-def _draw_match_points(predictions: Predictions, config: LossConfig, generator: torch.Generator | None) -> Tensor:
+def _draw_match_points(
+    predictions: Predictions, config: LossConfig, joint: JointStep, generator: torch.Generator | None
+) -> Tensor:
     """The matcher's random points, fresh for each layer and image; see `LossPoints.match`."""
     logits = predictions.class_logits
     shape = (len(logits), config.num_points) if config.exact else (1, max(1, config.num_points // 4))
-    return _uniform(shape[0], len(logits[0]), shape[1], like=logits[0], generator=generator)
+    drawn = _uniform(shape[0], joint.num_joint, shape[1], like=logits[0], generator=generator)
+    return drawn if joint.size == 1 else drawn[:, joint.rows]
+
+
+@dataclass(frozen=True)
+class _OwnPairs:
+    """places: int64 [K], of this worker's pairs among those of all workers, rising; num_joint: how many all have."""
+
+    places: np.ndarray
+    num_joint: int
+
+    def of(self, drawn: Tensor, pairs: slice, start: int = 0) -> Tensor:
+        """What was drawn for some of this worker's pairs, of draws for all workers' pairs from `start` on."""
+        places = self.places[pairs] - start
+        return drawn if len(places) == len(drawn) else drawn[torch.from_numpy(places).to(drawn.device)]
+
+
+def _own_pairs(counts: Sequence[int], joint: JointStep, are_alone: bool, device: torch.device) -> _OwnPairs:
+    """Where the pairs of this worker's images, so many of each, stand among those of all workers.
+
+    Args:
+        are_alone: nothing is drawn, so that the other workers need not be asked.
+    """
+    if are_alone or joint.size == 1 or not counts:
+        return _OwnPairs(np.arange(sum(counts)), sum(counts))
+    of_all = joint.joint_counts(counts, device)
+    is_own = np.isin(np.arange(len(of_all)), joint.rows)
+    return _OwnPairs(np.flatnonzero(np.repeat(is_own, of_all)), int(of_all.sum()))
 
 
 def _pair_points(
@@ -142,31 +178,37 @@ def _pair_points(
     points: LossPoints | None,
     keep: Tensor | None,
     config: LossConfig,
+    own: _OwnPairs,
     generator: torch.Generator | None,
 ) -> Tensor:
     """Where each layer compares the masks of its pairs, float32 [L, K, P, 2]: uncertain points, then uniform ones.
 
     The candidates of a few pairs exist at a time: those of all layers would take more memory than all the rest. They
-    are drawn in the same order as if they were drawn together.
+    are drawn in the same order as if they were drawn together, for the pairs of all workers.
     """
     num_candidates, num_uncertain = _point_counts(config)
     num_layers, num_pairs = matches.query.shape
     where = torch.empty(num_layers, num_pairs, config.num_points, 2, device=mask_logits[0].device)
     at_a_time = _pairs_at_a_time(where, num_candidates)
     for layer, logits in enumerate(mask_logits if num_uncertain else ()):
-        for start in range(0, num_pairs, at_a_time):
-            pairs = slice(start, start + at_a_time)
-            query, image = matches.query[layer, pairs], matches.image[pairs]
+        for start in range(0, own.num_joint, at_a_time):
+            stop = min(start + at_a_time, own.num_joint)
+            pairs = slice(*np.searchsorted(own.places, (start, stop)).tolist())
             if points is None:
-                candidates = _uniform(len(query), num_candidates, like=where, generator=generator)
+                drawn = _uniform(stop - start, num_candidates, like=where, generator=generator)
+                candidates = own.of(drawn, pairs, start)
             else:
                 candidates = points.candidates[layer, pairs]
+            if pairs.start == pairs.stop:
+                continue
+            query, image = matches.query[layer, pairs], matches.image[pairs]
             values = logits.detach().flatten(0, 1).index_select(0, query)
             where[layer, pairs, :num_uncertain] = _uncertain_points(values, image, candidates, keep, num_uncertain)
     for layer in range(num_layers):
         uniform = where[layer, :, num_uncertain:]
         if points is None:
-            uniform.copy_(_uniform(*uniform.shape[:-1], like=where, generator=generator))
+            drawn = _uniform(own.num_joint, uniform.shape[1], like=where, generator=generator)
+            uniform.copy_(own.of(drawn, slice(None)))
         else:
             uniform.copy_(points.uniform[layer])
     return where

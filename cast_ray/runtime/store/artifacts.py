@@ -57,6 +57,10 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+def _unpickled(storage: str, attempt: str, carried: Mapping[str, Manifest]) -> ArtifactStore:
+    return ArtifactStore(storage, attempt).carry(carried)
+
+
 @contextlib.contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
     """A folder's files on this machine: the folder itself where it is local, else a temporary copy."""
@@ -78,8 +82,12 @@ def read_each(read: Callable[[T], R], items: Iterable[T]) -> list[R]:
 
 def _fetch_table(fs: pa.fs.FileSystem, path: str, columns: list[str] | None = None) -> pa.Table:
     """A small Parquet file of an object store, fetched whole."""
+    return pa.parquet.read_table(pa.BufferReader(_fetch(fs, path)), columns=columns)
+
+
+def _fetch(fs: pa.fs.FileSystem, path: str) -> pa.Buffer:
     with fs.open_input_file(path) as file:
-        return pa.parquet.read_table(pa.BufferReader(file.read_buffer()), columns=columns)
+        return file.read_buffer()
 
 
 class LostFilesError(RuntimeError):
@@ -120,15 +128,24 @@ class ArtifactStore:
         self.attempt = attempt or uuid.uuid4().hex[:8]
         self._added: dict[str, set[str]] = {}
         """Key of each artifact that is being made -> names of the files that this object has written."""
+        self._carried: dict[str, Manifest] = {}
         self._committed: dict[str, Manifest] = {}
-        """Key -> manifest of each artifact that was read."""
+        """Key -> manifest of each artifact that was read or committed. It never changes, and the presence of a sweep
+        keeps it in the store."""
 
-    def __reduce__(self) -> tuple[type[ArtifactStore], tuple[str, str]]:
-        return ArtifactStore, (self.storage, self.attempt)
+    def __reduce__(self) -> tuple[Callable[..., ArtifactStore], tuple[str, str, dict[str, Manifest]]]:
+        return _unpickled, (self.storage, self.attempt, self._carried)
 
     def new_attempt(self) -> ArtifactStore:
         """Returns the same store with a separate folder to write to."""
-        return ArtifactStore(self.storage)
+        return ArtifactStore(self.storage).carry(self._carried)
+
+    def carry(self, manifests: Mapping[str, Manifest]) -> ArtifactStore:
+        """Adds manifests, by key, of artifacts that copies of this store will read; other processes need not ask for
+        them. Returns this store."""
+        self._carried |= manifests
+        self._committed |= manifests
+        return self
 
     @property
     def _fs(self) -> tuple[pa.fs.FileSystem, str]:
@@ -198,7 +215,8 @@ class ArtifactStore:
         return [f"{folder}/{part}" for part in parts] or f"{folder}/{name}"
 
     def has(self, key: str) -> bool:
-        return self._is_file(f"artifacts/{key}/{MANIFEST}")
+        """Whether an artifact is committed; without a request where this object has read or written its manifest."""
+        return key in self._committed or self._is_file(f"artifacts/{key}/{MANIFEST}")
 
     @store_request
     def _is_file(self, path: str) -> bool:
@@ -333,7 +351,7 @@ class ArtifactStore:
         found, own = self._list_files(f"artifacts/{stage.key}"), f"{self.attempt}/"
         if MANIFEST in found:
             if self._folder(stage.key) != f"artifacts/{stage.key}/{self.attempt}":
-                self.delete(f"artifacts/{stage.key}/{self.attempt}")
+                self.delete_folder(f"artifacts/{stage.key}/{self.attempt}")
             return False
         files = {name.removeprefix(own): size for name, size in found.items() if name.startswith(own)}
         if lost := sorted(added - files.keys()):
@@ -357,7 +375,7 @@ class ArtifactStore:
             **facts,
         )
         self.write_bytes(f"artifacts/{stage.key}/{MANIFEST}", manifest.to_json().encode())
-        self._committed[stage.key] = manifest  # the next stage reads these files
+        self.carry({stage.key: manifest})  # the next stage reads these files
         return True
 
     @store_request
@@ -383,12 +401,14 @@ class ArtifactStore:
 
     def find_manifest(self, key: str) -> Manifest | None:
         """Returns the manifest of an artifact, or None if the artifact is not committed."""
+        if key in self._committed:
+            return self._committed[key]
         path = f"artifacts/{key}/{MANIFEST}"
         found = self.find_bytes(path)
         if not found:
             return None
         manifest = read_manifest(found, self.uri(path))
-        self._committed.setdefault(key, manifest)  # the artifact's files are read next, more often than not
+        self._committed[key] = manifest  # the artifact's files are read next, more often than not
         return manifest
 
     def find_manifests(self, keys: Iterable[str]) -> dict[str, Manifest]:
@@ -419,11 +439,24 @@ class ArtifactStore:
         """Bytes of a file, or of all files of a folder, of an artifact; 0 where its manifest does not say it."""
         return sum(size for file, size in sizes.items() if file == name or file.startswith(f"{name}/"))
 
+    @store_request
     def open_dataset(self, key: str, name: str) -> pyarrow.dataset.Dataset:
-        """A folder of Parquet files inside an artifact, to be read piece by piece."""
+        """A Parquet file, or a folder of them, inside an artifact, to be read piece by piece.
+
+        Small ones of an object store are fetched whole: a reader sends several requests for each piece.
+        """
         from pyarrow import dataset  # loads pandas, which most users of a store do without
 
-        return dataset.dataset(self._files(key, name), filesystem=self._fs[0], format="parquet")
+        files, fs = self._files(key, name), self._fs[0]
+        if not isinstance(fs, pa.fs.LocalFileSystem):
+            paths = [files] if isinstance(files, str) else files
+            infos = fs.get_file_info(paths)
+            are_files = all(info.type == pa.fs.FileType.File for info in infos)
+            if are_files and sum(info.size for info in infos) <= SMALL_TABLE_BYTES:
+                parquet = dataset.ParquetFileFormat()
+                pieces = read_each(lambda path: parquet.make_fragment(_fetch(fs, path)), paths)
+                return dataset.FileSystemDataset(pieces, pieces[0].physical_schema, parquet)
+        return dataset.dataset(files, filesystem=fs, format="parquet")
 
     @store_request
     def read_tables(self, paths: list[str]) -> list[pa.Table]:
@@ -466,7 +499,7 @@ class ArtifactStore:
 
     def forget_run(self, run: str) -> None:
         """Deletes the checkpoints of a run of Ray Train that has ended."""
-        self.delete(f"train/{run}")
+        self.delete_folder(f"train/{run}")
 
     def forget_interrupted(self, runs: Iterable[str]) -> None:
         """Deletes those of these runs, all ended in the middle, from which no unfinished stage could continue."""
@@ -507,17 +540,25 @@ class ArtifactStore:
             fs.delete_file(f"{root}/{path}")
 
     @store_request
+    def delete_folder(self, path: str) -> None:
+        """Removes a folder below the storage path, if it is there; cheaper than `delete`, too."""
+        fs, root = self._fs
+        with contextlib.suppress(FileNotFoundError):
+            fs.delete_dir(f"{root}/{path}")
+
+    @store_request
     def delete(self, path: str) -> None:
         """Removes a file or folder below the storage path, if it exists."""
         fs, root = self._fs
         kind = fs.get_file_info(f"{root}/{path}").type
-        with contextlib.suppress(FileNotFoundError):
-            if kind == pa.fs.FileType.File:
-                fs.delete_file(f"{root}/{path}")
-            elif kind == pa.fs.FileType.Directory:
-                fs.delete_dir(f"{root}/{path}")
+        if kind == pa.fs.FileType.File:
+            self.delete_file(path)
+        elif kind == pa.fs.FileType.Directory:
+            self.delete_folder(path)
 
     def delete_artifact(self, key: str) -> None:
         """Removes an artifact, its manifest first: from then on it does not exist."""
-        self.delete(f"artifacts/{key}/{MANIFEST}")
-        self.delete(f"artifacts/{key}")
+        self._committed.pop(key, None)
+        self._carried.pop(key, None)
+        self.delete_file(f"artifacts/{key}/{MANIFEST}")
+        self.delete_folder(f"artifacts/{key}")

@@ -4,15 +4,18 @@ stages.
     <storage>/claims/holders/<holder>.json          a running sweep, rewritten every BEAT_S
     <storage>/claims/plans/<holder>.json            the fingerprints it needs: what `store gc` must leave alone; while
                                                     a sweep has not written it, that is everything
-    <storage>/claims/stages/<fingerprint>~<holder>  "I make this stage"
+    <storage>/claims/stages/<holder>.json           "I make these stages": keys of artifacts
     <storage>/claims/pruning/<holder>.json          a `store gc` at work
     <storage>/claims/brokers/...~<holder>           what its broker knows (`sweep/broker_memory.py`)
 
 An object store has no atomic rename and no lock. What it has is enough for mutual exclusion: a file that is written is
 in every later listing (S3 since 2020, GCS, a local disk; NFS within its directory cache). To claim a stage, a holder
-writes its own file and then lists the stage's: if it is alone, the stage is its own. Of two holders at least the one
-that lists later sees both files, and who sees another's file takes its own back and tries again later. So two holders
-never both believe that they are alone.
+writes its key into its own file and then reads the other holders' files: if none names the stage, the stage is its
+own. Of two holders at least the one that reads later sees both claims, and a holder that sees another's claim takes its
+own back and tries again later. So two holders never both believe that they are alone. All claims of a holder are one
+file, because an object store charges every request and pyarrow sends three of them to delete a file. Giving up the
+claim on a finished stage costs no request: it stays in the file until the file is written again, and another holder
+that meets it finds the stage in the store.
 
 Time enters only where a holder dies with its claims. It counts as dead when its file is gone or has not changed for
 DEAD_AFTER_S while we watched (by our own clock: clocks need not agree), or at once when it was a process of this
@@ -207,12 +210,11 @@ class Presence:
     def __exit__(self, *_: Any) -> None:
         self.stopped.set()
         self.thread.join(timeout=10)
-        for folder in ("claims/stages", BROKERS):
-            for name in self.store.list_names(folder):
-                if name.endswith(SEPARATOR + self.holder.id):
-                    self.store.delete_file(f"{folder}/{name}")
-        self.store.delete_file(f"claims/plans/{self.holder.id}.json")
-        self.store.delete_file(self.path)
+        for name in self.store.list_names(BROKERS):
+            if name.endswith(SEPARATOR + self.holder.id):
+                self.store.delete_file(f"{BROKERS}/{name}")
+        for path in (_claims_path(self.holder.id), f"claims/plans/{self.holder.id}.json", self.path):
+            self.store.delete_file(path)
 
     def _beat(self) -> None:
         self.beats += 1
@@ -226,12 +228,24 @@ class Presence:
                 continue
 
 
+def _claims_path(holder: str) -> str:
+    return f"claims/stages/{holder}.json"
+
+
 class Claims:
     """One holder's claims on stages, used by its broker."""
 
     def __init__(self, store: ArtifactStore, holder: str):
         self.store, self.holder = store, holder
         self.watch = Watch(store)
+        self.writing = threading.Lock()
+        self.held: set[str] = set()
+        """Keys that the holder's file must name; it may still name stages that are finished."""
+
+    def recall(self) -> None:
+        """Takes over what a broker of this holder that was lost has claimed."""
+        with self.writing:
+            self.held |= set(self._read(self.holder))
 
     def take(self, keys: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         """Claims stages, in order, up to the first that another holder has.
@@ -242,15 +256,17 @@ class Claims:
         Returns:
             the keys taken, and what stopped there: {key: holder} of every key that another one claims.
         """
-        for key in keys:
-            self.store.write_bytes(self._path(key), b"")
+        with self.writing:
+            self.held |= set(keys)
+            self._write()
         others = self.others()
         taken = []
         for key in keys:
             if key in others:
                 break
             taken.append(key)
-        self.give_back(key for key in keys if key not in taken)
+        if missed := [key for key in keys if key not in taken]:
+            self.give_back(missed)
         if taken:
             logger.info("claims taken: %s", ", ".join(taken))
         elsewhere = {key: others[key] for key in keys if key in others}
@@ -261,25 +277,33 @@ class Claims:
     def others(self) -> dict[str, str]:
         """Key -> living holder of every stage that another one claims; claims of the dead are cleared away."""
         found: dict[str, str] = {}
-        alive: dict[str, bool] = {}
         for name in self.store.list_names("claims/stages"):
-            key, _, holder = name.rpartition(SEPARATOR)
+            holder = name.removesuffix(".json")
             if holder == self.holder:
                 continue
-            if holder not in alive:
-                alive[holder] = self.watch.is_alive(holder)
-            if alive[holder]:
-                found[key] = holder
+            if self.watch.is_alive(holder):
+                found |= dict.fromkeys(self._read(holder), holder)
             else:
                 self.store.delete_file(f"claims/stages/{name}")
         return found
 
     def give_back(self, keys: Iterable[str]) -> None:
-        for key in keys:
-            self.store.delete_file(self._path(key))
+        """Gives up stages that are not finished, so that other holders may make them."""
+        with self.writing:
+            self.held -= set(keys)
+            self._write()
 
-    def _path(self, key: str) -> str:
-        return f"claims/stages/{key}{SEPARATOR}{self.holder}"
+    def finished(self, keys: Iterable[str]) -> None:
+        """Gives up stages that are committed, without a request: other holders find them in the store."""
+        with self.writing:
+            self.held -= set(keys)
+
+    def _write(self) -> None:
+        self.store.write_json(_claims_path(self.holder), {"keys": sorted(self.held)})
+
+    def _read(self, holder: str) -> list[str]:
+        found = self.store.find_bytes(_claims_path(holder))
+        return json.loads(found)["keys"] if found else []
 
 
 def _holders(store: ArtifactStore, role: str) -> list[Holder]:

@@ -112,6 +112,8 @@ class Broker:
 
     def _remember(self, state: BrokerState, jobs: dict[str, bytes]) -> None:
         """Takes over what the lost broker has written down."""
+        assert self.claims is not None
+        self.claims.recall()
         self.num_lost = state.num_lost + 1
         self.jobs = jobs
         self.groups.asked |= dict.fromkeys(jobs)
@@ -257,7 +259,8 @@ class Broker:
             return [n.fingerprint for n in needs], []
         taken, others = await asyncio.to_thread(self.claims.take, [n.key for n in needs])
         store = self.claims.store
-        stored = set(await asyncio.to_thread(lambda: [key for key in taken if store.has(key)]))
+        # Another sweep's claim may be on a stage that it has finished.
+        stored = set(await asyncio.to_thread(lambda: [key for key in (*taken, *others) if store.has(key)]))
         run, done = [], []
         for need in needs:
             if need.key in stored:
@@ -413,7 +416,7 @@ class Broker:
         self.posts.reached.pop(fingerprint, None)
         self._serve()
         if self.claims is not None and fingerprint in self.keys:  # a broker that has taken over may not have been asked
-            await asyncio.to_thread(self.claims.give_back, [self.keys[fingerprint]])
+            self.claims.finished([self.keys[fingerprint]])
         await self._keep()
 
     async def settle(self, owner: str, instance: str = "") -> None:

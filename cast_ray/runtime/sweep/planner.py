@@ -70,7 +70,9 @@ class RowPlanner:
         self.datasets: dict[str, StoredDataset] = {}
         for key, recipes in of_each.items():
             run_paths = list(dict.fromkeys(named[key]))
-            self.datasets[key] = read_dataset(recipes, store, console, run_paths, connect)
+            dataset = self.datasets[key] = read_dataset(recipes, store, console, run_paths, connect)
+            if (manifest := store.find_manifest(dataset.key)) is not None:
+                store.carry({dataset.key: manifest})  # every process of the sweep reads the dataset's tables
         self.warnings: list[str] = [warning for dataset in self.datasets.values() for warning in dataset.warnings]
         self._chosen: set[tuple[str, int, int, bool]] = set()
         self._contexts: dict[tuple[str, str, str], SweepContext] = {}

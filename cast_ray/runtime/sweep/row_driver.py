@@ -303,6 +303,9 @@ class RowDriver:
     def run_segment(self, stages: list[Stage]) -> None:
         """Runs stages that were granted together, into a separate folder of the store."""
         store = self.store.new_attempt()
+        done = [stage for stage in self.row.stages if stage.fingerprint not in self.left]
+        found = find_committed(self.store.storage, done)  # the row's result reads them as well
+        store.carry({stage.key: found[stage.fingerprint].manifest for stage in done if stage.fingerprint in found})
         broker_id = self._broker_id()
         try:
             self.execute(stages, store)

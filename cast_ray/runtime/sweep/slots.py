@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from cast_ray.recipe import Recipe
+from cast_ray.recipe import Recipe, RuntimeConfig
 from cast_ray.runtime.cluster import Cluster
 
 STORE = "object_store_memory"
@@ -32,6 +32,7 @@ def slots_of(recipes: Sequence[Recipe], cluster: Cluster, driver_cpus: float, nu
 
     alike = {(r.runtime, r.labels.mode, r.evaluation.every_steps): r for r in recipes}
     for recipe in alike.values():
+        check_elastic(recipe.runtime, num_rows)
         check_labels(recipe, cluster)
     if cluster.is_local:
         return min(stage_slots(r, cluster.resources, driver_cpus, validation_bundles(r)) for r in alike.values())
@@ -39,6 +40,16 @@ def slots_of(recipes: Sequence[Recipe], cluster: Cluster, driver_cpus: float, nu
         check_nodes(recipe, cluster, validation_bundles(recipe))
     asked = [r.runtime.max_concurrent_stages for r in alike.values() if r.runtime.max_concurrent_stages]
     return max(1, min(num_rows, *asked) if asked else min(num_rows, MAX_STAGES))
+
+
+def check_elastic(runtime: RuntimeConfig, num_rows: int) -> None:
+    """Raises ValueError where several rows are to run and one may take all the room there is."""
+    if runtime.is_elastic and num_rows > 1:
+        counts = f"{runtime.min_workers}:{runtime.num_workers}"
+        raise ValueError(
+            f"--workers-per-trial {counts} (runtime.min_workers={runtime.min_workers}): {num_rows} rows are to run, "
+            "and the first would take all room: expected one row and one seed (--rows, --seeds), or a number"
+        )
 
 
 def check_labels(recipe: Recipe, cluster: Cluster) -> None:
@@ -153,7 +164,7 @@ def stage_slots(
     runtime = recipe.runtime
     teachers = num_teachers(runtime) if recipe.labels.mode == "online" else 0
     reads = stream_bundle(runtime)["CPU"]
-    training = runtime.num_workers * (runtime.cpus_per_worker + reads) + teachers * runtime.cpus_per_labeller
+    training = runtime.least_workers * (runtime.cpus_per_worker + reads) + teachers * runtime.cpus_per_labeller
     training += sum(bundle["CPU"] for bundle in beside_training)
     labelling = runtime.num_labellers * runtime.cpus_per_labeller + reads
     # Two drivers a slot: one runs, one waits for its turn (see `run_sweep`).
@@ -162,7 +173,7 @@ def stage_slots(
     slots = int((cpus + 1e-9) // per_stage)
     wanted = f"{per_stage:g} CPUs"
     if runtime.use_gpu:
-        gpus_for_training = runtime.num_workers + teachers + sum(b.get("GPU", 0.0) for b in beside_training)
+        gpus_for_training = runtime.least_workers + teachers + sum(b.get("GPU", 0.0) for b in beside_training)
         gpus_per_stage = max(gpus_for_training, runtime.num_labellers)
         if gpus < gpus_per_stage:
             fewer = ", or lower runtime.num_workers or runtime.num_labellers" if gpus else ""
@@ -176,7 +187,7 @@ def stage_slots(
         wanted += f" and {gpus_per_stage:g} GPUs"
     # Not reserved in Ray (see `data/resources.py`), so counted here: streams beyond it would spill to disk.
     memory_mb = resources.get(STORE, 0.0) / 2**20
-    num_streams = runtime.num_workers + bool(beside_training)
+    num_streams = runtime.least_workers + bool(beside_training)
     slots = min(slots, int(memory_mb // (num_streams * runtime.stream_memory_mb)))
     wanted += f" and {num_streams * runtime.stream_memory_mb} MB of object store"
     others = "; validation beside training needs its share (evaluation.every_steps)" if beside_training else ""

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +20,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from ray.util.placement_group import PlacementGroup
 
-from cast_ray.common.paths import in_few_requests
+from cast_ray.common.repeated import repeated
 from cast_ray.recipe import RuntimeConfig
 from cast_ray.runtime.data.block_source import warm_up_readers
 from cast_ray.runtime.data.resources import segment_bundles, segment_selectors, stream_bundle, worker_bundle
@@ -32,12 +30,15 @@ from cast_ray.runtime.worker.mailbox import Mailbox
 from cast_ray.runtime.worker.online import Teachers, start_teachers, teacher_bundles
 from cast_ray.runtime.worker.segment import Segment, SegmentFailed
 from cast_ray.runtime.worker.shape import devices_of, shape_of
+from cast_ray.runtime.worker.train_storage import train_storage
 from cast_ray.runtime.worker.validation import validation_bundles
 
 TAKEN_S = 10.0
 """Seconds after which a reservation that was seen to have room, and is not placed, counts as taken by somebody else."""
 ROOM_LOOK_S = 5.0
 """How often the host of a group looks whether all nodes of its reservation are there."""
+MORE_LOOK_S, MORE_ROOM_S = 60.0, 10.0
+"""How often an elastic run looks for room for more workers, and for how long each time."""
 START_TIMEOUT, START_TIMEOUT_S = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20"
 """The same for Train's own reservation, also when it starts its workers again after one was lost with its node."""
 
@@ -63,6 +64,10 @@ class WorkerGroup:
         """Rank -> handle of the worker that was started last."""
         self.is_leaving = False
         """Whether its workers are to end and it moves to other nodes, because one of its nodes is lost or will be."""
+        self.num_workers = first.recipe.runtime.num_workers
+        """How many workers it has now, or had last."""
+        self.has_more_room = False
+        """Whether its workers are to save what they have, so that it starts again with more of them."""
         self.store = first.store
         self.run_name = first.run_name
         self.serving = asyncio.ensure_future(asyncio.to_thread(self._serve))
@@ -122,20 +127,19 @@ class WorkerGroup:
         num_lost = 0
         is_over = False
         while not is_over and (segment := self.segment) is not None:
-            runtime, broker = segment.recipe.runtime, segment.broker
-            streams = [stream_bundle(runtime)] * runtime.num_workers
+            broker = segment.broker
             beside = validation_bundles(segment.recipe, segment.stages)
             online = any(stage.online for stage in segment.stages)
-            teachers = teacher_bundles(runtime) if online else []
-            homes = segment_bundles(runtime, beside, teachers)
-            nodes = _find_room(segment, homes, segment_selectors(runtime, beside, teachers), self.holder)
+            teachers = teacher_bundles(segment.recipe.runtime) if online else []
+            runtime, nodes = self._settle(segment, beside, teachers)
+            streams = [stream_bundle(runtime)] * runtime.num_workers
             worker_nodes, others = nodes[: runtime.num_workers], nodes[runtime.num_workers :]
             places = [*worker_nodes, *others[: bool(beside)] * len(beside), *others[bool(beside) :]]
             try:
                 with reserve([*streams, *beside, *teachers], nodes=places, holder=self.holder) as group:
                     if not group.wait(TAKEN_S):
                         continue
-                    if not ray.get(broker.occupy.remote(segment.owner, devices_of(segment))):
+                    if not ray.get(broker.occupy.remote(segment.owner, devices_of(segment, self.num_workers))):
                         return
                     started = None
                     if online:
@@ -159,6 +163,32 @@ class WorkerGroup:
                 if (served := self.segment) is not None:
                     ray.get(served.broker.vacate.remote(served.owner))
 
+    def _settle(
+        self, segment: Segment, beside: list[dict[str, float]], teachers: list[dict[str, float]]
+    ) -> tuple[RuntimeConfig, list[str]]:
+        """Finds room for the group; of an elastic run for as many workers as can be placed now.
+
+        The groups of more workers that stay pending for a moment also tell an autoscaler that they are wanted.
+
+        Returns:
+            the settings with the number of workers that it has, and the node of each bundle.
+        """
+        *larger, last = segment.recipe.worker_counts
+        for count in (*larger, last):
+            runtime = segment.recipe.runtime.model_copy(update={"num_workers": count})
+            homes = segment_bundles(runtime, beside, teachers)
+            selectors = segment_selectors(runtime, beside, teachers)
+            patience_s = None if count == last else MORE_ROOM_S
+            nodes = _find_room(segment, homes, selectors, self.holder, patience_s)
+            if nodes is not None:
+                break
+        assert nodes is not None  # nothing bounds the wait for the last
+        self.num_workers, self.has_more_room = runtime.num_workers, False
+        if segment.recipe.runtime.is_elastic:
+            most = segment.recipe.runtime.num_workers
+            segment.broker.note.remote(segment.owner, f"its worker group has {self.num_workers} of {most} workers")
+        return runtime, nodes
+
     def _fit(
         self, runtime: RuntimeConfig, group: PlacementGroup, worker_nodes: list[str], teachers: Teachers | None
     ) -> bool:
@@ -181,14 +211,17 @@ class WorkerGroup:
             ),
             run_config=RunConfig(
                 name=self.run_name,
-                storage_path=in_few_requests(self.store.uri("train")),
+                **train_storage(self.store.uri("train")),
                 failure_config=FailureConfig(max_failures=runtime.max_failures, controller_failure_limit=0),  # type: ignore[call-arg]
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
             ),
         )
         self.is_leaving = False
         try:
-            with self._watch_room(group):
+            with (
+                repeated(partial(self._is_broken, group), ROOM_LOOK_S),
+                repeated(self._look_for_more_room, MORE_LOOK_S),
+            ):
                 trainer.fit()
         except ControllerError as error:
             if not is_startup_timeout(error.controller_failure):
@@ -196,30 +229,32 @@ class WorkerGroup:
             return False
         return not self.is_leaving
 
-    @contextmanager
-    def _watch_room(self, group: PlacementGroup) -> Iterator[None]:
-        """Ends the workers when a node of the reservation is lost, be it one of theirs or not.
+    def _is_broken(self, group: PlacementGroup) -> bool:
+        """Whether a node of the reservation is lost, be it one of the workers' or not; ends the workers if so.
 
         Each bundle is pinned to its node, so Ray can place a lost one nowhere else: actors in it (teachers, validation)
         would stay pending for ever, and workers that wait for them would wait as long.
         """
-        over = threading.Event()
+        if not is_broken(group):
+            return False
+        self.leave("a node that it runs on was lost")
+        for worker in list(self.workers.values()):
+            ray.kill(worker)
+        return True
 
-        def watch() -> None:
-            while not over.wait(ROOM_LOOK_S):
-                if is_broken(group):
-                    self.leave("a node that it runs on was lost")
-                    for worker in list(self.workers.values()):
-                        ray.kill(worker)
-                    return
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
+    def _look_for_more_room(self) -> bool:
+        """Looks whether an elastic run could have more workers; True: it is to start again, or has all it may have."""
+        segment = self.segment
+        more = [] if segment is None else [n for n in segment.recipe.worker_counts if n > self.num_workers]
+        for count in more:
+            assert segment is not None
+            added = segment.recipe.runtime.model_copy(update={"num_workers": count - self.num_workers})
+            bundles, selectors = segment_bundles(added, [], []), segment_selectors(added, [], [])
+            with reserve(bundles, selectors=selectors, holder=self.holder) as room:
+                if room.wait(MORE_ROOM_S):
+                    self.has_more_room = True
+                    return True
+        return segment is not None and not more
 
     def joined(self, rank: int, worker: Any) -> None:
         """A worker has started, or has been started again."""
@@ -238,16 +273,22 @@ def _find_room(
     homes: Sequence[Mapping[str, float]],
     selectors: Sequence[Mapping[str, str]] | None = None,
     holder: str = "",
-) -> list[str]:
+    patience_s: float | None = None,
+) -> list[str] | None:
     """Waits until all that a segment reserves has room at once; returns the node of each bundle.
 
     The streams' group and Train's are reserved one after the other. Two segments could each hold a part and wait for
     the rest for ever; so nobody asks for a part before the whole fits, segments of one sweep take turns on a node while
     they ask (`Broker.hand_over`), and one that another sweep overtakes all the same gives its part back.
+
+    Args:
+        patience_s: seconds after which it gives up and returns None; None: never.
     """
-    say = partial(segment.broker.wait_for_room.remote, segment.owner)
+    say = partial(segment.broker.wait_for_room.remote, segment.owner) if patience_s is None else None
     while True:
         with reserve(homes, selectors=selectors, say=say, holder=holder) as whole:
+            if patience_s is not None and not whole.wait(patience_s):
+                return None
             nodes = nodes_of(whole)
             if ray.get(segment.broker.hand_over.remote(segment.owner, nodes)):
                 return nodes

@@ -42,7 +42,7 @@ class GroupHost:
             from cast_ray.runtime.worker.group import WorkerGroup
 
             self.group = WorkerGroup(segment, ray.get_runtime_context().current_actor, self.holder)
-        elif not await segment.broker.occupy.remote(segment.owner, devices_of(segment)):
+        elif not await segment.broker.occupy.remote(segment.owner, devices_of(segment, self.group.num_workers)):
             return True  # nothing may start any more: the group stays as it is until it is closed
         is_kept = False
         try:
@@ -65,9 +65,16 @@ class GroupHost:
         return await self.group.mailbox.take(after)
 
     async def leave(self) -> None:
-        """The nodes of the workers will be taken away: they have saved what they had, and the group moves."""
-        if self.group is not None:
+        """The workers have saved what they had and end: one of their nodes will be taken away, or there is room for
+        more of them. The group moves."""
+        if self.group is not None and self.group.has_more_room:
+            self.group.leave("there is room for more workers")
+        elif self.group is not None:
             self.group.leave("a node that it runs on is being drained")
+
+    async def has_more_room(self) -> bool:
+        """Whether the group could have more workers, see `runtime.min_workers`."""
+        return self.group is not None and self.group.has_more_room
 
     async def arrive(self, place: str, rank: int) -> int:
         """See `Meetings.arrive`."""

@@ -208,7 +208,7 @@ class LabelJob:
 
     def forget_blocks(self) -> None:
         """Removes the blocks of a committed stage: its artifact has replaced them."""
-        self.store.delete(self.folder)
+        self.store.delete_folder(self.folder)
 
 
 def nothing_found(stage: Stage, recipe: Recipe, categories: Sequence[Category], which: str) -> str:

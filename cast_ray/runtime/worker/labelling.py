@@ -26,12 +26,16 @@ import ray
 import ray.data
 from ray.util.placement_group import PlacementGroup
 
+from cast_ray.common.repeated import repeated
 from cast_ray.runtime.data.block_source import Rows
 from cast_ray.runtime.data.pictures import Pictures, picture_dataset
 from cast_ray.runtime.data.resources import configure_data, labelling_bundles, labelling_selectors
-from cast_ray.runtime.placement import reserve
+from cast_ray.runtime.placement import is_broken, nodes_of, reserve
 from cast_ray.runtime.worker.label_job import LabelJob
 from cast_ray.runtime.worker.segment import SweepStopped
+
+LOOK_S = 2.0
+"""How often a job looks whether all its nodes are there."""
 
 
 def label_images(job: LabelJob, holder: str = "") -> dict[str, Any]:
@@ -78,8 +82,28 @@ def _run(job: LabelJob, group: PlacementGroup, blocks: list[Rows]) -> None:
         num_cpus=runtime.cpus_per_labeller,
         num_gpus=1 if runtime.use_gpu else 0,
     )
-    for _ in labelled.iter_batches(batch_size=None, batch_format="pyarrow"):
-        pass
+    with repeated(NodeLosses(job, group).look, LOOK_S):
+        for _ in labelled.iter_batches(batch_size=None, batch_format="pyarrow"):
+            pass
+
+
+class NodeLosses:
+    """Tells the user when a node of a labelling job is lost. Ray places its bundles and starts its actors again, where
+    there is room or as soon as there is, and repeats the blocks that no process has written."""
+
+    def __init__(self, job: LabelJob, group: PlacementGroup):
+        self.job, self.group = job, group
+        self.nodes, self.is_told = nodes_of(group), False
+
+    def look(self) -> bool:
+        """Says so once for each loss; False: the next one is to be told as well."""
+        is_pending = is_broken(self.group)
+        nodes = self.nodes if is_pending else nodes_of(self.group)
+        if (is_pending or nodes != self.nodes) and not self.is_told:
+            note = "a node that labels was lost; its images are labelled on another one, as soon as there is room"
+            self.job.broker.note.remote(self.job.owner, note)
+        self.nodes, self.is_told = nodes, is_pending
+        return False
 
 
 class _Labeller:

@@ -19,11 +19,15 @@ def shape_of(segment: Segment) -> RuntimeConfig | None:
     return None if is_alone else segment.recipe.runtime
 
 
-def devices_of(segment: Segment) -> int:
+def devices_of(segment: Segment, num_workers: int | None = None) -> int:
     """Returns how many devices a segment holds while it runs: of its workers, of the teachers that label online for it,
-    and of validation beside its training."""
+    and of validation beside its training.
+
+    Args:
+        num_workers: that it has now, which an elastic run may change; None: all that it may have.
+    """
     runtime = segment.recipe.runtime
     validators = validation_bundles(segment.recipe, segment.stages)[1:]  # the first is a stream's, without a model
     teachers = num_teachers(runtime) if any(stage.online for stage in segment.stages) else 0
-    workers = [worker_bundle(runtime)] * runtime.num_workers
+    workers = [worker_bundle(runtime)] * (num_workers or runtime.num_workers)
     return num_devices(runtime, [*workers, *validators, *[labeller_bundle(runtime)] * teachers])

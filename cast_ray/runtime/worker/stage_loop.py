@@ -118,7 +118,7 @@ def run_stages(
         startup_s: seconds that the start of the group took; 0: it was up.
     """
     has_validation = world.rank == 0 and bool(validation_bundles(segment.recipe, segment.stages))
-    validation = SideValidation(segment, group) if has_validation else None
+    validation = SideValidation(segment, group, world.size) if has_validation else None
     meeting = Meeting(host, world)
     for stage in segment.stages:
         if segment.store.has(stage.key):
@@ -129,7 +129,7 @@ def run_stages(
         try:
             require_precision(stage.precision, world.device, "runtime.amp")
             if stage.kind == "train":
-                facts = _train(segment, stage, world, teachers, validation)
+                facts = _train(segment, stage, world, host, teachers, validation)
             elif stage.kind == "label":
                 facts = _label(segment, stage, world, meeting)
             else:
@@ -140,16 +140,16 @@ def run_stages(
             raise
         if world.rank == 0:
             facts |= {"stage_seconds": time.monotonic() - began, "startup_seconds": startup_s}
-            num_devices = devices_of(segment)
+            num_devices = devices_of(segment, world.size)
             facts |= {"num_workers": world.size, "num_devices": num_devices, "device": str(world.device)}
             facts["owner"] = segment.owner
             facts |= {"computed_on": ray.get(segment.broker.computed_on.remote(segment.owner))}
             startup_s = 0.0  # the group's start counts once, for its first stage
             segment.store.commit(stage, facts)
             if stage.kind == "label":  # blocks that a resumed labelling would have found
-                segment.store.delete(f"labels/{stage.fingerprint}")
+                segment.store.delete_folder(f"labels/{stage.fingerprint}")
             if stage.config.get("refresh_steps"):  # its teacher's versions
-                segment.store.delete(versions_folder(stage.fingerprint))
+                segment.store.delete_folder(versions_folder(stage.fingerprint))
             ray.get(segment.broker.finish.remote(stage.fingerprint, facts["stage_seconds"] * num_devices))
             if validation is not None:
                 validation.forget(stage)
@@ -160,7 +160,12 @@ def run_stages(
 
 
 def _train(
-    segment: Segment, stage: Stage, world: World, teachers: Teachers | None, validation: SideValidation | None
+    segment: Segment,
+    stage: Stage,
+    world: World,
+    host: Any,
+    teachers: Teachers | None,
+    validation: SideValidation | None,
 ) -> dict[str, Any]:
     """A train stage on this worker; the first one writes the artifact's model and curves."""
     recipe, part = segment.recipe, TrainPart.of(stage)
@@ -170,7 +175,9 @@ def _train(
     resume, publisher = _resumed(segment.store, stage, online, world)
     start_step = resume.step if resume else 0
     batches = TimedBatches(stage_batches(stage, images, recipe, world, start_step=start_step, online=online))
-    progress = TrainProgress(segment, stage, world.rank, publisher, batches, start_step)
+    is_elastic = recipe.runtime.is_elastic
+    has_room = partial(_has_more_room, host, world) if is_elastic else lambda: False
+    progress = TrainProgress(segment, stage, world.rank, publisher, batches, start_step, has_room)
     hooks = TrainHooks(
         on_log=progress.on_log,
         on_checkpoint=progress.on_checkpoint,
@@ -203,6 +210,12 @@ def _train(
         "skipped_steps": result.num_skipped,
         **_online_facts(stage),
     }
+
+
+def _has_more_room(host: Any, world: World) -> bool:
+    """Whether the group is to start again with more workers; asked by all workers at once, with the same answer."""
+    answer = float(world.rank == 0 and ray.get(host.has_more_room.remote()))
+    return bool(world.all_reduce_sum(torch.tensor(answer, device=world.device)))
 
 
 def _online_facts(stage: Stage) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import ray.train
 import torch
@@ -52,6 +52,8 @@ class TrainProgress:
         publisher: publishes the weights of a stage that refreshes its teacher.
         batches: stream of the worker's batches, which counts the time that was spent waiting for it.
         start_step: step that the stage starts or continues from.
+        has_more_room: whether the group of an elastic run is to start again with more workers, the same on all of
+            them.
     """
 
     def __init__(
@@ -62,10 +64,11 @@ class TrainProgress:
         publisher: Publisher | None,
         batches: TimedBatches,
         start_step: int,
+        has_more_room: Callable[[], bool] = lambda: False,
     ):
         self.segment, self.stage, self.is_first, self.publisher = segment, stage, rank == 0, publisher
         self.post = {"stage": stage.name, "fingerprint": stage.fingerprint, "steps": stage.steps, "unit": "step"}
-        self.batches = batches
+        self.batches, self.has_more_room = batches, has_more_room
         self.has_notices = os.environ.get(PREEMPTION_WATCHER) != "0"
         self.posted = 0.0
         self.paced = (time.monotonic(), float(start_step), 0.0)
@@ -117,9 +120,10 @@ class TrainProgress:
                 self.publisher.noted_checkpoint(state.step)
 
     def is_leaving(self) -> bool:
-        """Whether a node of the workers is being drained, the same on all of them: a spot node's notice, or
-        `ray drain-node`."""
-        return self.has_notices and ray.train.get_preemption_info() is not None
+        """Whether a node of the workers is being drained (a spot node's notice, or `ray drain-node`), or there is room
+        for more workers; the same on all of them."""
+        is_drained = self.has_notices and ray.train.get_preemption_info() is not None
+        return is_drained or self.has_more_room()
 
     def on_refresh(self, step: int, weights: dict[str, torch.Tensor]) -> None:
         """Publishes the weights that label from the next window but one on."""

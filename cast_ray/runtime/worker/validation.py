@@ -54,8 +54,8 @@ def is_validated(recipe: Recipe, stage: Stage) -> bool:
 class SideValidation:
     """The trainer's end, held by the first worker: hands snapshots over and puts the points into the curve."""
 
-    def __init__(self, segment: Segment, group: PlacementGroup):
-        self.segment, self.group = segment, group
+    def __init__(self, segment: Segment, group: PlacementGroup, num_workers: int):
+        self.segment, self.group, self.num_workers = segment, group, num_workers
         self.actor: Any = None
         self.pending: dict[int, ray.ObjectRef] = {}
         self.skipped: list[int] = []
@@ -83,7 +83,7 @@ class SideValidation:
     def _start(self) -> Any:
         runtime = self.segment.recipe.runtime
         resources = validator_bundle(runtime)
-        bundle = runtime.num_workers  # after the workers' streams: the actor's stream, then the actor
+        bundle = self.num_workers  # after the workers' streams: the actor's stream, then the actor
         return Validator.options(  # type: ignore[attr-defined]
             num_cpus=resources["CPU"],
             num_gpus=resources.get("GPU", 0.0),
@@ -132,7 +132,7 @@ class SideValidation:
 
 
 # It holds no state, so that Ray may start another one in its place, with the snapshots that it had not measured. Its
-# room is pinned to one node: where that is lost, the whole worker group moves (`WorkerGroup._watch_room`).
+# room is pinned to one node: where that is lost, the whole worker group moves (`WorkerGroup._is_broken`).
 @ray.remote(max_restarts=-1, max_task_retries=-1)
 class Validator:
     """The measuring end: one snapshot after the other."""

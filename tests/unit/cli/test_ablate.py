@@ -258,7 +258,9 @@ def test_flags_reach_the_request() -> None:
     (table,) = request.tables
     assert {seed for _, seed in table.recipes} == {4, 5}
     runtime = table.recipes["sup+semi+pxl", 4].runtime
-    assert (runtime.max_concurrent_stages, runtime.num_workers) == (3, 2)
+    assert (runtime.max_concurrent_stages, runtime.num_workers, runtime.is_elastic) == (3, 2, False)
+    elastic = request_of("losses", "--workers-per-trial", "1:2").tables[0].recipes["sup", 0].runtime
+    assert (elastic.min_workers, elastic.num_workers, elastic.is_elastic) == (1, 2, True)
     assert table.recipes["sup+semi+pxl", 4].loss.lambda_pxl == 0.3
     assert (request.budget_hours, request.prices, request.keep_going) == (1.5, Prices({ANY: 2.0}), True)
     assert request.trackers.tensorboard == {"losses": "there/losses-shapes-demo/tensorboard"}

@@ -14,6 +14,7 @@ from cast_ray.cli.options import EXIT_BAD_INPUT, plain_console
 STUDENT = ["photos", "--student", "gone", "--out", "out"]
 TEACHER = ["photos", "--teacher", "gone", "--out", "out"]
 PRICE = "a price such as 1.2 or A10G=1.01"
+WORKERS = "a whole number, 1 or more, or the least and the most workers such as 1:8"
 WHOLE, SEED, POSITIVE, SHARE, AMOUNT = (
     "a whole number from 0 on",
     "a whole number from 0 on and below 2^63",
@@ -35,7 +36,7 @@ NUMBERS: list[tuple[Callable[[list[str]], int], list[str], str, str, list[str]]]
     (ablate.main, ["losses"], "--seeds", SEED, ["-1", "true", str(2**63)]),
     (ablate.main, ["losses"], "--num-cpus", POSITIVE, ["0", "-2"]),
     (ablate.main, ["losses"], "--max-concurrent", WHOLE, ["-1"]),
-    (ablate.main, ["losses"], "--workers-per-trial", POSITIVE, ["0"]),
+    (ablate.main, ["losses"], "--workers-per-trial", WORKERS, ["0", "0:2", "3:2", "1:", ":"]),
     (ablate.main, ["losses"], "--budget-hours", AMOUNT, ["-1", "nan", "inf"]),
     (ablate.main, ["losses"], "--price-per-gpu-hour", PRICE, ["-1", "nan", "A10G=", "A10G=-1", "=2"]),
     (efficiency.main, [], "--batch", POSITIVE, ["0"]),
@@ -46,7 +47,7 @@ NUMBERS: list[tuple[Callable[[list[str]], int], list[str], str, str, list[str]]]
     (search.main, ["losses"], "--seed", SEED, ["-1", str(2**63)]),
     (search.main, ["losses"], "--num-cpus", POSITIVE, ["0"]),
     (search.main, ["losses"], "--max-concurrent", WHOLE, ["-1"]),
-    (search.main, ["losses"], "--workers-per-trial", POSITIVE, ["-1"]),
+    (search.main, ["losses"], "--workers-per-trial", WORKERS, ["-1"]),
     (search.main, ["losses"], "--budget-hours", AMOUNT, ["-0.5"]),
 ]
 

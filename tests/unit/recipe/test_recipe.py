@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,37 @@ def test_batches_must_fill_the_workers() -> None:
     with pytest.raises(ValueError, match=r"stages\.\w+\.batch_labelled is 8: .*runtime\.num_workers \(3\)"):
         build_recipe("shapes", overrides={"runtime.num_workers": "3"})
     assert build_recipe("shapes", overrides={"runtime.num_workers": "4"}).runtime.num_workers == 4
+
+
+def elastic(preset: str = "shapes", **settings: str) -> Recipe:
+    overrides = {"runtime.num_workers": "8", "runtime.min_workers": "1"}
+    return build_recipe(preset, overrides=overrides | {k.replace("__", "."): v for k, v in settings.items()})
+
+
+def test_workers_of_an_elastic_run_divide_every_batch() -> None:
+    assert elastic().worker_counts == [8, 4, 2, 1] and elastic().runtime.least_workers == 1
+    assert elastic(runtime__min_workers="3").worker_counts == [8, 4]
+    assert (
+        elastic(runtime__min_workers="0").worker_counts == [8]
+        and not elastic(runtime__min_workers="8").runtime.is_elastic
+    )
+    with pytest.raises(ValueError, match=r"runtime\.min_workers is 9: expected at most runtime\.num_workers \(8\)"):
+        elastic(runtime__min_workers="9")
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"student__encoder__name": "swin-t"}, "student.encoder.name=swin-t drops paths"),
+        ({"contrastive__gather": "false"}, "contrastive.gather=false takes negatives of the own worker"),
+    ],
+)
+def test_an_elastic_run_whose_workers_would_draw_apart_is_refused(settings: dict[str, str], named: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"runtime\.min_workers=1: {re.escape(named)} for each worker apart.*expected"
+    ):
+        elastic(**settings)
+    assert elastic(**settings, runtime__min_workers="0").runtime.num_workers == 8
 
 
 def test_unknown_preset_and_scale() -> None:

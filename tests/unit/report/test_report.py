@@ -632,3 +632,22 @@ def test_where_less_is_better_the_answers_turn_round(tmp_path: Path) -> None:
     report = summarise(read_results(save(tmp_path, found)), table)
     assert report.effect is None and report.decisions[0].answer == "better"
     assert report.decisions[0].high is not None and report.decisions[0].high < 0
+
+
+def test_a_page_that_shows_the_same_is_not_drawn_again(tmp_path: Path) -> None:
+    """Drawing takes longer than all else that a command does whose results are in the store."""
+    run = save(tmp_path, [result(row) for row in ROWS[:2]])
+    write_report(run)
+    figures = sorted(run.glob("*.png"))
+    page = run / "report.html"
+    before = {path: path.stat().st_mtime_ns for path in [page, *figures]}
+    write_report(run)
+    assert figures and {path: path.stat().st_mtime_ns for path in before} == before
+
+    figures[0].unlink()
+    write_report(run)
+    assert figures[0].is_file()
+
+    save(tmp_path, [result("sup+semi", metrics={"student/mask_ap": 33.3})])
+    write_report(run)
+    assert page.stat().st_mtime_ns > before[page] and "33.3" in page.read_text()

@@ -12,6 +12,7 @@ from cast_ray.losses.contrastive import pixels as pixel_contrast
 from cast_ray.losses.contrastive.loss import contrastive_loss, temperature_at
 from cast_ray.losses.contrastive.pixel_problem import PixelViews, pose_problem
 from cast_ray.losses.contrastive.pixels import diagnose
+from cast_ray.losses.joint_step import JointStep
 from cast_ray.recipe import CONTRASTIVE_PRESETS, ContrastiveConfig
 
 SIZE = (2, 3)
@@ -147,12 +148,13 @@ def test_workers_share_one_pool(scope, candidates):
         PixelViews(**inputs),
         config=config,
         generator=None,
-        gather=TwoWorkers(),
+        joint=JointStep(0, 2, TwoWorkers()),
+        is_gathered=True,
         negatives_from="weak",
         with_truth=False,
     )
     assert len(problem.candidates) == len(problem.pool.pixel) == candidates
-    own = problem.pool.pixel[problem.first : problem.first + 2 * problem.per_image] // 16
+    own = problem.pool.pixel[problem.places[0] * problem.per_image :][: 2 * problem.per_image] // 16
     assert own.tolist() == [image for image in (2, 3) for _ in range(problem.per_image)]  # of four images
 
 

@@ -13,6 +13,7 @@ from cast_ray.losses.contrastive.negatives import (
     pseudo_probabilities,
     stand_for_all,
 )
+from cast_ray.losses.joint_step import JointStep
 from cast_ray.recipe import ContrastiveConfig
 
 SIZE = (2, 3)
@@ -20,7 +21,15 @@ SIZE = (2, 3)
 
 def describe(config, inputs):
     truth = inputs["truth_instance"], inputs["truth_class"]
-    return describe_pixels(inputs["mask_logits"], inputs["class_logits"], inputs["valid"], truth, SIZE, 0, config)
+    return describe_pixels(
+        inputs["mask_logits"],
+        inputs["class_logits"],
+        inputs["valid"],
+        truth,
+        SIZE,
+        JointStep(0, len(inputs["valid"])),
+        config,
+    )
 
 
 def weights_of(config, inputs):
@@ -78,11 +87,16 @@ def test_class_probabilities_are_the_formula():
     torch.testing.assert_close(probs_f.sum(-1), torch.ones(2, 24))
 
 
+def rows_of(weights, generator=None):
+    """Uniform random numbers for each row of weights, for `negative_counts`."""
+    return lambda count: torch.rand(*weights.shape[:-1], count, generator=generator)
+
+
 @pytest.mark.parametrize("replacement", [True, False])
 def test_draws_follow_the_weights(replacement):
     weights = torch.tensor([[1.0, 0.0, 2.0, 5.0, 0.0]]).expand(20_000, -1)
     config = ContrastiveConfig(num_negatives=1, replacement=replacement)
-    counts = negative_counts(weights, config, torch.Generator().manual_seed(0))
+    counts = negative_counts(weights, config, rows_of(weights, torch.Generator().manual_seed(0)))
     assert counts.sum(1).eq(1).all()
     torch.testing.assert_close(counts.mean(0), weights[0] / 8, rtol=0, atol=0.015)
 
@@ -91,28 +105,28 @@ def test_systematic_draws_stay_within_one_of_their_mean():
     g = torch.Generator().manual_seed(0)
     weights = torch.rand(500, 37, generator=g) * (torch.rand(500, 37, generator=g) < 0.6)
     config = ContrastiveConfig(num_negatives=64)
-    counts = negative_counts(weights, config, g)
-    mean = negative_counts(weights, config.model_copy(update={"estimator": "expectation"}), g)
+    counts = negative_counts(weights, config, rows_of(weights, g))
+    mean = negative_counts(weights, config.model_copy(update={"estimator": "expectation"}), rows_of(weights, g))
     torch.testing.assert_close(mean, 64 * weights / weights.sum(1, keepdim=True))
     assert counts.sum(1).eq(64).all() and counts.frac().eq(0).all()
     assert ((counts - mean).abs() < 1 + 1e-4).all()
     assert not counts[weights == 0].any()
-    again = torch.stack([negative_counts(weights[:1], config, g)[0] for _ in range(3000)]).mean(0)
+    again = torch.stack([negative_counts(weights[:1], config, rows_of(weights[:1], g))[0] for _ in range(3000)]).mean(0)
     torch.testing.assert_close(again, mean[0], rtol=0, atol=0.05)
 
 
 def test_without_replacement_draws_differ_and_stop_at_the_candidates():
     weights = torch.tensor([[1.0, 0.0, 2.0, 5.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
-    counts = negative_counts(weights, ContrastiveConfig(num_negatives=9, replacement=False), None)
+    counts = negative_counts(weights, ContrastiveConfig(num_negatives=9, replacement=False), rows_of(weights))
     assert counts.tolist() == [[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1]]
-    counts = negative_counts(weights, ContrastiveConfig(num_negatives=2, replacement=False), None)
+    counts = negative_counts(weights, ContrastiveConfig(num_negatives=2, replacement=False), rows_of(weights))
     assert counts.sum(1).tolist() == [2, 0, 2] and counts[0, 1] == 0
 
 
 @pytest.mark.parametrize("estimator", ["sampled", "expectation"])
 def test_nothing_is_drawn_from_a_row_without_weight(estimator):
     weights = torch.tensor([[0.0, 0.0], [0.0, 3.0]])
-    counts = negative_counts(weights, ContrastiveConfig(num_negatives=5, estimator=estimator), None)
+    counts = negative_counts(weights, ContrastiveConfig(num_negatives=5, estimator=estimator), rows_of(weights))
     assert counts.tolist() == [[0, 0], [0, 5]]
 
 

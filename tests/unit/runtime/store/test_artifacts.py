@@ -227,6 +227,18 @@ def test_a_store_travels_by_its_path(store: ArtifactStore) -> None:
     assert (copy.storage, copy.attempt) == (store.storage, store.attempt) and copy.has(STAGE.key)
 
 
+def test_what_was_committed_travels_with_a_store_and_is_forgotten_with_the_artifact(store: ArtifactStore) -> None:
+    store.add(STAGE, "curves.json", b"[1]")
+    store.commit(STAGE, {})
+    copy = pickle.loads(pickle.dumps(store))
+    store.delete_file(f"artifacts/{STAGE.key}/manifest.json")
+    for each in (store, copy, copy.new_attempt()):  # none of them looks again
+        assert each.has(STAGE.key) and each.read_json(STAGE.key, "curves.json") == [1]
+    assert not ArtifactStore(store.storage).has(STAGE.key)
+    copy.delete_artifact(STAGE.key)
+    assert not copy.has(STAGE.key) and copy.find_manifest(STAGE.key) is None
+
+
 def test_paths_below_the_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert ArtifactStore("storage").storage == str(tmp_path / "storage")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from pyarrow import fs
@@ -48,7 +53,7 @@ def test_a_server_begins_empty(server: S3Server, store: ArtifactStore) -> None:
 
 def test_a_small_file_is_one_request(store: ArtifactStore, server: S3Server) -> None:
     store.write_json("runs/x/result.json", {})
-    store.write_bytes("claims/stages/train-a~me", b"")  # an empty one, too
+    store.write_bytes("claims/stages/me.json", b"")  # an empty one, too
     assert server.requests == {"PUT": 2}
     store.add(STAGE, "curves.json", b"{}")
     with store.open_to_add(STAGE, "results.json") as file:
@@ -61,8 +66,26 @@ def test_looking_for_what_is_not_there_is_one_request(store: ArtifactStore, serv
     assert server.requests == {"HEAD": 2}
     store.commit(STAGE, {})
     server.reset()
-    assert store.has(STAGE.key)
+    assert ArtifactStore(store.storage).has(STAGE.key)
     assert server.requests == {"HEAD": 1}
+    server.reset()
+    for each in (store, pickle.loads(pickle.dumps(store))):  # they know what it has committed
+        assert each.has(STAGE.key) and each.find_manifest(STAGE.key) is not None
+    assert server.requests == {}
+
+
+def test_a_small_table_is_opened_by_fetching_it(store: ArtifactStore, server: S3Server) -> None:
+    content = io.BytesIO()
+    pq.write_table(pa.table({"position": list(range(9))}), content, row_group_size=4)
+    store.add(STAGE, "labels/labels.parquet", content.getvalue())
+    server.reset()
+    opened = store.open_dataset(STAGE.key, "labels/labels.parquet")
+    assert server.requests.total() <= 3  # how large it is, and pyarrow's two to read it
+    server.reset()
+    pieces = [piece for file in opened.get_fragments() for piece in file.split_by_row_group()]
+    assert [sum(batch.num_rows for batch in piece.to_batches()) for piece in pieces] == [4, 4, 1]
+    assert opened.to_table(filter=pc.field("position") == 7).num_rows == 1
+    assert server.requests == {}
 
 
 def test_a_store_is_told_from_other_files_by_one_request(store: ArtifactStore, server: S3Server) -> None:
@@ -89,8 +112,12 @@ def test_claims_and_presence(store: ArtifactStore, server: S3Server) -> None:
         server.reset()
         assert claims.take([STAGE.key]) == ([STAGE.key], {})
         assert server.requests == {"PUT": 1, "LIST": 1}
-        assert ArtifactStore(store.storage).list_names("claims/stages") == [f"{STAGE.key}~{presence.holder.id}"]
+        assert ArtifactStore(store.storage).list_names("claims/stages") == [f"{presence.holder.id}.json"]
+        server.reset()
+        claims.finished([STAGE.key])
+        assert server.requests == {}  # a claim on what is stored costs nothing to give up
         claims.give_back([STAGE.key])
+        assert server.requests == {"PUT": 1}
     assert store.list_names("claims/stages") == store.list_names("claims/plans") == []
 
 

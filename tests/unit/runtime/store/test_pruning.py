@@ -141,7 +141,7 @@ def test_what_dead_sweeps_left_beside_the_artifacts_goes(store: ArtifactStore) -
     for folder in ("labels", "refresh", "validations"):
         for fingerprint in (mine, theirs):
             store.write_bytes(f"{folder}/{fingerprint}/1", b"x")
-    store.write_bytes(f"claims/stages/{stage('b').key}~dead", b"")
+    store.write_bytes("claims/stages/dead.json", b"")
     store.write_json("claims/plans/dead.json", {"fingerprints": [theirs]})
     with Presence(store, "ablate.py losses") as presence:
         presence.need([mine])

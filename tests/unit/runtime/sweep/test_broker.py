@@ -426,8 +426,13 @@ def test_a_stage_that_was_stored_meanwhile_is_not_run(tmp_path: Path) -> None:
         broker, presence = sweep_of(store)
         assert await broker.claim("a", [PRETRAIN, ADAPT]) == {"run": ["ada"], "done": ["pre"]}
         await broker.finish("ada")
+        # Nobody waits for what is finished, whatever the claims still say.
+        there, also_present = sweep_of(store)
+        store.commit(Stage("adapt", "train", {}, {}, "ada"), {})
+        assert await there.claim("b", [PRETRAIN, ADAPT]) == {"run": [], "done": ["pre", "ada"]}
+        for each in (presence, also_present):
+            each.__exit__()
         assert store.list_names("claims/stages") == []
-        presence.__exit__()
 
     asyncio.run(asyncio.wait_for(scene(), 60))
 

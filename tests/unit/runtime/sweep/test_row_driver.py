@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,11 +26,14 @@ class Driver(RowDriver):
     def __init__(self, storage: Path, fails: bool, brokers: tuple[str, ...] = ("broker", "broker")):
         self.store, self.ran, self.fails = ArtifactStore(str(storage)), set(), fails
         self.brokers = list(brokers)
+        self.row, self.left = SimpleNamespace(stages=(FIRST, SECOND)), {}  # type: ignore[assignment]
+        self.sent: list[ArtifactStore] = []
 
     def _broker_id(self) -> str:
         return self.brokers.pop(0)
 
     def execute(self, stages: list[Stage], store: ArtifactStore) -> None:
+        self.sent.append(pickle.loads(pickle.dumps(store)))
         for number, stage in enumerate(stages):
             if number and self.fails:
                 raise RuntimeError("the loss is not finite")
@@ -41,6 +45,16 @@ def test_a_segment_that_fails_has_run_its_first_stages(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="not finite"):
         driver.run_segment([FIRST, SECOND])
     assert driver.ran == {FIRST.fingerprint}
+
+
+def test_a_segment_is_sent_the_manifests_of_what_it_may_read(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, fails=False)
+    driver.left = {FIRST.fingerprint: FIRST, SECOND.fingerprint: SECOND}
+    driver.run_segment([FIRST])
+    del driver.left[FIRST.fingerprint]
+    driver.run_segment([SECOND])
+    driver.store.delete_file(f"artifacts/{FIRST.key}/manifest.json")
+    assert [store.has(FIRST.key) for store in driver.sent] == [False, True]  # without another look
 
 
 def test_what_fails_because_the_broker_was_lost_is_asked_for_again(tmp_path: Path) -> None:

@@ -36,6 +36,17 @@ def test_workers_and_their_reads_are_counted() -> None:
         slots(5)
 
 
+def test_an_elastic_run_needs_room_for_its_least_workers_and_a_sweep_of_its_own() -> None:
+    assert slots(3, runtime__num_workers="2", runtime__min_workers="1") == 1  # of 6 for both
+    cluster = Cluster("here", {"CPU": 6.0, "object_store_memory": float(STORE)})
+    recipe = build_recipe("shapes", overrides=BASE | {"runtime.min_workers": "1"})
+    assert slots_of([recipe], cluster, 0.0, 1) == 2
+    with pytest.raises(
+        ValueError, match=r"--workers-per-trial 1:2 .*: 3 rows are to run.*expected one row and one seed"
+    ):
+        slots_of([recipe], cluster, 0.0, 3)
+
+
 def test_labellers_of_a_job_of_their_own_are_counted() -> None:
     assert slots(18) == 3
     assert slots(18, runtime__num_labellers="7") == 2  # 7 and the reads of one stream

@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -116,7 +117,7 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Train:
     monkeypatch.setattr(group_module, "_trainer_class", lambda num_workers: Trainer)
     monkeypatch.setattr(group_module, "reserve", reserve)
     monkeypatch.setattr(group_module, "is_broken", lambda group: False)
-    monkeypatch.setattr(group_module, "_find_room", lambda segment, homes, selectors, holder: ["node"] * len(homes))
+    monkeypatch.setattr(group_module, "_find_room", lambda segment, homes, *_: ["node"] * len(homes))
     monkeypatch.setattr(group_module.ray, "get", lambda answer: answer.value)
     monkeypatch.delenv(group_module.START_TIMEOUT, raising=False)
     return train
@@ -173,6 +174,39 @@ def test_a_worker_lost_while_its_group_starts_is_tried_again(train: Train, monke
     assert train.starts == [] and broker.names.count("occupy") == 4
     assert broker.names.count("vacate") == 3  # the broker itself counts the time of a group that is kept
     assert [owner for _, owner in train.ran] == ["row"]
+
+
+def test_an_elastic_group_takes_what_room_it_finds_and_grows(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It starts with one worker, looks for more room while that one runs, and starts again with two."""
+    broker, free, asked = Calls(), {1}, list[tuple[int, bool]]()
+    fit = train.fit
+
+    def find_room(_: Any, homes: Any, selectors: Any, holder: str, patience_s: float | None) -> list[str] | None:
+        asked.append((len(homes), patience_s is None))
+        return ["node"] * len(homes) if len(homes) in free else None
+
+    def run_until_there_is_more_room(host: Any, *arguments: Any) -> None:
+        if not train.leaving:
+            assert not host.group.has_more_room
+        deadline = time.monotonic() + 30
+        while train.leaving and not asyncio.run(host.has_more_room()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        free.add(2)
+        fit(host, *arguments)
+
+    monkeypatch.setattr(group_module, "_find_room", find_room)
+    monkeypatch.setattr(group_module, "MORE_LOOK_S", 0.01)
+    monkeypatch.setattr(train, "fit", run_until_there_is_more_room)
+    train.starts, train.leaving = [None, None], [True]
+    run_alone(monkeypatch, segment(broker, train, settings={"runtime.num_workers": "2", "runtime.min_workers": "1"}))
+    assert asked == [(2, False), (1, True), (2, False)] and [owner for _, owner in train.ran] == ["row"]
+    notes = [text for name, _, text in (call for call in broker.told if call[0] == "note")]
+    assert notes == [
+        "its worker group has 1 of 2 workers",
+        "there is room for more workers; its worker group moves to other nodes",
+        "its worker group has 2 of 2 workers",
+    ]
+    assert [call for call in broker.told if call[0] == "occupy"] == [("occupy", "row", 1), ("occupy", "row", 2)]
 
 
 def test_it_is_not_tried_for_ever(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
