@@ -16,10 +16,10 @@ from cast_ray.data.reading.class_lists import check_classes, read_classes
 from cast_ray.engine.world import pick_device
 from cast_ray.inference.predictor import Chosen, Predictor, mean_score
 from cast_ray.models.autocast import fastest_precision
+from cast_ray.models.checkpoints import find_checkpoint
 from cast_ray.recipe import InputSize, PseudoConfig, Recipe, build_recipe
 from cast_ray.recipe.teachers import PUBLISHED
 from cast_ray.runtime.store.models import open_teacher
-from cast_ray.teachers.checkpoints import find_checkpoint
 from cast_ray.teachers.class_thresholds import reaching
 from cast_ray.teachers.protocol import Teacher
 from cast_ray.teachers.pseudo_labels import pseudo_labels

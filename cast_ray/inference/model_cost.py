@@ -63,10 +63,10 @@ def teacher_cost(row: str, recipe: Recipe, timing: Timing | None) -> Cost | None
 
 
 def _segmenter_cost(row: str, model: ModelConfig, recipe: Recipe, timing: Timing | None) -> Cost:
-    config = model.model_copy(update={"encoder": model.encoder.model_copy(update={"checkpoint": ""})})
-    without_weights = outline(config, NUM_CLASSES)
-    without_weights.anneal(1.0)
-    counted = _counted(row, without_weights, recipe)
+    config = model.without_weights()
+    bare = outline(config, NUM_CLASSES)
+    bare.anneal(1.0)
+    counted = _counted(row, bare, recipe)
     if timing is None:
         return counted
     segmenter = build_segmenter(config, NUM_CLASSES, seed=0)

@@ -61,6 +61,10 @@ def _dinov2(size: str, dim: int, layers: int) -> dict[str, Architecture]:
     return {
         f"dinov2-{size[0]}": Architecture("dinov2", settings),
         f"dinov2-{size[0]}-reg": Architecture("dinov2_with_registers", settings),
+        # As EoMT has it, for images of 640 px.
+        f"dinov2-{size[0]}-reg16": Architecture(
+            "dinov2_with_registers", settings | {"image_size": 640, "patch_size": 16}
+        ),
     }
 
 
@@ -69,12 +73,23 @@ ARCHITECTURES: dict[str, Architecture] = {
     **_dinov2("base", 768, 12),
     **_dinov2("large", 1024, 24),
     "dinov3-s": Architecture("dinov3_vit", {"num_register_tokens": 4}),
+    "dinov3-l": Architecture(
+        "dinov3_vit",
+        {
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+            "num_register_tokens": 4,
+        },
+    ),
     "resnet50": Architecture("resnet"),
     "sam2-s": Architecture(
         "sam2_hiera_det_model",
         {"blocks_per_stage": [1, 2, 11, 2], "global_attention_blocks": [7, 10, 13]},
     ),
     "swin-t": Architecture("swin"),
+    "swin-s": Architecture("swin", {"depths": [2, 2, 18, 2]}),
     # Its config's default sizes are tuples, which the backbone class does not take.
     "convnext-t": Architecture("convnext", {"hidden_sizes": [96, 192, 384, 768], "depths": [3, 3, 9, 3]}),
 }

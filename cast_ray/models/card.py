@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from cast_ray.contracts.row_result import DatasetFacts, RowResult
 from cast_ray.recipe import InputSize
-from cast_ray.recipe.licence_chain import ENCODER, LicenceChain
+from cast_ray.recipe.licence_chain import ENCODER, WHOLE, LicenceChain
 from cast_ray.recipe.licences import CHECKPOINTS, DATASETS, OF_FORMAT, UNKNOWN, Licence
 from cast_ray.recipe.stages import KINDS_OF_AP
 
@@ -128,13 +128,13 @@ def _metadata(result: RowResult | None, licences: LicenceChain | None, place: st
     """The YAML header, in the hub's own form: licence, tags, datasets, metrics and the measured values."""
     dataset = None if result is None else _dataset_of(result)
     measured = [] if result is None else _eval_results(result, dataset)
-    encoders = [source.name for source in licences.sources if source.role == ENCODER] if licences else []
+    starts = [source.name for source in licences.sources if source.role in (ENCODER, WHOLE)] if licences else []
     return ModelCardData(
         library_name="cast_ray",
         pipeline_tag="image-segmentation",
         tags=TAGS,
         datasets=[dataset] if dataset in HUB_DATASETS else None,
-        base_model=[name for name in encoders if name in CHECKPOINTS] or None,
+        base_model=[name for name in starts if name in CHECKPOINTS] or None,
         metrics=list(dict.fromkeys(each.metric_type for each in measured)) or None,
         eval_results=measured or None,
         model_name=(place.rpartition("/")[2] if place != HERE else "cast_ray student") if measured else None,

@@ -189,7 +189,7 @@ def _strided(before: int, after: int) -> nn.Sequential:
 
 
 def hierarchical(config: EncoderConfig, saved: dict[str, Any] | None = None) -> Encoder:
-    """Builds a published `HierarchicalEncoder`: convnext-t, resnet50, sam2-s, swin-t."""
+    """Builds a published `HierarchicalEncoder`: convnext-t, resnet50, sam2-s, swin-t, swin-s."""
     return HierarchicalEncoder(config, ARCHITECTURES[config.name], saved)
 
 

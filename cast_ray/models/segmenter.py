@@ -13,6 +13,7 @@ from cast_ray.models.decoders import DecodedFeatures, PixelDecoder, find_decoder
 from cast_ray.models.encoders import Encoder, checkpoint_blocks
 from cast_ray.models.heads import EomtHead, MaskedAttentionHead
 from cast_ray.models.padding import cut_padding, pad_to_multiple
+from cast_ray.models.published import load_start
 from cast_ray.models.vit_encoders import ViTEncoder, vision_transformer, vit
 from cast_ray.recipe import ModelConfig
 
@@ -28,11 +29,11 @@ class Segmenter(nn.Module):
     Args:
         config: encoder, decoder and head.
         num_classes: C, without no-object.
-        architecture: `Encoder.architecture` of a saved model, in place of the encoder's checkpoint.
+        architecture: `Encoder.architecture` of a saved model, in place of `config.checkpoint` and of the encoder's.
 
     Raises:
-        ValueError: an unknown encoder or decoder name, a checkpoint that does not load, or a part that does not fit the
-            others.
+        ValueError: an unknown encoder or decoder name, a checkpoint that does not load or has other settings, or a part
+            that does not fit the others.
     """
 
     pixel_mean: torch.Tensor
@@ -45,6 +46,9 @@ class Segmenter(nn.Module):
         dim = config.hidden_dim
         if config.head != "eomt" and (dim % 4 or dim % config.num_heads):
             raise ValueError(f"hidden_dim is {dim}: expected a multiple of 4 and of num_heads ({config.num_heads})")
+        start = load_start(config) if config.checkpoint and architecture is None else None
+        if start is not None:
+            architecture = start.architecture
         build = registry.lookup("encoders", config.encoder.name)
         options: dict[str, Any] = {}
         if config.head == "eomt":
@@ -68,6 +72,8 @@ class Segmenter(nn.Module):
         else:
             self.decoder = decoder(self.feature_dims, config)
             self.head = MaskedAttentionHead(config, num_classes)
+        if start is not None:
+            start.fill(self)
         self.register_buffer("pixel_mean", torch.tensor(self.encoder.mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("pixel_std", torch.tensor(self.encoder.std).view(3, 1, 1) * 255, persistent=False)
 
@@ -169,7 +175,6 @@ def outline(config: ModelConfig, num_classes: int) -> Segmenter:
     Raises:
         ValueError: see `Segmenter`.
     """
-    bare = config.model_copy(update={"encoder": config.encoder.model_copy(update={"checkpoint": ""})})
     with torch.device("meta"):
         # A few parts of transformers ignore the context.
-        return Segmenter(bare, num_classes).to("meta")
+        return Segmenter(config.without_weights(), num_classes).to("meta")

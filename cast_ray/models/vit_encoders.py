@@ -135,7 +135,8 @@ class ViTEncoder(Encoder):
 
 
 def vision_transformer(config: EncoderConfig, saved: dict[str, Any] | None = None, **options: Any) -> Encoder:
-    """Builds a published `ViTEncoder`: dinov2-s, -b, -l, each also with registers (`-reg`), and dinov3-s."""
+    """Builds a published `ViTEncoder`: dinov2-s, -b, -l, each also with registers (`-reg`) and with registers and
+    patches of 16 px (`-reg16`), and dinov3-s, -l."""
     return ViTEncoder(config, ARCHITECTURES[config.name], saved, **options)
 
 

@@ -29,11 +29,12 @@ from cast_ray.recipe.licences import (
     LicensedWork,
     find_licence,
 )
-from cast_ray.recipe.models import EncoderConfig
+from cast_ray.recipe.models import ModelConfig
 from cast_ray.recipe.strict_yaml import read_yaml
 
 README = "README.md"
 TEACHER, ENCODER, TEACHERS_ENCODER, DATA, EXTRA = "teacher", "encoder", "teacher's encoder", "data", "extra images"
+WHOLE, TEACHERS_WHOLE = "start weights", "teacher's start weights"
 """What a source is to the student."""
 _STRICTEST_FIRST = ("no", "unknown", "conditions", "yes")
 _MAX_ROWS = 6
@@ -133,7 +134,7 @@ def licence_chain(recipe: Recipe) -> LicenceChain:
     sources: list[Source] = []
     if recipe.learns_from_teacher:
         sources += teacher_sources(recipe, stated)
-    sources += encoder_sources(ENCODER, recipe.student.encoder, stated)
+    sources += start_sources(ENCODER, recipe.student, stated)
     sources += _data_sources(recipe)
     return LicenceChain(tuple(sources))
 
@@ -200,8 +201,15 @@ def readme_licence(folder: str) -> Licence | None:
     return find_licence(str(named))
 
 
-def encoder_sources(role: str, encoder: EncoderConfig, stated: Mapping[str, str] | None = None) -> list[Source]:
-    """Returns the weights that an encoder starts from; none where it starts from random ones."""
+def start_sources(role: str, model: ModelConfig, stated: Mapping[str, str] | None = None) -> list[Source]:
+    """Returns the weights that a segmenter starts from: of the whole model or of its encoder; none: random ones.
+
+    Args:
+        role: what the encoder is to the student, ENCODER or TEACHERS_ENCODER.
+    """
+    if model.source:
+        return [checkpoint_source(WHOLE if role == ENCODER else TEACHERS_WHOLE, model.source, stated)]
+    encoder = model.encoder
     if encoder.source:
         return [checkpoint_source(role, encoder.source, stated)]
     return [Source(role, encoder.name, UNKNOWN, note="Code of your own.")] if ":" in encoder.name else []
@@ -222,7 +230,7 @@ def teacher_sources(recipe: Recipe, stated: Mapping[str, str] | None = None) -> 
     if recipe.stages.foundation:
         return [checkpoint_source(TEACHER, recipe.stages.foundation, stated)]
     if teacher.kind == "expert":
-        return encoder_sources(TEACHERS_ENCODER, teacher.encoder, stated)
+        return start_sources(TEACHERS_ENCODER, teacher, stated)
     return [checkpoint_source(TEACHER, name, stated) for name in dict.fromkeys(teacher.checkpoint_fields().values())]
 
 

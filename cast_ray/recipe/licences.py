@@ -89,7 +89,7 @@ KNOWN: dict[str, Licence] = {
 }
 """SPDX identifier in lower case, which is also what model hubs write -> licence."""
 
-_APACHE, _CC_BY_NC = KNOWN["apache-2.0"], KNOWN["cc-by-nc-4.0"]
+_APACHE, _MIT, _CC_BY_NC = KNOWN["apache-2.0"], KNOWN["mit"], KNOWN["cc-by-nc-4.0"]
 _SAM = Licence("", "SAM License", "https://github.com/facebookresearch/sam3/blob/main/LICENSE", "conditions")
 _DINOV3 = Licence("", "DINOv3 License", "https://github.com/facebookresearch/dinov3/blob/main/LICENSE.md", "conditions")
 _HUB = "https://huggingface.co/"
@@ -102,8 +102,16 @@ def _hub(name: str, licence: Licence = _APACHE, source: str = "", note: str = ""
 
 _DINOV2_SOURCE = "https://github.com/facebookresearch/dinov2#license"
 _SAM2_SOURCE = "https://github.com/facebookresearch/sam2#license"
+_MASK2FORMER_SOURCE = "https://github.com/facebookresearch/Mask2Former/blob/main/MODEL_ZOO.md#license"
+_EOMT_SOURCE = "https://github.com/tue-mps/eomt/blob/master/LICENSE"
 _MM_SOURCE = "https://github.com/open-mmlab/mmdetection/blob/main/LICENSE"
-_MM_NOTE = "The licence is that of the repository which released the weights; their page on the hub was not seen."
+_REPOSITORY_NOTE = (
+    "The licence is that of the repository which released the weights; their page on the hub was not seen."
+)
+_EOMT_DINOV3_NOTE = (
+    "DINOv3's weights are a part of these, under its own agreement; the rest is under the MIT licence of EoMT."
+)
+_DINOV3_NOTE = "What is made of the model may be passed on under the same agreement only."
 
 CHECKPOINTS: dict[str, LicensedWork] = {
     work.title: work
@@ -114,28 +122,29 @@ CHECKPOINTS: dict[str, LicensedWork] = {
         _hub("facebook/dinov2-with-registers-small", source=_DINOV2_SOURCE),
         _hub("facebook/dinov2-with-registers-base", source=_DINOV2_SOURCE),
         _hub("facebook/dinov2-with-registers-large", source=_DINOV2_SOURCE),
-        _hub(
-            "facebook/dinov3-vits16-pretrain-lvd1689m",
-            _DINOV3,
-            note="What is made of the model may be passed on under the same agreement only.",
-        ),
+        _hub("facebook/dinov3-vits16-pretrain-lvd1689m", _DINOV3, note=_DINOV3_NOTE),
+        _hub("facebook/dinov3-vitl16-pretrain-lvd1689m", _DINOV3, note=_DINOV3_NOTE),
         _hub("microsoft/resnet-50"),
         _hub("microsoft/swin-tiny-patch4-window7-224"),
+        _hub("microsoft/swin-small-patch4-window7-224"),
         _hub("facebook/convnext-tiny-224"),
         _hub("facebook/sam2.1-hiera-small", source=_SAM2_SOURCE),
         _hub("facebook/sam2.1-hiera-large", source=_SAM2_SOURCE),
-        _hub("openmmlab-community/mm_grounding_dino_large_all", source=_MM_SOURCE, note=_MM_NOTE),
+        _hub("openmmlab-community/mm_grounding_dino_large_all", source=_MM_SOURCE, note=_REPOSITORY_NOTE),
         _hub(
             "openmmlab-community/mm_grounding_dino_tiny_o365v1_goldg_v3det",
             source=_MM_SOURCE,
-            note=_MM_NOTE,
+            note=_REPOSITORY_NOTE,
         ),
         _hub("IDEA-Research/grounding-dino-tiny"),
-        _hub(
-            "facebook/mask2former-swin-large-coco-instance",
-            _CC_BY_NC,
-            source="https://github.com/facebookresearch/Mask2Former/blob/main/MODEL_ZOO.md#license",
-        ),
+        _hub("facebook/mask2former-swin-tiny-coco-instance", _CC_BY_NC, source=_MASK2FORMER_SOURCE),
+        _hub("facebook/mask2former-swin-small-coco-instance", _CC_BY_NC, source=_MASK2FORMER_SOURCE),
+        _hub("facebook/mask2former-swin-large-coco-instance", _CC_BY_NC, source=_MASK2FORMER_SOURCE),
+        _hub("tue-mps/coco_panoptic_eomt_small_640_2x", _MIT, source=_EOMT_SOURCE, note=_REPOSITORY_NOTE),
+        _hub("tue-mps/coco_panoptic_eomt_base_640_2x", _MIT, source=_EOMT_SOURCE, note=_REPOSITORY_NOTE),
+        _hub("tue-mps/coco_instance_eomt_large_640", _MIT, source=_EOMT_SOURCE, note=_REPOSITORY_NOTE),
+        _hub("tue-mps/eomt-dinov3-coco-panoptic-small-640", _DINOV3, source=_DINOV3.url, note=_EOMT_DINOV3_NOTE),
+        _hub("tue-mps/eomt-dinov3-coco-instance-large-640", _DINOV3, source=_DINOV3.url, note=_EOMT_DINOV3_NOTE),
         _hub(
             "facebook/sam3",
             _SAM,

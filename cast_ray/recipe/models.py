@@ -16,12 +16,25 @@ PUBLISHED_ENCODERS: dict[str, str] = {
         for ending, middle in (("", ""), ("-reg", "with-registers-"))
     },
     "dinov3-s": "facebook/dinov3-vits16-pretrain-lvd1689m",
+    "dinov3-l": "facebook/dinov3-vitl16-pretrain-lvd1689m",
     "resnet50": "microsoft/resnet-50",
     "sam2-s": "facebook/sam2.1-hiera-small",
     "swin-t": "microsoft/swin-tiny-patch4-window7-224",
+    "swin-s": "microsoft/swin-small-patch4-window7-224",
     "convnext-t": "facebook/convnext-tiny-224",
 }
 """Name of an encoder -> hub name of its published weights, which `checkpoint: hub` means."""
+
+PUBLISHED_SEGMENTERS: dict[tuple[str, str], str] = {
+    ("swin-t", "masked-attention"): "facebook/mask2former-swin-tiny-coco-instance",
+    ("swin-s", "masked-attention"): "facebook/mask2former-swin-small-coco-instance",
+    ("dinov2-s-reg16", "eomt"): "tue-mps/coco_panoptic_eomt_small_640_2x",
+    ("dinov2-b-reg16", "eomt"): "tue-mps/coco_panoptic_eomt_base_640_2x",
+    ("dinov2-l-reg16", "eomt"): "tue-mps/coco_instance_eomt_large_640",
+    ("dinov3-s", "eomt"): "tue-mps/eomt-dinov3-coco-panoptic-small-640",
+    ("dinov3-l", "eomt"): "tue-mps/eomt-dinov3-coco-instance-large-640",
+}
+"""Encoder and head of a segmenter -> hub name of its published weights, which `ModelConfig.checkpoint: hub` means."""
 
 
 class EncoderConfig(Part):
@@ -89,6 +102,23 @@ class ModelConfig(Part):
     """Keep the mask of each query in a window (a Gaussian of predicted place and size) around the query's proposal. It
     is for encoders without position embeddings (`conv`, `convnext` and others of convolutions), for which objects that
     look alike are one: their masks else hold several objects of an image that is larger than the training crops."""
+    checkpoint: Annotated[str, OFF_BY_DEFAULT] = ""
+    """Folder or hub name of a whole segmentation model (Mask2Former, EoMT, EoMT-DINOv3) that encoder, decoder and head
+    start from; its class head is replaced by a new one for the dataset's classes. `hub`: the published weights for this
+    encoder and head. Empty: decoder and head start from random weights, and the encoder from `encoder.checkpoint`,
+    which is not read where this field is set."""
+
+    @property
+    def source(self) -> str:
+        """Folder or hub name of the whole model that it starts from; empty: none, or `hub` where none is published."""
+        if self.checkpoint == "hub":
+            return PUBLISHED_SEGMENTERS.get((self.encoder.name, self.head), "")
+        return self.checkpoint
+
+    def without_weights(self) -> ModelConfig:
+        """Returns the same architecture with random weights."""
+        encoder = self.encoder.model_copy(update={"checkpoint": ""})
+        return self.model_copy(update={"encoder": encoder, "checkpoint": ""})
 
     @field_validator("decoder")
     @classmethod
@@ -114,10 +144,45 @@ _MASK2FORMER: dict[str, Any] = {
     "feedforward_dim": 2048,
     "proposals": False,
     "local_masks": False,
+    "checkpoint": "",
 }
+
+
+def _published_mask2former(encoder: str) -> dict[str, Any]:
+    return _MASK2FORMER | {
+        "encoder": {"name": encoder, "checkpoint": ""},
+        "decoder": "msdeform",
+        "decoder_layers": 6,
+        "decoder_feedforward_dim": 1024,
+        "hidden_dim": 256,
+        "checkpoint": "hub",
+    }
+
+
+def _published_eomt(encoder: str, num_layers: int) -> dict[str, Any]:
+    return {
+        "encoder": {"name": encoder, "checkpoint": ""},
+        "head": "eomt",
+        "num_queries": 200,
+        "num_layers": num_layers,
+        "proposals": False,
+        "local_masks": False,
+        "checkpoint": "hub",
+    }
+
+
 # The paper gives neither the widths nor the decoder's last stride: there ours stand, which meet its 52 M parameters.
 STUDENT_PRESETS: dict[str, dict[str, Any]] = {
     "paper": _MASK2FORMER | {"decoder": "dpt", "hidden_dim": 256},
     "released": _MASK2FORMER | {"decoder": "dpt-released", "hidden_dim": 384},
+    "mask2former-swin-t": _published_mask2former("swin-t"),
+    "mask2former-swin-s": _published_mask2former("swin-s"),
+    "eomt-s": _published_eomt("dinov2-s-reg16", 3),
+    "eomt-b": _published_eomt("dinov2-b-reg16", 3),
+    "eomt-l": _published_eomt("dinov2-l-reg16", 4),
+    "eomt-dinov3-s": _published_eomt("dinov3-s", 3),
+    "eomt-dinov3-l": _published_eomt("dinov3-l", 4),
 }
-"""The student as the paper and as the authors' code have it. Its checkpoint is not a part of either."""
+"""Named students. `paper` and `released` are the student as the paper and as the authors' code have it; the weights of
+the encoder are not a part of either. The others are published models for segmentation at their published sizes, and
+start from their published weights."""

@@ -155,6 +155,16 @@ class TeacherConfig(ModelConfig):
                 raise ValueError(f"ensemble.members: {member!r} has no checkpoint: expected a saved teacher's folder")
         return self
 
+    @model_validator(mode="after")
+    def _checkpoint_is_of_an_expert(self) -> TeacherConfig:
+        if self.checkpoint and self.kind != "expert":
+            fields = " and ".join(self.checkpoint_fields()) or "no field of its own"
+            raise ValueError(
+                f"teacher.checkpoint is {self.checkpoint!r} and teacher.kind {self.kind}: it is read with kind expert "
+                f"only, expected {fields} in its place"
+            )
+        return self
+
     @property
     def segmenter(self) -> ModelConfig:
         """What an expert is built of."""

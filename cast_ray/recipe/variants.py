@@ -1,4 +1,4 @@
-"""Named variants: what the paper and the authors' code say of a part of the recipe, as one override."""
+"""Named variants of a part of the recipe, each as one override: the paper's, the authors', and published students."""
 
 from __future__ import annotations
 

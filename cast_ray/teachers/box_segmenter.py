@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Sam2Model
 
-from cast_ray.teachers.checkpoints import load_model, load_processor
+from cast_ray.models.checkpoints import load_model, load_processor
 
 MODELS = {"sam2": Sam2Model, "sam2_video": Sam2Model}
 """The hub's SAM2 checkpoints call themselves video models; an image needs none of their memory."""

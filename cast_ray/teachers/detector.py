@@ -15,8 +15,8 @@ from torchvision.ops import box_convert
 from transformers import GroundingDinoForObjectDetection, MMGroundingDinoForObjectDetection
 
 from cast_ray.losses.teacher.detector import QueryDetections
+from cast_ray.models.checkpoints import load_model, load_processor, load_tokenizer, processed_hw
 from cast_ray.models.postprocess import groups_of_equal_size
-from cast_ray.teachers.checkpoints import load_model, load_processor, load_tokenizer, processed_hw
 from cast_ray.teachers.prompts import Prompt
 
 MODELS = {

@@ -1,4 +1,4 @@
-"""Large mask transformers by transformers (Mask2Former, MaskFormer, EoMT) as teachers."""
+"""Large mask transformers by transformers (Mask2Former, MaskFormer, EoMT, EoMT-DINOv3) as teachers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import (
+    EomtDinov3ForUniversalSegmentation,
     EomtForUniversalSegmentation,
     Mask2FormerForUniversalSegmentation,
     MaskFormerForInstanceSegmentation,
@@ -20,9 +21,9 @@ from transformers import (
 from cast_ray.contracts.instance import Instances
 from cast_ray.contracts.records import Category, Predictions
 from cast_ray.models.cast_network import CastNetwork, TrainedNetwork
+from cast_ray.models.checkpoints import load_model, load_processor, processed_hw
 from cast_ray.models.postprocess import predict_instances
 from cast_ray.recipe import ContrastiveConfig, InputSize, PromptConfig, TeacherConfig
-from cast_ray.teachers.checkpoints import load_model, load_processor, processed_hw
 from cast_ray.teachers.prompts import texts_of
 from cast_ray.teachers.protocol import Teacher, checkpoint_layers
 
@@ -31,7 +32,10 @@ MODELS = {
     "mask2former": Mask2FormerForUniversalSegmentation,
     "maskformer": MaskFormerForInstanceSegmentation,
     "eomt": EomtForUniversalSegmentation,
+    "eomt_dinov3": EomtDinov3ForUniversalSegmentation,
 }
+PLAIN = ("eomt", "eomt_dinov3")
+"""Model types that are a plain ViT."""
 SIZE_MULTIPLE = 32
 """What images are padded to, so that backbones and pixel decoders halve them evenly."""
 
@@ -61,7 +65,7 @@ class MaskTransformer(nn.Module):
     @property
     def is_plain(self) -> bool:
         """Whether it is a plain ViT, which takes one size of image and has one map."""
-        return self.model.config.model_type == "eomt"
+        return self.model.config.model_type in PLAIN
 
     @property
     def feature_dims(self) -> dict[int, int]:
@@ -94,8 +98,10 @@ class MaskTransformer(nn.Module):
             return {s: _cut(x, shares) for s, x in zip(self.feature_dims, self._backbone()(pixels).feature_maps)}
         model = self.model
         states = model.embeddings(pixels)
+        rotary = getattr(model, "rope_embeddings", None)  # of DINOv3, whose patches have no learnt positions
+        positions = {"position_embeddings": rotary(pixels)} if rotary else {}
         for layer in model.layers[: model.num_hidden_layers - model.config.num_blocks]:
-            states = layer(states, None)
+            states = layer(states, None, **positions)
         return {model.config.patch_size: self._as_map(states)}
 
     def _as_map(self, states_BTD: torch.Tensor) -> torch.Tensor:

@@ -22,9 +22,9 @@ from transformers import (
     SwinConfig,
 )
 
+from cast_ray.models.checkpoints import quiet_transformers
 from cast_ray.recipe import TeacherConfig
 from cast_ray.teachers.box_segmenter import BoxSegmenter
-from cast_ray.teachers.checkpoints import quiet_transformers
 from cast_ray.teachers.detector import TextDetector
 from cast_ray.teachers.mask_transformer import MaskTransformer
 from cast_ray.teachers.prompts import Prompt

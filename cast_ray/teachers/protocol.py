@@ -18,10 +18,10 @@ from cast_ray.contracts.instance import Instances
 from cast_ray.contracts.records import Category, Targets, class_names
 from cast_ray.models.autocast import DTYPES, autocast
 from cast_ray.models.cast_network import Output, TrainedNetwork
+from cast_ray.models.checkpoints import quiet_transformers
 from cast_ray.models.drawing import class_colours
 from cast_ray.models.encoders import checkpoint_blocks
 from cast_ray.recipe import ContrastiveConfig, InputSize, Precision, TeacherConfig
-from cast_ray.teachers.checkpoints import quiet_transformers
 
 CARD = "teacher.json"
 

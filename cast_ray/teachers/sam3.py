@@ -19,10 +19,10 @@ from cast_ray.contracts.records import Category, Predictions, Targets
 from cast_ray.losses.teacher.detector import QueryDetections, boxes_of, detection_loss, match_boxes
 from cast_ray.losses.teacher.prompted_masks import prompted_mask_loss
 from cast_ray.models.cast_network import Output, TrainedNetwork
+from cast_ray.models.checkpoints import load_model, load_processor, load_tokenizer
 from cast_ray.models.postprocess import can_reach, encode_masks
 from cast_ray.models.projector import Projector, select_stride
 from cast_ray.recipe import ContrastiveConfig, GroundedSamConfig, InputSize, TeacherConfig, TrainConfig
-from cast_ray.teachers.checkpoints import load_model, load_processor, load_tokenizer
 from cast_ray.teachers.fusion import suppress
 from cast_ray.teachers.prompts import class_words
 from cast_ray.teachers.protocol import Teacher, TeacherTerms, checkpoint_layers

@@ -12,6 +12,8 @@ from transformers import (
     CLIPTokenizerFast,
     DetrConfig,
     EomtConfig,
+    EomtDinov3Config,
+    EomtDinov3ForUniversalSegmentation,
     EomtForUniversalSegmentation,
     GroundingDinoConfig,
     GroundingDinoForObjectDetection,
@@ -184,7 +186,7 @@ def write_sam3(folder: Path, image_px: int = 56) -> Path:
 def write_mask_transformer(
     folder: Path, kind: str = "mask2former", labels: tuple[str, ...] = ("person", "dog")
 ) -> Path:
-    """A Mask2Former, MaskFormer or EoMT with the labels given."""
+    """A Mask2Former, MaskFormer, EoMT or EoMT-DINOv3 with the labels given."""
     torch.manual_seed(0)
     id2label = dict(enumerate(labels))
     names = {"id2label": id2label, "label2id": {name: i for i, name in id2label.items()}}
@@ -204,19 +206,32 @@ def write_mask_transformer(
         )
         model = MaskFormerForInstanceSegmentation(config)
     else:
-        config = EomtConfig(
-            hidden_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            intermediate_size=64,
-            image_size=64,
-            patch_size=16,
-            num_blocks=2,
-            num_queries=10,
-            num_upscale_blocks=2,
-            **names,
-        )
-        model = EomtForUniversalSegmentation(config)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+        sizes |= {"image_size": 64, "patch_size": 16, "num_blocks": 2, "num_queries": 10, "num_upscale_blocks": 2}
+        if kind == "eomt":
+            model = EomtForUniversalSegmentation(EomtConfig(**sizes, **names))
+        else:
+            model = EomtDinov3ForUniversalSegmentation(EomtDinov3Config(**sizes, **names))
     model.save_pretrained(folder)
     Mask2FormerImageProcessor().save_pretrained(folder)
     return folder
+
+
+_EOMT = {"head": "eomt", "num_queries": 10, "num_layers": 2, "proposals": False}
+PUBLISHED_SETTINGS: dict[str, dict[str, Any]] = {
+    "mask2former": {
+        "encoder": {"name": "swin-t"},
+        "decoder": "msdeform",
+        "decoder_layers": 1,
+        "decoder_feedforward_dim": 32,
+        "hidden_dim": 32,
+        "num_queries": 10,
+        "num_layers": 2,
+        "num_heads": 2,
+        "feedforward_dim": 32,
+        "proposals": False,
+    },
+    "eomt": {"encoder": {"name": "dinov2-s-reg16"}, **_EOMT},
+    "eomt_dinov3": {"encoder": {"name": "dinov3-s"}, **_EOMT},
+}
+"""Kind of `write_mask_transformer` -> the fields of `ModelConfig` that a student with its weights has."""

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from cast_ray.contracts.manifest import Manifest
 from cast_ray.contracts.row_result import RowResult
 from cast_ray.plan.reads import STUDENT_STAGES
-from cast_ray.recipe import EncoderConfig
+from cast_ray.recipe import ModelConfig
 from cast_ray.recipe.licence_chain import (
     DATA,
     ENCODER,
@@ -21,7 +21,7 @@ from cast_ray.recipe.licence_chain import (
     Source,
     chain_of_plain_recipe,
     checkpoint_source,
-    encoder_sources,
+    start_sources,
 )
 from cast_ray.recipe.licences import UNKNOWN
 from cast_ray.runtime.store.artifacts import ArtifactStore, read_each
@@ -83,7 +83,7 @@ def _of_manifests(student: Manifest, stored: Mapping[str, Manifest]) -> LicenceC
         if manifest is None:
             encoders[Source(ENCODER, "unknown", UNKNOWN, note=f"What it was refined from: {NOT_STORED}.")] = None
             continue
-        encoders |= dict.fromkeys(_encoder(ENCODER, manifest.config))
+        encoders |= dict.fromkeys(_start(ENCODER, manifest.config))
         teachers |= dict.fromkeys(_teachers(manifest, stored))
     data = Source(DATA, "unknown", UNKNOWN, note="No result that can be read names this student.")
     return LicenceChain((*teachers, *encoders, data))
@@ -121,19 +121,19 @@ def _teachers(student: Manifest, stored: Mapping[str, Manifest]) -> Iterator[Sou
         imported = manifest.config.get("imported_from")
         for name in imported.values() if isinstance(imported, Mapping) else [imported] if imported else []:
             yield checkpoint_source(TEACHER, str(name))
-        yield from _encoder(TEACHERS_ENCODER, manifest.config) if not imported else ()
+        yield from _start(TEACHERS_ENCODER, manifest.config) if not imported else ()
 
 
 def _unknown_teacher() -> Source:
     return Source(TEACHER, "unknown", UNKNOWN, note=f"Of the teacher: {NOT_STORED}.")
 
 
-def _encoder(role: str, config: Mapping[str, Any]) -> list[Source]:
-    """The weights that the encoder of a train stage starts from; none of a teacher from published checkpoints."""
-    encoder = config.get("model", {}).get("encoder")
-    if not encoder:
+def _start(role: str, config: Mapping[str, Any]) -> list[Source]:
+    """The weights that the segmenter of a train stage starts from; none of a teacher from published checkpoints."""
+    model = config.get("model", {})
+    if not model.get("encoder"):
         return []
     try:
-        return encoder_sources(role, EncoderConfig(**encoder))
+        return start_sources(role, ModelConfig(**model))
     except ValidationError:  # of another version
-        return [Source(role, str(encoder.get("name", "unknown")), UNKNOWN)]
+        return [Source(role, str(model["encoder"].get("name", "unknown")), UNKNOWN)]

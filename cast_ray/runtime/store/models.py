@@ -21,6 +21,7 @@ from cast_ray.common.registry import lookup
 from cast_ray.contracts.records import Category, class_names
 from cast_ray.contracts.row_result import RowResult
 from cast_ray.models.autocast import require_precision
+from cast_ray.models.checkpoints import content_hash, find_checkpoint, is_hub_name
 from cast_ray.models.segmenter import Segmenter
 from cast_ray.models.student import CONFIG, WEIGHTS, Student, read_config
 from cast_ray.plan.graph import Stage, artifact_key, input_size_of
@@ -29,7 +30,6 @@ from cast_ray.plan.stage_parts import StagePart
 from cast_ray.recipe import InputSize, ModelConfig, Recipe, TeacherConfig
 from cast_ray.recipe.licence_chain import chain_of_plain_recipe
 from cast_ray.runtime.store.artifacts import ArtifactStore, local_copy
-from cast_ray.teachers.checkpoints import content_hash, find_checkpoint, is_hub_name
 from cast_ray.teachers.expert import ExpertTeacher
 from cast_ray.teachers.protocol import CARD as TEACHER_CARD
 from cast_ray.teachers.protocol import Teacher, save_teacher

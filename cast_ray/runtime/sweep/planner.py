@@ -178,10 +178,11 @@ class RowPlanner:
 
 
 def _check_own_models(recipe: Recipe) -> None:
-    """Imports the encoders and decoders that are a user's own, before any stage is run that does not need them.
+    """Imports the encoders and decoders that are a user's own and reads the settings of whole models to start from,
+    before any stage is run that does not need them.
 
     Raises:
-        ValueError: one cannot be imported or called.
+        ValueError: one cannot be imported or called, or a whole model has other settings than the recipe.
     """
     parts = {"student": recipe.student} | ({"teacher": recipe.teacher} if recipe.teacher.kind == "expert" else {})
     for part, model in parts.items():
@@ -196,6 +197,13 @@ def _check_own_models(recipe: Recipe) -> None:
                 find_decoder(model.decoder)
         except ValueError as error:
             raise ValueError(f"{part}.{field}: {error}") from None
+        if model.checkpoint:
+            from cast_ray.models.published import check_start  # transformers, which reads the settings
+
+            try:
+                check_start(model)
+            except ValueError as error:
+                raise ValueError(f"{part}.{error}") from None
 
 
 def _run_path(run: str) -> str:

@@ -92,7 +92,12 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
 
 def shrunk(name: str) -> ModelConfig:
     """A published encoder without its folder is full-size; small ones only, and a small rest."""
-    return tiny(name) if not name.startswith(("dinov2-b", "dinov2-l")) else tiny("dinov2-s")
+    large = ("dinov2-b", "dinov2-l", "dinov3-l", "swin-s")
+    return (
+        tiny({"dinov3-l": "dinov3-s", "swin-s": "swin-t"}.get(name, "dinov2-s"))
+        if name.startswith(large)
+        else tiny(name)
+    )
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -162,17 +167,22 @@ def test_full_size_architectures_need_no_download(name: str) -> None:
             "dinov2-s-reg": 22,
             "dinov2-b-reg": 87,
             "dinov2-l-reg": 304,
+            "dinov2-s-reg16": 22,
+            "dinov2-b-reg16": 87,
+            "dinov2-l-reg16": 305,
             "dinov3-s": 22,
+            "dinov3-l": 303,
             "resnet50": 24,  # 24, 35 and 22 of dinov2-s are the paper's
             "sam2-s": 34,
             "swin-t": 28,
+            "swin-s": 49,
             "convnext-t": 28,
         }[name]
     )
     out = model.eval().requires_grad_(False)(torch.empty(1, 3, 512, 1024, dtype=torch.uint8, device="meta"))
     strides = [4, 8, 16, 32]
     assert list(out.features) == list(model.feature_dims) == strides
-    shrink = 14 / 16 if name.startswith("dinov2") else 1
+    shrink = model.encoder.patch_px / 16 if isinstance(model.encoder, ViTEncoder) else 1
     for stride, features in out.features.items():
         assert features.shape[2:] == tuple(-(-size // (stride * shrink)) for size in (512, 1024))
     if name == "dinov2-s":

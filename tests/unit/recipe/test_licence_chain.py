@@ -96,6 +96,16 @@ def test_an_expert_passes_on_the_weights_it_starts_from() -> None:
     assert ("teacher's encoder", "microsoft/resnet-50", "Apache-2.0") in labels(found)
 
 
+def test_a_whole_published_model_stands_in_the_place_of_its_encoder() -> None:
+    given = {"student": "mask2former-swin-t", "student.encoder.checkpoint": "hub", "loss.lambda_semi": 0}
+    found = licence_chain(build_recipe("shapes", "demo", given))
+    weights = "facebook/mask2former-swin-tiny-coco-instance"
+    assert labels(found)[0] == ("start weights", weights, "CC-BY-NC-4.0") and len(found.sources) == 2
+    assert found.strictest.id == "CC-BY-NC-4.0" and weights in warnings_of([("sup", found)])[0]
+    expert = licence_chain(build_recipe("shapes", "demo", {"teacher.checkpoint": "me/mine"}))
+    assert labels(expert)[0] == ("teacher's start weights", "me/mine", "unknown")
+
+
 def test_what_is_the_users_own_is_unknown_until_something_says_it(tmp_path: Path) -> None:
     own = tmp_path / "teacher"
     own.mkdir()

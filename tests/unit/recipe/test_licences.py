@@ -23,7 +23,7 @@ from cast_ray.recipe.licences import (
     Commercial,
     find_licence,
 )
-from cast_ray.recipe.models import PUBLISHED_ENCODERS
+from cast_ray.recipe.models import PUBLISHED_ENCODERS, PUBLISHED_SEGMENTERS
 from cast_ray.recipe.teachers import PUBLISHED, TeacherConfig
 
 ROOT = Path(__file__).parents[3]
@@ -42,12 +42,15 @@ def recipes() -> Iterator[Recipe]:
 
 
 def named_by_the_recipe(recipe: Recipe) -> set[str]:
-    encoders = {recipe.student.encoder.source, recipe.teacher.encoder.source} - {""}
-    return set(recipe.teacher.checkpoint_fields().values()) | encoders
+    models = (recipe.student, recipe.teacher)
+    starts = {source for model in models for source in (model.source, model.encoder.source)} - {""}
+    return set(recipe.teacher.checkpoint_fields().values()) | starts
 
 
 def test_every_checkpoint_of_a_preset_a_table_or_a_kind_has_a_row() -> None:
-    names = set().union(*map(named_by_the_recipe, recipes()), PUBLISHED_ENCODERS.values())
+    names = set().union(
+        *map(named_by_the_recipe, recipes()), PUBLISHED_ENCODERS.values(), PUBLISHED_SEGMENTERS.values()
+    )
     for kind in PUBLISHED:
         names |= set(TeacherConfig(kind=kind).checkpoint_fields().values())
     assert len(names) >= 15

@@ -20,10 +20,13 @@ SMALL = {"data.shapes.num_source": 8, "data.shapes.num_train": 40, "data.shapes.
         ("student.encoder.name", "os:getcwd", r"student\.encoder\.name: 'os:getcwd': expected a function"),
         ("teacher.encoder.name", "gone:x", r"teacher\.encoder\.name: 'gone:x': expected MODULE:NAME"),
         ("student.decoder", "os:link", r"student\.decoder: 'os:link': expected a class below .*PixelDecoder"),
+        ("student.checkpoint", "/nowhere/model", r"student\.checkpoint: no folder '/nowhere/model'"),
+        ("student.checkpoint", "hub", r"student\.checkpoint is 'hub': no published weights are known for encoder"),
+        ("teacher.checkpoint", "hub", r"teacher\.checkpoint is 'hub': no published weights are known for encoder"),
         ("loss.extra_term", "os:getcwd", r"loss\.extra_term: 'os:getcwd': expected a function"),
     ],
 )
-def test_code_of_ones_own_is_looked_at_with_the_plan(tmp_path: Path, key: str, value: str, message: str) -> None:
+def test_ones_own_code_and_models_are_looked_at_first(tmp_path: Path, key: str, value: str, message: str) -> None:
     recipe = build_recipe("shapes", "smoke", overrides={**SMALL, key: value})
 
     def connect() -> None:

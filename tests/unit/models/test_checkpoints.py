@@ -12,10 +12,10 @@ from teacher_scenes import CATEGORIES, CROP
 from tiny_checkpoints import write_detector, write_sam2
 from transformers import Sam2Model
 
+from cast_ray.models import checkpoints
+from cast_ray.models.checkpoints import content_hash, find_checkpoint, load_model
 from cast_ray.recipe import TeacherConfig
-from cast_ray.teachers import checkpoints
 from cast_ray.teachers.box_segmenter import MODELS
-from cast_ray.teachers.checkpoints import content_hash, find_checkpoint, load_model
 from cast_ray.teachers.detector import TextDetector
 from cast_ray.teachers.grounded_sam import DETECTOR, SEGMENTER, GroundedSamTeacher
 from cast_ray.teachers.protocol import load_teacher, save_teacher
