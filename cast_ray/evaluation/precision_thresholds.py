@@ -86,7 +86,7 @@ def precision_thresholds(matches: DetectionMatches, precision: float, error: flo
     image, score = matches.image[counted].astype(np.int64), matches.score[counted]
     numbers = np.bincount(label, minlength=matches.num_classes)
     is_small = numbers < least_labels(precision, error)
-    groups = [(int(c),) for c in np.flatnonzero(~is_small)]
+    groups: list[tuple[int, ...]] = [(int(c),) for c in np.flatnonzero(~is_small)]
     if is_small.any():
         groups.append(tuple(int(c) for c in np.flatnonzero(is_small)))
     overall = intraclass_correlation(image, right)
@@ -105,7 +105,7 @@ def least_labels(precision: float, error: float) -> int:
     return int(np.ceil(np.log(error) / np.log(precision) - 1e-9))
 
 
-def lower_bound(num_right: np.ndarray, num_labels: np.ndarray, error: float) -> np.ndarray:
+def lower_bound(num_right: np.ndarray | int, num_labels: np.ndarray | int, error: float) -> np.ndarray:
     """Returns the lower one-sided Clopper-Pearson bound of a share, the `error` quantile of Beta(right, wrong + 1).
 
     Numbers need not be whole, so that they can be divided by a design effect.

@@ -246,7 +246,7 @@ def calibrated_row(folder: Path, scores: tuple[float, float], right_from: float 
     return row.parent / "mine"
 
 
-def annotations(out: Path) -> list[tuple[int, int, float]]:
+def annotations_in(out: Path) -> list[tuple[int, int, float]]:
     content = json.loads((out / "instances.json").read_text())
     return sorted((a["image_id"], a["category_id"], a["score"]) for a in content["annotations"])
 
@@ -257,7 +257,7 @@ def test_a_precision_takes_the_thresholds_of_the_calibration(
     row = calibrated_row(tmp_path / "first", (0.0, 1.0))
     rules = ("--set", "pseudo.min_area_px=1", "--set", "pseudo.non_overlapping=false", "--no-overlays")
     assert run(photos, "--teacher", row, "--threshold", 0, *rules, "--out", tmp_path / "all") == 0
-    everything = annotations(tmp_path / "all")
+    everything = annotations_in(tmp_path / "all")
     assert {category for _, category, _ in everything} == {9}  # these weights never say dog
     middle = float(np.median([score for *_, score in everything]))
     row = calibrated_row(tmp_path / "second", (0.0, 1.0), right_from=middle)
@@ -269,7 +269,7 @@ def test_a_precision_takes_the_thresholds_of_the_calibration(
     dog, cat = find_calibration(str(row)).groups(0.9, 0.1)
     assert dog.threshold is None and "dog: left unlabelled (100 of 200 labels right" in told
     assert cat.threshold is not None and f"cat: score {cat.threshold:.2f} or more ({cat.num_right} of " in told
-    sure = annotations(tmp_path / "sure")
+    sure = annotations_in(tmp_path / "sure")
     assert sure == [found for found in everything if found[2] >= cat.threshold] and sure and code == 0
 
 

@@ -105,8 +105,8 @@ def test_a_class_that_cannot_hold_it_is_left_out_and_small_ones_share_a_threshol
     good, bad, small = World(4.5), World(0.0), World(4.5, per_image=0.15)
     classes = [small.draw(rng, 100), good.draw(rng, 100), bad.draw(rng, 100), small.draw(rng, 100)]
     assert max(len(classes[0][0]), len(classes[3][0])) < least_labels(PRECISION, ERROR)
-    nothing = tuple(column[:0] for column in classes[0])
-    groups = precision_thresholds(matches_of(*classes, nothing), PRECISION, ERROR)
+    image, score, is_right = (column[:0] for column in classes[0])
+    groups = precision_thresholds(matches_of(*classes, (image, score, is_right)), PRECISION, ERROR)
     assert [group.labels for group in groups] == [(0, 3, 4), (1,), (2,)]
     by_class = thresholds_of_classes(groups)
     assert by_class[2] is None and by_class[0] == by_class[3] == by_class[4] is not None

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from cast_ray.contracts.instance import RecordLabel
 from cast_ray.contracts.manifest import LabelManifest
 from cast_ray.contracts.records import RECORD_SCHEMA, Category, encode_image_id
 from cast_ray.data.formats.segmentations import encode_mask
@@ -37,17 +39,18 @@ def box(place: int) -> bytes:
     return encode_mask(mask)
 
 
-def record(number: int, instances: list[dict[str, Any]]) -> dict[str, Any]:
+def record(number: int, instances: Sequence[Any]) -> dict[str, Any]:
     row = [encode_image_id(number), f"{number}.png", SIDE, SIDE, instances]
     return dict(zip(RECORD_SCHEMA.names, row))
 
 
-def found(category: int, place: int, score: float) -> dict[str, Any]:
+def found(category: int, place: int, score: float) -> RecordLabel:
     plain = {"category_id": category, "rle": box(place), "score": score, "is_crowd": False, "area": None}
-    return plain | {"visible_share": 1.0, "num_suppressed": 0, "class_probs": None, "mask_probs": None}
+    of_labels = {"visible_share": 1.0, "num_suppressed": 0, "class_probs": None, "mask_probs": None}
+    return cast(RecordLabel, plain | of_labels)
 
 
-def labels_of(number: int) -> list[dict[str, Any]]:
+def labels_of(number: int) -> list[RecordLabel]:
     """A disc at place 0 is found surely. Of squares, those with a high score are right and the others are not there."""
     sure = 0.8 + 0.1 * (number % 7) / 7
     return [found(2, 0, 0.9), found(7, 1, sure), found(7, 2, 0.4 + 0.1 * (number % 5) / 5)]
