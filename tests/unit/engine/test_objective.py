@@ -105,12 +105,16 @@ def test_the_oracle_reads_the_truth_where_it_is_known() -> None:
     assert terms_of(replace(known, num_labelled=2), contrastive=config)["pxl"][1] == 4 * 4 * 4
 
 
-def test_the_local_batch_only_asks_no_other_worker() -> None:
+def test_the_local_batch_asks_other_workers_for_numbers_of_instances_only() -> None:
+    """Those say how much is drawn for the images of others, see `JointStep`."""
+
     class Refusing:
         rank, size = 0, 2
 
         def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-            raise AssertionError("gathered")
+            if tensor.is_floating_point() or tensor.numel() > len(BATCH.weak):
+                raise AssertionError("gathered")
+            return torch.cat([tensor, tensor])
 
     network = make_network(CONTRAST)
     output = network(BATCH.weak, BATCH.strong)

@@ -279,6 +279,7 @@ def test_a_field_that_changes_a_result_changes_its_stages(key: str) -> None:
 def test_where_and_how_it_runs_changes_nothing(key: str, value: str | None) -> None:
     others = {
         "runtime.num_workers": "2",
+        "runtime.min_workers": "1",
         "runtime.gradient_checkpointing": "true",
         "runtime.cpus_per_worker": "2",
         "runtime.validate_on_gpu": "false",

@@ -142,10 +142,14 @@ def save_as(run: Path, results: list[dict[str, Any]]) -> Path:
 def test_the_audit_of_pseudo_labels_has_its_tables(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def table(audited: Result) -> tuple[list[str], list[list[str]]]:
         lines = [["label", "all", "44.1"], ["label", "disc", "50.0"]]
-        return ["labels of", "group", "precision"], lines if audited.row == "sup+semi" else lines[1:]
+        lines = lines if audited.row == "sup+semi" else lines[1:]
+        return ["labels of", "group", "precision"], lines if audited.pseudo_labels else []
+
+    def table_of_all(audited: Result) -> tuple[list[str], list[list[str]]]:
+        return ["labels of", "of", "precision"], table(audited)[1]
 
     Image.new("RGB", (40, 40)).save(run / "worst.png")
-    for name, value in (("audit_table", table), ("coverage_table", table), ("WORST_SHEET", "worst.png")):
+    for name, value in (("audit_table", table), ("coverage_table", table_of_all), ("WORST_SHEET", "worst.png")):
         monkeypatch.setattr(sections, name, value)
     audit = empty_audit() | {"calibration": {"score": [0.5], "precision": [0.4], "ece": 0.1}}
     save(run, [result(row, seed, pseudo_labels={"label": audit}) for row in ROWS[1:3] for seed in range(2)])
