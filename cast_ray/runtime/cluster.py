@@ -5,11 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from cast_ray.common.logs import VARIABLE, is_verbose
+from cast_ray.common.repeated import repeated
 from cast_ray.common.text import first_line
 from cast_ray.contracts.row_result import Hardware
 from cast_ray.runtime.this_node import cpu_model
@@ -27,9 +32,13 @@ LOCAL_SETTINGS = {
     "MALLOC_ARENA_MAX": "1",
     # Ray gives up after 60 s, which a busy machine needs at times.
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180",
+    # Ray starts some workers ahead and lets the driver wait for them. If they need more than 60 s to start, as on a
+    # very busy machine, it forgets them and the driver waits for ever.
+    "RAY_worker_register_timeout_seconds": "900",
     # Rows, workers and readers are many small processes by design; Ray warns from 4 x this number on.
     "RAY_worker_maximum_startup_concurrency": "8",
 }
+SLOW_S = 30.0
 LOGICAL_CPUS_PER_CORE = 3
 LOCALHOST = "127.0.0.1"
 ADDRESS_VARIABLE, TEMP_VARIABLE = "RAY_ADDRESS", "RAY_TMPDIR"
@@ -159,7 +168,8 @@ def connect(address: str | None, num_cpus: int | None = None) -> Cluster:
         options |= {"num_cpus": LOGICAL_CPUS_PER_CORE * cores, "include_dashboard": True}
         options |= {"dashboard_host": LOCALHOST, "dashboard_port": port}
     try:
-        context = ray.init(wanted, **options)
+        with _told_when_slow("Ray is starting" if local else f"joining the Ray at {wanted}"):
+            context = ray.init(wanted, **options)
     except Exception as error:  # Ray raises anything, from OSError to Exception itself
         ray.shutdown()
         reason = first_line(error)
@@ -187,6 +197,20 @@ def connect(address: str | None, num_cpus: int | None = None) -> Cluster:
         is_local=local,
         log_folder=_log_folder(context),
     )
+
+
+@contextmanager
+def _told_when_slow(what: str) -> Iterator[None]:
+    """Says on stderr every SLOW_S seconds that something still goes on, with the machine's load."""
+    began = time.monotonic()
+
+    def tell() -> bool:
+        load = f"the load of this machine is {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+        print(f"{what} for {time.monotonic() - began:.0f} s: {load}", file=sys.stderr, flush=True)
+        return False
+
+    with repeated(tell, SLOW_S):
+        yield
 
 
 def _log_folder(context: Any) -> str:

@@ -7,6 +7,7 @@ import os
 import socket
 import socketserver
 import threading
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -150,6 +151,24 @@ def test_a_local_ray_that_does_not_start_is_one_line(started: list, monkeypatch:
     text = str(error.value)
     assert text.startswith("a local Ray did not start: The current node timed out during startup.") and "\n" not in text
     assert "load of this machine is" in text and "RAY_ADDRESS" in text and "RAY_TMPDIR" in text
+
+
+def test_a_start_that_takes_long_says_so(
+    started: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A busy machine may need minutes, in which nothing else is printed."""
+    start = ray.init
+
+    def slow(*places: Any, **options: Any) -> Any:
+        time.sleep(0.3)
+        return start(*places, **options)
+
+    monkeypatch.setattr(ray, "init", slow)
+    monkeypatch.setattr(cluster, "SLOW_S", 0.05)
+    connect("local")
+    assert capsys.readouterr().err.startswith("Ray is starting for 0 s: the load of this machine is ")
+    # else Ray forgets workers that start slowly, and the driver waits for them for ever
+    assert int(dict(os.environ)["RAY_worker_register_timeout_seconds"]) > 600
 
 
 def test_a_long_folder_for_temporary_files_is_left_aside(started: list, monkeypatch: pytest.MonkeyPatch) -> None:
