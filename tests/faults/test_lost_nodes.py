@@ -26,6 +26,8 @@ from cast_ray.runtime.placement import ON_DEMAND
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 STORE_BYTES = 300 * 2**20
+NODE_LOST = "a node that it runs on was lost|runs its worker group was lost"
+"""The process that runs a worker group may live on the same node, and is then what is missed first."""
 NUM_IMAGES, STEPS, EVERY = 324, 1600, 50
 TRAINED, LABELLED = "sup", "sup+semi"
 SETTINGS = [
@@ -196,10 +198,9 @@ def test_every_kind_of_node_may_be_lost(
         assert ON_DEMAND in nodes.find(process)._ray_params.resources, process
     sweep.lose("ImplicitFunc", "its driver process was lost", nodes.add_on_demand)
     sweep.lose("Broker", "the sweep's broker was lost", nodes.add_on_demand)
-    sweep.lose("RayTrainWorker", "a node that it runs on was lost", nodes.add)
+    sweep.lose("RayTrainWorker", NODE_LOST, nodes.add)
     sweep.lose("RayTrainWorker", "is being drained", nodes.add, drain=True)
-    # The process that runs the worker group may live on the same node, and is then what is missed first.
-    sweep.lose("Validator", "a node that it runs on was lost|runs its worker group was lost", nodes.add)
+    sweep.lose("Validator", NODE_LOST, nodes.add)
     sweep.finish()
     whole = tmp_path_factory.mktemp("whole")
     undisturbed = start_sweep(whole, *arguments(TRAINED, STEPS))
