@@ -26,15 +26,9 @@ from cast_ray.runtime.placement import ON_DEMAND
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 STORE_BYTES = 300 * 2**20
+NAMESPACE = "cast_ray"
 NODE_LOST = "a node that it runs on was lost|runs its worker group was lost"
 """The process that runs a worker group may live on the same node, and is then what is missed first."""
-RAYS_OWN = {
-    "AutoscalingCoordinator",
-    "_train_state_actor",
-    "_dataset_stats_actor",
-    "_dataset_stats_summary_actor",
-}
-"""Namespaces of the actors that Ray Train and Ray Data leave on a cluster, one of each kind."""
 NUM_IMAGES, STEPS, EVERY = 324, 1600, 50
 TRAINED, LABELLED = "sup", "sup+semi"
 SETTINGS = [
@@ -110,7 +104,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
         found.add_on_demand()
     for _ in range(3):
         found.add()
-    ray.init(cluster.address, log_to_driver=False, namespace="cast_ray")
+    ray.init(cluster.address, log_to_driver=False, namespace=NAMESPACE)
     yield found
     ray.shutdown()
     cluster.shutdown()
