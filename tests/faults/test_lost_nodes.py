@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 STORE_BYTES = 300 * 2**20
 NAMESPACE = "cast_ray"
+VARIABLES = {"RAY_AUTH_MODE": "disabled"}
 NODE_LOST = "a node that it runs on was lost|runs its worker group was lost"
 """The process that runs a worker group may live on the same node, and is then what is missed first."""
 NUM_IMAGES, STEPS, EVERY = 324, 1600, 50
@@ -186,8 +187,7 @@ class Sweep:
 @pytest.fixture
 def start(nodes: Nodes, tmp_path: Path, start_sweep: Any, wait_until: Callable[..., None]) -> Callable[..., Sweep]:
     def begin(row: str, steps: int) -> Sweep:
-        address, variables = nodes.cluster.address, {"RAY_AUTH_MODE": "disabled"}
-        process = start_sweep(tmp_path, *arguments(row, steps), address=address, variables=variables)
+        process = start_sweep(tmp_path, *arguments(row, steps), address=nodes.cluster.address, variables=VARIABLES)
         return Sweep(process, tmp_path, nodes, wait_until)
 
     return begin
@@ -207,7 +207,7 @@ def test_every_kind_of_node_may_be_lost(
     sweep.lose("Validator", NODE_LOST, nodes.add)
     sweep.finish()
     whole = tmp_path_factory.mktemp("whole")
-    undisturbed = start_sweep(whole, *arguments(TRAINED, STEPS))
+    undisturbed = start_sweep(whole, *arguments(TRAINED, STEPS), address=nodes.cluster.address, variables=VARIABLES)
     assert undisturbed.finish() == 0, undisturbed.output
     is_same = table(sweep.folder, TRAINED) == table(whole, TRAINED)
     for line in sweep.seen:
@@ -228,7 +228,7 @@ def test_the_node_of_a_labeller_may_be_lost(
     sweep.wait(lambda: sweep.said(words), f"not said: {words}")
     sweep.finish()
     whole = tmp_path_factory.mktemp("whole")
-    undisturbed = start_sweep(whole, *arguments(LABELLED, EVERY))
+    undisturbed = start_sweep(whole, *arguments(LABELLED, EVERY), address=nodes.cluster.address, variables=VARIABLES)
     assert undisturbed.finish() == 0, undisturbed.output
     is_same = table(sweep.folder, LABELLED) == table(whole, LABELLED)
     print(f"node of a labeller lost | the sweep ended {time.monotonic() - began:.0f} s later | same table: {is_same}")
