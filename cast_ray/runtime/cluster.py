@@ -32,8 +32,8 @@ LOCAL_SETTINGS = {
     "MALLOC_ARENA_MAX": "1",
     # Ray gives up after 60 s, which a busy machine needs at times.
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180",
-    # Ray starts some workers ahead and lets the driver wait for them. If they need more than 60 s to start, as on a
-    # very busy machine, it forgets them and the driver waits for ever.
+    # Ray starts some workers ahead and gives them up after 60 s. On a very busy machine a driver was seen to wait for
+    # ever after that; the cause was read in the raylet's log and not reproduced.
     "RAY_worker_register_timeout_seconds": "900",
     # Rows, workers and readers are many small processes by design; Ray warns from 4 x this number on.
     "RAY_worker_maximum_startup_concurrency": "8",
