@@ -97,8 +97,7 @@ def _parser() -> Parser:
         description="Takes labels to an annotation tool with masks drawn, and brings a person's corrections back as "
         "labelled data.",
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.type = str  # what follows the command is read, and refused, by the command's own parser
+    commands = parser.add_commands()
     export = commands.add_parser(
         "export",
         help="write what a tool imports",

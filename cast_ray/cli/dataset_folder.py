@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 FORMATS = ", ".join(name for name in registry.ROWS["datasets"] if name != "shapes")
 """Names of the formats of datasets that lie in a folder."""
 
-FORMATS = ", ".join(name for name in registry.ROWS["datasets"] if name != "shapes")
-"""Names of the formats of folders."""
-
 
 def recipe_of_folder(folder: str, kind: str | None, settings: list[str]) -> Recipe:
     """Returns the recipe of the format's preset, whose data part names the folder.

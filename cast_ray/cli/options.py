@@ -49,6 +49,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**settings)
         self.register("type", None, not_empty)  # how values are read of which an option says nothing else
 
+    def add_commands(self) -> argparse._SubParsersAction[Parser]:
+        """Returns what the command's own commands are added to, one of which must be named."""
+        commands = self.add_subparsers(dest="command", required=True)
+        commands.type = str  # what follows the command is read, and refused, by the command's own parser
+        return commands
+
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_BAD_INPUT, f"error: {message} (see {self.prog} --help)\n")
 

@@ -233,8 +233,7 @@ def _parser() -> Parser:
         description="Lists, shows, compares and prunes the artifacts of stages, across all runs, and runs one stage "
         "again.",
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.type = str  # what follows the command is read, and refused, by the command's own parser
+    commands = parser.add_commands()
     listing = commands.add_parser("ls", help="list artifacts, the newest first")
     listing.add_argument("--kind", choices=get_args(Kind), help="list only artifacts of this kind")
     listing.add_argument("--all", action="store_true", help=f"all of them (default: {NUM_LISTED})")

@@ -73,6 +73,23 @@ def content_hash(folders: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
+def load_settings(folder: Path, name: str) -> PretrainedConfig:
+    """Reads the settings of a checkpoint, its `config.json`.
+
+    Args:
+        folder: of `find_checkpoint`.
+        name: of the checkpoint, for messages.
+
+    Raises:
+        ValueError: the file cannot be read, or is of no known type of model.
+    """
+    try:
+        settings: PretrainedConfig = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{name}: config.json cannot be read: {first_line(error)}") from None
+    return settings
+
+
 def load_model(kinds: dict[str, type[PreTrainedModel]], folder: Path, field: str, **options: Any) -> PreTrainedModel:
     """A model of one of several types, in float32 on the CPU.
 
@@ -84,10 +101,7 @@ def load_model(kinds: dict[str, type[PreTrainedModel]], folder: Path, field: str
     Raises:
         ValueError: another type, weights missing or of another shape, or more than the memory holds.
     """
-    try:
-        settings: PretrainedConfig = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{field}: {str(folder)!r}: config.json cannot be read: {first_line(error)}") from None
+    settings = load_settings(folder, f"{field}: {str(folder)!r}")
     if settings.model_type not in kinds:
         raise ValueError(
             f"{field}: {str(folder)!r} holds a model of type {settings.model_type!r}: expected {' or '.join(kinds)}"

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     Dinov2WithRegistersConfig,
     DINOv3ViTConfig,
     EomtDinov3ForUniversalSegmentation,
@@ -26,7 +25,7 @@ from transformers import (
 )
 
 from cast_ray.models.backbones import ARCHITECTURES, IMAGENET
-from cast_ray.models.checkpoints import find_checkpoint, first_line, load_model, load_processor
+from cast_ray.models.checkpoints import find_checkpoint, first_line, load_model, load_processor, load_settings
 from cast_ray.models.decoders import MASK_STRIDE
 from cast_ray.recipe import ModelConfig
 
@@ -115,10 +114,7 @@ def _source(config: ModelConfig) -> str:
 
 
 def _settings(folder: Path, source: str) -> PretrainedConfig:
-    try:
-        settings: PretrainedConfig = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{FIELD} {source!r}: config.json cannot be read: {first_line(error)}") from None
+    settings = load_settings(folder, f"{FIELD} {source!r}")
     if settings.model_type not in KINDS:
         raise ValueError(
             f"{FIELD} {source!r} holds a model of type {settings.model_type!r}: expected a whole segmentation model, "

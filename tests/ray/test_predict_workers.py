@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_students import TINY
 
 from cast_ray.contracts.records import Category
 from cast_ray.models.segmenter import build_segmenter
 from cast_ray.models.student import Student
-from cast_ray.recipe import EncoderConfig, ModelConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,14 +26,7 @@ ROOT = Path(__file__).parents[2]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student and 40 photos, every tenth of which is none."""
     folder = tmp_path_factory.mktemp("predict")
-    config = ModelConfig(
-        encoder=EncoderConfig(name="conv", widths=(8, 8, 16, 16), stem_stride=2),
-        hidden_dim=16,
-        num_queries=5,
-        num_layers=1,
-        feedforward_dim=16,
-    )
-    Student(build_segmenter(config, 2, 0), [Category(1, "a"), Category(2, "b")], (32, 32)).save_pretrained(folder / "s")
+    Student(build_segmenter(TINY, 2, 0), [Category(1, "a"), Category(2, "b")], (32, 32)).save_pretrained(folder / "s")
     (folder / "photos").mkdir()
     rng = np.random.default_rng(0)
     for i in range(40):
